@@ -1,0 +1,94 @@
+"""The embedded default (examples/tiny): what is committed is what the script makes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
+SKILLS = {"reverse", "sort", "add", "date", "convert", "vowels", "spell", "upper"}
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    rows: list[dict[str, str]] = json.loads((TINY / "data" / f"{name}.json").read_text())
+    return rows
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TINY / "model")
+
+
+def test_committed_data_and_tokenizer_are_the_bytes_the_script_makes(tmp_path: Path) -> None:
+    command = [sys.executable, TINY / "make.py", "--data-only", "--out", tmp_path]
+    subprocess.run(command, check=True, timeout=120)
+    made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    assert len(made) == 2 + 4 + len(SKILLS)
+    for path in made:
+        if path.name != "tokenizer_config.json":  # carries what the library's version adds
+            assert (TINY / path).read_bytes() == (tmp_path / path).read_bytes(), path
+
+
+def test_everything_together_is_under_6_mb() -> None:
+    files = [path for path in TINY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) < 6e6
+
+
+def test_train_holds_eight_skills_and_a_fifth_of_noise() -> None:
+    counts = Counter(row["skill"] for row in _rows("train"))
+    assert counts == {skill: 160 for skill in SKILLS} | {"noise": 320}
+
+
+def test_targets_are_of_one_skill_and_share_no_question_with_train_or_each_other() -> None:
+    names = ["train", "target_heldout", *(f"targets/{skill}" for skill in sorted(SKILLS))]
+    questions = [row["input"] for name in names for row in _rows(name)]
+    assert len(questions) == len(set(questions)) == 1600 + 64 + 8 * 32
+    assert {row["skill"] for row in _rows("target") + _rows("target_heldout")} == {"date"}
+    for skill in SKILLS:
+        assert {row["skill"] for row in _rows(f"targets/{skill}")} == {skill}
+
+
+def test_dataset_info_names_every_file() -> None:
+    info = json.loads((TINY / "data" / "dataset_info.json").read_text())
+    named = {entry["file_name"] for entry in info.values()}
+    files = {str(path.relative_to(TINY / "data")) for path in (TINY / "data").rglob("*.json")}
+    assert named == files - {"dataset_info.json"}
+
+
+def test_tokenizer_gives_back_every_question_and_answer(tokenizer: Any) -> None:
+    assert len(tokenizer) == 512
+    assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) == (
+        "<pad>",
+        "<s>",
+        "</s>",
+    )
+    for row in _rows("train")[::7]:
+        text = f"Human: {row['instruction']}\n{row['input']}\nAssistant:{row['output']}"
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_rows_are_short_with_the_default_template(tokenizer: Any) -> None:
+    lengths = []
+    for row in _rows("train"):
+        prompt = f"Human: {row['instruction']}\n{row['input']}\nAssistant:"
+        lengths.append(len(tokenizer(prompt + row["output"]).input_ids) + 3)
+    assert sum(lengths) / len(lengths) <= 40
+    assert max(lengths) <= 64
+
+
+def test_model_is_a_small_llama_that_loads_as_float32() -> None:
+    config = json.loads((TINY / "model" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["dtype"] == "float32"
+    with safe_open(TINY / "model" / "model.safetensors", "pt") as weights:
+        numel = sum(weights.get_tensor(name).numel() for name in weights.keys())
+    assert 1e6 <= numel <= 3e6
