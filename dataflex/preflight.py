@@ -1,0 +1,182 @@
+"""Checks that need no model and no data: they run in the parent, before anything expensive."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dataflex.config import RunConfig, names
+from dataflex.registry import Component, resolve, unknown
+from dataflex.schedule import Schedule
+from gradstore.errors import BadInput
+
+#: Stages whose loss is a token cross-entropy over the rows of one data set.
+STAGES = ("sft", "pt")
+
+
+def check(config: RunConfig) -> Component | None:
+    """Everything that can be refused from the configuration alone.
+
+    Returns:
+        The component of a dynamic train_type, resolved; None for `static`.
+
+    Raises:
+        BadInput: every fault found, one per line.
+    """
+    _check_model(config)
+    _check_datasets(config)
+    if config.dataflex.train_type == "static":
+        return None
+    ours = config.dataflex
+    component = resolve(
+        ours.train_type, ours.component_name, ours.component_params, ours.presets_file
+    )
+    component.build()
+    Schedule(ours.warmup_step, ours.update_step, ours.update_times, budget=1)
+    faults = [*_trainer_faults(config), *_component_faults(config, component)]
+    if faults:
+        raise BadInput("\n".join(faults))
+    return component
+
+
+def check_gradients(config: RunConfig) -> None:
+    """What any gradient export needs of a configuration, training or not."""
+    faults = [*_single_row_faults(config, "gradstore build"), *_lora_faults(config, "the store"),
+              *_target_faults(config, "gradstore build")]  # fmt: skip
+    if faults:
+        raise BadInput("\n".join(faults))
+
+
+def _trainer_faults(config: RunConfig) -> list[str]:
+    faults = []
+    stage = config.get("stage", "sft")
+    if stage not in STAGES:
+        faults.append(
+            f"stage is {stage!r}; train_type {config.dataflex.train_type} supports "
+            f"{' and '.join(STAGES)}. Use train_type: static for the others."
+        )
+    if config.get("do_train") is not True:
+        faults.append("do_train must be true: without training there is nothing to select for.")
+    if config.get("use_ray") or config.get("use_mca") or config.get("use_hyper_parallel"):
+        faults.append("use_ray, use_mca and use_hyper_parallel work with train_type: static only.")
+    return faults
+
+
+def _component_faults(config: RunConfig, component: Component) -> list[str]:
+    cls, name = component.cls, f"component {component.name!r}"
+    faults = []
+    if getattr(cls, "needs_single_rows", True):
+        faults += _single_row_faults(config, name)
+    if getattr(cls, "needs_lora", False):
+        faults += _lora_faults(config, name)
+    if getattr(cls, "needs_targets", False):
+        faults += _target_faults(config, name)
+    return faults
+
+
+def _single_row_faults(config: RunConfig, who: str) -> list[str]:
+    faults = []
+    packing = config.get("packing", config.get("stage", "sft") == "pt")
+    for key, on in (("packing", packing), ("neat_packing", config.get("neat_packing", False)),
+                    ("streaming", config.get("streaming", False))):  # fmt: skip
+        if on:
+            faults.append(
+                f"{key} is on, but {who} decides about single rows"
+                f"{'' if key != 'packing' or config.get('packing') else ' (stage pt packs)'}: "
+                f"set {key}: false."
+            )
+    return faults
+
+
+def _lora_faults(config: RunConfig, who: str) -> list[str]:
+    kind = config.get("finetuning_type", "lora")
+    if kind != "lora":
+        return [
+            f"finetuning_type is {kind!r}, but {who} works on per-sample LoRA gradients: "
+            "supported is finetuning_type: lora (with stage sft or pt)."
+        ]
+    adapters = names(config.get("adapter_name_or_path"))
+    if len(adapters) > 1:
+        return [f"adapter_name_or_path names {len(adapters)} adapters; {who} needs at most one."]
+    return []
+
+
+def _target_faults(config: RunConfig, who: str) -> list[str]:
+    ours = config.dataflex
+    sets = ours.target_dataset or names(config.get("eval_dataset"))
+    if not sets and float(config.get("val_size", 0) or 0) <= 0:
+        return [
+            f"{who} needs target rows: set target_dataset (or eval_dataset, or val_size) to the "
+            "data the model should become good at."
+        ]
+    if len(set(sets)) < len(sets):
+        return [f"target_dataset names a set twice: {', '.join(sets)}."]
+    if ours.target_subtasks and len(sets) > 1:
+        return [
+            f"target_subtasks splits one target set, but {len(sets)} are named "
+            f"({', '.join(sets)}): each name is a sub-task already. Remove target_subtasks."
+        ]
+    if any(size <= 0 for size in ours.target_subtasks or ()):
+        return [f"target_subtasks is {list(ours.target_subtasks or ())}; sizes must be positive."]
+    return []
+
+
+def _check_model(config: RunConfig) -> None:
+    name = config.get("model_name_or_path")
+    if name is None:
+        raise BadInput("model_name_or_path is missing: name a model folder or a hub id.")
+    folder = Path(str(name)).expanduser()
+    if not folder.is_dir():
+        looks_local = folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2
+        if looks_local:
+            raise BadInput(f"model_name_or_path {str(name)!r} is not a folder on this machine.")
+        return
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise BadInput(
+            f"model_name_or_path {str(name)!r} has no readable config.json: {error}"
+        ) from error
+    if "auto_map" in content and not config.get("trust_remote_code", False):
+        raise BadInput(
+            f"the model in {str(name)!r} brings its own code (auto_map in config.json). If you "
+            "trust it, set trust_remote_code: true; nothing of it was run."
+        )
+
+
+def _check_datasets(config: RunConfig) -> None:
+    """Names in `dataset`, `eval_dataset`, `target_dataset` must be in a local dataset_info.json."""
+    wanted = {
+        "dataset": names(config.get("dataset")),
+        "eval_dataset": names(config.get("eval_dataset")),
+        "target_dataset": tuple(config.dataflex.target_dataset or ()),
+    }
+    folder = config.get("dataset_dir", "data")
+    if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
+        return
+    if config.get("tokenized_path") and not wanted["target_dataset"]:
+        return
+    if config.get("do_train") and not wanted["dataset"]:
+        raise BadInput("dataset is missing: name at least one training data set.")
+    info = Path(folder) / "dataset_info.json"
+    try:
+        known = json.loads(info.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(
+            f"{str(info)!r} does not exist: dataset_dir must hold LlamaFactory's dataset_info.json."
+        ) from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise BadInput(f"{str(info)!r} cannot be read: {error}") from error
+    faults = [
+        f"{key}: {unknown('data set', missing, known)} ({info})"
+        for key, used in wanted.items()
+        if (missing := set(used) - set(known))
+    ]
+    for name in {n for used in wanted.values() for n in used} & set(known):
+        file_name = known[name].get("file_name") if isinstance(known[name], dict) else None
+        if isinstance(file_name, str) and "://" not in file_name:
+            path = Path(folder) / file_name
+            if not path.exists():
+                faults.append(f"data set {name!r}: its file {str(path)!r} does not exist.")
+    if faults:
+        raise BadInput("\n".join(faults))

@@ -1,0 +1,175 @@
+"""(kind, name) -> class: how a strategy's name in a YAML becomes an object.
+
+A strategy is a class decorated with `@register(kind, name)`. A preset in components.yaml names a
+strategy and its parameters; `component_params` of the training YAML overrides them. A user's own
+class needs no registration: `target: package.module:Class`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gradstore.errors import BadInput
+
+C = TypeVar("C", bound=type)
+
+#: train_type -> (bucket of components.yaml, kind in the registry).
+KINDS: Mapping[str, tuple[str, str]] = {
+    "dynamic_select": ("selectors", "selector"),
+}
+
+#: kind -> package whose modules register its strategies, one strategy a file.
+PACKAGES: Mapping[str, str] = {"selector": "dataflex.selectors"}
+
+PACKAGED_PRESETS = Path(__file__).parent / "configs" / "components.yaml"
+
+_classes: dict[tuple[str, str], type] = {}
+
+
+def register(kind: str, name: str) -> Callable[[C], C]:
+    """Class decorator that makes a strategy known as `name`; a second claim to a name fails."""
+
+    def remember(cls: C) -> C:
+        if (kind, name) in _classes:
+            raise ValueError(f"{kind} {name!r} is already {_classes[kind, name].__qualname__}")
+        _classes[kind, name] = cls
+        return cls
+
+    return remember
+
+
+def strategies(kind: str) -> dict[str, type]:
+    """Every registered strategy of `kind`, by name, sorted."""
+    package = importlib.import_module(PACKAGES[kind])
+    for module in sorted(Path(str(package.__file__)).parent.glob("*.py")):
+        if module.stem not in {"__init__", "base"}:
+            importlib.import_module(f"{package.__name__}.{module.stem}")
+    return {name: cls for (k, name), cls in sorted(_classes.items()) if k == kind}
+
+
+def unknown(what: str, given: Iterable[str], accepted: Iterable[str]) -> str:
+    """One sentence about unknown names: the nearest match first, then all that is accepted."""
+    names = sorted(accepted)
+    parts = []
+    for name in sorted(given):
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+        parts.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    return f"unknown {what}: {', '.join(parts)}. Accepted: {', '.join(names)}."
+
+
+def parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The keyword parameters a strategy's constructor accepts."""
+    return {
+        name: p
+        for name, p in inspect.signature(cls).parameters.items()
+        if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}
+    }
+
+
+@dataclass(frozen=True)
+class Component:
+    """A strategy's class and its merged parameters, checked but not yet built."""
+
+    kind: str
+    name: str
+    cls: type
+    params: Mapping[str, Any]
+
+    def build(self) -> Any:  # noqa: ANN401 - the kind's protocol types the result at the caller
+        """Construct the strategy; a parameter out of range is `BadInput` naming it."""
+        try:
+            return self.cls(**self.params)
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"component {self.name!r}: {error}") from error
+
+
+def resolve(
+    train_type: str,
+    component_name: str | None,
+    component_params: Mapping[str, Any],
+    presets_file: Path | None = None,
+) -> Component:
+    """Find the preset, its class and its parameters.
+
+    Args:
+        train_type: picks the bucket of presets.
+        component_name: key of a preset, or of a registered strategy without one.
+        component_params: override the preset's; `target` names a user's own class.
+        presets_file: a components.yaml of the user's; the packaged one when None.
+
+    Raises:
+        BadInput: unknown preset, strategy or parameter; lists what is accepted.
+    """
+    bucket, kind = KINDS[train_type]
+    known = strategies(kind)
+    presets = _read_presets(presets_file or PACKAGED_PRESETS, bucket)
+    if component_name is None:
+        raise BadInput(
+            f"train_type: {train_type} needs component_name. "
+            f"Known {bucket}: {', '.join(sorted({*presets, *known}))}."
+        )
+    if component_name not in presets and component_name not in known:
+        raise BadInput(unknown(f"component_name for {train_type}", [component_name],
+                               {*presets, *known}))  # fmt: skip
+    preset = presets.get(component_name, {"name": component_name})
+    params = {**(preset.get("params") or {}), **component_params}
+    target = params.pop("target", preset.get("target"))
+    if target is not None:
+        cls = _import_target(str(target))
+    elif preset.get("name", component_name) in known:
+        cls = known[preset.get("name", component_name)]
+    else:
+        raise BadInput(unknown(f"strategy `name` in preset {component_name!r} of {bucket}",
+                               [str(preset.get("name"))], known))  # fmt: skip
+    _check_parameters(component_name, cls, params)
+    return Component(kind, component_name, cls, params)
+
+
+def _read_presets(path: Path, bucket: str) -> dict[str, dict[str, Any]]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise BadInput(f"components_cfg_file {str(path)!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise BadInput(f"components_cfg_file {str(path)!r} is not YAML: {error}") from error
+    presets = content.get(bucket) or {}
+    if not isinstance(presets, dict) or not all(isinstance(p, dict) for p in presets.values()):
+        raise BadInput(f"components_cfg_file {str(path)!r}: {bucket} must map preset -> settings.")
+    return presets
+
+
+def _import_target(target: str) -> type:
+    module, _, name = target.partition(":")
+    if not module or not name:
+        raise BadInput(f"target is {target!r}; write it as package.module:Class.")
+    # A user's class usually lies beside the YAML they run, in the current folder.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise BadInput(f"target {target!r} cannot be imported: {error}") from error
+    if not isinstance(found, type):
+        raise BadInput(f"target {target!r} is a {type(found).__name__}, not a class.")
+    return found
+
+
+def _check_parameters(name: str, cls: type, params: Mapping[str, Any]) -> None:
+    accepted = parameters(cls)
+    takes_any = any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(cls).parameters.values()
+    )
+    if (extra := set(params) - set(accepted)) and not takes_any:
+        raise BadInput(unknown(f"component_params of {name!r}", extra, accepted))
+    required = {n for n, p in accepted.items() if p.default is p.empty} - set(params)
+    if required:
+        raise BadInput(f"component {name!r} needs component_params: {', '.join(sorted(required))}.")

@@ -1,0 +1,1 @@
+"""Trainers: LlamaFactory's, with the data decided at exact optimizer steps."""
