@@ -11,6 +11,8 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from gradstore.errors import DamagedData
+
 Row = dict[str, Any]
 
 SEED = 42
@@ -106,14 +108,14 @@ def choose_rows(sources: Mapping[str, Sequence[Row]]) -> dict[str, list[tuple[in
         File stem (`real_alpaca`, ..., `target`, `target_heldout`) -> (source index, row) pairs.
 
     Raises:
-        ValueError: A kind has too few usable rows.
+        DamagedData: A kind has too few usable rows.
     """
     chosen: dict[str, list[tuple[int, Row]]] = {}
     for kind, count in POOL_ROWS.items():
         rows = usable_rows(kind, sources[kind])
         needed = count + (2 * TARGET_ROWS if kind == TARGET_KIND else 0)
         if len(rows) < needed:
-            raise ValueError(f"{kind}: {len(rows)} usable rows of {needed} needed")
+            raise DamagedData(f"{kind}: {len(rows)} usable rows of {needed} needed")
         chosen[f"real_{kind}"] = rows[:count]
         if kind == TARGET_KIND:
             chosen["target"] = rows[count : count + TARGET_ROWS]
