@@ -1,0 +1,99 @@
+"""The weighted sum over checkpoints, streamed: the pass that every score is made from.
+
+Letters: n train rows, q sub-tasks, m rows of one chunk.
+
+A weighted sum over checkpoints of mean cosines is one inner product of concatenated unit rows with
+concatenated, weighted query vectors; it is accumulated checkpoint by checkpoint, so nothing is
+concatenated in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gradstore.comparable import CheckpointFeatures
+from gradstore.errors import BadInput
+from gradstore.scan import OK, FeatureSource, Scan, exact_float32, round_chunk
+from gradstore.subtasks import Subtask, subtask_queries, usable_everywhere
+
+CHUNK_ROWS = 4096
+"""Rows between two progress calls; a store is read 256 rows at a time whatever this is."""
+
+_UNUSABLE = 255
+_REASONS = {1: "masked", 2: "non_finite", 3: "zero_norm", 4: "too_long", _UNUSABLE: "unusable"}
+
+
+def combine(
+    checkpoints: Sequence[CheckpointFeatures],
+    subtasks: Sequence[Subtask],
+    keep: Callable[[int, int, npt.NDArray[np.float32]], None],
+    device: torch.device,
+    chunk_rows: int,
+) -> npt.NDArray[np.uint8]:
+    """Similarities of every train row and every sub-task, summed over checkpoints, chunk by chunk.
+
+    Args:
+        checkpoints: checked ones (`check_checkpoints`).
+        subtasks: q of them.
+        keep: gets `(start, stop, sums)` for consecutive chunks, sums (stop - start, q) float32:
+            sum over checkpoints of weight * (mean cosine to the sub-task's usable rows). Rows that
+            turn out not usable may hold anything.
+        device: where the products are computed.
+        chunk_rows: rows per chunk; rounded up to whole blocks.
+
+    Returns:
+        (n,) uint8 codes, `OK` where the row is usable at every checkpoint.
+
+    Raises:
+        BadInput: chunk_rows < 1, a sub-task without a usable row, no usable train row at all.
+    """
+    if chunk_rows < 1:
+        raise BadInput(f"chunk_rows is {chunk_rows}; at least 1 is needed")
+    trains = [checkpoint.train for checkpoint in checkpoints]
+    codes = start_codes(trains)
+    sets = zip(*(checkpoint.targets for checkpoint in checkpoints), strict=True)
+    usable = [usable_everywhere(one_set) for one_set in sets]
+    with exact_float32():
+        scans = [
+            Scan(
+                checkpoint.train,
+                checkpoint.weight * subtask_queries(checkpoint.targets, subtasks, usable),
+                chunk_rows=chunk_rows,
+                device=device,
+            )
+            for checkpoint in checkpoints
+        ]
+        step = round_chunk(chunk_rows)
+        for start in range(0, codes.size, step):
+            stop = min(start + step, codes.size)
+            total = np.zeros((stop - start, len(subtasks)), dtype=np.float32)
+            for scan in scans:
+                products, found = scan.chunk(start, stop)
+                total += products
+                here = codes[start:stop]
+                here[here == OK] = found[here == OK]
+            keep(start, stop, total)
+    if not (codes == OK).any():
+        raise BadInput(f"none of the {codes.size} train rows is usable: {count_skipped(codes)}")
+    return codes
+
+
+def start_codes(sources: Sequence[FeatureSource]) -> npt.NDArray[np.uint8]:
+    """(n,) uint8: `OK` where every source can use the row, else the first source's reason."""
+    codes = np.full(sources[0].rows, OK, dtype=np.uint8)
+    for source in sources:
+        bad = (codes == OK) & ~np.asarray(source.usable, dtype=bool)
+        status = getattr(source, "status", None)
+        codes[bad] = _UNUSABLE if status is None else np.asarray(status)[bad]
+        codes[bad & (codes == OK)] = _UNUSABLE
+    return codes
+
+
+def count_skipped(codes: npt.NDArray[np.uint8]) -> dict[str, int]:
+    """Number of rows per reason, reasons that occur only."""
+    counts = np.bincount(codes, minlength=_UNUSABLE + 1)
+    return {reason: int(counts[code]) for code, reason in _REASONS.items() if counts[code]}

@@ -1,0 +1,148 @@
+"""What may be scored together: the checks before any feature is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from gradstore.errors import BadInput, ProvenanceMismatch
+from gradstore.scan import FeatureSource
+from gradstore.subtasks import source_name
+
+_EQUAL_FIELDS = ("adapter_hash", "effective_seed", "autocast", "attention")
+
+
+@dataclass(frozen=True)
+class CheckpointFeatures:
+    """What one checkpoint knows about the train rows and about the target rows.
+
+    Attributes:
+        train: n rows.
+        targets: one source per target set; the same sets in the same order at every checkpoint.
+        weight: share of this checkpoint in the sum, from `checkpoint_weights`; used as it is.
+    """
+
+    train: FeatureSource
+    targets: tuple[FeatureSource, ...]
+    weight: float = 1.0
+
+
+class Recorded(Protocol):
+    """A generation, as far as comparing needs it."""
+
+    @property
+    def name(self) -> str:
+        """Such as "train/16"."""
+
+    @property
+    def dim(self) -> int:
+        """d, the length of a row."""
+
+    @property
+    def record(self) -> Any:  # noqa: ANN401 - a GenerationRecord, or anything with its fields
+        """Has adapter_hash, effective_seed, autocast, attention, projection (a mapping)."""
+
+
+def check_comparable(train: Recorded, targets: Sequence[Recorded]) -> None:
+    """Refuses target generations that a train generation cannot be scored against.
+
+    Args:
+        train: the train generation of one checkpoint.
+        targets: target generations meant to be of the same checkpoint.
+
+    Raises:
+        ProvenanceMismatch: adapter, effective seed, autocast, attention implementation, projection
+            or dim differ; the message lists every difference.
+    """
+    mine = _fields(train)
+    lines = []
+    for target in targets:
+        theirs = _fields(target)
+        lines += [
+            f"{field} differs: {train.name} has {mine.get(field)!r}, "
+            f"{target.name} has {theirs.get(field)!r}"
+            for field in dict.fromkeys((*mine, *theirs))
+            if mine.get(field) != theirs.get(field)
+        ]
+    if lines:
+        raise ProvenanceMismatch(
+            "; ".join(lines) + ". Their features can't be compared. Score generations of one "
+            "checkpoint, or export the target set again with the train generation's model and "
+            "settings.",
+            lines,
+        )
+
+
+def _fields(generation: Recorded) -> dict[str, object]:
+    """Field name -> value of everything that must be equal, projection fields dotted."""
+    record = generation.record
+    projection: Mapping[str, object] = record.projection
+    return {
+        **{name: getattr(record, name) for name in _EQUAL_FIELDS},
+        "dim": int(generation.dim),
+        **{f"projection.{key}": value for key, value in projection.items()},
+    }
+
+
+def check_checkpoints(checkpoints: Sequence[CheckpointFeatures]) -> None:
+    """Refuses checkpoints that cannot be combined.
+
+    Raises:
+        BadInput: none given, no target set, an empty train set, other target sets at another
+            checkpoint, or weights that are negative, nan, infinite or all zero.
+        ProvenanceMismatch: other rows at another checkpoint, or d differs within one.
+    """
+    if not checkpoints:
+        raise BadInput("no checkpoint to score with; export at least one generation first")
+    weights = [float(checkpoint.weight) for checkpoint in checkpoints]
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
+        raise BadInput(
+            f"checkpoint weights {weights} must be finite, >= 0 and not all zero; "
+            "checkpoint_weights(learning_rates) makes them"
+        )
+    first = checkpoints[0]
+    if not first.targets:
+        raise BadInput("no target set to score against; name at least one")
+    if first.train.rows == 0:
+        raise BadInput("the train set has no rows; there is nothing to score")
+    for index, checkpoint in enumerate(checkpoints):
+        if len(checkpoint.targets) != len(first.targets):
+            raise BadInput(
+                f"checkpoint {index} has {len(checkpoint.targets)} target sets, checkpoint 0 has "
+                f"{len(first.targets)}; combine the same sets at every checkpoint"
+            )
+        _check_same_rows(checkpoint.train, first.train, index)
+        for target, reference in zip(checkpoint.targets, first.targets, strict=True):
+            _check_same_rows(target, reference, index)
+            if target.dim != checkpoint.train.dim:
+                line = (
+                    f"dim differs: {source_name(checkpoint.train)} has {checkpoint.train.dim}, "
+                    f"{source_name(target)} has {target.dim}"
+                )
+                raise ProvenanceMismatch(line + ". Their features can't be compared.", [line])
+
+
+def _check_same_rows(source: FeatureSource, reference: FeatureSource, index: int) -> None:
+    """Row i must be the same sample at every checkpoint, or the sum would mix samples."""
+    if source is reference:
+        return
+    name, first_name = source_name(source), source_name(reference)
+    if source.rows != reference.rows:
+        line = f"rows differ: {first_name} has {reference.rows}, {name} has {source.rows}"
+        raise ProvenanceMismatch(f"{line}. Combine generations of the same rows.", [line])
+    mine, theirs = getattr(source, "row_hash", None), getattr(reference, "row_hash", None)
+    if mine is None or theirs is None:
+        return
+    differing = np.flatnonzero((np.asarray(mine) != np.asarray(theirs)).any(axis=1))
+    if differing.size:
+        line = (
+            f"{differing.size:,} of {source.rows:,} rows differ between {first_name} and {name} "
+            f"(checkpoint {index}), first row {differing[0]}"
+        )
+        raise ProvenanceMismatch(
+            f"{line}. Combine generations of the same rows in the same order.", [line]
+        )

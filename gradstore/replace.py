@@ -1,0 +1,56 @@
+"""Replacing a single file whole, for files that are not part of a store."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from gradstore.errors import StoreIOError
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replaces a file: readers see the old bytes or the new ones, also after a crash.
+
+    Raises:
+        StoreIOError: the file cannot be written; the old one is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        write_synced(temporary, content)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise StoreIOError(
+            f"cannot write {path} ({len(content):,} bytes): {error.strerror}; choose a folder that "
+            "exists, may be written and has room"
+        ) from error
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Writes a new file (it must not exist) and waits until the disk has it."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    """Waits until the disk has a file's bytes, whoever wrote them."""
+    _sync(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside a folder survive a power loss."""
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,202 @@
+"""One pass over stored features: inner products of unit rows with a few queries.
+
+Letters: n rows, d projected dimensions, q queries, m rows of one chunk.
+
+The inner loop works on blocks of `BLOCK_ROWS` rows that start at multiples of `BLOCK_ROWS` and live
+in one reused, zero-padded buffer. Every matrix product therefore has the same shape and alignment,
+so a row's result depends neither on the chunk size nor on its neighbours nor, on a CPU, on its
+position: equal rows get equal bits. Memory is one chunk, whatever n is.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.dlpack import from_dlpack
+
+BLOCK_ROWS = 256
+"""Rows per matrix product: the size of a store's unit, so that a block is one file's view."""
+
+_PAD = 16
+"""Row length is padded to this many floats: BLAS edge kernels round differently."""
+
+_SAFE_NORM = (1e-15, 1e15)
+"""Norms whose squares neither underflow nor overflow float32; rows outside take the slow path."""
+
+OK, NON_FINITE, ZERO_NORM = 0, 2, 3
+"""What a scan can say about a row; the numbers are the store's status codes."""
+
+
+class FeatureSource(Protocol):
+    """Rows of features; a store's `Generation` is one.
+
+    A source that also has `units` (list of (start_row, stop_row), ascending, covering all rows),
+    `raw(u)` (the unit's rows as stored, (rows_u, d)) and `dtype` float16 or float32 is read without
+    copies: a cosine does not care about the per-row scale.
+    """
+
+    @property
+    def rows(self) -> int:
+        """n, the number of rows, bad ones included."""
+
+    @property
+    def dim(self) -> int:
+        """d, the length of a row."""
+
+    @property
+    def usable(self) -> npt.NDArray[np.bool_]:
+        """(n,) bool: rows that may be compared."""
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows [start, stop) as (stop - start, d) float32, scale applied; bad rows may be NaN."""
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Keeps float32 products in float32 and off the autograd tape.
+
+    A trainer may have switched on TF32, bfloat16 products or autocast around us; each would cost
+    three digits of a cosine.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def unit_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
+    """Rows of any scale as unit rows.
+
+    Args:
+        rows: (m, d), any real dtype.
+
+    Returns:
+        (m, d) float64 with unit rows, zeros where a row has no direction; (m,) uint8 codes `OK`,
+        `NON_FINITE` or `ZERO_NORM`.
+    """
+    wide = np.asarray(rows, dtype=np.float64)
+    finite = np.asarray(np.isfinite(wide).all(axis=1))
+    wide = np.where(finite[:, None], wide, 0.0)
+    # Dividing by the largest entry first: the square of a small gradient would underflow.
+    largest = np.abs(wide).max(axis=1, initial=0.0)
+    code = np.where(finite, np.where(largest > 0, OK, ZERO_NORM), NON_FINITE).astype(np.uint8)
+    wide /= np.where(largest > 0, largest, 1.0)[:, None]
+    norm = np.linalg.norm(wide, axis=1)
+    wide /= np.where(norm > 0, norm, 1.0)[:, None]
+    return wide, code
+
+
+def round_chunk(chunk_rows: int) -> int:
+    """The smallest whole number of blocks, in rows, that holds `chunk_rows`; at least one."""
+    return max(1, -(-chunk_rows // BLOCK_ROWS)) * BLOCK_ROWS
+
+
+class Scan:
+    """Inner products of one source's unit rows with fixed queries, chunk by chunk.
+
+    Args:
+        source: n rows of length d.
+        queries: (q, d) float; used as they are, not normalised.
+        chunk_rows: the most rows asked for at a time; rounded up to whole blocks.
+        device: where the products are computed.
+    """
+
+    def __init__(
+        self,
+        source: FeatureSource,
+        queries: npt.NDArray[Any],
+        *,
+        chunk_rows: int,
+        device: torch.device,
+    ) -> None:
+        self._source = source
+        self._queries = np.ascontiguousarray(queries, dtype=np.float64)
+        self._device = device
+        self._chunk_rows = round_chunk(chunk_rows)
+        width = -(-source.dim // _PAD) * _PAD
+        count = self._queries.shape[0]
+        padded = np.zeros((count, width), dtype=np.float32)
+        padded[:, : source.dim] = self._queries
+        self._right = torch.from_numpy(padded).to(device).T  # (width, q)
+        self._block = torch.zeros(BLOCK_ROWS, width, device=device)
+        self._products = torch.zeros(self._chunk_rows, count, device=device)
+        self._norms = torch.zeros(self._chunk_rows, device=device)
+        self._raw = hasattr(source, "raw") and str(getattr(source, "dtype", "")) in (
+            "float16",
+            "float32",
+        )
+
+    def chunk(self, start: int, stop: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
+        """Scores rows [start, stop).
+
+        Args:
+            start: first row; a multiple of `BLOCK_ROWS`.
+            stop: one past the last row, at most `chunk_rows` further.
+
+        Returns:
+            (m, q) float32 products of unit rows and queries, zero for rows with no direction;
+            (m,) uint8 codes, one per row. Rows the source itself calls unusable may hold anything.
+        """
+        whole = None if self._raw else self._source.read(start, stop)
+        for low in range(start, stop, BLOCK_ROWS):
+            high = min(low + BLOCK_ROWS, stop)
+            if whole is None:
+                for first, piece in self._raw_pieces(low, high):
+                    self._load(first - low, piece)
+            else:
+                self._load(0, whole[low - start : high - start])
+            here = slice(low - start, low - start + BLOCK_ROWS)
+            torch.mm(self._block, self._right, out=self._products[here])
+            torch.linalg.vector_norm(self._block, dim=1, out=self._norms[here])
+        m = stop - start
+        norms = self._norms[:m].cpu().numpy()
+        # Written so that NaN counts as unsafe.
+        unsafe = ~((norms > _SAFE_NORM[0]) & (norms < _SAFE_NORM[1]))
+        cosines = (self._products[:m] / self._norms[:m, None]).cpu().numpy()
+        codes = np.zeros(m, dtype=np.uint8)
+        unsafe &= np.asarray(self._source.usable[start:stop], dtype=bool)
+        if unsafe.any():
+            if whole is None:
+                whole = self._source.read(start, stop)
+            directions, codes[unsafe] = unit_rows(whole[unsafe])
+            cosines[unsafe] = directions @ self._queries.T
+        return cosines, codes
+
+    def _load(self, offset: int, piece: npt.NDArray[Any]) -> None:
+        """Puts rows into the block buffer, converted to float32.
+
+        Args:
+            offset: row of the buffer that gets the first row.
+            piece: (rows, d) float16 or float32, possibly a read-only memory map.
+        """
+        # DLPack shares read-only memory without a copy and without from_numpy's warning.
+        shared = from_dlpack(np.ascontiguousarray(piece))
+        target = self._block[offset : offset + piece.shape[0], : piece.shape[1]]
+        target.copy_(shared.to(self._device))
+
+    def _raw_pieces(self, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """Stored rows of [start, stop), as (first row, view) per unit touched."""
+        source = cast(Any, self._source)
+        units: Sequence[tuple[int, int]] = source.units
+        index = bisect_right(units, start, key=lambda unit: unit[0]) - 1
+        while index < len(units) and units[index][0] < stop:
+            first, last = units[index]
+            low, high = max(first, start), min(last, stop)
+            yield low, source.raw(index)[low - first : high - first]
+            index += 1

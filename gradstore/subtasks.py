@@ -1,0 +1,135 @@
+"""Target rows -> sub-tasks -> one query vector each.
+
+Letters: q sub-tasks, d projected dimensions. A sub-task's direction is the mean of its unit rows;
+it is not normalised again, so a sub-task whose rows disagree has a short query and low scores.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gradstore.errors import BadInput
+from gradstore.scan import BLOCK_ROWS, OK, FeatureSource, unit_rows
+
+
+@dataclass(frozen=True)
+class Subtask:
+    """Rows [start, stop) of target set number `target`; errors call it by its `label`."""
+
+    target: int
+    start: int
+    stop: int
+    label: str
+
+    def no_usable_row(self) -> BadInput:
+        """The error for a sub-task that nothing can be compared with."""
+        return BadInput(
+            f"{self.label}: none of its {self.stop - self.start} rows is usable; give it rows with "
+            "target tokens and finite, non-zero gradients"
+        )
+
+
+def source_name(source: FeatureSource) -> str:
+    """What an error message calls a source: a generation's name, if it has one."""
+    return str(getattr(source, "name", "unnamed"))
+
+
+def split_rows(name: str, rows: int, sizes: Sequence[int]) -> list[Subtask]:
+    """Consecutive sub-tasks of one target set.
+
+    Args:
+        name: of the set, for messages.
+        rows: of the set.
+        sizes: rows per sub-task.
+
+    Raises:
+        BadInput: a size that is no whole number >= 1, or sizes that do not add up to `rows`.
+
+    Examples:
+        >>> [(s.start, s.stop) for s in split_rows("dev", 5, [2, 3])]
+        [(0, 2), (2, 5)]
+    """
+    try:
+        whole = [operator.index(size) for size in sizes]
+    except TypeError:
+        whole = []
+    if not whole or min(whole) < 1:
+        raise BadInput(f"sub-task sizes {list(sizes)} must be whole numbers >= 1")
+    if sum(whole) != rows:
+        raise BadInput(
+            f"sub-task sizes {whole} add up to {sum(whole)}, but target set {name} has {rows} rows"
+        )
+    stops = np.cumsum(whole).tolist()
+    return [
+        Subtask(0, stop - size, stop, f"sub-task {index} (rows {stop - size}-{stop - 1} of {name})")
+        for index, (size, stop) in enumerate(zip(whole, stops, strict=True))
+    ]
+
+
+def subtasks_of(targets: Sequence[FeatureSource], sizes: Sequence[int] | None) -> list[Subtask]:
+    """One sub-task per target set, or a single set cut into `sizes`.
+
+    Raises:
+        BadInput: `sizes` with several sets, or sizes that do not fit.
+    """
+    if sizes is None:
+        return [
+            Subtask(index, 0, source.rows, f"sub-task {index} ({source_name(source)})")
+            for index, source in enumerate(targets)
+        ]
+    if len(targets) != 1:
+        raise BadInput(
+            f"sub-task sizes given with {len(targets)} target sets; sizes cut a single set, "
+            "several sets are one sub-task each"
+        )
+    return split_rows(source_name(targets[0]), targets[0].rows, sizes)
+
+
+def usable_everywhere(sources: Iterable[FeatureSource]) -> npt.NDArray[np.bool_]:
+    """(rows,) bool: rows that every one of the sources can use."""
+    usable = [np.asarray(source.usable, dtype=bool) for source in sources]
+    return np.asarray(np.logical_and.reduce(usable), dtype=bool)
+
+
+def subtask_queries(
+    targets: Sequence[FeatureSource],
+    subtasks: Sequence[Subtask],
+    usable: Sequence[npt.NDArray[np.bool_]],
+) -> npt.NDArray[np.float64]:
+    """The directions of all sub-tasks at one checkpoint.
+
+    Args:
+        targets: the checkpoint's target sets.
+        subtasks: q of them.
+        usable: per target set, (rows,) bool: rows usable at every combined checkpoint.
+
+    Returns:
+        (q, d) float64, row s the mean of the unit rows of sub-task s.
+
+    Raises:
+        BadInput: a sub-task without a usable row, or a row marked usable that has no direction.
+    """
+    queries = np.zeros((len(subtasks), targets[0].dim))
+    for index, subtask in enumerate(subtasks):
+        source = targets[subtask.target]
+        kept = np.flatnonzero(usable[subtask.target][subtask.start : subtask.stop])
+        if kept.size == 0:
+            raise subtask.no_usable_row()
+        for low in range(subtask.start, subtask.stop, BLOCK_ROWS):
+            high = min(low + BLOCK_ROWS, subtask.stop)
+            rows = np.flatnonzero(usable[subtask.target][low:high])
+            directions, codes = unit_rows(source.read(low, high)[rows])
+            if (codes != OK).any():
+                row = low + int(rows[np.flatnonzero(codes != OK)[0]])
+                raise BadInput(
+                    f"row {row} of target set {source_name(source)} is marked usable but its "
+                    "feature is zero or not finite; export this target set again"
+                )
+            queries[index] += directions.sum(axis=0)
+        queries[index] /= kept.size
+    return queries
