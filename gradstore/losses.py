@@ -1,0 +1,187 @@
+"""Each row's own loss: mean cross-entropy over its target tokens, in float32.
+
+Letters: b batch, t tokens, s selected positions (those that predict a target token), h hidden
+size, V vocabulary. The output layer is the largest matrix product of a small model and the loss
+reads only the selected positions, so both run on (s, h) instead of (b, t, h) where that is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradstore.errors import BadInput
+
+IGNORED_LABEL = -100
+# What collators and the mixers put beside the model's own inputs.
+_NOT_MODEL_INPUTS = frozenset({"labels", "shift_labels", "num_items_in_batch", "domain_id"})
+
+
+@dataclass(frozen=True)
+class BatchStats:
+    """What is known of a batch's rows beside their gradients.
+
+    Attributes:
+        loss: (b,) float32, mean over the row's target tokens; nan where it has none.
+        target_tokens: (b,) int64, how many target tokens each row has.
+    """
+
+    loss: Tensor
+    target_tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The positions of a batch that predict a target token, row by row.
+
+    Attributes:
+        rows: (s,) int64.
+        columns: (s,) int64; position c predicts the label at c + 1.
+        tokens: (s,) int64, the labels.
+        counts: (b,) int64, target tokens per row.
+        grid: (b, t), the shape of the batch.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    tokens: Tensor
+    counts: Tensor
+    grid: tuple[int, int]
+
+    @staticmethod
+    def of(batch: Mapping[str, Tensor]) -> Targets:
+        """Finds the target positions of `batch["labels"]` (b, t).
+
+        Raises:
+            BadInput: There are no labels, or they are not (b, t).
+        """
+        labels = batch.get("labels")
+        if labels is None:
+            raise BadInput("a batch without `labels` has no loss; its keys: " + ", ".join(batch))
+        if labels.dim() != 2:
+            raise BadInput(f"labels must be (rows, tokens), got shape {tuple(labels.shape)}")
+        shifted = labels[:, 1:]
+        chosen = shifted != IGNORED_LABEL
+        rows, columns = chosen.nonzero(as_tuple=True)
+        grid = (labels.shape[0], labels.shape[1])
+        return Targets(rows, columns, shifted[rows, columns], chosen.sum(1), grid)
+
+    def weights(self) -> Tensor:
+        """Returns (s,) float32: one over the number of target tokens of the position's row."""
+        return self.counts[self.rows].float().reciprocal()
+
+    def row_means(self, token_loss: Tensor) -> Tensor:
+        """Averages (s,) token losses per row: (b,) float32, nan where a row has no target."""
+        sums = torch.zeros(self.grid[0], device=token_loss.device)
+        sums.index_add_(0, self.rows, token_loss.detach())
+        return sums / self.counts  # 0 / 0 is the nan wanted
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out what is not the model's; with labels it would compute a loss of its own."""
+    return {key: value for key, value in batch.items() if key not in _NOT_MODEL_INPUTS}
+
+
+def logits_of(output: Any) -> Tensor:  # noqa: ANN401 - models return what they like
+    """Finds the logits in a model's output: the output, its `.logits`, or its first part."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    first = output[0] if logits is None else logits
+    if not isinstance(first, Tensor):
+        raise BadInput(f"no logits in the model's output of type {type(output).__name__}")
+    return first
+
+
+class RowLoss:
+    """Computes a batch's token losses with one forward.
+
+    Args:
+        model: A causal language model, its logits (b, t, V).
+    """
+
+    # Whether logits at gathered positions equal the gathered logits; asked once per model.
+    _verified: ClassVar[WeakKeyDictionary[nn.Module, bool]] = WeakKeyDictionary()
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._head = _plain_head(model)
+
+    def token_losses(self, batch: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        """Returns (s,) float32 cross-entropies at the target positions, with their graph."""
+        logits = self._gathered_logits(batch, targets)
+        if logits is None:
+            logits = self._full_logits(batch, targets)
+        return F.cross_entropy(logits.float(), targets.tokens, reduction="none")
+
+    def _full_logits(self, batch: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        logits = logits_of(self._model(**model_inputs(batch)))
+        if tuple(logits.shape[:2]) != targets.grid:
+            raise BadInput(
+                f"logits of shape {tuple(logits.shape)} for labels of shape {targets.grid}: "
+                "only causal language models with one logit row per token are supported"
+            )
+        return logits[targets.rows, targets.columns]  # (s, V)
+
+    def _gathered_logits(self, batch: Mapping[str, Tensor], targets: Targets) -> Tensor | None:
+        """Returns (s, V), or None where the output layer can't run on chosen positions alone."""
+        head = self._head
+        if head is None or self._verified.get(self._model) is False:
+            return None
+        with _head_at(head, targets) as seen:
+            logits = logits_of(self._model(**model_inputs(batch)))
+        if len(seen) == 1 and seen[0].shape[:2] == logits.shape[:2] == (1, len(targets.rows)):
+            if logits is seen[0] or self._verified.get(self._model):
+                return logits[0]
+            # Something follows the output layer (soft capping, scaling, a cast): compare once.
+            self._verified[self._model] = self._equals_full(logits[0], batch, targets)
+        else:
+            self._verified[self._model] = False
+        return logits[0] if self._verified[self._model] else None
+
+    @torch.no_grad()
+    def _equals_full(self, gathered: Tensor, batch: Mapping[str, Tensor], targets: Targets) -> bool:
+        full = self._full_logits(batch, targets).float()
+        # Products of another shape round differently: a few units in the last place of the dtype.
+        tolerance = 32 * torch.finfo(gathered.dtype).eps
+        scale = full[full.isfinite()].abs().max().item() if full.isfinite().any() else 0.0
+        return torch.allclose(
+            gathered.float(), full, rtol=tolerance, atol=tolerance * scale, equal_nan=True
+        )
+
+
+def _plain_head(model: nn.Module) -> nn.Linear | None:
+    """Returns the output layer if it is a plain linear layer, which works position by position."""
+    getter: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
+        return head
+    return None
+
+
+@contextmanager
+def _head_at(head: nn.Module, targets: Targets) -> Iterator[list[Tensor]]:
+    """Feeds the output layer only the target positions, as (1, s, h); yields its outputs."""
+    seen: list[Tensor] = []
+
+    def gather(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or tuple(args[0].shape[:2]) != targets.grid:
+            return None
+        return (args[0][targets.rows, targets.columns].unsqueeze(0), *args[1:])
+
+    def note(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        seen.append(output)
+
+    handles = [head.register_forward_pre_hook(gather), head.register_forward_hook(note)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,62 @@
+"""Borrow a model in the middle of training and give it back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+# Config switches that cost memory or add an auxiliary loss, and what a scoring pass wants instead.
+_SCORING_CONFIG = {"use_cache": False, "output_router_logits": False}
+
+
+@contextmanager
+def borrowed(model: nn.Module, *, freeze: bool) -> Iterator[None]:
+    """Puts a model into evaluation, optionally frozen, and restores every flag, whatever happens.
+
+    Args:
+        model: Any module.
+        freeze: Whether no parameter shall require grad meanwhile.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    switches = [
+        (config, key, getattr(config, key), wanted)
+        for config in _configs(model)
+        for key, wanted in _SCORING_CONFIG.items()
+        if hasattr(config, key)
+    ]
+    try:
+        for config, key, _, wanted in switches:
+            setattr(config, key, wanted)
+        for module, _ in training:
+            module.training = False
+        if freeze:
+            for parameter, _ in required:
+                parameter.requires_grad = False
+        yield
+    finally:
+        for parameter, flag in required:
+            parameter.requires_grad = flag
+        for module, flag in training:
+            module.training = flag
+        for config, key, value, _ in switches:
+            setattr(config, key, value)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Finds the distinct configs of a model and its parts (a text model has its own in a VLM)."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and not isinstance(config, dict):
+            found.setdefault(id(config), config)
+    return list(found.values())
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A backward's own context: autocast is for forwards, and would round the hooks' products."""
+    return torch.autocast(device.type, enabled=False)

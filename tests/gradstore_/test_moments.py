@@ -1,0 +1,166 @@
+"""Adam moments read from optimizers, saved and loaded, by parameter name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
+from torch import nn
+
+from gradstore.errors import BadInput, DamagedData, StoreIOError
+from gradstore.moments import AdamConstants, AdamMoments, ParameterMoments
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+
+def stepped(model: nn.Module, optimizer: Any, steps: int = 3) -> Any:
+    for step in range(steps):
+        model(torch.ones(5, 3) * (step + 1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"foreach": True}, {"fused": True}, {"capturable": False, "amsgrad": True}]
+)
+def test_moments_are_the_optimizers_own_by_name(options: dict[str, Any]) -> None:
+    model = small_model()
+    optimizer = stepped(model, torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), **options))
+    moments = AdamMoments.from_optimizer(optimizer, model)
+    assert set(moments.parameters) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        found = moments.parameters[name]
+        assert torch.equal(found.m, optimizer.state[parameter]["exp_avg"])
+        assert torch.equal(found.v, optimizer.state[parameter]["exp_avg_sq"])
+        assert found.constants == AdamConstants(0.8, 0.95, 1e-8, 3)
+    before = moments.sha256()
+    stepped(model, optimizer, 1)
+    assert moments.sha256() == before  # a copy, not a view
+    assert AdamMoments.from_optimizer(optimizer, model).sha256() != before
+
+
+def test_groups_may_differ_and_names_have_no_prefixes() -> None:
+    model = small_model()
+    groups = [
+        {"params": list(model[1].parameters()), "betas": (0.5, 0.6), "eps": 1e-3},
+        {"params": list(model[0].parameters())},
+    ]
+    optimizer = stepped(model, torch.optim.Adam(groups))
+    wrapped = nn.DataParallel(torch.compile(model, backend="eager"))
+    try:
+        prepared = Accelerator(cpu=True).prepare(optimizer)
+        moments = AdamMoments.from_optimizer(prepared, wrapped)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert type(prepared).__name__ == "AcceleratedOptimizer"
+    assert moments.parameters["1.weight"].constants == AdamConstants(0.5, 0.6, 1e-3, 3)
+    assert moments.parameters["0.bias"].constants == AdamConstants(0.9, 0.999, 1e-8, 3)
+    assert moments.sha256() == AdamMoments.from_optimizer(optimizer, model).sha256()
+
+
+def test_an_optimizer_that_has_not_stepped_has_zeros() -> None:
+    model = small_model()
+    moments = AdamMoments.from_optimizer(torch.optim.AdamW(model.parameters()), model)
+    for name, parameter in model.named_parameters():
+        found = moments.parameters[name]
+        assert found.m.shape == found.v.shape == parameter.shape
+        assert not found.m.any()
+        assert not found.v.any()
+        assert found.constants.step == 0
+
+
+def test_frozen_parameters_outside_the_optimizer_have_no_moments() -> None:
+    model = small_model()
+    optimizer = torch.optim.Adam(model[0].parameters())
+    names = set(AdamMoments.from_optimizer(optimizer, model).parameters)
+    assert names == {"0.weight", "0.bias"}
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_optimizers_without_moments_are_refused_naming_sgd_and_sign(kind: Any, steps: int) -> None:
+    model = small_model()
+    optimizer = stepped(model, kind(model.parameters(), lr=1e-3), steps)
+    with pytest.raises(BadInput, match=rf"{kind.__name__}.*0\.weight.*`sgd` or `sign`"):
+        AdamMoments.from_optimizer(optimizer, model)
+
+
+def test_a_state_of_another_shape_is_refused_by_name() -> None:
+    model = small_model()
+    optimizer = stepped(model, torch.optim.Adam(model.parameters()))
+    state = optimizer.state[model[1].weight]
+    state["exp_avg"] = state["exp_avg"].reshape(-1)
+    with pytest.raises(BadInput, match=r"exp_avg of parameter 1\.weight.*\(8,\).*\(2, 4\)"):
+        AdamMoments.from_optimizer(optimizer, model)
+
+
+def test_saving_and_loading_gives_the_same_bits(tmp_path: Path) -> None:
+    model = small_model()
+    optimizer = stepped(model, torch.optim.Adam(model.parameters(), betas=(0.85, 0.9)))
+    moments = AdamMoments.from_optimizer(optimizer, model)
+    path = tmp_path / "checkpoint-3" / "dataflex" / "moments.safetensors"
+    moments.save(path)
+    first = path.read_bytes()
+    moments.save(path)
+    assert path.read_bytes() == first
+    assert [p.name for p in path.parent.iterdir()] == ["moments.safetensors"]
+    loaded = AdamMoments.load(path)
+    assert loaded.sha256() == moments.sha256()
+    for name, own in moments.parameters.items():
+        assert torch.equal(loaded.parameters[name].m, own.m)
+        assert torch.equal(loaded.parameters[name].v, own.v)
+        assert loaded.parameters[name].constants == own.constants
+
+
+def test_the_hash_depends_on_every_part_but_not_on_the_order() -> None:
+    def make(step: int = 1, value: float = 0.0, swap: bool = False) -> str:
+        m = torch.tensor([value, 1.0])
+        one = ParameterMoments(m, m + 1, AdamConstants(0.9, 0.99, 1e-8, step))
+        two = ParameterMoments(torch.ones(3), torch.ones(3), AdamConstants(0.9, 0.99, 1e-8, 1))
+        pairs = [("a", one), ("b", two)]
+        return AdamMoments(dict(reversed(pairs) if swap else pairs)).sha256()
+
+    assert make() == make(swap=True)
+    assert len({make(), make(step=2), make(value=0.5)}) == 3
+
+
+def test_a_failed_save_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    moments = AdamMoments.from_optimizer(
+        torch.optim.Adam((model := small_model()).parameters()), model
+    )
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(StoreIOError, match="cannot write"):
+        moments.save(blocked / "moments.safetensors")
+    target = tmp_path / "moments.safetensors"
+    target.mkdir()
+    with pytest.raises(StoreIOError):
+        moments.save(target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "moments.safetensors"]
+
+
+def test_files_that_are_no_moments_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "moments.safetensors"
+    with pytest.raises(BadInput, match="no Adam moments at"):
+        AdamMoments.load(path)
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(BadInput, match="holds no Adam moments"):
+        AdamMoments.load(path)
+    model = small_model()
+    AdamMoments.from_optimizer(torch.optim.Adam(model.parameters()), model).save(path)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(DamagedData, match="not a whole"):
+        AdamMoments.load(path)
+    for header, message in (("{", "parse"), ('{"a": {}}', "disagree"), ("[]", "disagree")):
+        save_file({"m.b": torch.zeros(2)}, path, {"dataflex-adam-moments-1": header})
+        with pytest.raises(DamagedData, match=message):
+            AdamMoments.load(path)
