@@ -17,14 +17,16 @@ import torch
 
 from gradstore.comparable import CheckpointFeatures
 from gradstore.errors import BadInput
-from gradstore.scan import OK, FeatureSource, Scan, exact_float32, round_chunk
+from gradstore.layout import RowStatus
+from gradstore.scan import FeatureSource, Scan, exact_float32, round_chunk
 from gradstore.subtasks import Subtask, subtask_queries, usable_everywhere
 
 CHUNK_ROWS = 4096
 """Rows between two progress calls; a store is read 256 rows at a time whatever this is."""
 
 _UNUSABLE = 255
-_REASONS = {1: "masked", 2: "non_finite", 3: "zero_norm", 4: "too_long", _UNUSABLE: "unusable"}
+_REASONS = {int(status): status.name.lower() for status in RowStatus if status}
+_REASONS[_UNUSABLE] = "unusable"
 
 
 def combine(
@@ -46,7 +48,7 @@ def combine(
         chunk_rows: rows per chunk; rounded up to whole blocks.
 
     Returns:
-        (n,) uint8 codes, `OK` where the row is usable at every checkpoint.
+        (n,) uint8 codes, `RowStatus.OK` where the row is usable at every checkpoint.
 
     Raises:
         BadInput: chunk_rows < 1, a sub-task without a usable row, no usable train row at all.
@@ -75,21 +77,21 @@ def combine(
                 products, found = scan.chunk(start, stop)
                 total += products
                 here = codes[start:stop]
-                here[here == OK] = found[here == OK]
+                here[here == RowStatus.OK] = found[here == RowStatus.OK]
             keep(start, stop, total)
-    if not (codes == OK).any():
+    if not (codes == RowStatus.OK).any():
         raise BadInput(f"none of the {codes.size} train rows is usable: {count_skipped(codes)}")
     return codes
 
 
 def start_codes(sources: Sequence[FeatureSource]) -> npt.NDArray[np.uint8]:
-    """(n,) uint8: `OK` where every source can use the row, else the first source's reason."""
-    codes = np.full(sources[0].rows, OK, dtype=np.uint8)
+    """(n,) uint8: OK where every source can use the row, else the first refusal's reason."""
+    codes = np.full(sources[0].rows, RowStatus.OK, dtype=np.uint8)
     for source in sources:
-        bad = (codes == OK) & ~np.asarray(source.usable, dtype=bool)
+        bad = (codes == RowStatus.OK) & ~np.asarray(source.usable, dtype=bool)
         status = getattr(source, "status", None)
         codes[bad] = _UNUSABLE if status is None else np.asarray(status)[bad]
-        codes[bad & (codes == OK)] = _UNUSABLE
+        codes[bad & (codes == RowStatus.OK)] = _UNUSABLE
     return codes
 
 

@@ -23,8 +23,9 @@ import torch
 from gradstore.combine import CHUNK_ROWS, combine, count_skipped
 from gradstore.comparable import CheckpointFeatures, check_checkpoints, check_comparable
 from gradstore.errors import BadInput
+from gradstore.layout import RowStatus
 from gradstore.query import RowInfluence, query_influence
-from gradstore.scan import OK, FeatureSource
+from gradstore.scan import FeatureSource
 from gradstore.subtasks import split_rows, subtasks_of
 
 __all__ = [
@@ -194,6 +195,6 @@ def influence_scores(
             on_rows(stop - start)
 
     codes = combine(checkpoints, subtasks, keep, torch.device(device), chunk_rows)
-    values[codes != OK] = np.nan
-    best[codes != OK] = -1
-    return Scores(values, codes == OK, best, count_skipped(codes))
+    values[codes != RowStatus.OK] = np.nan
+    best[codes != RowStatus.OK] = -1
+    return Scores(values, codes == RowStatus.OK, best, count_skipped(codes))

@@ -15,7 +15,7 @@ import torch
 from gradstore.combine import CHUNK_ROWS, combine, count_skipped
 from gradstore.comparable import CheckpointFeatures, check_checkpoints
 from gradstore.errors import BadInput
-from gradstore.scan import OK
+from gradstore.layout import RowStatus
 from gradstore.subtasks import Subtask
 
 
@@ -82,8 +82,8 @@ def query_influence(
 
     one = Subtask(target, target_row, target_row + 1, f"target row {target_row}")
     codes = combine(checkpoints, [one], keep, torch.device(device), chunk_rows)
-    values[codes != OK] = np.nan
-    rows = np.flatnonzero(codes == OK)
+    values[codes != RowStatus.OK] = np.nan
+    rows = np.flatnonzero(codes == RowStatus.OK)
     helped = rows[np.argsort(-values[rows], kind="stable")][:top]
     hurt = rows[np.argsort(values[rows], kind="stable")][:top]
-    return RowInfluence(values, codes == OK, helped, hurt, count_skipped(codes))
+    return RowInfluence(values, codes == RowStatus.OK, helped, hurt, count_skipped(codes))

@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from gradstore.layout import RowStatus
+
 BLOCK_ROWS = 256
 """Rows per matrix product: the size of a store's unit, so that a block is one file's view."""
 
@@ -28,9 +30,6 @@ _PAD = 16
 
 _SAFE_NORM = (1e-15, 1e15)
 """Norms whose squares neither underflow nor overflow float32; rows outside take the slow path."""
-
-OK, NON_FINITE, ZERO_NORM = 0, 2, 3
-"""What a scan can say about a row; the numbers are the store's status codes."""
 
 
 class FeatureSource(Protocol):
@@ -87,15 +86,17 @@ def unit_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDAr
         rows: (m, d), any real dtype.
 
     Returns:
-        (m, d) float64 with unit rows, zeros where a row has no direction; (m,) uint8 codes `OK`,
-        `NON_FINITE` or `ZERO_NORM`.
+        (m, d) float64 with unit rows, zeros where a row has no direction; (m,) `RowStatus`
+        codes as uint8: OK, NON_FINITE or ZERO_NORM.
     """
     wide = np.asarray(rows, dtype=np.float64)
     finite = np.asarray(np.isfinite(wide).all(axis=1))
     wide = np.where(finite[:, None], wide, 0.0)
     # Dividing by the largest entry first: the square of a small gradient would underflow.
     largest = np.abs(wide).max(axis=1, initial=0.0)
-    code = np.where(finite, np.where(largest > 0, OK, ZERO_NORM), NON_FINITE).astype(np.uint8)
+    code = np.full(len(wide), RowStatus.OK, dtype=np.uint8)
+    code[largest == 0] = RowStatus.ZERO_NORM
+    code[~finite] = RowStatus.NON_FINITE
     wide /= np.where(largest > 0, largest, 1.0)[:, None]
     norm = np.linalg.norm(wide, axis=1)
     wide /= np.where(norm > 0, norm, 1.0)[:, None]
@@ -151,7 +152,7 @@ class Scan:
 
         Returns:
             (m, q) float32 products of unit rows and queries, zero for rows with no direction;
-            (m,) uint8 codes, one per row. Rows the source itself calls unusable may hold anything.
+            (m,) uint8 `RowStatus` codes. Rows the source itself calls unusable may hold anything.
         """
         whole = None if self._raw else self._source.read(start, stop)
         for low in range(start, stop, BLOCK_ROWS):

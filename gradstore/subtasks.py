@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gradstore.errors import BadInput
-from gradstore.scan import BLOCK_ROWS, OK, FeatureSource, unit_rows
+from gradstore.layout import RowStatus
+from gradstore.scan import BLOCK_ROWS, FeatureSource, unit_rows
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ def subtask_queries(
             high = min(low + BLOCK_ROWS, subtask.stop)
             rows = np.flatnonzero(usable[subtask.target][low:high])
             directions, codes = unit_rows(source.read(low, high)[rows])
-            if (codes != OK).any():
-                row = low + int(rows[np.flatnonzero(codes != OK)[0]])
+            if (codes != RowStatus.OK).any():
+                row = low + int(rows[np.flatnonzero(codes != RowStatus.OK)[0]])
                 raise BadInput(
                     f"row {row} of target set {source_name(source)} is marked usable but its "
                     "feature is zero or not finite; export this target set again"
