@@ -1,0 +1,255 @@
+"""The loops of the CPU path, compiled by numba. Plain functions here; `compiled` wraps them.
+
+numba computes integers in 64 bits, hence the many `np.uint32(...)`: they cut back to 32.
+
+They stay in one file: numba's on-disk cache notices a change in the file of the function that it
+compiled, not in the files of the functions called from there.
+
+Every number of the result is the same sequence of float32 additions whatever the number of threads
+(each thread owns outputs, not parameters) and whatever the other rows of the batch (rows never
+meet). Sums of at most CHUNK parameters are float32; their totals are float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gradkernels.cpu.vectors import (
+    LANES,
+    LOOKUPS,
+    PART_WORDS,
+    SJLT_LANES,
+    TABLE,
+    add_lookups,
+    add_signed,
+    fill_table,
+    transpose8,
+)
+from gradkernels.randomness import GOLDEN, M1, M2
+from numba import njit
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+U32 = NDArray[np.uint32]
+I64 = NDArray[np.int64]
+
+_M1 = np.uint32(M1)
+_M2 = np.uint32(M2)
+_GOLDEN = np.uint32(GOLDEN)
+_U15 = np.uint32(15)
+_U16 = np.uint32(16)
+_TOP = np.uint32(0x80000000)
+_REST = np.uint32(0x7FFFFFFF)
+
+SJLT_TILE = 256  # parameters: with the outputs of one repetition they stay in the first cache
+SJLT_CHUNK = 2**14
+DENSE_TILE = 4 * LOOKUPS  # 64 parameters: their 16 tables fill 16 KiB
+DENSE_CHUNK = 128 * DENSE_TILE
+_S1, _S2, _S4 = np.uint32(1), np.uint32(2), np.uint32(4)
+_EVEN1, _EVEN2, _EVEN4 = np.uint32(0x55555555), np.uint32(0x33333333), np.uint32(0x0F0F0F0F)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _mix(x: Any) -> Any:  # noqa: ANN401
+    x = np.uint32(x ^ (x >> _U16))
+    x = np.uint32(x * _M1)
+    x = np.uint32(x ^ (x >> _U15))
+    x = np.uint32(x * _M2)
+    return np.uint32(x ^ (x >> _U15))
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _word(a: Any, b: Any, c: Any) -> Any:  # noqa: ANN401
+    x = np.uint32(a + c)
+    x = np.uint32(x ^ (x >> _U16))
+    x = np.uint32(x * _M1 + b)
+    x = np.uint32(x ^ (x >> _U15))
+    x = np.uint32(x * _M2)
+    return np.uint32(x ^ (x >> _U15))
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _load_tile(tile: F32, lanes: int, x: F32, offsets: I64, column: int, n: int) -> None:
+    """tile[c * lanes + r] = x[offsets[r] + column + c] for c < n, r < lanes."""
+    whole = n // 8 * 8
+    for half in range(lanes // 8):
+        rows = offsets[8 * half : 8 * half + 8]
+        for c in range(0, whole, 8):
+            transpose8(tile, c * lanes + 8 * half, x, rows, column + c, lanes)
+    for c in range(whole, n):
+        for r in range(lanes):
+            tile[c * lanes + r] = x[offsets[r] + column + c]
+
+
+def sjlt_loop(
+    x: F32,
+    start: int,
+    key_a: np.uint32,
+    key_b: np.uint32,
+    offsets_c: U32,
+    bounds: I64,
+    first_rep: int,
+    stop_rep: int,
+    out: F64,
+) -> None:
+    """Add a block's unscaled SJLT to the outputs of repetitions first_rep <= r < stop_rep.
+
+    Args:
+        x: (b, m) block of parameters [start, start + m).
+        start: global index of the block's first parameter.
+        key_a: first key.
+        key_b: second key.
+        offsets_c: (s,) `mix(r * GOLDEN + key_c)`.
+        bounds: (s + 1,) outputs of each repetition.
+        first_rep: first repetition.
+        stop_rep: one past the last.
+        out: (slices, d, 8): row k of the batch is lane k % 8 of slice k // 8; lanes beyond b
+            receive copies of the last row, to be ignored.
+    """
+    b, m = x.shape
+    slices = out.shape[0]
+    reps = stop_rep - first_rep
+    first = bounds[first_rep]
+    width = bounds[stop_rep] - first
+    flat = x.reshape(-1)
+    rows = np.empty(SJLT_LANES, np.int64)
+    a = np.empty(SJLT_TILE, np.uint32)
+    bb = np.empty(SJLT_TILE, np.uint32)
+    code = np.empty(reps * SJLT_TILE, np.uint32)
+    tile = np.empty(SJLT_TILE * SJLT_LANES, np.float32)
+    acc = np.zeros(slices * width * SJLT_LANES, np.float32)
+    for t0 in range(0, m, SJLT_TILE):
+        n = min(SJLT_TILE, m - t0)
+        for t in range(n):
+            j = np.uint32(start + t0 + t)
+            a[t] = _mix(np.uint32(j + key_a))
+            bb[t] = _mix(np.uint32(j ^ key_b))
+        for r in range(reps):
+            c = offsets_c[first_rep + r]
+            size = np.uint64(bounds[first_rep + r + 1] - bounds[first_rep + r])
+            base = np.uint64(bounds[first_rep + r] - first)
+            for t in range(n):
+                h = _word(a[t], bb[t], c)
+                where = base + ((np.uint64(h) * size) >> np.uint64(32))
+                code[r * SJLT_TILE + t] = np.uint32(h << np.uint32(31)) | np.uint32(where)
+        for k in range(slices):
+            for lane in range(SJLT_LANES):
+                rows[lane] = min(k * SJLT_LANES + lane, b - 1) * m
+            _load_tile(tile, SJLT_LANES, flat, rows, t0, n)
+            for r in range(reps):
+                for t in range(n):
+                    h = code[r * SJLT_TILE + t]
+                    where64 = (k * width + np.int64(h & _REST)) * SJLT_LANES
+                    add_signed(acc, where64, tile, t * SJLT_LANES, np.uint32(h & _TOP))
+        if (t0 + SJLT_TILE) % SJLT_CHUNK == 0 or t0 + SJLT_TILE >= m:
+            for k in range(slices):
+                for o in range(width):
+                    for lane in range(SJLT_LANES):
+                        where64 = (k * width + o) * SJLT_LANES + lane
+                        out[k, first + o, lane] += acc[where64]
+                        acc[where64] = np.float32(0)
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _pattern_words(index: U32, group: int, a: U32, b: U32, c: U32) -> None:
+    """Turn the words of 8 parameters into one byte of 8 signs per output.
+
+    The 8 words of a column are 4 squares of 8 x 8 bits, transposed in three rounds of exchanges:
+    byte q of index[(group * 8 + k) * PART_WORDS + w] holds the signs at output 32 w + 8 q + k.
+    """
+    a0, a1, a2, a3, a4, a5, a6, a7 = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
+    b0, b1, b2, b3, b4, b5, b6, b7 = b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]
+    base = group * 8 * PART_WORDS
+    for w in range(c.shape[0]):
+        cw = c[w]
+        x0, x1 = _exchange(_word(a0, b0, cw), _word(a1, b1, cw), _S1, _EVEN1)
+        x2, x3 = _exchange(_word(a2, b2, cw), _word(a3, b3, cw), _S1, _EVEN1)
+        x4, x5 = _exchange(_word(a4, b4, cw), _word(a5, b5, cw), _S1, _EVEN1)
+        x6, x7 = _exchange(_word(a6, b6, cw), _word(a7, b7, cw), _S1, _EVEN1)
+        y0, y2 = _exchange(x0, x2, _S2, _EVEN2)
+        y1, y3 = _exchange(x1, x3, _S2, _EVEN2)
+        y4, y6 = _exchange(x4, x6, _S2, _EVEN2)
+        y5, y7 = _exchange(x5, x7, _S2, _EVEN2)
+        z0, z4 = _exchange(y0, y4, _S4, _EVEN4)
+        z1, z5 = _exchange(y1, y5, _S4, _EVEN4)
+        z2, z6 = _exchange(y2, y6, _S4, _EVEN4)
+        z3, z7 = _exchange(y3, y7, _S4, _EVEN4)
+        index[base + w] = z0
+        index[base + PART_WORDS + w] = z1
+        index[base + 2 * PART_WORDS + w] = z2
+        index[base + 3 * PART_WORDS + w] = z3
+        index[base + 4 * PART_WORDS + w] = z4
+        index[base + 5 * PART_WORDS + w] = z5
+        index[base + 6 * PART_WORDS + w] = z6
+        index[base + 7 * PART_WORDS + w] = z7
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _exchange(low: Any, high: Any, shift: Any, even: Any) -> Any:  # noqa: ANN401
+    """Swap the bits of `low` at odd places (of size shift) with those of `high` at even ones."""
+    swap = np.uint32(((low >> shift) ^ high) & even)
+    return np.uint32(low ^ (swap << shift)), np.uint32(high ^ swap)
+
+
+def rademacher_loop(
+    x: F32, start: int, key_a: np.uint32, key_b: np.uint32, c: U32, first_word: int, out: F64
+) -> None:
+    """Add a block's unscaled Rademacher projection to the outputs of some words.
+
+    For 4 parameters at a time all 16 signed sums are tabled; an output then costs one lookup and
+    one addition per 4 parameters, for 16 rows of the batch at once (the "method of four Russians").
+
+    Args:
+        x: (b, m) block of parameters [start, start + m).
+        start: global index of the block's first parameter.
+        key_a: first key.
+        key_b: second key.
+        c: (k,) `mix(w * GOLDEN + key_c)` for words first_word <= w < first_word + k,
+            k <= PART_WORDS.
+        first_word: the first word.
+        out: (slices, words, 32, 16): row k of the batch is lane k % 16 of slice k // 16; lanes
+            beyond b receive copies of the last row, to be ignored.
+    """
+    b, m = x.shape
+    slices = out.shape[0]
+    width = c.shape[0] * 4  # outputs of one k of _pattern_words
+    flat = x.reshape(-1)
+    rows = np.empty(LANES, np.int64)
+    a = np.empty(8, np.uint32)
+    bb = np.empty(8, np.uint32)
+    index = np.empty(DENSE_TILE * PART_WORDS, np.uint32)
+    patterns = index.view(np.uint8)
+    tile = np.zeros(DENSE_TILE * LANES, np.float32)
+    table = np.empty(LOOKUPS * TABLE, np.float32)
+    acc = np.zeros(slices * 8 * width * LANES, np.float32)
+    for t0 in range(0, m, DENSE_TILE):
+        n = min(DENSE_TILE, m - t0)
+        for group in range(DENSE_TILE // 8):
+            for q in range(8):
+                j = np.uint32(start + t0 + 8 * group + q)
+                a[q] = _mix(np.uint32(j + key_a))
+                bb[q] = _mix(np.uint32(j ^ key_b))
+            _pattern_words(index, group, a, bb, c)
+        tile[n * LANES :] = np.float32(0)
+        for k in range(slices):
+            for lane in range(LANES):
+                rows[lane] = min(k * LANES + lane, b - 1) * m
+            _load_tile(tile, LANES, flat, rows, t0, n)
+            for group in range(LOOKUPS):
+                fill_table(table, group * TABLE, tile, group * 4 * LANES)
+            for octet in range(8):
+                base = (k * 8 + octet) * width
+                for o in range(width):
+                    add_lookups(
+                        acc, (base + o) * LANES, table, patterns, octet * 4 * PART_WORDS + o
+                    )
+        if (t0 + DENSE_TILE) % DENSE_CHUNK == 0 or t0 + DENSE_TILE >= m:
+            for k in range(slices):
+                for octet in range(8):
+                    for o in range(width):
+                        for lane in range(LANES):
+                            where = ((k * 8 + octet) * width + o) * LANES + lane
+                            out[k, first_word + o // 4, 8 * (o % 4) + octet, lane] += acc[where]
+                            acc[where] = np.float32(0)

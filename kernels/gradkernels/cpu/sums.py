@@ -1,0 +1,96 @@
+"""Unscaled projections on a CPU, summed over blocks of parameters by the compiled loops."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from gradkernels.cpu import compiled
+from gradkernels.cpu.loops import I64
+from gradkernels.cpu.pool import run_all
+from gradkernels.cpu.vectors import LANES, PART_WORDS, SJLT_LANES
+from gradkernels.randomness import U32, derive_keys, sjlt_bounds, word_offsets
+from gradkernels.spec import ProjectionSpec
+from numpy.typing import NDArray
+from torch import Tensor
+
+# A second thread costs about 50 microseconds to wake: not for fewer additions than this.
+_MIN_TASK_ADDITIONS = 2**17
+
+
+class SjltSums:
+    """float64 sums of a batch in the loop's own layout: (ceil(b / 8), d, 8)."""
+
+    def __init__(self, spec: ProjectionSpec, rows: int) -> None:
+        keys = derive_keys(spec)
+        self._spec = spec
+        self._rows = rows
+        self._loop = compiled.sjlt()
+        self._keys = np.uint32(keys.a), np.uint32(keys.b)
+        self._offsets: U32 = word_offsets(keys, spec.s)
+        self._bounds: I64 = sjlt_bounds(spec)
+        self._sums = np.zeros((-(-rows // SJLT_LANES), spec.d, SJLT_LANES))
+
+    def add(self, block: Tensor, start: int) -> None:
+        """Add block (b, m) float32, contiguous, of parameters [start, start + m)."""
+        x = block.numpy()
+        work = x.shape[1] * self._spec.s * len(self._sums)
+        matrix = (*self._keys, self._offsets, self._bounds)
+        run_all(
+            [
+                partial(self._loop, x, start, *matrix, low, high, self._sums)
+                for low, high in _split(self._spec.s, _thread_count(work))
+            ]
+        )
+
+    def total(self) -> Tensor:
+        """Return the sums so far: (b, d) float64."""
+        rows = self._sums.transpose(0, 2, 1).reshape(-1, self._spec.d)[: self._rows]
+        return torch.from_numpy(np.ascontiguousarray(rows))
+
+
+class RademacherSums:
+    """float64 sums of a batch in the loop's own layout: (ceil(b / 16), words, 32, 16)."""
+
+    def __init__(self, spec: ProjectionSpec, rows: int) -> None:
+        keys = derive_keys(spec)
+        words = -(-spec.d // 32)
+        self._spec = spec
+        self._rows = rows
+        self._loop = compiled.rademacher()
+        self._keys = np.uint32(keys.a), np.uint32(keys.b)
+        self._offsets: U32 = word_offsets(keys, words)
+        self._sums = np.zeros((-(-rows // LANES), words, 32, LANES))
+
+    def add(self, block: Tensor, start: int) -> None:
+        """Add block (b, m) float32, contiguous, of parameters [start, start + m)."""
+        x = block.numpy()
+        words = len(self._offsets)
+        work = x.shape[1] * 8 * words * len(self._sums)
+        threads = _thread_count(work)
+        parts = max(threads, -(-words // PART_WORDS))
+        parts = -(-parts // threads) * threads
+        spans = _split(words, parts)
+        run_all([partial(self._run, x, start, spans[thread::threads]) for thread in range(threads)])
+
+    def _run(self, x: NDArray[np.float32], start: int, spans: list[tuple[int, int]]) -> None:
+        for low, high in spans:
+            self._loop(x, start, *self._keys, self._offsets[low:high], low, self._sums)
+
+    def total(self) -> Tensor:
+        """Return the sums so far: (b, d) float64."""
+        slices, words = self._sums.shape[:2]
+        rows = self._sums.transpose(0, 3, 1, 2).reshape(slices * LANES, words * 32)
+        return torch.from_numpy(np.ascontiguousarray(rows[: self._rows, : self._spec.d]))
+
+
+def _thread_count(additions: int) -> int:
+    """Return how many threads are worth waking for a block: at most torch's own number."""
+    return max(1, min(torch.get_num_threads(), additions // _MIN_TASK_ADDITIONS))
+
+
+def _split(n: int, parts: int) -> list[tuple[int, int]]:
+    """Cut range(n) into at most `parts` half-open, non-empty, nearly equal ranges."""
+    parts = min(n, parts)
+    return [(n * k // parts, n * (k + 1) // parts) for k in range(parts)]

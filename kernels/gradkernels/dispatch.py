@@ -1,0 +1,149 @@
+"""The public way in: check the input, choose a backend, add up blocks of parameters."""
+
+from __future__ import annotations
+
+import sys
+from typing import Literal, Protocol
+
+import torch
+from gradkernels.portable import TorchSums
+from gradkernels.reference import scale
+from gradkernels.spec import ProjectionSpec
+from torch import Tensor
+
+Backend = Literal["numba", "torch"]
+
+BACKENDS: tuple[str, ...] = ("numba", "torch")
+_GROUP_ROWS = 64  # rows whose float32 sums stay in a core's cache
+
+
+class _Sums(Protocol):
+    def add(self, block: Tensor, start: int) -> None: ...
+
+    def total(self) -> Tensor: ...
+
+
+class Accumulator:
+    """Projects a (b, p) matrix that never exists: its blocks come one by one, in any order.
+
+    Parameters that no block covers count as zeros; blocks that overlap add up. A row's result never
+    depends on the other rows. Another order or another cut of the blocks changes it within
+    rounding (float32 relative 1e-6 of the row's norm); the number of threads changes nothing.
+
+    Args:
+        spec: the projection.
+        rows: b >= 0, rows of every block.
+        device: where blocks come from and the result goes.
+        backend: None chooses: "numba" on a CPU (Gaussian: "torch"), else "torch".
+
+    Raises:
+        TypeError: rows is no int.
+        ValueError: rows is negative, or the backend is unknown or cannot do this.
+    """
+
+    def __init__(
+        self,
+        spec: ProjectionSpec,
+        rows: int,
+        *,
+        device: str | torch.device = "cpu",
+        backend: Backend | None = None,
+    ) -> None:
+        if not isinstance(rows, int) or isinstance(rows, bool):
+            raise TypeError(f"rows={rows!r} is a {type(rows).__name__}, not an int")
+        if rows < 0:
+            raise ValueError(f"rows={rows} is below 0")
+        self.spec = spec
+        self.rows = rows
+        self.device = torch.device(device)
+        self.backend = choose_backend(spec, self.device, backend)
+        self._groups = [
+            (low, min(low + _GROUP_ROWS, rows), self._new_sums(min(_GROUP_ROWS, rows - low)))
+            for low in range(0, rows, _GROUP_ROWS)
+        ]
+
+    def add(self, block: Tensor, start: int) -> None:
+        """Add parameters [start, start + p_block).
+
+        Args:
+            block: (b, p_block), any float type and strides, on the accumulator's device; computed
+                in float32.
+            start: global index of the block's first parameter.
+
+        Raises:
+            TypeError: block is no floating-point tensor.
+            ValueError: the shape, device or place does not fit.
+        """
+        _check_block(block, self.rows)
+        if block.device.type != self.device.type:
+            raise ValueError(f"block is on {block.device}, the accumulator on {self.device}")
+        stop = start + block.shape[1]
+        if not 0 <= start <= stop <= self.spec.p:
+            raise ValueError(f"block covers [{start}, {stop}), outside [0, p={self.spec.p})")
+        if block.shape[1] == 0:
+            return
+        block = block.detach()
+        for low, high, sums in self._groups:
+            sums.add(block[low:high].to(torch.float32).contiguous(), start)
+
+    def result(self) -> Tensor:
+        """Return the projection of what was added so far: (b, d) float32, a new tensor."""
+        out = torch.empty(self.rows, self.spec.d, dtype=torch.float32, device=self.device)
+        for low, high, sums in self._groups:
+            out[low:high] = sums.total() * scale(self.spec)
+        return out
+
+    def _new_sums(self, rows: int) -> _Sums:
+        if self.backend == "torch":
+            return TorchSums(self.spec, rows, self.device)
+        # numba takes a good part of a second to import: only where it runs.
+        from gradkernels.cpu.sums import RademacherSums, SjltSums
+
+        return (SjltSums if self.spec.method == "sjlt" else RademacherSums)(self.spec, rows)
+
+
+def project(x: Tensor, spec: ProjectionSpec, *, backend: Backend | None = None) -> Tensor:
+    """Project x (b, p), any float type, to (b, d) float32 on the same device.
+
+    Raises:
+        TypeError: x is no floating-point tensor.
+        ValueError: x is not (b, spec.p), or the backend is unknown or cannot do this.
+    """
+    _check_block(x, None)
+    if x.shape[1] != spec.p:
+        raise ValueError(f"x has shape {tuple(x.shape)}, not (b, p={spec.p})")
+    accumulator = Accumulator(spec, len(x), device=x.device, backend=backend)
+    accumulator.add(x, 0)
+    return accumulator.result()
+
+
+def choose_backend(spec: ProjectionSpec, device: torch.device, backend: str | None) -> Backend:
+    """Return the backend that will run, given the one asked for (None: the fastest).
+
+    Raises:
+        ValueError: the backend is unknown or cannot do this.
+    """
+    # The numba loops read 32-bit words as four bytes, lowest first.
+    can_numba = device.type == "cpu" and spec.method != "gaussian" and sys.byteorder == "little"
+    if backend is None:
+        return "numba" if can_numba else "torch"
+    if backend == "numba":
+        if not can_numba:
+            raise ValueError(
+                f"backend='numba' does sjlt and rademacher on a (little-endian) CPU, not "
+                f"{spec.method} on {device}; choose backend='torch' or None"
+            )
+        return "numba"
+    if backend == "torch":
+        return "torch"
+    raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)} or None")
+
+
+def _check_block(block: object, rows: int | None) -> None:
+    """Raise unless block is a floating-point tensor (rows, anything)."""
+    if not isinstance(block, Tensor) or not block.is_floating_point():
+        kind = block.dtype if isinstance(block, Tensor) else type(block).__name__
+        raise TypeError(f"expected a floating-point tensor, got {kind}")
+    if block.ndim != 2 or (rows is not None and len(block) != rows):
+        wanted = "b" if rows is None else f"b={rows}"
+        raise ValueError(f"block has shape {tuple(block.shape)}, not ({wanted}, parameters)")

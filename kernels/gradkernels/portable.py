@@ -1,0 +1,153 @@
+"""The plain-torch path: any device, same matrix, memory bounded by small tiles of it.
+
+Words are computed in int32, whose products and sums wrap as unsigned ones do; torch has no uint32
+arithmetic and its `>>` copies the sign bit, so a logical shift masks it off again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from gradkernels.randomness import GOLDEN, M1, M2, Keys, derive_keys, sjlt_bounds
+from gradkernels.spec import ProjectionSpec
+from torch import Tensor
+
+_TILE_ENTRIES = 2**23  # matrix entries made at once: 32 MiB of float32
+_TILE_PARAMS = 2048  # parameters summed in float32 (BLAS may add them one after another)
+
+
+def words(keys: Keys, params: Tensor, indices: Tensor) -> Tensor:
+    """Return the words of parameters (m,) at word indices (k,), any int type: (m, k) int32 bits."""
+    j, w = params.to(torch.int32), indices.to(torch.int32)
+    a = _mix(j + _signed(keys.a))[:, None]
+    b = _mix(j ^ _signed(keys.b))[:, None]
+    x = a + _mix(w * _signed(GOLDEN) + _signed(keys.c))
+    x ^= _shift(x, 16)
+    x *= _signed(M1)
+    x += b
+    x ^= _shift(x, 15)
+    x *= _signed(M2)
+    x ^= _shift(x, 15)
+    return x
+
+
+class TorchSums:
+    """Sums of a batch over blocks of parameters: (b, d), float64 where the device has it.
+
+    float64 sums make the order in which a GPU adds invisible in float32, almost always.
+    """
+
+    def __init__(self, spec: ProjectionSpec, rows: int, device: torch.device) -> None:
+        self._spec = spec
+        self._keys = derive_keys(spec)
+        self._device = device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(rows, spec.d, dtype=dtype, device=device)
+        bounds = torch.from_numpy(sjlt_bounds(spec)).to(device) if spec.method == "sjlt" else None
+        self._bounds = bounds
+
+    def add(self, block: Tensor, start: int) -> None:
+        """Add block (b, m) float32 of parameters [start, start + m)."""
+        spec = self._spec
+        width = len(block) * spec.s if spec.method == "sjlt" else spec.d
+        step = max(1, min(_TILE_PARAMS, _TILE_ENTRIES // width))
+        for tile in torch.split(block, step, dim=1):
+            params = torch.arange(start, start + tile.shape[1], device=self._device)
+            if self._bounds is not None:
+                self._add_sjlt(tile, params, self._bounds)
+            else:
+                make = signs if spec.method == "rademacher" else gaussians
+                with _full_float32():
+                    self._sums += tile @ make(self._keys, params, spec.d)
+            start += tile.shape[1]
+
+    def total(self) -> Tensor:
+        """Return the sums so far: (b, d)."""
+        return self._sums
+
+    def _add_sjlt(self, tile: Tensor, params: Tensor, bounds: Tensor) -> None:
+        """Add a tile (b, m) at the s outputs of each of its parameters."""
+        word = words(self._keys, params, torch.arange(self._spec.s, device=self._device))
+        sizes = bounds[1:] - bounds[:-1]
+        unsigned = word.to(torch.int64) & 0xFFFFFFFF
+        outputs = bounds[:-1] + (unsigned * sizes >> 32)  # (m, s)
+        sign = 1 - 2 * (word & 1)
+        wide = tile.to(self._sums.dtype)
+        for r in range(self._spec.s):
+            self._sums.index_add_(1, outputs[:, r], wide * sign[:, r])
+
+
+def signs(keys: Keys, params: Tensor, outputs: int) -> Tensor:
+    """Return Rademacher signs (m, outputs) float32."""
+    word = words(keys, params, torch.arange(-(-outputs // 32), device=params.device))
+    bit = torch.arange(32, dtype=torch.int32, device=params.device)
+    bits = (word[:, :, None] >> bit) & 1
+    return (1 - 2 * bits).flatten(1)[:, :outputs].to(torch.float32)
+
+
+def gaussians(keys: Keys, params: Tensor, outputs: int) -> Tensor:
+    """Return standard normals (m, outputs) float32, as `randomness.gaussians` defines them."""
+    pairs = -(-outputs // 2)
+    word = words(keys, params, torch.arange(2 * pairs, device=params.device))
+    first, second = word[:, 0::2], word[:, 1::2]
+    u1 = (_shift(first, 8) + 1).to(torch.float32) * 2.0**-24
+    u2 = (_shift(second, 9) * 2 + 1).to(torch.float32) * 2.0**-24
+    radius = u1.log_().mul_(-2).sqrt_()
+    angle = u2.mul_(math.pi / 2)
+    normal = torch.stack(
+        (radius * angle.cos() * (1 - 2 * (second & 1)), radius * angle.sin() * (1 - (second & 2))),
+        dim=-1,
+    )
+    return normal.flatten(1)[:, :outputs]
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Mix int32 bits (m,), as `randomness.mix`."""
+    x = x ^ _shift(x, 16)
+    x = x * _signed(M1)
+    x = x ^ _shift(x, 15)
+    x = x * _signed(M2)
+    return x ^ _shift(x, 15)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Shift int32 bits right, filling with zeros."""
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    """Return the int32 number with the bits of a 32-bit unsigned one."""
+    return value - 2**32 if value >= 2**31 else value
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Multiply float32 as float32 whatever the process allows (TF32 would keep 10 bits of x).
+
+    torch has an old and a new interface to this setting, and raises where they disagree: so each
+    is changed through the interface that the process used.
+    """
+    mkldnn: Any = torch.backends.mkldnn  # its `matmul` is made at run time
+    places: tuple[Any, Any] = (torch.backends.cuda.matmul, mkldnn.matmul)
+    before = [place.fp32_precision for place in places]
+    if all(precision in ("none", "ieee") for precision in before):
+        yield
+        return
+    try:
+        old = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:
+        old = None
+        for place in places:
+            place.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if old is not None:
+            torch.set_float32_matmul_precision(old)
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision

@@ -1,0 +1,77 @@
+"""The oracle: the projection in float64 NumPy, written to be read, not to be fast."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from gradkernels.randomness import gaussians, signs, sjlt_entries
+from gradkernels.spec import ProjectionSpec
+from numpy.typing import NDArray
+from torch import Tensor
+
+_BLOCK_ENTRIES = 2**22  # matrix entries held at once: 32 MiB of float64
+_CANARY_OUTPUTS = 16
+_CANARY_PARAMS = 4096  # enough that an SJLT, too, reaches the first outputs
+
+
+def matrix_rows(
+    spec: ProjectionSpec, params: NDArray[np.integer], outputs: int | None = None
+) -> NDArray[np.float64]:
+    """Return the transposed matrix at parameters (m,), before `scale`: (m, outputs or d) float64.
+
+    Entries are -1, 0, 1 (Rademacher, SJLT) or standard normals.
+    """
+    width = spec.d if outputs is None else outputs
+    if spec.method == "rademacher":
+        return signs(spec, params, width).astype(np.float64)
+    if spec.method == "gaussian":
+        return gaussians(spec, params, width)
+    where, sign = sjlt_entries(spec, params)
+    rows = np.zeros((len(params), width))
+    m, r = np.nonzero(where < width)
+    rows[m, where[m, r]] = sign[m, r]
+    return rows
+
+
+def scale(spec: ProjectionSpec) -> float:
+    """Return the factor that makes the projection keep squared lengths on average."""
+    return 1 / math.sqrt(spec.s if spec.method == "sjlt" else spec.d)
+
+
+def project_reference(x: NDArray[np.generic] | Tensor, spec: ProjectionSpec) -> NDArray[np.float64]:
+    """Project x (b, p), any float type, to (b, d) float64.
+
+    Raises:
+        ValueError: x is not (b, spec.p).
+    """
+    if isinstance(x, Tensor):
+        x = x.detach().to("cpu", torch.float64).numpy()
+    dense = np.asarray(x, dtype=np.float64)
+    if dense.ndim != 2 or dense.shape[1] != spec.p:
+        raise ValueError(f"x has shape {dense.shape}, not (b, p={spec.p})")
+    out = np.zeros((dense.shape[0], spec.d))
+    step = max(1, _BLOCK_ENTRIES // spec.d)
+    for start in range(0, spec.p, step):
+        stop = min(start + step, spec.p)
+        out += dense[:, start:stop] @ matrix_rows(spec, np.arange(start, stop))
+    return out * scale(spec)
+
+
+def canary(spec: ProjectionSpec) -> NDArray[np.float64]:
+    """Return a fingerprint of the matrix: the oracle's first outputs on a fixed sparse vector.
+
+    The vector has 1 + (k % 64) / 64 at parameter k * p // 4096 for k < 4096 (summed where these
+    meet). Signs times such numbers add up exactly, so that every machine returns the same bits
+    (Gaussian: to the last bits of the platform's log and cos).
+
+    Returns:
+        (16,) float64; zeros beyond d when d < 16.
+    """
+    k = np.arange(_CANARY_PARAMS, dtype=np.int64)
+    width = min(spec.d, _CANARY_OUTPUTS)
+    rows = matrix_rows(spec, k * spec.p // _CANARY_PARAMS, width)
+    out = np.zeros(_CANARY_OUTPUTS)
+    out[:width] = (1 + k % 64 / 64) @ rows * scale(spec)
+    return out
