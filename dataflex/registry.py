@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,14 @@ PACKAGES: Mapping[str, str] = {"selector": "dataflex.selectors"}
 
 PACKAGED_PRESETS = Path(__file__).parent / "configs" / "components.yaml"
 
+#: Parameters of DataFlex 1.1.0 that have nothing left to say here, and why; dropped with a warning.
+RETIRED: Mapping[str, str] = {
+    "cache_dir": "features live in the gradient store, selections below output_dir",
+    "save_interval": "the store writes units of 256 rows",
+    "score_num_workers": "rows are already tokenised when they are scored",
+}
+
+_log = logging.getLogger(__name__)
 _classes: dict[tuple[str, str], type] = {}
 
 
@@ -128,6 +137,9 @@ def resolve(
     else:
         raise BadInput(unknown(f"strategy `name` in preset {component_name!r} of {bucket}",
                                [str(preset.get("name"))], known))  # fmt: skip
+    for key in set(params) & set(RETIRED) - set(parameters(cls)):
+        _log.warning("component %r: %s is ignored: %s", component_name, key, RETIRED[key])
+        del params[key]
     _check_parameters(component_name, cls, params)
     return Component(kind, component_name, cls, params)
 

@@ -1,0 +1,118 @@
+"""`dataflex-cli`: one function per command. Heavy imports happen inside the command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradstore import cli as gradstore_cli
+
+app = typer.Typer(
+    help="Train an LLM while its data changes: select, mix, weight, on LlamaFactory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(gradstore_cli.app, name="gradstore")
+
+Config = Annotated[Path, typer.Argument(help="YAML or JSON configuration.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value, over the file's.", metavar="[KEY=VALUE]...")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for every failure.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+#: llamafactory-cli's other commands, passed through unchanged.
+PASSED_THROUGH = {
+    "api": "OpenAI-style API server (llamafactory-cli).",
+    "chat": "Chat in the terminal (llamafactory-cli).",
+    "eval": "Evaluate a model (llamafactory-cli).",
+    "export": "Merge adapters and export a model (llamafactory-cli).",
+    "webchat": "Chat in a web page (llamafactory-cli).",
+    "webui": "LlamaBoard (llamafactory-cli).",
+    "env": "Show the environment (llamafactory-cli).",
+}
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Train; train_type in CONFIG says what decides about the data (static = LlamaFactory)."""
+    from dataflex.launcher import train as launch
+
+    launch(config, overrides or [])
+
+
+@gradstore_cli.app.command("build")
+def build(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Write the train and target generations of CONFIG's checkpoints, without training."""
+    from dataflex.build import build as run
+
+    run(config, overrides or [])
+
+
+@app.command()
+def components(as_json: AsJson = False, debug: Debug = False) -> None:
+    """List every strategy with its parameters and defaults."""
+    from dataflex.catalogue import catalogue, show
+
+    if as_json:
+        gradstore_cli.print_json(catalogue())
+    else:
+        show(catalogue())
+
+
+@app.command()
+def version() -> None:
+    """Print the version of DataFlex."""
+    from dataflex import __version__
+
+    typer.echo(f"dataflex-gradstore {__version__}")
+
+
+def set_up_logging() -> None:
+    """Our own messages go to stderr, one line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("[dataflex] %(message)s"))
+    for name in ("dataflex", "gradstore", "gradkernels"):
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+            logger.propagate = False
+
+
+def main() -> None:
+    """Entry point of the console script: a failure is one message and its exit code."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in PASSED_THROUGH:
+        from dataflex.bridge import passthrough
+
+        passthrough(arguments)
+        return
+    set_up_logging()
+    try:
+        app(arguments, standalone_mode=True)
+    except (Exception, KeyboardInterrupt) as error:
+        from dataflex.failures import explain
+
+        failure = explain(error)
+        if failure is None or "--debug" in arguments:
+            raise
+        typer.echo(f"error: {failure.message}", err=True)
+        sys.exit(failure.code)
+
+
+def _passed_through(name: str, text: str) -> None:
+    @app.command(name, help=text, context_settings={"ignore_unknown_options": True})
+    def _listed(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+        from dataflex.bridge import passthrough
+
+        passthrough([name, *(arguments or [])])
+
+
+for _name, _text in PASSED_THROUGH.items():
+    _passed_through(_name, _text)

@@ -1,0 +1,139 @@
+"""The rows a run works on: the training set and the target sets, as LlamaFactory processed them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradstore.errors import BadInput
+from gradstore.records import RowSet, row_hash
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One processed data set.
+
+    Attributes:
+        name: the user's name for it.
+        dataset: n rows with `input_ids` and (except in stage pt) `labels`.
+        sources: (data set name, index in its file) of each row, or None where unknown.
+    """
+
+    name: str
+    dataset: Dataset
+    sources: tuple[tuple[str, int], ...] | None = None
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.dataset)
+
+    @cached_property
+    def _scan(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], RowSet]:
+        """One pass over the rows: lengths (n,), target tokens (n,), hashes (n, 16)."""
+        lengths, targets, hashes = [], [], []
+        has_labels = "labels" in self.dataset.column_names
+        columns = ["input_ids", "labels"] if has_labels else ["input_ids"]
+        for row in self.dataset.select_columns(columns):
+            ids = row["input_ids"]
+            labels = row["labels"] if has_labels else ids
+            lengths.append(len(ids))
+            # The first token is never predicted: its label does not count.
+            targets.append(sum(1 for label in labels[1:] if label != IGNORED))
+            hashes.append(row_hash(ids, labels))
+        flat = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, 16)
+        return (
+            np.asarray(lengths, np.int64),
+            np.asarray(targets, np.int64),
+            RowSet(flat, self.sources),
+        )
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(n,) tokens of each row."""
+        return self._scan[0]
+
+    @property
+    def target_tokens(self) -> npt.NDArray[np.int64]:
+        """(n,) tokens with a label."""
+        return self._scan[1]
+
+    @property
+    def row_set(self) -> RowSet:
+        """Hashes and sources, in dataset order."""
+        return self._scan[2]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything the data side of a run knows before its model is loaded.
+
+    Attributes:
+        train: the training rows.
+        targets: one entry per target set, in the order the user named them.
+        tokenizer: LlamaFactory's, template applied.
+        template: name of the chat template.
+        data_args: LlamaFactory's DataArguments.
+        stage: "sft" or "pt".
+    """
+
+    train: Rows
+    targets: tuple[Rows, ...]
+    tokenizer: Any
+    template: str
+    data_args: Any
+    stage: str
+
+
+def check_rows(data: RunData, *, needs_targets: bool, subtask_sizes: Sequence[int] | None) -> None:
+    """Refuse, before a model is loaded, what could only fail later.
+
+    Raises:
+        BadInput: an empty or fully masked set, or sub-task sizes that do not add up.
+    """
+    if len(data.train) == 0 or not data.train.target_tokens.any():
+        raise BadInput(
+            f"the training set has {len(data.train)} rows and none with a target token. "
+            "Look at `dataset`, `template` and `cutoff_len`."
+        )
+    if not needs_targets:
+        return
+    if not data.targets:
+        raise BadInput("no target rows: set target_dataset, eval_dataset or val_size.")
+    for rows in data.targets:
+        if len(rows) == 0:
+            raise BadInput(f"target set {rows.name!r} is empty.")
+        if not rows.target_tokens.any():
+            raise BadInput(
+                f"target set {rows.name!r}: all {len(rows)} rows are masked (no label other than "
+                f"{IGNORED}). Give its rows a response, or raise cutoff_len if prompts fill it."
+            )
+    if subtask_sizes is not None and sum(subtask_sizes) != len(data.targets[0]):
+        raise BadInput(
+            f"target_subtasks adds up to {sum(subtask_sizes)}, but target set "
+            f"{data.targets[0].name!r} has {len(data.targets[0])} rows."
+        )
+
+
+def check_intervals(rows: int, warmup_step: int, update_step: int, global_batch: int) -> None:
+    """W * B and U * B rows must exist (ALGORITHMS 0.4).
+
+    Raises:
+        BadInput: names the key, what it asks for, and the largest value that fits.
+    """
+    for key, steps in (("warmup_step", warmup_step), ("update_step", update_step)):
+        if steps * global_batch > rows:
+            raise BadInput(
+                f"{key} is {steps}: at {global_batch} rows a step it asks for "
+                f"{steps * global_batch} rows, the training set has {rows}. "
+                f"Set {key} to at most {rows // global_batch}, or use a smaller batch."
+            )

@@ -1,0 +1,351 @@
+"""The gradient-feature service: model + rows -> committed generations, ready to be scored.
+
+LESS in training, `gradstore build` and later strategies share it. It knows what makes features
+comparable (the MUST-EQUAL fields of a space) and how generations are named; how a gradient is
+taken and where bytes go is gradstore's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gradkernels import ProjectionSpec, canary
+from gradstore.writer import StoreWriter
+
+from dataflex.data import Rows
+from dataflex.events import progress
+from dataflex.selectors.base import RunContext
+from gradstore.comparable import CheckpointFeatures
+from gradstore.errors import BadInput
+from gradstore.export import export_generation
+from gradstore.features import FeatureSpec
+from gradstore.gradients import GradientCapture
+from gradstore.hashing import tensor_hash
+from gradstore.influence import checkpoint_weights
+from gradstore.moments import AdamMoments
+from gradstore.records import GenerationRecord
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gradstore.store import Generation
+
+_log = logging.getLogger(__name__)
+
+#: Padded tokens of a gradient batch where the user sets none.
+CPU_TOKENS, GPU_TOKENS = 2048, 16384
+
+#: DataArguments fields that change which tokens a row has or which of them are targets.
+ROW_FIELDS = ("cutoff_len", "train_on_prompt", "mask_history")
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """What a user can say about gradient features.
+
+    Attributes:
+        gradient_type: adam_marginal | adam | sgd | sign.
+        adam_eps_mode: inside | outside the square root.
+        bias_correction: divide the moments by 1 - beta ** (t + 1).
+        proj_method: sjlt | rademacher | gaussian.
+        proj_dim: d.
+        sjlt_s: non-zeros per parameter of sjlt.
+        seed: base seed; each checkpoint projects with hash(seed, step).
+        dtype: float16 | bfloat16, how features are stored.
+        tokens_per_batch: padded tokens of a gradient batch; None chooses by device.
+        max_bad_fraction: share of non-finite rows above which an export stops.
+    """
+
+    gradient_type: Literal["adam_marginal", "adam", "sgd", "sign"] = "adam_marginal"
+    adam_eps_mode: Literal["inside", "outside"] = "inside"
+    bias_correction: bool = False
+    proj_method: Literal["sjlt", "rademacher", "gaussian"] = "sjlt"
+    proj_dim: int = 8192
+    sjlt_s: int = 8
+    seed: int = 42
+    dtype: str = "float16"
+    tokens_per_batch: int | None = None
+    max_bad_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Let the parts that will use the values check them."""
+        _ = self.train_features
+        ProjectionSpec(self.proj_method, p=1, d=self.proj_dim, seed=self.seed, s=self.sjlt_s)
+        if self.dtype not in ("float16", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}; choose float16 or bfloat16")
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
+            raise ValueError(f"tokens_per_batch is {self.tokens_per_batch}; at least 1 is needed")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}; give a share of 0 to 1")
+
+    @property
+    def train_features(self) -> FeatureSpec:
+        """How a training row's gradient becomes a feature."""
+        return FeatureSpec(self.gradient_type, self.adam_eps_mode, self.bias_correction)
+
+    @property
+    def target_features(self) -> FeatureSpec:
+        """Targets are plain gradients: `sgd`, or `sign` when the training rows are `sign`."""
+        return FeatureSpec("sign" if self.gradient_type == "sign" else "sgd")
+
+
+@dataclass(frozen=True)
+class CheckpointExport:
+    """The generations of one checkpoint, committed.
+
+    Attributes:
+        train: generation of the training rows.
+        targets: one per target set.
+        target_rows: rows of all target sets.
+        tokens: tokens that went through the model in this pass; 0 where everything was reused.
+        seconds: duration of the passes.
+    """
+
+    train: Generation
+    targets: tuple[Generation, ...]
+    target_rows: int
+    tokens: int
+    seconds: float
+
+
+def effective_seed(base: int, step: int) -> int:
+    """Seed of one checkpoint's projection: the noise then averages out over checkpoints."""
+    digest = hashlib.blake2b(f"{base}:{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def token_budget(model: nn.Module) -> int:
+    """Padded tokens of a gradient batch that suit the model's device."""
+    return GPU_TOKENS if next(model.parameters()).device.type == "cuda" else CPU_TOKENS
+
+
+class FeatureService:
+    """Writes and finds the gradient generations of one run; holds the store's lock while open."""
+
+    def __init__(self, run: RunContext, settings: FeatureSettings) -> None:
+        """Open the store for writing.
+
+        Raises:
+            ProvenanceMismatch: the store holds features that can't be compared with this run's.
+            StoreBusy: another process writes to it.
+            BadInput: the model has more than one active adapter, or nothing to train.
+        """
+        self.run = run
+        self.settings = settings
+        with GradientCapture(run.model) as capture:
+            self.slots = capture.slots
+        self.projection = ProjectionSpec(
+            settings.proj_method,
+            p=sum(slot.numel for slot in self.slots),
+            d=settings.proj_dim,
+            seed=settings.seed,
+            s=settings.sjlt_s,
+        )
+        path = run.config.store_path
+        if run.fresh and run.config.owns_store and path.is_dir():
+            if run.config.get("overwrite_output_dir", False):
+                shutil.rmtree(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.writer = StoreWriter(path, space="gradient", provenance=self._provenance())
+        self.writer.__enter__()
+
+    def close(self) -> None:
+        """Release the store's lock."""
+        self.writer.__exit__(None, None, None)
+
+    def export(
+        self, step: int, learning_rate: float, moments: AdamMoments | None
+    ) -> CheckpointExport:
+        """Export every target set, then the training rows, at the model's present state.
+
+        Generations of an earlier attempt at the same state are reused, finished or half done.
+
+        Args:
+            step: g, names the generations.
+            learning_rate: mean since the previous generation; weights this checkpoint.
+            moments: needed by Adam features.
+
+        Raises:
+            BadInput: a target set without a usable row, before any training row is taken.
+        """
+        adapter = self._adapter_hash()
+        sets = self.run.data.targets
+        targets, seconds, tokens = [], 0.0, 0
+        for number, rows in enumerate(sets):
+            name = self._name(f"target/{_set_name(rows, number)}", step)
+            one = self._one(name, rows, self.settings.target_features, None, adapter, step, None)
+            if not one[0].usable.any():
+                raise BadInput(
+                    f"target set {rows.name!r} has no usable row: every gradient is zero, not "
+                    "finite, or the row is masked."
+                )
+            targets.append(one[0])
+            tokens, seconds = tokens + one[1], seconds + one[2]
+        train, train_tokens, train_seconds = self._one(
+            self._name("train", step), self.run.data.train, self.settings.train_features, moments,
+            adapter, step, learning_rate,
+        )  # fmt: skip
+        return CheckpointExport(train, tuple(targets), sum(len(r) for r in sets),
+                                tokens + train_tokens, seconds + train_seconds)  # fmt: skip
+
+    def checkpoints(
+        self, which: Literal["last", "all"] | int, step: int
+    ) -> list[CheckpointFeatures]:
+        """The checkpoints to combine, newest last, weighted by their mean learning rates.
+
+        Args:
+            which: `last`, `all`, or how many of the newest.
+            step: none later than this one is taken.
+        """
+        store = self.writer.store
+        prefix = self._name("train", 0).rpartition("/")[0]
+        trains = sorted(
+            {
+                g.step: g
+                for g in store.generations()
+                if g.role == "train" and g.step <= step and g.name.startswith(f"{prefix}/")
+            }.items()
+        )
+        count = {"last": 1, "all": len(trains)}.get(str(which))
+        chosen = [g for _, g in trains][-(count if count is not None else int(which)) :]
+        weights = checkpoint_weights([g.record.learning_rate or 0.0 for g in chosen])
+        return [
+            CheckpointFeatures(
+                g,
+                tuple(
+                    store.generation(self._name(f"target/{_set_name(rows, number)}", g.step))
+                    for number, rows in enumerate(self.run.data.targets)
+                ),
+                float(weight),
+            )
+            for g, weight in zip(chosen, weights, strict=True)
+        ]
+
+    def _one(
+        self,
+        name: str,
+        rows: Rows,
+        features: FeatureSpec,
+        moments: AdamMoments | None,
+        adapter: str,
+        step: int,
+        learning_rate: float | None,
+    ) -> tuple[Generation, int, float]:
+        projection = self.projection.with_seed(effective_seed(self.settings.seed, step))
+        record = GenerationRecord(
+            name=name,
+            run_id=self.run.run_id,
+            adapter_hash=adapter,
+            optimizer_hash=moments.sha256() if moments is not None else None,
+            effective_seed=projection.seed,
+            autocast=self.run.autocast,
+            attention=str(getattr(self.run.model.config, "_attn_implementation", None)),
+            projection=projection.to_dict(),
+            feature=features.kind,
+            feature_options=asdict(features),
+            learning_rate=learning_rate,
+            libraries=_libraries(),
+        )
+        writer = self.writer.begin(
+            record, rows.row_set, dim=projection.d, dtype=self.settings.dtype
+        )
+        waiting = sum(unit.stop - unit.start for unit in writer.pending)
+        with progress(f"gradients of {name}", waiting, shown=self.run.shows_progress) as advance:
+            summary = export_generation(
+                self.run.model,
+                rows.dataset,  # type: ignore[arg-type]
+                self.run.collate,
+                writer,
+                features=features,
+                projection=projection,
+                moments=moments,
+                lengths=rows.lengths,
+                token_budget=self.settings.tokens_per_batch or token_budget(self.run.model),
+                longest=getattr(self.run.model.config, "max_position_embeddings", None),
+                max_bad_fraction=self.settings.max_bad_fraction,
+                on_rows=advance,
+            )
+        writer.commit()
+        return self.writer.store.generation(name), summary.tokens, summary.seconds
+
+    def _name(self, path: str, step: int) -> str:
+        run = self.run.config.dataflex.gradstore_run
+        return f"{run}/{path}/{step}" if run else f"{path}/{step}"
+
+    def _adapter_hash(self) -> str:
+        trained = {slot.name for slot in self.slots}
+        return tensor_hash(
+            (name, p) for name, p in _named_parameters(self.run.model) if name in trained
+        )
+
+    def _provenance(self) -> dict[str, Any]:
+        """The MUST-EQUAL fields of the gradient space."""
+        data, trained = self.run.data, {slot.name for slot in self.slots}
+        parameters = dict(_named_parameters(self.run.model))
+        return {
+            "dim": self.settings.proj_dim,
+            "dtype": self.settings.dtype,
+            "loss": "sum over rows of each row's mean over its target tokens",
+            "projection": {**self.projection.to_dict(), "canary": canary(self.projection).tolist()},
+            "parameters": [
+                [s.name, list(s.shape), str(parameters[s.name].dtype)] for s in self.slots
+            ],
+            "base_model": tensor_hash(
+                (name, p) for name, p in parameters.items() if name not in trained
+            ),
+            "tokenizer": tokenizer_hash(data.tokenizer),
+            "template": data.template,
+            "stage": data.stage,
+            "rows": {field: getattr(data.data_args, field, None) for field in ROW_FIELDS},
+        }
+
+
+def _named_parameters(model: nn.Module) -> list[tuple[str, Any]]:
+    from gradstore.slots import parameter_name
+
+    return [(parameter_name(name), p) for name, p in model.named_parameters()]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:  # noqa: ANN401 - a transformers tokenizer
+    """sha256 of the files the tokenizer saves, chat template included, path-free."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        digest = hashlib.sha256()
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                content = path.read_bytes()
+                if path.name == "tokenizer_config.json":
+                    content = _without_paths(content)
+                digest.update(f"{path.name}:{len(content)}:".encode() + content)
+    return digest.hexdigest()
+
+
+def _without_paths(content: bytes) -> bytes:
+    settings: Mapping[str, Any] = json.loads(content)
+    volatile = {"name_or_path", "_name_or_path", "special_tokens_map_file", "tokenizer_file"}
+    return json.dumps(
+        {k: v for k, v in settings.items() if k not in volatile}, sort_keys=True
+    ).encode()
+
+
+def _set_name(rows: Rows, number: int) -> str:
+    return rows.name or f"set{number}"
+
+
+def _libraries() -> dict[str, str]:
+    import importlib.metadata as metadata
+
+    import torch
+
+    found = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "zarr")}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found

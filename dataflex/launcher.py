@@ -1,0 +1,137 @@
+"""From a checked configuration to a running training: in this process, or under torchrun.
+
+Under torchrun every failure would exit 1 with pages of text. So the parent checks the configuration
+first; a failing rank 0 leaves its exit code and message in a file, which the parent alone reports.
+This module is also what torchrun starts (`python -m dataflex.launcher CONFIG key=value ...`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dataflex import bridge
+from dataflex.config import RunConfig, load
+from dataflex.failures import Failure, explain
+from dataflex.preflight import check
+from dataflex.registry import Component
+from gradstore.errors import StoreError
+
+FAILURE_FILE = "DATAFLEX_FAILURE_FILE"
+
+_log = logging.getLogger(__name__)
+
+
+class WorkerFailed(StoreError):
+    """A worker's failure, told by the parent with the worker's exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code  # type: ignore[misc]
+
+
+def train(path: Path, overrides: Sequence[str]) -> None:
+    """`dataflex-cli train`: check, then train here or under torchrun as LlamaFactory would."""
+    config = load(path, overrides, bridge.accepted_keys())
+    component = check(config)
+    if _enabled("FORCE_TORCHRUN") or (bridge.device_count() > 1 and not config.get("use_ray")):
+        _torchrun(path, overrides)
+    else:
+        run(config, component)
+
+
+def run(config: RunConfig, component: Component | None) -> None:
+    """Train in this process."""
+    if component is None:
+        bridge.run_untouched(config.llamafactory)
+        return
+    from dataflex.session import TrainSession
+
+    session = TrainSession(config, component)
+    bridge.run_replaced(config, session.args, session.trainer_for, session.take_data)
+
+
+def _torchrun(path: Path, overrides: Sequence[str]) -> None:
+    """Start the workers; NNODES, NODE_RANK, ... mean what they mean to LlamaFactory."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, get_args_parser
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder:
+        failure_file = Path(folder) / "failure.json"
+        os.environ[FAILURE_FILE] = str(failure_file)
+        arguments = [*_rendezvous(os.environ), "-m", "dataflex.launcher", str(path), *overrides]
+        config, command, command_args = config_from_args(get_args_parser().parse_args(arguments))
+        try:
+            elastic_launch(config, command)(*command_args)
+        except ChildFailedError as error:
+            raise _told(failure_file, error) from error
+
+
+def _rendezvous(env: Mapping[str, str]) -> list[str]:
+    workers = env.get("NPROC_PER_NODE") or str(max(1, bridge.device_count()))
+    address = env.get("MASTER_ADDR", "127.0.0.1")
+    port = env.get("MASTER_PORT") or str(_free_port())
+    nodes = env.get("NNODES", "1")
+    common = ["--nproc-per-node", workers, "--max-restarts", env.get("MAX_RESTARTS", "0")]
+    if "RDZV_ID" not in env:
+        return [*common, "--nnodes", nodes, "--node-rank", env.get("NODE_RANK", "0"),
+                "--master-addr", address, "--master-port", port]  # fmt: skip
+    if "MIN_NNODES" in env and "MAX_NNODES" in env:
+        nodes = f"{env['MIN_NNODES']}:{env['MAX_NNODES']}"
+    return [*common, "--nnodes", nodes, "--rdzv-id", env["RDZV_ID"], "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", f"{address}:{port}"]  # fmt: skip
+
+
+def _told(failure_file: Path, error: Any) -> StoreError:  # noqa: ANN401 - a ChildFailedError
+    try:
+        failure = Failure(**json.loads(failure_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        rank, first = error.get_first_failure()
+        return WorkerFailed(
+            f"worker {rank} ended with exit code {first.exitcode}; its own messages are above. ", 1
+        )
+    return WorkerFailed(failure.message, failure.code)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _enabled(name: str) -> bool:
+    return os.environ.get(name, "0").lower() in {"true", "y", "1"}
+
+
+def worker(arguments: Sequence[str]) -> int:
+    """What each torchrun process runs; returns its exit code."""
+    path, overrides = Path(arguments[0]), list(arguments[1:])
+    try:
+        config = load(path, overrides, bridge.accepted_keys())
+        run(config, check(config))
+    except (Exception, KeyboardInterrupt) as error:
+        failure = explain(error)
+        if failure is None:
+            raise
+        if int(os.environ.get("RANK", "0")) == 0 and FAILURE_FILE in os.environ:
+            content = json.dumps({"code": failure.code, "message": failure.message})
+            Path(os.environ[FAILURE_FILE]).write_text(content, encoding="utf-8")
+        return failure.code
+    return 0
+
+
+if __name__ == "__main__":
+    from dataflex.cli import set_up_logging
+
+    set_up_logging()
+    sys.exit(worker(sys.argv[1:]))

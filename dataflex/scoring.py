@@ -1,0 +1,121 @@
+"""Passes over the rows of a run that leave nothing behind: losses, and exact influence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.data import Rows
+from dataflex.events import OnRows, progress
+from dataflex.features import FeatureSettings, token_budget
+from dataflex.selectors.base import RunContext, SelectContext
+from gradstore.direct import direct_cosines, target_directions
+from gradstore.export import plan_batches
+from gradstore.gradients import batch_losses
+from gradstore.moments import AdamMoments
+
+RowBatch = tuple[npt.NDArray[np.int64], dict[str, Any]]
+
+
+def row_losses(run: RunContext, *, max_rows: int = 1024) -> npt.NDArray[np.float64]:
+    """Mean token cross-entropy of every training row under the current model, in eval mode.
+
+    Args:
+        run: model, rows and collator.
+        max_rows: rows of a batch, at most.
+
+    Returns:
+        (n,) float64; NaN for rows without a target token.
+    """
+    train = run.data.train
+    losses = np.full(len(train), np.nan)
+    # Twice the budget of a gradient pass: nothing is kept for a backward.
+    budget = 2 * token_budget(run.model)
+    with progress("losses of train", len(train), shown=run.shows_progress) as advance:
+        for rows, batch in batches(run, train, None, budget, advance, max_rows):
+            losses[rows] = batch_losses(run.model, batch).loss.double().cpu().numpy()
+    return losses
+
+
+@dataclass(frozen=True)
+class DirectScores:
+    """Exact influence of every training row.
+
+    Attributes:
+        scores: (n,) float64, NaN where a row cannot be used.
+        target_rows: usable rows of the target.
+        tokens: tokens of both passes.
+    """
+
+    scores: npt.NDArray[np.float64]
+    target_rows: int
+    tokens: int
+
+
+def direct_scores(
+    context: SelectContext, settings: FeatureSettings, aggregation: Literal["max", "mean"]
+) -> DirectScores:
+    """Cosines to the target without a projection (`scoring: direct`).
+
+    Raises:
+        BadInput: a sub-task without a usable row.
+    """
+    run, data = context.run, context.run.data
+    moments = None
+    if settings.train_features.needs_moments:
+        moments = AdamMoments.from_optimizer(context.optimizer, run.model)
+    budget = settings.tokens_per_batch or token_budget(run.model)
+    total = len(data.train) + sum(len(rows) for rows in data.targets)
+    with progress(f"exact influence at step {context.step}", total,
+                  shown=run.shows_progress) as advance:  # fmt: skip
+        directions = target_directions(
+            run.model,
+            [
+                batches(run, rows, positions, budget, advance)
+                for rows, positions in _subtasks(data.targets, run.config.dataflex.target_subtasks)
+            ],
+            settings.target_features,
+        )
+        cosines = direct_cosines(
+            run.model,
+            batches(run, data.train, None, budget, advance),
+            len(data.train),
+            directions,
+            settings.train_features,
+            moments,
+        )
+    scores = cosines.max(axis=1) if aggregation == "max" else cosines.mean(axis=1)
+    tokens = data.train.lengths.sum() + sum(rows.lengths.sum() for rows in data.targets)
+    return DirectScores(scores.astype(np.float64), sum(directions.rows), int(tokens))
+
+
+def batches(
+    run: RunContext,
+    rows: Rows,
+    positions: npt.NDArray[np.int64] | None,
+    budget: int,
+    advance: OnRows,
+    max_rows: int = 1024,
+) -> Iterator[RowBatch]:
+    """Collated batches on the model's device, longest rows first, with their row positions."""
+    device = next(run.model.parameters()).device
+    chosen = np.arange(len(rows)) if positions is None else positions
+    for batch_of in plan_batches(rows.lengths[chosen], budget, max_rows):
+        where = chosen[batch_of]
+        batch = run.collate([rows.dataset[int(i)] for i in where])
+        yield where, {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+        advance(len(where))
+
+
+def _subtasks(
+    targets: Sequence[Rows], sizes: Sequence[int] | None
+) -> list[tuple[Rows, npt.NDArray[np.int64] | None]]:
+    """Each target set is a sub-task, or the one set is cut into consecutive `sizes`."""
+    if sizes is None:
+        return [(rows, None) for rows in targets]
+    ends = np.cumsum(sizes)
+    return [(targets[0], np.arange(end - size, end)) for size, end in zip(sizes, ends, strict=True)]

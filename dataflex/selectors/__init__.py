@@ -1,0 +1,1 @@
+"""Selectors: which rows the next steps train on. One strategy, one file."""

@@ -1,0 +1,118 @@
+"""Draw rows by the band their current loss falls in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.registry import register
+from dataflex.selectors.base import SelectContext, Selection, Selector
+from gradstore.errors import BadInput
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@register("selector", "loss")
+class LossSelector(Selector):
+    """Prefer low, medium or high loss (ALGORITHMS 1.2).
+
+    Args:
+        focus: the preferred band: low, medium or high.
+        focus_weight: how many times likelier a row of that band is.
+        quantiles: the two quantiles of the finite losses that separate the bands.
+        temperature: probabilities are weight ** (1 / temperature), normalised.
+        replacement: draw each row independently; else rows are distinct while they last.
+        seed: combined with the step.
+        score_batch_size: rows of a scoring batch, at most; batches are bounded by tokens as well.
+    """
+
+    def __init__(
+        self,
+        focus: Literal["low", "medium", "high"] = "high",
+        focus_weight: float = 5.0,
+        quantiles: Sequence[float] = (0.33, 0.66),
+        temperature: float = 1.0,
+        replacement: bool = False,
+        seed: int = 42,
+        score_batch_size: int = 8,
+    ) -> None:
+        if focus not in ("low", "medium", "high"):
+            raise ValueError(f"focus is {focus!r}; choose low, medium or high")
+        if len(quantiles) != 2 or not 0 <= quantiles[0] <= quantiles[1] <= 1:
+            raise ValueError(f"quantiles are {list(quantiles)}; give two rising numbers in [0, 1]")
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; it must be above 0")
+        if not focus_weight > 0:
+            raise ValueError(f"focus_weight is {focus_weight}; it must be above 0")
+        if score_batch_size < 1:
+            raise ValueError(f"score_batch_size is {score_batch_size}; it must be at least 1")
+        self.focus = focus
+        self.focus_weight = float(focus_weight)
+        self.quantiles = (float(quantiles[0]), float(quantiles[1]))
+        self.temperature = float(temperature)
+        self.replacement = replacement
+        self.seed = seed
+        self.score_batch_size = score_batch_size
+
+    def select(self, count: int, context: SelectContext) -> Selection:
+        """Score every row with the current model, then draw."""
+        from dataflex.scoring import row_losses
+
+        began = time.perf_counter()
+        losses = row_losses(context.run, max_rows=self.score_batch_size)
+        scored = time.perf_counter()
+        weights = band_weights(losses, self.focus, self.focus_weight, self.quantiles)
+        probabilities = tempered(weights, self.temperature)
+        generator = np.random.default_rng(self.seed + context.step)
+        rows = draw(probabilities, count, generator, replacement=self.replacement)
+        return Selection(
+            rows,
+            losses[rows],
+            tokens=int(context.run.data.train.lengths.sum()),
+            score_seconds=scored - began,
+            select_seconds=time.perf_counter() - scored,
+            skipped={"no_loss": int((~np.isfinite(losses)).sum())},
+            manifest={"focus": self.focus, "seed": self.seed + context.step},
+        )
+
+
+def band_weights(
+    losses: FloatArray, focus: str, focus_weight: float, quantiles: tuple[float, float]
+) -> FloatArray:
+    """(n,) weights: `focus_weight` inside the band, 1 outside, 0 without a finite loss."""
+    finite = np.isfinite(losses)
+    if not finite.any():
+        raise BadInput("loss: no training row has a finite loss. Look at the model and the labels.")
+    low, high = np.quantile(losses[finite], quantiles)
+    with np.errstate(invalid="ignore"):
+        inside = {
+            "low": losses <= low,
+            "medium": (losses > low) & (losses <= high),
+            "high": losses > high,
+        }[focus]
+    return np.where(finite, np.where(inside, focus_weight, 1.0), 0.0)
+
+
+def tempered(weights: FloatArray, temperature: float) -> FloatArray:
+    """(n,) probabilities weight ** (1 / temperature); a weight of 0 stays exactly 0 (E6)."""
+    powered = np.where(weights > 0, weights, 1.0) ** (1.0 / temperature)
+    powered = np.where(weights > 0, powered, 0.0)
+    return np.asarray(powered / powered.sum())
+
+
+def draw(
+    probabilities: FloatArray, count: int, generator: np.random.Generator, *, replacement: bool
+) -> npt.NDArray[np.int64]:
+    """Draw `count` positions; with replacement if asked, or if too few have a chance.
+
+    Without replacement by the Gumbel top-m trick, which has no limit on n.
+    """
+    chances = np.flatnonzero(probabilities > 0)
+    if replacement or len(chances) < count:
+        return generator.choice(len(probabilities), size=count, p=probabilities).astype(np.int64)
+    keys: npt.NDArray[Any] = np.log(probabilities[chances]) + generator.gumbel(size=len(chances))
+    return chances[np.argsort(-keys, kind="stable")[:count]].astype(np.int64)

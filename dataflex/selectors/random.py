@@ -1,0 +1,41 @@
+"""Uniform draw: the baseline every other selector must beat."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dataflex.registry import register
+from dataflex.selectors.base import SelectContext, Selection, Selector
+from gradstore.errors import BadInput
+
+
+@register("selector", "random")
+class RandomSelector(Selector):
+    """Draw rows uniformly (ALGORITHMS 1.1).
+
+    Args:
+        seed: combined with the step, so that every update draws anew.
+        replacement: draw each row independently; else rows are distinct.
+    """
+
+    needs_single_rows = False
+
+    def __init__(self, seed: int = 42, replacement: bool = False) -> None:
+        self.seed = seed
+        self.replacement = replacement
+
+    def select(self, count: int, context: SelectContext) -> Selection:
+        """The head of a permutation, or independent draws; seeded by seed + step."""
+        n = len(context.run.data.train)
+        if count > n and not self.replacement:
+            raise BadInput(
+                f"random: {count} rows asked of {n} without replacement. "
+                "Lower update_step or set component_params.replacement: true."
+            )
+        generator = np.random.default_rng(self.seed + context.step)
+        rows = (
+            generator.integers(0, n, size=count)
+            if self.replacement
+            else generator.permutation(n)[:count]
+        )
+        return Selection(rows.astype(np.int64), manifest={"seed": self.seed + context.step})
