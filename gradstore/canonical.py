@@ -1,0 +1,137 @@
+"""One spelling for every JSON document of a store, and the seal that guards it.
+
+A document has exactly one valid byte string (sorted keys, no spaces, ASCII, no NaN), and carries
+the sha256 of everything else it says under `sha256`. So every changed byte, a space included, is
+seen: either the bytes are no longer canonical, or the seal no longer fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gradstore.errors import BadInput
+
+Json: TypeAlias = Any
+"""Plain JSON: dict with str keys, list, str, int, float, bool or None."""
+
+SEAL = "sha256"
+
+
+def plain(value: object, where: str = "value") -> Json:
+    """Turns tuples, NumPy scalars, arrays and mappings into plain JSON values.
+
+    Args:
+        value: what to convert.
+        where: dotted name of the value, for the error message.
+
+    Raises:
+        BadInput: a number is not finite, a key is not a string, or a type has no JSON form.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, (float, np.floating)):
+        number = float(value)
+        if not math.isfinite(number):
+            raise BadInput(f"{where} is {number}; only finite numbers can be recorded")
+        return number
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist(), where)
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise BadInput(f"{where} has the key {key!r}; keys must be strings")
+        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    raise BadInput(f"{where} is of type {type(value).__name__}, which has no JSON form")
+
+
+def canonical_json(value: object) -> bytes:
+    """Gives the one byte string that stands for `value`.
+
+    >>> canonical_json({"b": (1, 2), "a": None})
+    b'{"a":null,"b":[1,2]}'
+    """
+    text = json.dumps(
+        plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True
+    )
+    return text.encode("ascii")
+
+
+def sha256_json(value: object) -> str:
+    """Gives the sha256, in hex, of the canonical form of `value`."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def seal(document: Mapping[str, object]) -> dict[str, Json]:
+    """Gives `document` with the sha256 of its other fields added as `sha256`."""
+    body = {key: value for key, value in plain(document).items() if key != SEAL}
+    return {**body, SEAL: sha256_json(body)}
+
+
+def parse(data: bytes) -> dict[str, Json]:
+    """Reads one JSON object.
+
+    Raises:
+        ValueError: the bytes are not a JSON object, hold NaN or a doubled key, or nest too deeply.
+    """
+    try:
+        value = json.loads(
+            data.decode("ascii"),
+            parse_float=_finite,
+            parse_constant=_no_constant,
+            object_pairs_hook=_no_doubles,
+        )
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def unseal(data: bytes) -> dict[str, Json]:
+    """Reads a sealed document and checks that not one byte of it has changed.
+
+    Raises:
+        ValueError: the bytes are not canonical JSON, or the seal does not fit.
+    """
+    document = parse(data)
+    found = document.get(SEAL)
+    try:
+        same = canonical_json(document) == data
+    except (BadInput, RecursionError) as error:
+        raise ValueError("not in canonical form") from error
+    if not same:
+        raise ValueError("not in canonical form")
+    expected = sha256_json({key: value for key, value in document.items() if key != SEAL})
+    if found != expected:
+        raise ValueError(f"its seal says {found}, its content is {expected}")
+    return document
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large")
+    return number
+
+
+def _no_constant(name: str) -> Json:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _no_doubles(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        raise ValueError("a key is given twice")
+    return document

@@ -1,0 +1,171 @@
+"""Which plan a generation gets: one to reuse or resume, a new attempt, or a refusal."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from gradstore.commits import Commit
+from gradstore.damage import DamagedFile
+from gradstore.errors import BadInput, ProvenanceMismatch
+from gradstore.files import StoreFiles
+from gradstore.generation_writer import quarantine
+from gradstore.layout import GenerationName, generation_path, plan_path
+from gradstore.plans import Plan
+from gradstore.provenance import Difference, compare, refuse
+from gradstore.records import GenerationRecord, RowSet
+from gradstore.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan, and how far it got.
+
+    Attributes:
+        plan: the plan.
+        sha256: its seal.
+        committed: its commit, if it is complete.
+        resumed: True when the plan lay on disk before.
+    """
+
+    plan: Plan
+    sha256: str
+    committed: Commit | None = None
+    resumed: bool = False
+
+
+def choose_plan(
+    files: StoreFiles,
+    store: Store,
+    record: GenerationRecord,
+    rows: RowSet,
+    space: str,
+    provenance_sha256: str,
+    dim: int,
+    dtype: str,
+    unit_rows: int,
+) -> Chosen:
+    """Decides between reuse, resume and a new attempt.
+
+    Args:
+        files: the store's files.
+        store: today's view.
+        record: what makes the generation.
+        rows: its rows, in order.
+        space: name of the space.
+        provenance_sha256: seal of the space's provenance.
+        dim: d.
+        dtype: feature dtype.
+        unit_rows: rows per unit of a new plan.
+
+    Raises:
+        ProvenanceMismatch: other rows, d or dtype than earlier generations, or another run's name.
+    """
+    if record.projection.get("d", dim) != dim:
+        raise BadInput(f"{record.name}: the projection gives d={record.projection['d']}, not {dim}")
+    wanted = Plan(record.name, space, provenance_sha256, record, rows, dim, dtype, unit_rows)
+    planned = _readable_plans(files, store)
+    _check_shape(store, wanted)
+    _check_rows(store, planned, wanted)
+    base = record.parsed
+    used = [
+        name.attempt
+        for name in map(GenerationName.parse, [*planned, *_ever_committed(store)])
+        if name.base() == base
+    ]
+    current = _current(store, base)
+    if current is not None:
+        commit, plan = current
+        if plan.record.run_id != record.run_id:
+            raise _other_run(store, plan.record, record)
+        if plan.identity() == wanted.identity():
+            return Chosen(plan, commit.plan_sha256, commit, resumed=True)
+    attempt = max(used, default=0)
+    newest = planned.get(str(base.with_attempt(attempt))) if attempt else None
+    if newest is not None:
+        plan, sha = newest
+        if plan.record.run_id == record.run_id and plan.identity() == wanted.identity():
+            return Chosen(plan, sha, resumed=True)
+    name = str(base.with_attempt(attempt + 1))
+    if attempt:
+        logger.warning("%s was made from another state before; now written as %s", base, name)
+    plan = Plan(name, space, provenance_sha256, record, rows, dim, dtype, unit_rows)
+    return Chosen(plan, Plan.from_bytes(plan.to_bytes())[1])
+
+
+def warn_of_libraries(store: Store, record: GenerationRecord) -> None:
+    """Warns when library versions differ from those of the newest generation."""
+    live = store.live_commits()
+    if not live:
+        return
+    before = store.generation(live[-1].generation).record.libraries
+    for difference in compare(before, record.libraries):
+        logger.warning("%s", difference.line(str(store.path)))
+
+
+def _ever_committed(store: Store) -> list[str]:
+    return [name for c in store.commits if c.kind == "generation" for name in c.generations]
+
+
+def _current(store: Store, base: GenerationName) -> tuple[Commit, Plan] | None:
+    for commit in reversed(store.live_commits()):
+        if GenerationName.parse(commit.generation).base() == base:
+            return commit, store.generation(commit.generation).plan
+    return None
+
+
+def _readable_plans(files: StoreFiles, store: Store) -> dict[str, tuple[Plan, str]]:
+    """Reads the uncommitted plans; a damaged one is set aside with what was written for it."""
+    plans = {}
+    for name in store.planned():
+        try:
+            plans[name] = Plan.from_bytes(files.read(plan_path(name)))
+        except (ValueError, DamagedFile) as error:
+            logger.warning("the plan of %s is damaged (%s): planned again", name, error)
+            quarantine(files, plan_path(name))
+            if files.exists(generation_path(name)):
+                quarantine(files, generation_path(name))
+    return plans
+
+
+def _check_shape(store: Store, wanted: Plan) -> None:
+    for commit in reversed(store.live_commits()):
+        plan = store.generation(commit.generation).plan
+        if plan.space == wanted.space:
+            differences = compare(
+                {"dim": plan.dim, "dtype": plan.dtype}, {"dim": wanted.dim, "dtype": wanted.dtype}
+            )
+            if differences:
+                raise refuse(str(store.path), differences)
+            return
+
+
+def _check_rows(store: Store, planned: dict[str, tuple[Plan, str]], wanted: Plan) -> None:
+    """Refuses other rows than the newest generation of the same role and set has."""
+    key = (wanted.space, wanted.record.role, wanted.record.set)
+    committed = [store.generation(c.generation).plan for c in store.live_commits()]
+    for plan in [*reversed(committed), *(plan for plan, _ in reversed(planned.values()))]:
+        if (plan.space, plan.record.role, plan.record.set) != key:
+            continue
+        note = wanted.rows.difference(plan.rows)
+        if note:
+            what = "train.rows" if key[1] == "train" else f"target.{key[2]}.rows"
+            text = f'{note}. Store "{store.path}" has those of generation {plan.name}'
+            raise refuse(
+                str(store.path),
+                [Difference(what, plan.rows.sha256, wanted.rows.sha256, note=text)],
+            )
+        return
+
+
+def _other_run(
+    store: Store, stored: GenerationRecord, current: GenerationRecord
+) -> ProvenanceMismatch:
+    difference = Difference(f"{current.name}: run_id", stored.run_id, current.run_id)
+    return refuse(
+        str(store.path),
+        [difference],
+        hint="keep this run's generations apart with gradstore_run=NAME",
+    )

@@ -1,0 +1,157 @@
+"""Checks every byte of everything committed; lists every fault, does not stop at the first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gradstore.commits import Commit
+from gradstore.damage import DamagedFile, Fault, VerifyReport
+from gradstore.files import StoreFiles
+from gradstore.generation import (
+    Generation,
+    check_metadata,
+    metadata,
+    read_committed_plan,
+    read_space,
+)
+from gradstore.layout import (
+    GENERATIONS,
+    METADATA,
+    SPACES,
+    generation_path,
+    group_json,
+    plan_path,
+    provenance_path,
+    unit_path,
+)
+from gradstore.plans import Plan
+from gradstore.provenance import read_provenance
+from gradstore.store import Store
+from gradstore.units import check_unit, read_record
+
+
+def verify_store(path: str | Path) -> VerifyReport:
+    """Reads the whole store again from disk, trusting nothing that was checked before.
+
+    Checked: the root, the commit chain, each space's provenance, and of every committed generation
+    the plan, each zarr.json, each unit record, and size, crc32c and sha256 of each chunk.
+
+    Args:
+        path: the store's folder.
+
+    Raises:
+        BadInput: there is no store.
+        ProvenanceMismatch: its schema is newer than this release.
+    """
+    files = StoreFiles(path)
+    try:
+        store = Store(files)
+    except DamagedFile as error:
+        return VerifyReport((error.fault,), 1, 0, ())
+    check = _Check(files)
+    check.count(METADATA)
+    check.metadata(f"{GENERATIONS}/{METADATA}", group_json())
+    for commit in store.commits:
+        check.count(f"commits/{commit.number}.json")
+    for space in files.names(SPACES):
+        check.space(space)
+    live = store.live_commits(superseded=True)
+    for commit in live:
+        check.generation(commit)
+    names = tuple(commit.generation for commit in live)
+    return VerifyReport(
+        tuple(check.faults), check.files_seen, check.bytes_seen, names, tuple(store.planned())
+    )
+
+
+class _Check:
+    """Collects faults and counts what was read."""
+
+    def __init__(self, files: StoreFiles) -> None:
+        self._files = files
+        self._counted: set[str] = set()
+        self.faults: list[Fault] = []
+        self.files_seen = 0
+        self.bytes_seen = 0
+
+    def count(self, path: str, size: int | None = None) -> None:
+        """Counts one file, once."""
+        if path in self._counted:
+            return
+        self._counted.add(path)
+        self.files_seen += 1
+        self.bytes_seen += self._files.size(path) if size is None else size
+
+    def add(self, fault: Fault) -> None:
+        """Keeps a fault, once."""
+        if fault not in self.faults:
+            self.faults.append(fault)
+
+    def metadata(self, path: str, expected: bytes) -> None:
+        """Checks one zarr.json."""
+        self.count(path)
+        try:
+            check_metadata(self._files, path, expected)
+        except DamagedFile as error:
+            self.add(error.fault)
+
+    def space(self, space: str) -> None:
+        """Checks that a space's provenance fits its own seal."""
+        path = provenance_path(space)
+        self.count(path)
+        try:
+            read_provenance(self._files.read(path), space)
+        except DamagedFile as error:
+            self.add(error.fault)
+        except ValueError as error:
+            self.add(Fault(path, "the provenance that was written", str(error)))
+
+    def generation(self, commit: Commit) -> None:
+        """Checks one committed generation, every byte."""
+        self.count(plan_path(commit.generation))
+        try:
+            plan = read_committed_plan(self._files, commit)
+        except DamagedFile as error:
+            self.add(error.fault)
+            return
+        try:
+            read_space(self._files, plan)
+        except DamagedFile as error:
+            self.add(error.fault)
+        expected = metadata(plan)
+        for path, data in expected.items():
+            self.metadata(path, data)
+        seen = {path for path in expected if path.startswith(f"{generation_path(plan.name)}/")}
+        for unit, sha in zip(plan.units, commit.units, strict=True):
+            seen.add(unit_path(plan.name, unit.index))
+            seen.update(
+                f"{generation_path(plan.name)}/{spec.chunk_path(unit.index)}"
+                for spec in plan.arrays
+            )
+            self.unit(plan, commit, unit.index, sha)
+        for path in self._files.walk(generation_path(plan.name)):
+            if path not in seen:
+                self.add(Fault(path, "no file of this name", "one"))
+        self.values(commit)
+
+    def unit(self, plan: Plan, commit: Commit, index: int, sha: str) -> None:
+        """Checks a unit's record and each of its chunks."""
+        self.count(unit_path(plan.name, index))
+        try:
+            record, _ = read_record(self._files, plan, commit.plan_sha256, plan.units[index], sha)
+        except DamagedFile as error:
+            self.add(error.fault)
+            return
+        for name, each in record.files.items():
+            self.count(f"{generation_path(plan.name)}/{name}", each.bytes)
+        for fault in check_unit(self._files, record, deep=True):
+            self.add(fault)
+
+    def values(self, commit: Commit) -> None:
+        """Checks that the row hashes are the plan's, and the statuses those that were counted."""
+        if self.faults:
+            return
+        try:
+            Generation(self._files, commit).check_values()
+        except DamagedFile as error:
+            self.add(error.fault)
