@@ -17,7 +17,6 @@ from gradstore.generation import (
 from gradstore.layout import (
     GENERATIONS,
     METADATA,
-    SPACES,
     generation_path,
     group_json,
     plan_path,
@@ -53,7 +52,7 @@ def verify_store(path: str | Path) -> VerifyReport:
     check.metadata(f"{GENERATIONS}/{METADATA}", group_json())
     for commit in store.commits:
         check.count(f"commits/{commit.number}.json")
-    for space in files.names(SPACES):
+    for space in store.spaces():
         check.space(space)
     live = store.live_commits(superseded=True)
     for commit in live:

@@ -248,6 +248,7 @@ class StoreWriter:
         probe(files)
         for folder in (COMMITS, PLANS, SPACES, GENERATIONS):
             files.make_directory(folder)
+        self._publish_metadata(f"{GENERATIONS}/{METADATA}", group_json(), own=True)
         if not files.publish(METADATA, root_json(str(uuid.uuid4()))):
             logger.warning("another process created store %s at the same moment", self.path)
 
