@@ -1,0 +1,308 @@
+"""Export time over plain training time, same rows, same process: what a selection costs.
+
+    uv run python benchmarks/export_ratio.py            # after examples/real/prepare.py
+
+SmolLM2-135M with LoRA r=16 on all linear layers and the real example's rows. *Plain* is one batched
+forward and backward with LoRA trainable, eval mode, the model's own loss and no optimizer step.
+*Export* is everything that a selection does with the same rows: per-row gradients, adam_marginal
+features, projection to d=4096, units in a store, commit. Passes alternate A B A B after a warm-up;
+a ratio is the median over the pairs. Prints one table and appends to results/export_ratio.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from gradkernels import ProjectionSpec
+
+from gradstore.export import export_generation, plan_batches
+from gradstore.features import FeatureSpec
+from gradstore.moments import AdamMoments
+from gradstore.records import GenerationRecord, RowSet, row_hash
+from gradstore.writer import StoreWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HERE = Path(__file__).resolve().parent
+REAL = HERE.parent / "examples" / "real"
+RESULTS = HERE / "results" / "export_ratio.csv"
+Method = Literal["sjlt", "rademacher"]
+Pairs = dict[Method, list[tuple[float, float]]]
+LIMITS: dict[Method, float] = {"sjlt": 1.05, "rademacher": 1.25}
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SPEAKERS = {
+    "human": "user",
+    "observation": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+}
+IGNORED = -100
+
+Row = dict[str, list[int]]
+
+
+def turns_of(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """(speaker, text) pairs of an alpaca or a tool-calling row."""
+    if "conversations" in row:
+        turns = [(SPEAKERS[turn["from"]], turn["value"]) for turn in row["conversations"]]
+        return [("system", "You can call these tools: " + row["tools"]), *turns]
+    question = "\n".join(filter(None, (row["instruction"], row["input"])))
+    return [("user", question), ("assistant", row["output"])]
+
+
+def load_rows(tokenizer: PreTrainedTokenizerBase, count: int) -> list[Row]:
+    """`count` rows of the real pool, every kind in its share; labels on the assistant's words."""
+    pools = [
+        json.loads((REAL / "data" / f"real_{kind}.json").read_text(encoding="utf-8"))
+        for kind in ("alpaca", "glaive", "identity")
+    ]
+    total = sum(map(len, pools))
+    texts = [row for pool in pools for row in pool[: round(count * len(pool) / total)]]
+    rows: list[Row] = []
+    for text in texts:
+        row: Row = {"input_ids": [], "labels": []}
+        for speaker, said in turns_of(text):
+            head = tokenizer(f"<|im_start|>{speaker}\n")["input_ids"]
+            body = tokenizer(f"{said}<|im_end|>\n")["input_ids"]
+            row["input_ids"] += head + body
+            wanted = body if speaker == "assistant" else [IGNORED] * len(body)
+            row["labels"] += [IGNORED] * len(head) + wanted
+        rows.append({key: ids[:512] for key, ids in row.items()})
+    return rows
+
+
+def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
+    """Right-pads rows to one batch (b, t)."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(key: str, filler: int) -> torch.Tensor:
+        return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in rows])
+
+    mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+    return {
+        "input_ids": padded("input_ids", 2),
+        "labels": padded("labels", IGNORED),
+        "attention_mask": torch.tensor(mask),
+    }
+
+
+@dataclass
+class Bench:
+    """Model, rows and batches that both sides share."""
+
+    model: torch.nn.Module
+    rows: list[Row]
+    token_budget: int
+    device: torch.device
+    moments: AdamMoments | None = None
+
+    def train_a_little(self) -> None:
+        """Two optimizer steps: adapter and Adam moments are then as in a real run, not zero."""
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=2e-4)
+        for start in (0, 2):
+            batch = collate(self.rows[start : start + 2])
+            moved = {key: tensor.to(self.device) for key, tensor in batch.items()}
+            self.model(**moved, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        self.moments = AdamMoments.from_optimizer(optimizer, self.model)
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The batches of one pass, the same ones that the export plans."""
+        lengths = [len(row["input_ids"]) for row in self.rows]
+        for positions in plan_batches(lengths, self.token_budget):
+            batch = collate([self.rows[int(i)] for i in positions])
+            yield {key: tensor.to(self.device) for key, tensor in batch.items()}
+
+    def synchronize(self) -> None:
+        """Waits for the device, so that the clock sees finished work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def plain(self) -> float:
+        """Seconds of one pass of forward and backward."""
+        self.model.eval()
+        self.synchronize()
+        began = time.perf_counter()
+        for batch in self.batches():
+            self.model(**batch, use_cache=False).loss.backward()
+            self.model.zero_grad(set_to_none=True)
+        self.synchronize()
+        return time.perf_counter() - began
+
+    def export(self, method: Method, dim: int) -> float:
+        """Seconds of one export into a new store, plan and commit included."""
+        with tempfile.TemporaryDirectory(prefix="export-ratio-") as folder:
+            self.synchronize()
+            began = time.perf_counter()
+            with StoreWriter(Path(folder) / "store", provenance={"benchmark": method}) as writer:
+                self._write(writer, method, dim)
+            return time.perf_counter() - began
+
+    def _write(self, writer: StoreWriter, method: Method, dim: int) -> None:
+        projection = ProjectionSpec(method=method, p=self.p, d=dim, seed=1)
+        record = GenerationRecord(
+            name="train/2",
+            role="train",
+            step=2,
+            run_id="export_ratio",
+            adapter_hash="benchmark",
+            effective_seed=projection.seed,
+            projection=projection.to_dict(),
+            feature="adam_marginal",
+        )
+        hashes = [row_hash(row["input_ids"], row["labels"]) for row in self.rows]
+        generation = writer.begin(record, RowSet.from_hashes(hashes), dim=dim)
+        summary = export_generation(
+            self.model,
+            self.rows,
+            collate,
+            generation,
+            features=FeatureSpec("adam_marginal"),
+            projection=projection,
+            moments=self.moments,
+            lengths=[len(row["input_ids"]) for row in self.rows],
+            token_budget=self.token_budget,
+        )
+        generation.commit()
+        if summary.status_counts != {"ok": len(self.rows)}:
+            sys.exit(f"not every row gave a feature: {summary.status_counts}")
+
+    @cached_property
+    def p(self) -> int:
+        """Gradient length: the trainable parameters, found before any freezing."""
+        return sum(w.numel() for w in self.model.parameters() if w.requires_grad)
+
+
+def lora_model(device: torch.device) -> torch.nn.Module:
+    """SmolLM2-135M with LoRA r=16 on all linear layers, float32."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(str(REAL / "model"), dtype=torch.float32)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, task_type="CAUSAL_LM")
+    model: torch.nn.Module = get_peft_model(base, config)
+    return model.to(device)
+
+
+def median_ratio(pairs: list[tuple[float, float]]) -> float:
+    """Median over (plain, export) pairs of export / plain."""
+    return statistics.median(export / plain for plain, export in pairs)
+
+
+def measure(bench: Bench, dim: int, pairs: int) -> Pairs:
+    """(plain, export) seconds of each projection: A B A B, after one pass of every kind."""
+    tell(f"warm-up: {bench.plain():.1f} s plain")
+    for method in LIMITS:
+        tell(f"warm-up: {bench.export(method, dim):.1f} s {method}")
+    found: Pairs = {method: [] for method in LIMITS}
+    for number in range(1, pairs + 1):
+        for method, results in found.items():
+            results.append((bench.plain(), bench.export(method, dim)))
+            plain, export = results[-1]
+            tell(f"pair {number} of {pairs}: plain {plain:.1f} s, {method} {export:.1f} s")
+    return found
+
+
+def tell(message: str) -> None:
+    """One line for the person who waits."""
+    sys.stdout.write(message + "\n")
+    sys.stdout.flush()
+
+
+def hardware(device: torch.device) -> str:
+    """Name of the processor (and of the GPU) that the figures belong to."""
+    cpu = "unknown CPU"
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    cpu = f"{cpu}, {os.cpu_count()} cores"
+    return f"{torch.cuda.get_device_name(device)}; {cpu}" if device.type == "cuda" else cpu
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Appends rows to a CSV file, with a header if it is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def report(bench: Bench, found: Pairs, dim: int) -> list[dict[str, Any]]:
+    """One row per projection: medians, ratio, limit."""
+    n, tokens = len(bench.rows), sum(len(row["input_ids"]) for row in bench.rows)
+    return [
+        {
+            "date": datetime.now(UTC).date().isoformat(),
+            "hardware": hardware(bench.device),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "rows": n,
+            "tokens": tokens,
+            "token_budget": bench.token_budget,
+            "projection": method,
+            "d": dim,
+            "pairs": len(pairs),
+            "plain_s": round(statistics.median(plain for plain, _ in pairs), 3),
+            "export_s": round(statistics.median(export for _, export in pairs), 3),
+            "ratio": round(median_ratio(pairs), 4),
+            "limit": LIMITS[method],
+        }
+        for method, pairs in found.items()
+    ]
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=64, help="at most 200, the pool")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--token-budget", type=int, default=2048, help="tokens of a padded batch")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--csv", type=Path, default=RESULTS, help="where the figures are appended")
+    options = parser.parse_args()
+    if not (REAL / "model" / "config.json").is_file():
+        sys.exit("no examples/real/model: run `uv run python examples/real/prepare.py` first")
+    from transformers import AutoTokenizer
+
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    rows = load_rows(AutoTokenizer.from_pretrained(str(REAL / "model")), options.rows)
+    bench = Bench(lora_model(device), rows, options.token_budget, device)
+    bench.train_a_little()
+    results = report(bench, measure(bench, options.dim, options.pairs), options.dim)
+    append(options.csv, results)
+    tell(f"\n{results[0]['hardware']}; {len(rows)} rows, {results[0]['tokens']} tokens")
+    tell(f"{'projection':<12}{'plain s':>10}{'export s':>10}{'ratio':>8}{'limit':>8}")
+    for row in results:
+        tell(
+            f"{row['projection']:<12}{row['plain_s']:>10.1f}{row['export_s']:>10.1f}"
+            f"{row['ratio']:>8.3f}{row['limit']:>8.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
