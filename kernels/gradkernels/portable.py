@@ -16,7 +16,8 @@ from gradkernels.randomness import GOLDEN, M1, M2, Keys, derive_keys, sjlt_bound
 from gradkernels.spec import ProjectionSpec
 from torch import Tensor
 
-_TILE_ENTRIES = 2**23  # matrix entries made at once: 32 MiB of float32
+_TILE_ENTRIES = {"cpu": 2**20}  # matrix entries made at once: few enough for a cache
+_TILE_ENTRIES_ELSEWHERE = 2**24  # enough to fill a GPU, 64 MiB of float32
 _TILE_PARAMS = 2048  # parameters summed in float32 (BLAS may add them one after another)
 
 
@@ -54,7 +55,8 @@ class TorchSums:
         """Add block (b, m) float32 of parameters [start, start + m)."""
         spec = self._spec
         width = len(block) * spec.s if spec.method == "sjlt" else spec.d
-        step = max(1, min(_TILE_PARAMS, _TILE_ENTRIES // width))
+        entries = _TILE_ENTRIES.get(block.device.type, _TILE_ENTRIES_ELSEWHERE)
+        step = max(1, min(_TILE_PARAMS, entries // width))
         for tile in torch.split(block, step, dim=1):
             params = torch.arange(start, start + tile.shape[1], device=self._device)
             if self._bounds is not None:

@@ -1,12 +1,21 @@
-"""Compile each loop once, for one signature, on first use; kept on disk where that is possible."""
+"""Compile each loop once, for one signature, on first use; kept on disk where that is possible.
+
+numba keeps machine code beside the file of the function that it was asked to compile, and looks
+again only when *that* file changes: an edit to a function called from there would run the old code,
+silently. So each entry here closes over a fingerprint of the sources, which numba makes part of
+the key.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from gradkernels.cpu.loops import rademacher_loop, sjlt_loop
+from gradkernels import randomness
+from gradkernels.cpu import loops, vectors
 from numba import njit, types
 
 _F32_2D = types.Array(types.float32, 2, "C")
@@ -14,28 +23,58 @@ _U32_1D = types.Array(types.uint32, 1, "C")
 _I64_1D = types.Array(types.int64, 1, "C")
 _BLOCK = (_F32_2D, types.int64, types.uint32, types.uint32)
 
+_sjlt_loop = njit(nogil=True)(loops.sjlt_loop)
+_rademacher_loop = njit(nogil=True)(loops.rademacher_loop)
+
 
 @cache
 def sjlt() -> Callable[..., None]:
     """Return `sjlt_loop`, compiled; it runs without the GIL."""
     out = types.Array(types.float64, 3, "C")
-    ends = (types.int64, types.int64, out)
-    return _compile(sjlt_loop, types.void(*_BLOCK, _U32_1D, _I64_1D, *ends))
+    signature = types.void(*_BLOCK, _U32_1D, _I64_1D, types.int64, types.int64, out)
+    return _compile(_sjlt_entry, signature)
 
 
 @cache
 def rademacher() -> Callable[..., None]:
     """Return `rademacher_loop`, compiled; it runs without the GIL."""
     out = types.Array(types.float64, 4, "C")
-    return _compile(rademacher_loop, types.void(*_BLOCK, _U32_1D, types.int64, out))
+    signature = types.void(*_BLOCK, _U32_1D, types.int64, out)
+    return _compile(_rademacher_entry, signature)
 
 
-def _compile(loop: Callable[..., None], signature: Any) -> Callable[..., None]:  # noqa: ANN401
+def _sjlt_entry(fingerprint: int) -> Callable[..., None]:
+    def sjlt_entry(x, start, a, b, c, bounds, low, high, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        if fingerprint >= 0:
+            _sjlt_loop(x, start, a, b, c, bounds, low, high, out)
+
+    return sjlt_entry
+
+
+def _rademacher_entry(fingerprint: int) -> Callable[..., None]:
+    def rademacher_entry(x, start, a, b, c, first_word, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        if fingerprint >= 0:
+            _rademacher_loop(x, start, a, b, c, first_word, out)
+
+    return rademacher_entry
+
+
+def _compile(make: Callable[[int], Callable[..., None]], signature: Any) -> Callable[..., None]:  # noqa: ANN401
     """Compile eagerly: with one signature, no call ever compiles again."""
     try:
-        compiled: Callable[..., None] = njit(signature, nogil=True, cache=True)(loop)
+        compiled: Callable[..., None] = njit(signature, nogil=True, cache=True)(
+            make(_fingerprint())
+        )
     except (OSError, RuntimeError):
-        # Neither the install folder nor the user's cache folder can be written: a few seconds per
-        # process, and still the right numbers.
-        compiled = njit(signature, nogil=True)(loop)
+        # No cache folder can be written, or no source can be read: a few seconds per process, and
+        # the same numbers.
+        compiled = njit(signature, nogil=True)(make(0))
     return compiled
+
+
+def _fingerprint() -> int:
+    """Return 56 bits of a hash over every source that the machine code comes from."""
+    digest = hashlib.blake2b(digest_size=7)
+    for module in (randomness, loops, vectors):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return int.from_bytes(digest.digest(), "little")

@@ -2,9 +2,6 @@
 
 numba computes integers in 64 bits, hence the many `np.uint32(...)`: they cut back to 32.
 
-They stay in one file: numba's on-disk cache notices a change in the file of the function that it
-compiled, not in the files of the functions called from there.
-
 Every number of the result is the same sequence of float32 additions whatever the number of threads
 (each thread owns outputs, not parameters) and whatever the other rows of the batch (rows never
 meet). Sums of at most CHUNK parameters are float32; their totals are float64.
