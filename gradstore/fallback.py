@@ -111,7 +111,7 @@ class RowwiseGradients:
             for parameter in parameters:
                 parameter.requires_grad = True
             with torch.enable_grad():
-                loss = self._loss.token_losses(row, Targets.of(row)).mean()
+                loss, _ = self._loss(row, Targets.of(row))
             if not loss.requires_grad:
                 return loss, [None] * len(parameters)
             with without_autocast(loss.device):

@@ -30,12 +30,12 @@ __all__ = ["AdamMoments", "FeatureMap", "FeatureSpec"]
 Kind = Literal["adam_marginal", "adam", "sgd", "sign"]
 EpsMode = Literal["inside", "outside"]
 
-# Elements per in-place operation: the block, two work buffers and three vectors stay in cache.
-_BLOCK_ELEMENTS = 1 << 15
+# Elements per in-place operation: the block and two work buffers stay in cache.
+_BLOCK_ELEMENTS = 1 << 17
 _CUDA_BLOCK_ELEMENTS = 1 << 26
 # Stands in for eps = 0, where a parameter that has never moved would divide 0 by 0.
 _TINY = torch.finfo(torch.float32).tiny
-# Added to a sum of two roots that may both be 0; where it counts, an outer eps drowns the term.
+# Keeps s + s₀ from being 0; where it counts at all, an outer eps drowns what it is part of.
 _ROOT_FLOOR = 1e-27
 
 
@@ -71,17 +71,16 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class _AdamVectors:
-    """One slot's constants: M = a + cg, V = base + curve·g², eps inside `base` or in `outer`.
+    """One slot's constants, M and √V both divided by 1-β₁ so that M = a + g.
 
-    `still` is √base, the root at g = 0; `pull` is a·curve / (the denominator at g = 0). All
-    vectors are (numel,) float32.
+    V = base + curve·g², with eps inside `base` or added to the root as `outer`. `still` is the
+    root at g = 0 and `pull` is a·curve / (the denominator at g = 0). Vectors are (numel,) float32.
     """
 
     a: Tensor
     base: Tensor
     still: Tensor
     pull: Tensor
-    c: float
     curve: float
     outer: float
 
@@ -159,25 +158,25 @@ class FeatureMap:
             first = 1.0 - constants.beta1 ** (constants.step + 1)
             second = 1.0 - constants.beta2 ** (constants.step + 1)
             a, c, base, curve = a / first, c / first, base / second, curve / second
-        eps = max(constants.eps, _TINY)
-        inside = self.spec.adam_eps_mode == "inside"
-        if inside:
-            base = base + eps
-        outer = 0.0 if inside else eps
+        outer = max(constants.eps, _TINY)
+        if self.spec.adam_eps_mode == "inside":
+            base, outer = base + outer, 0.0
+        a, base, curve, outer = a / c, base / c**2, curve / c**2, outer / c
         still = base.sqrt()
         pull = a * curve / (still + outer)
+        if outer:
+            still = still + _ROOT_FLOOR
         a, base, still, pull = (x.to(self._device, torch.float32) for x in (a, base, still, pull))
-        return _AdamVectors(a, base, still, pull, c, curve, outer)
+        return _AdamVectors(a, base, still, pull, curve, outer)
 
 
 def _step_(block: Tensor, vectors: _AdamVectors, span: slice, root: Tensor, _: Tensor) -> None:
-    """Γ(g) = (a + cg) / (√V + outer), in place on (b, w)."""
+    """Γ(g) = (a + g) / (√V + outer), in place on (b, w)."""
     torch.addcmul(vectors.base[span], block, block, value=vectors.curve, out=root)
     root.sqrt_()
     if vectors.outer:
         root.add_(vectors.outer)
-    torch.add(vectors.a[span], block, alpha=vectors.c, out=block)
-    block.div_(root)
+    block.add_(vectors.a[span]).div_(root)
 
 
 def _marginal_(
@@ -186,15 +185,14 @@ def _marginal_(
     """Γ(g) - Γ(0) without the difference of near equals, in place on (b, w).
 
     With the roots s = √V and s₀ = √V(0) and the denominators D = s + outer, D₀ = s₀ + outer:
-    Γ(g) - Γ(0) = cg/D - a(s - s₀)/(D·D₀), and s - s₀ = curve·g²/(s + s₀), so it equals
-    (g/D)·(c - (a·curve/D₀)·g/(s + s₀)).
+    Γ(g) - Γ(0) = g/D - a(s - s₀)/(D·D₀), and s - s₀ = curve·g²/(s + s₀), so with
+    pull = a·curve/D₀ it is g·(s + s₀ - pull·g) / (D·(s + s₀)).
     """
     torch.addcmul(vectors.base[span], block, block, value=vectors.curve, out=root)
     root.sqrt_()
     torch.add(root, vectors.still[span], out=share)
     if vectors.outer:
-        share.add_(_ROOT_FLOOR)
         root.add_(vectors.outer)
-    torch.div(vectors.pull[span], share, out=share)
-    share.mul_(block).neg_().add_(vectors.c)
-    block.div_(root).mul_(share)
+    root.mul_(share)
+    share.addcmul_(vectors.pull[span], block, value=-1.0)
+    block.mul_(share.div_(root))

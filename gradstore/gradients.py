@@ -131,8 +131,7 @@ class GradientCapture:
         self._pass = current = _Pass(targets, sink)
         try:
             with torch.enable_grad():
-                token_loss = self._loss.token_losses(batch, targets)
-                total = (token_loss * targets.weights()).sum()
+                total, token_loss = self._loss(batch, targets)
             missed = {slot for slot in self._hooked if current.missed(slot)}
             self._hooked -= missed
             self._log_fallback(missed)
@@ -355,5 +354,5 @@ def batch_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> BatchStats:
         if len(targets.rows) == 0:
             token_loss = torch.zeros(0, device=targets.counts.device)
         else:
-            token_loss = RowLoss(model).token_losses(batch, targets)
+            _, token_loss = RowLoss(model)(batch, targets)
     return BatchStats(targets.row_means(token_loss), targets.counts)

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gradstore.crossentropy import weighted_cross_entropy
 from gradstore.errors import BadInput
 
 IGNORED_LABEL = -100
@@ -80,7 +80,7 @@ class Targets:
     def row_means(self, token_loss: Tensor) -> Tensor:
         """Averages (s,) token losses per row: (b,) float32, nan where a row has no target."""
         sums = torch.zeros(self.grid[0], device=token_loss.device)
-        sums.index_add_(0, self.rows, token_loss.detach())
+        sums.index_add_(0, self.rows, token_loss)
         return sums / self.counts  # 0 / 0 is the nan wanted
 
 
@@ -101,7 +101,7 @@ def logits_of(output: Any) -> Tensor:  # noqa: ANN401 - models return what they 
 
 
 class RowLoss:
-    """Computes a batch's token losses with one forward.
+    """Computes a batch's losses with one forward.
 
     Args:
         model: A causal language model, its logits (b, t, V).
@@ -114,12 +114,12 @@ class RowLoss:
         self._model = model
         self._head = _plain_head(model)
 
-    def token_losses(self, batch: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        """Returns (s,) float32 cross-entropies at the target positions, with their graph."""
+    def __call__(self, batch: Mapping[str, Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
+        """Computes the sum of the rows' losses, with its graph, and (s,) token losses without."""
         logits = self._gathered_logits(batch, targets)
         if logits is None:
             logits = self._full_logits(batch, targets)
-        return F.cross_entropy(logits.float(), targets.tokens, reduction="none")
+        return weighted_cross_entropy(logits, targets.tokens, targets.weights())
 
     def _full_logits(self, batch: Mapping[str, Tensor], targets: Targets) -> Tensor:
         logits = logits_of(self._model(**model_inputs(batch)))
@@ -138,13 +138,14 @@ class RowLoss:
         with _head_at(head, targets) as seen:
             logits = logits_of(self._model(**model_inputs(batch)))
         if len(seen) == 1 and seen[0].shape[:2] == logits.shape[:2] == (1, len(targets.rows)):
-            if logits is seen[0] or self._verified.get(self._model):
-                return logits[0]
+            given, logits = logits, logits.flatten(0, 1)
+            if given is seen[0] or self._verified.get(self._model):
+                return logits
             # Something follows the output layer (soft capping, scaling, a cast): compare once.
-            self._verified[self._model] = self._equals_full(logits[0], batch, targets)
+            self._verified[self._model] = self._equals_full(logits, batch, targets)
         else:
             self._verified[self._model] = False
-        return logits[0] if self._verified[self._model] else None
+        return logits if self._verified[self._model] else None
 
     @torch.no_grad()
     def _equals_full(self, gathered: Tensor, batch: Mapping[str, Tensor], targets: Targets) -> bool:
