@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,20 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradkernels import ProjectionSpec, canary
-from gradstore.writer import StoreWriter
 
 from dataflex.data import Rows
 from dataflex.events import progress
 from dataflex.selectors.base import RunContext
 from gradstore.comparable import CheckpointFeatures
+from gradstore.discard import discard_store
 from gradstore.errors import BadInput
-from gradstore.export import export_generation
+from gradstore.export import ExportSummary, export_generation
 from gradstore.features import FeatureSpec
 from gradstore.gradients import GradientCapture
 from gradstore.hashing import tensor_hash
-from gradstore.influence import checkpoint_weights
+from gradstore.layout import GenerationName, Role
 from gradstore.moments import AdamMoments
+from gradstore.pairing import Which, checkpoint_features
 from gradstore.records import GenerationRecord
+from gradstore.writer import StoreWriter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,6 +117,12 @@ class CheckpointExport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Exported:
+    generation: Generation
+    summary: ExportSummary
+
+
 def effective_seed(base: int, step: int) -> int:
     """Seed of one checkpoint's projection: the noise then averages out over checkpoints."""
     digest = hashlib.blake2b(f"{base}:{step}".encode(), digest_size=8).digest()
@@ -150,9 +157,8 @@ class FeatureService:
             s=settings.sjlt_s,
         )
         path = run.config.store_path
-        if run.fresh and run.config.owns_store and path.is_dir():
-            if run.config.get("overwrite_output_dir", False):
-                shutil.rmtree(path)
+        if run.fresh and run.config.owns_store and run.config.get("overwrite_output_dir", False):
+            discard_store(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.writer = StoreWriter(path, space="gradient", provenance=self._provenance())
         self.writer.__enter__()
@@ -179,69 +185,64 @@ class FeatureService:
         adapter = self._adapter_hash()
         sets = self.run.data.targets
         targets, seconds, tokens = [], 0.0, 0
-        for number, rows in enumerate(sets):
-            name = self._name(f"target/{_set_name(rows, number)}", step)
-            one = self._one(name, rows, self.settings.target_features, None, adapter, step, None)
-            if not one[0].usable.any():
+        for rows in sets:
+            one = self._one(
+                "target", rows, step, adapter=adapter, features=self.settings.target_features
+            )
+            if not one.generation.usable.any():
                 raise BadInput(
                     f"target set {rows.name!r} has no usable row: every gradient is zero, not "
                     "finite, or the row is masked."
                 )
-            targets.append(one[0])
-            tokens, seconds = tokens + one[1], seconds + one[2]
-        train, train_tokens, train_seconds = self._one(
-            self._name("train", step), self.run.data.train, self.settings.train_features, moments,
-            adapter, step, learning_rate,
-        )  # fmt: skip
-        return CheckpointExport(train, tuple(targets), sum(len(r) for r in sets),
-                                tokens + train_tokens, seconds + train_seconds)  # fmt: skip
-
-    def checkpoints(
-        self, which: Literal["last", "all"] | int, step: int
-    ) -> list[CheckpointFeatures]:
-        """The checkpoints to combine, newest last, weighted by their mean learning rates.
-
-        Args:
-            which: `last`, `all`, or how many of the newest.
-            step: none later than this one is taken.
-        """
-        store = self.writer.store
-        prefix = self._name("train", 0).rpartition("/")[0]
-        trains = sorted(
-            {
-                g.step: g
-                for g in store.generations()
-                if g.role == "train" and g.step <= step and g.name.startswith(f"{prefix}/")
-            }.items()
+            targets.append(one.generation)
+            tokens, seconds = tokens + one.summary.tokens, seconds + one.summary.seconds
+        train = self._one(
+            "train",
+            self.run.data.train,
+            step,
+            adapter=adapter,
+            features=self.settings.train_features,
+            moments=moments,
+            learning_rate=learning_rate,
         )
-        count = {"last": 1, "all": len(trains)}.get(str(which))
-        chosen = [g for _, g in trains][-(count if count is not None else int(which)) :]
-        weights = checkpoint_weights([g.record.learning_rate or 0.0 for g in chosen])
-        return [
-            CheckpointFeatures(
-                g,
-                tuple(
-                    store.generation(self._name(f"target/{_set_name(rows, number)}", g.step))
-                    for number, rows in enumerate(self.run.data.targets)
-                ),
-                float(weight),
-            )
-            for g, weight in zip(chosen, weights, strict=True)
-        ]
+        return CheckpointExport(
+            train.generation,
+            tuple(targets),
+            target_rows=sum(len(rows) for rows in sets),
+            tokens=tokens + train.summary.tokens,
+            seconds=seconds + train.summary.seconds,
+        )
+
+    def checkpoints(self, which: Which, step: int) -> list[CheckpointFeatures]:
+        """The checkpoints to combine, none later than `step`, weighted by learning rate."""
+        return checkpoint_features(
+            self.writer.store,
+            which,
+            run=self.run.config.dataflex.gradstore_run or "",
+            sets=[rows.name for rows in self.run.data.targets],
+            until=step,
+        )
 
     def _one(
         self,
-        name: str,
+        role: Role,
         rows: Rows,
-        features: FeatureSpec,
-        moments: AdamMoments | None,
-        adapter: str,
         step: int,
-        learning_rate: float | None,
-    ) -> tuple[Generation, int, float]:
+        *,
+        adapter: str,
+        features: FeatureSpec,
+        moments: AdamMoments | None = None,
+        learning_rate: float | None = None,
+    ) -> _Exported:
+        set_name = rows.name if role == "target" else ""
+        run = self.run.config.dataflex.gradstore_run or ""
+        name = str(GenerationName(role, step, set_name, run))
         projection = self.projection.with_seed(effective_seed(self.settings.seed, step))
         record = GenerationRecord(
             name=name,
+            role=role,
+            step=step,
+            set=set_name,
             run_id=self.run.run_id,
             adapter_hash=adapter,
             optimizer_hash=moments.sha256() if moments is not None else None,
@@ -274,11 +275,7 @@ class FeatureService:
                 on_rows=advance,
             )
         writer.commit()
-        return self.writer.store.generation(name), summary.tokens, summary.seconds
-
-    def _name(self, path: str, step: int) -> str:
-        run = self.run.config.dataflex.gradstore_run
-        return f"{run}/{path}/{step}" if run else f"{path}/{step}"
+        return _Exported(self.writer.store.generation(name), summary)
 
     def _adapter_hash(self) -> str:
         trained = {slot.name for slot in self.slots}
@@ -334,10 +331,6 @@ def _without_paths(content: bytes) -> bytes:
     return json.dumps(
         {k: v for k, v in settings.items() if k not in volatile}, sort_keys=True
     ).encode()
-
-
-def _set_name(rows: Rows, number: int) -> str:
-    return rows.name or f"set{number}"
 
 
 def _libraries() -> dict[str, str]:

@@ -62,8 +62,13 @@ def canonical_json(value: object) -> bytes:
     >>> canonical_json({"b": (1, 2), "a": None})
     b'{"a":null,"b":[1,2]}'
     """
+    return _dump(plain(value))
+
+
+def _dump(value: Json) -> bytes:
+    """Spells a value that is plain JSON already."""
     text = json.dumps(
-        plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True
+        value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True
     )
     return text.encode("ascii")
 
@@ -76,7 +81,7 @@ def sha256_json(value: object) -> str:
 def seal(document: Mapping[str, object]) -> dict[str, Json]:
     """Gives `document` with the sha256 of its other fields added as `sha256`."""
     body = {key: value for key, value in plain(document).items() if key != SEAL}
-    return {**body, SEAL: sha256_json(body)}
+    return {**body, SEAL: _seal_of(body)}
 
 
 def parse(data: bytes) -> dict[str, Json]:
@@ -106,17 +111,21 @@ def unseal(data: bytes) -> dict[str, Json]:
         ValueError: the bytes are not canonical JSON, or the seal does not fit.
     """
     document = parse(data)
-    found = document.get(SEAL)
     try:
-        same = canonical_json(document) == data
-    except (BadInput, RecursionError) as error:
-        raise ValueError("not in canonical form") from error
+        same = _dump(document) == data
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not same:
         raise ValueError("not in canonical form")
-    expected = sha256_json({key: value for key, value in document.items() if key != SEAL})
+    found, expected = document.get(SEAL), _seal_of(document)
     if found != expected:
         raise ValueError(f"its seal says {found}, its content is {expected}")
     return document
+
+
+def _seal_of(document: Mapping[str, Json]) -> str:
+    body = {key: value for key, value in document.items() if key != SEAL}
+    return hashlib.sha256(_dump(body)).hexdigest()
 
 
 def _finite(text: str) -> float:

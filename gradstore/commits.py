@@ -14,8 +14,9 @@ from typing import Literal
 
 from gradstore.canonical import Json, canonical_json, seal, unseal
 from gradstore.damage import DamagedFile, Fault
+from gradstore.errors import BadInput
 from gradstore.files import StoreFiles
-from gradstore.layout import COMMITS, SCHEMA_VERSION, commit_path
+from gradstore.layout import COMMITS, SCHEMA_VERSION, GenerationName, commit_path
 
 _NAME = re.compile(r"([1-9][0-9]{0,17})\.json")
 
@@ -79,7 +80,9 @@ class Commit:
                 chunk_bytes=document["chunk_bytes"],
             )
             same = commit.to_bytes() == data
-        except (KeyError, TypeError) as error:
+            for name in commit.generations:
+                GenerationName.parse(name)
+        except (KeyError, TypeError, AttributeError, BadInput) as error:
             raise ValueError(f"not a commit: {error!r}") from error
         if not same or commit.kind not in ("generation", "retire") or not commit.generations:
             raise ValueError("not a commit of this schema")

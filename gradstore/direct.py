@@ -57,7 +57,7 @@ def target_directions(
             total = torch.zeros(capture.p, device=_device(model))
             used = 0
             for _, batch in batches:
-                gradients, tokens = _whole_features(capture, feature_map, batch)
+                gradients, tokens = _whole_features(capture, feature_map, batch, _device(model))
                 norm = torch.linalg.vector_norm(gradients, dim=1)
                 good = torch.isfinite(norm) & (norm > 0) & (tokens > 0)
                 total += (gradients[good] / norm[good, None]).sum(dim=0)
@@ -113,10 +113,10 @@ def direct_cosines(
 
 
 def _whole_features(
-    capture: GradientCapture, feature_map: FeatureMap, batch: Batch
+    capture: GradientCapture, feature_map: FeatureMap, batch: Batch, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     b = len(batch["input_ids"])
-    whole = torch.zeros((b, capture.p), device=_device(capture.model))
+    whole = torch.zeros((b, capture.p), device=device)
 
     def sink(slot: ParameterSlot, gradient: Tensor) -> None:
         whole[:, slot.start : slot.start + slot.numel] = feature_map.apply_(slot, gradient)

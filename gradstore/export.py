@@ -109,7 +109,8 @@ def export_features(
         One `FeatureRows` per projected group of rows.
     """
     with GradientCapture(model) as capture:
-        exporter = _Exporter(capture, features, projection, moments, buffer_bytes)
+        device = next(model.parameters()).device
+        exporter = _Exporter(capture, device, features, projection, moments, buffer_bytes)
         if projection.method == "sjlt":
             yield from (exporter.streamed(rows, batch) for rows, batch in batches)
         else:
@@ -155,7 +156,7 @@ def export_generation(
     non_finite: list[int] = []
     sizes = np.asarray(lengths, dtype=np.int64)
     allowed = max_bad_fraction * len(dataset)
-    for unit in writer.pending:
+    for unit in list(writer.pending):
         fits = np.arange(unit.start, unit.stop)
         if longest is not None:
             fits = fits[sizes[fits] <= longest]
@@ -210,6 +211,7 @@ class _Exporter:
     def __init__(
         self,
         capture: GradientCapture,
+        device: torch.device,
         features: FeatureSpec,
         projection: ProjectionSpec,
         moments: AdamMoments | None,
@@ -222,7 +224,7 @@ class _Exporter:
             )
         self.capture = capture
         self.projection = projection
-        self.device = next(capture.model.parameters()).device
+        self.device = device
         self.map = FeatureMap(features, capture.slots, moments, device=self.device)
         self.gather_rows = max(1, min(DENSE_ROWS, buffer_bytes // (4 * capture.p)))
 

@@ -68,13 +68,13 @@ class StoreFiles:
         """
         if not relative:
             return self.root
-        parts = relative.split("/")
-        for part in parts:
-            if not _COMPONENT.fullmatch(part):
-                raise self._damaged(relative, "a name made by gradstore", repr(part))
-        for depth in range(1, len(parts)):
-            self._check_directory("/".join(parts[:depth]))
-        return self.root.joinpath(*parts)
+        parent, _, name = relative.rpartition("/")
+        if not _COMPONENT.fullmatch(name) or relative.startswith("/"):
+            raise self._damaged(relative, "a name made by gradstore", repr(name))
+        if parent not in self._real:
+            self.path(parent)
+            self._check_directory(parent)
+        return self.root / relative
 
     def _check_directory(self, relative: str) -> None:
         if relative in self._real:
@@ -329,6 +329,7 @@ class StoreFiles:
 
     def walk(self, relative: str) -> list[str]:
         """Lists all files and symlinks below a directory, as store-relative paths, sorted."""
+        self.path(f"{relative}/any")
         found = [p for p in self._below(relative) if p.is_symlink() or not p.is_dir()]
         return sorted(p.relative_to(self.root).as_posix() for p in found)
 

@@ -142,6 +142,8 @@ class Scan:
             "float16",
             "float32",
         )
+        # Once: a source may build the list anew each time it is asked.
+        self._units: Sequence[tuple[int, int]] = cast(Any, source).units if self._raw else ()
 
     def chunk(self, start: int, stop: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
         """Scores rows [start, stop).
@@ -194,7 +196,7 @@ class Scan:
     def _raw_pieces(self, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Stored rows of [start, stop), as (first row, view) per unit touched."""
         source = cast(Any, self._source)
-        units: Sequence[tuple[int, int]] = source.units
+        units = self._units
         index = bisect_right(units, start, key=lambda unit: unit[0]) - 1
         while index < len(units) and units[index][0] < stop:
             first, last = units[index]

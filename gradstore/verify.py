@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gradstore.commits import Commit
@@ -79,20 +81,27 @@ class _Check:
             return
         self._counted.add(path)
         self.files_seen += 1
-        self.bytes_seen += self._files.size(path) if size is None else size
+        with self._guarded():
+            self.bytes_seen += self._files.size(path) if size is None else size
 
     def add(self, fault: Fault) -> None:
         """Keeps a fault, once."""
         if fault not in self.faults:
             self.faults.append(fault)
 
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Keeps the fault that ends the block."""
+        try:
+            yield
+        except DamagedFile as error:
+            self.add(error.fault)
+
     def metadata(self, path: str, expected: bytes) -> None:
         """Checks one zarr.json."""
         self.count(path)
-        try:
+        with self._guarded():
             check_metadata(self._files, path, expected)
-        except DamagedFile as error:
-            self.add(error.fault)
 
     def space(self, space: str) -> None:
         """Checks that a space's provenance fits its own seal."""
@@ -113,10 +122,8 @@ class _Check:
         except DamagedFile as error:
             self.add(error.fault)
             return
-        try:
+        with self._guarded():
             read_space(self._files, plan)
-        except DamagedFile as error:
-            self.add(error.fault)
         expected = metadata(plan)
         for path, data in expected.items():
             self.metadata(path, data)
@@ -128,9 +135,10 @@ class _Check:
                 for spec in plan.arrays
             )
             self.unit(plan, commit, unit.index, sha)
-        for path in self._files.walk(generation_path(plan.name)):
-            if path not in seen:
-                self.add(Fault(path, "no file of this name", "one"))
+        with self._guarded():
+            for path in self._files.walk(generation_path(plan.name)):
+                if path not in seen:
+                    self.add(Fault(path, "no file of this name", "one"))
         self.values(commit)
 
     def unit(self, plan: Plan, commit: Commit, index: int, sha: str) -> None:
@@ -150,7 +158,5 @@ class _Check:
         """Checks that the row hashes are the plan's, and the statuses those that were counted."""
         if self.faults:
             return
-        try:
+        with self._guarded():
             Generation(self._files, commit).check_values()
-        except DamagedFile as error:
-            self.add(error.fault)

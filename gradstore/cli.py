@@ -1,0 +1,267 @@
+"""`dataflex-cli gradstore`: look into a store, verify it, and ask it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradstore.errors import BadInput, DamagedData
+
+if TYPE_CHECKING:
+    from gradstore.comparable import CheckpointFeatures
+    from gradstore.generation import Generation
+    from gradstore.influence import Scores
+
+app = typer.Typer(help="Build, inspect and query gradient stores.", no_args_is_help=True)
+
+StorePath = Annotated[Path, typer.Argument(help="Folder of the store.", metavar="STORE")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for every failure.")]
+Checkpoints = Annotated[str, typer.Option(help="Checkpoints to combine: last, all or a number.")]
+Run = Annotated[str, typer.Option(help="Prefix of the generations (gradstore_run).")]
+Targets = Annotated[
+    list[str] | None, typer.Option("--target", help="Target set; repeat for several. Default: all.")
+]
+Subtasks = Annotated[
+    str, typer.Option(help="Cut the one target set into sub-tasks of these sizes, such as 16,16.")
+]
+Aggregation = Annotated[str, typer.Option(help="Over sub-tasks: max or mean.")]
+
+
+@app.command()
+def info(store: StorePath, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Show what a store holds."""
+    from gradstore.store import open_store
+
+    content = open_store(store).info()
+    if as_json:
+        print_json(content)
+        return
+    typer.echo(f"store {store}  uuid {content['store_uuid']}  schema {content['schema_version']}")
+    _print_table(
+        ("generation", "rows", "usable", "dim", "dtype", "projection", "MB", "committed"),
+        [
+            (e["name"], e["rows"], e["usable_rows"], e["dim"], e["dtype"],
+             e["projection"].get("method", "?"), f"{e['bytes'] / 1e6:.1f}", e["committed"])
+            for e in content["generations"]  # type: ignore[union-attr, index, call-overload]
+        ],
+    )  # fmt: skip
+
+
+@app.command()
+def verify(store: StorePath, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Check every byte against its checksum; exit 4 if one is wrong."""
+    from gradstore.store import open_store
+    from gradstore.verify import verify_store
+
+    report = verify_store(store)
+    faults = [{"file": f.path, "expected": f.expected, "found": f.found} for f in report.faults]
+    if as_json:
+        print_json({"ok": not faults, "faults": faults, "files": report.files,
+                    "bytes": report.bytes})  # fmt: skip
+    if faults:
+        lines = [f"{f['file']}: expected {f['expected']}, found {f['found']}" for f in faults[:20]]
+        raise DamagedData(
+            f'store "{store}" is damaged in {len(faults)} place(s):\n  ' + "\n  ".join(lines)
+        )
+    if not as_json:
+        generations = len(open_store(store).generations())
+        typer.echo(
+            f"store {store}: {report.files} files, {report.bytes:,} bytes, {generations} "
+            "generations, all as committed."
+        )
+
+
+@app.command()
+def score(
+    store: StorePath,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="scores.parquet")] = None,
+    checkpoints: Checkpoints = "last",
+    run: Run = "",
+    target: Targets = None,
+    subtasks: Subtasks = "",
+    aggregation: Aggregation = "max",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Score every training row by its cosine influence on the target."""
+    pairs, scores = _score(store, checkpoints, run, target, subtasks, aggregation)
+    train: Generation = pairs[-1].train  # type: ignore[assignment]
+    if output is not None:
+        _write_scores(output, train, scores)
+    if as_json:
+        print_json(
+            {
+                "generation": train.name,
+                "targets": [t.name for t in pairs[-1].targets],  # type: ignore[attr-defined]
+                "rows": train.rows,
+                "usable_rows": int(scores.usable.sum()),
+                "skipped": dict(scores.skipped),
+                "scores": [s if u else None for s, u in
+                           zip(scores.values.tolist(), scores.usable.tolist(), strict=True)],
+            }
+        )  # fmt: skip
+        return
+    typer.echo(_summary(train, scores))
+    if output is not None:
+        typer.echo(f"scores of all rows: {output}")
+
+
+@app.command()
+def select(
+    store: StorePath,
+    output: Annotated[Path, typer.Option("-o", "--output", help="selected.jsonl")],
+    count: Annotated[int | None, typer.Option("-k", help="Rows to take.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Share of the usable rows.")] = None,
+    checkpoints: Checkpoints = "last",
+    run: Run = "",
+    target: Targets = None,
+    subtasks: Subtasks = "",
+    aggregation: Aggregation = "max",
+    debug: Debug = False,
+) -> None:
+    """Write the rows that help the target most, best first."""
+    from gradstore.selection import check_k, rows_for_fraction, select_top, write_selected
+
+    if (count is None) == (fraction is None):
+        raise BadInput("give either -k N or --fraction F.")
+    if fraction is not None:
+        rows_for_fraction(fraction, 1)
+    pairs, scores = _score(store, checkpoints, run, target, subtasks, aggregation)
+    train: Generation = pairs[-1].train  # type: ignore[assignment]
+    usable = int(scores.usable.sum())
+    if count is None:
+        count = rows_for_fraction(fraction or 0.0, usable)
+    rows = select_top(scores.values, check_k(count, usable, train.rows), usable=scores.usable)
+    write_selected(output, rows, scores.values, sources=train.sources, row_hashes=train.row_hash)
+    typer.echo(f"{len(rows)} of {usable} usable rows written to {output}")
+
+
+@app.command()
+def query(
+    store: StorePath,
+    target_row: Annotated[int, typer.Option(help="Row of the target set, from 0.")],
+    top: Annotated[int, typer.Option(help="Rows to show on each side.")] = 10,
+    checkpoints: Checkpoints = "last",
+    run: Run = "",
+    target: Annotated[str, typer.Option(help="Target set; default: the first.")] = "",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show who helped and who hurt one target row."""
+    from gradstore.pairing import checkpoint_features, parse_which
+    from gradstore.query import query_influence
+    from gradstore.store import open_store
+
+    pairs = checkpoint_features(
+        open_store(store), parse_which(checkpoints), run=run, sets=[target] if target else None
+    )
+    answer = query_influence(pairs, target_row, top=top)
+    train: Generation = pairs[-1].train  # type: ignore[assignment]
+    sides = {"helped": answer.helped, "hurt": answer.hurt}
+    listed = {
+        side: [
+            {"row": int(i), "score": float(answer.values[i]), "source": _source(train, int(i))}
+            for i in rows
+        ]
+        for side, rows in sides.items()
+    }
+    if as_json:
+        print_json({"target": pairs[-1].targets[0].name, "target_row": target_row,  # type: ignore[attr-defined]
+                    "skipped": dict(answer.skipped), **listed})  # fmt: skip
+        return
+    for side, entries in listed.items():
+        _print_table(
+            ("rank", "row", "cosine", f"source ({side})"),
+            [(n, e["row"], f"{e['score']:+.4f}", e["source"]) for n, e in enumerate(entries, 1)],
+        )
+
+
+def print_json(content: object) -> None:
+    """One JSON document on stdout, nothing else."""
+    typer.echo(json.dumps(content, indent=1, allow_nan=False))
+
+
+def _score(
+    store: Path,
+    checkpoints: str,
+    run: str,
+    target: Sequence[str] | None,
+    subtasks: str,
+    aggregation: str,
+) -> tuple[list[CheckpointFeatures], Scores]:
+    from gradstore.influence import influence_scores
+    from gradstore.pairing import checkpoint_features, parse_which
+    from gradstore.store import open_store
+
+    pairs = checkpoint_features(
+        open_store(store), parse_which(checkpoints), run=run, sets=target or None
+    )
+    try:
+        sizes = [int(size) for size in subtasks.split(",")] if subtasks else None
+    except ValueError:
+        raise BadInput(f"subtasks is {subtasks!r}; give sizes such as 16,16.") from None
+    return pairs, influence_scores(
+        pairs,
+        subtask_sizes=sizes,
+        aggregation=aggregation,  # type: ignore[arg-type]
+    )
+
+
+def _write_scores(path: Path, train: Generation, scores: Scores) -> None:
+    """Parquet: row, score, usable, best_subtask, source_set, source_row, row_hash."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from gradstore.replace import replace_file
+
+    sources = train.sources
+    table = pa.table(
+        {
+            "row": pa.array(range(train.rows), pa.int64()),
+            "score": pa.array(scores.values, pa.float32(), from_pandas=True),
+            "usable": pa.array(scores.usable, pa.bool_()),
+            "best_subtask": pa.array(scores.best_subtask, pa.int32()),
+            "source_set": pa.array([s[0] for s in sources] if sources else [None] * train.rows,
+                                   pa.string()),
+            "source_row": pa.array([s[1] for s in sources] if sources else [None] * train.rows,
+                                   pa.int64()),
+            "row_hash": pa.array([bytes(h).hex() for h in train.row_hash], pa.string()),
+        }
+    )  # fmt: skip
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    replace_file(path, buffer.getvalue())
+
+
+def _summary(train: Generation, scores: Scores) -> str:
+    import numpy as np
+
+    good = scores.values[scores.usable]
+    quartiles = ", ".join(f"{q:+.4f}" for q in np.quantile(good, [0, 0.25, 0.5, 0.75, 1]))
+    skipped = ", ".join(f"{v} {k}" for k, v in scores.skipped.items() if v) or "none"
+    return (
+        f"{train.name}: {len(good)} of {train.rows} rows scored, skipped: {skipped}\n"
+        f"score minimum, quartiles, maximum: {quartiles}  (above 0 helps, below 0 hurts)"
+    )
+
+
+def _source(train: Generation, row: int) -> str:
+    sources = train.sources
+    return f"{sources[row][0]}[{sources[row][1]}]" if sources else ""
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table)

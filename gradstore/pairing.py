@@ -1,0 +1,92 @@
+"""Which generations are scored together: a checkpoint's training rows with its target sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from gradstore.comparable import CheckpointFeatures
+from gradstore.errors import BadInput
+from gradstore.generation import Generation
+from gradstore.influence import checkpoint_weights
+from gradstore.store import Store
+
+Which = Literal["last", "all"] | int
+
+
+def checkpoint_features(
+    store: Store,
+    which: Which = "last",
+    *,
+    run: str = "",
+    sets: Sequence[str] | None = None,
+    until: int | None = None,
+) -> list[CheckpointFeatures]:
+    """Pair each training generation with its target sets, weighted by learning rate.
+
+    Args:
+        store: where they were committed.
+        which: the newest checkpoint, all of them, or how many of the newest.
+        run: prefix of the generations (`gradstore_run`).
+        sets: target sets, in this order; None takes those of the newest checkpoint, by name.
+        until: no checkpoint of a later step is taken.
+
+    Returns:
+        Oldest first; the weights are the recorded mean learning rates, normalised.
+
+    Raises:
+        BadInput: no such checkpoint, or a checkpoint lacks one of the sets.
+    """
+    trains: dict[int, Generation] = {}
+    targets: dict[int, dict[str, Generation]] = {}
+    for generation in store.generations():
+        if generation.record.run != run or (until is not None and generation.step > until):
+            continue
+        if generation.role == "train":
+            trains[generation.step] = generation
+        else:
+            targets.setdefault(generation.step, {})[generation.set] = generation
+    if not trains:
+        raise BadInput(
+            f'store "{store.path}" has no committed train generation'
+            f"{f' of run {run!r}' if run else ''}; build one first."
+        )
+    chosen = _newest(sorted(trains), which)
+    wanted = tuple(sets) if sets is not None else tuple(sorted(targets.get(chosen[-1], {})))
+    if not wanted:
+        raise BadInput(f'store "{store.path}" has no target generation of step {chosen[-1]}.')
+    for step in chosen:
+        if missing := [name for name in wanted if name not in targets.get(step, {})]:
+            raise BadInput(
+                f'store "{store.path}" has no target generation of {", ".join(missing)} at step '
+                f"{step}; it has {', '.join(sorted(targets.get(step, {}))) or 'none'}."
+            )
+    weights = checkpoint_weights([trains[s].record.learning_rate or 0.0 for s in chosen])
+    return [
+        CheckpointFeatures(
+            trains[step], tuple(targets[step][name] for name in wanted), float(weight)
+        )
+        for step, weight in zip(chosen, weights, strict=True)
+    ]
+
+
+def parse_which(text: str) -> Which:
+    """`last`, `all` or a positive whole number, as a command line gives it.
+
+    Raises:
+        BadInput: it is none of them.
+    """
+    if text == "last" or text == "all":
+        return text
+    if text.isdigit() and int(text) >= 1:
+        return int(text)
+    raise BadInput(f"checkpoints is {text!r}; choose last, all or a number of at least 1.")
+
+
+def _newest(steps: list[int], which: Which) -> list[int]:
+    if which == "all":
+        return steps
+    count = 1 if which == "last" else which
+    if count > len(steps):
+        raise BadInput(f"asked for {count} checkpoints, the store has {len(steps)}.")
+    return steps[-count:]
