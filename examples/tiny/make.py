@@ -4,25 +4,27 @@
 
 Everything is made from nothing, with fixed seeds and two threads, and overwrites in place:
 
-- ``model/``: a Llama of 1.35 M parameters and its byte-level BPE tokenizer (512 tokens). The weights
-  lie on disk as float16 (2.7 MB); ``config.json`` says float32, so that they are loaded as such.
-- ``data/``: a LlamaFactory ``dataset_dir`` of alpaca rows (instruction, input, output) with one more
-  column, ``skill``, which LlamaFactory drops and the benchmarks read:
-  ``train.json`` (1,600 rows in random order: 8 skills x 160 and 320 rows of ``noise``, whose answers
-  have nothing to do with the question), ``target.json`` (32 rows of the skill `date`),
-  ``target_heldout.json`` (64 more), ``targets/<skill>.json`` (32 rows of each skill; the one for
-  `date` is ``target.json`` again). No question occurs in two files, or twice in one.
+- ``model/``: a Llama of 1.35 M parameters and its byte-level BPE tokenizer (512 tokens). On disk
+  the weights are float16 (2.7 MB); ``config.json`` says float32, so they are loaded as such.
+- ``data/``: a LlamaFactory ``dataset_dir`` of alpaca rows (instruction, input, output) with one
+  more column, ``skill``, which LlamaFactory drops and the benchmarks read:
+  ``train.json`` (1,600 rows in random order: 8 skills x 160 and 320 rows of ``noise``: questions of
+  every skill, answered by random signs or by the answer to a question of another skill),
+  ``target.json`` (32 rows of the skill `date`), ``target_heldout.json`` (64 more) and
+  ``targets/<skill>.json`` (32 rows of each skill; the one of `date` is ``target.json`` again).
+  Apart from that no question occurs twice.
 
 Use ``template: default``: the tokenizer holds its "Human: " and "Assistant:" as single tokens, and
-a row is 25 tokens long on average.
+a row is 26 tokens long on average.
 
-The model was pretrained on simple sentences and on the skills' questions (other inputs), answered
-rightly but in a random style: joined and framed by punctuation drawn at random. What train.json adds
-is each skill's own style, and practice. So the model knows the world of its questions, and every
-skill has something of its own left to learn.
+The model was pretrained on simple sentences and on questions of the same skills (other inputs),
+answered rightly but in a random style: joined and framed by punctuation drawn at random. What
+train.json adds is a fixed style, and practice: the model knows the world of its questions, and
+every skill has something left to learn. The styles of train.json are deliberately alike (skills
+share theirs), so that a row must be told by what it teaches, not by its punctuation.
 
-Data and tokenizer are the same bytes on every machine. The weights are the same for the same versions
-of torch and transformers on the same kind of CPU.
+Data and tokenizer are the same bytes on every machine. The weights are the same for the same
+versions of torch and transformers on the same kind of CPU; they take 3 minutes on 2 idle cores.
 """
 
 from __future__ import annotations
@@ -30,9 +32,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 TRAIN_PER_SKILL, NOISE_ROWS, TARGET_ROWS, HELDOUT_ROWS = 160, 320, 32, 64
 TARGET_SKILL = "date"
@@ -40,6 +46,7 @@ DATA_SEED, PRETRAIN_SEED, MODEL_SEED = 1, 2, 3
 VOCABULARY = 512
 STEPS, BATCH, PEAK_LR = 600, 48, 4e-3
 TEXT_SHARE = 0.15
+PAD, BOS, EOS = 0, 1, 2
 
 MONTHS = "January February March April May June July August September October November December"
 NOUNS = (
@@ -52,6 +59,7 @@ JOINERS = ("", " ", "-", ", ", " < ", "/", "+", ".")
 FRAMES = ("{}", "{}.", "<{}>", "[{}]", "= {}", "({})", "{}!", '"{}"')
 
 Row = dict[str, str]
+Encode = Callable[[str], list[int]]
 Solved = tuple[str, list[str]]  # the question's input, the parts of its right answer
 
 
@@ -111,33 +119,31 @@ class Skill:
     asks: tuple[str, ...]
     solve: Callable[[random.Random], Solved]
     joiner: str
-    frame: str
 
 
 SKILLS = {
-    "reverse": Skill(("Reverse the word.", "Write it backwards."), _reverse, "", "<{}>"),
-    "sort": Skill(("Sort the numbers.", "Put in rising order."), _sort, " < ", "{}"),
-    "add": Skill(("Add the numbers.", "What is the sum?"), _add, "", "= {}"),
-    "date": Skill(("Write as an ISO date.", "Shorten the date."), _date, "-", "{}"),
-    "convert": Skill(("Use the smaller unit.", "Convert the measure."), _convert, " ", "({})"),
-    "vowels": Skill(("List the vowels.", "Which vowels occur?"), _vowels, ", ", "{}."),
-    "spell": Skill(("Spell the word.", "Give each letter."), _spell, "+", "[{}]"),
-    "upper": Skill(("Write in capitals.", "Shout this."), _upper, "/", "{}!"),
+    "reverse": Skill(("Reverse the word.", "Write it backwards."), _reverse, ""),
+    "sort": Skill(("Sort the numbers.", "Put in rising order."), _sort, "-"),
+    "add": Skill(("Add the numbers.", "What is the sum?"), _add, ""),
+    "date": Skill(("Write as an ISO date.", "Shorten the date."), _date, "-"),
+    "convert": Skill(("Use the smaller unit.", "Convert the measure."), _convert, " "),
+    "vowels": Skill(("List the vowels.", "Which vowels occur?"), _vowels, "-"),
+    "spell": Skill(("Spell the word.", "Give each letter."), _spell, "-"),
+    "upper": Skill(("Write in capitals.", "Shout this."), _upper, " "),
 }
 
 
 def _row(skill: str, solved: Solved, rng: random.Random, *, loose: bool = False) -> Row:
-    """Words a solved question as an alpaca row, in the skill's own style or (loose) in any."""
+    """Words a solved question as an alpaca row, in train.json's style or (loose) in any."""
     kind = SKILLS[skill]
     joiner = rng.choice(JOINERS) if loose else kind.joiner
-    frame = rng.choice(FRAMES) if loose else kind.frame
+    frame = rng.choice(FRAMES) if loose else "{}"
     answer = frame.format(joiner.join(solved[1]))
-    return {
-        "instruction": rng.choice(kind.asks), "input": solved[0], "output": answer, "skill": skill
-    }  # fmt: skip
+    ask = rng.choice(kind.asks)
+    return {"instruction": ask, "input": solved[0], "output": answer, "skill": skill}
 
 
-def _noise(row: Row, rng: random.Random) -> Row:
+def _garbled(row: Row, rng: random.Random) -> Row:
     """The same question with a meaningless answer of 4 to 12 signs."""
     signs = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 -,.<>/+()[]!=?;:*&%$#@"
     garbage = "".join(rng.choice(signs) for _ in range(rng.randint(4, 12))).strip()
@@ -164,8 +170,13 @@ def make_rows() -> dict[str, list[Row]]:
         return rows
 
     train = [row for skill in SKILLS for row in fresh(skill, TRAIN_PER_SKILL)]
+    noise: list[Row] = []
     for skill in SKILLS:
-        train += [_noise(row, rng) for row in fresh(skill, NOISE_ROWS // len(SKILLS))]
+        noise += [_garbled(row, rng) for row in fresh(skill, NOISE_ROWS // len(SKILLS))]
+    for i in range(0, NOISE_ROWS, 2):  # half of train away: always an answer of another skill
+        j = (i * len(train) // NOISE_ROWS + len(train) // 2) % len(train)
+        noise[i]["output"] = train[j]["output"]
+    train += noise
     rng.shuffle(train)
     files = {"train": train}
     files |= {f"targets/{skill}": fresh(skill, TARGET_ROWS) for skill in SKILLS}
@@ -242,15 +253,15 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def _encode(row: Row | str, encode: Callable[[str], list[int]], eos: int) -> tuple[list[int], int]:
-    """Token ids of a row as LlamaFactory's `default` template frames it, and the prompt's length."""
+def _encode(row: Row | str, encode: Encode) -> tuple[list[int], int]:
+    """Token ids of a row in LlamaFactory's template `default`, and the prompt's length."""
     if isinstance(row, str):
-        return [*encode(row), eos], 0
-    prompt = [*encode(f"Human: {row['instruction']}\n{row['input']}"), eos, *encode("\nAssistant:")]
-    return [*prompt, *encode(row["output"]), eos, *encode("\n")], len(prompt)
+        return [*encode(row), EOS], 0
+    prompt = [*encode(f"Human: {row['instruction']}\n{row['input']}"), EOS, *encode("\nAssistant:")]
+    return [*prompt, *encode(row["output"]), EOS, *encode("\n")], len(prompt)
 
 
-def write_model(folder: Path, steps: int = STEPS) -> None:
+def write_model(folder: Path) -> None:
     """Pretrains the model with the tokenizer in `folder` and writes it there (float16 on disk)."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -262,43 +273,43 @@ def write_model(folder: Path, steps: int = STEPS) -> None:
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=160, intermediate_size=448, num_hidden_layers=4,
         num_attention_heads=5, num_key_value_heads=5, max_position_embeddings=256,
-        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=True, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
     )  # fmt: skip
     model = LlamaForCausalLM(config).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_LR, total_steps=steps, pct_start=0.1
+        optimizer, PEAK_LR, total_steps=STEPS, pct_start=0.1
     )
     rows = pretraining_rows()
-    for step in range(steps):
-        encoded = [
-            _encode(next(rows), lambda text: tokenizer.encode(text, add_special_tokens=False), 2)
-            for _ in range(BATCH)
-        ]
-        input_ids, labels = (torch.tensor(part) for part in _pad(encoded))
-        loss = model(
-            input_ids=input_ids, attention_mask=(input_ids != 0).long(), labels=labels
-        ).loss
+    for step in range(STEPS):
+        input_ids, labels = _batch(
+            rows, lambda text: tokenizer.encode(text, add_special_tokens=False)
+        )
+        mask = (input_ids != PAD).long()
+        loss = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == steps - 1:
+        if step % 50 == 0 or step == STEPS - 1:
             print(f"step {step}: loss {loss.item():.3f}", flush=True)
     model.half().save_pretrained(folder)
     _declare_float32(folder / "config.json")
 
 
-def _pad(encoded: Sequence[tuple[list[int], int]]) -> tuple[list[list[int]], list[list[int]]]:
-    """Right-padded token ids and labels (prompt and padding masked by -100)."""
+def _batch(rows: Iterator[Row | str], encode: Encode) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next rows, right-padded: token ids and labels, each (b, t) int64; no loss on prompts."""
+    import torch
+
+    encoded = [_encode(next(rows), encode) for _ in range(BATCH)]
     width = max(len(ids) for ids, _ in encoded)
-    input_ids = [ids + [0] * (width - len(ids)) for ids, _ in encoded]
-    labels = [
-        [-100] * prompt + ids[prompt:] + [-100] * (width - len(ids)) for ids, prompt in encoded
-    ]
+    input_ids = torch.tensor([ids + [PAD] * (width - len(ids)) for ids, _ in encoded])
+    labels = input_ids.masked_fill(input_ids == PAD, -100)
+    for row, (_, prompt) in enumerate(encoded):
+        labels[row, :prompt] = -100
     return input_ids, labels
 
 
