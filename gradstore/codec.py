@@ -11,6 +11,9 @@ import numpy as np
 
 from gradstore.layout import ArraySpec, RowStatus
 
+LARGEST = 2.0**127
+"""Entries beyond this could round up to infinity on the way back; they count as not finite."""
+
 
 def settle_status(features: np.ndarray, norm: np.ndarray, status: np.ndarray) -> np.ndarray:
     """Gives the status of each row, where a row called ok must also be usable.
@@ -21,11 +24,12 @@ def settle_status(features: np.ndarray, norm: np.ndarray, status: np.ndarray) ->
         status: (k,) uint8 as the exporter saw it.
 
     Returns:
-        (k,) uint8: ok rows with a NaN or infinity become NON_FINITE, ok rows of zeros ZERO_NORM.
+        (k,) uint8: ok rows with a NaN, an infinity or an entry beyond `LARGEST` become NON_FINITE,
+        ok rows of zeros ZERO_NORM.
     """
     settled = status.astype(np.uint8, copy=True)
     ok = settled == RowStatus.OK
-    finite = np.isfinite(features).all(axis=1) & np.isfinite(norm)
+    finite = (np.abs(features) <= LARGEST).all(axis=1) & np.isfinite(norm)
     zero = ~features.any(axis=1) | (norm == 0)
     settled[ok & zero] = RowStatus.ZERO_NORM
     settled[ok & ~finite] = RowStatus.NON_FINITE
@@ -36,7 +40,7 @@ def encode(features: np.ndarray, usable: np.ndarray, dtype: str) -> tuple[np.nda
     """Scales and rounds rows for storage.
 
     Args:
-        features: (k, d) float32.
+        features: (k, d) float32, within `LARGEST` in usable rows.
         usable: (k,) bool; other rows are stored as NaN (0 in integer dtypes) with scale NaN.
         dtype: float16 or bfloat16.
 

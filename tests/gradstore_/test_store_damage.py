@@ -1,0 +1,283 @@
+"""Whatever is damaged on disk is reported, with file, expected and found, before it is used."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from gradstore.canonical import canonical_json, parse, seal
+from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch, StoreError
+from gradstore.layout import root_json
+from gradstore.store import open_store
+from gradstore.verify import verify_store
+
+if TYPE_CHECKING:
+    from conftest import StoreKit
+
+IGNORED = {"writer.lock"}
+
+
+def read_everything(path: Path) -> None:
+    for generation in open_store(path).generations(superseded=True):
+        generation.check_values()
+        generation.read(0, generation.rows)
+        assert generation.norm.shape == generation.tokens.shape
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file() and p.name not in IGNORED)
+
+
+@pytest.fixture
+def store(kit: StoreKit, fast_path: Path) -> Path:
+    kit.build(fast_path / "s", "train/1", "target/a/1", n=20)
+    return fast_path / "s"
+
+
+def test_any_flipped_bit_in_any_file_is_reported_when_read_and_when_verified(store: Path) -> None:
+    draw = random.Random(0)
+    for file in files_of(store):
+        data = file.read_bytes()
+        inside = draw.sample(range(len(data)), min(6, len(data)))
+        for at in {0, len(data) - 1, *inside}:
+            damaged = bytearray(data)
+            damaged[at] ^= 1 << draw.randrange(8)
+            file.write_bytes(damaged)
+            with pytest.raises(DamagedData) as caught:
+                read_everything(store)
+            assert caught.value.exit_code == 4
+            report = verify_store(store)
+            assert str(file.relative_to(store)) in [f.file for f in report.faults], (file, at)
+        file.write_bytes(data)
+    assert verify_store(store).ok
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "truncated", "longer"])
+def test_a_missing_or_wrongly_sized_file_is_reported_never_filled_in(store: Path, how: str) -> None:
+    for file in files_of(store):
+        data = file.read_bytes()
+        if how == "missing":
+            file.unlink()
+        else:
+            size = {"empty": 0, "truncated": len(data) - 1, "longer": len(data) + 1}[how]
+            file.write_bytes((data + b"\0")[:size])
+        if how == "missing" and file.name == "2.json" and file.parent.name == "commits":
+            assert open_store(store).head.number == 1  # type: ignore[union-attr]
+        else:
+            with pytest.raises(DamagedData, match=r"expected .* found"):
+                read_everything(store)
+            assert not verify_store(store).ok
+        file.write_bytes(data)
+    assert verify_store(store).ok
+
+
+def test_an_edited_commit_breaks_the_chain_even_with_a_new_seal(store: Path) -> None:
+    file = store / "commits/1.json"
+    file.write_bytes(canonical_json(seal({**parse(file.read_bytes()), "chunk_bytes": 1})))
+    with pytest.raises(DamagedData, match="chain broken at 2"):
+        open_store(store)
+
+
+def test_a_missing_commit_in_the_middle_breaks_the_chain(store: Path) -> None:
+    (store / "commits/1.json").unlink()
+    with pytest.raises(DamagedData, match="chain broken at 1"):
+        open_store(store)
+
+
+def test_an_edited_unit_record_is_reported_even_with_a_new_seal(store: Path) -> None:
+    file = store / "generations/train/1/units/0.json"
+    file.write_bytes(canonical_json(seal({**parse(file.read_bytes()), "status": {"ok": 16}})))
+    with pytest.raises(DamagedData, match=r"units/0\.json"):
+        open_store(store).generation("train/1")
+
+
+def test_an_uncommitted_damaged_unit_is_set_aside_and_redone(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    values, path = kit.features(40), fast_path / "s"
+    with kit.writer(path) as writer:
+        generation = writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16)
+        kit.fill(generation, values)
+        chunk = path / "generations/train/1/features/c/1/0"
+        chunk.write_bytes(b"")
+        (path / "generations/train/1/scale/c/2").unlink()
+        with pytest.raises(DamagedData, match="not committed"):
+            generation.commit()
+    with kit.writer(path) as writer:
+        generation = writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16)
+        assert [unit.index for unit in generation.pending] == [1, 2]
+        kit.fill(generation, values)
+        generation.commit()
+        assert (path / "staging/quarantine").is_dir()
+        writer.clean()
+    assert not (path / "staging/quarantine").exists()
+    assert verify_store(path).ok
+
+
+@pytest.mark.parametrize("file", ["plans/train/1.json", "zarr.json", "generations/zarr.json"])
+def test_an_uncommitted_store_with_an_empty_file_is_repaired(
+    kit: StoreKit, fast_path: Path, file: str
+) -> None:
+    path = fast_path / "s"
+    with kit.writer(path) as writer:
+        kit.fill(
+            writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16), kit.features(40), units=1
+        )
+    (path / file).write_bytes(b"")
+    with kit.writer(path) as writer:
+        kit.add(writer)
+    assert verify_store(path).ok
+
+
+def test_a_writer_refuses_a_store_whose_committed_root_is_damaged(
+    kit: StoreKit, store: Path
+) -> None:
+    (store / "zarr.json").write_bytes(b"")
+    with pytest.raises(DamagedData):
+        kit.writer(store)
+
+
+def test_a_newer_schema_is_refused_and_nothing_written(kit: StoreKit, store: Path) -> None:
+    attributes = parse(root_json("u"))["attributes"]
+    body = {k: v for k, v in attributes.items() if k != "check"}
+    newer = {**body, "schema_version": 2, "needs": "dataflex-gradstore>=9"}
+    check = seal(newer)["sha256"]
+    document = {"zarr_format": 3, "attributes": {**newer, "check": check}, "extra": 1}
+    (store / "zarr.json").write_bytes(canonical_json(document))
+    before = {file: file.read_bytes() for file in files_of(store)}
+    with pytest.raises(ProvenanceMismatch, match="needs 'dataflex-gradstore>=9'"):
+        open_store(store)
+    with pytest.raises(ProvenanceMismatch):
+        kit.writer(store)
+    assert before == {file: file.read_bytes() for file in files_of(store)}
+
+
+def test_other_folders_are_no_stores(kit: StoreKit, fast_path: Path) -> None:
+    with pytest.raises(BadInput, match="no store at"):
+        open_store(fast_path)
+    (fast_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(BadInput, match=r"model\.safetensors"):
+        kit.writer(fast_path)
+    assert os.listdir(fast_path) == ["model.safetensors"]
+    with pytest.raises(BadInput, match="is a file"):
+        kit.writer(fast_path / "model.safetensors")
+
+
+# ---- hostile stores --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "relative",
+    [
+        "generations",
+        "generations/train/1",
+        "generations/train/1/features",
+        "generations/train/1/features/c/0",
+        "generations/train/1/features/c/0/0",
+        "generations/train/1/features/zarr.json",
+        "plans/train/1.json",
+        "commits/1.json",
+        "spaces/gradient",
+        "zarr.json",
+    ],
+)
+def test_a_symlink_inside_a_store_is_never_followed(store: Path, relative: str) -> None:
+    place, outside = store / relative, store.parent / "outside"
+    shutil.move(place, outside)
+    place.symlink_to(outside)
+    with pytest.raises(DamagedData, match="symlink"):
+        read_everything(store)
+    assert not verify_store(store).ok
+
+
+def test_a_fifo_or_folder_in_place_of_a_file_does_not_block(store: Path) -> None:
+    chunk = store / "generations/train/1/norm/c/0"
+    chunk.unlink()
+    os.mkfifo(chunk)
+    with pytest.raises(DamagedData, match="special file"):
+        read_everything(store)
+    chunk.unlink()
+    chunk.mkdir()
+    with pytest.raises(DamagedData, match="directory"):
+        read_everything(store)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [2**50, 4]},
+        {"data_type": "object"},
+        {"codecs": [{"name": "bytes"}, {"name": "zstd"}]},
+        {"storage_transformers": [{"name": "x"}]},
+    ],
+)
+def test_metadata_other_than_ours_is_refused_before_an_array_is_opened(
+    store: Path, change: dict[str, object]
+) -> None:
+    file = store / "generations/train/1/features/zarr.json"
+    file.write_bytes(canonical_json({**parse(file.read_bytes()), **change}))
+    with pytest.raises(DamagedData, match=r"features/zarr\.json"):
+        open_store(store).generation("train/1")
+
+
+def forge(store: Path, **changes: object) -> None:
+    """Replaces the last commit by a well-sealed one that says something else."""
+    file = store / "commits/2.json"
+    file.write_bytes(canonical_json(seal({**parse(file.read_bytes()), **changes})))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/1", "/etc/1", "train/../1", "train/1/x", "", "a/b/c/1"]
+)
+def test_hostile_generation_names_never_reach_the_disk(store: Path, name: str) -> None:
+    forge(store, generations=[name])
+    with pytest.raises(StoreError) as caught:
+        read_everything(store)
+    assert caught.value.exit_code == 4
+    assert not verify_store(store).ok
+
+
+def test_a_plan_of_impossible_size_is_refused(store: Path) -> None:
+    file = store / "plans/target/a/1.json"
+    plan = seal({**parse(file.read_bytes()), "row_count": 2**50, "dim": 2**50})
+    file.write_bytes(canonical_json(plan))
+    forge(store, plan_sha256=plan["sha256"])
+    with pytest.raises(DamagedData, match="plans/target/a/1"):
+        read_everything(store)
+
+
+def test_a_plan_that_names_a_position_twice_is_refused(kit: StoreKit, fast_path: Path) -> None:
+    with kit.writer(fast_path / "s") as writer:
+        writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16)
+    file = fast_path / "s/plans/train/1.json"
+    plan = parse(file.read_bytes())
+    plan["units"][1]["rows"] = [0, 16]
+    file.write_bytes(canonical_json(seal(plan)))
+    with (
+        kit.writer(fast_path / "s") as writer,
+        pytest.raises(BadInput, match="exactly once"),
+    ):
+        writer.begin(kit.record(), kit.rows(40), dim=4)
+
+
+def test_files_that_no_one_committed_are_reported_by_verify(store: Path) -> None:
+    (store / "generations/train/1/features/c/9").mkdir()
+    (store / "generations/train/1/features/c/9/0").write_bytes(b"x")
+    assert [f.file for f in verify_store(store).faults] == ["generations/train/1/features/c/9/0"]
+
+
+def test_a_report_tells_every_fault_and_its_exit_code(store: Path) -> None:
+    for unit in (0, 1):
+        chunk = store / f"generations/train/1/tokens/c/{unit}"
+        chunk.write_bytes(np.zeros(17, "<i4").tobytes())
+    report = verify_store(store)
+    assert len(report.faults) == 2
+    assert report.to_dict()["ok"] is False
+    with pytest.raises(DamagedData, match="2 damaged"):
+        report.raise_if_damaged()

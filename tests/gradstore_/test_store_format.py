@@ -1,0 +1,188 @@
+"""What lies on disk is plain Zarr v3, and what is read back is what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import google_crc32c
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from gradstore.codec import LARGEST, decode, encode, settle_status
+from gradstore.errors import BadInput
+from gradstore.layout import RowStatus
+from gradstore.store import open_store
+from gradstore.writer import check_zarr
+
+if TYPE_CHECKING:
+    from conftest import StoreKit
+
+
+def test_zarr_reads_the_whole_matrix_and_every_column(kit: StoreKit, fast_path: Path) -> None:
+    generation = kit.build(fast_path / "s").generation("train/1")
+    group = zarr.open_group(str(generation.path), mode="r")
+    features = group["features"][:]
+    assert features.shape == (40, 4)
+    assert features.dtype == np.float16
+    assert np.array_equal(
+        features, np.concatenate([generation.raw(u) for u in range(3)]), equal_nan=True
+    )
+    for name in ("scale", "norm", "status", "tokens", "row_hash"):
+        assert np.array_equal(group[name][:], getattr(generation, name), equal_nan=name == "scale")
+
+
+def test_every_level_is_a_zarr_group(kit: StoreKit, fast_path: Path) -> None:
+    kit.build(fast_path / "s", "a/target/skill/7")
+    root = zarr.open_group(str(fast_path / "s"), mode="r")
+    assert root.attrs["schema_version"] == 1
+    for path in ("generations", "generations/a", "generations/a/target/skill/7"):
+        assert isinstance(root[path], zarr.Group)
+
+
+def test_zarr_notices_a_flipped_bit(kit: StoreKit, fast_path: Path) -> None:
+    generation = kit.build(fast_path / "s").generation("train/1")
+    chunk = generation.path / "features/c/1/0"
+    data = bytearray(chunk.read_bytes())
+    data[17] ^= 4
+    chunk.write_bytes(data)
+    with pytest.raises(ValueError, match="checksum"):
+        zarr.open_group(str(generation.path), mode="r")["features"][:]
+
+
+def test_a_chunk_is_its_values_then_crc32c_padded_to_full_size(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    generation = kit.build(fast_path / "s").generation("train/1")
+    data = (generation.path / "features/c/2/0").read_bytes()
+    assert len(data) == 16 * 4 * 2 + 4
+    assert int.from_bytes(data[-4:], "little") == google_crc32c.value(data[:-4])
+    values = np.frombuffer(data[:-4], "<f2").reshape(16, 4)
+    assert np.isnan(values[8:]).all()
+    status = (generation.path / "status/c/2").read_bytes()
+    assert status[8:16] == bytes(8)
+
+
+def test_the_default_unit_has_256_rows(kit: StoreKit, fast_path: Path) -> None:
+    with kit.writer(fast_path / "s") as writer:
+        generation = writer.begin(kit.record(), kit.rows(300), dim=4)
+        assert [(u.start, u.stop) for u in generation.pending] == [(0, 256), (256, 300)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rows_come_back_within_rounding_and_bad_rows_as_nan(
+    kit: StoreKit, fast_path: Path, dtype: str
+) -> None:
+    values = kit.features(40)
+    with kit.writer(fast_path / "s") as writer:
+        generation = writer.begin(kit.record(), kit.rows(40), dim=4, dtype=dtype, unit_rows=16)
+        kit.fill(generation, values)
+        generation.commit()
+    found = open_store(fast_path / "s").generation("train/1")
+    assert found.dtype == dtype
+    assert found.raw(0).dtype == (np.float16 if dtype == "float16" else np.uint16)
+    read = found.read(0, 40)
+    usable = np.isfinite(values).all(1) & values.any(1)
+    assert np.array_equal(found.usable, usable)
+    assert found.status[3] == RowStatus.NON_FINITE
+    assert found.status[5] == RowStatus.ZERO_NORM
+    assert np.isnan(read[~usable]).all()
+    largest = np.abs(values[usable]).max(1, keepdims=True)
+    assert (np.abs(read[usable] - values[usable]) <= largest * 2.0**-8).all()
+    for start, stop in ((0, 0), (7, 21), (16, 32), (39, 40), (40, 40)):
+        assert np.array_equal(found.read(start, stop), read[start:stop], equal_nan=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    hnp.arrays(
+        np.float32,
+        (3, 5),
+        elements=st.floats(-LARGEST, LARGEST, width=32),
+    ),
+    st.sampled_from([("float16", 2.0**-11), ("bfloat16", 2.0**-8)]),
+)
+def test_encoding_never_overflows_whatever_the_size(
+    values: np.ndarray, kind: tuple[str, float]
+) -> None:
+    usable = values.any(axis=1)
+    stored, scale = encode(values, usable, kind[0])
+    read = decode(stored, scale, kind[0]).astype(np.float64)
+    assert np.isnan(read[~usable]).all()
+    largest = np.abs(values[usable].astype(np.float64)).max(axis=1, keepdims=True, initial=0)
+    error = np.abs(read[usable] - values[usable])
+    assert (error <= largest * kind[1] + 1e-45).all()
+
+
+def test_a_row_called_ok_that_is_not_gets_its_true_status() -> None:
+    features = np.array([[1, 2], [np.inf, 1], [3e38, 1], [0, 0], [np.nan, 0], [1, 1]], np.float32)
+    norm = np.array([1, 1, 1, 0, 1, 1], np.float32)
+    status = np.array([0, 0, 0, 0, 0, RowStatus.MASKED], np.uint8)
+    assert settle_status(features, norm, status).tolist() == [0, 2, 2, 3, 2, 1]
+
+
+def test_info_has_the_promised_schema(kit: StoreKit, fast_path: Path) -> None:
+    store = kit.build(fast_path / "s")
+    with kit.writer(fast_path / "s") as writer:
+        begun = writer.begin(kit.record("train/2"), kit.rows(40), dim=4, unit_rows=16)
+        kit.fill(begun, kit.features(40), units=1)
+    info = open_store(fast_path / "s").info()
+    assert info["store_uuid"] == store.uuid
+    assert info["schema_version"] == 1
+    first, second = info["generations"]
+    assert first["name"] == "train/1"
+    assert (first["role"], first["step"], first["rows"], first["usable_rows"]) == (
+        "train",
+        1,
+        40,
+        38,
+    )
+    assert (first["dim"], first["dtype"], first["committed"]) == (4, "float16", True)
+    assert first["projection"]["method"] == "sjlt"
+    assert first["bytes"] == 3 * (16 * 4 * 2 + 16 * 4 * 3 + 16 + 16 * 16 + 6 * 4)
+    assert first["status"]["non_finite"] == 1
+    assert first["duplicate_rows"] == 0
+    assert second["committed"] is False
+    assert second["rows_done"] == 16
+
+
+def test_equal_rows_are_legitimate_and_counted(kit: StoreKit, fast_path: Path) -> None:
+    rows = type(kit.rows(1))(np.zeros((20, 16), np.uint8))
+    with kit.writer(fast_path / "s") as writer:
+        generation = writer.begin(kit.record(), rows, dim=4, unit_rows=16)
+        kit.fill(generation, kit.features(20))
+        generation.commit()
+        assert writer.store.info()["generations"][0]["duplicate_rows"] == 19
+
+
+@pytest.mark.parametrize("dtype", ["int8", "1bit", "float32"])
+def test_dtypes_that_come_later_are_refused_by_name(
+    kit: StoreKit, fast_path: Path, dtype: str
+) -> None:
+    with kit.writer(fast_path / "s") as writer, pytest.raises(BadInput, match="float16 or bfloat"):
+        writer.begin(kit.record(), kit.rows(4), dim=4, dtype=dtype)
+
+
+def test_wrong_shapes_are_refused_with_both_shapes(kit: StoreKit, fast_path: Path) -> None:
+    with kit.writer(fast_path / "s") as writer:
+        generation = writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16)
+        one = np.ones(16, np.float32)
+        with pytest.raises(BadInput, match=r"\(16, 4\).*\(16, 5\)"):
+            generation.write_unit(0, np.ones((16, 5), np.float32), one, one * 0, one)
+        with pytest.raises(BadInput, match="status codes"):
+            generation.write_unit(0, np.ones((16, 4), np.float32), one, one * 9, one)
+        with pytest.raises(BadInput, match="3 of 3 units are pending"):
+            generation.commit()
+        with pytest.raises(BadInput, match="not pending"):
+            generation.write_unit(3, np.ones((16, 4), np.float32), one, one * 0, one)
+
+
+def test_old_zarr_is_refused() -> None:
+    check_zarr("3.1.3")
+    check_zarr("4.0")
+    with pytest.raises(BadInput, match=r"zarr 3\.1\.2 is installed"):
+        check_zarr("3.1.2")
