@@ -78,5 +78,6 @@ def weighted_cross_entropy(
     Returns:
         The sum, a float32 scalar with a gradient for `logits`, and (s,) float32 losses without.
     """
-    total, losses = _WeightedCrossEntropy.apply(logits, tokens, weights)
+    applied = _WeightedCrossEntropy.apply(logits, tokens, weights)  # type: ignore[no-untyped-call]
+    total, losses = applied
     return total, losses

@@ -12,10 +12,8 @@ Letters: b batch, t tokens, p gradient length.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -23,8 +21,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from gradstore.adapters import check_adapters, watched_linears
 from gradstore.errors import BadInput
 from gradstore.fallback import RowwiseGradients
+from gradstore.hooks import HookedPass, Sink, Watched
 from gradstore.losses import BatchStats, RowLoss, Targets
 from gradstore.modelstate import borrowed, without_autocast
 from gradstore.slots import ParameterSlot, trainable_slots, unwrap
@@ -32,12 +32,6 @@ from gradstore.slots import ParameterSlot, trainable_slots, unwrap
 __all__ = ["BatchStats", "GradientCapture", "ParameterSlot", "Sink", "batch_losses"]
 
 logger = logging.getLogger(__name__)
-
-Sink = Callable[[ParameterSlot, Tensor], None]
-"""Takes a slot and its gradient block (b, numel), float32, row-major; the block is the sink's."""
-
-_LORA_MATRICES = ("lora_A", "lora_B")
-_ADAPTER_PARTS = (*_LORA_MATRICES, "lora_embedding_A", "lora_embedding_B")
 
 
 class GradientCapture:
@@ -66,12 +60,12 @@ class GradientCapture:
         self.p = sum(slot.numel for slot in self.slots)
         if not self.slots:
             raise BadInput("no parameter of the model requires grad: there is no gradient to take")
-        _check_adapters(self._model)
-        self._watched = _watched_linears(self._model, self._parameters)
+        check_adapters(self._model)
+        self._watched = watched_linears(self._model, self._parameters)
         self._hooked = {slot for watched in self._watched for slot in watched.slots}
         self._loss = RowLoss(self._model)
         self._rowwise = RowwiseGradients(self._model, self._loss)
-        self._pass: _Pass | None = None
+        self._pass: HookedPass | None = None
         self._stack: ExitStack | None = None
         self._log_fallback(set(self.slots) - self._hooked)
 
@@ -128,7 +122,7 @@ class GradientCapture:
 
     def _capture_hooked(self, batch: Mapping[str, Tensor], targets: Targets, sink: Sink) -> Tensor:
         """One forward and backward of the whole batch; returns the rows' losses (b,)."""
-        self._pass = current = _Pass(targets, sink)
+        self._pass = current = HookedPass(targets, sink)
         try:
             with torch.enable_grad():
                 total, token_loss = self._loss(batch, targets)
@@ -155,7 +149,7 @@ class GradientCapture:
         return losses
 
     def _observe(
-        self, watched: _Watched, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+        self, watched: Watched, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
     ) -> None:
         if self._pass is not None and torch.is_grad_enabled():
             self._pass.watch(watched, args[0], output)
@@ -170,175 +164,6 @@ class GradientCapture:
                 ", ".join(names[:3]),
                 ", ..." if len(names) > 3 else "",
             )
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """A LoRA matrix and where its gradients go; a slot of another module if they are tied."""
-
-    module: nn.Linear
-    weight: ParameterSlot | None
-    bias: ParameterSlot | None
-
-    @property
-    def slots(self) -> list[ParameterSlot]:
-        return [slot for slot in (self.weight, self.bias) if slot is not None]
-
-
-class _Pass:
-    """One forward and backward: what was seen, what has arrived, what is still awaited."""
-
-    def __init__(self, targets: Targets, sink: Sink) -> None:
-        self._forward_is_over = False
-        self._wanted: set[ParameterSlot] = set()
-        self._sink: Sink | None = sink
-        self._rows = targets.grid[0]
-        empty = targets.counts == 0
-        self._empty = empty if bool(empty.any()) else None
-        self._expected: Counter[ParameterSlot] = Counter()
-        self._unfit: set[ParameterSlot] = set()
-        self._partial: dict[ParameterSlot, Tensor] = {}
-        self._delivered: set[ParameterSlot] = set()
-        self._ignored: Tensor | None = None
-
-    def missed(self, slot: ParameterSlot) -> bool:
-        """Whether hooks can't give this slot: never called, or with inputs mixed across rows."""
-        return slot in self._unfit or not self._expected[slot]
-
-    def await_only(self, slots: set[ParameterSlot]) -> None:
-        """Ends the forward: what checkpointed layers compute again later is not counted."""
-        self._wanted = slots
-        self._forward_is_over = True
-
-    def watch(self, watched: _Watched, x: Tensor, output: Tensor) -> None:
-        """Keeps one call's input (b, ..., in) and waits for the gradient of its output."""
-        if x is self._ignored or _is_identity(x):
-            # DoRA multiplies its matrices by calling them on an identity, and detaches the result.
-            self._ignored = output
-            return
-        if self._rows > 1 and (x.dim() < 3 or x.shape[0] != self._rows):
-            self._unfit.update(watched.slots)
-            return
-        if not output.requires_grad:
-            output.requires_grad_(True)  # the lowest matrices: nothing below them needs a gradient
-        if self._forward_is_over:
-            return
-        self._expected.update(watched.slots)
-        # Emptied on use: the graph keeps its hooks to the end, the input need not live so long.
-        held = [x.detach()]
-        arrive = partial(self._arrive, watched, held)
-        output.register_hook(arrive)  # type: ignore[no-untyped-call]
-
-    def _arrive(self, watched: _Watched, held: list[Tensor], gradient: Tensor) -> None:
-        x = held.pop().reshape(self._rows, -1, watched.module.in_features)
-        gradient = gradient.reshape(self._rows, -1, watched.module.out_features)
-        if watched.weight is not None and watched.weight in self._wanted:
-            self._deliver(watched.weight, _row_products(gradient, x))
-        if watched.bias is not None and watched.bias in self._wanted:
-            self._deliver(watched.bias, gradient.sum(1, dtype=torch.float32))
-
-    def _deliver(self, slot: ParameterSlot, block: Tensor) -> None:
-        self._expected[slot] -= 1
-        if slot in self._partial:
-            block += self._partial.pop(slot)
-        if self._expected[slot] > 0:
-            self._partial[slot] = block
-        else:
-            self._emit(slot, block)
-
-    def _emit(self, slot: ParameterSlot, block: Tensor) -> None:
-        if self._empty is not None:
-            block[self._empty] = 0.0  # 0 times inf would be nan
-        self._delivered.add(slot)
-        assert self._sink is not None  # only close() removes it, after the backward
-        self._sink(slot, block)
-
-    def finish(self, parameters: Mapping[ParameterSlot, nn.Parameter]) -> None:
-        """Delivers what some call had no part in the loss of, zeros where none had."""
-        for slot in self._wanted - self._delivered:
-            block = self._partial.pop(slot, None)
-            if block is None:
-                block = torch.zeros(self._rows, slot.numel, device=parameters[slot].device)
-            self._emit(slot, block)
-
-    def close(self) -> None:
-        """Lets go of the sink and of unfinished blocks."""
-        self._sink = None
-        self._partial.clear()
-        self._ignored = None
-
-
-def _row_products(gradient: Tensor, x: Tensor) -> Tensor:
-    """Multiplies gᵀx row by row: (b, t, out), (b, t, in) -> (b, out * in) float32."""
-    left = gradient.transpose(1, 2)
-    if gradient.dtype == torch.float32 == x.dtype:
-        product = torch.bmm(left, x)
-    elif gradient.is_cuda and gradient.dtype in (torch.bfloat16, torch.float16):
-        # Under autocast x is still float32; the forward has used it in the gradient's dtype.
-        product = torch.bmm(left, x.to(gradient.dtype), out_dtype=torch.float32)
-    else:
-        product = torch.bmm(left.float(), x.float())
-    return product.reshape(product.shape[0], -1)
-
-
-def _is_identity(x: Tensor) -> bool:
-    if x.dim() != 2 or x.shape[0] != x.shape[1]:
-        return False
-    return torch.equal(x, torch.eye(x.shape[0], dtype=x.dtype, device=x.device))
-
-
-def _check_adapters(model: nn.Module) -> None:
-    """Raises BadInput unless every LoRA layer runs exactly one adapter, beside its base."""
-    active: set[str] = set()
-    for name, module in model.named_modules():
-        if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
-            continue
-        adapters = getattr(module, "active_adapters", ())
-        active.update(adapters if isinstance(adapters, list | tuple) else ())
-        if getattr(module, "merged", False) or getattr(module, "disable_adapters", False):
-            raise BadInput(
-                f"the adapter of {name} is merged into its base layer or disabled, so it has no "
-                "gradient: unmerge and enable it first"
-            )
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        for part in _ADAPTER_PARTS:
-            if parameter.requires_grad and part in parts[:-1]:
-                active.add(parts[parts.index(part) + 1])
-    if len(active) > 1:
-        raise BadInput(
-            f"{len(active)} adapters are active or trainable ({', '.join(sorted(active))}); "
-            "gradient features need exactly one: activate and train a single adapter"
-        )
-
-
-def _watched_linears(
-    model: nn.Module, parameters: Mapping[ParameterSlot, nn.Parameter]
-) -> list[_Watched]:
-    """Finds the LoRA matrices that hooks can cover, leaving out tied ones they cover in part."""
-    slots = {id(parameter): slot for slot, parameter in parameters.items()}
-    found: list[_Watched] = []
-    elsewhere: set[ParameterSlot] = set()
-    for name, module in model.named_modules():
-        own = {
-            key: slots[id(parameter)]
-            for key, parameter in module._parameters.items()
-            if id(parameter) in slots
-        }
-        is_lora = len(parts := name.split(".")) > 1 and parts[-2] in _LORA_MATRICES
-        if is_lora and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-            if own:
-                found.append(_Watched(module, own.get("weight"), own.get("bias")))
-        else:
-            elsewhere.update(own.values())
-    return [
-        _Watched(
-            watched.module,
-            None if watched.weight in elsewhere else watched.weight,
-            None if watched.bias in elsewhere else watched.bias,
-        )
-        for watched in found
-    ]
 
 
 def batch_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> BatchStats:

@@ -1,0 +1,71 @@
+"""Which adapter a model trains, and which of its matrices hooks can cover.
+
+Known by names and module types alone: `gradstore` does not import peft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from gradstore.errors import BadInput
+from gradstore.hooks import Watched
+from gradstore.slots import ParameterSlot
+
+_LORA_MATRICES = ("lora_A", "lora_B")
+_ADAPTER_PARTS = (*_LORA_MATRICES, "lora_embedding_A", "lora_embedding_B")
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raises BadInput unless every LoRA layer runs exactly one adapter, beside its base."""
+    active: set[str] = set()
+    for name, module in model.named_modules():
+        if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+            continue
+        adapters = getattr(module, "active_adapters", ())
+        active.update(adapters if isinstance(adapters, list | tuple) else ())
+        if getattr(module, "merged", False) or getattr(module, "disable_adapters", False):
+            raise BadInput(
+                f"the adapter of {name} is merged into its base layer or disabled, so it has no "
+                "gradient: unmerge and enable it first"
+            )
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        for part in _ADAPTER_PARTS:
+            if parameter.requires_grad and part in parts[:-1]:
+                active.add(parts[parts.index(part) + 1])
+    if len(active) > 1:
+        raise BadInput(
+            f"{len(active)} adapters are active or trainable ({', '.join(sorted(active))}); "
+            "gradient features need exactly one: activate and train a single adapter"
+        )
+
+
+def watched_linears(
+    model: nn.Module, parameters: Mapping[ParameterSlot, nn.Parameter]
+) -> list[Watched]:
+    """Finds the LoRA matrices that hooks can cover, leaving out tied ones they cover in part."""
+    slots = {id(parameter): slot for slot, parameter in parameters.items()}
+    found: list[Watched] = []
+    elsewhere: set[ParameterSlot] = set()
+    for name, module in model.named_modules():
+        own = {
+            key: slots[id(parameter)]
+            for key, parameter in module._parameters.items()
+            if id(parameter) in slots
+        }
+        is_lora = len(parts := name.split(".")) > 1 and parts[-2] in _LORA_MATRICES
+        if is_lora and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            if own:
+                found.append(Watched(module, own.get("weight"), own.get("bias")))
+        else:
+            elsewhere.update(own.values())
+    return [
+        Watched(
+            watched.module,
+            None if watched.weight in elsewhere else watched.weight,
+            None if watched.bias in elsewhere else watched.bias,
+        )
+        for watched in found
+    ]

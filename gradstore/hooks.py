@@ -1,0 +1,136 @@
+"""One forward and backward under watch: inputs kept on the way in, products made on the way out.
+
+Letters: b batch, t tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from gradstore.losses import Targets
+from gradstore.slots import ParameterSlot
+
+Sink = Callable[[ParameterSlot, Tensor], None]
+"""Takes a slot and its gradient block (b, numel), float32, row-major; the block is the sink's."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A LoRA matrix and where its gradients go; a slot of another module if they are tied."""
+
+    module: nn.Linear
+    weight: ParameterSlot | None
+    bias: ParameterSlot | None
+
+    @property
+    def slots(self) -> list[ParameterSlot]:
+        """The slots this module's calls give gradients for."""
+        return [slot for slot in (self.weight, self.bias) if slot is not None]
+
+
+class HookedPass:
+    """One forward and backward: what was seen, what has arrived, what is still awaited."""
+
+    def __init__(self, targets: Targets, sink: Sink) -> None:
+        self._forward_is_over = False
+        self._wanted: set[ParameterSlot] = set()
+        self._sink: Sink | None = sink
+        self._rows = targets.grid[0]
+        empty = targets.counts == 0
+        self._empty = empty if bool(empty.any()) else None
+        self._expected: Counter[ParameterSlot] = Counter()
+        self._unfit: set[ParameterSlot] = set()
+        self._partial: dict[ParameterSlot, Tensor] = {}
+        self._delivered: set[ParameterSlot] = set()
+        self._ignored: Tensor | None = None
+
+    def missed(self, slot: ParameterSlot) -> bool:
+        """Whether hooks can't give this slot: never called, or with inputs mixed across rows."""
+        return slot in self._unfit or not self._expected[slot]
+
+    def await_only(self, slots: set[ParameterSlot]) -> None:
+        """Ends the forward: what checkpointed layers compute again later is not counted."""
+        self._wanted = slots
+        self._forward_is_over = True
+
+    def watch(self, watched: Watched, x: Tensor, output: Tensor) -> None:
+        """Keeps one call's input (b, ..., in) and waits for the gradient of its output."""
+        if x is self._ignored or _is_identity(x):
+            # DoRA multiplies its matrices by calling them on an identity, and detaches the result.
+            self._ignored = output
+            return
+        if self._rows > 1 and (x.dim() < 3 or x.shape[0] != self._rows):
+            self._unfit.update(watched.slots)
+            return
+        if not output.requires_grad:
+            output.requires_grad_(True)  # the lowest matrices: nothing below them needs a gradient
+        if self._forward_is_over:
+            return
+        self._expected.update(watched.slots)
+        # Emptied on use: the graph keeps its hooks to the end, the input need not live so long.
+        held = [x.detach()]
+        arrive = partial(self._arrive, watched, held)
+        output.register_hook(arrive)  # type: ignore[no-untyped-call]
+
+    def _arrive(self, watched: Watched, held: list[Tensor], gradient: Tensor) -> None:
+        x = held.pop().reshape(self._rows, -1, watched.module.in_features)
+        gradient = gradient.reshape(self._rows, -1, watched.module.out_features)
+        if watched.weight is not None and watched.weight in self._wanted:
+            self._deliver(watched.weight, _row_products(gradient, x))
+        if watched.bias is not None and watched.bias in self._wanted:
+            self._deliver(watched.bias, gradient.sum(1, dtype=torch.float32))
+
+    def _deliver(self, slot: ParameterSlot, block: Tensor) -> None:
+        self._expected[slot] -= 1
+        if slot in self._partial:
+            block += self._partial.pop(slot)
+        if self._expected[slot] > 0:
+            self._partial[slot] = block
+        else:
+            self._emit(slot, block)
+
+    def _emit(self, slot: ParameterSlot, block: Tensor) -> None:
+        if self._empty is not None:
+            block[self._empty] = 0.0  # 0 times inf would be nan
+        self._delivered.add(slot)
+        assert self._sink is not None  # only close() removes it, after the backward
+        self._sink(slot, block)
+
+    def finish(self, parameters: Mapping[ParameterSlot, nn.Parameter]) -> None:
+        """Delivers what some call had no part in the loss of, zeros where none had."""
+        for slot in self._wanted - self._delivered:
+            block = self._partial.pop(slot, None)
+            if block is None:
+                block = torch.zeros(self._rows, slot.numel, device=parameters[slot].device)
+            self._emit(slot, block)
+
+    def close(self) -> None:
+        """Lets go of the sink and of unfinished blocks."""
+        self._sink = None
+        self._partial.clear()
+        self._ignored = None
+
+
+def _row_products(gradient: Tensor, x: Tensor) -> Tensor:
+    """Multiplies gᵀx row by row: (b, t, out), (b, t, in) -> (b, out * in) float32."""
+    left = gradient.transpose(1, 2)
+    if gradient.dtype == torch.float32 == x.dtype:
+        product = torch.bmm(left, x)
+    elif gradient.is_cuda and gradient.dtype in (torch.bfloat16, torch.float16):
+        # Under autocast x is still float32; the forward has used it in the gradient's dtype.
+        product = torch.bmm(left, x.to(gradient.dtype), out_dtype=torch.float32)
+    else:
+        product = torch.bmm(left.float(), x.float())
+    return product.reshape(product.shape[0], -1)
+
+
+def _is_identity(x: Tensor) -> bool:
+    if x.dim() != 2 or x.shape[0] != x.shape[1]:
+        return False
+    return torch.equal(x, torch.eye(x.shape[0], dtype=x.dtype, device=x.device))

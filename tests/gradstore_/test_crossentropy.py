@@ -1,0 +1,65 @@
+"""The fused cross-entropy against torch's own, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gradstore import crossentropy
+from gradstore.crossentropy import weighted_cross_entropy
+
+
+def _reference(
+    logits: torch.Tensor, tokens: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    leaf = logits.detach().double().requires_grad_(True)
+    losses = F.cross_entropy(leaf, tokens, reduction="none")
+    total = (losses * weights.double()).sum()
+    total.backward()
+    assert leaf.grad is not None
+    return total.detach(), losses.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 64), (33, 101)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("elements", [1, 303, 1 << 18])
+def test_sum_losses_and_gradient_equal_the_definition(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    scale: float,
+    elements: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(crossentropy, "_CPU_ELEMENTS", elements)
+    generator = torch.Generator().manual_seed(sum(shape))
+    logits = (5 * torch.randn(shape, generator=generator)).to(dtype).requires_grad_(True)
+    tokens = torch.randint(shape[1], shape[:1], generator=generator)
+    weights = torch.rand(shape[0], generator=generator)
+    total, losses = weighted_cross_entropy(logits, tokens, weights)
+    (scale * total).backward()
+    expected_total, expected_losses, expected_gradient = _reference(logits, tokens, weights)
+    tight = {"rtol": 1e-5, "atol": 1e-6}
+    loose = tight if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(total, expected_total.float(), **tight)
+    torch.testing.assert_close(losses, expected_losses.float(), **tight)
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad.float(), scale * expected_gradient.float(), **loose)
+    with torch.no_grad():
+        again, _ = weighted_cross_entropy(logits, tokens, weights)
+    torch.testing.assert_close(again, total.detach(), rtol=0, atol=0)
+
+
+def test_an_unlikely_target_has_a_finite_loss_and_a_bad_position_stays_alone() -> None:
+    logits = torch.zeros(4, 6)
+    logits[0, 3] = 500.0  # the target's probability underflows
+    logits[1, 2] = torch.nan
+    logits[2, 4] = -torch.inf  # a token that can't be
+    logits.requires_grad_(True)
+    total, losses = weighted_cross_entropy(logits, torch.zeros(4, dtype=torch.long), torch.ones(4))
+    total.backward()
+    assert losses[0].item() == pytest.approx(500.0)
+    assert torch.isnan(losses).tolist() == [False, True, False, False]
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all(dim=1).tolist() == [True, False, True, True]
