@@ -22,7 +22,7 @@ INDEX = "index"
 def remove_dead_staging(files: StoreFiles) -> None:
     """Removes what dead writers left in staging; quarantined files stay until a clean-up."""
     for name in files.names(STAGING):
-        if f"{STAGING}/{name}" != QUARANTINE and not files.is_own(name):
+        if f"{STAGING}/{name}" != QUARANTINE and not files.is_in_use(name):
             files.remove_tree(f"{STAGING}/{name}")
 
 

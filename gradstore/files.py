@@ -11,6 +11,7 @@ module: the user gets a StoreIOError with the path and, on a full disk, the byte
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import re
@@ -56,6 +57,7 @@ class StoreFiles:
         self._real: set[str] = {""}
         self._durable: set[str] = {""}
         self._own = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._own_fd: int | None = None
         self._count = 0
 
     # ---- paths -------------------------------------------------------------------------------
@@ -223,14 +225,28 @@ class StoreFiles:
             self._step(name, path)
             yield
 
-    def is_own(self, staging_name: str) -> bool:
-        """True when a folder in staging belongs to this object."""
-        return staging_name == self._own
+    def is_in_use(self, staging_name: str) -> bool:
+        """True when a folder in staging belongs to a living writer, this one included."""
+        path = self.path(f"{STAGING}/{staging_name}")
+        if staging_name == self._own or self._kind(path) != "directory":
+            return staging_name == self._own
+        fd = _flocked(path)
+        if fd is not None:
+            os.close(fd)
+        return fd is None
+
+    def close(self) -> None:
+        """Lets others see that this writer's staging is not in use any more."""
+        fd, self._own_fd = self._own_fd, None
+        if fd is not None:
+            os.close(fd)
 
     def stage(self, buffers: Sequence[Block]) -> str:
         """Writes a private file of the buffers' bytes, fsynced; gives its path in staging."""
         folder = f"{STAGING}/{self._own}"
         self.make_directory(folder)
+        if self._own_fd is None:
+            self._own_fd = _flocked(self.root / folder)
         self._count += 1
         staged = f"{folder}/{self._count}"
         self.write(staged, buffers)
@@ -389,3 +405,14 @@ class StoreFiles:
                 "choose another with gradstore=PATH (reading a store needs no write permission)"
             )
         return StoreIOError(f'cannot {verb} "{path}": {reason}. Check the disk, then run again')
+
+
+def _flocked(path: Path) -> int | None:
+    """Opens a directory and locks it while the descriptor lives; None if another has it."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd

@@ -240,11 +240,11 @@ def publish_commit(files: StoreFiles, draft: Commit, view: Callable[[], Store]) 
     Raises:
         StoreBusy: another process committed something else under this number.
     """
-    if files.publish(commit_path(draft.number), draft.to_bytes()):
-        return draft
-    for commit in view().commits[draft.number - 1 :]:
+    for commit in view().commits:
         if replace(commit, number=draft.number, parent=draft.parent) == draft:
             return commit
+    if files.publish(commit_path(draft.number), draft.to_bytes()):
+        return draft
     raise StoreBusy(
         f"commit {draft.number} was taken meanwhile by another process, in spite of the lock of "
         f'store "{files.root}"; {", ".join(draft.generations)} is not committed. Let that process '

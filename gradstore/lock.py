@@ -87,7 +87,7 @@ class WriterLock:
         if fd is None:
             return
         try:
-            with self._files.operation("write", self._files.path(LOCK)):
+            with self._files.operation("unlock", self._files.path(LOCK)):
                 os.ftruncate(fd, 0)
         finally:
             os.close(fd)

@@ -120,7 +120,10 @@ class StoreWriter:
 
     def close(self) -> None:
         """Gives the lock back; what is committed stays, what is pending can be resumed."""
-        self._lock.release()
+        try:
+            self._lock.release()
+        finally:
+            self._files.close()
 
     @property
     def store(self) -> Store:

@@ -1,0 +1,355 @@
+"""A full, read-only or unsuitable disk, and a second writer: told before work is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from gradstore.errors import StoreBusy, StoreIOError
+from gradstore.files import Hook, StoreFiles
+from gradstore.layout import generation_bytes
+from gradstore.lock import LOCK, WriterLock
+from gradstore.store import open_store
+from gradstore.verify import verify_store
+
+if TYPE_CHECKING:
+    from conftest import StoreKit
+
+
+def failing(operation: str, number: int, after: int = 0, under: str = "") -> Hook:
+    """A hook that fails every such operation after the first `after`."""
+    left = after
+
+    def hook(found: str, path: Path) -> None:
+        nonlocal left
+        if found == operation and under in str(path):
+            if left == 0:
+                raise OSError(number, os.strerror(number))
+            left -= 1
+
+    return hook
+
+
+class SmallDisk(StoreFiles):
+    """Says that only so much is free."""
+
+    def free_bytes(self) -> int:
+        return 100_000
+
+
+def test_a_full_disk_at_any_write_ends_in_exit_5_and_resumes(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    path, after = fast_path / "s", 0
+    kit.build(path, "train/1", n=20)
+    committed = open_store(path).generation("train/1").read(0, 20)
+    while True:
+        told = ""
+        try:
+            with kit.writer(path, StoreFiles(path, failing("write", errno.ENOSPC, after))) as w:
+                kit.add(w, "train/2", 20)
+        except StoreIOError as error:
+            told = f"exit {error.exit_code}: {error}"
+        if not told:
+            break
+        assert told.startswith("exit 5")
+        assert "bytes" in told
+        left = [p for p in (path / "staging").rglob("*") if p.is_file()]
+        assert all("quarantine" in p.parts for p in left)
+        found = open_store(path).generation("train/1").read(0, 20)
+        assert np.array_equal(found, committed, equal_nan=True)
+        after += 1
+    assert after > 10
+    assert verify_store(path).ok
+
+
+def test_the_message_of_a_full_disk_tells_bytes_needed_and_free(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    path = fast_path / "s"
+    with kit.writer(path) as writer:
+        generation = writer.begin(kit.record(), kit.rows(20), dim=4)
+        writer._files._hook = failing("write", errno.ENOSPC)
+        with pytest.raises(StoreIOError, match=r"needs 2,052 bytes, [\d,]+ free.*gradstore=PATH"):
+            kit.fill(generation, kit.features(20))
+        writer._files._hook = None
+        kit.fill(generation, kit.features(20))
+        generation.commit()
+
+
+def test_room_is_checked_before_the_start_without_allocating(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    path = fast_path / "s"
+    with kit.writer(path, SmallDisk(path)) as writer:
+        with pytest.raises(StoreIOError, match=r"needs [\d,]+ bytes, 100,000 free"):
+            writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=1)
+        with pytest.raises(StoreIOError, match="free"):
+            writer.check_space_for(50_000, 4096)
+    assert not (path / "plans/train").exists()
+    assert generation_bytes(50_000, 4096) >= 50_000 * 4096 * 2
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("operation", ["lock", "create", "link", "fsync_dir"])
+def test_no_oserror_reaches_the_user(
+    kit: StoreKit, fast_path: Path, operation: str, number: int
+) -> None:
+    kit.build(fast_path / "s")
+    files = StoreFiles(fast_path / "s", failing(operation, number))
+    with pytest.raises(StoreIOError, match="cannot"), kit.writer(fast_path / "s", files) as writer:
+        kit.add(writer, "train/2")
+    assert verify_store(fast_path / "s").ok
+
+
+def test_a_read_only_store_is_read_and_its_writer_refused_at_once(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    path = fast_path / "s"
+    kit.build(path)
+
+    def read_only(operation: str, _: Path) -> None:
+        raise OSError(errno.EROFS, f"read-only: {operation}")
+
+    with pytest.raises(StoreIOError, match="writable") as caught:
+        kit.writer(path, StoreFiles(path, read_only))
+    assert caught.value.exit_code == 5
+    assert open_store(path).generation("train/1").read(0, 40).shape == (40, 4)
+    for folder, _, names in os.walk(path):
+        for name in names:
+            os.chmod(Path(folder, name), 0o444)
+        os.chmod(folder, 0o555)
+    assert open_store(path).verify().ok
+    for folder, _, _ in os.walk(path):
+        os.chmod(folder, 0o755)
+
+
+@pytest.mark.parametrize("operation", ["fsync", "link", "rename"])
+def test_a_file_system_that_lacks_an_operation_is_refused_at_creation(
+    kit: StoreKit, fast_path: Path, operation: str
+) -> None:
+    files = StoreFiles(fast_path / "s", failing(operation, errno.ENOTSUP, under="s/staging"))
+    with pytest.raises(StoreIOError, match=rf"failed the {operation} probe"):
+        kit.writer(fast_path / "s", files)
+    assert not (fast_path / "s/zarr.json").exists()
+
+
+def test_a_file_system_without_flock_is_refused_at_creation(
+    kit: StoreKit, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacks(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", lacks)
+    with pytest.raises(StoreIOError, match="failed the flock probe"):
+        kit.writer(fast_path / "s")
+
+
+# ---- two writers -----------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_told_host_pid_and_since_when(kit: StoreKit, fast_path: Path) -> None:
+    with kit.writer(fast_path / "s"):
+        with pytest.raises(StoreBusy, match=rf"host \S+, pid {os.getpid()}, since \d{{4}}-") as e:
+            kit.writer(fast_path / "s")
+        assert e.value.exit_code == 6
+    kit.writer(fast_path / "s").close()
+
+
+def test_a_stale_lock_is_taken_over_with_a_warning(
+    kit: StoreKit, fast_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kit.build(fast_path / "s")
+    assert (fast_path / "s" / LOCK).read_bytes() == b""
+    (fast_path / "s" / LOCK).write_text(json.dumps({"host": "dead", "pid": 1, "since": "2020"}))
+    kit.writer(fast_path / "s").close()
+    assert "stale lock" in caplog.text
+    assert "host dead, pid 1" in caplog.text
+
+
+@pytest.fixture
+def no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WriterLock, "acquire", lambda self: None)
+
+
+@pytest.mark.usefixtures("no_lock")
+def test_past_the_lock_one_writer_of_a_unit_wins_and_the_other_hears_of_it(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    path = fast_path / "s"
+    first, second = kit.writer(path), kit.writer(path)
+    ours = first.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16)
+    theirs = second.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16)
+    kit.fill(ours, kit.features(40, 1), units=1)
+    with pytest.raises(StoreBusy, match="unit 0 of train/1"):
+        kit.fill(theirs, kit.features(40, 2), units=1)
+    kit.fill(ours, kit.features(40, 1))
+    ours.commit()
+    assert verify_store(path).ok
+
+
+@pytest.mark.usefixtures("no_lock")
+def test_past_the_lock_the_same_commit_succeeds_twice_and_another_conflicts(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    path, values = fast_path / "s", kit.features(40)
+    first, second, third = kit.writer(path), kit.writer(path), kit.writer(path)
+    same = [w.begin(kit.record(), kit.rows(40), dim=4) for w in (first, second)]
+    other = third.begin(kit.record("target/a/1"), kit.rows(40), dim=4)
+    for generation in (*same, other):
+        kit.fill(generation, values)
+    view = third.store
+    other._view = lambda: view  # an outdated view, as in the moment between look and link
+    assert same[0].commit() == same[1].commit()
+    with pytest.raises(StoreBusy, match="commit 1 was taken"):
+        other.commit()
+    assert [g.name for g in open_store(path).generations()] == ["train/1"]
+    assert verify_store(path).ok
+
+
+READER = """
+import sys
+from gradstore.store import open_store
+seen = 0
+while seen < 6:
+    store = open_store(sys.argv[1])
+    names = [g.name for g in store.generations()]
+    assert names == [f"train/{i}" for i in range(1, len(names) + 1)], names
+    assert len(names) >= seen, (names, seen)
+    for g in store.generations():
+        g.check_values(); g.read(0, g.rows)
+    seen = len(names)
+print("whole")
+"""
+
+
+def test_readers_in_other_processes_see_whole_generations_only(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    path = fast_path / "s"
+    with kit.writer(path) as writer:
+        readers = [
+            subprocess.Popen([sys.executable, "-c", READER, str(path)], stdout=subprocess.PIPE)
+            for _ in range(2)
+        ]
+        for step in range(1, 7):
+            kit.add(writer, f"train/{step}", 40)
+        for reader in readers:
+            out, _ = reader.communicate(timeout=60)
+            assert (reader.returncode, out) == (0, b"whole\n")
+
+
+def test_a_reader_in_a_thread_sees_each_commit_whole(kit: StoreKit, fast_path: Path) -> None:
+    path = fast_path / "s"
+    kit.build(path, "train/1")
+    stop, errors = threading.Event(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                for generation in open_store(path).generations():
+                    generation.check_values()
+                    assert generation.read(0, 40).shape == (40, 4)
+            except Exception as error:  # whatever it is, the main thread must show it
+                errors.append(error)
+                return
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    with kit.writer(path) as writer:
+        for step in range(2, 6):
+            kit.add(writer, f"train/{step}", 40)
+    stop.set()
+    thread.join()
+    assert errors == []
+
+
+# ---- power loss ------------------------------------------------------------------------------
+
+
+class Disk:
+    """What would be left of a store if the power failed: only what was fsynced.
+
+    A file's bytes last from its fsync on, a name from the fsync of its directory on.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.bytes: dict[int, bytes] = {}
+        self.names: dict[Path, dict[str, int]] = {}
+
+    def sync_file(self, path: Path) -> None:
+        self.bytes[path.stat().st_ino] = path.read_bytes()
+
+    def sync_directory(self, path: Path) -> None:
+        if path == self.root or self.root in path.parents:
+            self.names[path] = {e.name: e.inode() for e in os.scandir(path) if e.name != LOCK}
+
+    def restore(self, target: Path) -> None:
+        folders = {p.stat().st_ino: p for p in self.names}
+        self._restore(self.root, target, folders)
+
+    def _restore(self, source: Path, target: Path, folders: dict[int, Path]) -> None:
+        target.mkdir()
+        for name, inode in self.names.get(source, {}).items():
+            if (source / name).is_dir():
+                self._restore(source / name, target / name, folders)
+            else:
+                (target / name).write_bytes(self.bytes.get(inode, b""))
+
+
+def recording(disk: Disk, at: Callable[[str, Path], None]) -> Hook:
+    """Notes what each fsync makes last; the hook comes before a call, so it notes the last one."""
+    waiting: list[tuple[str, Path]] = []
+
+    def hook(operation: str, path: Path) -> None:
+        while waiting:
+            last, where = waiting.pop()
+            if where.exists():
+                disk.sync_directory(where) if last == "fsync_dir" else disk.sync_file(where)
+        if operation in ("fsync", "fsync_dir"):
+            waiting.append((operation, path))
+        at(operation, path)
+
+    return hook
+
+
+def test_after_a_power_loss_every_commit_that_returned_is_there_and_whole(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    path = fast_path / "s"
+    disk = Disk(path)
+    returned: list[str] = []
+    count = 0
+
+    def lose_power(operation: str, where: Path) -> None:
+        nonlocal count
+        count += 1
+        if count % 9:
+            return
+        left = fast_path / f"left{count}"
+        disk.restore(left)
+        if returned:
+            store = open_store(left)
+            assert [g.name for g in store.generations()][: len(returned)] == returned
+            assert store.verify().faults == ()
+        with kit.writer(left) as writer:
+            kit.add(writer, "train/1", 20)
+        assert verify_store(left).ok
+
+    with kit.writer(path, StoreFiles(path, recording(disk, lose_power))) as writer:
+        for name in ("train/1", "target/a/1"):
+            kit.add(writer, name, 20)
+            returned.append(name)
+        writer.clean()
+    assert count > 200
