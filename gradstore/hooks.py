@@ -104,7 +104,7 @@ class HookedPass:
 
     def finish(self, parameters: Mapping[ParameterSlot, nn.Parameter]) -> None:
         """Delivers what some call had no part in the loss of, zeros where none had."""
-        for slot in self._wanted - self._delivered:
+        for slot in sorted(self._wanted - self._delivered, key=lambda slot: slot.start):
             block = self._partial.pop(slot, None)
             if block is None:
                 block = torch.zeros(self._rows, slot.numel, device=parameters[slot].device)
