@@ -1,0 +1,165 @@
+"""Provenance: one spelling, all differences, a way out; hashes of files and tensors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradstore import provenance as p
+from gradstore.canonical import parse, plain, seal, unseal
+from gradstore.errors import BadInput, StoreIOError
+from gradstore.records import RowSet, row_hash
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), json_values, max_size=4))
+def test_a_sealed_document_reads_back_and_has_one_spelling(document: dict[str, Any]) -> None:
+    sealed = seal(document)
+    data = p.canonical_json(sealed)
+    assert unseal(data) == sealed
+    assert p.canonical_json(dict(reversed(sealed.items()))) == data
+
+
+@given(st.data())
+def test_any_changed_byte_of_a_sealed_document_is_seen(data: st.DataObject) -> None:
+    document = p.canonical_json(seal({"a": [1, 2.5, None], "b": {"c": "text", "d": True}}))
+    at = data.draw(st.integers(0, len(document) - 1))
+    flip = data.draw(st.integers(1, 255))
+    damaged = bytearray(document)
+    damaged[at] ^= flip
+    with pytest.raises(ValueError, match=r"."):
+        unseal(bytes(damaged))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 5000, '{"a":1e999}', '{"a":NaN}', '{"a":1,"a":1}', "[]", "9" * 5000, "\xff"]
+)
+def test_hostile_json_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse(text.encode("latin-1"))
+
+
+def test_numpy_and_tuples_become_plain_and_the_rest_is_refused() -> None:
+    assert plain({"a": (np.int64(1), np.float32(0.5), np.array([True]))}) == {"a": [1, 0.5, [True]]}
+    with pytest.raises(BadInput, match=r"value\.a is nan"):
+        plain({"a": float("nan")})
+    with pytest.raises(BadInput, match=r"value\[0\] is of type object"):
+        plain([object()])
+    with pytest.raises(BadInput, match="keys must be strings"):
+        plain({1: 2})
+
+
+def test_all_differences_are_listed_by_dotted_name() -> None:
+    stored = {"a": {"b": 1, "c": [1, 2]}, "gone": 1, "same": "x", "kind": 1}
+    current = {"a": {"b": 2, "c": [1, 3, 4]}, "new": None, "same": "x", "kind": True}
+    assert [d.field for d in p.compare(stored, current)] == [
+        "a.b",
+        "a.c[1]",
+        "a.c[2]",
+        "gone",
+        "kind",
+        "new",
+    ]
+    assert p.compare(stored, stored) == []
+
+
+def test_the_refusal_reads_as_documented() -> None:
+    differences = p.compare({"projection": {"seed": 0}}, {"projection": {"seed": 1}})
+    error = p.refuse("runs/a/gradstore", differences)
+    assert str(error) == (
+        'projection.seed differs: store "runs/a/gradstore" has 0, this run has 1. Their features '
+        "can't be compared. Choose another store with gradstore=PATH, or set "
+        "component_params.seed=0."
+    )
+    assert error.exit_code == 3
+
+
+def test_a_refusal_names_a_setting_only_if_settings_are_enough() -> None:
+    stored, current = {"cutoff_len": 512, "base": "a"}, {"cutoff_len": 256, "base": "b"}
+    assert "or set" not in str(p.refuse("s", p.compare(stored, current)))
+    own = p.refuse("s", p.compare(stored, current, {"base": "model_name_or_path"}))
+    assert 'or set model_name_or_path="a" cutoff_len=512' in str(own)
+
+
+def test_many_differences_are_counted_in_the_message_and_kept_in_full() -> None:
+    error = p.refuse("s", p.compare({"x": list(range(50))}, {"x": list(range(1, 51))}))
+    assert len(error.differences) == 50
+    assert "... and 30 more fields" in str(error)
+
+
+def test_a_canary_of_another_length_or_kind_differs() -> None:
+    for other in ([1.0], ["a", "b"], None, []):
+        assert p.compare({"canary": [1.0, 2.0]}, {"canary": other})
+    assert not p.compare({"canary": [1.0, 2.0]}, {"canary": [1.0, 2.0 + 1e-9]})
+
+
+# ---- hashes ----------------------------------------------------------------------------------
+
+
+def test_a_file_is_hashed_again_when_it_changes(tmp_path: Path) -> None:
+    file, cache = tmp_path / "f", tmp_path / "cache.json"
+    file.write_bytes(b"one")
+    hashes = p.FileHashes(cache)
+    first = hashes.sha256(file)
+    assert first == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
+    stat = file.stat()
+    file.write_bytes(b"two")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert p.FileHashes(cache).sha256(file) == first
+    assert p.FileHashes(cache).sha256(file, fresh=True) != first
+    file.write_bytes(b"three")
+    assert p.FileHashes(cache).sha256(file) != first
+    with pytest.raises(StoreIOError, match="cannot hash"):
+        hashes.sha256(tmp_path / "none")
+
+
+def test_a_damaged_cache_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("{not json")
+    (tmp_path / "f").write_bytes(b"one")
+    assert p.FileHashes(tmp_path / "cache").sha256(tmp_path / "f").startswith("7692")
+
+
+def test_a_folder_is_hashed_file_by_file(tmp_path: Path) -> None:
+    for name in ("b.json", "a.json", "c.bin"):
+        (tmp_path / name).write_text(name)
+    assert list(p.hash_folder_files(tmp_path, ["*.json"])) == ["a.json", "b.json"]
+    with pytest.raises(BadInput, match="not a folder"):
+        p.hash_folder_files(tmp_path / "none")
+
+
+def test_a_tensor_hash_depends_on_name_order_shape_dtype_and_bits() -> None:
+    a, b = torch.arange(6.0), torch.ones(2, 3, dtype=torch.bfloat16)
+    base = p.tensor_hash([("a", a), ("b", b)])
+    assert p.tensor_hash([("a", a.clone().requires_grad_()), ("b", b)]) == base
+    assert p.tensor_hash([("a", a.numpy()), ("b", b)]) == base
+    others = [
+        [("b", b), ("a", a)],
+        [("c", a), ("b", b)],
+        [("a", a.reshape(2, 3)), ("b", b)],
+        [("a", a.double()), ("b", b)],
+        [("a", a + 1e-6), ("b", b)],
+    ]
+    assert len({base, *(p.tensor_hash(other) for other in others)}) == 6
+
+
+def test_a_row_hash_is_pinned_and_separates_ids_from_labels() -> None:
+    assert row_hash([1, 2], [-100, 2]).hex() == "5ff39fdccdf0541ad4e332799367a40c"
+    assert row_hash([1], [2, 3]) != row_hash([1, 2], [3])
+    rows = RowSet.from_hashes([row_hash([1], [1])] * 3 + [row_hash([2], [2])])
+    assert rows.duplicates == 2
