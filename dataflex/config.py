@@ -130,7 +130,7 @@ def names(value: object) -> tuple[str, ...]:
 
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     import yaml
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     if bad := [o for o in overrides if "=" not in o]:
@@ -140,6 +140,8 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
             base = OmegaConf.create(json.loads(path.read_text(encoding="utf-8")))
         else:
             base = OmegaConf.load(path)
+        if not isinstance(base, DictConfig):
+            raise BadInput(f"{path}: expected a mapping of keys to values at the top.")
         merged = OmegaConf.merge(base, OmegaConf.from_cli(list(overrides)))
         found = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError as error:
@@ -148,9 +150,7 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         raise BadInput(f"configuration {str(path)!r} cannot be read: {error}") from error
     except (yaml.YAMLError, json.JSONDecodeError, OmegaConfBaseException) as error:
         raise BadInput(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise BadInput(f"{path}: expected a mapping of keys to values at the top.")
-    return {str(key): value for key, value in found.items()}
+    return {str(key): value for key, value in dict(found).items()}  # type: ignore[arg-type]
 
 
 def _own_values(given: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:

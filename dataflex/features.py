@@ -37,7 +37,7 @@ from gradstore.writer import StoreWriter
 if TYPE_CHECKING:
     from torch import nn
 
-    from gradstore.store import Generation
+    from gradstore.generation import Generation
 
 _log = logging.getLogger(__name__)
 
@@ -262,7 +262,7 @@ class FeatureService:
         with progress(f"gradients of {name}", waiting, shown=self.run.shows_progress) as advance:
             summary = export_generation(
                 self.run.model,
-                rows.dataset,  # type: ignore[arg-type]
+                rows.dataset,
                 self.run.collate,
                 writer,
                 features=features,

@@ -23,8 +23,7 @@ def check(config: RunConfig) -> Component | None:
     Raises:
         BadInput: every fault found, one per line.
     """
-    _check_model(config)
-    _check_datasets(config)
+    check_inputs(config)
     if config.dataflex.train_type == "static":
         return None
     ours = config.dataflex
@@ -37,6 +36,16 @@ def check(config: RunConfig) -> Component | None:
     if faults:
         raise BadInput("\n".join(faults))
     return component
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Model folder and data sets exist and say what they are.
+
+    Raises:
+        BadInput: they do not.
+    """
+    _check_model(config)
+    _check_datasets(config)
 
 
 def check_gradients(config: RunConfig) -> None:

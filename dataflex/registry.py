@@ -95,7 +95,7 @@ class Component:
         """Construct the strategy; a parameter out of range is `BadInput` naming it."""
         try:
             return self.cls(**self.params)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, BadInput) as error:
             raise BadInput(f"component {self.name!r}: {error}") from error
 
 

@@ -118,11 +118,22 @@ def run_identity(config: RunConfig, checkpoint: Path | None) -> str:
     """Id of this run: the checkpoint's, or output_dir's, or a new one."""
     if checkpoint is not None:
         return load_state(checkpoint).run_id
-    path = config.output_dir / "dataflex" / "run.json"
-    if path.is_file() and not config.get("overwrite_output_dir", False):
+    if config.get("overwrite_output_dir", False):
+        (config.output_dir / "dataflex" / "run.json").unlink(missing_ok=True)
+    return output_identity(config.output_dir)
+
+
+def output_identity(output_dir: Path) -> str:
+    """Id of the run that owns `output_dir`, made at first use.
+
+    Raises:
+        BadInput: the file that holds it is damaged.
+    """
+    path = output_dir / "dataflex" / "run.json"
+    if path.is_file():
         try:
             return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{str(path)!r} is damaged ({error}); remove it.") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     run_id = uuid.uuid4().hex

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +48,7 @@ def info(store: StorePath, as_json: AsJson = False, debug: Debug = False) -> Non
         [
             (e["name"], e["rows"], e["usable_rows"], e["dim"], e["dtype"],
              e["projection"].get("method", "?"), f"{e['bytes'] / 1e6:.1f}", e["committed"])
-            for e in content["generations"]  # type: ignore[union-attr, index, call-overload]
+            for e in content["generations"]
         ],
     )  # fmt: skip
 
@@ -59,12 +60,12 @@ def verify(store: StorePath, as_json: AsJson = False, debug: Debug = False) -> N
     from gradstore.verify import verify_store
 
     report = verify_store(store)
-    faults = [{"file": f.path, "expected": f.expected, "found": f.found} for f in report.faults]
+    faults = [asdict(fault) for fault in report.faults]
     if as_json:
         print_json({"ok": not faults, "faults": faults, "files": report.files,
                     "bytes": report.bytes})  # fmt: skip
     if faults:
-        lines = [f"{f['file']}: expected {f['expected']}, found {f['found']}" for f in faults[:20]]
+        lines = [str(fault) for fault in report.faults[:20]]
         raise DamagedData(
             f'store "{store}" is damaged in {len(faults)} place(s):\n  ' + "\n  ".join(lines)
         )

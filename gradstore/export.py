@@ -23,7 +23,7 @@ from gradstore.features import FeatureMap, FeatureSpec
 from gradstore.gradients import GradientCapture, ParameterSlot
 from gradstore.layout import RowStatus
 from gradstore.moments import AdamMoments
-from gradstore.writer import GenerationWriter
+from gradstore.generation_writer import GenerationWriter
 
 Batch = Mapping[str, Tensor]
 Collate = Callable[[list[Any]], Batch]
@@ -126,7 +126,7 @@ def export_generation(
     features: FeatureSpec,
     projection: ProjectionSpec,
     moments: AdamMoments | None = None,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | npt.NDArray[np.int64],
     token_budget: int = 2048,
     longest: int | None = None,
     max_bad_fraction: float = 0.01,
@@ -281,7 +281,8 @@ class _Exporter:
 
 def _sum_of_squares(x: Tensor) -> Tensor:
     """(b, k) float32 -> (b,) float64; a row's own dot product, so one row's NaN stays its own."""
-    return torch.linalg.vector_norm(x, dim=1).double().square_()
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return norms.double().square_()
 
 
 def _finish(

@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradstore.errors import BadInput, DamagedData, StoreIOError
+from gradstore.errors import BadInput, DamagedData
+from gradstore.replace import replace_file
 from gradstore.slots import ParameterSlot, parameter_name
 
 _FORMAT = "dataflex-adam-moments-1"
@@ -84,6 +84,32 @@ class AdamMoments:
                 found[name] = _read(name, parameter, group, state, type(inner).__name__)
         return cls(found)
 
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Any], parameters: Sequence[tuple[str, nn.Parameter]]
+    ) -> Self:
+        """Reads a saved `optimizer.state_dict()`, whose parameters have numbers, not names.
+
+        Args:
+            state: with `state` and `param_groups`.
+            parameters: (name, parameter) in the order the optimizer was given them.
+
+        Raises:
+            BadInput: numbers, shapes or the optimizer's kind do not fit.
+        """
+        groups = {i: group for group in state["param_groups"] for i in group["params"]}
+        if len(groups) != len(parameters):
+            raise BadInput(
+                f"the optimizer state has {len(groups)} parameters, the model trains "
+                f"{len(parameters)}: use the state saved beside this same adapter"
+            )
+        found = {}
+        for number, (raw_name, parameter) in zip(sorted(groups), parameters, strict=True):
+            name = parameter_name(raw_name)
+            inner = state["state"].get(number, {})
+            found[name] = _read(name, parameter, groups[number], inner, "state")
+        return cls(found)
+
     def of(self, slot: ParameterSlot) -> ParameterMoments:
         """Returns a slot's moments.
 
@@ -131,7 +157,8 @@ class AdamMoments:
             tensors[f"v.{name}"] = moments.v.detach().cpu().contiguous()
             constants[name] = asdict(moments.constants)
         metadata = {_FORMAT: json.dumps(constants, sort_keys=True)}
-        _write_atomically(Path(path), save(tensors, metadata))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        replace_file(Path(path), save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -213,25 +240,3 @@ def _parse(
             yield name, ParameterMoments(m, v, AdamConstants(**values))
     except (ValueError, TypeError, AttributeError) as error:
         raise DamagedData(f"{path}: its header does not parse: {error}") from error
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(staged, path)
-        except BaseException:
-            Path(staged).unlink(missing_ok=True)
-            raise
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        raise StoreIOError(f"cannot write the Adam moments to {path}: {error}") from error

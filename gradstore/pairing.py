@@ -76,8 +76,10 @@ def parse_which(text: str) -> Which:
     Raises:
         BadInput: it is none of them.
     """
-    if text == "last" or text == "all":
-        return text
+    if text == "last":
+        return "last"
+    if text == "all":
+        return "all"
     if text.isdigit() and int(text) >= 1:
         return int(text)
     raise BadInput(f"checkpoints is {text!r}; choose last, all or a number of at least 1.")

@@ -1,0 +1,105 @@
+"""Presets resolve through `name`; nothing is dropped silently; a user's class needs no package."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from dataflex.registry import parameters, register, resolve, strategies
+from gradstore.errors import BadInput
+
+
+def test_the_preset_is_overridden_parameter_by_parameter() -> None:
+    component = resolve("dynamic_select", "less", {"proj_dim": 64})
+    assert component.params["proj_dim"] == 64
+    assert component.params["gradient_type"] == "adam_marginal"
+
+
+def test_two_presets_of_one_strategy_are_possible(tmp_path: Path) -> None:
+    presets = tmp_path / "p.yaml"
+    presets.write_text(
+        "selectors:\n  a: {name: random, params: {seed: 1}}\n  b: {name: random, params: {seed: 2}}"
+    )
+    seeds = [resolve("dynamic_select", key, {}, presets).build().seed for key in "ab"]
+    assert seeds == [1, 2]
+
+
+def test_an_unknown_parameter_names_the_nearest_and_all_accepted() -> None:
+    with pytest.raises(BadInput, match=r"'proj_dmi' \(did you mean 'proj_dim'\?\).*aggregation"):
+        resolve("dynamic_select", "less", {"proj_dmi": 3})
+
+
+def test_an_unknown_component_names_the_known_ones() -> None:
+    with pytest.raises(BadInput, match=r"did you mean 'less'\?.*custom, less, loss, random"):
+        resolve("dynamic_select", "les", {})
+
+
+def test_a_missing_component_name_is_refused() -> None:
+    with pytest.raises(BadInput, match="needs component_name"):
+        resolve("dynamic_select", None, {})
+
+
+def test_a_preset_with_an_unknown_strategy_is_refused(tmp_path: Path) -> None:
+    presets = tmp_path / "p.yaml"
+    presets.write_text("selectors: {mine: {name: lesss}}")
+    with pytest.raises(BadInput, match="did you mean 'less'"):
+        resolve("dynamic_select", "mine", {}, presets)
+
+
+def test_retired_parameters_are_dropped_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="dataflex"):
+        logging.getLogger("dataflex").propagate = True
+        component = resolve("dynamic_select", "less", {"save_interval": 16, "cache_dir": "x"})
+    assert not {"save_interval", "cache_dir"} & set(component.params)
+    assert "save_interval is ignored" in caplog.text
+
+
+def test_a_users_class_is_found_beside_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_pick.py").write_text("class Pick:\n    def __init__(self, share=1): ...\n")
+    monkeypatch.chdir(tmp_path)
+    params = {"target": "my_pick:Pick", "share": 2}
+    assert type(resolve("dynamic_select", "custom", params).build()).__name__ == "Pick"
+    with pytest.raises(BadInput, match="Accepted: share"):
+        resolve("dynamic_select", "custom", {"target": "my_pick:Pick", "shore": 2})
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("no_such_module:X", "cannot be imported"),
+        ("json:nothing", "cannot be imported"),
+        ("json:loads", "not a class"),
+        ("json", "package.module:Class"),
+    ],
+)
+def test_a_wrong_target_is_told(target: str, says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        resolve("dynamic_select", "custom", {"target": target})
+
+
+def test_a_parameter_out_of_range_names_its_component() -> None:
+    for params in (
+        {"proj_dim": 0},
+        {"gradient_type": "adamw"},
+        {"checkpoints": 0},
+        {"scoring": "direct", "checkpoints": "all"},
+        {"aggregation": "sum"},
+    ):
+        with pytest.raises(BadInput, match="component 'less'"):
+            resolve("dynamic_select", "less", params).build()
+
+
+def test_a_name_is_claimed_once() -> None:
+    with pytest.raises(ValueError, match="already"):
+        register("selector", "less")(int)
+
+
+def test_every_strategy_documents_every_parameter() -> None:
+    for name, cls in strategies("selector").items():
+        text = cls.__doc__ or ""
+        missing = [p for p in parameters(cls) if f"{p}:" not in text and p not in text]
+        assert not missing, (name, missing)
