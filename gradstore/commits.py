@@ -15,8 +15,8 @@ from typing import Literal
 from gradstore.canonical import Json, canonical_json, seal, unseal
 from gradstore.damage import DamagedFile, Fault
 from gradstore.errors import BadInput
-from gradstore.files import StoreFiles
 from gradstore.layout import COMMITS, SCHEMA_VERSION, GenerationName, commit_path
+from gradstore.reading import ReadFiles
 
 _NAME = re.compile(r"([1-9][0-9]{0,17})\.json")
 
@@ -89,7 +89,7 @@ class Commit:
         return commit
 
 
-def read_chain(files: StoreFiles, store_uuid: str, known: tuple[Commit, ...] = ()) -> list[Commit]:
+def read_chain(files: ReadFiles, store_uuid: str, known: tuple[Commit, ...] = ()) -> list[Commit]:
     """Reads all commits, oldest first, and checks the chain.
 
     Args:
@@ -117,7 +117,7 @@ def read_chain(files: StoreFiles, store_uuid: str, known: tuple[Commit, ...] = (
 
 
 def _read_one(
-    files: StoreFiles, path: str, number: int, store_uuid: str, chain: list[Commit]
+    files: ReadFiles, path: str, number: int, store_uuid: str, chain: list[Commit]
 ) -> Commit:
     try:
         commit = Commit.from_bytes(files.read(path))
@@ -134,6 +134,6 @@ def _read_one(
     return commit
 
 
-def _broken(files: StoreFiles, path: str, number: int, expected: str, found: str) -> DamagedFile:
+def _broken(files: ReadFiles, path: str, number: int, expected: str, found: str) -> DamagedFile:
     fault = Fault(path, expected, f"{found} (chain broken at {number})")
     return DamagedFile(fault, str(files.root))

@@ -13,23 +13,17 @@ from gradstore.canonical import Json
 from gradstore.codec import decode
 from gradstore.commits import Commit
 from gradstore.damage import DamagedFile, Fault
+from gradstore.documents import check_metadata, metadata, read_committed_plan, read_space
 from gradstore.errors import BadInput
-from gradstore.files import StoreFiles
 from gradstore.layout import (
     CRC_BYTES,
-    METADATA,
     ArraySpec,
     Role,
     RowStatus,
-    array_json,
     generation_path,
-    group_json,
-    group_paths,
-    plan_path,
-    provenance_path,
 )
 from gradstore.plans import Plan, UnitRange
-from gradstore.provenance import read_provenance
+from gradstore.reading import ReadFiles
 from gradstore.records import GenerationRecord
 from gradstore.units import UnitRecord, check_chunk, read_record
 
@@ -53,7 +47,7 @@ class Generation:
     """
 
     def __init__(
-        self, files: StoreFiles, commit: Commit, explain: Callable[[str], None] | None = None
+        self, files: ReadFiles, commit: Commit, explain: Callable[[str], None] | None = None
     ) -> None:
         """Checks everything but the chunks.
 
@@ -294,53 +288,3 @@ class Generation:
 
     def _damaged(self, fault: Fault) -> DamagedFile:
         return DamagedFile(fault, str(self._files.root))
-
-
-def metadata(plan: Plan) -> dict[str, bytes]:
-    """Gives path -> bytes of every zarr.json that a generation needs, outermost first."""
-    documents = {f"{path}/{METADATA}": group_json() for path in group_paths(plan.name)}
-    base = generation_path(plan.name)
-    for spec in plan.arrays:
-        documents[f"{base}/{spec.name}/{METADATA}"] = array_json(
-            spec, len(plan.rows), plan.unit_rows
-        )
-    return documents
-
-
-def check_metadata(files: StoreFiles, path: str, expected: bytes) -> None:
-    """Compares a zarr.json with what layout would write; DamagedFile if a byte differs."""
-    found = files.read(path, expected_bytes=len(expected))
-    if found != expected:
-        raise DamagedFile(Fault(path, repr(expected)[1:], repr(found)[1:]), str(files.root))
-
-
-def read_committed_plan(files: StoreFiles, commit: Commit) -> Plan:
-    """Reads the plan that a commit names; DamagedFile if it is not that one."""
-    path = plan_path(commit.generation)
-    try:
-        plan, found = Plan.from_bytes(files.read(path))
-    except (ValueError, BadInput) as error:
-        fault = Fault(path, "the plan that was committed", str(error))
-        raise DamagedFile(fault, str(files.root)) from error
-    for what, want, have in (
-        ("sha256", commit.plan_sha256, found),
-        ("generation", commit.generation, plan.name),
-        ("number of units", len(commit.units), len(plan.units)),
-    ):
-        if want != have:
-            raise DamagedFile(Fault(path, f"{what} {want}", f"{what} {have}"), str(files.root))
-    return plan
-
-
-def read_space(files: StoreFiles, plan: Plan) -> dict[str, Json]:
-    """Reads the provenance that a plan names; DamagedFile if it is not that one."""
-    path = provenance_path(plan.space)
-    try:
-        provenance, found = read_provenance(files.read(path), plan.space)
-    except (ValueError, BadInput) as error:
-        fault = Fault(path, "the provenance that was committed", str(error))
-        raise DamagedFile(fault, str(files.root)) from error
-    if found != plan.provenance_sha256:
-        fault = Fault(path, f"sha256 {plan.provenance_sha256}", f"sha256 {found}")
-        raise DamagedFile(fault, str(files.root))
-    return provenance

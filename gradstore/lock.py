@@ -1,4 +1,4 @@
-"""One writer at a time, told kindly; and a look at whether the disk can keep our promises.
+"""One writer at a time, told kindly.
 
 The lock is a `flock` on `writer.lock`, so a dead writer never blocks anybody. It serves the
 message: what keeps two writers apart when it is bypassed is that nothing published is overwritten.
@@ -11,14 +11,13 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
 from types import TracebackType
 
 from gradstore.canonical import canonical_json, parse
-from gradstore.errors import StoreBusy, StoreIOError
-from gradstore.files import STAGING, StoreFiles
+from gradstore.errors import StoreBusy
+from gradstore.files import StoreFiles
+from gradstore.probes import lacks
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class WriterLock:
                     f'store "{self._files.root}" is being written by {who}. '
                     "Wait until it ends, or choose another store with gradstore=PATH"
                 ) from None
-            raise _lacks(self._files, "flock", error) from error
+            raise lacks(self._files, "flock", error) from error
 
     def release(self) -> None:
         """Clears the record and gives the lock back."""
@@ -91,57 +90,6 @@ class WriterLock:
                 os.ftruncate(fd, 0)
         finally:
             os.close(fd)
-
-
-def probe(files: StoreFiles) -> None:
-    """Tries fsync, link and rename in staging (flock was just taken by the lock).
-
-    Raises:
-        StoreIOError: the file system lacks one of them; names the probe.
-    """
-    names = {name: f"{STAGING}/probe-{name}" for name in ("file", "link", "moved")}
-    for relative in names.values():
-        files.remove(relative)
-    probes: tuple[tuple[str, Callable[[], None]], ...] = (
-        ("fsync", partial(files.write, names["file"], [b"probe"])),
-        ("link", partial(_probe_link, files, names["file"], names["link"])),
-        ("rename", partial(files.move, names["link"], names["moved"])),
-    )
-    for operation, act in probes:
-        try:
-            act()
-        except StoreIOError as error:
-            cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno in _UNSUPPORTED:
-                raise _lacks(files, operation, cause) from error
-            raise
-    for relative in names.values():
-        files.remove(relative)
-
-
-_UNSUPPORTED = {
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-    errno.EINVAL,
-    errno.EPERM,
-    errno.EMLINK,
-    errno.EXDEV,
-    errno.ENOLCK,
-}
-
-
-def _probe_link(files: StoreFiles, staged: str, target: str) -> None:
-    if not files.link(staged, target) or files.link(staged, target):
-        raise _lacks(files, "link", OSError(0, "a second link to a taken name did not fail"))
-
-
-def _lacks(files: StoreFiles, operation: str, error: OSError) -> StoreIOError:
-    return StoreIOError(
-        f'the file system of store "{files.root}" failed the {operation} probe '
-        f"({error.strerror}); a store needs link, rename, fsync and flock. "
-        "Choose a local disk with gradstore=PATH"
-    )
 
 
 def _myself() -> dict[str, object]:

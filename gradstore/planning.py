@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import chain
 
 from gradstore.commits import Commit
 from gradstore.damage import DamagedFile
@@ -145,8 +146,8 @@ def _check_shape(store: Store, wanted: Plan) -> None:
 def _check_rows(store: Store, planned: dict[str, tuple[Plan, str]], wanted: Plan) -> None:
     """Refuses other rows than the newest generation of the same role and set has."""
     key = (wanted.space, wanted.record.role, wanted.record.set)
-    committed = [store.generation(c.generation).plan for c in store.live_commits()]
-    for plan in [*reversed(committed), *(plan for plan, _ in reversed(planned.values()))]:
+    committed = (store.generation(c.generation).plan for c in reversed(store.live_commits()))
+    for plan in chain(committed, (plan for plan, _ in reversed(planned.values()))):
         if (plan.space, plan.record.role, plan.record.set) != key:
             continue
         note = wanted.rows.difference(plan.rows)

@@ -18,7 +18,6 @@ from gradstore.canonical import Json
 from gradstore.commits import Commit, read_chain
 from gradstore.damage import DamagedFile, Fault
 from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch
-from gradstore.files import StoreFiles
 from gradstore.generation import Generation
 from gradstore.layout import (
     COMMITS,
@@ -33,6 +32,7 @@ from gradstore.layout import (
 )
 from gradstore.plans import Plan
 from gradstore.provenance import read_provenance
+from gradstore.reading import ReadFiles
 from gradstore.units import read_record
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def open_store(path: str | Path) -> Store:
         ProvenanceMismatch: it was written by a newer schema; says which release reads it.
         DamagedData: its root or a commit is damaged.
     """
-    return Store(StoreFiles(path))
+    return Store(ReadFiles(path))
 
 
 class Store:
@@ -63,7 +63,7 @@ class Store:
         commits: the chain, oldest first.
     """
 
-    def __init__(self, files: StoreFiles, earlier: Store | None = None) -> None:
+    def __init__(self, files: ReadFiles, earlier: Store | None = None) -> None:
         self._files = files
         self.path = files.root
         self.schema_version, self.uuid = read_identity(files)
@@ -209,7 +209,7 @@ class Store:
                 )
 
 
-def read_identity(files: StoreFiles) -> tuple[int, str]:
+def read_identity(files: ReadFiles) -> tuple[int, str]:
     """Reads schema version and uuid from the store's own zarr.json.
 
     Raises:

@@ -20,6 +20,7 @@ from gradstore.damage import DamagedFile, Fault
 from gradstore.files import StoreFiles
 from gradstore.layout import CRC_BYTES, SCHEMA_VERSION, RowStatus, generation_path, unit_path
 from gradstore.plans import Plan, UnitRange
+from gradstore.reading import ReadFiles
 
 
 def crc32c(data: bytes | memoryview) -> int:
@@ -147,7 +148,7 @@ def publish_unit(
 
 
 def read_record(
-    files: StoreFiles, plan: Plan, plan_sha256: str, unit: UnitRange, expected: str | None = None
+    files: ReadFiles, plan: Plan, plan_sha256: str, unit: UnitRange, expected: str | None = None
 ) -> tuple[UnitRecord, str]:
     """Reads a unit's record and checks it against the plan.
 
@@ -181,7 +182,7 @@ def read_record(
     return record, found
 
 
-def check_unit(files: StoreFiles, record: UnitRecord, *, deep: bool = False) -> list[Fault]:
+def check_unit(files: ReadFiles, record: UnitRecord, *, deep: bool = False) -> list[Fault]:
     """Checks size and crc32c of every chunk of a unit, and sha256 too when `deep`."""
     base = generation_path(record.generation)
     faults = (
@@ -204,7 +205,7 @@ def check_chunk(path: str, data: bytes | memoryview, expected: FileSeal) -> Faul
     return None
 
 
-def _file_fault(files: StoreFiles, path: str, expected: FileSeal, *, deep: bool) -> Fault | None:
+def _file_fault(files: ReadFiles, path: str, expected: FileSeal, *, deep: bool) -> Fault | None:
     try:
         data = files.read(path, expected_bytes=expected.bytes)
     except DamagedFile as error:

@@ -8,14 +8,8 @@ from pathlib import Path
 
 from gradstore.commits import Commit
 from gradstore.damage import DamagedFile, Fault, VerifyReport
-from gradstore.files import StoreFiles
-from gradstore.generation import (
-    Generation,
-    check_metadata,
-    metadata,
-    read_committed_plan,
-    read_space,
-)
+from gradstore.documents import check_metadata, metadata, read_committed_plan, read_space
+from gradstore.generation import Generation
 from gradstore.layout import (
     GENERATIONS,
     METADATA,
@@ -28,6 +22,7 @@ from gradstore.layout import (
 )
 from gradstore.plans import Plan
 from gradstore.provenance import read_provenance
+from gradstore.reading import ReadFiles
 from gradstore.store import Store
 from gradstore.units import check_unit, read_record
 
@@ -45,7 +40,7 @@ def verify_store(path: str | Path) -> VerifyReport:
         BadInput: there is no store.
         ProvenanceMismatch: its schema is newer than this release.
     """
-    files = StoreFiles(path)
+    files = ReadFiles(path)
     try:
         store = Store(files)
     except DamagedFile as error:
@@ -69,7 +64,7 @@ def verify_store(path: str | Path) -> VerifyReport:
 class _Check:
     """Collects faults and counts what was read."""
 
-    def __init__(self, files: StoreFiles) -> None:
+    def __init__(self, files: ReadFiles) -> None:
         self._files = files
         self._counted: set[str] = set()
         self.faults: list[Fault] = []

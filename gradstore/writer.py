@@ -22,9 +22,9 @@ from typing import Any
 from gradstore.canonical import Json, plain
 from gradstore.cleaning import clean_store, remove_dead_staging
 from gradstore.damage import DamagedFile, Fault
+from gradstore.documents import metadata
 from gradstore.errors import BadInput, DamagedData, StoreIOError
 from gradstore.files import STAGING, StoreFiles
-from gradstore.generation import metadata
 from gradstore.generation_writer import GenerationWriter, quarantine
 from gradstore.layout import (
     COMMITS,
@@ -42,15 +42,15 @@ from gradstore.layout import (
     provenance_path,
     root_json,
 )
-from gradstore.lock import LOCK, WriterLock, probe
+from gradstore.lock import LOCK, WriterLock
 from gradstore.planning import choose_plan, warn_of_libraries
+from gradstore.probes import check_zarr, probe
 from gradstore.provenance import compare, provenance_bytes, read_provenance, refuse
 from gradstore.records import GenerationRecord, RowSet
 from gradstore.store import Store, read_identity
 
 logger = logging.getLogger(__name__)
 
-OLDEST_ZARR = (3, 1, 3)
 _OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, "index"}
 
 
@@ -308,17 +308,3 @@ class StoreWriter:
                 f'{what} needs {needed:,} bytes, {free:,} free on the disk of store "{self.path}". '
                 "Free some space, choose another disk with gradstore=PATH, or fewer dimensions"
             )
-
-
-def check_zarr(version: str) -> None:
-    """Refuses a zarr that tears chunks on a kill.
-
-    Raises:
-        BadInput: it is older than 3.1.3.
-    """
-    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
-    if numbers < OLDEST_ZARR:
-        raise BadInput(
-            f"zarr {version} is installed; 3.1.3 or newer is needed (older ones tear chunks when "
-            "killed). Run: pip install 'zarr>=3.1.3'"
-        )

@@ -16,8 +16,8 @@ from hypothesis.extra import numpy as hnp
 from gradstore.codec import LARGEST, decode, encode, settle_status
 from gradstore.errors import BadInput
 from gradstore.layout import RowStatus
+from gradstore.probes import check_zarr
 from gradstore.store import open_store
-from gradstore.writer import check_zarr
 
 if TYPE_CHECKING:
     from conftest import StoreKit

@@ -172,3 +172,22 @@ def test_a_real_sigkill_leaves_a_stale_lock_that_is_taken_over(
     run(kit, fast_path / "s", StoreFiles(fast_path / "s"), [])
     assert "stale lock" in caplog.text
     assert open_store(fast_path / "s").verify().ok
+
+
+def test_a_half_written_unit_is_redone_though_the_values_are_not_bit_equal(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    path, first, second = fast_path / "s", kit.features(24, 1), kit.features(24, 2)
+    with pytest.raises(Killed), kit.writer(path, StoreFiles(path, KillAt(150))) as writer:
+        kit.fill(writer.begin(kit.record(), kit.rows(24), dim=4, unit_rows=16), first)
+    assert (path / "generations/train/1/features/c/0/0").exists()
+    assert not (path / "generations/train/1/units/1.json").exists()
+    with kit.writer(path) as writer:
+        resumed = writer.begin(kit.record(), kit.rows(24), dim=4, unit_rows=16)
+        redone = {unit.index for unit in resumed.pending}
+        kit.fill(resumed, second)
+        resumed.commit()
+    found = open_store(path).generation("train/1")
+    values = np.where(np.repeat([0 in redone, True], [16, 8])[:, None], second, first)
+    near = np.abs(found.read(0, 24) - values) <= np.abs(values).max(1, keepdims=True) / 1024
+    assert near[found.usable].all()

@@ -1,0 +1,113 @@
+"""Names of generations and spaces, which are also their paths in a store.
+
+A name from a user is quoted, a name from a disk is parsed strictly: what `str()` would not give is
+refused, so no name can lead out of the store.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import unquote
+
+from gradstore.errors import BadInput
+
+Role = Literal["train", "target"]
+
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@-]*")
+_QUOTED = re.compile(r"[A-Za-z0-9%][A-Za-z0-9._%+=@-]{0,159}")
+_STEP = re.compile(r"(0|[1-9][0-9]{0,17})(?:\.([1-9][0-9]{0,8}))?")
+
+
+def quote(name: str) -> str:
+    """Gives a run's or data set's name a form that is safe as a folder name, and reversible.
+
+    >>> quote("alpaca_en"), quote("org/set one"), quote("..")
+    ('alpaca_en', 'org%2Fset%20one', '%2E.')
+    """
+    safe = "".join(
+        char if re.fullmatch(r"[A-Za-z0-9._+=@-]", char) else _percent(char) for char in name
+    )
+    if safe and not _PLAIN.fullmatch(safe[0]) and safe[0] != "%":
+        safe = _percent(safe[0]) + safe[1:]
+    if not _QUOTED.fullmatch(safe):
+        raise BadInput(f"{name!r} can't name a part of a store: it needs 1 to about 150 characters")
+    return safe
+
+
+def _percent(char: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in char.encode("utf-8"))
+
+
+@dataclass(frozen=True)
+class GenerationName:
+    """`[run/]train/<step>` or `[run/]target/<set>/<step>`, with `.<attempt>` from the second on.
+
+    >>> str(GenerationName.parse("a/target/gsm8k/100.2").base())
+    'a/target/gsm8k/100'
+    """
+
+    role: Role
+    step: int
+    set: str = ""
+    run: str = ""
+    attempt: int = 1
+
+    def __post_init__(self) -> None:
+        if self.role not in ("train", "target"):
+            raise BadInput(f"role is {self.role!r}; it must be train or target")
+        if (self.role == "target") != bool(self.set):
+            raise BadInput(
+                f"role {self.role} with set {self.set!r}: targets name a set, train none"
+            )
+        if self.run in ("train", "target"):
+            raise BadInput(f"a run can't be named {self.run!r}; choose another gradstore_run")
+        if not 0 <= self.step < 10**18 or not 1 <= self.attempt < 10**9:
+            raise BadInput(f"step {self.step}, attempt {self.attempt}: out of range")
+
+    def __str__(self) -> str:
+        parts = [quote(self.run)] if self.run else []
+        parts += [self.role, *([quote(self.set)] if self.set else [])]
+        last = f"{self.step}" if self.attempt == 1 else f"{self.step}.{self.attempt}"
+        return "/".join([*parts, last])
+
+    @classmethod
+    def parse(cls, text: str) -> GenerationName:
+        """Reads a name; BadInput when it is not exactly as `str()` gives it."""
+        parts = text.split("/")
+        step = _STEP.fullmatch(parts[-1])
+        try:
+            place = 0 if parts[0] in ("train", "target") else 1
+            run, middle = [unquote(p) for p in parts[:place]], [unquote(p) for p in parts[place:-1]]
+            if step is None or len(middle) > 2 or middle[0] not in ("train", "target"):
+                raise ValueError(text)
+            name = cls(
+                role="train" if middle[0] == "train" else "target",
+                step=int(step[1]),
+                set="".join(middle[1:]),
+                run="".join(run),
+                attempt=int(step[2] or 1),
+            )
+            if str(name) != text:
+                raise ValueError(text)
+        except (ValueError, IndexError, BadInput) as error:
+            raise BadInput(
+                f"{text!r} is no generation; names are [run/]train/STEP or [run/]target/SET/STEP"
+            ) from error
+        return name
+
+    def base(self) -> GenerationName:
+        """The same name without its attempt."""
+        return GenerationName(self.role, self.step, self.set, self.run)
+
+    def with_attempt(self, attempt: int) -> GenerationName:
+        """The same name with another attempt."""
+        return GenerationName(self.role, self.step, self.set, self.run, attempt)
+
+
+def check_space(space: str) -> str:
+    """Gives `space` back if it can name a folder; BadInput otherwise."""
+    if not _PLAIN.fullmatch(space) or len(space) > 100:
+        raise BadInput(f"{space!r} can't name a space: letters, digits and ._+=@- only")
+    return space
