@@ -321,8 +321,14 @@ def _row_sources() -> Iterator[None]:
     """
     from llamafactory.data import loader
 
-    read, align = loader.load_dataset, loader.align_dataset
+    read, align, listed = loader.load_dataset, loader.align_dataset, loader.get_dataset_list
     processor_for = loader._get_dataset_processor
+
+    def list_named(names: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        found = listed(names, *args, **kwargs)
+        for name, attributes in zip(names or (), found, strict=True):
+            attributes.source_name = name
+        return found
 
     def read_numbered(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         dataset = read(*args, **kwargs)
@@ -339,13 +345,14 @@ def _row_sources() -> Iterator[None]:
         if numbers is None:
             return aligned
         aligned = aligned.add_column(SOURCE_ROW, list(numbers))
-        return aligned.add_column(SOURCE_SET, [str(dataset_attr)] * len(aligned))
+        return aligned.add_column(SOURCE_SET, [dataset_attr.source_name] * len(aligned))
 
     def processor_numbered(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         return _SourceCarrier(processor_for(*args, **kwargs))
 
     with contextlib.ExitStack() as stack:
         for name, replacement in (
+            ("get_dataset_list", list_named),
             ("load_dataset", read_numbered),
             ("align_dataset", align_numbered),
             ("_get_dataset_processor", processor_numbered),

@@ -57,7 +57,6 @@ class RunLog:
             "manifest": dict(manifest),
         }
         path = self.folder / "selections" / f"step_{step}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps(content).encode())
 
     def event(self, event: SelectionEvent) -> None:

@@ -135,7 +135,6 @@ def output_identity(output_dir: Path) -> str:
             return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{str(path)!r} is damaged ({error}); remove it.") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
     run_id = uuid.uuid4().hex
     replace_file(path, json.dumps({"run_id": run_id}).encode())
     return run_id

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from gradstore.errors import BadInput
 from gradstore.features import FeatureMap, FeatureSpec
+from gradstore.generation_writer import GenerationWriter
 from gradstore.gradients import GradientCapture, ParameterSlot
 from gradstore.layout import RowStatus
 from gradstore.moments import AdamMoments
-from gradstore.generation_writer import GenerationWriter
 
 Batch = Mapping[str, Tensor]
 Collate = Callable[[list[Any]], Batch]

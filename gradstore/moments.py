@@ -157,7 +157,6 @@ class AdamMoments:
             tensors[f"v.{name}"] = moments.v.detach().cpu().contiguous()
             constants[name] = asdict(moments.constants)
         metadata = {_FORMAT: json.dumps(constants, sort_keys=True)}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         replace_file(Path(path), save(tensors, metadata))
 
     @classmethod

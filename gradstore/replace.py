@@ -11,13 +11,14 @@ from gradstore.errors import StoreIOError
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replaces a file: readers see the old bytes or the new ones, also after a crash.
+    """Replaces a file, making its folder if need be: readers see the old bytes or the new ones, also after a crash.
 
     Raises:
         StoreIOError: the file cannot be written; the old one is untouched.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_synced(temporary, content)
         os.replace(temporary, path)
         sync_folder(path.parent)

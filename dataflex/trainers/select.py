@@ -89,10 +89,8 @@ class SelectSeam(Seam):
         if self.run.selector.needs_lora and keeps_moments(self.optimizer):
             from gradstore.moments import AdamMoments
 
-            folder = checkpoint / "dataflex"
-            folder.mkdir(parents=True, exist_ok=True)
             moments = AdamMoments.from_optimizer(self.optimizer, self.model)
-            moments.save(folder / "moments.safetensors")
+            moments.save(checkpoint / "dataflex" / "moments.safetensors")
         super().save_state_beside(checkpoint)
 
     def _warmup_rows(self, count: int, stage: int) -> npt.NDArray[np.int64]:

@@ -45,9 +45,7 @@ class RunState:
 
     def save(self, checkpoint: Path) -> None:
         """Write it into a checkpoint folder, whole or not at all."""
-        folder = checkpoint / "dataflex"
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "state.json", json.dumps(asdict(self)).encode())
+        replace_file(checkpoint / "dataflex" / "state.json", json.dumps(asdict(self)).encode())
 
 
 def load_state(checkpoint: Path) -> RunState:

@@ -76,9 +76,7 @@ class StoreKit:
                 unit.index, values[rows], np.ones(k, np.float32), status, np.arange(k)
             )
 
-    def writer(
-        self, path: Path, files: StoreFiles | None = None, **changes: Any
-    ) -> StoreWriter:
+    def writer(self, path: Path, files: StoreFiles | None = None, **changes: Any) -> StoreWriter:
         return StoreWriter(path, provenance={**self.provenance, **changes}, files=files)
 
     def add(self, writer: StoreWriter, name: str = "train/1", n: int = 40, **changes: Any) -> str:

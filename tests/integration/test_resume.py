@@ -1,0 +1,102 @@
+"""kill -9 at any step, then the same command again: nothing differs from an uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def selections(run: Path) -> dict[str, Any]:
+    found = {}
+    for path in sorted((run / "dataflex" / "selections").glob("*.json")):
+        content = json.loads(path.read_text())
+        found[path.name] = (content["indices"], content["metric"]["score"])
+    return found
+
+
+def trace_of(path: Path) -> dict[str, str]:
+    """Step -> hash of its micro-batches; a step served twice must be served equal."""
+    found: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        step, digest = line.split()
+        assert found.setdefault(step, digest) == digest, f"step {step} was served differently"
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Filled by the first test that needs it: the uninterrupted run."""
+    return {"folder": tmp_path_factory.mktemp("whole")}
+
+
+def uninterrupted(whole: dict[str, Any], cli: Any, config: Any) -> dict[str, Any]:
+    if "adapter" not in whole:
+        run = whole["folder"] / "run"
+        trace = whole["folder"] / "trace"
+        result = cli("train", config(output_dir=str(run)), faults={"trace": str(trace)})
+        assert result.code == 0, result.err[-3000:]
+        whole["adapter"] = (run / "adapter_model.safetensors").read_bytes()
+        whole["selections"] = selections(run)
+        whole["trace"] = trace_of(trace)
+    return whole
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"kill_step": 1}, {"kill_step": 2}, {"kill_step": 3}, {"kill_step": 4}, {"kill_step": 5},
+     {"kill_step": 7}, {"kill_rows": 60}, {"kill_saving": 4}],
+    ids=lambda fault: "-".join(f"{k}-{v}" for k, v in fault.items()),
+)  # fmt: skip
+def test_a_killed_run_resumes_to_the_same_bits(
+    fault: dict[str, int], whole: dict[str, Any], cli: Any, config: Any, tmp_path: Path
+) -> None:
+    expected = uninterrupted(whole, cli, config)
+    path, run, trace = config(), tmp_path / "run", tmp_path / "trace"
+    assert cli("train", path, faults={**fault, "trace": str(trace)}).code == -9
+    result = cli("train", path, faults={"trace": str(trace)})
+    assert result.code == 0, result.err[-3000:]
+    assert trace_of(trace) == expected["trace"]
+    assert selections(run) == expected["selections"]
+    assert (run / "adapter_model.safetensors").read_bytes() == expected["adapter"]
+
+
+def test_a_finished_run_started_again_trains_no_step(
+    whole: dict[str, Any], cli: Any, config: Any
+) -> None:
+    expected = uninterrupted(whole, cli, config)
+    run = whole["folder"] / "run"
+    trace = whole["folder"] / "again"
+    trace.touch()
+    result = cli("train", config(output_dir=str(run)), faults={"trace": str(trace)})
+    assert result.code == 0, result.err[-3000:]
+    assert len(trace_of(trace)) <= 1
+    assert (run / "adapter_model.safetensors").read_bytes() == expected["adapter"]
+
+
+def test_an_incomplete_checkpoint_is_skipped_or_refused_when_named(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    path, run = config(), tmp_path / "run"
+    assert cli("train", path, faults={"kill_saving": 4}).code == -9
+    assert (run / "checkpoint-4").is_dir()
+    named = cli("train", path, f"resume_from_checkpoint={run / 'checkpoint-4'}")
+    assert named.code == 2
+    assert "is incomplete" in named.message
+    result = cli("train", path)
+    assert result.code == 0, result.err[-2000:]
+    assert "checkpoint-4 is incomplete and is not resumed from" in result.err
+
+
+def test_a_resume_on_other_rows_or_another_schedule_is_refused(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    assert cli("train", config(), faults={"kill_step": 5}).code == -9
+    other_rows = cli("train", config(max_samples=90))
+    assert other_rows.code == 3
+    assert "other training rows" in other_rows.message
+    other_schedule = cli("train", config(update_step=4))
+    assert other_schedule.code == 2
+    assert "(2, 3, 2)" in other_schedule.message
