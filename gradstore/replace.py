@@ -11,7 +11,9 @@ from gradstore.errors import StoreIOError
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replaces a file, making its folder if need be: readers see the old bytes or the new ones, also after a crash.
+    """Replaces a file: readers see the old bytes or the new ones, also after a crash.
+
+    Its folder is made if need be.
 
     Raises:
         StoreIOError: the file cannot be written; the old one is untouched.
@@ -27,7 +29,7 @@ def replace_file(path: Path, content: bytes) -> None:
             temporary.unlink()
         raise StoreIOError(
             f"cannot write {path} ({len(content):,} bytes): {error.strerror}; choose a folder that "
-            "exists, may be written and has room"
+            "may be written and has room"
         ) from error
 
 

@@ -151,9 +151,12 @@ def test_a_failed_write_leaves_the_old_file(
     assert os.listdir(tmp_path) == ["selected.jsonl"]
 
 
-def test_a_folder_that_is_not_there_is_an_io_error(tmp_path: Path) -> None:
+def test_the_folder_is_made_and_one_that_cannot_be_is_an_io_error(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "selected.jsonl"
+    write_selected(path, np.array([0]), np.array([1.0]))
     with pytest.raises(StoreIOError, match="cannot write"):
-        write_selected(tmp_path / "no" / "selected.jsonl", np.array([0]), np.array([1.0]))
+        write_selected(path / "selected.jsonl", np.array([0]), np.array([1.0]))
+    assert json.loads(path.read_text())["row"] == 0
 
 
 def test_a_chosen_row_without_a_score_is_refused(tmp_path: Path) -> None:
