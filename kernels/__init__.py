@@ -1,3 +1,3 @@
-"""Inert guard: the code lives in `gradkernels`; see docs/adr on why this folder has a version."""
+"""Not a package to import: the code is `gradkernels`, one level down (docs/adr/0002)."""
 
 __version__ = "0.0.0"
