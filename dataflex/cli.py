@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -94,16 +95,28 @@ def main() -> None:
         passthrough(arguments)
         return
     set_up_logging()
-    try:
-        app(arguments, standalone_mode=True)
-    except (Exception, KeyboardInterrupt) as error:
-        from dataflex.failures import explain
+    sys.exit(_run(arguments))
 
+
+def _run(arguments: list[str]) -> int:
+    from dataflex.failures import explain
+
+    try:
+        return int(app(arguments, standalone_mode=False) or 0)
+    except typer.Abort:
+        # Typer's word for Ctrl-C.
+        failure = explain(KeyboardInterrupt())
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(show := getattr(error, "show", None), Callable):  # type: ignore[arg-type]
+            show()  # a wrong option or command: click's own message
+            return int(getattr(error, "exit_code", 2))
         failure = explain(error)
         if failure is None or "--debug" in arguments:
             raise
-        typer.echo(f"error: {failure.message}", err=True)
-        sys.exit(failure.code)
+    if failure is None:
+        return 1
+    typer.echo(f"error: {failure.message}", err=True)
+    return failure.code
 
 
 def _passed_through(name: str, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +42,11 @@ class RunLog:
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / "dataflex"
         self.events: list[SelectionEvent] = []
+
+    def clear(self) -> None:
+        """Forget what an earlier run left here; a new run in the same folder starts clean."""
+        shutil.rmtree(self.folder / "selections", ignore_errors=True)
+        (self.folder / "events.jsonl").unlink(missing_ok=True)
 
     def selection(
         self,

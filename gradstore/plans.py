@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -82,7 +83,7 @@ class Plan:
         if not 1 <= self.dim <= MAX_DIM or not 1 <= self.unit_rows <= 1 << 20:
             raise BadInput(f"d={self.dim}, {self.unit_rows} rows per unit: out of range")
 
-    @property
+    @cached_property
     def units(self) -> tuple[UnitRange, ...]:
         """All units, in order."""
         n, size = len(self.rows), self.unit_rows

@@ -66,6 +66,8 @@ class SelectSeam(Seam):
     def before_training(self) -> None:
         """Open what the selector needs, on the rank that decides."""
         if self.args.process_index == 0:
+            if self._fresh and self.run.config.get("overwrite_output_dir", False):
+                self.log_files.clear()
             self.run.selector.start(self._context())
 
     def rows_for(self, interval: Interval, learning_rate: float) -> npt.NDArray[np.int64]:
