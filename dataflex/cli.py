@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -107,8 +106,8 @@ def _run(arguments: list[str]) -> int:
         # Typer's word for Ctrl-C.
         failure = explain(KeyboardInterrupt())
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(show := getattr(error, "show", None), Callable):  # type: ignore[arg-type]
-            show()  # a wrong option or command: click's own message
+        if hasattr(error, "show"):
+            error.show()  # a wrong option or command: click's own message
             return int(getattr(error, "exit_code", 2))
         failure = explain(error)
         if failure is None or "--debug" in arguments:

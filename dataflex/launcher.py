@@ -55,6 +55,7 @@ def run(config: RunConfig, component: Component | None) -> None:
 
     session = TrainSession(config, component)
     bridge.run_replaced(config, session.args, session.trainer_for, session.take_data)
+    session.show()
 
 
 def _torchrun(path: Path, overrides: Sequence[str]) -> None:

@@ -39,6 +39,7 @@ class TrainSession:
             # Only incomplete or unwanted checkpoints: LlamaFactory must not resume from them.
             self.args["overwrite_output_dir"] = True
         self._data: RunData | None = None
+        self._trainer: Any = None
 
     def take_data(self, data: RunData, training_args: Any) -> None:  # noqa: ANN401
         """Check the rows before the model is loaded.
@@ -64,6 +65,11 @@ class TrainSession:
             _log.warning("the run of %d steps ends before its first update", schedule.budget)
         self._data = data
 
+    def show(self) -> None:
+        """The table of selections, after everything LlamaFactory had to say."""
+        if self._trainer is not None and self._trainer.is_world_process_zero():
+            self._trainer.log_files.table()
+
     def trainer_for(self, base: type) -> Callable[..., Any]:
         """LlamaFactory's trainer class -> a callable that builds ours in its place."""
 
@@ -77,7 +83,8 @@ class TrainSession:
                 self.component.name,
                 run_identity(self.config, self.checkpoint),
             )
-            return select_trainer(base, run)(*args, **kwargs)
+            self._trainer = select_trainer(base, run)(*args, **kwargs)
+            return self._trainer
 
         return build
 

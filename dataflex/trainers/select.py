@@ -54,14 +54,12 @@ class SelectSeam(Seam):
         _set_early_stopping(self, ours.early_stopping_min_delta)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Start the selector, train, and show what was selected."""
+        """Start the selector, train, and let it go."""
         self._fresh = not resume_from_checkpoint
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.run.selector.finish()
-            if self.is_world_process_zero():  # type: ignore[attr-defined]
-                self.log_files.table()
 
     def before_training(self) -> None:
         """Open what the selector needs, on the rank that decides."""
