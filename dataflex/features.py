@@ -221,6 +221,7 @@ class FeatureService:
             run=self.run.config.dataflex.gradstore_run or "",
             sets=[rows.name for rows in self.run.data.targets],
             until=step,
+            fewer=True,
         )
 
     def _one(

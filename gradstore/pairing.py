@@ -21,6 +21,7 @@ def checkpoint_features(
     run: str = "",
     sets: Sequence[str] | None = None,
     until: int | None = None,
+    fewer: bool = False,
 ) -> list[CheckpointFeatures]:
     """Pair each training generation with its target sets, weighted by learning rate.
 
@@ -30,6 +31,7 @@ def checkpoint_features(
         run: prefix of the generations (`gradstore_run`).
         sets: target sets, in this order; None takes those of the newest checkpoint, by name.
         until: no checkpoint of a later step is taken.
+        fewer: take what there is where `which` asks for more, as a run that has just begun does.
 
     Returns:
         Oldest first; the weights are the recorded mean learning rates, normalised.
@@ -51,7 +53,7 @@ def checkpoint_features(
             f'store "{store.path}" has no committed train generation'
             f"{f' of run {run!r}' if run else ''}; build one first."
         )
-    chosen = _newest(sorted(trains), which)
+    chosen = _newest(sorted(trains), which, fewer)
     wanted = tuple(sets) if sets is not None else tuple(sorted(targets.get(chosen[-1], {})))
     if not wanted:
         raise BadInput(f'store "{store.path}" has no target generation of step {chosen[-1]}.')
@@ -85,10 +87,10 @@ def parse_which(text: str) -> Which:
     raise BadInput(f"checkpoints is {text!r}; choose last, all or a number of at least 1.")
 
 
-def _newest(steps: list[int], which: Which) -> list[int]:
+def _newest(steps: list[int], which: Which, fewer: bool) -> list[int]:
     if which == "all":
         return steps
     count = 1 if which == "last" else which
-    if count > len(steps):
+    if count > len(steps) and not fewer:
         raise BadInput(f"asked for {count} checkpoints, the store has {len(steps)}.")
     return steps[-count:]
