@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from gradstore.errors import BadInput
 
 OnData = Callable[[RunData, Any], None]
 MakeTrainer = Callable[[type], Callable[..., Any]]
+
+#: LlamaFactory's stages; each has a workflow of its own.
+STAGES = ("pt", "sft", "rm", "dpo", "kto", "ppo")
 
 #: Columns that carry a row's origin; removed again before a collator can see them.
 SOURCE_SET = "_source_set"
@@ -119,9 +123,11 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Loa
         args["adapter_name_or_path"] = ",".join([*merged, str(checkpoint)])
         args["create_new_adapter"] = False
     with _configuration_faults(), _row_sources():
-        model_args, data_args, training_args, finetuning_args, _ = get_train_args(args)
+        model_args, data_args, training_args, finetuning_args, _ = _as_bad_input(
+            get_train_args, ARGUMENT_FAULTS
+        )(args)
         module = load_tokenizer(model_args)
-        template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+        template = _as_bad_input(get_template_and_fix_tokenizer)(module["tokenizer"], data_args)
         held: list[RunData] = []
 
         def hold(data: RunData, training_args: object) -> None:
@@ -130,7 +136,9 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Loa
 
         load = _dataset_loader(config, get_dataset, hold)
         load(template, model_args, data_args, training_args, stage=finetuning_args.stage, **module)
-        model = load_model(module["tokenizer"], model_args, finetuning_args, is_trainable=True)
+        model = _as_bad_input(load_model)(
+            module["tokenizer"], model_args, finetuning_args, is_trainable=True
+        )
     if finetuning_args.stage == "pt":
         from transformers import DataCollatorForLanguageModeling
 
@@ -274,16 +282,31 @@ def _rows(name: str, dataset: Any) -> Rows:  # noqa: ANN401 - a datasets.Dataset
     return Rows(name, dataset.remove_columns([SOURCE_SET, SOURCE_ROW]), origins)
 
 
+#: What LlamaFactory raises for arguments of a wrong type or value, or that need a missing library.
+ARGUMENT_FAULTS = (ValueError, TypeError, ImportError)
+
+
 @contextlib.contextmanager
 def _configuration_faults() -> Iterator[None]:
-    """LlamaFactory reports bad arguments and bad data as ValueError: make them `BadInput`."""
+    """What LlamaFactory raises for bad arguments, data and models becomes `BadInput`."""
+    from datasets.exceptions import DatasetsError
     from llamafactory.data import loader
     from llamafactory.train import tuner
 
+    data_faults = (ValueError, RuntimeError, DatasetsError)
+    places: list[tuple[Any, str, tuple[type[Exception], ...]]] = [
+        (tuner, "get_train_args", ARGUMENT_FAULTS),
+        (loader, "_get_merged_dataset", data_faults),
+        (loader, "_get_preprocessed_dataset", data_faults),
+    ]
+    for stage in STAGES:
+        workflow = importlib.import_module(f"llamafactory.train.{stage}.workflow")
+        for name in ("get_template_and_fix_tokenizer", "load_model"):
+            places.append((workflow, name, (ValueError,)))
     with contextlib.ExitStack() as stack:
-        for module, name in ((tuner, "get_train_args"), (loader, "_get_merged_dataset"),
-                             (loader, "_get_preprocessed_dataset")):  # fmt: skip
-            stack.enter_context(_swapped(module, name, _as_bad_input(getattr(module, name))))
+        for module, name, faults in places:
+            guarded = _as_bad_input(getattr(module, name), faults)
+            stack.enter_context(_swapped(module, name, guarded))
         yield
 
 
@@ -297,15 +320,15 @@ def _swapped(module: Any, name: str, replacement: object) -> Iterator[None]:  # 
         setattr(module, name, original)
 
 
-def _as_bad_input(function: Callable[..., Any]) -> Callable[..., Any]:
+def _as_bad_input(
+    function: Callable[..., Any], faults: tuple[type[Exception], ...] = (ValueError,)
+) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a transparent wrapper
-        from datasets.exceptions import DatasetsError
-
         try:
             return function(*args, **kwargs)
         except StopIteration as error:
             raise BadInput("a data set is empty: its file holds no row.") from error
-        except (ValueError, RuntimeError, DatasetsError) as error:
+        except faults as error:
             reason = error.__cause__ or error
             raise BadInput(f"LlamaFactory refuses the configuration or data: {reason}") from error
 

@@ -16,8 +16,8 @@ from dataflex.features import FeatureService, FeatureSettings
 from dataflex.preflight import check_gradients, check_inputs
 from dataflex.registry import resolve
 from dataflex.selectors.base import RunContext
-from dataflex.session import output_identity
-from dataflex.trainers.state import checkpoints
+from dataflex.session import known_identity, output_identity
+from dataflex.trainers.state import checkpoints, is_complete, load_state
 from gradstore.errors import BadInput
 from gradstore.moments import AdamMoments
 
@@ -46,6 +46,9 @@ def build(path: Path, overrides: Sequence[str]) -> None:
             f"{str(config.output_dir)!r} has no checkpoint-<step> with an adapter. Train first, "
             "name gradstore_checkpoints, or set component_params.gradient_type: sgd or sign."
         )
+    if settings.train_features.needs_moments:
+        for checkpoint in folders:
+            check_moments(checkpoint)
     first = folders[0] if folders else None
 
     def check_data(data: RunData, _: object) -> None:
@@ -63,7 +66,6 @@ def build(path: Path, overrides: Sequence[str]) -> None:
         run_id=output_identity(config.output_dir),
         seed=int(args.seed),
         autocast=precision,
-        fresh=False,
     )
     service = FeatureService(run, settings)
     try:
@@ -120,7 +122,7 @@ def find_checkpoints(config: RunConfig) -> list[Path]:
     found = named or [
         folder
         for folder in checkpoints(config.output_dir)
-        if (folder / "adapter_config.json").is_file() and _has_state(folder)
+        if (folder / "adapter_config.json").is_file() and _is_usable(folder, config.output_dir)
     ]
     return sorted(found, key=lambda folder: int(trainer_state(folder)["global_step"]))
 
@@ -150,31 +152,50 @@ def mean_learning_rate(folder: Path, previous: int, step: int) -> float:
     return sum(rates) / len(rates) if rates else 0.0
 
 
+def check_moments(folder: Path) -> None:
+    """A checkpoint keeps moments that can be read, before a model is loaded for them.
+
+    Raises:
+        BadInput: it does not, or they would run code.
+    """
+    path = _moments_file(folder)
+    if path.suffix == ".pt":
+        bridge.load_optimizer_state(path)
+
+
 def checkpoint_moments(folder: Path, model: Any) -> AdamMoments:  # noqa: ANN401 - a PeftModel
     """Moments by name: our own file, or LlamaFactory's optimizer.pt without unpickling code.
 
     Raises:
         BadInput: neither is there, or they do not fit the model.
     """
-    own = folder / "dataflex" / "moments.safetensors"
-    if own.is_file():
-        return AdamMoments.load(own)
-    path = folder / "optimizer.pt"
-    if not path.is_file():
-        raise BadInput(
-            f"checkpoint {str(folder)!r} has neither dataflex/moments.safetensors nor "
-            "optimizer.pt (was it saved with save_only_model?). Adam features need one; "
-            "gradient_type sgd or sign does not."
-        )
-    return AdamMoments.from_state_dict(bridge.load_optimizer_state(path),
-                                       bridge.optimizer_order(model))  # fmt: skip
+    path = _moments_file(folder)
+    if path.suffix == ".pt":
+        state = bridge.load_optimizer_state(path)
+        return AdamMoments.from_state_dict(state, bridge.optimizer_order(model))
+    return AdamMoments.load(path)
 
 
-def _has_state(folder: Path) -> bool:
+def _moments_file(folder: Path) -> Path:
+    for path in (folder / "dataflex" / "moments.safetensors", folder / "optimizer.pt"):
+        if path.is_file():
+            return path
+    raise BadInput(
+        f"checkpoint {str(folder)!r} has neither dataflex/moments.safetensors nor "
+        "optimizer.pt (was it saved with save_only_model?). Adam features need one; "
+        "gradient_type sgd or sign does not."
+    )
+
+
+def _is_usable(folder: Path, output_dir: Path) -> bool:
+    """Whether a checkpoint found in output_dir is complete and of the run that owns the folder."""
     try:
         trainer_state(folder)
     except BadInput:
         _log.warning("%s is incomplete and is left out", folder)
+        return False
+    if is_complete(folder) and load_state(folder).run_id != known_identity(output_dir):
+        _log.warning("%s belongs to an earlier run and is left out", folder)
         return False
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -110,8 +111,10 @@ def _run(arguments: list[str]) -> int:
             error.show()  # a wrong option or command: click's own message
             return int(getattr(error, "exit_code", 2))
         failure = explain(error)
-        if failure is None or "--debug" in arguments:
+        if failure is None:
             raise
+        if "--debug" in arguments:
+            traceback.print_exception(error)
     if failure is None:
         return 1
     typer.echo(f"error: {failure.message}", err=True)

@@ -173,7 +173,7 @@ def _integer(value: object) -> int:
         number = float(value)
     except ValueError:
         raise ValueError("expected a whole number.") from None
-    if number != int(number):
+    if not number.is_integer():
         raise ValueError("expected a whole number.")
     return int(number)
 

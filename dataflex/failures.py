@@ -1,4 +1,8 @@
-"""Which failures are the user's or the machine's, and the exit code each ends with."""
+"""Which failures are the user's or the machine's, and the exit code each ends with.
+
+A failure may be told by another process than the one it happened in: a worker's by its parent, rank
+0's by every rank. `ToldFailure` carries it there.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,14 @@ class Failure:
     message: str
 
 
+class ToldFailure(StoreError):
+    """A failure of another process, with that one's message and exit code."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.exit_code = failure.code  # type: ignore[misc]
+
+
 def explain(error: BaseException) -> Failure | None:
     """Exit code and message of a failure to tell in one line; None for a bug (a traceback)."""
     if isinstance(error, StoreError):
@@ -23,6 +35,10 @@ def explain(error: BaseException) -> Failure | None:
         kind = BadInput if isinstance(error, FileNotFoundError) else StoreIOError
         where = f" ({error.filename})" if error.filename else ""
         return Failure(kind.exit_code, f"{error.strerror}{where}")
+    if isinstance(error, OSError) and error.errno is None and error.args:
+        # transformers' and LlamaFactory's way to say that a model or a tokenizer cannot be read.
+        reason = f"{error} {error.__cause__ or ''}"
+        return Failure(BadInput.exit_code, " ".join(reason.split()))
     if isinstance(error, KeyboardInterrupt):
         return Failure(
             130, "interrupted. Run the same command again: it goes on from the newest checkpoint."

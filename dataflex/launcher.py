@@ -1,7 +1,7 @@
 """From a checked configuration to a running training: in this process, or under torchrun.
 
 Under torchrun every failure would exit 1 with pages of text. So the parent checks the configuration
-first; a failing rank 0 leaves its exit code and message in a file, which the parent alone reports.
+first; a failing rank leaves its exit code and message in a file, and the parent alone reports them.
 This module is also what torchrun starts (`python -m dataflex.launcher CONFIG key=value ...`).
 """
 
@@ -13,27 +13,20 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dataflex import bridge
 from dataflex.config import RunConfig, load
-from dataflex.failures import Failure, explain
+from dataflex.failures import Failure, ToldFailure, explain
 from dataflex.preflight import check
 from dataflex.registry import Component
-from gradstore.errors import StoreError
 
-FAILURE_FILE = "DATAFLEX_FAILURE_FILE"
+#: Environment variable: folder in which each failing rank leaves `<rank>.json`.
+FAILURES = "DATAFLEX_FAILURES"
 
 _log = logging.getLogger(__name__)
-
-
-class WorkerFailed(StoreError):
-    """A worker's failure, told by the parent with the worker's exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.exit_code = code  # type: ignore[misc]
 
 
 def train(path: Path, overrides: Sequence[str]) -> None:
@@ -66,14 +59,13 @@ def _torchrun(path: Path, overrides: Sequence[str]) -> None:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
-        failure_file = Path(folder) / "failure.json"
-        os.environ[FAILURE_FILE] = str(failure_file)
+        os.environ[FAILURES] = folder
         arguments = [*_rendezvous(os.environ), "-m", "dataflex.launcher", str(path), *overrides]
         config, command, command_args = config_from_args(get_args_parser().parse_args(arguments))
         try:
             elastic_launch(config, command)(*command_args)
         except ChildFailedError as error:
-            raise _told(failure_file, error) from error
+            raise ToldFailure(_first_failure(Path(folder), error)) from error
 
 
 def _rendezvous(env: Mapping[str, str]) -> list[str]:
@@ -91,15 +83,16 @@ def _rendezvous(env: Mapping[str, str]) -> list[str]:
             "--rdzv-endpoint", f"{address}:{port}"]  # fmt: skip
 
 
-def _told(failure_file: Path, error: Any) -> StoreError:  # noqa: ANN401 - a ChildFailedError
-    try:
-        failure = Failure(**json.loads(failure_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        rank, first = error.get_first_failure()
-        return WorkerFailed(
-            f"worker {rank} ended with exit code {first.exitcode}; its own messages are above. ", 1
-        )
-    return WorkerFailed(failure.message, failure.code)
+def _first_failure(folder: Path, error: Any) -> Failure:  # noqa: ANN401 - a ChildFailedError
+    """What the lowest rank left; a rank that was killed or met a bug leaves nothing."""
+    for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
+        try:
+            return Failure(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            continue
+    rank, first = error.get_first_failure()
+    return Failure(1, f"worker {rank} ended with exit code {first.exitcode}; "
+                      "its own messages are above.")  # fmt: skip
 
 
 def _free_port() -> int:
@@ -124,9 +117,9 @@ def worker(arguments: Sequence[str]) -> int:
         failure = explain(error)
         if failure is None:
             raise
-        if int(os.environ.get("RANK", "0")) == 0 and FAILURE_FILE in os.environ:
-            content = json.dumps({"code": failure.code, "message": failure.message})
-            Path(os.environ[FAILURE_FILE]).write_text(content, encoding="utf-8")
+        if FAILURES in os.environ:
+            path = Path(os.environ[FAILURES]) / f"{int(os.environ.get('RANK', '0'))}.json"
+            path.write_text(json.dumps(asdict(failure)), encoding="utf-8")
         return failure.code
     return 0
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from dataflex.config import RunConfig, names
 from dataflex.registry import Component, resolve, unknown
 from dataflex.schedule import Schedule
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, StoreIOError
 
 #: Stages whose loss is a token cross-entropy over the rows of one data set.
 STAGES = ("sft", "pt")
+
+#: Values of `optim` whose state has exp_avg and exp_avg_sq in the parameter's own shape.
+ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused",
+        "adamw_apex_fused", "adamw_anyprecision", "grokadamw", "stable_adamw")  # fmt: skip
+
+#: LlamaFactory's switches for optimizers that beat `optim`.
+OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 
 
 def check(config: RunConfig) -> Component | None:
@@ -30,27 +38,35 @@ def check(config: RunConfig) -> Component | None:
     component = resolve(
         ours.train_type, ours.component_name, ours.component_params, ours.presets_file
     )
-    component.build()
+    strategy = component.build()
     Schedule(ours.warmup_step, ours.update_step, ours.update_times, budget=1)
     faults = [*_trainer_faults(config), *_component_faults(config, component)]
+    if getattr(strategy, "needs_moments", False):
+        faults += _optimizer_faults(config, f"component {component.name!r}")
     if faults:
         raise BadInput("\n".join(faults))
     return component
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Model folder and data sets exist and say what they are.
+    """Model folder and data sets exist and say what they are; results can be written.
 
     Raises:
         BadInput: they do not.
+        StoreIOError: they cannot.
     """
     _check_model(config)
     _check_datasets(config)
+    _check_writable("output_dir", config.output_dir)
+    if config.dataflex.gradstore is not None:
+        _check_writable("gradstore", config.store_path)
 
 
 def check_gradients(config: RunConfig) -> None:
     """What any gradient export needs of a configuration, training or not."""
-    faults = [*_single_row_faults(config, "gradstore build"), *_lora_faults(config, "the store"),
+    streaming = ["streaming is on, but gradstore build numbers rows: set streaming: false."]
+    faults = [*(streaming if config.get("streaming", False) else []),
+              *_single_row_faults(config, "gradstore build"), *_lora_faults(config, "the store"),
               *_target_faults(config, "gradstore build")]  # fmt: skip
     if faults:
         raise BadInput("\n".join(faults))
@@ -66,6 +82,11 @@ def _trainer_faults(config: RunConfig) -> list[str]:
         )
     if config.get("do_train") is not True:
         faults.append("do_train must be true: without training there is nothing to select for.")
+    if config.get("streaming", False):
+        faults.append(
+            f"streaming is on, but train_type {config.dataflex.train_type} needs to know every row "
+            "before it chooses: set streaming: false."
+        )
     if config.get("use_ray") or config.get("use_mca") or config.get("use_hyper_parallel"):
         faults.append("use_ray, use_mca and use_hyper_parallel work with train_type: static only.")
     return faults
@@ -86,8 +107,7 @@ def _component_faults(config: RunConfig, component: Component) -> list[str]:
 def _single_row_faults(config: RunConfig, who: str) -> list[str]:
     faults = []
     packing = config.get("packing", config.get("stage", "sft") == "pt")
-    for key, on in (("packing", packing), ("neat_packing", config.get("neat_packing", False)),
-                    ("streaming", config.get("streaming", False))):  # fmt: skip
+    for key, on in (("packing", packing), ("neat_packing", config.get("neat_packing", False))):
         if on:
             faults.append(
                 f"{key} is on, but {who} decides about single rows"
@@ -108,6 +128,23 @@ def _lora_faults(config: RunConfig, who: str) -> list[str]:
     if len(adapters) > 1:
         return [f"adapter_name_or_path names {len(adapters)} adapters; {who} needs at most one."]
     return []
+
+
+def _optimizer_faults(config: RunConfig, who: str) -> list[str]:
+    way_out = (
+        f"Use one of {', '.join(ADAM)}, or set component_params.gradient_type to sgd or sign, "
+        "which need no moments."
+    )
+    optim = str(config.get("optim", ADAM[0]))
+    if optim not in ADAM:
+        return [f"optim is {optim!r}, which keeps no Adam moments by parameter, but {who} needs "
+                f"them. {way_out}"]  # fmt: skip
+    return [
+        f"{key} is on, which keeps no Adam moments by parameter, but {who} needs them. "
+        f"Set {key}: false, or component_params.gradient_type to sgd or sign."
+        for key in OTHER_OPTIMIZERS
+        if config.get(key, False)
+    ]
 
 
 def _target_faults(config: RunConfig, who: str) -> list[str]:
@@ -142,7 +179,7 @@ def _check_model(config: RunConfig) -> None:
         return
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(
             f"model_name_or_path {str(name)!r} has no readable config.json: {error}"
         ) from error
@@ -174,8 +211,10 @@ def _check_datasets(config: RunConfig) -> None:
         raise BadInput(
             f"{str(info)!r} does not exist: dataset_dir must hold LlamaFactory's dataset_info.json."
         ) from error
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"{str(info)!r} cannot be read: {error}") from error
+    if not isinstance(known, dict):
+        raise BadInput(f"{str(info)!r} must map each data set's name to where its rows are.")
     faults = [
         f"{key}: {unknown('data set', missing, known)} ({info})"
         for key, used in wanted.items()
@@ -189,3 +228,17 @@ def _check_datasets(config: RunConfig) -> None:
                 faults.append(f"data set {name!r}: its file {str(path)!r} does not exist.")
     if faults:
         raise BadInput("\n".join(faults))
+
+
+def _check_writable(key: str, path: Path) -> None:
+    """The nearest existing folder above `path` takes new files."""
+    folder = path.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    reason = ""
+    if not folder.is_dir():
+        reason = f"{str(folder)!r} is a file"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"{str(folder)!r} is read-only for this user"
+    if reason:
+        raise StoreIOError(f"{key} {str(path)!r} cannot be written: {reason}. Choose another.")

@@ -14,7 +14,7 @@ from dataflex.data import RunData, check_intervals, check_rows
 from dataflex.registry import Component
 from dataflex.trainers.intervals import BatchShape
 from dataflex.trainers.select import SelectRun, select_schedule, select_trainer
-from dataflex.trainers.state import checkpoints, load_state, newest_complete
+from dataflex.trainers.state import checkpoints, is_complete, load_state, newest_complete
 from gradstore.errors import BadInput
 from gradstore.replace import replace_file
 from gradstore.selection import check_k
@@ -81,12 +81,23 @@ class TrainSession:
                 self._data,
                 self.component.build(),
                 self.component.name,
-                run_identity(self.config, self.checkpoint),
+                self._identity(kwargs["args"]),
             )
             self._trainer = select_trainer(base, run)(*args, **kwargs)
             return self._trainer
 
         return build
+
+    def _identity(self, training_args: Any) -> str:  # noqa: ANN401 - TrainingArguments
+        """Decided on rank 0: every rank must write the same id into a checkpoint."""
+        held = [""]
+        if training_args.process_index == 0:
+            held = [run_identity(self.config, self.checkpoint)]
+        if training_args.world_size > 1:
+            import torch.distributed as dist
+
+            dist.broadcast_object_list(held, src=0)
+        return held[0]
 
 
 def resume_point(config: RunConfig) -> Path | None:
@@ -100,7 +111,7 @@ def resume_point(config: RunConfig) -> Path | None:
     """
     asked = config.llamafactory.get("resume_from_checkpoint")
     if asked is True or str(asked).lower() == "true":
-        newest = newest_complete(config.output_dir)
+        newest = newest_complete(config.output_dir, known_identity(config.output_dir))
         if newest is None:
             raise BadInput(
                 f"resume_from_checkpoint is true, but {str(config.output_dir)!r} has no complete "
@@ -114,20 +125,24 @@ def resume_point(config: RunConfig) -> Path | None:
         return Path(str(asked))
     if config.get("overwrite_output_dir", False):
         return None
-    newest = newest_complete(config.output_dir)
+    newest = newest_complete(config.output_dir, known_identity(config.output_dir))
     for path in checkpoints(config.output_dir):
         if newest is None or int(path.name.split("-")[1]) > int(newest.name.split("-")[1]):
-            _log.warning("%s is incomplete and is not resumed from", path)
+            why = "belongs to an earlier run" if is_complete(path) else "is incomplete"
+            _log.warning("%s %s and is not resumed from", path, why)
     return newest
 
 
 def run_identity(config: RunConfig, checkpoint: Path | None) -> str:
-    """Id of this run: the checkpoint's, or output_dir's, or a new one."""
+    """Id of this run: the checkpoint's, or output_dir's, or a new one; output_dir remembers it."""
     if checkpoint is not None:
-        return load_state(checkpoint).run_id
-    if config.get("overwrite_output_dir", False):
-        (config.output_dir / "dataflex" / "run.json").unlink(missing_ok=True)
-    return output_identity(config.output_dir)
+        run_id = load_state(checkpoint).run_id
+    elif config.get("overwrite_output_dir", False):
+        run_id = uuid.uuid4().hex
+    else:
+        return output_identity(config.output_dir)
+    _remember(config.output_dir, run_id)
+    return run_id
 
 
 def output_identity(output_dir: Path) -> str:
@@ -136,12 +151,31 @@ def output_identity(output_dir: Path) -> str:
     Raises:
         BadInput: the file that holds it is damaged.
     """
-    path = output_dir / "dataflex" / "run.json"
-    if path.is_file():
-        try:
-            return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{str(path)!r} is damaged ({error}); remove it.") from error
-    run_id = uuid.uuid4().hex
-    replace_file(path, json.dumps({"run_id": run_id}).encode())
+    run_id = known_identity(output_dir)
+    if run_id is None:
+        run_id = uuid.uuid4().hex
+        _remember(output_dir, run_id)
     return run_id
+
+
+def known_identity(output_dir: Path) -> str | None:
+    """Id of the run that owns `output_dir`; None where none has started.
+
+    Raises:
+        BadInput: the file that holds it is damaged.
+    """
+    path = _identity_file(output_dir)
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{str(path)!r} is damaged ({error}); remove it.") from error
+
+
+def _remember(output_dir: Path, run_id: str) -> None:
+    replace_file(_identity_file(output_dir), json.dumps({"run_id": run_id}).encode())
+
+
+def _identity_file(output_dir: Path) -> Path:
+    return output_dir / "dataflex" / "run.json"

@@ -154,6 +154,8 @@ def export_generation(
     began = time.perf_counter()
     summary = ExportSummary()
     non_finite: list[int] = []
+    # Rows of an interrupted export count too: else running again would slip past the limit.
+    earlier = writer.bad_counts["non_finite"]
     sizes = np.asarray(lengths, dtype=np.int64)
     allowed = max_bad_fraction * len(dataset)
     for unit in list(writer.pending):
@@ -169,16 +171,17 @@ def export_generation(
             done.put(part)
             if on_rows is not None:
                 on_rows(len(part.rows))
+        non_finite += (unit.start + np.flatnonzero(done.status == RowStatus.NON_FINITE)).tolist()
+        if earlier + len(non_finite) > allowed:
+            raise BadInput(
+                f"{earlier + len(non_finite)} of {len(dataset)} rows have a non-finite gradient, "
+                f"more than max_bad_fraction={max_bad_fraction:g} allows; the first: "
+                f"{non_finite[:10]}. Look at these rows, lower the learning rate, or raise "
+                "max_bad_fraction."
+            )
         writer.write_unit(unit.index, done.features, done.norm, done.status, done.tokens)
         summary.rows += unit.stop - unit.start
         summary.tokens += int(sizes[fits].sum())
-        non_finite += (unit.start + np.flatnonzero(done.status == RowStatus.NON_FINITE)).tolist()
-        if len(non_finite) > allowed:
-            raise BadInput(
-                f"{len(non_finite)} of {len(dataset)} rows have a non-finite gradient, more than "
-                f"max_bad_fraction={max_bad_fraction:g} allows; the first: {non_finite[:10]}. "
-                "Look at these rows, lower the learning rate, or raise max_bad_fraction."
-            )
         for status, count in zip(*np.unique(done.status, return_counts=True), strict=True):
             name = RowStatus(int(status)).name.lower()
             summary.status_counts[name] = summary.status_counts.get(name, 0) + int(count)

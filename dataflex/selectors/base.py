@@ -58,7 +58,6 @@ class RunContext:
         run_id: the same after a resume.
         seed: the run's seed.
         autocast: dtype name of mixed precision, or "off".
-        fresh: this run starts at step 0 and may discard what an earlier one left in output_dir.
         shows_progress: whether this process draws bars.
     """
 
@@ -70,7 +69,6 @@ class RunContext:
     run_id: str
     seed: int
     autocast: str = "off"
-    fresh: bool = True
     shows_progress: bool = True
 
 
@@ -107,6 +105,8 @@ class Selector:
     needs_lora: ClassVar[bool] = False
     #: Needs target rows.
     needs_targets: ClassVar[bool] = False
+    #: Reads the optimizer's Adam moments; may depend on the parameters.
+    needs_moments: bool = False
 
     def start(self, run: RunContext) -> None:
         """Called once before the first step; the place for refusals that need the model."""

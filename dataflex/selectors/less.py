@@ -85,6 +85,7 @@ class LessSelector(Selector):
             )
         if keep_generations is not None and not _positive(keep_generations):
             raise ValueError(f"keep_generations is {keep_generations!r}; give a number >= 1")
+        self.needs_moments = self.settings.train_features.needs_moments
         self.scoring = scoring
         self.which = checkpoints
         self.aggregation = aggregation

@@ -17,9 +17,11 @@ import numpy.typing as npt
 from dataflex.config import RunConfig
 from dataflex.data import RunData
 from dataflex.events import RunLog, SelectionEvent
+from dataflex.failures import Failure, ToldFailure
 from dataflex.schedule import EventKind, Interval, Schedule, select_budget
 from dataflex.selectors.base import RunContext, SelectContext, Selection, Selector
 from dataflex.trainers.seam import Seam
+from gradstore.discard import discard_store
 from gradstore.errors import BadInput, StoreError
 
 _log = logging.getLogger(__name__)
@@ -64,9 +66,14 @@ class SelectSeam(Seam):
     def before_training(self) -> None:
         """Open what the selector needs, on the rank that decides."""
         if self.args.process_index == 0:
-            if self._fresh and self.run.config.get("overwrite_output_dir", False):
-                self.log_files.clear()
+            config = self.run.config
+            anew = self._fresh and bool(config.get("overwrite_output_dir", False))
+            if anew and config.owns_store:
+                discard_store(config.store_path)
             self.run.selector.start(self._context())
+            # After the selector's refusals: they leave an earlier run's records as they were.
+            if anew:
+                self.log_files.clear()
 
     def rows_for(self, interval: Interval, learning_rate: float) -> npt.NDArray[np.int64]:
         """A warm-up draw, or the selector's choice, decided on rank 0 and the same everywhere."""
@@ -156,17 +163,15 @@ class SelectSeam(Seam):
         import torch.distributed as dist
 
         answer: list[Any] = [None]
-        failure: StoreError | None = None
+        told: StoreError | None = None
         if self.args.process_index == 0:
             try:
                 answer = [choose().tolist()]
             except StoreError as error:
-                failure, answer = error, [str(error)]
+                told, answer = error, [Failure(error.exit_code, str(error))]
         dist.broadcast_object_list(answer, src=0)
-        if failure is not None:
-            raise failure
-        if isinstance(answer[0], str):
-            raise BadInput(answer[0])
+        if isinstance(answer[0], Failure):
+            raise told or ToldFailure(answer[0])
         return np.asarray(answer[0], dtype=np.int64)
 
     def _context(self) -> RunContext:
@@ -179,7 +184,6 @@ class SelectSeam(Seam):
             run_id=self.run_id,
             seed=int(self.args.seed),
             autocast=str(self.accelerator.mixed_precision or "no").replace("no", "off"),
-            fresh=self._fresh,
             shows_progress=self.args.process_index == 0 and not self.args.disable_tqdm,
         )
 

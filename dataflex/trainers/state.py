@@ -96,7 +96,14 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def newest_complete(output_dir: Path) -> Path | None:
-    """The checkpoint an automatic resume takes."""
-    complete = [path for path in checkpoints(output_dir) if is_complete(path)]
+def newest_complete(output_dir: Path, run_id: str | None) -> Path | None:
+    """The checkpoint an automatic resume takes: of this run, where the run is known.
+
+    A run that started anew in an old run's folder must not go on from the old one's checkpoints.
+    """
+    complete = [
+        path
+        for path in checkpoints(output_dir)
+        if is_complete(path) and run_id in (None, load_state(path).run_id)
+    ]
     return complete[-1] if complete else None
