@@ -26,7 +26,8 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 def test_every_file_that_a_page_names_exists() -> None:
-    named = re.compile(r"`((?:dataflex|gradstore|kernels|examples|benchmarks|\.ci)/[\w./-]+\.(?:py|yaml|md))`")
+    rooms = "dataflex|gradstore|kernels|examples|benchmarks|\\.ci"
+    named = re.compile(rf"`((?:{rooms})/[\w./-]+\.(?:py|yaml|md))`")
     for page in PAGES:
         for path in named.findall(page.read_text()):
             assert (ROOT / path).exists(), f"{page.name} names {path}"
