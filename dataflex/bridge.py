@@ -14,7 +14,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from dataflex.config import RunConfig, names
 from dataflex.data import Rows, RunData
@@ -33,6 +33,27 @@ SOURCE_ROW = "_source_row"
 
 def accepted_keys() -> set[str]:
     """Every key LlamaFactory's own training arguments know."""
+    return {f.name for cls in _argument_classes() for f in dataclasses.fields(cls) if f.init}
+
+
+def mistyped(args: Mapping[str, Any]) -> list[str]:
+    """One sentence for every word where LlamaFactory's arguments want a number or true/false.
+
+    Its parser takes any value for any key and fails much later, with a TypeError.
+    """
+    faults = []
+    for cls in _argument_classes():
+        for name, hint in get_type_hints(cls).items():
+            value = args.get(name)
+            wanted = set(get_args(hint) or (hint,)) - {type(None)}
+            if not isinstance(value, str) or not wanted <= {int, float, bool}:
+                continue
+            expected = "true or false" if wanted == {bool} else "a number, without quotes"
+            faults.append(f"{name} is {value!r}; expected {expected}.")
+    return faults
+
+
+def _argument_classes() -> tuple[Any, ...]:
     from llamafactory.hparams import (
         DataArguments,
         FinetuningArguments,
@@ -41,9 +62,8 @@ def accepted_keys() -> set[str]:
         TrainingArguments,
     )
 
-    classes = (DataArguments, FinetuningArguments, GeneratingArguments, ModelArguments,
-               TrainingArguments)  # fmt: skip
-    return {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
+    return (DataArguments, FinetuningArguments, GeneratingArguments, ModelArguments,
+            TrainingArguments)  # fmt: skip
 
 
 def device_count() -> int:
@@ -126,7 +146,7 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Loa
         model_args, data_args, training_args, finetuning_args, _ = _as_bad_input(
             get_train_args, ARGUMENT_FAULTS
         )(args)
-        module = load_tokenizer(model_args)
+        module = _naming_model(load_tokenizer)(model_args)
         template = _as_bad_input(get_template_and_fix_tokenizer)(module["tokenizer"], data_args)
         held: list[RunData] = []
 
@@ -136,7 +156,7 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Loa
 
         load = _dataset_loader(config, get_dataset, hold)
         load(template, model_args, data_args, training_args, stage=finetuning_args.stage, **module)
-        model = _as_bad_input(load_model)(
+        model = _naming_model(load_model)(
             module["tokenizer"], model_args, finetuning_args, is_trainable=True
         )
     if finetuning_args.stage == "pt":
@@ -299,11 +319,14 @@ def _configuration_faults() -> Iterator[None]:
         (loader, "_get_merged_dataset", data_faults),
         (loader, "_get_preprocessed_dataset", data_faults),
     ]
+    loaders: list[tuple[Any, str]] = []
     for stage in STAGES:
         workflow = importlib.import_module(f"llamafactory.train.{stage}.workflow")
-        for name in ("get_template_and_fix_tokenizer", "load_model"):
-            places.append((workflow, name, (ValueError,)))
+        places.append((workflow, "get_template_and_fix_tokenizer", (ValueError,)))
+        loaders += [(workflow, name) for name in ("load_tokenizer", "load_model")]
     with contextlib.ExitStack() as stack:
+        for module, name in loaders:
+            stack.enter_context(_swapped(module, name, _naming_model(getattr(module, name))))
         for module, name, faults in places:
             guarded = _as_bad_input(getattr(module, name), faults)
             stack.enter_context(_swapped(module, name, guarded))
@@ -331,6 +354,22 @@ def _as_bad_input(
         except faults as error:
             reason = error.__cause__ or error
             raise BadInput(f"LlamaFactory refuses the configuration or data: {reason}") from error
+
+    return wrapped
+
+
+def _naming_model(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `load_tokenizer` or `load_model`, whose complaints do not say what was to be loaded."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a transparent wrapper
+        try:
+            return function(*args, **kwargs)
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            (name,) = (a.model_name_or_path for a in args if hasattr(a, "model_name_or_path"))
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise BadInput(f"model_name_or_path {name!r} cannot be loaded: {reason}") from error
 
     return wrapped
 

@@ -35,10 +35,6 @@ def explain(error: BaseException) -> Failure | None:
         kind = BadInput if isinstance(error, FileNotFoundError) else StoreIOError
         where = f" ({error.filename})" if error.filename else ""
         return Failure(kind.exit_code, f"{error.strerror}{where}")
-    if isinstance(error, OSError) and error.errno is None and error.args:
-        # transformers' and LlamaFactory's way to say that a model or a tokenizer cannot be read.
-        reason = f"{error} {error.__cause__ or ''}"
-        return Failure(BadInput.exit_code, " ".join(reason.split()))
     if isinstance(error, KeyboardInterrupt):
         return Failure(
             130, "interrupted. Run the same command again: it goes on from the newest checkpoint."

@@ -298,7 +298,9 @@ class FeatureService:
             record, rows.row_set, dim=projection.d, dtype=self.settings.dtype
         )
         waiting = sum(unit.stop - unit.start for unit in writer.pending)
-        with progress(f"gradients of {name}", waiting, shown=self.run.shows_progress) as advance:
+        with progress(
+            f"gradients of {name}", waiting, shown=self.run.shows_progress and waiting > 0
+        ) as advance:
             summary = export_generation(
                 self.run.model,
                 rows.dataset,

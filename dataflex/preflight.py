@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from dataflex import bridge
 from dataflex.config import RunConfig, names
 from dataflex.registry import Component, resolve, unknown
 from dataflex.schedule import Schedule
@@ -49,12 +50,14 @@ def check(config: RunConfig) -> Component | None:
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Model folder and data sets exist and say what they are; results can be written.
+    """Values have the right type, model and data sets are there, results can be written.
 
     Raises:
         BadInput: they do not.
         StoreIOError: they cannot.
     """
+    if faults := bridge.mistyped(config.llamafactory):
+        raise BadInput("\n".join(f"{config.path}: {fault}" for fault in faults))
     _check_model(config)
     _check_datasets(config)
     _check_writable("output_dir", config.output_dir)

@@ -1,0 +1,90 @@
+"""The command line without a run: help, version, components, wrong words."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dataflex import cli
+
+
+def call(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *argv: str
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `dataflex-cli argv`."""
+    monkeypatch.setattr(sys, "argv", ["dataflex-cli", *argv])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr()
+    return int(end.value.code or 0), said.out, said.err
+
+
+def test_help_lists_every_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = call(capsys, monkeypatch, "--help")
+    assert code == 0
+    for command in ("train", "gradstore", "components", "version", *cli.PASSED_THROUGH):
+        assert f" {command} " in out
+    code, out, _ = call(capsys, monkeypatch, "gradstore", "--help")
+    assert code == 0
+    for command in ("build", "info", "verify", "score", "select", "query"):
+        assert f" {command} " in out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Help answers in under a second because these stay out."""
+    script = (
+        "import sys; sys.argv = ['dataflex-cli', '--help']\n"
+        "from dataflex.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'llamafactory', 'zarr', 'numba', 'faiss', 'pyarrow'}\n"
+        "print('loaded:', sorted(heavy & set(sys.modules)))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert told.stdout.rstrip().endswith("loaded: []")
+
+
+def test_version_names_the_distribution(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = call(capsys, monkeypatch, "version")
+    assert (code, out.split()[0]) == (0, "dataflex-gradstore")
+
+
+def test_components_lists_every_strategy_with_its_parameters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = call(capsys, monkeypatch, "components", "--json")
+    assert code == 0
+    entries = {entry["name"]: entry for entry in json.loads(out)}
+    assert set(entries) == {"custom", "less", "loss", "random"}
+    assert {entry["kind"] for entry in entries.values()} == {"selector"}
+    assert entries["less"]["parameters"]["gradient_type"] == "adam_marginal"
+    assert all(entry["summary"] for entry in entries.values())
+    code, out, _ = call(capsys, monkeypatch, "components")
+    assert code == 0
+    assert "proj_dim" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [(["frobnicate"], "frobnicate"), (["train"], "CONFIG"), (["train", "x", "--dbug"], "--dbug"),
+     (["gradstore", "scor"], "scor"), (["gradstore", "select", "x", "-k", "many"], "'-k'")],
+)  # fmt: skip
+def test_wrong_words_exit_2(
+    argv: list[str],
+    word: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, _, err = call(capsys, monkeypatch, *argv)
+    assert code == 2
+    assert word in err
+    assert "Traceback" not in err
