@@ -1,19 +1,22 @@
-"""A small store to build, break and compare; shared by the store's tests."""
+"""Shared by gradstore's tests: a small store to build and break, a small model with gradients."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from gradstore.files import StoreFiles
 from gradstore.generation_writer import GenerationWriter
 from gradstore.layout import GenerationName, RowStatus
+from gradstore.moments import AdamConstants, AdamMoments, ParameterMoments
 from gradstore.records import GenerationRecord, RowSet, row_hash
 from gradstore.store import Store, open_store
 from gradstore.writer import StoreWriter
@@ -108,3 +111,103 @@ def fast_path() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+class LlamaKit:
+    """Tiny random Llamas under LoRA, rows for them, and plain autograd as the reference."""
+
+    vocabulary = 61
+    #: A token whose embedding is infinite in `model(broken=True)`.
+    broken_token = 60
+
+    def model(self, *, broken: bool = False) -> Any:
+        """LoRA on every linear layer, its matrices all random: no gradient is trivially zero."""
+        from peft import LoraConfig, get_peft_model
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            pad_token_id=0,
+        )
+        lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+        model: Any = get_peft_model(LlamaForCausalLM(config), lora)
+        generator = torch.Generator().manual_seed(3)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+        if broken:
+            model.get_input_embeddings().weight.data[self.broken_token] = torch.inf
+        return model
+
+    def rows(self, n: int, seed: int = 5) -> list[dict[str, list[int]]]:
+        """Rows of 5 to 24 tokens, the first third of them a prompt without labels."""
+        random = np.random.default_rng(seed)
+        rows = []
+        for length in random.integers(5, 25, n).tolist():
+            ids = random.integers(3, self.broken_token, length).tolist()
+            prompt = length // 3
+            rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+        return rows
+
+    def collate(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """Right-pads rows to one batch (b, t)."""
+        width = max(len(row["input_ids"]) for row in rows)
+
+        def padded(key: str, filler: int) -> torch.Tensor:
+            return torch.tensor([row[key] + [filler] * (width - len(row[key])) for row in rows])
+
+        ones = [[1] * len(row["input_ids"]) for row in rows]
+        mask = torch.tensor([one + [0] * (width - len(one)) for one in ones])
+        return {
+            "input_ids": padded("input_ids", 0),
+            "labels": padded("labels", -100),
+            "attention_mask": mask,
+        }
+
+    def batches(
+        self, rows: Sequence[Mapping[str, list[int]]], size: int
+    ) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
+        """Batches of `size` rows, in order."""
+        for start in range(0, len(rows), size):
+            chosen = np.arange(start, min(start + size, len(rows)))
+            yield chosen, self.collate([rows[int(i)] for i in chosen])
+
+    def gradients(self, model: Any, rows: Sequence[Mapping[str, list[int]]]) -> torch.Tensor:
+        """(n, p) float64 by autograd, one unpadded row at a time."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        model.eval()
+        found = []
+        for row in rows:
+            logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0]
+            loss = F.cross_entropy(logits[:-1], torch.tensor(row["labels"][1:]))
+            gradient = torch.autograd.grad(loss, parameters)
+            found.append(torch.cat([part.reshape(-1) for part in gradient]).double())
+        return torch.stack(found)
+
+    def moments(self, model: Any) -> AdamMoments:
+        """Moments of about the size that gradients of these models have."""
+        generator = torch.Generator().manual_seed(9)
+        constants = AdamConstants(0.9, 0.999, 1e-8, 10)
+        return AdamMoments(
+            {
+                name: ParameterMoments(
+                    torch.randn(p.shape, generator=generator) * 0.05,
+                    (torch.randn(p.shape, generator=generator) * 0.05) ** 2,
+                    constants,
+                )
+                for name, p in model.named_parameters()
+                if "lora_" in name  # trainable ones; an open GradientCapture has frozen them
+            }
+        )
+
+
+@pytest.fixture(scope="session")
+def llama() -> LlamaKit:
+    return LlamaKit()

@@ -1,0 +1,162 @@
+"""The embedded example at a chosen optimizer step, for benchmarks that look at its gradients.
+
+Model, rows and collator come from `examples/train_lora/selectors/less.yaml`, loaded the way
+`dataflex-cli` loads them; every skill's target set is a sub-task. Training is what the warm-up of a
+run does: random rows without replacement, AdamW at the file's constant learning rate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
+os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dataflex import bridge
+from dataflex.config import load
+from dataflex.data import Rows, RunData
+from gradstore.codec import decode, encode
+from gradstore.export import FeatureRows, plan_batches
+from gradstore.moments import AdamMoments
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "examples" / "train_lora" / "selectors" / "less.yaml"
+TINY = ROOT / "examples" / "tiny"
+SKILLS = tuple(sorted(path.stem for path in (TINY / "data" / "targets").glob("*.json")))
+TOKENS = 2048
+BATCH_ROWS = 64  # a dense projection makes its matrix once per 64 rows
+
+RowBatch = tuple[npt.NDArray[np.int64], dict[str, Any]]
+
+
+@dataclass
+class TinyRun:
+    """One training run of the tiny model, paused between two steps.
+
+    Attributes:
+        model: with a fresh adapter that trains.
+        data: the training rows and one target set per skill, in the order of `SKILLS`.
+        collate: rows -> padded batch.
+        skills: (n,) the skill of each training row, or "noise".
+        learning_rate: constant.
+        batch_size: rows of a step.
+        seed: of the adapter and of the rows' order.
+    """
+
+    model: Any
+    data: RunData
+    collate: Any
+    skills: npt.NDArray[np.str_]
+    learning_rate: float
+    batch_size: int
+    seed: int
+    step: int = 0
+    _optimizer: torch.optim.AdamW | None = field(default=None, repr=False)
+
+    @staticmethod
+    def start(seed: int, output_dir: Path) -> TinyRun:
+        """Loads everything; `output_dir` stays empty."""
+        targets = ",".join(f"tiny_target_{skill}" for skill in SKILLS)
+        overrides = [
+            f"model_name_or_path={TINY / 'model'}",
+            f"dataset_dir={TINY / 'data'}",
+            f"target_dataset={targets}",
+            f"output_dir={output_dir}",
+            f"seed={seed}",
+        ]
+        config = load(CONFIG, overrides, bridge.accepted_keys())
+        with contextlib.redirect_stdout(io.StringIO()):  # LlamaFactory prints an example per set
+            loaded = bridge.load_run(config, None, lambda data, arguments: None)
+        rows = json.loads((TINY / "data" / "train.json").read_text(encoding="utf-8"))
+        sources = loaded.data.train.sources or ()
+        return TinyRun(
+            model=loaded.model,
+            data=loaded.data,
+            collate=loaded.collate,
+            skills=np.array([rows[index]["skill"] for _, index in sources]),
+            learning_rate=float(config.get("learning_rate")),
+            batch_size=int(config.get("per_device_train_batch_size")),
+            seed=seed,
+        )
+
+    def train_to(self, step: int) -> AdamMoments:
+        """Takes optimizer steps up to `step`, returns the Adam moments there."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if self._optimizer is None:
+            self._optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.0)
+        order = np.random.default_rng(self.seed).permutation(len(self.data.train))
+        self.model.train()
+        while self.step < step:
+            start = self.step * self.batch_size
+            chosen = order[start : start + self.batch_size]
+            batch = self.collate([self.data.train.dataset[int(i)] for i in chosen])
+            self.model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)  # the Trainer's default
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            self.step += 1
+        return AdamMoments.from_optimizer(self._optimizer, self.model)
+
+    def batches(self, rows: Rows) -> Iterator[RowBatch]:
+        """Every row once, as the export plans its batches."""
+        for chosen in plan_batches(rows.lengths, TOKENS, BATCH_ROWS):
+            yield chosen, self.collate([rows.dataset[int(i)] for i in chosen])
+
+
+def gather(parts: Iterable[FeatureRows], n: int, d: int) -> npt.NDArray[np.float32]:
+    """Exported parts as one (n, d) matrix in the order of the data set.
+
+    Raises:
+        SystemExit: a row gave no feature; figures over the others would mean something else.
+    """
+    features = np.full((n, d), np.nan, dtype=np.float32)
+    for part in parts:
+        features[part.rows] = part.features
+    if np.isnan(features).any():
+        raise SystemExit("not every row gave a feature")
+    return features
+
+
+def as_stored(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """(n, d) features as a store gives them back: float16 with a scale per row."""
+    usable = np.ones(len(features), dtype=bool)
+    return decode(*encode(features, usable, "float16"), "float16")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Features in memory that `influence_scores` reads like a generation of a store."""
+
+    features: npt.NDArray[np.float32]
+
+    @property
+    def rows(self) -> int:
+        """How many rows, n."""
+        return len(self.features)
+
+    @property
+    def dim(self) -> int:
+        """Length of a row, d."""
+        return int(self.features.shape[1])
+
+    @property
+    def usable(self) -> npt.NDArray[np.bool_]:
+        """(n,) all true."""
+        return np.ones(self.rows, dtype=np.bool_)
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows [start, stop)."""
+        return self.features[start:stop]
