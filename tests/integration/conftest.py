@@ -38,14 +38,14 @@ Cli = Callable[..., Result]
 
 @pytest.fixture(scope="session")
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
-    """`cli("train", path, ..., faults={...})` -> Result, in a real process."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    """`cli("train", path, ..., faults={...}, env={...})` -> Result, in a real process."""
+    inherited = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).parent / "zygote.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=env,
+        env=inherited,
         text=True,
     )
     folder = tmp_path_factory.mktemp("output")
@@ -55,12 +55,14 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
         program: str = "dataflex-cli",
         cwd: Path = ROOT,
         faults: Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> Result:
         assert process.stdin is not None
         assert process.stdout is not None
         out, err = folder / "out.txt", folder / "err.txt"
         request = {"argv": [program, *map(str, argv)], "cwd": str(cwd), "out": str(out),
-                   "err": str(err), "faults": dict(faults or {})}  # fmt: skip
+                   "err": str(err), "faults": dict(faults or {}),
+                   "env": dict(env or {})}  # fmt: skip
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
         code = int(process.stdout.readline())

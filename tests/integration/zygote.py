@@ -1,8 +1,8 @@
 """A process that has everything imported and forks a fresh `dataflex-cli` per request.
 
 Real processes with real exit codes, without ten seconds of imports each. It reads one JSON request
-a line on stdin: {"argv": [...], "cwd": ..., "out": ..., "err": ..., "faults": {...}} and answers
-with the exit code (-9 for a kill). `faults` plants a SIGKILL inside the run:
+a line on stdin: {"argv": [...], "cwd": ..., "out": ..., "err": ..., "faults": {...}, "env": {...}}
+and answers with the exit code (-9 for a kill). `faults` plants a SIGKILL inside the run:
 
     {"kill_step": g}          when the batch of step g is asked for
     {"kill_rows": n}          when n rows of a gradient export are done
@@ -78,6 +78,7 @@ def run(request: dict[str, Any]) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(request["cwd"])
+    os.environ.update(request.get("env", {}))
     code = 1
     try:
         if request.get("faults"):

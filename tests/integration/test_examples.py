@@ -1,0 +1,55 @@
+"""Every example YAML runs as it is; here for a few steps on a few rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "examples" / "train_lora").rglob("*.yaml"))
+FEWER = ("max_samples=48", "per_device_train_batch_size=2", "warmup_step=2", "update_step=2",
+         "update_times=1", "logging_steps=1", "save_steps=3", "disable_tqdm=true",
+         "do_eval=false", "overwrite_cache=true")  # fmt: skip
+
+
+def test_there_is_an_example_of_every_selector() -> None:
+    assert {path.stem for path in EXAMPLES} >= {"less", "loss", "random", "custom"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_and_runs_again(path: Path, cli: Any, tmp_path: Path) -> None:
+    """The second time too: overwrite_output_dir starts anew, other rows or not."""
+    run = tmp_path / "run"
+    for rows in ("max_samples=48", "max_samples=44"):
+        result = cli("train", path, *FEWER, rows, f"output_dir={run}")
+        assert result.code == 0, result.err[-3000:]
+        assert "Selections of this run" in result.err
+        chosen = json.loads((run / "dataflex" / "selections" / "step_2.json").read_text())
+        assert len(chosen["indices"]) == 4
+        assert len((run / "dataflex" / "events.jsonl").read_text().splitlines()) == 1
+        assert (run / "adapter_model.safetensors").exists()
+
+
+def test_the_custom_selector_takes_long_answers_and_checks_its_parameters(
+    cli: Any, tmp_path: Path
+) -> None:
+    path = ROOT / "examples" / "train_lora" / "selectors" / "custom.yaml"
+    run = tmp_path / "run"
+    assert cli("train", path, *FEWER, f"output_dir={run}").code == 0
+    chosen = json.loads((run / "dataflex" / "selections" / "step_2.json").read_text())
+    data = json.loads((ROOT / "examples" / "tiny" / "data" / "train.json").read_text())[:48]
+    longest = sorted((len(row["output"]) for row in data), reverse=True)
+    assert min(len(data[i]["output"]) for i in chosen["indices"]) >= longest[-1]
+    assert min(chosen["metric"]["score"]) > 0
+    wrong = cli("train", path, "component_params.shar=0.5", f"output_dir={run}")
+    assert wrong.code == 2
+    assert "'shar' (did you mean 'share'?)" in wrong.message
+    out_of_range = cli("train", path, "component_params.share=0", f"output_dir={run}")
+    assert out_of_range.code == 2
+    assert "share is 0" in out_of_range.message
+    missing = cli("train", path, "component_params.target=no.such:Thing", f"output_dir={run}")
+    assert missing.code == 2
+    assert "'no.such:Thing' cannot be imported" in missing.message

@@ -1,0 +1,73 @@
+"""Under torchrun on a machine without a GPU: the same results, and one message for a failure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+
+FORCED = {"FORCE_TORCHRUN": "1", "DISABLE_VERSION_CHECK": "1"}
+
+
+def selection(run: Path, step: int) -> dict[str, Any]:
+    return dict(json.loads((run / "dataflex" / "selections" / f"step_{step}.json").read_text()))
+
+
+def test_one_process_trains_as_without_torchrun(cli: Any, config: Any, tmp_path: Path) -> None:
+    short = {"train_step": 3, "max_samples": 40}
+    forced = config(output_dir=str(tmp_path / "forced"), **short)
+    result = cli("train", forced, env=FORCED)
+    assert result.code == 0, result.err[-3000:]
+    plain = config(output_dir=str(tmp_path / "plain"), **short)
+    assert cli("train", plain).code == 0
+    chosen = [selection(tmp_path / name, 2)["indices"] for name in ("forced", "plain")]
+    assert chosen[0] == chosen[1]
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes()
+                for name in ("forced", "plain")]  # fmt: skip
+    assert adapters[0] == adapters[1]
+
+
+def test_two_processes_agree(cli: Any, config: Any, tmp_path: Path) -> None:
+    path = config(max_samples=60, gradient_accumulation_steps=1, train_step=4)
+    result = cli("train", path, env={**FORCED, "NPROC_PER_NODE": "2"})
+    assert result.code == 0, result.err[-3000:]
+    chosen = selection(tmp_path / "run", 2)
+    assert len(set(chosen["indices"])) == 3 * 2 * 2, "U steps of 2 rows on 2 ranks"
+    events = (tmp_path / "run" / "dataflex" / "events.jsonl").read_text().splitlines()
+    assert len(events) == 1
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / "dataflex" / "state.json").read_text())
+    owner = json.loads((tmp_path / "run" / "dataflex" / "run.json").read_text())
+    assert state["run_id"] == owner["run_id"]
+    assert state["rows"] == chosen["indices"]
+
+
+def test_a_configuration_is_refused_before_any_worker_starts(cli: Any, config: Any) -> None:
+    result = cli("train", config(update_step=0), env=FORCED)
+    assert result.code == 2
+    assert result.err.splitlines()[0].startswith("error: update_step is 0")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_workers_failure_is_told_once_with_its_code(
+    workers: str, cli: Any, config: Any, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(60)]
+    (data / "train.json").write_text(json.dumps(rows))
+    (data / "goal.json").write_text("[]")
+    (data / "dataset_info.json").write_text(
+        json.dumps({"tiny_train": {"file_name": "train.json"}, "goal": {"file_name": "goal.json"}})
+    )
+    path = config(dataset_dir=str(data), target_dataset="goal")
+    result = cli("train", path, env={**FORCED, "NPROC_PER_NODE": workers})
+    assert result.code == 2, result.err[-3000:]
+    assert result.err.count("error: ") == 1
+    assert "Traceback" not in result.err
+    assert "ChildFailedError" not in result.err
+    assert "empty" in result.message
