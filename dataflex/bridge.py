@@ -248,7 +248,8 @@ def _dataset_loader(
             return original(template, model_args, data_args, training_args, stage=stage,
                             tokenizer=tokenizer, processor=processor)  # fmt: skip
 
-        module = dict(call(data_args, training_args))
+        with _naming(f"dataset {', '.join(data_args.dataset or ())}"):
+            module = dict(call(data_args, training_args))
         if module.get("train_dataset") is None:
             raise BadInput("there is no training data: set dataset.")
         train = _rows("train", module["train_dataset"])
@@ -287,7 +288,8 @@ def _load_targets(
         one = copy.copy(data_args)
         one.dataset, one.eval_dataset, one.val_size = [name], None, 0.0
         one.tokenized_path, one.mix_strategy, one.interleave_probs = None, "concat", None
-        found.append(_rows(name, call(one, as_training)["train_dataset"]))
+        with _naming(f"target set {name!r}"):
+            found.append(_rows(name, call(one, as_training)["train_dataset"]))
     if not sets and float(data_args.val_size) > 0:
         split = call(data_args, as_training).get("eval_dataset")
         if split is not None:
@@ -356,6 +358,15 @@ def _as_bad_input(
             raise BadInput(f"LlamaFactory refuses the configuration or data: {reason}") from error
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """LlamaFactory's complaints about data do not say which set they are about."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{what}: {error}") from error
 
 
 def _naming_model(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -229,8 +229,17 @@ def _check_datasets(config: RunConfig) -> None:
             path = Path(folder) / file_name
             if not path.exists():
                 faults.append(f"data set {name!r}: its file {str(path)!r} does not exist.")
+            elif _holds_nothing(path):
+                faults.append(f"data set {name!r}: its file {str(path)!r} is empty: it has no row.")
     if faults:
         raise BadInput("\n".join(faults))
+
+
+def _holds_nothing(path: Path) -> bool:
+    """Whether a data file has no byte but blanks, or is an empty JSON list."""
+    if not path.is_file() or path.stat().st_size > 64:
+        return False
+    return path.read_bytes().strip() in (b"", b"[]", b"{}")
 
 
 def _check_writable(key: str, path: Path) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny"
 
 #: What LlamaFactory logs once the model is there.
-MODEL_LOADED = "trainable params"
+MODEL_LOADED = "trainable params: "
 
 
 def check_refusal(result: Any, code: int, *fragments: str, loaded: bool = False) -> None:
@@ -170,7 +170,7 @@ def test_an_empty_file_is_refused(
     folder = data_folder(tmp_path / "data", empty=content, goal=[row("Say yes.", "yes")] * 4)
     sets = {"target_dataset": "goal", role: "empty"}
     result = cli("train", config(dataset_dir=str(folder), **sets))
-    check_refusal(result, 2)
+    check_refusal(result, 2, "'empty'", "no row")
     assert nothing_made(tmp_path / "run")
 
 
@@ -179,7 +179,7 @@ def test_rows_without_a_response_leave_an_empty_target(
 ) -> None:
     folder = data_folder(tmp_path / "data", goal=[row("Say yes.", None)] * 4)
     result = cli("train", config(dataset_dir=str(folder), target_dataset="goal"))
-    check_refusal(result, 2)
+    check_refusal(result, 2, "target set 'goal'", "valid samples")
 
 
 def test_a_fully_masked_target_is_refused(cli: Any, config: Any, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_info_has_the_schema_of_the_contract(run: dict[str, Path], cli: Any) -> 
     assert train["projection"]["method"] == "sjlt"
     assert by_name["target/tiny_target_sort/5"]["role"] == "target"
     table = ok(cli("gradstore", "info", run["store"])).out
-    assert "target/tiny_target_sort/5" in "".join(table.split()) or "tiny_target_sort" in table
+    assert "target/tiny_target_sort/5" in table
 
 
 def test_verify_reads_every_file(run: dict[str, Path], cli: Any) -> None:
@@ -247,7 +247,8 @@ def test_a_source_is_the_raw_row_even_when_rows_were_dropped(
         (folder / "train.json").write_text(json.dumps(content))
         path = config(
             dataset="tiny_train,tiny_target_heldout", dataset_dir=str(folder), max_samples=50,
-            output_dir=str(tmp_path / f"run-{name}"), preprocessing_num_workers=2,
+            output_dir=str(tmp_path / f"run-{name}"),
+            preprocessing_num_workers=2 if name == "spoilt" else None,
             component_params={"proj_dim": 128, "gradient_type": "sgd"},
         )  # fmt: skip
         ok(cli("gradstore", "build", path))

