@@ -8,7 +8,8 @@ only where a dense projection wants many rows at once (`buffer_bytes` bounds it)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,8 +95,10 @@ def export_features(
     projection: ProjectionSpec,
     moments: AdamMoments | None = None,
     buffer_bytes: int = 2 << 30,
-) -> Iterator[FeatureRows]:
+) -> Generator[FeatureRows, None, None]:
     """Features of every row of `batches`, in the order they come.
+
+    The model is frozen and hooked until the generator is exhausted or closed.
 
     Args:
         model: any module whose forward takes a batch without labels and returns `.logits`.
@@ -165,12 +168,14 @@ def export_generation(
         planned = [fits[b] for b in plan_batches(sizes[fits], token_budget)]
         done = _UnitRows(unit.start, unit.stop, projection.d)
         batches = ((rows, collate([dataset[int(i)] for i in rows])) for rows in planned)
-        for part in export_features(
+        parts = export_features(
             model, batches, features=features, projection=projection, moments=moments
-        ):
-            done.put(part)
-            if on_rows is not None:
-                on_rows(len(part.rows))
+        )
+        with closing(parts):  # or a traceback would keep the model frozen
+            for part in parts:
+                done.put(part)
+                if on_rows is not None:
+                    on_rows(len(part.rows))
         non_finite += (unit.start + np.flatnonzero(done.status == RowStatus.NON_FINITE)).tolist()
         if earlier + len(non_finite) > allowed:
             raise BadInput(
@@ -232,7 +237,7 @@ class _Exporter:
         self.gather_rows = max(1, min(DENSE_ROWS, buffer_bytes // (4 * capture.p)))
 
     def streamed(self, rows: npt.NDArray[np.int64], batch: Batch) -> FeatureRows:
-        """Project each block as it leaves the backward pass; nothing of size p is kept."""
+        """Project each block as it leaves the backward pass; nothing of size (b, p) is kept."""
         b = len(rows)
         accumulator = Accumulator(self.projection, b, device=self.device)
         squares = torch.zeros(b, dtype=torch.float64, device=self.device)
@@ -248,7 +253,7 @@ class _Exporter:
     def gathered(
         self, batches: Iterable[tuple[npt.NDArray[np.int64], Batch]]
     ) -> Iterator[FeatureRows]:
-        """Collect whole features of several batches, then project them together."""
+        """Collect whole features of several small batches, then project them together."""
         group: list[tuple[npt.NDArray[np.int64], Tensor]] = []
         buffer = torch.empty((self.gather_rows, self.capture.p), device=self.device)
         filled = 0
@@ -256,8 +261,9 @@ class _Exporter:
             if filled and filled + len(rows) > len(buffer):
                 yield self._project(buffer[:filled], group)
                 group, filled = [], 0
-            if len(rows) > len(buffer):
-                buffer = torch.empty((len(rows), self.capture.p), device=self.device)
+            if len(rows) > len(buffer):  # enough rows by itself, or too large to be kept
+                yield self.streamed(rows, batch)
+                continue
             part = buffer[filled : filled + len(rows)]
 
             def sink(slot: ParameterSlot, gradient: Tensor, part: Tensor = part) -> None:

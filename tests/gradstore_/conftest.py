@@ -137,7 +137,8 @@ class LlamaKit:
             pad_token_id=0,
         )
         lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
-        model: Any = get_peft_model(LlamaForCausalLM(config), lora)
+        base = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+        model: Any = get_peft_model(base, lora)
         generator = torch.Generator().manual_seed(3)
         for parameter in model.parameters():
             if parameter.requires_grad:

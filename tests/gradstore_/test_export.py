@@ -152,6 +152,18 @@ def test_the_model_comes_back_as_it_was(llama: Any, rows: Rows) -> None:
         assert parameter.grad is None
 
 
+def test_an_export_that_is_interrupted_gives_the_model_back_too(
+    kit: Any, llama: Any, rows: Rows, tmp_path: Path
+) -> None:
+    model = llama.model().train()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(Interrupted) as kept:  # with its traceback, which holds every frame
+        build(kit, llama, model, rows, tmp_path / "s", stop_after=1)
+    assert kept.tb is not None
+    assert model.training
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+
+
 # ---- rows that can't be used -----------------------------------------------------------------
 
 
@@ -164,7 +176,7 @@ def test_rows_that_cannot_be_used_carry_a_status_and_leave_the_others_alone(
     spoilt = [dict(row) for row in rows[:8]]
     spoilt[1]["labels"] = [-100] * len(spoilt[1]["labels"])
     spoilt[6]["input_ids"] = [llama.broken_token, *spoilt[6]["input_ids"][1:]]
-    options = {"features": FeatureSpec("sgd"), "projection": spec}
+    options: dict[str, Any] = {"features": FeatureSpec("sgd"), "projection": spec}
     (part,) = export_features(model, llama.batches(spoilt, 8), **options)
     expected = np.full(8, RowStatus.OK)
     expected[[1, 6]] = RowStatus.MASKED, RowStatus.NON_FINITE

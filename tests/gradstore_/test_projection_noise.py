@@ -36,7 +36,7 @@ def test_cosines_after_projection_err_by_no_more_than_theory(method: str, d: int
     train, target = gradient_like(48, 1), gradient_like(24, 2)
     exact = cosines(train.numpy(), target.numpy())
     assert np.abs(exact).max() > 0.7  # so that 1 - rho^2 matters
-    errors = {"float32": [], "float16": []}  # type: dict[str, list[np.ndarray]]
+    errors: dict[str, list[np.ndarray]] = {"float32": [], "float16": []}
     for seed in range(SEEDS):
         spec = ProjectionSpec(method, p=P, d=d, seed=seed)  # type: ignore[arg-type]
         left, right = (project(x, spec).numpy() for x in (train, target))
