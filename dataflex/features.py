@@ -20,6 +20,7 @@ from gradkernels import ProjectionSpec, canary
 
 from dataflex.data import Rows
 from dataflex.events import progress
+from dataflex.ownership import check_owner
 from dataflex.selectors.base import RunContext
 from gradstore.comparable import CheckpointFeatures
 from gradstore.errors import BadInput, StoreError
@@ -30,7 +31,6 @@ from gradstore.hashing import tensor_hash
 from gradstore.layout import GenerationName, Role
 from gradstore.moments import AdamMoments
 from gradstore.pairing import Which, checkpoint_features
-from gradstore.provenance import Difference, refuse
 from gradstore.records import GenerationRecord
 from gradstore.writer import StoreWriter
 
@@ -161,7 +161,7 @@ class FeatureService:
         self.writer = StoreWriter(path, space="gradient", provenance=self._provenance())
         self.writer.__enter__()
         try:
-            self._check_owner()
+            check_owner(self.writer.store, run)
         except StoreError:
             self.close()
             raise
@@ -226,41 +226,6 @@ class FeatureService:
             until=step,
             fewer=True,
         )
-
-    def _check_owner(self) -> None:
-        """Refuse now what the first export would refuse after the warm-up was trained.
-
-        Raises:
-            ProvenanceMismatch: the store was made on other rows, or by another run under the same
-                prefix.
-        """
-        data, ours = self.run.data, self.run.config.dataflex
-        stored = self.writer.store.generations()
-        newest = {(str(g.role), g.set): g for g in stored}
-        differences = []
-        for field, key, rows in (
-            ("train.rows", ("train", ""), data.train),
-            *((f"target.{rows.name}.rows", ("target", rows.name), rows) for rows in data.targets),
-        ):
-            known = newest.get(key)
-            note = "" if known is None else rows.row_set.difference(known.plan.rows)
-            if known is not None and note:
-                differences.append(
-                    Difference(field, known.plan.rows.sha256, rows.row_set.sha256,
-                               note=f"{note} (stored with {known.name})")
-                )  # fmt: skip
-        others = [g for g in stored if g.record.run == (ours.gradstore_run or "")
-                  and g.record.run_id != self.run.run_id]  # fmt: skip
-        if others:
-            differences.append(
-                Difference("run_id", others[-1].record.run_id, self.run.run_id,
-                           note=f"{others[-1].name} was made by run {others[-1].record.run_id}, "
-                                f"this is run {self.run.run_id}")
-            )  # fmt: skip
-        if differences:
-            way = "keep this run's generations apart with gradstore_run=NAME"
-            only_run = len(differences) == 1 and bool(others)
-            raise refuse(str(self.writer.store.path), differences, hint=way if only_run else "")
 
     def _one(
         self,

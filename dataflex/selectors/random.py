@@ -11,7 +11,7 @@ from gradstore.errors import BadInput
 
 @register("selector", "random")
 class RandomSelector(Selector):
-    """Draw rows uniformly (ALGORITHMS 1.1).
+    """Draw rows uniformly, of those that have a target token (ALGORITHMS 1.1).
 
     Args:
         seed: combined with the step, so that every update draws anew.
@@ -26,16 +26,17 @@ class RandomSelector(Selector):
 
     def select(self, count: int, context: SelectContext) -> Selection:
         """The head of a permutation, or independent draws; seeded by seed + step."""
-        n = len(context.run.data.train)
+        usable = np.flatnonzero(context.run.data.train.target_tokens > 0)
+        n = len(usable)
         if count > n and not self.replacement:
             raise BadInput(
-                f"random: {count} rows asked of {n} without replacement. "
+                f"random: {count} rows asked of {n} usable ones without replacement. "
                 "Lower update_step or set component_params.replacement: true."
             )
         generator = np.random.default_rng(self.seed + context.step)
         rows = (
-            generator.integers(0, n, size=count)
+            usable[generator.integers(0, n, size=count)]
             if self.replacement
-            else generator.permutation(n)[:count]
+            else generator.permutation(usable)[:count]
         )
         return Selection(rows.astype(np.int64), manifest={"seed": self.seed + context.step})

@@ -118,6 +118,11 @@ class SelectSeam(Seam):
             optimizer=self.optimizer,
         )
         selection = self.run.selector.select(count, context)
+        if not isinstance(selection, Selection):
+            raise BadInput(
+                f"component {self.run.selector_name!r} answered a {type(selection).__name__}; "
+                "expected a dataflex.selectors.base.Selection."
+            )
         rows = np.asarray(selection.indices, dtype=np.int64)
         _check_answer(rows, len(self.run.data.train), self.run.selector_name)
         self._record(interval.start, rows, selection, time.perf_counter() - began)

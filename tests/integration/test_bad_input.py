@@ -192,9 +192,16 @@ def test_a_fully_masked_target_is_refused(cli: Any, config: Any, tmp_path: Path)
 def test_more_rows_than_usable_ones_are_counted(cli: Any, config: Any, tmp_path: Path) -> None:
     good, masked = row("Say yes.", "yes " * 60), row("Reverse the word. " * 40, "y")
     folder = data_folder(tmp_path / "data", few=[good] * 12 + [masked] * 8, goal=[good] * 4)
-    path = config(dataset_dir=str(folder), dataset="few", target_dataset="goal", cutoff_len=4)
+    changes = {"dataset_dir": str(folder), "dataset": "few", "target_dataset": "goal",
+               "cutoff_len": 4}  # fmt: skip
+    path = config(**changes)
     check_refusal(cli("train", path), 2, "asked 18, 12 usable, 8 skipped")
-    assert cli("train", path, "update_step=2", "train_step=3").code == 0
+    drawn = config(**{**changes, "component_name": "random", "component_params": None})
+    check_refusal(cli("train", drawn), 2, "18 rows asked of 12 usable ones", loaded=True)
+    again = ["update_step=2", "train_step=3", "overwrite_output_dir=true"]
+    assert cli("train", drawn, *again).code == 0
+    chosen = tmp_path / "run" / "dataflex" / "selections" / "step_2.json"
+    assert set(json.loads(chosen.read_text())["indices"]) == set(range(12))
 
 
 def test_a_model_with_code_of_its_own_is_not_run(cli: Any, config: Any, tmp_path: Path) -> None:

@@ -201,13 +201,23 @@ def test_both_sources_of_moments_give_the_same_features(
     np.testing.assert_array_equal(built.read(0, 96), made.read(0, 96))
 
 
-def test_plain_gradients_need_no_checkpoint(cli: Any, config: Any, tmp_path: Path) -> None:
-    path = config(max_samples=40, component_params={"proj_dim": 128, "gradient_type": "sgd"})
-    ok(cli("gradstore", "build", path))
-    store = open_store(tmp_path / "run" / "gradstore")
-    assert [g.name for g in store.generations()] == ["target/tiny_target/0", "train/0"]
-    assert store.generation("train/0").usable.all()
-    assert np.isfinite(scores_of(cli, store.path)).all()
+def test_plain_gradients_need_no_checkpoint_and_equal_a_first_selection(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    """W = 0 selects before the first step, at the adapter that `build` starts from, too."""
+    changes = {"max_samples": 40, "warmup_step": 0, "train_step": 1, "target_dataset": SETS,
+               "component_params": {"proj_dim": 128, "gradient_type": "sgd"}}  # fmt: skip
+    ok(cli("train", config(output_dir=str(tmp_path / "run"), **changes)))
+    ok(cli("gradstore", "build", config(output_dir=str(tmp_path / "built"), **changes)))
+    made, built = (open_store(tmp_path / name / "gradstore") for name in ("run", "built"))
+    assert [g.name for g in made.generations()] == [g.name for g in built.generations()]
+    assert len(built.generations()) == 3
+    for g in built.generations():
+        assert g.usable.all()
+        np.testing.assert_array_equal(g.read(0, g.rows), made.generation(g.name).read(0, g.rows))
+    scores = scores_of(cli, built.path)
+    chosen = selection(tmp_path / "run", 0)["indices"]
+    assert np.argsort(-scores, kind="stable")[: len(chosen)].tolist() == chosen
 
 
 def test_direct_scores_order_rows_as_projected_ones_do(

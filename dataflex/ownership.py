@@ -1,0 +1,48 @@
+"""Whose store it is: said when a run opens it, not after its warm-up was trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dataflex.selectors.base import RunContext
+from gradstore.provenance import Difference, refuse
+
+if TYPE_CHECKING:
+    from gradstore.store import Store
+
+
+def check_owner(store: Store, run: RunContext) -> None:
+    """Refuse rows or a run that the first export would be refused for.
+
+    Generations of another run under the same prefix would be scored together with this run's, so
+    they are refused whatever their steps.
+
+    Args:
+        store: opened for writing; what makes features comparable was compared already.
+        run: with its rows and its id.
+
+    Raises:
+        ProvenanceMismatch: lists every set with other rows, and another run's id.
+    """
+    stored = store.generations()
+    newest = {(str(g.role), g.set): g for g in stored}
+    sets = [("train.rows", ("train", ""), run.data.train)]
+    sets += [(f"target.{t.name}.rows", ("target", t.name), t) for t in run.data.targets]
+    differences = []
+    for field, key, rows in sets:
+        known = newest.get(key)
+        note = "" if known is None else rows.row_set.difference(known.plan.rows)
+        if known is not None and note:
+            note = f"{note} (stored with {known.name})"
+            hashes = known.plan.rows.sha256, rows.row_set.sha256
+            differences.append(Difference(field, *hashes, note=note))
+    same_rows = not differences
+    prefix = run.config.dataflex.gradstore_run or ""
+    others = [g for g in stored if g.record.run == prefix and g.record.run_id != run.run_id]
+    if others:
+        theirs = others[-1].record.run_id
+        note = f"{others[-1].name} was made by run {theirs}, this is run {run.run_id}"
+        differences.append(Difference("run_id", theirs, run.run_id, note=note))
+    if differences:
+        hint = "keep this run's generations apart with gradstore_run=NAME" if same_rows else ""
+        raise refuse(str(store.path), differences, hint=hint)
