@@ -65,7 +65,7 @@ def test_a_workers_failure_is_told_once_with_its_code(
         json.dumps({"tiny_train": {"file_name": "train.json"}, "goal": {"file_name": "goal.json"}})
     )
     path = config(dataset_dir=str(data), target_dataset="goal")
-    result = cli("train", path, env={**FORCED, "NPROC_PER_NODE": "2"})
+    result = cli("train", path, env={**FORCED, "NPROC_PER_NODE": "1"})
     assert result.code == 2, result.err[-3000:]
     assert result.err.count("error: ") == 1
     assert "Traceback" not in result.err

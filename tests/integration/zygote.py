@@ -21,6 +21,22 @@ import sys
 import traceback
 from typing import Any, TextIO
 
+#: What a run imports on its way: most of the time of a small one. Imported once, before the forks.
+IMPORTED = (
+    "llamafactory.train.tuner",
+    "transformers.models.llama.modeling_llama",
+    "zarr",
+    "scipy.io",
+    "gradkernels.cpu.sums",
+    "dataflex.build",
+    "dataflex.cli",
+    "dataflex.scoring",
+    "dataflex.selectors.less",
+    "dataflex.session",
+    "torchdata.stateful_dataloader",
+    "rich.table",
+)
+
 
 def plant(faults: dict[str, Any]) -> None:
     """Wrap the run's own functions so that they kill the process, or tell what they serve."""
@@ -102,8 +118,11 @@ def run(request: dict[str, Any]) -> None:
 
 def serve(answers: TextIO) -> None:
     """Fork one child per request, answer with its exit code."""
-    for module in ("llamafactory.train.tuner", "zarr", "dataflex.session"):
+    for module in IMPORTED:
         importlib.import_module(module)
+    # Asked which tokenizers there are, transformers imports the settings of every model.
+    mapping = importlib.import_module("transformers.models.auto.tokenization_auto")
+    list(mapping.TOKENIZER_MAPPING.keys())
 
     for line in sys.stdin:
         child = os.fork()
