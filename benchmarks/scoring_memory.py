@@ -171,7 +171,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from gradstore.influence import influence_scores
-    from gradstore.scan import unit_rows
+    from gradstore.scoring.scan import unit_rows
 
     checkpoint = open_checkpoint(options.store)
     targets = [unit_rows(t.read(0, t.rows))[0].mean(axis=0) for t in checkpoint.targets]

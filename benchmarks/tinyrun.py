@@ -28,7 +28,7 @@ import torch
 from dataflex import bridge
 from dataflex.config import load
 from dataflex.data import Rows, RunData
-from gradstore.codec import decode, encode
+from gradstore.disk.codec import decode, encode
 from gradstore.export import FeatureRows, plan_batches
 from gradstore.moments import AdamMoments
 

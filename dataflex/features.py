@@ -22,16 +22,16 @@ from dataflex.data import Rows
 from dataflex.events import progress
 from dataflex.ownership import check_owner
 from dataflex.selectors.base import RunContext
-from gradstore.comparable import CheckpointFeatures
+from gradstore.disk.hashing import tensor_hash
 from gradstore.errors import BadInput, StoreError
 from gradstore.export import ExportSummary, export_generation
 from gradstore.features import FeatureSpec
 from gradstore.gradients import GradientCapture
-from gradstore.hashing import tensor_hash
 from gradstore.layout import GenerationName, Role
 from gradstore.moments import AdamMoments
 from gradstore.pairing import Which, checkpoint_features
 from gradstore.records import GenerationRecord
+from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.writer import StoreWriter
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ class FeatureService:
 
 
 def _named_parameters(model: nn.Module) -> list[tuple[str, Any]]:
-    from gradstore.slots import parameter_name
+    from gradstore.capture.slots import parameter_name
 
     return [(parameter_name(name), p) for name, p in model.named_parameters()]
 

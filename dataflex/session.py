@@ -15,8 +15,8 @@ from dataflex.registry import Component
 from dataflex.trainers.intervals import BatchShape
 from dataflex.trainers.select import SelectRun, select_schedule, select_trainer
 from dataflex.trainers.state import checkpoints, is_complete, load_state, newest_complete
+from gradstore.disk.replace import replace_file
 from gradstore.errors import BadInput
-from gradstore.replace import replace_file
 from gradstore.selection import check_k
 
 _log = logging.getLogger(__name__)

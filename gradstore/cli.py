@@ -14,9 +14,9 @@ import typer
 from gradstore.errors import BadInput, DamagedData
 
 if TYPE_CHECKING:
-    from gradstore.comparable import CheckpointFeatures
     from gradstore.generation import Generation
     from gradstore.influence import Scores
+    from gradstore.scoring.comparable import CheckpointFeatures
 
 app = typer.Typer(help="Build, inspect and query gradient stores.", no_args_is_help=True)
 
@@ -57,8 +57,8 @@ def info(store: StorePath, as_json: AsJson = False, debug: Debug = False) -> Non
 @app.command()
 def verify(store: StorePath, as_json: AsJson = False, debug: Debug = False) -> None:
     """Check every byte against its checksum; exit 4 if one is wrong."""
+    from gradstore.disk.verify import verify_store
     from gradstore.store import open_store
-    from gradstore.verify import verify_store
 
     report = verify_store(store)
     faults = [asdict(fault) for fault in report.faults]
@@ -221,7 +221,7 @@ def _write_scores(path: Path, train: Generation, scores: Scores) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from gradstore.replace import replace_file
+    from gradstore.disk.replace import replace_file
 
     sources = train.sources
     table = pa.table(

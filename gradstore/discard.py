@@ -7,10 +7,10 @@ import secrets
 import shutil
 from pathlib import Path
 
+from gradstore.disk.files import StoreFiles
+from gradstore.disk.lock import WriterLock
 from gradstore.errors import StoreIOError
-from gradstore.files import StoreFiles
 from gradstore.layout import METADATA
-from gradstore.lock import WriterLock
 
 
 def discard_store(path: Path) -> None:

@@ -19,9 +19,9 @@ import torch
 from gradkernels import Accumulator, ProjectionSpec
 from torch import Tensor, nn
 
+from gradstore.disk.generation_writer import GenerationWriter
 from gradstore.errors import BadInput
 from gradstore.features import FeatureMap, FeatureSpec
-from gradstore.generation_writer import GenerationWriter
 from gradstore.gradients import GradientCapture, ParameterSlot
 from gradstore.layout import RowStatus
 from gradstore.moments import AdamMoments

@@ -21,9 +21,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
 from gradstore.moments import AdamMoments, ParameterMoments
-from gradstore.slots import ParameterSlot
 
 __all__ = ["AdamMoments", "FeatureMap", "FeatureSpec"]
 

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from gradstore.canonical import Json
-from gradstore.codec import decode
-from gradstore.commits import Commit
-from gradstore.damage import DamagedFile, Fault
-from gradstore.documents import check_metadata, metadata, read_committed_plan, read_space
+from gradstore.disk.canonical import Json
+from gradstore.disk.codec import decode
+from gradstore.disk.commits import Commit
+from gradstore.disk.damage import DamagedFile, Fault
+from gradstore.disk.documents import check_metadata, metadata, read_committed_plan, read_space
+from gradstore.disk.plans import Plan, UnitRange
+from gradstore.disk.reading import ReadFiles
+from gradstore.disk.units import UnitRecord, check_chunk, read_record
 from gradstore.errors import BadInput
 from gradstore.layout import (
     CRC_BYTES,
@@ -22,10 +25,7 @@ from gradstore.layout import (
     RowStatus,
     generation_path,
 )
-from gradstore.plans import Plan, UnitRange
-from gradstore.reading import ReadFiles
 from gradstore.records import GenerationRecord
-from gradstore.units import UnitRecord, check_chunk, read_record
 
 _MAPS_KEPT = 16
 

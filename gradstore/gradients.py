@@ -4,7 +4,7 @@ All parameters are frozen, so autograd computes no weight gradients of its own. 
 each LoRA matrix keeps its input x (b, t, in) and watches its output's gradient g (b, t, out); the
 rows' gradients are then the batched product gᵀx (b, out, in). That is the whole cost: everything
 else is the plain forward and backward. Trainable parameters that are not LoRA matrices go through
-`gradstore.fallback`.
+`gradstore.capture.fallback`.
 
 Letters: b batch, t tokens, p gradient length.
 """
@@ -21,13 +21,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from gradstore.adapters import check_adapters, watched_linears
+from gradstore.capture.adapters import check_adapters, watched_linears
+from gradstore.capture.fallback import RowwiseGradients
+from gradstore.capture.hooks import HookedPass, Sink, Watched
+from gradstore.capture.losses import BatchStats, RowLoss, Targets
+from gradstore.capture.modelstate import borrowed, without_autocast
+from gradstore.capture.slots import ParameterSlot, trainable_slots, unwrap
 from gradstore.errors import BadInput
-from gradstore.fallback import RowwiseGradients
-from gradstore.hooks import HookedPass, Sink, Watched
-from gradstore.losses import BatchStats, RowLoss, Targets
-from gradstore.modelstate import borrowed, without_autocast
-from gradstore.slots import ParameterSlot, trainable_slots, unwrap
 
 __all__ = ["BatchStats", "GradientCapture", "ParameterSlot", "Sink", "batch_losses"]
 

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradstore.combine import CHUNK_ROWS
 from gradstore.errors import BadInput
-from gradstore.index_cache import IndexCache
 from gradstore.layout import RowStatus
-from gradstore.scan import BLOCK_ROWS, FeatureSource, Scan, exact_float32, unit_rows
+from gradstore.scoring.combine import CHUNK_ROWS
+from gradstore.scoring.index_cache import IndexCache
+from gradstore.scoring.scan import BLOCK_ROWS, FeatureSource, Scan, exact_float32, unit_rows
 from gradstore.selection import check_k, select_top
 
 logger = logging.getLogger(__name__)

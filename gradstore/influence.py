@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradstore.combine import CHUNK_ROWS, combine, count_skipped
-from gradstore.comparable import CheckpointFeatures, check_checkpoints, check_comparable
 from gradstore.errors import BadInput
 from gradstore.layout import RowStatus
 from gradstore.query import RowInfluence, query_influence
-from gradstore.scan import FeatureSource
-from gradstore.subtasks import split_rows, subtasks_of
+from gradstore.scoring.combine import CHUNK_ROWS, combine, count_skipped
+from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints, check_comparable
+from gradstore.scoring.scan import FeatureSource
+from gradstore.scoring.subtasks import split_rows, subtasks_of
 
 __all__ = [
     "Aggregation",

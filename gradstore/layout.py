@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
 
-from gradstore.canonical import canonical_json, parse, sha256_json
+from gradstore.disk.canonical import canonical_json, parse, sha256_json
+from gradstore.disk.names import GenerationName, Role, check_space, quote
 from gradstore.errors import BadInput
-from gradstore.names import GenerationName, Role, check_space, quote
 
 __all__ = ["GenerationName", "Role", "check_space", "quote"]
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradstore.capture.slots import ParameterSlot, parameter_name
+from gradstore.disk.replace import replace_file
 from gradstore.errors import BadInput, DamagedData
-from gradstore.replace import replace_file
-from gradstore.slots import ParameterSlot, parameter_name
 
 _FORMAT = "dataflex-adam-moments-1"
 _WITHOUT_MOMENTS = "take gradient_type `sgd` or `sign`, which need no moments"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from gradstore.comparable import CheckpointFeatures
 from gradstore.errors import BadInput
 from gradstore.generation import Generation
 from gradstore.influence import checkpoint_weights
+from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.store import Store
 
 Which = Literal["last", "all"] | int

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gradstore.canonical import Json, canonical_json, plain, seal, sha256_json, unseal
+from gradstore.disk.canonical import Json, canonical_json, plain, seal, sha256_json, unseal
+from gradstore.disk.hashing import FileHashes, hash_folder_files, sha256_file, tensor_hash
 from gradstore.errors import BadInput, ProvenanceMismatch
-from gradstore.hashing import FileHashes, hash_folder_files, sha256_file, tensor_hash
 from gradstore.layout import SCHEMA_VERSION
 
 __all__ = [

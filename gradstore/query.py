@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradstore.combine import CHUNK_ROWS, combine, count_skipped
-from gradstore.comparable import CheckpointFeatures, check_checkpoints
 from gradstore.errors import BadInput
 from gradstore.layout import RowStatus
-from gradstore.subtasks import Subtask
+from gradstore.scoring.combine import CHUNK_ROWS, combine, count_skipped
+from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
+from gradstore.scoring.subtasks import Subtask
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gradstore.canonical import Json, plain
+from gradstore.disk.canonical import Json, plain
 from gradstore.errors import BadInput
 from gradstore.layout import GenerationName, Role
 

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gradstore.disk.replace import replace_file
 from gradstore.errors import BadInput
-from gradstore.replace import replace_file
 
 
 def select_top(

@@ -14,9 +14,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradstore.canonical import Json
-from gradstore.commits import Commit, read_chain
-from gradstore.damage import DamagedFile, Fault
+from gradstore.disk.canonical import Json
+from gradstore.disk.commits import Commit, read_chain
+from gradstore.disk.damage import DamagedFile, Fault
+from gradstore.disk.plans import Plan
+from gradstore.disk.reading import ReadFiles
+from gradstore.disk.units import read_record
 from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch
 from gradstore.generation import Generation
 from gradstore.layout import (
@@ -30,13 +33,10 @@ from gradstore.layout import (
     provenance_path,
     read_root,
 )
-from gradstore.plans import Plan
 from gradstore.provenance import read_provenance
-from gradstore.reading import ReadFiles
-from gradstore.units import read_record
 
 if TYPE_CHECKING:
-    from gradstore.damage import VerifyReport
+    from gradstore.disk.damage import VerifyReport
 
 
 def open_store(path: str | Path) -> Store:
@@ -152,7 +152,7 @@ class Store:
 
     def verify(self) -> VerifyReport:
         """Checks every byte of everything committed; lists every fault, raises for none."""
-        from gradstore.verify import verify_store
+        from gradstore.disk.verify import verify_store
 
         return verify_store(self.path)
 

@@ -19,13 +19,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gradstore.canonical import Json, plain
-from gradstore.cleaning import clean_store, remove_dead_staging
-from gradstore.damage import DamagedFile, Fault
-from gradstore.documents import metadata
+from gradstore.disk.canonical import Json, plain
+from gradstore.disk.cleaning import clean_store, remove_dead_staging
+from gradstore.disk.damage import DamagedFile, Fault
+from gradstore.disk.documents import metadata
+from gradstore.disk.files import STAGING, StoreFiles
+from gradstore.disk.generation_writer import GenerationWriter, quarantine
+from gradstore.disk.lock import LOCK, WriterLock
+from gradstore.disk.planning import choose_plan, warn_of_libraries
+from gradstore.disk.probes import check_zarr, probe
 from gradstore.errors import BadInput, DamagedData, StoreIOError
-from gradstore.files import STAGING, StoreFiles
-from gradstore.generation_writer import GenerationWriter, quarantine
 from gradstore.layout import (
     COMMITS,
     GENERATIONS,
@@ -42,9 +45,6 @@ from gradstore.layout import (
     provenance_path,
     root_json,
 )
-from gradstore.lock import LOCK, WriterLock
-from gradstore.planning import choose_plan, warn_of_libraries
-from gradstore.probes import check_zarr, probe
 from gradstore.provenance import compare, provenance_bytes, read_provenance, refuse
 from gradstore.records import GenerationRecord, RowSet
 from gradstore.store import Store, read_identity

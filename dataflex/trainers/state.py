@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from gradstore.disk.replace import replace_file
 from gradstore.errors import BadInput
-from gradstore.replace import replace_file
 
 SCHEMA = 1
 TRAINER_STATE = "trainer_state.json"

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gradstore.files import StoreFiles
-from gradstore.generation_writer import GenerationWriter
+from gradstore.disk.files import StoreFiles
+from gradstore.disk.generation_writer import GenerationWriter
 from gradstore.layout import GenerationName, RowStatus
 from gradstore.moments import AdamConstants, AdamMoments, ParameterMoments
 from gradstore.records import GenerationRecord, RowSet, row_hash

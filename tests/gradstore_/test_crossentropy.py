@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gradstore import crossentropy
-from gradstore.crossentropy import weighted_cross_entropy
+from gradstore.capture import crossentropy
+from gradstore.capture.crossentropy import weighted_cross_entropy
 
 
 def _reference(

@@ -14,7 +14,7 @@ from gradstore.errors import BadInput
 from gradstore.features import FeatureMap, FeatureSpec, Kind
 from gradstore.gradients import GradientCapture
 from gradstore.influence import CheckpointFeatures, aggregate, influence_scores
-from gradstore.scan import unit_rows
+from gradstore.scoring.scan import unit_rows
 
 TRAIN, TARGETS = 13, (3, 2)
 

@@ -26,10 +26,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from gradstore.capture.losses import RowLoss
 from gradstore.errors import BadInput
 from gradstore.features import AdamMoments, FeatureMap, FeatureSpec
 from gradstore.gradients import GradientCapture, ParameterSlot, batch_losses
-from gradstore.losses import RowLoss
 from gradstore.moments import AdamConstants, ParameterMoments
 
 VOCABULARY = 61

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from gradstore import index as index_module
-from gradstore import index_cache
 from gradstore.errors import BadInput
 from gradstore.index import FeatureIndex
+from gradstore.scoring import index_cache
 
 faiss = pytest.importorskip("faiss")
 SHA = "ab" * 32

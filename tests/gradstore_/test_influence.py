@@ -22,7 +22,7 @@ from gradstore.influence import (
     influence_scores,
     query_influence,
 )
-from gradstore.scan import unit_rows
+from gradstore.scoring.scan import unit_rows
 
 
 @dataclass

@@ -7,8 +7,8 @@ import pytest
 import torch
 from gradkernels import ProjectionSpec, project
 
-from gradstore.codec import decode, encode
-from gradstore.scan import unit_rows
+from gradstore.disk.codec import decode, encode
+from gradstore.scoring.scan import unit_rows
 
 P, SEEDS = 20_000, 6
 

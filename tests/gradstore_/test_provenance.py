@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradstore import provenance as p
-from gradstore.canonical import parse, plain, seal, unseal
+from gradstore.disk.canonical import parse, plain, seal, unseal
 from gradstore.errors import BadInput, StoreIOError
 from gradstore.records import RowSet, row_hash
 

@@ -19,7 +19,7 @@ from gradstore.influence import (
 )
 from gradstore.layout import RowStatus
 from gradstore.records import GenerationRecord, RowSet
-from gradstore.scan import unit_rows
+from gradstore.scoring.scan import unit_rows
 from gradstore.selection import select_top
 from gradstore.store import Store, open_store
 from gradstore.writer import StoreWriter

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from gradstore.disk.files import Hook, StoreFiles
+from gradstore.disk.lock import LOCK, WriterLock
+from gradstore.disk.verify import verify_store
 from gradstore.errors import StoreBusy, StoreIOError
-from gradstore.files import Hook, StoreFiles
 from gradstore.layout import generation_bytes
-from gradstore.lock import LOCK, WriterLock
 from gradstore.store import open_store
-from gradstore.verify import verify_store
 
 if TYPE_CHECKING:
     from conftest import StoreKit

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gradstore.codec import LARGEST, decode, encode, settle_status
+from gradstore.disk.codec import LARGEST, decode, encode, settle_status
+from gradstore.disk.probes import check_zarr
 from gradstore.errors import BadInput
 from gradstore.layout import RowStatus
-from gradstore.probes import check_zarr
 from gradstore.store import open_store
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from gradstore.disk.files import StoreFiles
 from gradstore.errors import BadInput
-from gradstore.files import StoreFiles
 from gradstore.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def hook(operation, path):
         os.kill(os.getpid(), signal.SIGKILL)
     left -= 1
 from pathlib import Path
-from gradstore.files import StoreFiles
+from gradstore.disk.files import StoreFiles
 kit, path = module.StoreKit(), Path(sys.argv[2])
 with kit.writer(path, StoreFiles(path, hook)) as writer:
     kit.add(writer, "train/1", 24)

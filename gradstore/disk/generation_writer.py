@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradstore.codec import encode, settle_status
-from gradstore.commits import Commit
-from gradstore.damage import DamagedFile
+from gradstore.disk.codec import encode, settle_status
+from gradstore.disk.commits import Commit
+from gradstore.disk.damage import DamagedFile
+from gradstore.disk.files import STAGING, StoreFiles, parent_of
+from gradstore.disk.plans import Plan, UnitRange
+from gradstore.disk.units import UnitRecord, check_unit, publish_unit, read_record
 from gradstore.errors import BadInput, DamagedData, StoreBusy
-from gradstore.files import STAGING, StoreFiles, parent_of
 from gradstore.generation import Generation
 from gradstore.layout import RowStatus, commit_path, generation_path, unit_path
-from gradstore.plans import Plan, UnitRange
 from gradstore.store import Store
-from gradstore.units import UnitRecord, check_unit, publish_unit, read_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,8 +6,8 @@ import errno
 from collections.abc import Callable
 from functools import partial
 
+from gradstore.disk.files import STAGING, StoreFiles
 from gradstore.errors import BadInput, StoreIOError
-from gradstore.files import STAGING, StoreFiles
 
 OLDEST_ZARR = (3, 1, 3)
 

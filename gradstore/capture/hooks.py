@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gradstore.losses import Targets
-from gradstore.slots import ParameterSlot
+from gradstore.capture.losses import Targets
+from gradstore.capture.slots import ParameterSlot
 
 Sink = Callable[[ParameterSlot, Tensor], None]
 """Takes a slot and its gradient block (b, numel), float32, row-major; the block is the sink's."""

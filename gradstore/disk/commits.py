@@ -12,11 +12,11 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
-from gradstore.canonical import Json, canonical_json, seal, unseal
-from gradstore.damage import DamagedFile, Fault
+from gradstore.disk.canonical import Json, canonical_json, seal, unseal
+from gradstore.disk.damage import DamagedFile, Fault
+from gradstore.disk.reading import ReadFiles
 from gradstore.errors import BadInput
 from gradstore.layout import COMMITS, SCHEMA_VERSION, GenerationName, commit_path
-from gradstore.reading import ReadFiles
 
 _NAME = re.compile(r"([1-9][0-9]{0,17})\.json")
 

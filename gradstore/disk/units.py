@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import google_crc32c
 import numpy as np
 
-from gradstore.canonical import Json, canonical_json, seal, unseal
-from gradstore.codec import chunk_values
-from gradstore.damage import DamagedFile, Fault
-from gradstore.files import StoreFiles
+from gradstore.disk.canonical import Json, canonical_json, seal, unseal
+from gradstore.disk.codec import chunk_values
+from gradstore.disk.damage import DamagedFile, Fault
+from gradstore.disk.files import StoreFiles
+from gradstore.disk.plans import Plan, UnitRange
+from gradstore.disk.reading import ReadFiles
 from gradstore.layout import CRC_BYTES, SCHEMA_VERSION, RowStatus, generation_path, unit_path
-from gradstore.plans import Plan, UnitRange
-from gradstore.reading import ReadFiles
 
 
 def crc32c(data: bytes | memoryview) -> int:

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradstore.comparable import CheckpointFeatures
 from gradstore.errors import BadInput
 from gradstore.layout import RowStatus
-from gradstore.scan import FeatureSource, Scan, exact_float32, round_chunk
-from gradstore.subtasks import Subtask, subtask_queries, usable_everywhere
+from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.scoring.scan import FeatureSource, Scan, exact_float32, round_chunk
+from gradstore.scoring.subtasks import Subtask, subtask_queries, usable_everywhere
 
 CHUNK_ROWS = 4096
 """Rows between two progress calls; a store is read 256 rows at a time whatever this is."""

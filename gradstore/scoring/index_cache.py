@@ -17,8 +17,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from gradstore.disk.replace import sync_file, sync_folder, write_synced
 from gradstore.errors import BadInput
-from gradstore.replace import sync_file, sync_folder, write_synced
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from gradstore.errors import BadInput
 from gradstore.layout import RowStatus
-from gradstore.scan import BLOCK_ROWS, FeatureSource, unit_rows
+from gradstore.scoring.scan import BLOCK_ROWS, FeatureSource, unit_rows
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from gradstore.canonical import Json, canonical_json, seal, unseal
+from gradstore.disk.canonical import Json, canonical_json, seal, unseal
 from gradstore.errors import BadInput
 from gradstore.layout import (
     MAX_DIM,

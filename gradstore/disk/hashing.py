@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradstore.canonical import canonical_json
+from gradstore.disk.canonical import canonical_json
 from gradstore.errors import BadInput, StoreIOError
 
 if TYPE_CHECKING:

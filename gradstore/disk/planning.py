@@ -6,13 +6,13 @@ import logging
 from dataclasses import dataclass
 from itertools import chain
 
-from gradstore.commits import Commit
-from gradstore.damage import DamagedFile
+from gradstore.disk.commits import Commit
+from gradstore.disk.damage import DamagedFile
+from gradstore.disk.files import StoreFiles
+from gradstore.disk.generation_writer import quarantine
+from gradstore.disk.plans import Plan
 from gradstore.errors import BadInput, ProvenanceMismatch
-from gradstore.files import StoreFiles
-from gradstore.generation_writer import quarantine
 from gradstore.layout import GenerationName, generation_path, plan_path
-from gradstore.plans import Plan
 from gradstore.provenance import Difference, compare, refuse
 from gradstore.records import GenerationRecord, RowSet
 from gradstore.store import Store

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gradstore.damage import DamagedFile, Fault
+from gradstore.disk.damage import DamagedFile, Fault
 from gradstore.errors import StoreIOError
 
 JSON_LIMIT_BYTES = 1 << 30

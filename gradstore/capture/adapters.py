@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from gradstore.capture.hooks import Watched
+from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
-from gradstore.hooks import Watched
-from gradstore.slots import ParameterSlot
 
 _LORA_MATRICES = ("lora_A", "lora_B")
 _ADAPTER_PARTS = (*_LORA_MATRICES, "lora_embedding_A", "lora_embedding_B")

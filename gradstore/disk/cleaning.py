@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-from gradstore.commits import Commit
+from gradstore.disk.commits import Commit
+from gradstore.disk.files import STAGING, StoreFiles
+from gradstore.disk.generation_writer import QUARANTINE, publish_commit
 from gradstore.errors import BadInput
-from gradstore.files import STAGING, StoreFiles
-from gradstore.generation_writer import QUARANTINE, publish_commit
 from gradstore.layout import GenerationName, generation_path, plan_path
 from gradstore.store import Store
 

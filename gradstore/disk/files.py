@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
+from gradstore.disk.reading import ReadFiles
 from gradstore.errors import StoreIOError
-from gradstore.reading import ReadFiles
 
 Hook = Callable[[str, Path], None]
 """Called as `hook(operation, path)` before each change on disk; what it raises is what happens."""

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from gradstore.errors import BadInput, ProvenanceMismatch
-from gradstore.scan import FeatureSource
-from gradstore.subtasks import source_name
+from gradstore.scoring.scan import FeatureSource
+from gradstore.scoring.subtasks import source_name
 
 _EQUAL_FIELDS = ("adapter_hash", "effective_seed", "autocast", "attention")
 

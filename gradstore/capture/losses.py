@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gradstore.crossentropy import weighted_cross_entropy
+from gradstore.capture.crossentropy import weighted_cross_entropy
 from gradstore.errors import BadInput
 
 IGNORED_LABEL = -100

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gradstore.commits import Commit
-from gradstore.damage import DamagedFile, Fault, VerifyReport
-from gradstore.documents import check_metadata, metadata, read_committed_plan, read_space
+from gradstore.disk.commits import Commit
+from gradstore.disk.damage import DamagedFile, Fault, VerifyReport
+from gradstore.disk.documents import check_metadata, metadata, read_committed_plan, read_space
+from gradstore.disk.plans import Plan
+from gradstore.disk.reading import ReadFiles
+from gradstore.disk.units import check_unit, read_record
 from gradstore.generation import Generation
 from gradstore.layout import (
     GENERATIONS,
@@ -20,11 +23,8 @@ from gradstore.layout import (
     provenance_path,
     unit_path,
 )
-from gradstore.plans import Plan
 from gradstore.provenance import read_provenance
-from gradstore.reading import ReadFiles
 from gradstore.store import Store
-from gradstore.units import check_unit, read_record
 
 
 def verify_store(path: str | Path) -> VerifyReport:

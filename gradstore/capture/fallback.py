@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from gradstore.losses import IGNORED_LABEL, RowLoss, Targets, logits_of, model_inputs
-from gradstore.modelstate import without_autocast
+from gradstore.capture.losses import IGNORED_LABEL, RowLoss, Targets, logits_of, model_inputs
+from gradstore.capture.modelstate import without_autocast
 
 logger = logging.getLogger(__name__)
 

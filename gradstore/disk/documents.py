@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from gradstore.canonical import Json
-from gradstore.commits import Commit
-from gradstore.damage import DamagedFile, Fault
+from gradstore.disk.canonical import Json
+from gradstore.disk.commits import Commit
+from gradstore.disk.damage import DamagedFile, Fault
+from gradstore.disk.plans import Plan
+from gradstore.disk.reading import ReadFiles
 from gradstore.errors import BadInput
 from gradstore.layout import (
     METADATA,
@@ -15,9 +17,7 @@ from gradstore.layout import (
     plan_path,
     provenance_path,
 )
-from gradstore.plans import Plan
 from gradstore.provenance import read_provenance
-from gradstore.reading import ReadFiles
 
 
 def metadata(plan: Plan) -> dict[str, bytes]:

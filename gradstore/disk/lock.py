@@ -14,10 +14,10 @@ import socket
 from datetime import UTC, datetime
 from types import TracebackType
 
-from gradstore.canonical import canonical_json, parse
+from gradstore.disk.canonical import canonical_json, parse
+from gradstore.disk.files import StoreFiles
+from gradstore.disk.probes import lacks
 from gradstore.errors import StoreBusy
-from gradstore.files import StoreFiles
-from gradstore.probes import lacks
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""How per-sample gradients are taken: hooks, losses, and the way back to the model as it was."""

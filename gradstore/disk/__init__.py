@@ -1,0 +1,1 @@
+"""How bytes stay whole: files, checksums, plans, units, commits, the lock."""

@@ -1,0 +1,1 @@
+"""The streamed passes behind influence scores and the index."""
