@@ -176,60 +176,6 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Loa
     return LoadedRun(model, held[0], collate, training_args)
 
 
-def load_adapter(model: Any, checkpoint: Path) -> None:  # noqa: ANN401 - a PeftModel
-    """Put another checkpoint's weights into the adapter that is active.
-
-    Raises:
-        BadInput: the checkpoint's adapter does not fit the model.
-    """
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    path = checkpoint / "adapter_model.safetensors"
-    if not path.is_file():
-        raise BadInput(f"checkpoint {str(checkpoint)!r} has no adapter_model.safetensors.")
-    try:
-        answer = set_peft_model_state_dict(model, load_file(path))
-    except RuntimeError as error:
-        raise BadInput(f"{path} does not fit the model: {error}") from error
-    if answer.unexpected_keys:
-        raise BadInput(f"{path} does not fit the model: unexpected {answer.unexpected_keys[0]}.")
-
-
-def load_optimizer_state(path: Path) -> Mapping[str, Any]:
-    """An optimizer.pt as plain tensors; one that needs full unpickling is refused.
-
-    Raises:
-        BadInput: it would run code, or is no optimizer state.
-    """
-    import pickle
-
-    import torch
-
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise BadInput(
-            f"{path} cannot be loaded without running code it contains; it was not opened. "
-            "Train with dataflex-cli, which saves moments as safetensors, or use gradient_type "
-            "sgd or sign."
-        ) from error
-    if not isinstance(state, dict) or not {"state", "param_groups"} <= set(state):
-        raise BadInput(f"{path} is no optimizer state.")
-    return state
-
-
-def optimizer_order(model: Any) -> list[tuple[str, Any]]:  # noqa: ANN401 - a PreTrainedModel
-    """Trained parameters in the order the Trainer numbers them: decayed ones, then the others."""
-    from transformers import Trainer
-
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [pair for pair in trained if pair[0] in decayed] + [
-        pair for pair in trained if pair[0] not in decayed
-    ]
-
-
 def _dataset_loader(
     config: RunConfig, original: Callable[..., dict[str, Any]], on_data: OnData
 ) -> Callable[..., dict[str, Any]]:

@@ -1,28 +1,23 @@
 """The gradient-feature service: model + rows -> committed generations, ready to be scored.
 
-LESS in training, `gradstore build` and later strategies share it. It knows what makes features
-comparable (the MUST-EQUAL fields of a space) and how generations are named; how a gradient is
-taken and where bytes go is gradstore's.
+LESS in training, `gradstore build` and later strategies share it. It knows how generations are
+named and in what order they are made; taking a gradient and keeping bytes is the work of gradstore.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from gradkernels import ProjectionSpec, canary
+from gradkernels import ProjectionSpec
 
 from dataflex.data import Rows
 from dataflex.events import progress
 from dataflex.ownership import check_owner
+from dataflex.provenance import adapter_hash, libraries, space_fields
 from dataflex.selectors.base import RunContext
-from gradstore.disk.hashing import tensor_hash
 from gradstore.errors import BadInput, StoreError
 from gradstore.export import ExportSummary, export_generation
 from gradstore.features import FeatureSpec
@@ -43,9 +38,6 @@ _log = logging.getLogger(__name__)
 
 #: Padded tokens of a gradient batch where the user sets none.
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
-
-#: DataArguments fields that change which tokens a row has or which of them are targets.
-ROW_FIELDS = ("cutoff_len", "train_on_prompt", "mask_history")
 
 
 @dataclass(frozen=True)
@@ -156,9 +148,10 @@ class FeatureService:
             seed=settings.seed,
             s=settings.sjlt_s,
         )
+        fields = space_fields(run.model, run.data, self.slots, self.projection, settings.dtype)
         path = run.config.store_path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.writer = StoreWriter(path, space="gradient", provenance=self._provenance())
+        self.writer = StoreWriter(path, space="gradient", provenance=fields)
         self.writer.__enter__()
         try:
             check_owner(self.writer.store, run)
@@ -185,7 +178,7 @@ class FeatureService:
         Raises:
             BadInput: a target set without a usable row, before any training row is taken.
         """
-        adapter = self._adapter_hash()
+        adapter = adapter_hash(self.run.model, self.slots)
         sets = self.run.data.targets
         targets, seconds, tokens = [], 0.0, 0
         for rows in sets:
@@ -257,7 +250,7 @@ class FeatureService:
             feature=features.kind,
             feature_options=asdict(features),
             learning_rate=learning_rate,
-            libraries=_libraries(),
+            libraries=libraries(),
         )
         writer = self.writer.begin(
             record, rows.row_set, dim=projection.d, dtype=self.settings.dtype
@@ -282,69 +275,3 @@ class FeatureService:
             )
         writer.commit()
         return _Exported(self.writer.store.generation(name), summary)
-
-    def _adapter_hash(self) -> str:
-        trained = {slot.name for slot in self.slots}
-        return tensor_hash(
-            (name, p) for name, p in _named_parameters(self.run.model) if name in trained
-        )
-
-    def _provenance(self) -> dict[str, Any]:
-        """The MUST-EQUAL fields of the gradient space."""
-        data, trained = self.run.data, {slot.name for slot in self.slots}
-        parameters = dict(_named_parameters(self.run.model))
-        return {
-            "dim": self.settings.proj_dim,
-            "dtype": self.settings.dtype,
-            "loss": "sum over rows of each row's mean over its target tokens",
-            "projection": {**self.projection.to_dict(), "canary": canary(self.projection).tolist()},
-            "parameters": [
-                [s.name, list(s.shape), str(parameters[s.name].dtype)] for s in self.slots
-            ],
-            "base_model": tensor_hash(
-                (name, p) for name, p in parameters.items() if name not in trained
-            ),
-            "tokenizer": tokenizer_hash(data.tokenizer),
-            "template": data.template,
-            "stage": data.stage,
-            "rows": {field: getattr(data.data_args, field, None) for field in ROW_FIELDS},
-        }
-
-
-def _named_parameters(model: nn.Module) -> list[tuple[str, Any]]:
-    from gradstore.capture.slots import parameter_name
-
-    return [(parameter_name(name), p) for name, p in model.named_parameters()]
-
-
-def tokenizer_hash(tokenizer: Any) -> str:  # noqa: ANN401 - a transformers tokenizer
-    """sha256 of the files the tokenizer saves, chat template included, path-free."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        digest = hashlib.sha256()
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                content = path.read_bytes()
-                if path.name == "tokenizer_config.json":
-                    content = _without_paths(content)
-                digest.update(f"{path.name}:{len(content)}:".encode() + content)
-    return digest.hexdigest()
-
-
-def _without_paths(content: bytes) -> bytes:
-    settings: Mapping[str, Any] = json.loads(content)
-    volatile = {"name_or_path", "_name_or_path", "special_tokens_map_file", "tokenizer_file"}
-    return json.dumps(
-        {k: v for k, v in settings.items() if k not in volatile}, sort_keys=True
-    ).encode()
-
-
-def _libraries() -> dict[str, str]:
-    import importlib.metadata as metadata
-
-    import torch
-
-    found = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "zarr")}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found

@@ -1,0 +1,166 @@
+"""Reading what a run has saved: adapters, Adam moments, learning rates."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dataflex.config import RunConfig
+from dataflex.session import known_identity
+from dataflex.trainers.state import checkpoints, is_complete, load_state
+from gradstore.errors import BadInput
+from gradstore.moments import AdamMoments
+
+_log = logging.getLogger(__name__)
+
+
+def find_checkpoints(config: RunConfig) -> list[Path]:
+    """Checkpoint folders with an adapter, by step.
+
+    Raises:
+        BadInput: a named folder has none.
+    """
+    named = [Path(name) for name in config.dataflex.gradstore_checkpoints or ()]
+    resume = config.get("resume_from_checkpoint")
+    if not named and isinstance(resume, str) and resume.lower() not in ("true", "false"):
+        named = [Path(resume)]
+    for folder in named:
+        if not (folder / "adapter_config.json").is_file():
+            raise BadInput(f"checkpoint {str(folder)!r} has no adapter (adapter_config.json).")
+        trainer_state(folder)
+    found = named or [
+        folder
+        for folder in checkpoints(config.output_dir)
+        if (folder / "adapter_config.json").is_file() and _is_usable(folder, config.output_dir)
+    ]
+    return sorted(found, key=lambda folder: int(trainer_state(folder)["global_step"]))
+
+
+def trainer_state(folder: Path) -> dict[str, Any]:
+    """The Trainer's own state of a checkpoint.
+
+    Raises:
+        BadInput: it is missing or damaged: the checkpoint is incomplete.
+    """
+    try:
+        content = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        return {**content, "global_step": int(content["global_step"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"checkpoint {str(folder)!r} is incomplete: no readable trainer_state.json ({error})."
+        ) from error
+
+
+def mean_learning_rate(folder: Path, previous: int, step: int) -> float:
+    """Mean of the learning rates logged in (previous, step]; 0.0 where none was logged."""
+    rates = [
+        float(entry["learning_rate"])
+        for entry in trainer_state(folder).get("log_history", [])
+        if "learning_rate" in entry and previous < int(entry["step"]) <= step
+    ]
+    return sum(rates) / len(rates) if rates else 0.0
+
+
+def check_moments(folder: Path) -> None:
+    """A checkpoint keeps moments that can be read, before a model is loaded for them.
+
+    Raises:
+        BadInput: it does not, or they would run code.
+    """
+    path = _moments_file(folder)
+    if path.suffix == ".pt":
+        load_optimizer_state(path)
+
+
+def checkpoint_moments(folder: Path, model: Any) -> AdamMoments:  # noqa: ANN401 - a PeftModel
+    """Moments by name: our own file, or LlamaFactory's optimizer.pt without unpickling code.
+
+    Raises:
+        BadInput: neither is there, or they do not fit the model.
+    """
+    path = _moments_file(folder)
+    if path.suffix == ".pt":
+        state = load_optimizer_state(path)
+        return AdamMoments.from_state_dict(state, optimizer_order(model))
+    return AdamMoments.load(path)
+
+
+def _moments_file(folder: Path) -> Path:
+    for path in (folder / "dataflex" / "moments.safetensors", folder / "optimizer.pt"):
+        if path.is_file():
+            return path
+    raise BadInput(
+        f"checkpoint {str(folder)!r} has neither dataflex/moments.safetensors nor "
+        "optimizer.pt (was it saved with save_only_model?). Adam features need one; "
+        "gradient_type sgd or sign does not."
+    )
+
+
+def _is_usable(folder: Path, output_dir: Path) -> bool:
+    """Whether a checkpoint found in output_dir is complete and of the run that owns the folder."""
+    try:
+        trainer_state(folder)
+    except BadInput:
+        _log.warning("%s is incomplete and is left out", folder)
+        return False
+    if is_complete(folder) and load_state(folder).run_id != known_identity(output_dir):
+        _log.warning("%s belongs to an earlier run and is left out", folder)
+        return False
+    return True
+
+
+def load_adapter(model: Any, checkpoint: Path) -> None:  # noqa: ANN401 - a PeftModel
+    """Put another checkpoint's weights into the adapter that is active.
+
+    Raises:
+        BadInput: the checkpoint's adapter does not fit the model.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    path = checkpoint / "adapter_model.safetensors"
+    if not path.is_file():
+        raise BadInput(f"checkpoint {str(checkpoint)!r} has no adapter_model.safetensors.")
+    try:
+        answer = set_peft_model_state_dict(model, load_file(path))
+    except RuntimeError as error:
+        raise BadInput(f"{path} does not fit the model: {error}") from error
+    if answer.unexpected_keys:
+        raise BadInput(f"{path} does not fit the model: unexpected {answer.unexpected_keys[0]}.")
+
+
+def load_optimizer_state(path: Path) -> Mapping[str, Any]:
+    """An optimizer.pt as plain tensors; one that needs full unpickling is refused.
+
+    Raises:
+        BadInput: it would run code, or is no optimizer state.
+    """
+    import pickle
+
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise BadInput(
+            f"{path} cannot be loaded without running code it contains; it was not opened. "
+            "Train with dataflex-cli, which saves moments as safetensors, or use gradient_type "
+            "sgd or sign."
+        ) from error
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= set(state):
+        raise BadInput(f"{path} is no optimizer state.")
+    return state
+
+
+def optimizer_order(model: Any) -> list[tuple[str, Any]]:  # noqa: ANN401 - a PreTrainedModel
+    """Trained parameters in the order the Trainer numbers them: decayed ones, then the others."""
+    from transformers import Trainer
+
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [pair for pair in trained if pair[0] in decayed] + [
+        pair for pair in trained if pair[0] not in decayed
+    ]
