@@ -11,6 +11,7 @@ from typing import Any
 
 from dataflex.config import RunConfig
 from dataflex.data import RunData, check_intervals, check_rows
+from dataflex.events import RunLog
 from dataflex.registry import Component
 from dataflex.trainers.intervals import BatchShape
 from dataflex.trainers.select import SelectRun, select_schedule, select_trainer
@@ -39,7 +40,7 @@ class TrainSession:
             # Only incomplete or unwanted checkpoints: LlamaFactory must not resume from them.
             self.args["overwrite_output_dir"] = True
         self._data: RunData | None = None
-        self._trainer: Any = None
+        self._log: RunLog | None = None
 
     def take_data(self, data: RunData, training_args: Any) -> None:  # noqa: ANN401
         """Check the rows before the model is loaded.
@@ -67,8 +68,8 @@ class TrainSession:
 
     def show(self) -> None:
         """The table of selections, after everything LlamaFactory had to say."""
-        if self._trainer is not None and self._trainer.is_world_process_zero():
-            self._trainer.log_files.table()
+        if self._log is not None:
+            self._log.table()
 
     def trainer_for(self, base: type) -> Callable[..., Any]:
         """LlamaFactory's trainer class -> a callable that builds ours in its place."""
@@ -83,8 +84,11 @@ class TrainSession:
                 self.component.name,
                 self._identity(kwargs["args"]),
             )
-            self._trainer = select_trainer(base, run)(*args, **kwargs)
-            return self._trainer
+            trainer = select_trainer(base, run)(*args, **kwargs)
+            # Never the trainer itself: kept beyond LlamaFactory's end of the process group, its
+            # DDP wrapper would be destroyed late, which can hang under gloo.
+            self._log = trainer.log_files if trainer.is_world_process_zero() else None
+            return trainer
 
         return build
 
