@@ -79,7 +79,7 @@ class RunLog:
 
         if not self.events:
             return
-        table = Table(title=f"Selections of this run ({self.folder / 'selections'})")
+        table = Table(title="Selections of this run")
         for column in ("step", "component", "scored rows", "skipped", "pause"):
             table.add_column(column, justify="left" if column == "component" else "right")
         table.add_column("chosen, by data set")
@@ -88,7 +88,9 @@ class RunLog:
             skipped = str(sum(e.skipped.values()))
             pause = f"{e.pause_seconds:.1f} s"
             table.add_row(str(e.step), e.component, f"{e.train_rows:,}", skipped, pause, chosen)
-        Console(stderr=True).print(table)
+        console = Console(stderr=True)
+        console.print(table)
+        console.print(f"rows and scores: {self.folder / 'selections'}", soft_wrap=True)
 
 
 @contextlib.contextmanager
