@@ -321,7 +321,7 @@ def _naming_model(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a transparent wrapper
         try:
             return function(*args, **kwargs)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             (name,) = (a.model_name_or_path for a in args if hasattr(a, "model_name_or_path"))

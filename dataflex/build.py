@@ -20,10 +20,10 @@ from dataflex.checkpoints import (
 from dataflex.config import RunConfig, load
 from dataflex.data import RunData, check_rows
 from dataflex.features import FeatureService, FeatureSettings
+from dataflex.identity import output_identity
 from dataflex.preflight import check_gradients, check_inputs
 from dataflex.registry import resolve
 from dataflex.selectors.base import RunContext
-from dataflex.session import output_identity
 from gradstore.errors import BadInput
 
 _log = logging.getLogger(__name__)

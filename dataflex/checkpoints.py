@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dataflex.config import RunConfig
-from dataflex.session import known_identity
+from dataflex.identity import known_identity
 from dataflex.trainers.state import checkpoints, is_complete, load_state
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, DamagedData
 from gradstore.moments import AdamMoments
+
+#: Where DeepSpeed and FSDP keep the optimizer's state instead of optimizer.pt.
+SHARDED = ("global_step*", "optimizer_*", "optimizer.bin", "pytorch_model_fsdp*")
 
 _log = logging.getLogger(__name__)
 
@@ -55,13 +59,49 @@ def trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def mean_learning_rate(folder: Path, previous: int, step: int) -> float:
-    """Mean of the learning rates logged in (previous, step]; 0.0 where none was logged."""
-    rates = [
-        float(entry["learning_rate"])
+    """Mean of the learning rates logged in (previous, step].
+
+    Where `logging_steps` left that stretch without a line, the one logged nearest to it; 0.0 where
+    nothing was logged at all.
+    """
+    logged = [
+        (int(entry["step"]), float(entry["learning_rate"]))
         for entry in trainer_state(folder).get("log_history", [])
-        if "learning_rate" in entry and previous < int(entry["step"]) <= step
+        if "learning_rate" in entry
     ]
+    rates = [rate for at, rate in logged if previous < at <= step]
+    if not rates and logged:
+        rates = [min(logged, key=lambda entry: abs(entry[0] - step))[1]]
     return sum(rates) / len(rates) if rates else 0.0
+
+
+def check_resumable(folder: Path) -> None:
+    """A complete checkpoint holds a whole adapter and the optimizer's state.
+
+    Without the latter the Trainer would go on with fresh moments and say nothing.
+
+    Raises:
+        BadInput: it keeps no optimizer state.
+        DamagedData: a file is cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    adapter, optimizer = folder / "adapter_model.safetensors", folder / "optimizer.pt"
+    if adapter.is_file():
+        try:
+            with safe_open(adapter, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise DamagedData(f"{adapter} is damaged: {error}. Resume from another one.") from error
+    if optimizer.is_file():
+        if not zipfile.is_zipfile(optimizer):
+            raise DamagedData(f"{optimizer} is damaged: its end is missing. Resume from another.")
+    elif not any(next(folder.glob(pattern), None) for pattern in SHARDED):
+        raise BadInput(
+            f"checkpoint {str(folder)!r} keeps no optimizer state (save_only_model, or a deleted "
+            "optimizer.pt): a resume would not be the same run. Resume from another checkpoint, "
+            "or start anew with overwrite_output_dir: true."
+        )
 
 
 def check_moments(folder: Path) -> None:

@@ -27,6 +27,9 @@ Overrides = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for every failure.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+#: What Typer answers for Ctrl-C (or raises Abort, by version).
+INTERRUPTED = 130
+
 #: llamafactory-cli's other commands, passed through unchanged.
 PASSED_THROUGH = {
     "api": "OpenAI-style API server (llamafactory-cli).",
@@ -102,9 +105,11 @@ def _run(arguments: list[str]) -> int:
     from dataflex.failures import explain
 
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        code = int(app(arguments, standalone_mode=False) or 0)
+        if code != INTERRUPTED:
+            return code
+        failure = explain(KeyboardInterrupt())
     except typer.Abort:
-        # Typer's word for Ctrl-C.
         failure = explain(KeyboardInterrupt())
     except (Exception, KeyboardInterrupt) as error:
         if hasattr(error, "show"):

@@ -75,12 +75,14 @@ class RunConfig:
     @property
     def output_dir(self) -> Path:
         """Where LlamaFactory writes the run."""
-        return Path(str(self.llamafactory["output_dir"]))
+        return Path(str(self.llamafactory["output_dir"])).expanduser()
 
     @property
     def store_path(self) -> Path:
         """The gradient store: `gradstore`, or a folder of output_dir."""
-        return Path(self.dataflex.gradstore or self.output_dir / "gradstore")
+        if self.dataflex.gradstore is not None:
+            return Path(self.dataflex.gradstore).expanduser()
+        return self.output_dir / "gradstore"
 
     @property
     def owns_store(self) -> bool:

@@ -37,6 +37,8 @@ def explain(error: BaseException) -> Failure | None:
         return Failure(kind.exit_code, f"{error.strerror}{where}")
     if isinstance(error, KeyboardInterrupt):
         return Failure(
-            130, "interrupted. Run the same command again: it goes on from the newest checkpoint."
+            130,
+            "interrupted. Run the same command again with resume_from_checkpoint=true: it goes on "
+            "from the newest checkpoint. Without it, overwrite_output_dir: true starts anew.",
         )
     return None

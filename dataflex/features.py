@@ -70,6 +70,14 @@ class FeatureSettings:
 
     def __post_init__(self) -> None:
         """Let the parts that will use the values check them."""
+        if not isinstance(self.bias_correction, bool):
+            raise ValueError(f"bias_correction is {self.bias_correction!r}; give true or false")
+        if not isinstance(self.max_bad_fraction, int | float):
+            raise ValueError(f"max_bad_fraction is {self.max_bad_fraction!r}; give a number")
+        if not isinstance(self.tokens_per_batch, int | None):
+            raise ValueError(
+                f"tokens_per_batch is {self.tokens_per_batch!r}; give a whole number or null"
+            )
         _ = self.train_features
         ProjectionSpec(self.proj_method, p=1, d=self.proj_dim, seed=self.seed, s=self.sjlt_s)
         if self.dtype not in ("float16", "bfloat16"):
@@ -207,6 +215,15 @@ class FeatureService:
             target_rows=sum(len(rows) for rows in sets),
             tokens=tokens + train.summary.tokens,
             seconds=seconds + train.summary.seconds,
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of this run's committed training generations, rising."""
+        run = self.run.config.dataflex.gradstore_run or ""
+        return sorted(
+            g.step
+            for g in self.writer.store.generations()
+            if g.role == "train" and g.record.run == run
         )
 
     def checkpoints(self, which: Which, step: int) -> list[CheckpointFeatures]:

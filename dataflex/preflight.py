@@ -76,7 +76,11 @@ def check_gradients(config: RunConfig) -> None:
 
 
 def _trainer_faults(config: RunConfig) -> list[str]:
-    faults = []
+    faults = [
+        f"{key} is {value}; it must be at least 1."
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
+        if isinstance(value := config.get(key, 1), int) and value < 1
+    ]
     stage = config.get("stage", "sft")
     if stage not in STAGES:
         faults.append(

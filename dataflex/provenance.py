@@ -44,7 +44,10 @@ def space_fields(
         "dtype": dtype,
         "loss": "sum over rows of each row's mean over its target tokens",
         "projection": {**projection.to_dict(), "canary": canary(projection).tolist()},
-        "parameters": [[s.name, list(s.shape), str(parameters[s.name].dtype)] for s in slots],
+        "parameters": [
+            f"{s.name} {list(s.shape)} {str(parameters[s.name].dtype).removeprefix('torch.')}"
+            for s in slots
+        ],
         "base_model": tensor_hash((n, p) for n, p in parameters.items() if n not in trained),
         "tokenizer": tokenizer_hash(data.tokenizer),
         "template": data.template,

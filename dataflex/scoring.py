@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from dataflex.data import Rows
 from dataflex.events import OnRows, progress
 from dataflex.features import FeatureSettings, token_budget
 from dataflex.selectors.base import RunContext, SelectContext
 from gradstore.direct import direct_cosines, target_directions
-from gradstore.export import plan_batches
+from gradstore.export import check_bad_rows, plan_batches
 from gradstore.gradients import batch_losses
+from gradstore.layout import RowStatus
 from gradstore.moments import AdamMoments
 
 RowBatch = tuple[npt.NDArray[np.int64], dict[str, Any]]
@@ -47,11 +50,13 @@ class DirectScores:
 
     Attributes:
         scores: (n,) float64, NaN where a row cannot be used.
+        skipped: rows that cannot be used, by status.
         target_rows: usable rows of the target.
         tokens: tokens of both passes.
     """
 
     scores: npt.NDArray[np.float64]
+    skipped: dict[str, int]
     target_rows: int
     tokens: int
 
@@ -62,9 +67,12 @@ def direct_scores(
     """Cosines to the target without a projection (`scoring: direct`).
 
     Raises:
-        BadInput: a sub-task without a usable row.
+        BadInput: a sub-task without a usable row; too many rows with a non-finite gradient.
     """
     run, data = context.run, context.run.data
+    longest = getattr(run.model.config, "max_position_embeddings", None) or data.train.lengths.max()
+    fitting = np.flatnonzero(data.train.lengths <= longest)
+    status = np.full(len(data.train), RowStatus.TOO_LONG, dtype=np.uint8)
     moments = None
     if settings.train_features.needs_moments:
         moments = AdamMoments.from_optimizer(context.optimizer, run.model)
@@ -75,22 +83,32 @@ def direct_scores(
         directions = target_directions(
             run.model,
             [
-                batches(run, rows, positions, budget, advance)
+                batches(run, rows, positions, budget, advance, whole_rows(run.model))
                 for rows, positions in _subtasks(data.targets, run.config.dataflex.target_subtasks)
             ],
             settings.target_features,
         )
         cosines = direct_cosines(
             run.model,
-            batches(run, data.train, None, budget, advance),
+            batches(run, data.train, fitting, budget, advance),
             len(data.train),
             directions,
             settings.train_features,
             moments,
+            status,
         )
+    bad = np.flatnonzero(status == RowStatus.NON_FINITE).tolist()
+    check_bad_rows(len(bad), bad, len(data.train), settings.max_bad_fraction)
     scores = cosines.max(axis=1) if aggregation == "max" else cosines.mean(axis=1)
     tokens = data.train.lengths.sum() + sum(rows.lengths.sum() for rows in data.targets)
-    return DirectScores(scores.astype(np.float64), sum(directions.rows), int(tokens))
+    counts = Counter(RowStatus(int(s)).name.lower() for s in status if s != RowStatus.OK)
+    return DirectScores(scores.astype(np.float64), dict(counts), sum(directions.rows), int(tokens))
+
+
+def whole_rows(model: nn.Module) -> int:
+    """Rows of a target batch whose whole gradients fit into 1 GiB."""
+    p = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return max(1, (1 << 30) // (4 * max(p, 1)))
 
 
 def batches(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dataflex.checkpoints import check_resumable
 from dataflex.config import RunConfig
 from dataflex.data import RunData, check_intervals, check_rows
 from dataflex.events import RunLog
+from dataflex.identity import known_identity
 from dataflex.registry import Component
 from dataflex.trainers.intervals import BatchShape
 from dataflex.trainers.select import SelectRun, select_schedule, select_trainer
 from dataflex.trainers.state import checkpoints, is_complete, load_state, newest_complete
-from gradstore.disk.replace import replace_file
 from gradstore.errors import BadInput
 from gradstore.selection import check_k
 
@@ -121,11 +121,13 @@ def resume_point(config: RunConfig) -> Path | None:
                 f"resume_from_checkpoint is true, but {str(config.output_dir)!r} has no complete "
                 "checkpoint-<step>."
             )
+        check_resumable(newest)
         return newest
     if asked and str(asked).lower() != "false":
         if not Path(str(asked)).is_dir():
             raise BadInput(f"resume_from_checkpoint {str(asked)!r} is not a folder.")
         load_state(Path(str(asked)))
+        check_resumable(Path(str(asked)))
         return Path(str(asked))
     if config.get("overwrite_output_dir", False):
         return None
@@ -134,52 +136,19 @@ def resume_point(config: RunConfig) -> Path | None:
         if newest is None or int(path.name.split("-")[1]) > int(newest.name.split("-")[1]):
             why = "belongs to an earlier run" if is_complete(path) else "is incomplete"
             _log.warning("%s %s and is not resumed from", path, why)
+    if newest is not None:
+        check_resumable(newest)
     return newest
 
 
 def run_identity(config: RunConfig, checkpoint: Path | None) -> str:
-    """Id of this run: the checkpoint's, or output_dir's, or a new one; output_dir remembers it."""
+    """Id of this run: the checkpoint's, or output_dir's, or a new one.
+
+    Not remembered here: a start that is refused later must not disown earlier checkpoints.
+    """
     if checkpoint is not None:
-        run_id = load_state(checkpoint).run_id
-    elif config.get("overwrite_output_dir", False):
-        run_id = uuid.uuid4().hex
-    else:
-        return output_identity(config.output_dir)
-    _remember(config.output_dir, run_id)
-    return run_id
-
-
-def output_identity(output_dir: Path) -> str:
-    """Id of the run that owns `output_dir`, made at first use.
-
-    Raises:
-        BadInput: the file that holds it is damaged.
-    """
-    run_id = known_identity(output_dir)
-    if run_id is None:
-        run_id = uuid.uuid4().hex
-        _remember(output_dir, run_id)
-    return run_id
-
-
-def known_identity(output_dir: Path) -> str | None:
-    """Id of the run that owns `output_dir`; None where none has started.
-
-    Raises:
-        BadInput: the file that holds it is damaged.
-    """
-    path = _identity_file(output_dir)
-    if not path.is_file():
-        return None
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{str(path)!r} is damaged ({error}); remove it.") from error
-
-
-def _remember(output_dir: Path, run_id: str) -> None:
-    replace_file(_identity_file(output_dir), json.dumps({"run_id": run_id}).encode())
-
-
-def _identity_file(output_dir: Path) -> Path:
-    return output_dir / "dataflex" / "run.json"
+        return load_state(checkpoint).run_id
+    known = known_identity(config.output_dir)
+    if known is None or config.get("overwrite_output_dir", False):
+        return uuid.uuid4().hex
+    return known

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from gradstore.errors import BadInput
-from gradstore.export import Batch
+from gradstore.export import Batch, row_status
 from gradstore.features import FeatureMap, FeatureSpec
 from gradstore.gradients import GradientCapture, ParameterSlot
+from gradstore.layout import RowStatus
 from gradstore.moments import AdamMoments
 
 RowBatches = Iterable[tuple[npt.NDArray[np.int64], Batch]]
@@ -79,8 +80,18 @@ def direct_cosines(
     directions: TargetDirections,
     features: FeatureSpec,
     moments: AdamMoments | None = None,
+    status: npt.NDArray[np.uint8] | None = None,
 ) -> npt.NDArray[np.float32]:
     """Mean cosine of each training row to every sub-task.
+
+    Args:
+        model: the model whose gradients are taken.
+        batches: the training rows.
+        n: how many there are.
+        directions: from `target_directions`.
+        features: how a training gradient becomes a feature.
+        moments: Adam moments where `features` needs them.
+        status: (n,) uint8, receives the `RowStatus` of every row given.
 
     Returns:
         (n, q) float32; NaN for rows that cannot be used (masked, zero, not finite) or not given.
@@ -105,9 +116,11 @@ def direct_cosines(
                 squares.add_(torch.linalg.vector_norm(feature, dim=1).double().square_())
 
             stats = capture.capture(batch, sink)
-            good = torch.isfinite(squares) & (squares > 0) & (stats.target_tokens > 0)
+            codes = row_status(squares.sqrt(), stats.target_tokens)
             cosines = dots / squares.sqrt()[:, None]
-            cosines[~good] = torch.nan
+            cosines[codes != RowStatus.OK] = torch.nan
+            if status is not None:
+                status[rows] = codes.cpu().numpy()
             found[rows] = cosines.float().cpu().numpy()
     return found
 

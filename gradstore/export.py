@@ -160,7 +160,6 @@ def export_generation(
     # Rows of an interrupted export count too: else running again would slip past the limit.
     earlier = writer.bad_counts["non_finite"]
     sizes = np.asarray(lengths, dtype=np.int64)
-    allowed = max_bad_fraction * len(dataset)
     for unit in list(writer.pending):
         fits = np.arange(unit.start, unit.stop)
         if longest is not None:
@@ -177,13 +176,7 @@ def export_generation(
                 if on_rows is not None:
                     on_rows(len(part.rows))
         non_finite += (unit.start + np.flatnonzero(done.status == RowStatus.NON_FINITE)).tolist()
-        if earlier + len(non_finite) > allowed:
-            raise BadInput(
-                f"{earlier + len(non_finite)} of {len(dataset)} rows have a non-finite gradient, "
-                f"more than max_bad_fraction={max_bad_fraction:g} allows; the first: "
-                f"{non_finite[:10]}. Look at these rows, lower the learning rate, or raise "
-                "max_bad_fraction."
-            )
+        check_bad_rows(earlier + len(non_finite), non_finite, len(dataset), max_bad_fraction)
         writer.write_unit(unit.index, done.features, done.norm, done.status, done.tokens)
         summary.rows += unit.stop - unit.start
         summary.tokens += int(sizes[fits].sum())
@@ -294,14 +287,43 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     return norms.double().square_()
 
 
+def row_status(norm: Tensor, target_tokens: Tensor) -> Tensor:
+    """What a row is worth, from its feature's norm (b,) and its target tokens (b,): (b,) uint8."""
+    status = torch.full_like(target_tokens, RowStatus.OK, dtype=torch.uint8)
+    status[norm == 0] = RowStatus.ZERO_NORM
+    status[~torch.isfinite(norm)] = RowStatus.NON_FINITE
+    status[target_tokens == 0] = RowStatus.MASKED
+    return status
+
+
+def check_bad_rows(bad: int, named: Sequence[int], rows: int, max_bad_fraction: float) -> None:
+    """Stop where too many rows have a non-finite gradient.
+
+    Args:
+        bad: how many there are.
+        named: some of them, for the message.
+        rows: of the whole data set.
+        max_bad_fraction: the share that is still accepted.
+
+    Raises:
+        BadInput: there are more; names up to ten.
+    """
+    if bad > max_bad_fraction * rows:
+        raise BadInput(
+            f"{bad} of {rows} rows have a non-finite gradient, more than "
+            f"max_bad_fraction={max_bad_fraction:g} allows; the first: "
+            f"{list(named[:10])}. Look at these rows, lower the learning rate, or raise "
+            "max_bad_fraction."
+        )
+
+
 def _finish(
     rows: npt.NDArray[np.int64], projected: Tensor, squares: Tensor, target_tokens: Tensor
 ) -> FeatureRows:
     norm = squares.sqrt()
-    status = torch.full_like(target_tokens, RowStatus.OK, dtype=torch.uint8)
-    status[norm == 0] = RowStatus.ZERO_NORM
-    status[~torch.isfinite(norm) | ~torch.isfinite(projected).all(dim=1)] = RowStatus.NON_FINITE
-    status[target_tokens == 0] = RowStatus.MASKED
+    # A projected row may overflow where its norm does not.
+    finite = torch.isfinite(projected).all(dim=1)
+    status = row_status(torch.where(finite, norm, torch.nan), target_tokens)
     projected[status != RowStatus.OK] = torch.nan
     return FeatureRows(
         rows=rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, ProvenanceMismatch
 from gradstore.generation import Generation
 from gradstore.influence import checkpoint_weights
 from gradstore.scoring.comparable import CheckpointFeatures
@@ -63,6 +63,12 @@ def checkpoint_features(
                 f'store "{store.path}" has no target generation of {", ".join(missing)} at step '
                 f"{step}; it has {', '.join(sorted(targets.get(step, {}))) or 'none'}."
             )
+    kinds = {trains[step].record.feature for step in chosen}
+    if len(kinds) > 1:
+        raise ProvenanceMismatch(
+            f"checkpoints {chosen} hold features of different kinds, {' and '.join(sorted(kinds))}"
+            ": they can't be combined. Take checkpoints: last, or another gradstore_run."
+        )
     weights = checkpoint_weights([trains[s].record.learning_rate or 0.0 for s in chosen])
     return [
         CheckpointFeatures(

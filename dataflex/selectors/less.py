@@ -10,7 +10,7 @@ import numpy as np
 
 from dataflex.registry import register
 from dataflex.selectors.base import RunContext, SelectContext, Selection, Selector
-from gradstore.errors import ProvenanceMismatch
+from gradstore.errors import BadInput, ProvenanceMismatch
 
 if TYPE_CHECKING:
     from dataflex.features import FeatureService
@@ -86,20 +86,28 @@ class LessSelector(Selector):
         if keep_generations is not None and not _positive(keep_generations):
             raise ValueError(f"keep_generations is {keep_generations!r}; give a number >= 1")
         self.needs_moments = self.settings.train_features.needs_moments
+        if keep_generations is not None and (
+            checkpoints == "all" or keep_generations < (1 if checkpoints == "last" else checkpoints)
+        ):
+            raise ValueError(
+                f"keep_generations is {keep_generations}, fewer than checkpoints: {checkpoints} "
+                "combines; raise it or leave it out"
+            )
         self.scoring = scoring
         self.which = checkpoints
         self.aggregation = aggregation
         self.keep_generations = keep_generations
         self._service: FeatureService | None = None
         self._restored: Mapping[str, Any] = {}
+        self._generations_saved = 0
 
     def start(self, run: RunContext) -> None:
         """Open the store: its refusals come before the first training step."""
         if self.scoring == "projected":
             from dataflex.features import FeatureService
 
+            self._check_store(run)
             self._service = FeatureService(run, self.settings)
-            self._check_store(run, self._service.writer.store.uuid)
 
     def finish(self) -> None:
         """Release the store."""
@@ -121,20 +129,35 @@ class LessSelector(Selector):
             return {}
         store = self._service.writer.store
         head = store.head
-        return {"store_uuid": store.uuid, "commit": None if head is None else head.sha256}
+        self._generations_saved = len(self._service.steps())
+        return {
+            "store_uuid": store.uuid,
+            "commit": None if head is None else head.sha256,
+            "generations": self._generations_saved,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Remembered until the store is open."""
         self._restored = state
+        self._generations_saved = int(state.get("generations", 0))
 
-    def _check_store(self, run: RunContext, uuid: str) -> None:
-        expected = self._restored.get("store_uuid", uuid)
-        if expected != uuid:
-            self.finish()
+    def _check_store(self, run: RunContext) -> None:
+        """Refuse, before anything is created, a store that is not the checkpoint's."""
+        from gradstore.store import open_store
+
+        expected = self._restored.get("store_uuid")
+        if expected is None:
+            return
+        path = run.config.store_path
+        try:
+            found = f"holds store {open_store(path).uuid}"
+        except BadInput:
+            found = "holds no store"
+        if found != f"holds store {expected}":
             raise ProvenanceMismatch(
-                f"the checkpoint belongs to store {expected}, but {run.config.store_path} holds "
-                f"store {uuid}: not this run's store. Bring the run's store back, name it with "
-                "gradstore=PATH, or start anew with overwrite_output_dir: true."
+                f"the checkpoint belongs to store {expected}, but {path} {found}: not this run's "
+                "store. Bring the run's store back, name it with gradstore=PATH, or start anew "
+                "with overwrite_output_dir: true."
             )
 
     def _projected(self, count: int, context: SelectContext, service: FeatureService) -> Selection:
@@ -156,7 +179,11 @@ class LessSelector(Selector):
         rows = select_top(scores.values, count, usable=scores.usable)
         clock.append(time.perf_counter())
         if self.keep_generations is not None:
-            service.writer.clean(self.keep_generations)
+            # Those made since the last checkpoint come on top: a resume starts before them and
+            # needs the ones they would push out.
+            since = len(service.steps()) - self._generations_saved
+            service.writer.clean(self.keep_generations + since)
+            self._generations_saved = len(service.steps()) - since
         return Selection(
             rows,
             scores.values[rows],
@@ -189,7 +216,7 @@ class LessSelector(Selector):
             tokens=scored.tokens,
             export_seconds=exported - began,
             select_seconds=time.perf_counter() - exported,
-            skipped={"unusable": int((~np.isfinite(scored.scores)).sum())},
+            skipped=scored.skipped,
             manifest={"scoring": "direct", "feature": self.settings.gradient_type},
         )
 

@@ -22,7 +22,7 @@ import torch
 from dataflex.schedule import EventKind, Interval, Schedule
 from dataflex.trainers.intervals import BatchShape, RowOrder, loader
 from dataflex.trainers.state import RunState, load_state
-from gradstore.errors import BadInput, ProvenanceMismatch
+from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +63,10 @@ class Seam:
     def rows_for(self, interval: Interval, learning_rate: float) -> npt.NDArray[np.int64]:
         """(k,) rows of an interval that begins now; called on every rank."""
         raise TypeError(f"{type(self).__name__} does not implement rows_for")
+
+    def settings(self) -> Mapping[str, Any]:
+        """Whatever else a resume must agree on, as JSON values."""
+        return {}
 
     def component_state(self) -> Mapping[str, Any]:
         """JSON values a checkpoint keeps for the component."""
@@ -143,6 +147,7 @@ class Seam:
             run_id=self.run_id,
             schedule=self._schedule_key(),
             rows_sha256=self.rows_sha256,
+            settings=self.settings(),
             interval=interval,
             rows=tuple(self._rows.tolist()),
             rate_sum=self._rate_sum,
@@ -162,7 +167,8 @@ class Seam:
             if len(self._rows) == 0:
                 raise BadInput(f"the component chose no row at step {step}.")
             self._interval = interval
-            self._rate_sum, self._rate_steps = 0.0, 0
+            if interval.kind is EventKind.UPDATE:
+                self._rate_sum, self._rate_steps = 0.0, 0
             self._serve(interval, step)
 
     def _serve(self, interval: Interval, step: int) -> None:
@@ -198,6 +204,14 @@ class Seam:
                 f"{state.schedule}, this configuration has {self._schedule_key()}. "
                 "Restore the values, or start anew with overwrite_output_dir: true."
             )
+        now = self.settings()
+        changed = sorted(k for k in {*now, *state.settings} if now.get(k) != state.settings.get(k))
+        if changed:
+            raise BadInput(
+                "the checkpoint was made with other settings: "
+                + "; ".join(f"{k} {state.settings.get(k)!r}, now {now.get(k)!r}" for k in changed)
+                + ". Restore them, or start anew with overwrite_output_dir: true."
+            )
         if state.rows_sha256 != self.rows_sha256:
             raise ProvenanceMismatch(
                 "the checkpoint was made on other training rows (data, template, tokenizer or "
@@ -209,6 +223,8 @@ class Seam:
             held = {**state.interval, "kind": EventKind(state.interval["kind"])}
             self._interval = Interval(**held)
             self._rows = np.asarray(state.rows, dtype=np.int64)
+            if not set(state.rows) <= set(range(len(self.train_dataset))):
+                raise DamagedData("the checkpoint's state.json names rows that do not exist.")
             if state.step < self._interval.stop:
                 self._serve(self._interval, state.step)
 

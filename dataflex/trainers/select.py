@@ -18,6 +18,8 @@ from dataflex.config import RunConfig
 from dataflex.data import RunData
 from dataflex.events import RunLog, SelectionEvent
 from dataflex.failures import Failure, ToldFailure
+from dataflex.identity import remember_identity
+from dataflex.registry import RETIRED
 from dataflex.schedule import EventKind, Interval, Schedule, select_budget
 from dataflex.selectors.base import RunContext, SelectContext, Selection, Selector
 from dataflex.trainers.seam import Seam
@@ -25,6 +27,13 @@ from gradstore.discard import discard_store
 from gradstore.errors import BadInput, StoreError
 
 _log = logging.getLogger(__name__)
+
+
+#: component_params that change no answer: a resume may set them anew.
+NEUTRAL = frozenset(
+    {"tokens_per_batch", "max_bad_fraction", "keep_generations", "score_batch_size",
+     *RETIRED}
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class SelectSeam(Seam):
             if anew and config.owns_store:
                 discard_store(config.store_path)
             self.run.selector.start(self._context())
+            remember_identity(config.output_dir, self.run_id)
             # After the selector's refusals: they leave an earlier run's records as they were.
             if anew:
                 self.log_files.clear()
@@ -82,6 +92,15 @@ class SelectSeam(Seam):
         if interval.kind is EventKind.WARMUP:
             return self._warmup_rows(count, interval.stage)
         return self._decide(lambda: self._select(count, interval, learning_rate, began))
+
+    def settings(self) -> Mapping[str, Any]:
+        """The component, what of its parameters changes an answer, and the rows of a step."""
+        params = self.run.config.dataflex.component_params
+        return {
+            "component_name": self.run.selector_name,
+            "component_params": {k: v for k, v in params.items() if k not in NEUTRAL},
+            "rows_per_step": self.batch_shape.rows,
+        }
 
     def component_state(self) -> Mapping[str, Any]:
         """The selector's."""

@@ -25,17 +25,18 @@ class RunState:
         run_id: the same for a run and its resumes.
         schedule: (W, U, T); a resume must agree.
         rows_sha256: ordered hash of the training rows; a resume must agree.
+        settings: what else a resume must agree on (component, its parameters, rows of a step).
         interval: start, stop, kind and update of the running interval; empty before the first.
         rows: its row positions.
-        rate_sum, rate_steps: learning rates summed since the last boundary, and how many.
+        rate_sum, rate_steps: learning rates summed since the last update, and how many.
         component: the component's own state.
-        store: uuid and newest commit of the gradient store, where there is one.
     """
 
     step: int
     run_id: str
     schedule: tuple[int, int, int]
     rows_sha256: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
     interval: Mapping[str, Any] = field(default_factory=dict)
     rows: tuple[int, ...] = ()
     rate_sum: float = 0.0

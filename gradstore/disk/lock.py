@@ -13,6 +13,7 @@ import os
 import socket
 from datetime import UTC, datetime
 from types import TracebackType
+from weakref import WeakSet
 
 from gradstore.disk.canonical import canonical_json, parse
 from gradstore.disk.files import StoreFiles
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 LOCK = "writer.lock"
 _MAX_RECORD_BYTES = 4096
+
+_held: WeakSet[WriterLock] = WeakSet()
 
 
 class WriterLock:
@@ -67,6 +70,7 @@ class WriterLock:
             os.close(fd)
             raise
         self._fd = fd
+        _held.add(self)
 
     def _flock(self, fd: int) -> None:
         try:
@@ -83,6 +87,7 @@ class WriterLock:
     def release(self) -> None:
         """Clears the record and gives the lock back."""
         fd, self._fd = self._fd, None
+        _held.discard(self)
         if fd is None:
             return
         try:
@@ -104,3 +109,15 @@ def _holder(fd: int) -> str:
     except (OSError, ValueError):
         return ""
     return f"host {record.get('host')}, pid {record.get('pid')}, since {record.get('since')}"
+
+
+def _close_in_child() -> None:
+    """A forked data-loader worker must not keep the lock of a parent that was killed."""
+    for lock in list(_held):
+        fd, lock._fd = lock._fd, None
+        if fd is not None:
+            os.close(fd)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

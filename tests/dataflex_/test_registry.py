@@ -86,6 +86,11 @@ def test_a_parameter_out_of_range_names_its_component() -> None:
         {"proj_dim": 0},
         {"gradient_type": "adamw"},
         {"checkpoints": 0},
+        {"checkpoints": 3, "keep_generations": 2},
+        {"checkpoints": "all", "keep_generations": 5},
+        {"bias_correction": "no"},
+        {"tokens_per_batch": "big"},
+        {"max_bad_fraction": "a"},
         {"scoring": "direct", "checkpoints": "all"},
         {"aggregation": "sum"},
     ):

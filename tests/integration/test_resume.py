@@ -100,3 +100,70 @@ def test_a_resume_on_other_rows_or_another_schedule_is_refused(
     other_schedule = cli("train", config(update_step=4))
     assert other_schedule.code == 2
     assert "(2, 3, 2)" in other_schedule.message
+
+
+@pytest.fixture(scope="module")
+def killed(cli: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run killed at step 5: checkpoints 2 and 4."""
+    return tmp_path_factory.mktemp("killed")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"component_name": "random", "component_params": {}},
+            "component_name 'less', now 'random'",
+        ),
+        ({"component_params": {"proj_dim": 128, "gradient_type": "sgd"}}, "gradient_type"),
+        ({"gradient_accumulation_steps": 1}, "rows_per_step 6, now 2"),
+    ],
+)
+def test_a_resume_with_other_settings_is_refused(
+    changes: dict[str, Any], says: str, killed: Path, cli: Any, config: Any
+) -> None:
+    run = str(killed / "run")
+    if not (killed / "run" / "checkpoint-4").is_dir():
+        assert cli("train", config(output_dir=run), faults={"kill_step": 5}).code == -9
+    result = cli("train", config(output_dir=run, **changes))
+    assert result.code == 2
+    assert says in result.message
+
+
+def test_a_checkpoint_without_its_optimizer_or_cut_short_is_refused(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    path, run = config(component_name="random", component_params={}), tmp_path / "run"
+    assert cli("train", path, faults={"kill_step": 5}).code == -9
+    adapter = run / "checkpoint-4" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-100])
+    result = cli("train", path)
+    assert result.code == 4
+    assert "adapter_model.safetensors is damaged" in result.message
+    (run / "checkpoint-2" / "optimizer.pt").unlink()
+    result = cli("train", path, f"resume_from_checkpoint={run / 'checkpoint-2'}")
+    assert result.code == 2
+    assert "keeps no optimizer state" in result.message
+
+
+def test_ctrl_c_says_how_to_go_on(cli: Any, config: Any) -> None:
+    result = cli("train", config(component_name="random", component_params={}),
+                 faults={"interrupt_step": 3})  # fmt: skip
+    assert result.code == 130
+    assert "resume_from_checkpoint=true" in result.message
+    assert "Traceback" not in result.err
+
+
+def test_clean_up_keeps_what_a_resume_needs(cli: Any, config: Any, tmp_path: Path) -> None:
+    """Two checkpoints are combined and two kept: a resume from before both still finds them."""
+    params = {"proj_dim": 128, "checkpoints": 2, "keep_generations": 2}
+    changes = {"component_params": params, "update_times": 3, "save_steps": 4, "max_samples": 60}
+    whole = config("whole.yaml", output_dir=str(tmp_path / "whole"), **changes)
+    assert cli("train", whole).code == 0
+    path = config(**changes)
+    assert cli("train", path, faults={"kill_step": 9}).code == -9
+    result = cli("train", path)
+    assert result.code == 0, result.err[-2000:]
+    assert selections(tmp_path / "run") == selections(tmp_path / "whole")
+    adapters = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("run", "whole")]
+    assert adapters[0] == adapters[1]

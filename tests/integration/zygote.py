@@ -5,6 +5,7 @@ a line on stdin: {"argv": [...], "cwd": ..., "out": ..., "err": ..., "faults": {
 and answers with the exit code (-9 for a kill). `faults` plants a SIGKILL inside the run:
 
     {"kill_step": g}          when the batch of step g is asked for
+    {"interrupt_step": g}     no kill: Ctrl-C when the batch of step g is asked for
     {"kill_rows": n}          when n rows of a gradient export are done
     {"kill_saving": g}        inside the checkpoint of step g, its model written, its state not
     {"trace": path}           no kill: write one line per step, with a hash of its micro-batches
@@ -53,6 +54,8 @@ def plant(faults: dict[str, Any]) -> None:
         step = self.state.global_step
         if step == faults.get("kill_step"):
             die()
+        if step == faults.get("interrupt_step"):
+            os.kill(os.getpid(), signal.SIGINT)
         answer = serve(self, *args)
         if "trace" in faults:
             digest = hashlib.sha256()

@@ -1,0 +1,47 @@
+"""Which run owns an output folder: `dataflex/run.json`."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+
+from gradstore.disk.replace import replace_file
+from gradstore.errors import BadInput
+
+
+def output_identity(output_dir: Path) -> str:
+    """Id of the run that owns `output_dir`, made at first use.
+
+    Raises:
+        BadInput: the file that holds it is damaged.
+    """
+    run_id = known_identity(output_dir)
+    if run_id is None:
+        run_id = uuid.uuid4().hex
+        remember_identity(output_dir, run_id)
+    return run_id
+
+
+def known_identity(output_dir: Path) -> str | None:
+    """Id of the run that owns `output_dir`; None where none has started.
+
+    Raises:
+        BadInput: the file that holds it is damaged.
+    """
+    path = _identity_file(output_dir)
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{str(path)!r} is damaged ({error}); remove it.") from error
+
+
+def remember_identity(output_dir: Path, run_id: str) -> None:
+    """Make `run_id` the owner of `output_dir`."""
+    replace_file(_identity_file(output_dir), json.dumps({"run_id": run_id}).encode())
+
+
+def _identity_file(output_dir: Path) -> Path:
+    return output_dir / "dataflex" / "run.json"
