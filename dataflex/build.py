@@ -74,23 +74,28 @@ def build(path: Path, overrides: Sequence[str]) -> None:
     )
     service = FeatureService(run, settings)
     try:
-        previous = 0
-        for folder in folders or (None,):
-            if folder is not None and folder != first:
-                load_adapter(loaded.model, folder)
-            step = 0 if folder is None else trainer_state(folder)["global_step"]
-            moments = None
-            if folder is not None and settings.train_features.needs_moments:
-                moments = checkpoint_moments(folder, loaded.model)
-            rate = 0.0 if folder is None else mean_learning_rate(folder, previous, step)
-            with _autocast(loaded.model, precision):
-                exported = service.export(step, rate, moments)
-            _log.info("%s: %d rows, %d usable", exported.train.name, exported.train.rows,
-                      int(exported.train.usable.sum()))  # fmt: skip
-            previous = step
+        _export_checkpoints(service, folders)
     finally:
         service.close()
     _log.info("store: %s", config.store_path)
+
+
+def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> None:
+    """One export per checkpoint; without any, one at the model as it is (step 0)."""
+    run, features = service.run, service.settings.train_features
+    step = 0
+    for number, folder in enumerate(folders or (None,)):
+        moments, rate = None, 0.0
+        if folder is not None:
+            if number > 0:  # the first one's adapter came with the model
+                load_adapter(run.model, folder)
+            previous, step = step, int(trainer_state(folder)["global_step"])
+            rate = mean_learning_rate(folder, previous, step)
+            if features.needs_moments:
+                moments = checkpoint_moments(folder, run.model)
+        with _autocast(run.model, run.autocast):
+            train = service.export(step, rate, moments).train
+        _log.info("%s: %d rows, %d usable", train.name, train.rows, int(train.usable.sum()))
 
 
 def feature_settings(config: RunConfig) -> FeatureSettings:
