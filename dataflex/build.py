@@ -18,12 +18,12 @@ from dataflex.checkpoints import (
     trainer_state,
 )
 from dataflex.config import RunConfig, load
+from dataflex.context import RunContext
 from dataflex.data import RunData, check_rows
 from dataflex.features import FeatureService, FeatureSettings
 from dataflex.identity import output_identity
 from dataflex.preflight import check_gradients, check_inputs
 from dataflex.registry import resolve
-from dataflex.selectors.base import RunContext
 from gradstore.errors import BadInput
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 
 from dataflex.config import RunConfig
 from dataflex.identity import known_identity
-from dataflex.trainers.state import checkpoints, is_complete, load_state
+from dataflex.trainers.state import checkpoints, is_complete, run_id_of
 from gradstore.errors import BadInput, DamagedData
 from gradstore.moments import AdamMoments
 
@@ -146,7 +146,7 @@ def _is_usable(folder: Path, output_dir: Path) -> bool:
     except BadInput:
         _log.warning("%s is incomplete and is left out", folder)
         return False
-    if is_complete(folder) and load_state(folder).run_id != known_identity(output_dir):
+    if is_complete(folder) and run_id_of(folder) != known_identity(output_dir):
         _log.warning("%s belongs to an earlier run and is left out", folder)
         return False
     return True

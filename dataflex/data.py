@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,26 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Domains:
+    """Which domain each training row belongs to; k domains.
+
+    Attributes:
+        names: (k,) the data sets of `dataset`, in the user's order.
+        of_row: (n,) int64, domain of each training row.
+        held_out: held-out rows of each domain, where there are any.
+    """
+
+    names: tuple[str, ...]
+    of_row: npt.NDArray[np.int64]
+    held_out: Mapping[str, Rows] = field(default_factory=dict)
+
+    @cached_property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """(k,) rows of each domain."""
+        return np.bincount(self.of_row, minlength=len(self.names)).astype(np.int64)
+
+
+@dataclass(frozen=True)
 class RunData:
     """Everything the data side of a run knows before its model is loaded.
 
@@ -84,6 +104,7 @@ class RunData:
         template: name of the chat template.
         data_args: LlamaFactory's DataArguments.
         stage: "sft" or "pt".
+        domains: of the training rows, where the run mixes them.
     """
 
     train: Rows
@@ -92,6 +113,7 @@ class RunData:
     template: str
     data_args: Any
     stage: str
+    domains: Domains | None = None
 
 
 def check_rows(data: RunData, *, needs_targets: bool, subtask_sizes: Sequence[int] | None) -> None:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Literal
 
 from gradkernels import ProjectionSpec
 
+from dataflex.context import RunContext
 from dataflex.data import Rows
 from dataflex.events import progress
 from dataflex.ownership import check_owner
 from dataflex.provenance import adapter_hash, libraries, space_fields
-from dataflex.selectors.base import RunContext
 from gradstore.errors import BadInput, StoreError
 from gradstore.export import ExportSummary, export_generation
 from gradstore.features import FeatureSpec

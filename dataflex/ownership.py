@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dataflex.selectors.base import RunContext
+from dataflex.context import RunContext
 from gradstore.provenance import Difference, refuse
 
 if TYPE_CHECKING:

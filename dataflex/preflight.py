@@ -40,8 +40,11 @@ def check(config: RunConfig) -> Component | None:
         ours.train_type, ours.component_name, ours.component_params, ours.presets_file
     )
     strategy = component.build()
-    Schedule(ours.warmup_step, ours.update_step, ours.update_times, budget=1)
-    faults = [*_trainer_faults(config), *_component_faults(config, component)]
+    if ours.train_type in ("dynamic_select", "dynamic_reorder", "dynamic_lego"):
+        Schedule(ours.warmup_step, ours.update_step, ours.update_times, budget=1)
+    faults = [*_trainer_faults(config), *_component_faults(config, component, strategy)]
+    if hasattr(strategy, "check"):
+        faults += strategy.check(config)
     if getattr(strategy, "needs_moments", False):
         faults += _optimizer_faults(config, f"component {component.name!r}")
     if faults:
@@ -99,14 +102,14 @@ def _trainer_faults(config: RunConfig) -> list[str]:
     return faults
 
 
-def _component_faults(config: RunConfig, component: Component) -> list[str]:
-    cls, name = component.cls, f"component {component.name!r}"
+def _component_faults(config: RunConfig, component: Component, strategy: object) -> list[str]:
+    name = f"component {component.name!r}"
     faults = []
-    if getattr(cls, "needs_single_rows", True):
+    if getattr(strategy, "needs_single_rows", True):
         faults += _single_row_faults(config, name)
-    if getattr(cls, "needs_lora", False):
+    if getattr(strategy, "needs_lora", False):
         faults += _lora_faults(config, name)
-    if getattr(cls, "needs_targets", False):
+    if getattr(strategy, "needs_targets", False):
         faults += _target_faults(config, name)
     return faults
 

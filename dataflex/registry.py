@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
 import inspect
 import logging
 import sys
@@ -24,10 +25,26 @@ C = TypeVar("C", bound=type)
 #: train_type -> (bucket of components.yaml, kind in the registry).
 KINDS: Mapping[str, tuple[str, str]] = {
     "dynamic_select": ("selectors", "selector"),
+    "dynamic_mix": ("mixers", "mixer"),
+    "dynamic_weight": ("weighters", "weighter"),
+    "dynamic_reorder": ("reorders", "reorder"),
+    "dynamic_lego": ("pipelines", "pipeline"),
 }
 
+#: Buckets of components.yaml that DataFlex 1.1.0 called otherwise.
+OLD_BUCKETS: Mapping[str, str] = {"reorders": "reorderers"}
+
 #: kind -> package whose modules register its strategies, one strategy a file.
-PACKAGES: Mapping[str, str] = {"selector": "dataflex.selectors"}
+PACKAGES: Mapping[str, str] = {
+    "selector": "dataflex.selectors",
+    "mixer": "dataflex.mixers",
+    "weighter": "dataflex.weighters",
+    "reorder": "dataflex.reorders",
+    "pipeline": "dataflex.pipelines",
+}
+
+#: Entry points by which an installed package adds strategies: each is imported, and registers.
+ENTRY_POINTS = "dataflex.components"
 
 PACKAGED_PRESETS = Path(__file__).parent / "configs" / "components.yaml"
 
@@ -60,6 +77,13 @@ def strategies(kind: str) -> dict[str, type]:
     for module in sorted(Path(str(package.__file__)).parent.glob("*.py")):
         if module.stem not in {"__init__", "base"}:
             importlib.import_module(f"{package.__name__}.{module.stem}")
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        except Exception as error:  # whatever a stranger's package raises, ours keep working
+            _log.warning(
+                "entry point %s of %s cannot be loaded: %s", entry.name, entry.value, error
+            )
     return {name: cls for (k, name), cls in sorted(_classes.items()) if k == kind}
 
 
@@ -153,7 +177,7 @@ def _read_presets(path: Path, bucket: str) -> dict[str, dict[str, Any]]:
         raise BadInput(f"components_cfg_file {str(path)!r} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise BadInput(f"components_cfg_file {str(path)!r} is not YAML: {error}") from error
-    presets = content.get(bucket) or {}
+    presets = content.get(bucket) or content.get(OLD_BUCKETS.get(bucket, bucket)) or {}
     if not isinstance(presets, dict) or not all(isinstance(p, dict) for p in presets.values()):
         raise BadInput(f"components_cfg_file {str(path)!r}: {bucket} must map preset -> settings.")
     return presets

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from dataflex.context import RunContext, UpdateContext
 from dataflex.data import Rows
 from dataflex.events import OnRows, progress
 from dataflex.features import FeatureSettings, token_budget
-from dataflex.selectors.base import RunContext, SelectContext
 from gradstore.direct import direct_cosines, target_directions
 from gradstore.export import check_bad_rows, plan_batches
 from gradstore.gradients import batch_losses
@@ -24,23 +24,46 @@ from gradstore.moments import AdamMoments
 RowBatch = tuple[npt.NDArray[np.int64], dict[str, Any]]
 
 
-def row_losses(run: RunContext, *, max_rows: int = 1024) -> npt.NDArray[np.float64]:
-    """Mean token cross-entropy of every training row under the current model, in eval mode.
+def row_losses(
+    run: RunContext,
+    positions: npt.NDArray[np.int64] | None = None,
+    *,
+    rows: Rows | None = None,
+    max_rows: int = 1024,
+) -> npt.NDArray[np.float64]:
+    """Mean token cross-entropy of rows under the current model, in eval mode.
+
+    Collective: the ranks share the batches, each then has every loss.
 
     Args:
         run: model, rows and collator.
+        positions: (m,) rows to score; None for all.
+        rows: of which data set; None for the training rows.
         max_rows: rows of a batch, at most.
 
     Returns:
-        (n,) float64; NaN for rows without a target token.
+        (n,) float64; NaN for rows not asked for, and for rows without a target token.
     """
-    train = run.data.train
-    losses = np.full(len(train), np.nan)
+    rows = run.data.train if rows is None else rows
     # Twice the budget of a gradient pass: nothing is kept for a backward.
     budget = 2 * token_budget(run.model)
-    with progress("losses of train", len(train), shown=run.shows_progress) as advance:
-        for rows, batch in batches(run, train, None, budget, advance, max_rows):
-            losses[rows] = batch_losses(run.model, batch).loss.double().cpu().numpy()
+    total = len(rows) if positions is None else len(positions)
+
+    def own_part() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        where, found = [np.empty(0, np.int64)], [np.empty(0)]
+        with progress(f"losses of {rows.name}", total, shown=run.shows_progress) as advance:
+
+            def told(done: int) -> None:
+                advance(min(done * run.ranks.world, total))
+
+            for at, batch in batches(run, rows, positions, budget, told, max_rows, shared=True):
+                where.append(at)
+                found.append(batch_losses(run.model, batch).loss.double().cpu().numpy())
+        return np.concatenate(where), np.concatenate(found)
+
+    losses = np.full(len(rows), np.nan)
+    for where, found in run.ranks.gather(own_part):
+        losses[where] = found
     return losses
 
 
@@ -62,7 +85,7 @@ class DirectScores:
 
 
 def direct_scores(
-    context: SelectContext, settings: FeatureSettings, aggregation: Literal["max", "mean"]
+    context: UpdateContext, settings: FeatureSettings, aggregation: Literal["max", "mean"]
 ) -> DirectScores:
     """Cosines to the target without a projection (`scoring: direct`).
 
@@ -118,11 +141,17 @@ def batches(
     budget: int,
     advance: OnRows,
     max_rows: int = 1024,
+    *,
+    shared: bool = False,
 ) -> Iterator[RowBatch]:
-    """Collated batches on the model's device, longest rows first, with their row positions."""
+    """Collated batches on the model's device, longest rows first, with their row positions.
+
+    With `shared` this rank gets its part of the batches alone.
+    """
     device = next(run.model.parameters()).device
     chosen = np.arange(len(rows)) if positions is None else positions
-    for batch_of in plan_batches(rows.lengths[chosen], budget, max_rows):
+    planned = plan_batches(rows.lengths[chosen], budget, max_rows)
+    for batch_of in run.ranks.share(planned) if shared else planned:
         where = chosen[batch_of]
         batch = run.collate([rows.dataset[int(i)] for i in where])
         yield where, {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}

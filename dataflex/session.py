@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import uuid
 from collections.abc import Callable
@@ -10,15 +11,29 @@ from typing import Any
 
 from dataflex.checkpoints import check_resumable
 from dataflex.config import RunConfig
-from dataflex.data import RunData, check_intervals, check_rows
+from dataflex.data import RunData, check_rows
 from dataflex.events import RunLog
 from dataflex.identity import known_identity
 from dataflex.registry import Component
 from dataflex.trainers.intervals import BatchShape
-from dataflex.trainers.select import SelectRun, select_schedule, select_trainer
-from dataflex.trainers.state import checkpoints, is_complete, load_state, newest_complete
+from dataflex.trainers.seam import Run, Seam, trainer_class
+from dataflex.trainers.state import (
+    checkpoints,
+    is_complete,
+    load_state,
+    newest_complete,
+    run_id_of,
+)
 from gradstore.errors import BadInput
-from gradstore.selection import check_k
+
+#: train_type -> what goes before LlamaFactory's trainer.
+SEAMS = {
+    "dynamic_select": "dataflex.trainers.select:SelectSeam",
+    "dynamic_mix": "dataflex.trainers.mix:MixSeam",
+    "dynamic_weight": "dataflex.trainers.weight:WeightSeam",
+    "dynamic_reorder": "dataflex.trainers.reorder:ReorderSeam",
+    "dynamic_lego": "dataflex.trainers.lego:LegoSeam",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +48,9 @@ class TrainSession:
     def __init__(self, config: RunConfig, component: Component) -> None:
         self.config = config
         self.component = component
+        self.strategy = component.build()
+        module, _, name = SEAMS[config.dataflex.train_type].partition(":")
+        self.seam: type[Seam] = getattr(importlib.import_module(module), name)
         self.checkpoint = resume_point(config)
         self.args = dict(config.llamafactory)
         self.args["resume_from_checkpoint"] = str(self.checkpoint) if self.checkpoint else None
@@ -49,21 +67,19 @@ class TrainSession:
             data: from the bridge.
             training_args: LlamaFactory's TrainingArguments.
         """
-        ours, cls = self.config.dataflex, self.component.cls
-        check_rows(data, needs_targets=getattr(cls, "needs_targets", False),
+        ours = self.config.dataflex
+        check_rows(data, needs_targets=getattr(self.strategy, "needs_targets", False),
                    subtask_sizes=ours.target_subtasks)  # fmt: skip
         shape = BatchShape(
             training_args.per_device_train_batch_size * max(1, training_args.n_gpu),
             training_args.gradient_accumulation_steps,
             training_args.world_size,
         )
-        check_intervals(len(data.train), ours.warmup_step, ours.update_step, shape.rows)
-        if getattr(cls, "needs_lora", False):
-            usable = int((data.train.target_tokens > 0).sum())
-            check_k(ours.update_step * shape.rows, usable, len(data.train))
-        schedule = select_schedule(self.config, len(data.train), shape.rows, training_args)
-        if not any(i.update for i in schedule.intervals()):
+        schedule = self.seam.plan(self.strategy, self.config, data, shape.rows, training_args)
+        if not ours.static_mix and not any(i.update for i in schedule.intervals()):
             _log.warning("the run of %d steps ends before its first update", schedule.budget)
+        if hasattr(self.strategy, "check_data"):
+            self.strategy.check_data(data, self.config)
         self._data = data
 
     def show(self) -> None:
@@ -77,14 +93,15 @@ class TrainSession:
         def build(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             if self._data is None:
                 raise RuntimeError("the trainer is built before its data were loaded")
-            run = SelectRun(
+            run = Run(
                 self.config,
                 self._data,
-                self.component.build(),
+                self.strategy,
                 self.component.name,
                 self._identity(kwargs["args"]),
+                self.component.params,
             )
-            trainer = select_trainer(base, run)(*args, **kwargs)
+            trainer = trainer_class(self.seam, base, run)(*args, **kwargs)
             # Never the trainer itself: kept beyond LlamaFactory's end of the process group, its
             # DDP wrapper would be destroyed late, which can hang under gloo.
             self._log = trainer.log_files if trainer.is_world_process_zero() else None
@@ -147,7 +164,7 @@ def run_identity(config: RunConfig, checkpoint: Path | None) -> str:
     Not remembered here: a start that is refused later must not disown earlier checkpoints.
     """
     if checkpoint is not None:
-        return load_state(checkpoint).run_id
+        return run_id_of(checkpoint)
     known = known_identity(config.output_dir)
     if known is None or config.get("overwrite_output_dir", False):
         return uuid.uuid4().hex

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dataflex.registry import register
-from dataflex.selectors.base import RunContext, SelectContext, Selection, Selector
+from dataflex.selectors.base import RunContext, Selection, Selector, UpdateContext
 from gradstore.errors import BadInput, ProvenanceMismatch
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ class LessSelector(Selector):
 
     needs_lora = True
     needs_targets = True
+    distinct = True
+    paper = "Xia et al. 2024, LESS: Selecting Influential Data, arXiv:2402.04333"
+    neutral = frozenset({"tokens_per_batch", "max_bad_fraction", "keep_generations"})
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class LessSelector(Selector):
 
     def start(self, run: RunContext) -> None:
         """Open the store: its refusals come before the first training step."""
-        if self.scoring == "projected":
+        if self.scoring == "projected" and run.ranks.leads:
             from dataflex.features import FeatureService
 
             self._check_store(run)
@@ -115,13 +118,14 @@ class LessSelector(Selector):
             self._service.close()
             self._service = None
 
-    def select(self, count: int, context: SelectContext) -> Selection:
+    def select(self, count: int, context: UpdateContext) -> Selection:
         """Score every training row against the target, take the best `count`."""
-        return (
-            self._direct(count, context)
-            if self._service is None
-            else self._projected(count, context, self._service)
-        )
+        return context.run.ranks.decide(lambda: self._select(count, context))
+
+    def _select(self, count: int, context: UpdateContext) -> Selection:
+        if self._service is None:
+            return self._direct(count, context)
+        return self._projected(count, context, self._service)
 
     def state(self) -> dict[str, Any]:
         """Which store, and how far: a resume refuses another one."""
@@ -160,7 +164,7 @@ class LessSelector(Selector):
                 "with overwrite_output_dir: true."
             )
 
-    def _projected(self, count: int, context: SelectContext, service: FeatureService) -> Selection:
+    def _projected(self, count: int, context: UpdateContext, service: FeatureService) -> Selection:
         from gradstore.influence import influence_scores
         from gradstore.moments import AdamMoments
         from gradstore.selection import select_top
@@ -176,7 +180,8 @@ class LessSelector(Selector):
             aggregation=self.aggregation,
         )
         clock.append(time.perf_counter())
-        rows = select_top(scores.values, count, usable=scores.usable)
+        usable = context.among_candidates(scores.usable)
+        rows = select_top(scores.values, count, usable=usable)
         clock.append(time.perf_counter())
         if self.keep_generations is not None:
             # Those made since the last checkpoint come on top: a resume starts before them and
@@ -201,14 +206,15 @@ class LessSelector(Selector):
             },
         )
 
-    def _direct(self, count: int, context: SelectContext) -> Selection:
+    def _direct(self, count: int, context: UpdateContext) -> Selection:
         from dataflex.scoring import direct_scores
         from gradstore.selection import select_top
 
         began = time.perf_counter()
         scored = direct_scores(context, self.settings, self.aggregation)
         exported = time.perf_counter()
-        rows = select_top(scored.scores, count, usable=np.isfinite(scored.scores))
+        usable = context.among_candidates(np.isfinite(scored.scores))
+        rows = select_top(scored.scores, count, usable=usable)
         return Selection(
             rows,
             scored.scores[rows],

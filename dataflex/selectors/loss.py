@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.registry import register
-from dataflex.selectors.base import SelectContext, Selection, Selector
+from dataflex.selectors.base import Selection, Selector, UpdateContext
 from gradstore.errors import BadInput
 
 FloatArray = npt.NDArray[np.float64]
@@ -29,6 +29,8 @@ class LossSelector(Selector):
         seed: combined with the step.
         score_batch_size: rows of a scoring batch, at most; batches are bounded by tokens as well.
     """
+
+    neutral = frozenset({"score_batch_size"})
 
     def __init__(
         self,
@@ -58,12 +60,10 @@ class LossSelector(Selector):
         self.seed = seed
         self.score_batch_size = score_batch_size
 
-    def select(self, count: int, context: SelectContext) -> Selection:
+    def select(self, count: int, context: UpdateContext) -> Selection:
         """Score every row with the current model, then draw."""
-        from dataflex.scoring import row_losses
-
         began = time.perf_counter()
-        losses = row_losses(context.run, max_rows=self.score_batch_size)
+        losses = current_losses(context, self.score_batch_size)
         scored = time.perf_counter()
         weights = band_weights(losses, self.focus, self.focus_weight, self.quantiles)
         probabilities = tempered(weights, self.temperature)
@@ -75,9 +75,18 @@ class LossSelector(Selector):
             tokens=int(context.run.data.train.lengths.sum()),
             score_seconds=scored - began,
             select_seconds=time.perf_counter() - scored,
-            skipped={"no_loss": int((~np.isfinite(losses)).sum())},
+            skipped={"no_loss": len(context.candidates) - int(np.isfinite(losses).sum())},
+            numbers={"loss_mean": float(np.nanmean(losses))},
             manifest={"focus": self.focus, "seed": self.seed + context.step},
         )
+
+
+def current_losses(context: UpdateContext, max_rows: int) -> FloatArray:
+    """(n,) mean token losses of the candidates under the present model; NaN elsewhere."""
+    board = context.run.board
+    if board is None:
+        raise BadInput("losses are scored during training alone")
+    return board.losses(context.run, context.step, context.candidates, max_rows=max_rows)
 
 
 def band_weights(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dataflex.registry import register
-from dataflex.selectors.base import SelectContext, Selection, Selector
+from dataflex.selectors.base import Selection, Selector, UpdateContext
 from gradstore.errors import BadInput
 
 
@@ -24,9 +24,9 @@ class RandomSelector(Selector):
         self.seed = seed
         self.replacement = replacement
 
-    def select(self, count: int, context: SelectContext) -> Selection:
+    def select(self, count: int, context: UpdateContext) -> Selection:
         """The head of a permutation, or independent draws; seeded by seed + step."""
-        usable = np.flatnonzero(context.run.data.train.target_tokens > 0)
+        usable = context.candidates
         n = len(usable)
         if count > n and not self.replacement:
             raise BadInput(

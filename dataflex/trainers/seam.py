@@ -1,44 +1,67 @@
-"""One mixin over public Trainer methods: the place where data changes at an exact optimizer step.
+"""What every trainer of ours has in common: life cycle, checkpointed state, what a user is told.
 
-`get_batch_samples` is called once per optimizer step; it ignores the stock loader and serves the
-interval that contains `state.global_step`. Samplers would not do: they run ahead of training.
-Nothing here knows what decides about the rows; a subclass says that in `rows_for`.
+A mixin over public Trainer methods; it changes nothing about data or loss. `served.py` adds the
+data of exact steps, `losses.py` the weights of samples; a trainer of one kind is thin over them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from dataflex.schedule import EventKind, Interval, Schedule
-from dataflex.trainers.intervals import BatchShape, RowOrder, loader
+from dataflex.config import RunConfig
+from dataflex.context import RunContext
+from dataflex.data import RunData
+from dataflex.events import RunLog
+from dataflex.identity import remember_identity
+from dataflex.ranks import Ranks
+from dataflex.registry import RETIRED
+from dataflex.schedule import Schedule
+from dataflex.scoreboard import Scoreboard
+from dataflex.trainers.intervals import BatchShape
 from dataflex.trainers.state import RunState, load_state
-from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch
+from dataflex.window import as_json
+from gradstore.discard import discard_store
+from gradstore.errors import BadInput, ProvenanceMismatch
 
 _log = logging.getLogger(__name__)
 
 
-class Seam:
-    """Mixed in before a transformers Trainer.
+@dataclass(frozen=True)
+class Run:
+    """What a session hands to its trainer.
 
-    A subclass sets `schedule`, `run_id`, `rows_sha256`, `ordered` in its constructor and provides
-    `rows_for`, `component_state`, `restore_component`.
+    Attributes:
+        config: the checked configuration.
+        data: the rows.
+        strategy: the component, built.
+        name: its preset's name, for messages.
+        run_id: the same for a run and its resumes.
+        params: the preset's parameters with `component_params` over them.
     """
 
-    schedule: Schedule
+    config: RunConfig
+    data: RunData
+    strategy: Any
+    name: str
     run_id: str
-    rows_sha256: str
-    #: Train on an interval's rows in the order given, never shuffled.
-    ordered: bool = False
+    params: Mapping[str, Any]
+
+
+class Seam:
+    """Mixed in before a transformers Trainer; `trainer_class` sets `run`."""
+
+    run: Run
 
     # What the mixin takes from the Trainer below it.
     args: Any
@@ -50,33 +73,51 @@ class Seam:
     accelerator: Any
     train_dataset: Any
     data_collator: Any
+    finetuning_args: Any
+    callback_handler: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
         super().__init__(*args, **kwargs)
-        self._interval: Interval | None = None
-        self._rows = np.empty(0, dtype=np.int64)
-        self._batches: Iterator[Any] = iter(())
-        self._rate_sum, self._rate_steps = 0.0, 0
+        self.ranks = Ranks(int(self.args.process_index), int(self.args.world_size))
+        self.schedule = self.plan(
+            self.run.strategy, self.run.config, self.run.data, self.batch_shape.rows, self.args
+        )
+        self.rows_sha256 = hashlib.sha256(self.run.data.train.row_set.hashes.tobytes()).hexdigest()
+        self.log_files = RunLog(Path(self.args.output_dir))
+        self._numbers: dict[str, float] = {}
+        _set_early_stopping(self, self.run.config.dataflex.early_stopping_min_delta)
 
-    # -- what a subclass decides ------------------------------------------------------------------
+    # -- what a kind of trainer decides -----------------------------------------------------------
 
-    def rows_for(self, interval: Interval, learning_rate: float) -> npt.NDArray[np.int64]:
-        """(k,) rows of an interval that begins now; called on every rank."""
-        raise TypeError(f"{type(self).__name__} does not implement rows_for")
+    @classmethod
+    def plan(
+        cls,
+        strategy: Any,  # noqa: ANN401 - of any kind
+        config: RunConfig,
+        data: RunData,
+        global_batch: int,
+        args: Any,  # noqa: ANN401
+    ) -> Schedule:
+        """The schedule of a run; refusals come before the model is loaded.
 
-    def settings(self) -> Mapping[str, Any]:
-        """Whatever else a resume must agree on, as JSON values."""
+        Args:
+            strategy: the component, built but not started.
+            config: the checked configuration.
+            data: rows, as processed.
+            global_batch: B, rows of one optimizer step over all ranks.
+            args: LlamaFactory's TrainingArguments.
+
+        Raises:
+            BadInput: the rows do not suffice for an interval, or W, U, T make no schedule.
+        """
+        raise TypeError(f"{cls.__name__} does not implement plan")
+
+    def more_state(self) -> Mapping[str, Any]:
+        """What a checkpoint keeps beside the strategy's state: JSON values and arrays."""
         return {}
 
-    def component_state(self) -> Mapping[str, Any]:
-        """JSON values a checkpoint keeps for the component."""
-        return {}
-
-    def restore_component(self, state: Mapping[str, Any]) -> None:
-        """Take back what `component_state` gave."""
-
-    def before_training(self) -> None:
-        """The last place for refusals: model and rows are there, nothing was trained."""
+    def restore_more(self, state: RunState) -> None:
+        """Take back what this kind of trainer put into a checkpoint."""
 
     # -- public Trainer methods -------------------------------------------------------------------
 
@@ -89,48 +130,20 @@ class Seam:
             self.args.world_size,
         )
 
-    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:  # noqa: ANN401
-        """The schedule's budget is the run; an epoch is a whole number of optimizer steps.
-
-        With the stock numbers an epoch may end inside an accumulation window, and the loop then
-        counts a step short: boundaries would be skipped.
-        """
-        rows, batch = len(self.train_dataset), self.batch_shape.rows
-        steps_per_epoch = max(1, -(-rows // batch))
-        budget = self.schedule.budget
-        epochs = -(-budget // steps_per_epoch)
-        steps_in_epoch = steps_per_epoch * args.gradient_accumulation_steps
-        return epochs, steps_per_epoch, rows, budget * batch, batch, steps_in_epoch, budget
-
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Restore what `state.json` keeps, then train."""
-        if resume_from_checkpoint:
-            self._restore(load_state(Path(str(resume_from_checkpoint))))
-        self.before_training()
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        """Restore what `state.json` keeps, start the strategy, train, and let it go."""
+        try:
+            if resume_from_checkpoint:
+                self._restore(load_state(Path(str(resume_from_checkpoint))))
+            self._begin(anew=not resume_from_checkpoint)
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.run.strategy.finish()
 
-    def get_batch_samples(
-        self,
-        epoch_iterator: Any,  # noqa: ANN401
-        num_batches: int,
-        device: torch.device,
-    ) -> tuple[list[Any], Any]:
-        """The micro-batches of the coming step, from the interval it belongs to.
-
-        Leaves every random state as it found it: after a resume the Trainer restores the states
-        behind this call, so a single draw here would make the two runs differ.
-        """
-        step = int(self.state.global_step)
-        if step >= self.state.max_steps:
-            # A run resumed at its last step would train one too many.
-            self.control.should_training_stop = True
-            return [], None
-        with random_states_kept():
-            self._enter(step)
-            window = [next(self._batches) for _ in range(self.batch_shape.accumulation)]
-            self._rate_sum += float(self.lr_scheduler.get_last_lr()[0])
-            self._rate_steps += 1
-            return super().get_batch_samples(iter(window), len(window), device)  # type: ignore[misc, no-any-return]
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """The Trainer's own log lines carry what the strategy told since the last one."""
+        told, self._numbers = self._numbers, {}
+        super().log({**logs, **told}, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A checkpoint's state goes in before trainer_state.json, which completes it."""
@@ -140,76 +153,103 @@ class Seam:
             self.save_state_beside(Path(str(output_dir)))
 
     def save_state_beside(self, checkpoint: Path) -> None:
-        """Write `dataflex/state.json` of the current step into a checkpoint folder."""
-        interval = {} if self._interval is None else asdict(self._interval)
-        RunState(
+        """Write `dataflex/state.json` of the current step into a checkpoint folder.
+
+        Adam moments by name go beside it: `gradstore build` then needs no optimizer.pt.
+        """
+        if self.run.strategy.needs_lora and keeps_moments(self.optimizer):
+            from gradstore.moments import AdamMoments
+
+            moments = AdamMoments.from_optimizer(self.optimizer, self.model)
+            moments.save(checkpoint / "dataflex" / "moments.safetensors")
+        self.present_state().save(checkpoint)
+
+    def present_state(self) -> RunState:
+        """The state between two optimizer steps."""
+        s = self.schedule
+        return RunState(
             step=int(self.state.global_step),
-            run_id=self.run_id,
-            schedule=self._schedule_key(),
+            run_id=self.run.run_id,
+            schedule=(s.warmup_step, s.update_step, s.update_times),
             rows_sha256=self.rows_sha256,
             settings=self.settings(),
-            interval=interval,
-            rows=tuple(self._rows.tolist()),
-            rate_sum=self._rate_sum,
-            rate_steps=self._rate_steps,
-            component=self.component_state(),
-        ).save(checkpoint)
-
-    # -- intervals --------------------------------------------------------------------------------
-
-    def _enter(self, step: int) -> None:
-        """Open the interval of `step` if it is not the one being served."""
-        held = self._interval
-        if held is None or not held.start <= step < held.stop:
-            interval = self.schedule.interval(step)
-            mean_rate = self._rate_sum / self._rate_steps if self._rate_steps else self._rate()
-            self._rows = self.rows_for(interval, mean_rate)
-            if len(self._rows) == 0:
-                raise BadInput(f"the component chose no row at step {step}.")
-            self._interval = interval
-            if interval.kind is EventKind.UPDATE:
-                self._rate_sum, self._rate_steps = 0.0, 0
-            self._serve(interval, step)
-
-    def _serve(self, interval: Interval, step: int) -> None:
-        seed = None if self._in_given_order() else (int(self.args.seed), interval.start)
-        workers = self.args.dataloader_num_workers
-        self._batches = loader(
-            self.train_dataset,
-            RowOrder(self._rows, seed),
-            range(step - interval.start, interval.stop - interval.start),
-            self.args.process_index,
-            self.batch_shape,
-            self.data_collator,
-            workers=workers,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            component=self.run.strategy.state(),
+            more=self.more_state(),
         )
 
-    def _in_given_order(self) -> bool:
-        finetuning = getattr(self, "finetuning_args", None)
-        return self.ordered or bool(getattr(finetuning, "disable_shuffling", False))
+    def settings(self) -> Mapping[str, Any]:
+        """What a resume must agree on: the component, its parameters, the rows of a step."""
+        neutral = {*RETIRED, *getattr(self.run.strategy, "neutral", ())}
+        return {
+            "component_name": self.run.name,
+            "component_params": {k: v for k, v in self.run.params.items() if k not in neutral},
+            "rows_per_step": self.batch_shape.rows,
+        }
 
-    def _rate(self) -> float:
-        return float(self.lr_scheduler.get_last_lr()[0])
+    # -- telling ----------------------------------------------------------------------------------
 
-    def _schedule_key(self) -> tuple[int, int, int]:
-        s = self.schedule
-        return (s.warmup_step, s.update_step, s.update_times)
+    def tell(self, numbers: Mapping[str, float]) -> None:
+        """Hand numbers to the Trainer's next log line, as `dataflex/<name>`."""
+        self._numbers |= {f"dataflex/{k}": v for k, v in as_json(numbers).items()}
+
+    # -- life cycle -------------------------------------------------------------------------------
+
+    @cached_property
+    def context(self) -> RunContext:
+        """What strategies may look at."""
+        return RunContext(
+            config=self.run.config,
+            data=self.run.data,
+            collate=self.data_collator,
+            model=self.model,
+            output_dir=Path(self.args.output_dir),
+            run_id=self.run.run_id,
+            seed=int(self.args.seed),
+            autocast=str(self.accelerator.mixed_precision or "no").replace("no", "off"),
+            shows_progress=self.ranks.leads and not self.args.disable_tqdm,
+            ranks=self.ranks,
+            board=Scoreboard(len(self.run.data.train)),
+        )
+
+    def _begin(self, *, anew: bool) -> None:
+        """The last place for refusals: model and rows are there, nothing was trained."""
+        config = self.run.config
+        anew = anew and bool(config.get("overwrite_output_dir", False))
+
+        def discard() -> None:
+            if anew and config.owns_store:
+                discard_store(config.store_path)
+
+        def own() -> None:
+            remember_identity(config.output_dir, self.run.run_id)
+            # After the strategy's refusals: they leave an earlier run's records as they were.
+            if anew:
+                self.log_files.clear()
+
+        self.ranks.decide(discard)
+        with random_states_kept():
+            self.ranks.gather(lambda: self.run.strategy.start(self.context))
+        self.ranks.decide(own)
 
     def _restore(self, state: RunState) -> None:
         """Go on where the checkpoint was: same rows, same position, same component."""
-        if state.schedule != self._schedule_key():
+        s = self.schedule
+        if state.schedule != (now := (s.warmup_step, s.update_step, s.update_times)):
             raise BadInput(
                 f"the checkpoint was made with (warmup_step, update_step, update_times) = "
-                f"{state.schedule}, this configuration has {self._schedule_key()}. "
+                f"{state.schedule}, this configuration has {now}. "
                 "Restore the values, or start anew with overwrite_output_dir: true."
             )
-        now = self.settings()
-        changed = sorted(k for k in {*now, *state.settings} if now.get(k) != state.settings.get(k))
+        settings = self.settings()
+        changed = sorted(
+            k for k in {*settings, *state.settings} if settings.get(k) != state.settings.get(k)
+        )
         if changed:
             raise BadInput(
                 "the checkpoint was made with other settings: "
-                + "; ".join(f"{k} {state.settings.get(k)!r}, now {now.get(k)!r}" for k in changed)
+                + "; ".join(
+                    f"{k} {state.settings.get(k)!r}, now {settings.get(k)!r}" for k in changed
+                )
                 + ". Restore them, or start anew with overwrite_output_dir: true."
             )
         if state.rows_sha256 != self.rows_sha256:
@@ -217,16 +257,31 @@ class Seam:
                 "the checkpoint was made on other training rows (data, template, tokenizer or "
                 "cutoff_len changed). Restore them, or start anew with overwrite_output_dir: true."
             )
-        self._rate_sum, self._rate_steps = state.rate_sum, state.rate_steps
-        self.restore_component(state.component)
-        if state.interval:
-            held = {**state.interval, "kind": EventKind(state.interval["kind"])}
-            self._interval = Interval(**held)
-            self._rows = np.asarray(state.rows, dtype=np.int64)
-            if not set(state.rows) <= set(range(len(self.train_dataset))):
-                raise DamagedData("the checkpoint's state.json names rows that do not exist.")
-            if state.step < self._interval.stop:
-                self._serve(self._interval, state.step)
+        self.run.strategy.restore(state.component)
+        self.restore_more(state)
+
+
+def trainer_class(seam: type[Seam], base: type, run: Run) -> type:
+    """LlamaFactory's trainer class with `seam` before it, for one run."""
+    return type(f"{seam.__name__.removesuffix('Seam')}{base.__name__}", (seam, base), {"run": run})
+
+
+def keeps_moments(optimizer: Any) -> bool:  # noqa: ANN401 - an optimizer or accelerate's wrapper
+    """Whether an optimizer is of the Adam family; true also before its first step."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    states = [state for state in inner.state.values() if state]
+    if states:
+        return all("exp_avg" in state and "exp_avg_sq" in state for state in states)
+    return "adam" in type(inner).__name__.lower()
+
+
+def _set_early_stopping(trainer: Any, min_delta: float) -> None:  # noqa: ANN401 - a Trainer
+    """Give the callback that LlamaFactory adds for `early_stopping_steps` its threshold."""
+    from transformers import EarlyStoppingCallback
+
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EarlyStoppingCallback):
+            callback.early_stopping_threshold = min_delta
 
 
 @contextlib.contextmanager

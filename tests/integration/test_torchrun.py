@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from dataflex.trainers.state import load_state
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 
 FORCED = {"FORCE_TORCHRUN": "1", "DISABLE_VERSION_CHECK": "1"}
@@ -40,10 +42,10 @@ def test_two_processes_agree(cli: Any, config: Any, tmp_path: Path) -> None:
     assert len(set(chosen["indices"])) == 3 * 2 * 2, "U steps of 2 rows on 2 ranks"
     events = (tmp_path / "run" / "dataflex" / "events.jsonl").read_text().splitlines()
     assert len(events) == 1
-    state = json.loads((tmp_path / "run" / "checkpoint-4" / "dataflex" / "state.json").read_text())
+    state = load_state(tmp_path / "run" / "checkpoint-4")
     owner = json.loads((tmp_path / "run" / "dataflex" / "run.json").read_text())
-    assert state["run_id"] == owner["run_id"]
-    assert state["rows"] == chosen["indices"]
+    assert state.run_id == owner["run_id"]
+    assert state.more["rows"].tolist() == chosen["indices"]
 
 
 def test_a_configuration_is_refused_before_any_worker_starts(cli: Any, config: Any) -> None:

@@ -40,56 +40,62 @@ IMPORTED = (
 
 
 def plant(faults: dict[str, Any]) -> None:
-    """Wrap the run's own functions so that they kill the process, or tell what they serve."""
-    from dataflex.trainers import select
-    from dataflex.trainers.seam import Seam
+    """Wrap the run's own trainer so that it kills the process, or tells what it serves."""
+    from dataflex import session
 
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    make = session.trainer_class
 
-    serve, save, export = Seam.get_batch_samples, Seam.save_model, select.SelectSeam._select
-    exported = 0
+    def make_faulty(*args: Any) -> type:
+        return type("Faulty", (make(*args),), {"faults": faults, **FAULTY})
 
-    def serve_or_die(self: Any, *args: Any) -> Any:
-        step = self.state.global_step
-        if step == faults.get("kill_step"):
-            die()
-        if step == faults.get("interrupt_step"):
-            os.kill(os.getpid(), signal.SIGINT)
-        answer = serve(self, *args)
-        if "trace" in faults:
-            digest = hashlib.sha256()
-            for batch in answer[0]:
-                digest.update(batch["input_ids"].numpy().tobytes())
-            with open(faults["trace"], "a") as file:
-                file.write(f"{step} {digest.hexdigest()}\n")
-        return answer
+    session.trainer_class = make_faulty  # type: ignore[assignment]
+    if "kill_rows" in faults:
+        die_exporting(faults["kill_rows"])
 
-    def save_or_die(self: Any, output_dir: Any = None, _internal_call: bool = False) -> None:
-        if _internal_call and self.state.global_step == faults.get("kill_saving"):
-            self.save_state_beside = lambda checkpoint: die()
-        save(self, output_dir, _internal_call)
 
-    def select_or_die(self: Any, *args: Any) -> Any:
-        if "kill_rows" in faults:
-            from gradstore import export as module
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
-            yield_rows = module.export_features
 
-            def counted(*inner: Any, **kwargs: Any) -> Any:
-                nonlocal exported
-                for part in yield_rows(*inner, **kwargs):
-                    exported += len(part.rows)
-                    if exported >= faults["kill_rows"]:
-                        die()
-                    yield part
+def serve_or_die(self: Any, *args: Any) -> Any:
+    step = self.state.global_step
+    if step == self.faults.get("kill_step"):
+        die()
+    if step == self.faults.get("interrupt_step"):
+        os.kill(os.getpid(), signal.SIGINT)
+    answer = super(type(self), self).get_batch_samples(*args)
+    if "trace" in self.faults:
+        digest = hashlib.sha256()
+        for batch in answer[0]:
+            digest.update(batch["input_ids"].numpy().tobytes())
+        with open(self.faults["trace"], "a") as file:
+            file.write(f"{step} {digest.hexdigest()}\n")
+    return answer
 
-            module.export_features = counted
-        return export(self, *args)
 
-    Seam.get_batch_samples = serve_or_die  # type: ignore[method-assign]
-    Seam.save_model = save_or_die  # type: ignore[method-assign]
-    select.SelectSeam._select = select_or_die  # type: ignore[method-assign]
+def save_or_die(self: Any, output_dir: Any = None, _internal_call: bool = False) -> None:
+    if _internal_call and self.state.global_step == self.faults.get("kill_saving"):
+        self.save_state_beside = lambda checkpoint: die()
+    super(type(self), self).save_model(output_dir, _internal_call)
+
+
+FAULTY = {"get_batch_samples": serve_or_die, "save_model": save_or_die}
+
+
+def die_exporting(rows: int) -> None:
+    from gradstore import export as module
+
+    yield_rows, exported = module.export_features, 0
+
+    def counted(*inner: Any, **kwargs: Any) -> Any:
+        nonlocal exported
+        for part in yield_rows(*inner, **kwargs):
+            exported += len(part.rows)
+            if exported >= rows:
+                die()
+            yield part
+
+    module.export_features = counted
 
 
 def run(request: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataflex.selectors.base import SelectContext, Selection, Selector
+from dataflex.selectors.base import Selection, Selector, UpdateContext
 
 
 class LongestAnswer(Selector):
@@ -28,7 +28,7 @@ class LongestAnswer(Selector):
         self.share = share
         self.seed = seed
 
-    def select(self, count: int, context: SelectContext) -> Selection:
+    def select(self, count: int, context: UpdateContext) -> Selection:
         """Draw `count` rows without replacement from the longest ones."""
         lengths = context.run.data.train.target_tokens
         pool = max(count, int(self.share * len(lengths)))

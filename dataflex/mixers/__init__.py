@@ -1,0 +1,1 @@
+"""Mixers: in what proportions domains are trained on; one strategy a file."""

@@ -1,0 +1,1 @@
+"""Reorders: in which order all rows are trained on; one strategy a file."""

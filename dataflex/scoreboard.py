@@ -1,0 +1,65 @@
+"""Losses of training rows, taken once per model state and shared by whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.context import RunContext
+
+
+class Scoreboard:
+    """Per row, the newest loss and the step it was taken at (ALGORITHMS 5, rule 7)."""
+
+    def __init__(self, rows: int) -> None:
+        self._values = np.full(rows, np.nan)
+        self._taken = np.full(rows, -1, dtype=np.int64)
+        #: Tokens that went through the model at the last call; 0 where all was known.
+        self.tokens = 0
+
+    def losses(
+        self,
+        run: RunContext,
+        step: int,
+        positions: npt.NDArray[np.int64] | None = None,
+        *,
+        max_age: int = 0,
+        max_rows: int = 1024,
+    ) -> npt.NDArray[np.float64]:
+        """Mean token cross-entropy of rows under the model of `step`, or of a little earlier.
+
+        Collective: every rank must ask, each then has every loss.
+
+        Args:
+            run: model, rows and collator.
+            step: g, optimizer steps finished.
+            positions: (m,) rows asked for; None for all.
+            max_age: how many steps old a loss may be.
+            max_rows: rows of a scoring batch, at most.
+
+        Returns:
+            (n,) float64, NaN for rows not asked for, and for rows without a target token.
+        """
+        from dataflex.scoring import row_losses
+
+        asked = np.arange(len(self._values)) if positions is None else positions
+        known = (self._taken[asked] >= 0) & (step - self._taken[asked] <= max_age)
+        wanted = asked[~known]
+        self.tokens = int(run.data.train.lengths[wanted].sum())
+        if len(wanted):
+            self._values[wanted] = row_losses(run, wanted, max_rows=max_rows)[wanted]
+            self._taken[wanted] = step
+        found = np.full(len(self._values), np.nan)
+        found[asked] = self._values[asked]
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"values": self._values.copy(), "taken": self._taken.copy()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self._values[:], self._taken[:] = state["values"], state["taken"]

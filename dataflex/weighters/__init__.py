@@ -1,0 +1,1 @@
+"""Weighters: which samples of an optimizer step count more; one strategy a file."""
