@@ -99,6 +99,7 @@ def run_replaced(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_configuration_faults())
         stack.enter_context(_row_sources())
+        stack.enter_context(_whole_log_lines())
         load = _dataset_loader(config, sft.get_dataset, on_data)
         for workflow, trainer in ((sft, "CustomSeq2SeqTrainer"), (pt, "CustomTrainer")):
             stack.enter_context(
@@ -106,6 +107,26 @@ def run_replaced(
             )
             stack.enter_context(_swapped(workflow, "get_dataset", load))
         run_exp(dict(args))
+
+
+@contextlib.contextmanager
+def _whole_log_lines() -> Iterator[None]:
+    """`trainer_log.jsonl` gets our numbers too: LlamaFactory writes the keys it knows alone."""
+    from llamafactory.train import tuner
+
+    class WholeLines(tuner.LogCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ANN401
+            ours = {k: v for k, v in state.log_history[-1].items() if k.startswith("dataflex/")}
+
+            def write(output_dir: str, logs: dict[str, Any]) -> None:
+                super(WholeLines, self)._write_log(output_dir, {**logs, **ours})
+
+            # The line is written later, by another thread: it keeps the numbers of now.
+            self._write_log = write
+            super().on_log(args, state, control, **kwargs)
+
+    with _swapped(tuner, "LogCallback", WholeLines):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ from gradstore.disk.replace import replace_file
 
 OnRows = Callable[[int], None]
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class SelectionEvent:
-    """One line of events.jsonl. Seconds are wall-clock; tokens are those a pass went through."""
+    """A selection's line of events.jsonl. Seconds are wall-clock; tokens are those of all passes.
+
+    `chosen` counts the chosen rows by data set.
+    """
 
     step: int
     component: str
@@ -37,16 +43,18 @@ class SelectionEvent:
 
 
 class RunLog:
-    """Writes one run's files under `output_dir/dataflex/`. Rank 0 alone owns one."""
+    """Writes one run's files under `output_dir/dataflex/`. Rank 0 alone writes."""
 
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / "dataflex"
-        self.events: list[SelectionEvent] = []
+        self._told: list[tuple[int, str, str, float | None]] = []
 
     def clear(self) -> None:
         """Forget what an earlier run left here; a new run in the same folder starts clean."""
-        shutil.rmtree(self.folder / "selections", ignore_errors=True)
-        (self.folder / "events.jsonl").unlink(missing_ok=True)
+        for name in ("selections", "plans"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for name in ("events.jsonl", "picture.png"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def selection(
         self,
@@ -65,32 +73,66 @@ class RunLog:
         path = self.folder / "selections" / f"step_{step}.json"
         replace_file(path, json.dumps(content).encode())
 
-    def event(self, event: SelectionEvent) -> None:
-        """Append one line to events.jsonl and remember it for the table at the end."""
-        self.events.append(event)
+    def update(
+        self,
+        kind: str,
+        step: int,
+        component: str,
+        told: str,
+        *,
+        in_table: bool = True,
+        **values: Any,  # noqa: ANN401 - JSON values
+    ) -> None:
+        """What one update changed: a line on the screen, in events.jsonl, in the last table.
+
+        Args:
+            kind: select, mix, weight, reorder or pipeline.
+            step: g, optimizer steps finished.
+            component: name of the preset.
+            told: what changed, in a few words.
+            in_table: whether the table at the end has a row for it.
+            **values: the rest of the line in events.jsonl; `pause_seconds` is shown.
+        """
+        _log.info("step %d: %s %s", step, component, told)
+        if in_table:
+            self._told.append((step, component, told, values.get("pause_seconds")))
+        line = {"event": kind, "step": step, "component": component, **values}
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(event)) + "\n")
+            file.write(json.dumps(line) + "\n")
 
     def table(self) -> None:
-        """Print what every selection of this process did."""
+        """Print what every update of this process did."""
         from rich.console import Console
         from rich.table import Table
 
-        if not self.events:
+        if not self._told:
             return
-        table = Table(title="Selections of this run")
-        for column in ("step", "component", "scored rows", "skipped", "pause"):
-            table.add_column(column, justify="left" if column == "component" else "right")
-        table.add_column("chosen, by data set")
-        for e in self.events:
-            chosen = ", ".join(f"{name} {count}" for name, count in e.chosen.items())
-            skipped = str(sum(e.skipped.values()))
-            pause = f"{e.pause_seconds:.1f} s"
-            table.add_row(str(e.step), e.component, f"{e.train_rows:,}", skipped, pause, chosen)
+        table = Table(title="Updates of this run")
+        for column in ("step", "component", "what changed", "pause"):
+            table.add_column(column, justify="right" if column in ("step", "pause") else "left")
+        for step, component, told, pause in self._told:
+            table.add_row(str(step), component, told, "" if pause is None else f"{pause:.1f} s")
         console = Console(stderr=True)
         console.print(table)
-        console.print(f"rows and scores: {self.folder / 'selections'}", soft_wrap=True)
+        console.print(f"all of it: {self.folder}", soft_wrap=True)
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Lines of `events.jsonl`, by step; where a resumed run told a step again, the last one.
+
+    Args:
+        folder: `output_dir/dataflex`.
+    """
+    path = folder / "events.jsonl"
+    if not path.is_file():
+        return []
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut the last line
+            event = json.loads(line)
+            found[event["event"], event["step"]] = event
+    return sorted(found.values(), key=lambda event: int(event["step"]))
 
 
 @contextlib.contextmanager

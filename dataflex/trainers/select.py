@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,9 @@ from dataflex.events import SelectionEvent
 from dataflex.schedule import EventKind, Interval, Schedule, select_budget
 from dataflex.selectors.base import Selection
 from dataflex.trainers.served import ServedSeam, check_rows_of
+from dataflex.window import as_json
 from gradstore.errors import BadInput
 from gradstore.selection import check_k
-
-_log = logging.getLogger(__name__)
 
 
 class SelectSeam(ServedSeam):
@@ -84,23 +84,26 @@ class SelectSeam(ServedSeam):
             **selection.manifest,
         }
         self.log_files.selection(step, rows, selection.scores, manifest)
-        self.log_files.event(
-            SelectionEvent(
-                step=step,
-                component=self.run.name,
-                train_rows=len(train),
-                target_rows=selection.target_rows,
-                tokens=selection.tokens,
-                export_seconds=selection.export_seconds,
-                score_seconds=selection.score_seconds,
-                select_seconds=selection.select_seconds,
-                pause_seconds=pause,
-                skipped=dict(selection.skipped),
-                chosen=dict(Counter(names).most_common(8)),
-            )
+        event = SelectionEvent(
+            step=step,
+            component=self.run.name,
+            train_rows=len(train),
+            target_rows=selection.target_rows,
+            tokens=selection.tokens,
+            export_seconds=selection.export_seconds,
+            score_seconds=selection.score_seconds,
+            select_seconds=selection.select_seconds,
+            pause_seconds=pause,
+            skipped=dict(selection.skipped),
+            chosen=dict(Counter(names).most_common(8)),
         )
-        _log.info("step %d: %s chose %d of %d rows in %.1f s%s", step, self.run.name, len(rows),
-                  len(train), pause, _score_range(numbers))  # fmt: skip
+        told = f"chose {len(rows)} of {len(train)} rows{_by_set(event.chosen)}"
+        self.log_files.update(
+            "select",
+            told=told + _score_range(numbers),
+            **asdict(event),
+            numbers=as_json(numbers),
+        )
 
 
 def warmup_rows(data: RunData, count: int, seed: int, stage: int) -> npt.NDArray[np.int64]:
@@ -126,6 +129,13 @@ def selection_numbers(
             "score_max": float(np.nanmax(scores)),
         }
     return numbers
+
+
+def _by_set(chosen: Mapping[str, int]) -> str:
+    """Which data sets they came from, where there are several."""
+    if len(chosen) < 2:
+        return ""
+    return f" ({', '.join(f'{name} {count}' for name, count in chosen.items())})"
 
 
 def _score_range(numbers: dict[str, float]) -> str:

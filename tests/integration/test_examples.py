@@ -26,10 +26,12 @@ def test_an_example_runs_as_often_as_one_likes(path: Path, cli: Any, tmp_path: P
     for rows in ("max_samples=48", "max_samples=44")[: 2 if path.stem == "less" else 1]:
         result = cli("train", path, *FEWER, rows, f"output_dir={run}")
         assert result.code == 0, result.err[-3000:]
-        assert "Selections of this run" in result.err
+        assert "Updates of this run" in result.err
         chosen = json.loads((run / "dataflex" / "selections" / "step_2.json").read_text())
         assert len(chosen["indices"]) == 4
         assert len((run / "dataflex" / "events.jsonl").read_text().splitlines()) == 1
+        logged = map(json.loads, (run / "trainer_log.jsonl").read_text().splitlines())
+        assert any(line.get("dataflex/kept_share", 0) > 0 for line in logged)
         assert (run / "adapter_model.safetensors").exists()
 
 
