@@ -1,0 +1,344 @@
+"""Clusterings of embeddings: five ways to cut n rows into groups, one answer.
+
+All are seeded and deterministic, read the rows in float32 chunks (so that a memory map will do) and
+give ties to the lower index. No cluster of an answer is empty: where there are fewer distinct rows
+than clusters asked for, there are fewer clusters.
+
+Letters: n rows, d dimensions, k clusters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gradstore.errors import BadInput
+
+#: Numbers of the sample that k-means++ draws its first centroids from: 1 GiB of float32.
+SEEDING_NUMBERS = 1 << 28
+
+#: Squared distances below this share of the squared norms are rounding: the rows are equal.
+ROUNDING = 1e-6
+
+_KMEANS, _FARTHEST, _LSH, _PARTITION = range(4)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Rows in groups.
+
+    Attributes:
+        labels: (n,) int64, the cluster of each row, 0 to k - 1; every cluster has a row.
+        centroids: (k, d) float32; unit vectors of `spherical_kmeans`, rows of `farthest_first`,
+            means otherwise.
+        distances: (n,) float32, squared distance of each row (of its unit vector in
+            `spherical_kmeans`) to its cluster's centroid.
+    """
+
+    labels: npt.NDArray[np.int64]
+    centroids: npt.NDArray[np.float32]
+    distances: npt.NDArray[np.float32]
+
+    @property
+    def count(self) -> int:
+        """K, the number of clusters."""
+        return len(self.centroids)
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """(k,) int64, rows of each cluster."""
+        return np.bincount(self.labels, minlength=self.count)
+
+    def members(self) -> list[npt.NDArray[np.int64]]:
+        """K arrays: the positions of each cluster's rows, rising."""
+        order = np.argsort(self.labels, kind="stable")
+        return np.split(order, np.cumsum(self.sizes)[:-1])
+
+
+def cluster(
+    method: str,
+    rows: npt.NDArray[Any],
+    num_clusters: int,
+    *,
+    seed: int,
+    max_iter: int = 20,
+    lsh_num_bits: int | None = None,
+    chunk_rows: int = 4096,
+    device: str | torch.device = "cpu",
+) -> Clusters:
+    """Cluster by a method's name: one of `METHODS`.
+
+    Raises:
+        BadInput: an unknown method, no row, or fewer than one cluster.
+    """
+    if method not in METHODS:
+        raise BadInput(f"clustering_method is {method!r}; choose one of {', '.join(METHODS)}")
+    if method == "random_projection_lsh":
+        return random_projection_lsh(
+            rows, num_clusters, seed=seed, num_bits=lsh_num_bits, chunk_rows=chunk_rows,
+            device=device,
+        )  # fmt: skip
+    if method in ("kmeans", "spherical_kmeans"):
+        return METHODS[method](
+            rows, num_clusters, seed=seed, max_iter=max_iter, chunk_rows=chunk_rows, device=device
+        )
+    return METHODS[method](rows, num_clusters, seed=seed, chunk_rows=chunk_rows, device=device)
+
+
+def kmeans(
+    rows: npt.NDArray[Any],
+    num_clusters: int,
+    *,
+    seed: int,
+    max_iter: int = 20,
+    chunk_rows: int = 4096,
+    device: str | torch.device = "cpu",
+) -> Clusters:
+    """Lloyd's k-means from k-means++ seeds; a cluster that runs empty takes the farthest row.
+
+    Args:
+        rows: (n, d) finite floats.
+        num_clusters: k; at most n are made.
+        seed: of the first centroids.
+        max_iter: updates of the centroids, at most; stops when no row changes its cluster.
+        chunk_rows: rows compared with all centroids at once.
+        device: where that happens.
+    """
+    reader = _Reader.of(rows, num_clusters, chunk_rows, device, unit=False)
+    return _lloyd(reader, min(num_clusters, len(rows)), seed, max_iter)
+
+
+def spherical_kmeans(
+    rows: npt.NDArray[Any],
+    num_clusters: int,
+    *,
+    seed: int,
+    max_iter: int = 20,
+    chunk_rows: int = 4096,
+    device: str | torch.device = "cpu",
+) -> Clusters:
+    """K-means of directions: rows count as unit vectors, centroids are unit vectors.
+
+    Arguments as for `kmeans`. The nearest centroid is the one with the largest cosine.
+    """
+    reader = _Reader.of(rows, num_clusters, chunk_rows, device, unit=True)
+    return _lloyd(reader, min(num_clusters, len(rows)), seed, max_iter)
+
+
+def farthest_first(
+    rows: npt.NDArray[Any],
+    num_clusters: int,
+    *,
+    seed: int,
+    chunk_rows: int = 4096,
+    device: str | torch.device = "cpu",
+) -> Clusters:
+    """Gonzalez' traversal: a seeded first centre, then always the row farthest from all centres.
+
+    Every row belongs to its nearest centre. Reads all rows once for each centre.
+    """
+    reader = _Reader.of(rows, num_clusters, chunk_rows, device, unit=False)
+    n = len(rows)
+    centre = int(np.random.default_rng([seed, _FARTHEST]).integers(n))
+    nearest = np.full(n, np.inf, dtype=np.float32)
+    labels = np.zeros(n, dtype=np.int64)
+    centres: list[int] = []
+    while len(centres) < min(num_clusters, n) and nearest[centre] > 0:
+        point = reader.take(np.array([centre]))
+        distances = np.concatenate([_distances(c, point)[:, 0].cpu() for _, c in reader.chunks()])
+        closer = distances < nearest
+        labels[closer], nearest[closer] = len(centres), distances[closer]
+        centres.append(centre)
+        centre = int(nearest.argmax())
+    return Clusters(labels, reader.take(np.array(centres)).cpu().numpy(), nearest)
+
+
+def random_projection_lsh(
+    rows: npt.NDArray[Any],
+    num_clusters: int,
+    *,
+    seed: int,
+    num_bits: int | None = None,
+    chunk_rows: int = 4096,
+    device: str | torch.device = "cpu",
+) -> Clusters:
+    """Rows on the same side of every random hyperplane through the mean row form a cluster.
+
+    Args:
+        rows: (n, d) finite floats.
+        num_clusters: how many are wished for; only sets the default of `num_bits`.
+        seed: of the hyperplanes.
+        num_bits: hyperplanes, 1 to 62, so at most 2 ** num_bits clusters; None for
+            ceil(log2(num_clusters)).
+        chunk_rows: rows read at once.
+        device: where products are computed.
+    """
+    reader = _Reader.of(rows, num_clusters, chunk_rows, device, unit=False)
+    bits = max(1, math.ceil(math.log2(num_clusters))) if num_bits is None else num_bits
+    if not 1 <= bits <= 62:
+        raise BadInput(f"lsh_num_bits is {bits}; choose 1 to 62")
+    generator = np.random.default_rng([seed, _LSH])
+    planes = generator.standard_normal((rows.shape[1], bits)).astype(np.float32)
+    directions = torch.from_numpy(planes).to(reader.device)
+    mean = _means(reader, np.zeros(len(rows), dtype=np.int64), 1)
+    powers = 1 << np.arange(bits, dtype=np.int64)
+    codes = np.empty(len(rows), dtype=np.int64)
+    for start, chunk in reader.chunks():
+        sides = ((chunk - mean) @ directions > 0).cpu().numpy()
+        codes[start : start + len(chunk)] = sides @ powers
+    _, labels = np.unique(codes, return_inverse=True)
+    return _around_means(reader, labels.astype(np.int64))
+
+
+def random_partition(
+    rows: npt.NDArray[Any],
+    num_clusters: int,
+    *,
+    seed: int,
+    chunk_rows: int = 4096,
+    device: str | torch.device = "cpu",
+) -> Clusters:
+    """A seeded shuffle cut into k parts whose sizes differ by at most one: the baseline."""
+    reader = _Reader.of(rows, num_clusters, chunk_rows, device, unit=False)
+    n = len(rows)
+    labels = np.empty(n, dtype=np.int64)
+    order = np.random.default_rng([seed, _PARTITION]).permutation(n)
+    for number, part in enumerate(np.array_split(order, min(num_clusters, n))):
+        labels[part] = number
+    return _around_means(reader, labels)
+
+
+#: Every method by the name that `clustering_method` uses.
+METHODS: dict[str, Callable[..., Clusters]] = {
+    "kmeans": kmeans,
+    "spherical_kmeans": spherical_kmeans,
+    "farthest_first": farthest_first,
+    "random_projection_lsh": random_projection_lsh,
+    "random_partition": random_partition,
+}
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Rows in float32 chunks on a device; unit vectors where `unit`."""
+
+    rows: npt.NDArray[Any]
+    chunk_rows: int
+    device: torch.device
+    unit: bool
+
+    @staticmethod
+    def of(
+        rows: npt.NDArray[Any],
+        num_clusters: int,
+        chunk_rows: int,
+        device: str | torch.device,
+        *,
+        unit: bool,
+    ) -> _Reader:
+        if rows.ndim != 2 or not len(rows):
+            raise BadInput(f"rows to cluster have shape {rows.shape}; give (n, d) with n >= 1")
+        for name, value in (("num_clusters", num_clusters), ("chunk_rows", chunk_rows)):
+            if value < 1:
+                raise BadInput(f"{name} is {value}; it must be at least 1")
+        return _Reader(rows, chunk_rows, torch.device(device), unit)
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, (c, d)) for all rows in order."""
+        for start in range(0, len(self.rows), self.chunk_rows):
+            yield start, self._load(self.rows[start : start + self.chunk_rows])
+
+    def take(self, positions: npt.NDArray[np.int64]) -> Tensor:
+        """(len(positions), d)."""
+        return self._load(self.rows[positions])
+
+    def _load(self, rows: npt.NDArray[Any]) -> Tensor:
+        loaded = torch.from_numpy(np.array(rows, dtype=np.float32)).to(self.device)
+        return functional.normalize(loaded) if self.unit else loaded
+
+
+def _distances(rows: Tensor, points: Tensor) -> Tensor:
+    """(c, m) squared distances of rows (c, d) to points (m, d); exactly 0 between equal ones."""
+    norms = rows.square().sum(1)[:, None] + points.square().sum(1)[None, :]
+    squared = norms - 2 * (rows @ points.T)
+    return torch.where(squared <= ROUNDING * norms, 0.0, squared)
+
+
+def _first_centroids(reader: _Reader, k: int, seed: int) -> Tensor:
+    """(<= k, d) rows by k-means++ (Arthur & Vassilvitskii 2007), from a sample of large data."""
+    generator = np.random.default_rng([seed, _KMEANS])
+    n, d = reader.rows.shape
+    size = min(n, max(k, SEEDING_NUMBERS // max(d, 1)))
+    chosen = np.sort(generator.permutation(n)[:size]) if size < n else np.arange(n)
+    sample = reader.take(chosen)
+    picked = [int(generator.integers(size))]
+    nearest = np.full(size, np.inf)
+    while True:
+        latest = _distances(sample, sample[picked[-1]][None])[:, 0]
+        nearest = np.minimum(nearest, latest.double().cpu().numpy())
+        running = np.cumsum(nearest)
+        if len(picked) == k or running[-1] == 0:
+            return sample[picked]
+        point = generator.random() * running[-1]
+        picked.append(int(np.searchsorted(running, point, side="right")))
+
+
+def _assign(reader: _Reader, centroids: Tensor) -> tuple[npt.NDArray[np.int64], Tensor]:
+    """(n,) nearest centroid of every row and (n,) float32 squared distance, on the host."""
+    labels, distances = [], []
+    for _, chunk in reader.chunks():
+        squared = _distances(chunk, centroids)
+        nearest = squared.argmin(1)
+        labels.append(nearest.cpu().numpy())
+        distances.append(squared.gather(1, nearest[:, None])[:, 0].cpu())
+    return np.concatenate(labels), torch.cat(distances)
+
+
+def _means(reader: _Reader, labels: npt.NDArray[np.int64], k: int) -> Tensor:
+    """(k, d) mean row of each cluster; zeros for an empty one."""
+    sums = torch.zeros((k, reader.rows.shape[1]), device=reader.device)
+    for start, chunk in reader.chunks():
+        # A product instead of a scatter: its sums have a fixed order on a GPU too.
+        present, inverse = np.unique(labels[start : start + len(chunk)], return_inverse=True)
+        member = functional.one_hot(torch.from_numpy(inverse)).T.float().to(reader.device)
+        sums[torch.from_numpy(present).to(reader.device)] += member @ chunk
+    sizes = torch.from_numpy(np.bincount(labels, minlength=k)).to(reader.device)
+    return sums / sizes.clamp(min=1)[:, None]
+
+
+def _lloyd(reader: _Reader, k: int, seed: int, max_iter: int) -> Clusters:
+    centroids = _first_centroids(reader, k, seed)
+    labels, distances = _assign(reader, centroids)
+    for _ in range(max_iter):
+        centroids = _means(reader, labels, len(centroids))
+        if reader.unit:
+            centroids = functional.normalize(centroids)
+        empty = np.flatnonzero(np.bincount(labels, minlength=len(centroids)) == 0)
+        far = np.argsort(-distances.numpy(), kind="stable")[: len(empty)]
+        if len(empty):
+            centroids[torch.from_numpy(empty).to(reader.device)] = reader.take(far)
+        before = labels
+        labels, distances = _assign(reader, centroids)
+        if np.array_equal(before, labels):
+            break
+    kept, compact = np.unique(labels, return_inverse=True)
+    centroids = centroids[torch.from_numpy(kept).to(reader.device)]
+    return Clusters(compact.astype(np.int64), centroids.cpu().numpy(), distances.numpy())
+
+
+def _around_means(reader: _Reader, labels: npt.NDArray[np.int64]) -> Clusters:
+    """Clusters of given labels, described by their means."""
+    means = _means(reader, labels, int(labels.max()) + 1)
+    distances = np.empty(len(labels), dtype=np.float32)
+    for start, chunk in reader.chunks():
+        own = means[torch.from_numpy(labels[start : start + len(chunk)]).to(reader.device)]
+        distances[start : start + len(chunk)] = (chunk - own).square().sum(1).cpu().numpy()
+    return Clusters(labels, means.cpu().numpy(), distances)
