@@ -14,6 +14,7 @@ from dataflex.config import RunConfig
 from dataflex.data import RunData, check_rows
 from dataflex.events import RunLog
 from dataflex.identity import known_identity
+from dataflex.picture import draw
 from dataflex.registry import Component
 from dataflex.trainers.intervals import BatchShape
 from dataflex.trainers.seam import Run, Seam, trainer_class
@@ -83,9 +84,12 @@ class TrainSession:
         self._data = data
 
     def show(self) -> None:
-        """The table of selections, after everything LlamaFactory had to say."""
-        if self._log is not None:
-            self._log.table()
+        """The table of updates and a picture, after everything LlamaFactory had to say."""
+        if self._log is None:
+            return
+        self._log.table()
+        if (picture := draw(self._log.folder)) is not None:
+            _log.info("picture: %s", picture)
 
     def trainer_for(self, base: type) -> Callable[..., Any]:
         """LlamaFactory's trainer class -> a callable that builds ours in its place."""

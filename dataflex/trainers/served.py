@@ -7,6 +7,7 @@ Nothing here knows what decides about the rows; a subclass says that in `rows_fo
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -137,10 +138,17 @@ class ServedSeam(Seam):
             self._rows = self.rows_for(interval, mean_rate)
             if len(self._rows) == 0:
                 raise BadInput(f"the component chose no row at step {step}.")
+            self._check_agreement(step)
             self._interval = interval
             if interval.kind is EventKind.UPDATE:
                 self._rate_sum, self._rate_steps = 0.0, 0
             self._serve(interval, step)
+
+    def _check_agreement(self, step: int) -> None:
+        """Ranks that train on different decisions would ruin a run without a word."""
+        digest = hashlib.sha256(self._rows.tobytes()).hexdigest()
+        if len(set(self.ranks.gather(lambda: digest))) > 1:
+            raise RuntimeError(f"the ranks disagree about the rows of step {step}: a bug")
 
     def _serve(self, interval: Interval, step: int) -> None:
         seed = None if self._in_given_order() else (int(self.args.seed), interval.start)

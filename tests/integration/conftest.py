@@ -38,7 +38,7 @@ Cli = Callable[..., Result]
 
 @pytest.fixture(scope="session")
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
-    """`cli("train", path, ..., faults={...}, env={...})` -> Result, in a real process."""
+    """`cli("train", path, ..., faults={...}, env={...}, ranks=2)` -> Result, in real processes."""
     inherited = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).parent / "zygote.py")],
@@ -56,13 +56,14 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
         cwd: Path = ROOT,
         faults: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
+        ranks: int = 1,
     ) -> Result:
         assert process.stdin is not None
         assert process.stdout is not None
         out, err = folder / "out.txt", folder / "err.txt"
         request = {"argv": [program, *map(str, argv)], "cwd": str(cwd), "out": str(out),
                    "err": str(err), "faults": dict(faults or {}),
-                   "env": dict(env or {})}  # fmt: skip
+                   "env": dict(env or {}), "ranks": ranks}  # fmt: skip
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
         code = int(process.stdout.readline())

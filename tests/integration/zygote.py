@@ -9,6 +9,8 @@ and answers with the exit code (-9 for a kill). `faults` plants a SIGKILL inside
     {"kill_rows": n}          when n rows of a gradient export are done
     {"kill_saving": g}        inside the checkpoint of step g, its model written, its state not
     {"trace": path}           no kill: write one line per step, with a hash of its micro-batches
+
+With "ranks": n it forks n workers, as torchrun would start them; each traces into `<path>.<rank>`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from typing import Any, TextIO
@@ -68,7 +71,8 @@ def serve_or_die(self: Any, *args: Any) -> Any:
         digest = hashlib.sha256()
         for batch in answer[0]:
             digest.update(batch["input_ids"].numpy().tobytes())
-        with open(self.faults["trace"], "a") as file:
+        rank = f".{self.args.process_index}" if self.args.world_size > 1 else ""
+        with open(self.faults["trace"] + rank, "a") as file:
             file.write(f"{step} {digest.hexdigest()}\n")
     return answer
 
@@ -98,16 +102,24 @@ def die_exporting(rows: int) -> None:
     module.export_features = counted
 
 
-def run(request: dict[str, Any]) -> None:
-    """In the forked child: become `dataflex-cli` (or another console script)."""
+def run(request: dict[str, Any], rank: int | None = None) -> None:
+    """In the forked child: become `dataflex-cli` (or another console script), or one worker."""
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        path = request[name] + (f".{rank}" if rank else "")
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(request["cwd"])
     os.environ.update(request.get("env", {}))
     code = 1
     try:
         if request.get("faults"):
             plant(request["faults"])
+        if rank is not None:
+            from dataflex.cli import set_up_logging
+            from dataflex.launcher import worker
+
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            set_up_logging()
+            sys.exit(worker(request["argv"][2:]))
         if request["argv"][0] == "llamafactory-cli":
             from llamafactory.cli import main
         else:
@@ -134,11 +146,25 @@ def serve(answers: TextIO) -> None:
     list(mapping.TOKENIZER_MAPPING.keys())
 
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            run(json.loads(line))
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+        request = json.loads(line)
+        world = request.get("ranks", 1)
+        request.setdefault("env", {}).update(_as_torchrun_sets(world) if world > 1 else {})
+        children = []
+        for rank in range(world):
+            child = os.fork()
+            if child == 0:
+                run(request, rank if world > 1 else None)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(next((code for code in codes if code), 0), file=answers, flush=True)
+
+
+def _as_torchrun_sets(world: int) -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""Every example YAML: it runs, a kill in mid-interval changes nothing, two processes agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dataflex.events import read_events
+from dataflex.trainers.state import load_state
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted(
+    path
+    for kind in ("train_lora", "train_full")
+    for path in (ROOT / "examples" / kind).rglob("*.yaml")
+)
+
+#: A run of 8 steps: warm-up 0-1, updates at 2 and 5, checkpoints at 3 and 6 (in mid-interval).
+SHORT = ("max_samples=48", "per_device_train_batch_size=2", "warmup_step=2", "update_step=3",
+         "update_times=2", "train_step=8", "logging_steps=1", "save_steps=3", "disable_tqdm=true",
+         "do_eval=false", "overwrite_cache=true", "report_to=none")  # fmt: skip
+
+#: What single examples need beside that, by file name.
+MORE: dict[str, tuple[str, ...]] = {}
+
+#: Run with two processes as well: at least one of each kind, and what shares work.
+TWO_PROCESSES = ("less", "loss", "random")
+
+
+def settings(path: Path, run: Path) -> tuple[str, ...]:
+    return (*SHORT, *MORE.get(path.stem, ()), f"output_dir={run}")
+
+
+def weights_of(run: Path) -> bytes:
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        if (run / name).is_file():
+            return (run / name).read_bytes()
+    raise AssertionError(f"{run} holds no weights")
+
+
+def told(run: Path) -> list[dict[str, Any]]:
+    """Events without what a clock or a cache decides."""
+    volatile = {"tokens"}
+    return [
+        {k: v for k, v in event.items() if not k.endswith("seconds") and k not in volatile}
+        for event in read_events(run / "dataflex")
+    ]
+
+
+def assert_same(one: Any, other: Any, where: str = "state") -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, np.ndarray):
+        np.testing.assert_array_equal(one, other, err_msg=where)
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}.{i}")
+    else:
+        assert one == other or (one != one and other != other), where
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_it_runs_and_a_kill_in_mid_interval_changes_nothing(
+    path: Path, cli: Any, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    result = cli("train", path, *settings(path, whole), faults={"trace": str(tmp_path / "a")})
+    assert result.code == 0, result.err[-3000:]
+    assert (whole / "dataflex" / "picture.png").stat().st_size > 5_000
+    logged = (whole / "trainer_log.jsonl").read_text()
+    assert '"dataflex/' in logged, "the Trainer's log carries the strategy's numbers"
+
+    options = settings(path, killed)
+    faults = {"trace": str(tmp_path / "b")}
+    assert cli("train", path, *options, faults={"kill_step": 7, **faults}).code == -9
+    result = cli("train", path, *options, "resume_from_checkpoint=true", faults=faults)
+    assert result.code == 0, result.err[-3000:]
+
+    lines = [sorted(set((tmp_path / name).read_text().splitlines())) for name in "ab"]
+    assert lines[0] == lines[1], "the same rows at every step"
+    assert len(lines[0]) == 8
+    assert weights_of(whole) == weights_of(killed)
+    assert told(whole) == told(killed)
+    states = [load_state(run / "checkpoint-6") for run in (whole, killed)]
+    last = [load_state(run / "checkpoint-8") for run in (whole, killed)]
+    for one, other in (states, last):
+        for part in ("settings", "more"):
+            assert_same(getattr(one, part), getattr(other, part), part)
+        assert_same(*({k: v for k, v in s.component.items() if "uuid" not in k and k != "commit"}
+                      for s in (one, other)))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWO_PROCESSES)
+def test_two_processes_agree(name: str, cli: Any, tmp_path: Path) -> None:
+    """Every rank serves its part of one decision (the trainer checks that at every interval)."""
+    (path,) = (p for p in EXAMPLES if p.stem == name)
+    result = cli("train", path, *settings(path, tmp_path / "run"), ranks=2)
+    assert result.code == 0, result.err[-3000:]
+    assert read_events(tmp_path / "run" / "dataflex"), "something was decided"
+    state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
