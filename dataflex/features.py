@@ -22,7 +22,7 @@ from gradstore.errors import BadInput, StoreError
 from gradstore.export import ExportSummary, export_generation
 from gradstore.features import FeatureSpec
 from gradstore.gradients import GradientCapture
-from gradstore.layout import GenerationName, Role
+from gradstore.layout import GRADIENT, GenerationName, Role
 from gradstore.moments import AdamMoments
 from gradstore.pairing import Which, checkpoint_features
 from gradstore.records import GenerationRecord
@@ -159,7 +159,7 @@ class FeatureService:
         fields = space_fields(run.model, run.data, self.slots, self.projection, settings.dtype)
         path = run.config.store_path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.writer = StoreWriter(path, space="gradient", provenance=fields)
+        self.writer = StoreWriter(path, space=GRADIENT, provenance=fields)
         self.writer.__enter__()
         try:
             check_owner(self.writer.store, run)
@@ -223,7 +223,7 @@ class FeatureService:
         return sorted(
             g.step
             for g in self.writer.store.generations()
-            if g.role == "train" and g.record.run == run
+            if g.role == "train" and g.space == GRADIENT and g.record.run == run
         )
 
     def checkpoints(self, which: Which, step: int) -> list[CheckpointFeatures]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dataflex.context import RunContext
+from gradstore.layout import GRADIENT, space_run
 from gradstore.provenance import Difference, refuse
 
 if TYPE_CHECKING:
     from gradstore.store import Store
 
 
-def check_owner(store: Store, run: RunContext) -> None:
+def check_owner(store: Store, run: RunContext, space: str = GRADIENT) -> None:
     """Refuse rows or a run that the first export would be refused for.
 
     Generations of another run under the same prefix would be scored together with this run's, so
@@ -20,6 +21,7 @@ def check_owner(store: Store, run: RunContext) -> None:
     Args:
         store: opened for writing; what makes features comparable was compared already.
         run: with its rows and its id.
+        space: the space that this run will write to; its rows must be those of all spaces.
 
     Raises:
         ProvenanceMismatch: lists every set with other rows, and another run's id.
@@ -37,8 +39,12 @@ def check_owner(store: Store, run: RunContext) -> None:
             hashes = known.plan.rows.sha256, rows.row_set.sha256
             differences.append(Difference(field, *hashes, note=note))
     same_rows = not differences
-    prefix = run.config.dataflex.gradstore_run or ""
-    others = [g for g in stored if g.record.run == prefix and g.record.run_id != run.run_id]
+    prefix = space_run(space, run.config.dataflex.gradstore_run or "")
+    others = [
+        g
+        for g in stored
+        if g.record.run == prefix and (g.space != space or g.record.run_id != run.run_id)
+    ]
     if others:
         theirs = others[-1].record.run_id
         note = f"{others[-1].name} was made by run {theirs}, this is run {run.run_id}"

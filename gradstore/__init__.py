@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradstore.export import export_features, export_generation
+    from gradstore.embeddings import export_embeddings, read_unit_rows
+    from gradstore.export import compute_unit, export_features, export_generation
     from gradstore.features import FeatureSpec
     from gradstore.gradients import GradientCapture, batch_losses
     from gradstore.index import FeatureIndex
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from gradstore.records import GenerationRecord, RowSet, row_hash
     from gradstore.selection import select_top, write_selected
     from gradstore.store import open_store
+    from gradstore.units import UnitSink
     from gradstore.writer import StoreWriter
 
 _MODULES = {
@@ -30,13 +32,17 @@ _MODULES = {
     "GradientCapture": "gradients",
     "RowSet": "records",
     "StoreWriter": "writer",
+    "UnitSink": "units",
     "batch_losses": "gradients",
     "checkpoint_features": "pairing",
+    "compute_unit": "export",
+    "export_embeddings": "embeddings",
     "export_features": "export",
     "export_generation": "export",
     "influence_scores": "influence",
     "open_store": "store",
     "query_influence": "query",
+    "read_unit_rows": "embeddings",
     "row_hash": "records",
     "select_top": "selection",
     "write_selected": "selection",
@@ -50,13 +56,17 @@ __all__ = [
     "GradientCapture",
     "RowSet",
     "StoreWriter",
+    "UnitSink",
     "batch_losses",
     "checkpoint_features",
+    "compute_unit",
+    "export_embeddings",
     "export_features",
     "export_generation",
     "influence_scores",
     "open_store",
     "query_influence",
+    "read_unit_rows",
     "row_hash",
     "select_top",
     "write_selected",

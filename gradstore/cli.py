@@ -48,7 +48,7 @@ def info(store: StorePath, as_json: AsJson = False, debug: Debug = False) -> Non
         ("generation", "rows", "usable", "dim", "dtype", "projection", "MB", "committed"),
         [
             (e["name"], e["rows"], e["usable_rows"], e["dim"], e["dtype"],
-             e["projection"].get("method", "?"), f"{e['bytes'] / 1e6:.1f}", e["committed"])
+             e["projection"].get("method", e["feature"]), f"{e['bytes'] / 1e6:.1f}", e["committed"])
             for e in content["generations"]
         ],
     )  # fmt: skip

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from gradstore.errors import BadInput
-from gradstore.export import Batch, row_status
 from gradstore.features import FeatureMap, FeatureSpec
 from gradstore.gradients import GradientCapture, ParameterSlot
 from gradstore.layout import RowStatus
 from gradstore.moments import AdamMoments
+from gradstore.units import Batch, row_status
 
 RowBatches = Iterable[tuple[npt.NDArray[np.int64], Batch]]
 

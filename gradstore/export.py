@@ -7,10 +7,8 @@ only where a dense projection wants many rows at once (`buffer_bytes` bounds it)
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,71 +18,41 @@ from gradkernels import Accumulator, ProjectionSpec
 from torch import Tensor, nn
 
 from gradstore.disk.generation_writer import GenerationWriter
+from gradstore.disk.plans import UnitRange
 from gradstore.errors import BadInput
 from gradstore.features import FeatureMap, FeatureSpec
 from gradstore.gradients import GradientCapture, ParameterSlot
 from gradstore.layout import RowStatus
 from gradstore.moments import AdamMoments
+from gradstore.units import (
+    Batch,
+    Collate,
+    ExportSummary,
+    FeatureRows,
+    Lengths,
+    UnitFeatures,
+    UnitSink,
+    check_bad_rows,
+    join_unit,
+    plan_batches,
+    row_status,
+    unit_batches,
+)
 
-Batch = Mapping[str, Tensor]
-Collate = Callable[[list[Any]], Batch]
+__all__ = [
+    "ExportSummary",
+    "FeatureRows",
+    "UnitFeatures",
+    "check_bad_rows",
+    "compute_unit",
+    "export_features",
+    "export_generation",
+    "plan_batches",
+]
 
 #: Rows a dense projection multiplies at once: fewer leave the matrix product starved (BLAS, tensor
 #: cores) because the random matrix has to be made again for every group of rows.
 DENSE_ROWS = 64
-
-
-@dataclass(frozen=True)
-class FeatureRows:
-    """Features of some rows, on the host.
-
-    Attributes:
-        rows: (b,) int64, positions in the processed dataset.
-        features: (b, d) float32; NaN where the row cannot be used.
-        norm: (b,) float32, Euclidean norm of the feature before projection.
-        status: (b,) uint8, `RowStatus`.
-        tokens: (b,) int32, target tokens.
-    """
-
-    rows: npt.NDArray[np.int64]
-    features: npt.NDArray[np.float32]
-    norm: npt.NDArray[np.float32]
-    status: npt.NDArray[np.uint8]
-    tokens: npt.NDArray[np.int32]
-
-
-@dataclass
-class ExportSummary:
-    """What one pass over a data set did."""
-
-    rows: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    status_counts: dict[str, int] = field(default_factory=dict)
-
-
-def plan_batches(
-    lengths: Sequence[int] | npt.NDArray[np.int64], token_budget: int, max_rows: int = 1024
-) -> list[npt.NDArray[np.int64]]:
-    """Group positions 0..n-1 by length so that a padded batch holds at most `token_budget` tokens.
-
-    Args:
-        lengths: (n,) tokens of each row.
-        token_budget: rows x longest row of a batch; a single longer row makes a batch of its own.
-        max_rows: upper bound on the rows of a batch.
-
-    Returns:
-        Position arrays, longest rows first, so that a batch too large for memory fails at once.
-    """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
-    while start < len(order):
-        longest = max(int(lengths[order[start]]), 1)
-        stop = start + max(1, min(max_rows, token_budget // longest))
-        batches.append(order[start:stop])
-        start = stop
-    return batches
 
 
 def export_features(
@@ -120,6 +88,45 @@ def export_features(
             yield from exporter.gathered(batches)
 
 
+def compute_unit(
+    model: nn.Module,
+    dataset: Sequence[Any],
+    collate: Collate,
+    unit: UnitRange,
+    *,
+    features: FeatureSpec,
+    projection: ProjectionSpec,
+    moments: AdamMoments | None = None,
+    lengths: Lengths,
+    token_budget: int = 2048,
+    longest: int | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> UnitFeatures:
+    """Features of one unit: a function of its rows and the model, whoever computes it.
+
+    Needs no store; `UnitSink` writes the result where the lock is held.
+
+    Args:
+        model: the model whose gradients are taken.
+        dataset: n rows; `dataset[i]` is what `collate` takes a list of.
+        collate: rows -> padded batch with `labels` (b, t).
+        unit: which rows.
+        features: how a gradient becomes a feature.
+        projection: with the effective seed of this generation.
+        moments: Adam moments where `features` needs them.
+        lengths: (n,) tokens of each row.
+        token_budget: tokens of a padded batch.
+        longest: rows with more tokens get status `TOO_LONG` (the model's position limit).
+        on_rows: called with the number of rows each time some are done.
+    """
+    batches = unit_batches(dataset, collate, unit, lengths, token_budget, longest)
+    parts = export_features(
+        model, batches, features=features, projection=projection, moments=moments
+    )
+    with closing(parts):  # or a traceback would keep the model frozen
+        return join_unit(unit, projection.d, parts, lengths, longest, on_rows)
+
+
 def export_generation(
     model: nn.Module,
     dataset: Sequence[Any],
@@ -129,7 +136,7 @@ def export_generation(
     features: FeatureSpec,
     projection: ProjectionSpec,
     moments: AdamMoments | None = None,
-    lengths: Sequence[int] | npt.NDArray[np.int64],
+    lengths: Lengths,
     token_budget: int = 2048,
     longest: int | None = None,
     max_bad_fraction: float = 0.01,
@@ -139,7 +146,7 @@ def export_generation(
 
     Args:
         model: the model whose gradients are taken.
-        dataset: n rows; `dataset[i]` is what `collate` takes a list of.
+        dataset: n rows.
         collate: rows -> padded batch with `labels` (b, t).
         writer: from `StoreWriter.begin`.
         features: how a gradient becomes a feature.
@@ -147,63 +154,31 @@ def export_generation(
         moments: Adam moments where `features` needs them.
         lengths: (n,) tokens of each row.
         token_budget: tokens of a padded batch.
-        longest: rows with more tokens get status `TOO_LONG` (the model's position limit).
+        longest: rows with more tokens get status `TOO_LONG`.
         max_bad_fraction: share of non-finite rows above which the export stops.
         on_rows: called with the number of rows each time some are done.
 
     Raises:
         BadInput: more than `max_bad_fraction` of the rows have non-finite gradients.
     """
-    began = time.perf_counter()
-    summary = ExportSummary()
-    non_finite: list[int] = []
-    # Rows of an interrupted export count too: else running again would slip past the limit.
-    earlier = writer.bad_counts["non_finite"]
-    sizes = np.asarray(lengths, dtype=np.int64)
+    sink = UnitSink(writer, max_bad_fraction=max_bad_fraction)
     for unit in list(writer.pending):
-        fits = np.arange(unit.start, unit.stop)
-        if longest is not None:
-            fits = fits[sizes[fits] <= longest]
-        planned = [fits[b] for b in plan_batches(sizes[fits], token_budget)]
-        done = _UnitRows(unit.start, unit.stop, projection.d)
-        batches = ((rows, collate([dataset[int(i)] for i in rows])) for rows in planned)
-        parts = export_features(
-            model, batches, features=features, projection=projection, moments=moments
+        sink.write(
+            compute_unit(
+                model,
+                dataset,
+                collate,
+                unit,
+                features=features,
+                projection=projection,
+                moments=moments,
+                lengths=lengths,
+                token_budget=token_budget,
+                longest=longest,
+                on_rows=on_rows,
+            )
         )
-        with closing(parts):  # or a traceback would keep the model frozen
-            for part in parts:
-                done.put(part)
-                if on_rows is not None:
-                    on_rows(len(part.rows))
-        non_finite += (unit.start + np.flatnonzero(done.status == RowStatus.NON_FINITE)).tolist()
-        check_bad_rows(earlier + len(non_finite), non_finite, len(dataset), max_bad_fraction)
-        writer.write_unit(unit.index, done.features, done.norm, done.status, done.tokens)
-        summary.rows += unit.stop - unit.start
-        summary.tokens += int(sizes[fits].sum())
-        for status, count in zip(*np.unique(done.status, return_counts=True), strict=True):
-            name = RowStatus(int(status)).name.lower()
-            summary.status_counts[name] = summary.status_counts.get(name, 0) + int(count)
-    summary.seconds = time.perf_counter() - began
-    return summary
-
-
-class _UnitRows:
-    """Host arrays of one unit, filled in any order; a row never filled stays TOO_LONG."""
-
-    def __init__(self, start: int, stop: int, d: int) -> None:
-        n = stop - start
-        self.start = start
-        self.features = np.full((n, d), np.nan, dtype=np.float32)
-        self.norm = np.full(n, np.nan, dtype=np.float32)
-        self.status = np.full(n, RowStatus.TOO_LONG, dtype=np.uint8)
-        self.tokens = np.zeros(n, dtype=np.int32)
-
-    def put(self, part: FeatureRows) -> None:
-        at = part.rows - self.start
-        self.features[at] = part.features
-        self.norm[at] = part.norm
-        self.status[at] = part.status
-        self.tokens[at] = part.tokens
+    return sink.summary
 
 
 class _Exporter:
@@ -285,36 +260,6 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     """(b, k) float32 -> (b,) float64; a row's own dot product, so one row's NaN stays its own."""
     norms: Tensor = torch.linalg.vector_norm(x, dim=1)
     return norms.double().square_()
-
-
-def row_status(norm: Tensor, target_tokens: Tensor) -> Tensor:
-    """What a row is worth, from its feature's norm (b,) and its target tokens (b,): (b,) uint8."""
-    status = torch.full_like(target_tokens, RowStatus.OK, dtype=torch.uint8)
-    status[norm == 0] = RowStatus.ZERO_NORM
-    status[~torch.isfinite(norm)] = RowStatus.NON_FINITE
-    status[target_tokens == 0] = RowStatus.MASKED
-    return status
-
-
-def check_bad_rows(bad: int, named: Sequence[int], rows: int, max_bad_fraction: float) -> None:
-    """Stop where too many rows have a non-finite gradient.
-
-    Args:
-        bad: how many there are.
-        named: some of them, for the message.
-        rows: of the whole data set.
-        max_bad_fraction: the share that is still accepted.
-
-    Raises:
-        BadInput: there are more; names up to ten.
-    """
-    if bad > max_bad_fraction * rows:
-        raise BadInput(
-            f"{bad} of {rows} rows have a non-finite gradient, more than "
-            f"max_bad_fraction={max_bad_fraction:g} allows; the first: "
-            f"{list(named[:10])}. Look at these rows, lower the learning rate, or raise "
-            "max_bad_fraction."
-        )
 
 
 def _finish(

@@ -13,10 +13,10 @@ from enum import IntEnum
 from typing import Literal
 
 from gradstore.disk.canonical import canonical_json, parse, sha256_json
-from gradstore.disk.names import GenerationName, Role, check_space, quote
+from gradstore.disk.names import GenerationName, Role, check_space, quote, space_run
 from gradstore.errors import BadInput
 
-__all__ = ["GenerationName", "Role", "check_space", "quote"]
+__all__ = ["GenerationName", "Role", "check_space", "quote", "space_run"]
 
 SCHEMA_VERSION = 1
 NEEDS = "dataflex-gradstore>=0.1.0"
@@ -31,6 +31,11 @@ COMMITS = "commits"
 GENERATIONS = "generations"
 PLANS = "plans"
 SPACES = "spaces"
+GRADIENT = "gradient"
+"""The space of gradient features; every other space holds embeddings of one model."""
+
+EMBEDDING = "embedding"
+"""Feature kind of a generation of embeddings."""
 
 
 class RowStatus(IntEnum):

@@ -8,6 +8,7 @@ from typing import Literal
 from gradstore.errors import BadInput, ProvenanceMismatch
 from gradstore.generation import Generation
 from gradstore.influence import checkpoint_weights
+from gradstore.layout import GRADIENT, space_run
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.store import Store
 
@@ -19,6 +20,7 @@ def checkpoint_features(
     which: Which = "last",
     *,
     run: str = "",
+    space: str = GRADIENT,
     sets: Sequence[str] | None = None,
     until: int | None = None,
     fewer: bool = False,
@@ -29,6 +31,7 @@ def checkpoint_features(
         store: where they were committed.
         which: the newest checkpoint, all of them, or how many of the newest.
         run: prefix of the generations (`gradstore_run`).
+        space: whose generations; embeddings are never mixed with gradients.
         sets: target sets, in this order; None takes those of the newest checkpoint, by name.
         until: no checkpoint of a later step is taken.
         fewer: take what there is where `which` asks for more, as a run that has just begun does.
@@ -42,16 +45,19 @@ def checkpoint_features(
     trains: dict[int, Generation] = {}
     targets: dict[int, dict[str, Generation]] = {}
     for generation in store.generations():
-        if generation.record.run != run or (until is not None and generation.step > until):
+        if generation.space != space or generation.record.run != space_run(space, run):
+            continue
+        if until is not None and generation.step > until:
             continue
         if generation.role == "train":
             trains[generation.step] = generation
         else:
             targets.setdefault(generation.step, {})[generation.set] = generation
     if not trains:
+        where = f" of run {run!r}" if run else ""
+        where += "" if space == GRADIENT else f" in space {space!r}"
         raise BadInput(
-            f'store "{store.path}" has no committed train generation'
-            f"{f' of run {run!r}' if run else ''}; build one first."
+            f'store "{store.path}" has no committed train generation{where}; build one first.'
         )
     chosen = _newest(sorted(trains), which, fewer)
     wanted = tuple(sets) if sets is not None else tuple(sorted(targets.get(chosen[-1], {})))

@@ -30,14 +30,15 @@ class GenerationRecord:
         set: name of the target set as the user gave it, "" for train.
         step: optimizer step of the checkpoint.
         run_id: stable id of the training run; equal = a resume or replay, different = another run.
-        adapter_hash: hash of the trainable parameters the gradients were taken at.
+        adapter_hash: hash of the trainable parameters the gradients or embeddings were taken at;
+            of the whole model, where embeddings come from another one than is trained.
         optimizer_hash: hash of the moments, None where the feature needs none.
-        effective_seed: seed of this generation's projection, hash(base seed, step).
+        effective_seed: seed of this generation's projection, hash(base seed, step); 0 without one.
         autocast: dtype of autocast, or "off".
         attention: attention implementation.
-        projection: `ProjectionSpec.to_dict()` with the effective seed.
-        feature: adam_marginal | adam | sgd | sign.
-        feature_options: eps mode, bias correction, betas ...
+        projection: `ProjectionSpec.to_dict()` with the effective seed; {} for embeddings.
+        feature: adam_marginal | adam | sgd | sign | embedding.
+        feature_options: eps mode, bias correction, betas ...; pooling, layer ... of embeddings.
         learning_rate: mean learning rate since the previous generation, None if unknown.
         libraries: versions, GPU, world size: a difference only warns.
     """

@@ -6,6 +6,8 @@ with StoreWriter("runs/a/gradstore", provenance={...}) as writer:
     for unit in list(generation.pending):
         generation.write_unit(unit.index, features, norm, status, tokens)
     generation.commit()
+    embeddings = writer.with_space("minilm", {...})       # a further space, under the same lock
+    embeddings.begin(embedding_record(...), rows, dim=384)
 ```
 """
 
@@ -19,33 +21,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gradstore.disk.canonical import Json, plain
 from gradstore.disk.cleaning import clean_store, remove_dead_staging
-from gradstore.disk.damage import DamagedFile, Fault
-from gradstore.disk.documents import metadata
 from gradstore.disk.files import STAGING, StoreFiles
 from gradstore.disk.generation_writer import GenerationWriter, quarantine
 from gradstore.disk.lock import LOCK, WriterLock
-from gradstore.disk.planning import choose_plan, warn_of_libraries
 from gradstore.disk.probes import check_zarr, probe
-from gradstore.errors import BadInput, DamagedData, StoreIOError
+from gradstore.disk.space_writer import SpaceFields, SpaceWriter, publish_metadata
+from gradstore.errors import BadInput, DamagedData
 from gradstore.layout import (
     COMMITS,
     GENERATIONS,
+    GRADIENT,
     METADATA,
     PLANS,
     SPACES,
     UNIT_ROWS,
-    check_dtype,
-    check_space,
-    generation_bytes,
-    generation_path,
     group_json,
-    plan_path,
-    provenance_path,
     root_json,
 )
-from gradstore.provenance import compare, provenance_bytes, read_provenance, refuse
 from gradstore.records import GenerationRecord, RowSet
 from gradstore.store import Store, read_identity
 
@@ -57,6 +50,10 @@ _OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, "index"}
 class StoreWriter:
     """Opens a store for writing, creating it if need be; holds its lock until `close`.
 
+    Attributes:
+        path: the store's folder.
+        space: the space that `begin` writes into; `with_space` opens further ones.
+
     Raises:
         BadInput: the folder holds something else, or zarr is too old.
         ProvenanceMismatch: the space's features can't be compared with this run's; lists every
@@ -67,14 +64,14 @@ class StoreWriter:
     """
 
     _store: Store
-    _seal: str
+    _main: SpaceWriter
 
     def __init__(
         self,
         path: str | Path,
         *,
         provenance: Mapping[str, Any],
-        space: str = "gradient",
+        space: str = GRADIENT,
         setting_keys: Mapping[str, str] | None = None,
         files: StoreFiles | None = None,
     ) -> None:
@@ -90,19 +87,20 @@ class StoreWriter:
         """
         check_zarr(importlib.metadata.version("zarr"))
         self.path = Path(path)
-        self.space = check_space(space)
+        fields = SpaceFields(space, provenance, setting_keys)
+        self.space = fields.space
         self._files = files or StoreFiles(self.path)
-        self._fields: dict[str, Json] = plain(provenance, "provenance")
-        self._setting_keys = setting_keys
         if self._files.exists(METADATA):
-            self._check_before_lock()
+            self._check_before_lock(fields)
         else:
             self._check_foreign()
             self._files.make_root()
+        self._closed = False
         self._lock = WriterLock(self._files)
         self._lock.acquire()
         try:
             self._prepare()
+            self._main = SpaceWriter(self._files, self._view, fields)
         except BaseException:
             self.close()
             raise
@@ -120,6 +118,7 @@ class StoreWriter:
 
     def close(self) -> None:
         """Gives the lock back; what is committed stays, what is pending can be resumed."""
+        self._closed = True
         try:
             self._lock.release()
         finally:
@@ -131,14 +130,33 @@ class StoreWriter:
         self._store = self._store.refresh()
         return self._store
 
-    def check_space_for(self, rows: int, dim: int, dtype: str = "float16", count: int = 1) -> None:
-        """Checks that `count` generations of (rows, dim) fit on the disk; nothing is allocated.
+    def with_space(
+        self,
+        space: str,
+        provenance: Mapping[str, Any],
+        *,
+        setting_keys: Mapping[str, str] | None = None,
+    ) -> SpaceWriter:
+        """Opens a further space under this writer's lock, as long as this writer is open.
+
+        Names of its generations carry the prefix `layout.space_run(space, run)`.
+
+        Args:
+            space: `gradient`, or one per embedding model.
+            provenance: the MUST-EQUAL fields of that space.
+            setting_keys: dotted field -> YAML key that sets it, for the way out of a refusal.
 
         Raises:
-            StoreIOError: they do not; tells the bytes needed and free.
+            BadInput: this writer was closed.
+            ProvenanceMismatch: lists every field in which the space differs; nothing was written.
+            DamagedData: its stored provenance is damaged.
         """
-        needed = count * generation_bytes(rows, dim, dtype)
-        self._check_free(needed, f"{count} generation(s) of {rows:,} x {dim:,} {dtype}")
+        fields = SpaceFields(space, provenance, setting_keys)
+        return SpaceWriter(self._files, self._view, fields)
+
+    def check_space_for(self, rows: int, dim: int, dtype: str = "float16", count: int = 1) -> None:
+        """As `SpaceWriter.check_space_for`."""
+        self._main.check_space_for(rows, dim, dtype, count)
 
     def begin(
         self,
@@ -149,47 +167,8 @@ class StoreWriter:
         dtype: str = "float16",
         unit_rows: int = UNIT_ROWS,
     ) -> GenerationWriter:
-        """Plans a generation, or takes up an interrupted or finished one.
-
-        A generation of this name that was committed with the same identity comes back complete
-        (`pending` empty); one that was planned and interrupted is resumed; anything else of this
-        run is superseded by a new attempt.
-
-        Args:
-            record: what makes the generation.
-            rows: its n rows, in order.
-            dim: d.
-            dtype: float16 or bfloat16.
-            unit_rows: rows per unit of a new plan; an existing plan wins.
-
-        Raises:
-            BadInput: dim or dtype can't be stored.
-            ProvenanceMismatch: other rows, d or dtype than before, or another run's name.
-            StoreIOError: not enough room.
-        """
-        check_dtype(dtype)
-        chosen = choose_plan(
-            self._files, self.store, record, rows, self.space, self._seal, dim, dtype, unit_rows
-        )
-        if chosen.committed is None:
-            warn_of_libraries(self._store, record)
-        plan, committed = chosen.plan, chosen.committed
-        if committed is not None:
-            return GenerationWriter(
-                self._files, plan, chosen.sha256, lambda: self.store, committed=committed
-            )
-        needed = generation_bytes(len(plan.rows), plan.dim, plan.dtype, plan.unit_rows)
-        if chosen.resumed:
-            done = len(self._files.names(f"{generation_path(plan.name)}/units"))
-            needed -= needed * done // len(plan.units)
-        self._check_free(needed, f"{plan.name} ({len(plan.rows):,} x {plan.dim:,} {plan.dtype})")
-        if not self._files.publish(plan_path(plan.name), plan.to_bytes()):
-            fault = Fault(plan_path(plan.name), "no plan yet", "another writer's plan")
-            raise DamagedFile(fault, str(self.path))
-        for path, data in metadata(plan).items():
-            self._publish_metadata(path, data, own=path.startswith(generation_path(plan.name)))
-        self._files.make_directory(f"{generation_path(plan.name)}/units")
-        return GenerationWriter(self._files, plan, chosen.sha256, lambda: self.store)
+        """As `SpaceWriter.begin`, in this writer's own space."""
+        return self._main.begin(record, rows, dim=dim, dtype=dtype, unit_rows=unit_rows)
 
     def clean(self, keep_generations: int | None = None) -> list[str]:
         """Removes what nobody needs: dead staging, abandoned plans, superseded attempts.
@@ -205,11 +184,17 @@ class StoreWriter:
 
     # ---- opening -----------------------------------------------------------------------------
 
-    def _check_before_lock(self) -> None:
+    def _view(self) -> Store:
+        """The store now, for those who write under this writer's lock."""
+        if self._closed:
+            raise BadInput(f'the writer of store "{self.path}" was closed; open it again')
+        return self.store
+
+    def _check_before_lock(self, fields: SpaceFields) -> None:
         """Refuses what must be refused before a byte is written; damage waits for the lock."""
         try:
             read_identity(self._files)
-            self._compare()
+            fields.compare(self._files)
         except DamagedData:
             return
 
@@ -233,8 +218,9 @@ class StoreWriter:
         for folder in (COMMITS, PLANS, SPACES, GENERATIONS):
             files.make_directory(folder)
             files.sync_directory(folder)
-        self._publish_metadata(f"{GENERATIONS}/{METADATA}", group_json(), own=False)
-        self._seal = self._settle_provenance()
+        publish_metadata(
+            files, f"{GENERATIONS}/{METADATA}", group_json(), committed=bool(self._store.commits)
+        )
 
     def _create_if_missing(self) -> None:
         files = self._files
@@ -251,60 +237,6 @@ class StoreWriter:
         probe(files)
         for folder in (COMMITS, PLANS, SPACES, GENERATIONS):
             files.make_directory(folder)
-        self._publish_metadata(f"{GENERATIONS}/{METADATA}", group_json(), own=True)
+        publish_metadata(files, f"{GENERATIONS}/{METADATA}", group_json(), committed=False)
         if not files.publish(METADATA, root_json(str(uuid.uuid4()))):
             logger.warning("another process created store %s at the same moment", self.path)
-
-    def _compare(self) -> str | None:
-        """Compares the space's fields with this run's; gives the seal, None if there are none."""
-        path = provenance_path(self.space)
-        if not self._files.exists(path):
-            return None
-        try:
-            stored, sha = read_provenance(self._files.read(path), self.space)
-        except ValueError as error:
-            fault = Fault(path, "the provenance that was written", str(error))
-            raise DamagedFile(fault, str(self.path)) from error
-        differences = compare(stored, self._fields, self._setting_keys)
-        if differences:
-            raise refuse(str(self.path), differences)
-        return sha
-
-    def _settle_provenance(self) -> str:
-        path = provenance_path(self.space)
-        try:
-            sha = self._compare()
-        except DamagedData:
-            if self._store.commits:
-                raise
-            quarantine(self._files, path)
-            sha = None
-        if sha is None and not self._files.publish(
-            path, provenance_bytes(self.space, self._fields)
-        ):
-            logger.warning("another process wrote the provenance of %s meanwhile", self.space)
-        return sha or self._compare() or ""
-
-    # ---- the private parts -------------------------------------------------------------------
-
-    def _publish_metadata(self, path: str, data: bytes, *, own: bool) -> None:
-        """Writes a zarr.json; a damaged one is replaced only where nothing committed needs it."""
-        if self._files.exists(path) and self._files.kind(path) == "file":
-            if self._files.read(path) == data:
-                self._files.make_directory(path.rpartition("/")[0])
-                self._files.sync_directory(path.rpartition("/")[0])
-                return
-            if not own and self._store.commits:
-                fault = Fault(path, "the bytes gradstore wrote", "others")
-                raise DamagedFile(fault, str(self.path))
-            quarantine(self._files, path)
-        if not self._files.publish(path, data):
-            raise DamagedFile(Fault(path, "the bytes gradstore wrote", "others"), str(self.path))
-
-    def _check_free(self, needed: int, what: str) -> None:
-        free = self._files.free_bytes()
-        if needed > free:
-            raise StoreIOError(
-                f'{what} needs {needed:,} bytes, {free:,} free on the disk of store "{self.path}". '
-                "Free some space, choose another disk with gradstore=PATH, or fewer dimensions"
-            )

@@ -111,3 +111,14 @@ def check_space(space: str) -> str:
     if not _PLAIN.fullmatch(space) or len(space) > 100:
         raise BadInput(f"{space!r} can't name a space: letters, digits and ._+=@- only")
     return space
+
+
+def space_run(space: str, run: str = "") -> str:
+    """The run prefix of a space's generations: so that no two spaces share a path.
+
+    >>> space_run("gradient", "a"), space_run("minilm"), space_run("minilm", "a")
+    ('a', 'minilm', 'a+minilm')
+    """
+    if check_space(space) == "gradient":
+        return run
+    return f"{run}+{space}" if run else space

@@ -12,7 +12,7 @@ from gradstore.disk.files import StoreFiles
 from gradstore.disk.generation_writer import quarantine
 from gradstore.disk.plans import Plan
 from gradstore.errors import BadInput, ProvenanceMismatch
-from gradstore.layout import GenerationName, generation_path, plan_path
+from gradstore.layout import GRADIENT, GenerationName, generation_path, plan_path, space_run
 from gradstore.provenance import Difference, compare, refuse
 from gradstore.records import GenerationRecord, RowSet
 from gradstore.store import Store
@@ -62,11 +62,14 @@ def choose_plan(
         unit_rows: rows per unit of a new plan.
 
     Raises:
-        ProvenanceMismatch: other rows, d or dtype than earlier generations, or another run's name.
+        BadInput: d is not the projection's, or the name lacks the prefix of its space.
+        ProvenanceMismatch: other rows, d or dtype than earlier generations, or a name of another
+            run or space.
     """
     if record.projection.get("d", dim) != dim:
         raise BadInput(f"{record.name}: the projection gives d={record.projection['d']}, not {dim}")
     wanted = Plan(record.name, space, provenance_sha256, record, rows, dim, dtype, unit_rows)
+    _check_prefix(store, wanted)
     planned = _readable_plans(files, store)
     _check_shape(store, wanted)
     _check_rows(store, planned, wanted)
@@ -96,14 +99,14 @@ def choose_plan(
     return Chosen(plan, Plan.from_bytes(plan.to_bytes())[1])
 
 
-def warn_of_libraries(store: Store, record: GenerationRecord) -> None:
-    """Warns when library versions differ from those of the newest generation."""
-    live = store.live_commits()
-    if not live:
-        return
-    before = store.generation(live[-1].generation).record.libraries
-    for difference in compare(before, record.libraries):
-        logger.warning("%s", difference.line(str(store.path)))
+def warn_of_libraries(store: Store, plan: Plan) -> None:
+    """Warns when library versions differ from those of the space's newest generation."""
+    for commit in reversed(store.live_commits()):
+        before = store.generation(commit.generation)
+        if before.space == plan.space:
+            for difference in compare(before.record.libraries, plan.record.libraries):
+                logger.warning("%s", difference.line(str(store.path)))
+            return
 
 
 def _ever_committed(store: Store) -> list[str]:
@@ -131,6 +134,24 @@ def _readable_plans(files: StoreFiles, store: Store) -> dict[str, tuple[Plan, st
     return plans
 
 
+def _check_prefix(store: Store, wanted: Plan) -> None:
+    """Refuses a run prefix that belongs to another space: their generations would share paths."""
+    run, space = wanted.record.run, wanted.space
+    if space != GRADIENT and run != space and not run.endswith(f"+{space}"):
+        raise BadInput(
+            f"{wanted.name!r} can't hold features of space {space!r}: its run must be "
+            f"{space_run(space)!r} or RUN+{space}; build it with gradstore.layout.space_run"
+        )
+    for commit in store.live_commits():
+        if GenerationName.parse(commit.generation).run != run:
+            continue
+        found = store.generation(commit.generation).space
+        if found != space:
+            difference = Difference(f"space of {run!r}", found, space)
+            hint = "choose another gradstore_run or space"
+            raise refuse(str(store.path), [difference], hint=hint)
+
+
 def _check_shape(store: Store, wanted: Plan) -> None:
     for commit in reversed(store.live_commits()):
         plan = store.generation(commit.generation).plan
@@ -144,15 +165,15 @@ def _check_shape(store: Store, wanted: Plan) -> None:
 
 
 def _check_rows(store: Store, planned: dict[str, tuple[Plan, str]], wanted: Plan) -> None:
-    """Refuses other rows than the newest generation of the same role and set has."""
-    key = (wanted.space, wanted.record.role, wanted.record.set)
+    """Refuses other rows than the newest generation of the same role and set, in any space, has."""
+    key = (wanted.record.role, wanted.record.set)
     committed = (store.generation(c.generation).plan for c in reversed(store.live_commits()))
     for plan in chain(committed, (plan for plan, _ in reversed(planned.values()))):
-        if (plan.space, plan.record.role, plan.record.set) != key:
+        if (plan.record.role, plan.record.set) != key:
             continue
         note = wanted.rows.difference(plan.rows)
         if note:
-            what = "train.rows" if key[1] == "train" else f"target.{key[2]}.rows"
+            what = "train.rows" if key[0] == "train" else f"target.{key[1]}.rows"
             text = f'{note}. Store "{store.path}" has those of generation {plan.name}'
             raise refuse(
                 str(store.path),

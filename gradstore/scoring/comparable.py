@@ -55,8 +55,8 @@ def check_comparable(train: Recorded, targets: Sequence[Recorded]) -> None:
         targets: target generations meant to be of the same checkpoint.
 
     Raises:
-        ProvenanceMismatch: adapter, effective seed, autocast, attention implementation, projection
-            or dim differ; the message lists every difference.
+        ProvenanceMismatch: space, adapter, effective seed, autocast, attention implementation,
+            projection or dim differ; the message lists every difference.
     """
     mine = _fields(train)
     lines = []
@@ -82,6 +82,7 @@ def _fields(generation: Recorded) -> dict[str, object]:
     record = generation.record
     projection: Mapping[str, object] = record.projection
     return {
+        "space": getattr(generation, "space", None),
         **{name: getattr(record, name) for name in _EQUAL_FIELDS},
         "dim": int(generation.dim),
         **{f"projection.{key}": value for key, value in projection.items()},
@@ -94,7 +95,7 @@ def check_checkpoints(checkpoints: Sequence[CheckpointFeatures]) -> None:
     Raises:
         BadInput: none given, no target set, an empty train set, other target sets at another
             checkpoint, or weights that are negative, nan, infinite or all zero.
-        ProvenanceMismatch: other rows at another checkpoint, or d differs within one.
+        ProvenanceMismatch: other rows at another checkpoint, or d or space differs within one.
     """
     if not checkpoints:
         raise BadInput("no checkpoint to score with; export at least one generation first")
@@ -118,12 +119,15 @@ def check_checkpoints(checkpoints: Sequence[CheckpointFeatures]) -> None:
         _check_same_rows(checkpoint.train, first.train, index)
         for target, reference in zip(checkpoint.targets, first.targets, strict=True):
             _check_same_rows(target, reference, index)
-            if target.dim != checkpoint.train.dim:
-                line = (
-                    f"dim differs: {source_name(checkpoint.train)} has {checkpoint.train.dim}, "
-                    f"{source_name(target)} has {target.dim}"
-                )
-                raise ProvenanceMismatch(line + ". Their features can't be compared.", [line])
+            for field in ("space", "dim"):
+                mine = getattr(checkpoint.train, field, None)
+                theirs = getattr(target, field, None)
+                if mine != theirs:
+                    line = (
+                        f"{field} differs: {source_name(checkpoint.train)} has {mine}, "
+                        f"{source_name(target)} has {theirs}"
+                    )
+                    raise ProvenanceMismatch(line + ". Their features can't be compared.", [line])
 
 
 def _check_same_rows(source: FeatureSource, reference: FeatureSource, index: int) -> None:
