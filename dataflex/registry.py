@@ -142,7 +142,7 @@ def resolve(
     """
     bucket, kind = KINDS[train_type]
     known = strategies(kind)
-    presets = _read_presets(presets_file or PACKAGED_PRESETS, bucket)
+    presets = presets_of(bucket, presets_file or PACKAGED_PRESETS)
     if component_name is None:
         raise BadInput(
             f"train_type: {train_type} needs component_name. "
@@ -168,7 +168,12 @@ def resolve(
     return Component(kind, component_name, cls, params)
 
 
-def _read_presets(path: Path, bucket: str) -> dict[str, dict[str, Any]]:
+def presets_of(bucket: str, path: Path = PACKAGED_PRESETS) -> dict[str, dict[str, Any]]:
+    """Presets of a bucket (selectors, mixers, ...) of a components.yaml: name -> settings.
+
+    Raises:
+        BadInput: the file cannot be read, or the bucket is no mapping of mappings.
+    """
     import yaml
 
     try:

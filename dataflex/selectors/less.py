@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @register("selector", "less")
 class LessSelector(Selector):
-    """Top cosine influence on the target (Xia et al., LESS, arXiv:2402.04333; ALGORITHMS 1.4).
+    """Take the rows with the largest cosine influence on the target.
 
     Args:
         gradient_type: feature of a training row: adam_marginal (what the row adds to Adam's step),

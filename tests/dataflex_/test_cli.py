@@ -63,10 +63,12 @@ def test_components_lists_every_strategy_with_its_parameters(
 ) -> None:
     code, out, _ = call(capsys, monkeypatch, "components", "--json")
     assert code == 0
-    entries = {entry["name"]: entry for entry in json.loads(out)}
-    assert set(entries) == {"custom", "less", "loss", "random"}
-    assert {entry["kind"] for entry in entries.values()} == {"selector"}
-    assert entries["less"]["parameters"]["gradient_type"] == "adam_marginal"
+    entries = {(entry["kind"], entry["name"]): entry for entry in json.loads(out)}
+    less = entries["selector", "less"]
+    assert less["parameters"]["gradient_type"] == "adam_marginal"
+    assert "arXiv:2402.04333" in less["paper"]
+    assert less["presets"] == ["less"]
+    assert {("selector", "loss"), ("selector", "random"), ("selector", "custom")} <= set(entries)
     assert all(entry["summary"] for entry in entries.values())
     code, out, _ = call(capsys, monkeypatch, "components")
     assert code == 0

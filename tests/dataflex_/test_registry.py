@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dataflex import registry
 from dataflex.registry import parameters, register, resolve, strategies
 from gradstore.errors import BadInput
 
@@ -108,3 +109,30 @@ def test_every_strategy_documents_every_parameter() -> None:
         text = cls.__doc__ or ""
         missing = [p for p in parameters(cls) if f"{p}:" not in text and p not in text]
         assert not missing, (name, missing)
+
+
+def test_an_installed_package_adds_strategies_by_an_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "stranger.py").write_text(
+        "from dataflex.registry import register\n"
+        "from dataflex.selectors.base import Selector\n\n\n"
+        "@register('selector', 'strange')\n"
+        "class Strange(Selector):\n"
+        "    def __init__(self, power: int = 3) -> None:\n"
+        "        self.power = power\n"
+    )
+    info = tmp_path / "stranger-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[dataflex.components]\nstrange = stranger\nbroken = no_such_module\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        component = resolve("dynamic_select", "strange", {"power": 5})
+    assert component.build().power == 5
+    assert "entry point broken of no_such_module cannot be loaded" in caplog.text
+    with pytest.raises(BadInput, match=r"'powr' \(did you mean 'power'\?\)"):
+        resolve("dynamic_select", "strange", {"powr": 5})
+    del registry._classes["selector", "strange"]
