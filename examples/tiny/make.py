@@ -12,7 +12,9 @@ Everything is made from nothing, with fixed seeds and two threads, and overwrite
   every skill, answered by random signs or by the answer to a question of another skill),
   ``target.json`` (32 rows of the skill `date`), ``target_heldout.json`` (64 more) and
   ``targets/<skill>.json`` (32 rows of each skill; the one of `date` is ``target.json`` again).
-  Apart from that no question occurs twice.
+  Apart from that no question occurs twice. ``domains/<skill>.json`` (and ``noise``) are the rows of
+  ``train.json`` once more, a file for each skill: the data sets ``tiny_domain_<skill>`` to mix.
+  Their held-out rows, ``tiny_domain_<skill>_eval``, are those of ``targets/<skill>.json``.
 
 Use ``template: default``: the tokenizer holds its "Human: " and "Assistant:" as single tokens, and
 a row is 26 tokens long on average.
@@ -157,7 +159,7 @@ def _sentence(rng: random.Random) -> str:
 
 
 def make_rows() -> dict[str, list[Row]]:
-    """All committed rows by file name (without ``.json``); no question occurs twice."""
+    """All committed rows by file name (without ``.json``)."""
     rng, seen = random.Random(DATA_SEED), set[str]()
 
     def fresh(skill: str, count: int) -> list[Row]:
@@ -182,6 +184,8 @@ def make_rows() -> dict[str, list[Row]]:
     files |= {f"targets/{skill}": fresh(skill, TARGET_ROWS) for skill in SKILLS}
     files["target"] = files[f"targets/{TARGET_SKILL}"]
     files["target_heldout"] = fresh(TARGET_SKILL, HELDOUT_ROWS)
+    for skill in (*SKILLS, "noise"):
+        files[f"domains/{skill}"] = [row for row in train if row["skill"] == skill]
     return files
 
 
@@ -193,7 +197,10 @@ def write_data(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(row) for row in rows)
         path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-        info["tiny_" + name.replace("targets/", "target_")] = {"file_name": f"{name}.json"}
+        named = name.replace("targets/", "target_").replace("domains/", "domain_")
+        info[f"tiny_{named}"] = {"file_name": f"{name}.json"}
+    for skill in SKILLS:
+        info[f"tiny_domain_{skill}_eval"] = {"file_name": f"targets/{skill}.json"}
     text = json.dumps(info, indent=2) + "\n"
     (folder / "dataset_info.json").write_text(text, encoding="utf-8")
 

@@ -32,7 +32,7 @@ def test_committed_data_and_tokenizer_are_the_bytes_the_script_makes(tmp_path: P
     script["write_data"](tmp_path / "data")
     script["write_tokenizer"](tmp_path / "model")
     made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    assert len(made) == 2 + 4 + len(SKILLS)
+    assert len(made) == 2 + 4 + len(SKILLS) + len(SKILLS | {"noise"})
     for path in made:
         if path.name != "tokenizer_config.json":  # carries what the library's version adds
             assert (TINY / path).read_bytes() == (tmp_path / path).read_bytes(), path
@@ -55,6 +55,12 @@ def test_targets_are_of_one_skill_and_share_no_question_with_train_or_each_other
     assert {row["skill"] for row in _rows("target") + _rows("target_heldout")} == {"date"}
     for skill in SKILLS:
         assert {row["skill"] for row in _rows(f"targets/{skill}")} == {skill}
+
+
+def test_domains_share_out_the_rows_of_train_by_skill() -> None:
+    train = _rows("train")
+    for skill in SKILLS | {"noise"}:
+        assert _rows(f"domains/{skill}") == [row for row in train if row["skill"] == skill]
 
 
 def test_dataset_info_names_every_file() -> None:
