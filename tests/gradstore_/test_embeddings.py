@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -169,16 +170,31 @@ def test_what_pooling_cannot_do_is_refused(model: Any, llama: Any, rows: Rows) -
         HiddenStates(model, layer=7)(llama.collate(rows[:2]))
 
 
-def test_the_model_comes_back_as_it_was_and_its_dropout_is_off(
-    llama: Any, model: Any, rows: Rows
+class Plain(torch.nn.Module):
+    """No transformers model: two layers with dropout, as `HiddenStates` wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(61, 5)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, *, input_ids: torch.Tensor, output_hidden_states: bool, **_: Any) -> Any:
+        assert output_hidden_states
+        first = self.table(input_ids)
+        return SimpleNamespace(hidden_states=(first, self.dropout(first)))
+
+
+def test_any_module_is_embedded_without_dropout_and_comes_back_as_it_was(
+    llama: Any, rows: Rows
 ) -> None:
+    model, batch = Plain().train(), llama.collate(rows[:4])
     state = torch.get_rng_state()
-    flags = [(p.requires_grad, p.grad) for p in model.parameters()]
-    first = HiddenStates(model, layer=1)(llama.collate(rows[:4]))
-    assert torch.equal(first, HiddenStates(model, layer=1)(llama.collate(rows[:4])))
+    found = HiddenStates(model)(batch)
+    torch.testing.assert_close(found, HiddenStates(model, layer=0)(batch))
+    assert not found.requires_grad
     assert model.training
-    assert not first.requires_grad
-    assert [(p.requires_grad, p.grad) for p in model.parameters()] == flags
+    assert model.dropout.training
+    assert model.table.weight.requires_grad
     assert torch.equal(torch.get_rng_state(), state)
 
 
