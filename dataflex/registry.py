@@ -98,12 +98,41 @@ def unknown(what: str, given: Iterable[str], accepted: Iterable[str]) -> str:
 
 
 def parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """The keyword parameters a strategy's constructor accepts."""
-    return {
-        name: p
-        for name, p in inspect.signature(cls).parameters.items()
-        if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}
-    }
+    """The keyword parameters a strategy's constructor accepts.
+
+    Its `**rest` stands for the parameters of the constructor it inherits, where there is one.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for constructor in _constructors(cls):
+        # The first parameter is self, whatever its name.
+        for name, p in list(inspect.signature(constructor).parameters.items())[1:]:
+            if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}:
+                found.setdefault(name, p)
+    return found
+
+
+def documentation(cls: type) -> str:
+    """A strategy's docstring, followed by those of the classes whose parameters it takes over."""
+    owners = [c for c in cls.__mro__ if vars(c).get("__init__") in _constructors(cls)]
+    return "\n".join(inspect.getdoc(c) or "" for c in dict.fromkeys((cls, *owners)))
+
+
+def _constructors(cls: type) -> list[Callable[..., None]]:
+    """Constructors that see a strategy's parameters: each `**rest` leads to the next one."""
+    found: list[Callable[..., None]] = []
+    for base in cls.__mro__:
+        constructor = vars(base).get("__init__")
+        if base is object or constructor is None:
+            continue
+        found.append(constructor)
+        if not _takes_any(constructor):
+            break
+    return found
+
+
+def _takes_any(constructor: Callable[..., None]) -> bool:
+    kinds = [p.kind for p in inspect.signature(constructor).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 @dataclass(frozen=True)
@@ -206,9 +235,8 @@ def _import_target(target: str) -> type:
 
 def _check_parameters(name: str, cls: type, params: Mapping[str, Any]) -> None:
     accepted = parameters(cls)
-    takes_any = any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(cls).parameters.values()
-    )
+    constructors = _constructors(cls)
+    takes_any = bool(constructors) and _takes_any(constructors[-1])
     if (extra := set(params) - set(accepted)) and not takes_any:
         raise BadInput(unknown(f"component_params of {name!r}", extra, accepted))
     required = {n for n, p in accepted.items() if p.default is p.empty} - set(params)

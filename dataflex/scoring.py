@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,26 +68,26 @@ def row_losses(
 
 
 @dataclass(frozen=True)
-class DirectScores:
+class DirectInfluence:
     """Exact influence of every training row.
 
     Attributes:
-        scores: (n,) float64, NaN where a row cannot be used.
+        cosines: (n, q) float64, NaN where a row cannot be used.
         skipped: rows that cannot be used, by status.
         target_rows: usable rows of the target.
         tokens: tokens of both passes.
     """
 
-    scores: npt.NDArray[np.float64]
+    cosines: npt.NDArray[np.float64]
     skipped: dict[str, int]
     target_rows: int
     tokens: int
 
 
-def direct_scores(
-    context: UpdateContext, settings: FeatureSettings, aggregation: Literal["max", "mean"]
-) -> DirectScores:
-    """Cosines to the target without a projection (`scoring: direct`).
+def direct_influence(
+    context: UpdateContext, settings: FeatureSettings, subtask_sizes: Sequence[int] | None
+) -> DirectInfluence:
+    """Mean cosines to the q sub-tasks without a projection (`scoring: direct`).
 
     Raises:
         BadInput: a sub-task without a usable row; too many rows with a non-finite gradient.
@@ -107,7 +107,7 @@ def direct_scores(
             run.model,
             [
                 batches(run, rows, positions, budget, advance, whole_rows(run.model))
-                for rows, positions in _subtasks(data.targets, run.config.dataflex.target_subtasks)
+                for rows, positions in _subtasks(data.targets, subtask_sizes)
             ],
             settings.target_features,
         )
@@ -122,10 +122,11 @@ def direct_scores(
         )
     bad = np.flatnonzero(status == RowStatus.NON_FINITE).tolist()
     check_bad_rows(len(bad), bad, len(data.train), settings.max_bad_fraction)
-    scores = cosines.max(axis=1) if aggregation == "max" else cosines.mean(axis=1)
     tokens = data.train.lengths.sum() + sum(rows.lengths.sum() for rows in data.targets)
     counts = Counter(RowStatus(int(s)).name.lower() for s in status if s != RowStatus.OK)
-    return DirectScores(scores.astype(np.float64), dict(counts), sum(directions.rows), int(tokens))
+    return DirectInfluence(
+        cosines.astype(np.float64), dict(counts), sum(directions.rows), int(tokens)
+    )
 
 
 def whole_rows(model: nn.Module) -> int:

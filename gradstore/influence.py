@@ -34,11 +34,13 @@ __all__ = [
     "FeatureSource",
     "RowInfluence",
     "Scores",
+    "SubtaskInfluence",
     "aggregate",
     "check_comparable",
     "checkpoint_weights",
     "influence_scores",
     "query_influence",
+    "subtask_influence",
 ]
 
 Aggregation = Literal["max", "mean"]
@@ -59,6 +61,21 @@ class Scores:
     values: npt.NDArray[np.float32]
     usable: npt.NDArray[np.bool_]
     best_subtask: npt.NDArray[np.int32]
+    skipped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class SubtaskInfluence:
+    """Every train row's influence on every sub-task.
+
+    Attributes:
+        values: (n, q) float32, weighted mean cosines; nan where the row is not usable.
+        usable: (n,) bool, rows that every combined generation can use.
+        skipped: number of unusable rows by reason, such as {"masked": 3}.
+    """
+
+    values: npt.NDArray[np.float32]
+    usable: npt.NDArray[np.bool_]
     skipped: dict[str, int]
 
 
@@ -198,3 +215,31 @@ def influence_scores(
     values[codes != RowStatus.OK] = np.nan
     best[codes != RowStatus.OK] = -1
     return Scores(values, codes == RowStatus.OK, best, count_skipped(codes))
+
+
+def subtask_influence(
+    checkpoints: Sequence[CheckpointFeatures],
+    *,
+    subtask_sizes: Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
+    chunk_rows: int = CHUNK_ROWS,
+    on_rows: Callable[[int], None] | None = None,
+) -> SubtaskInfluence:
+    """As `influence_scores`, before anything is aggregated over sub-tasks; keeps 4 q bytes a row.
+
+    Raises:
+        BadInput: as for `influence_scores`.
+        ProvenanceMismatch: as for `influence_scores`.
+    """
+    check_checkpoints(checkpoints)
+    subtasks = subtasks_of(checkpoints[0].targets, subtask_sizes)
+    values = np.empty((checkpoints[0].train.rows, len(subtasks)), dtype=np.float32)
+
+    def keep(start: int, stop: int, means: npt.NDArray[np.float32]) -> None:
+        values[start:stop] = means
+        if on_rows is not None:
+            on_rows(stop - start)
+
+    codes = combine(checkpoints, subtasks, keep, torch.device(device), chunk_rows)
+    values[codes != RowStatus.OK] = np.nan
+    return SubtaskInfluence(values, codes == RowStatus.OK, count_skipped(codes))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dataflex import registry
-from dataflex.registry import parameters, register, resolve, strategies
+from dataflex.registry import documentation, parameters, register, resolve, strategies
 from gradstore.errors import BadInput
 
 
@@ -106,9 +106,38 @@ def test_a_name_is_claimed_once() -> None:
 
 def test_every_strategy_documents_every_parameter() -> None:
     for name, cls in strategies("selector").items():
-        text = cls.__doc__ or ""
+        text = documentation(cls)
         missing = [p for p in parameters(cls) if f"{p}:" not in text and p not in text]
         assert not missing, (name, missing)
+
+
+def test_a_constructors_rest_stands_for_the_parameters_it_inherits(tmp_path: Path) -> None:
+    class Base:
+        """Base.
+
+        Args:
+            width: how wide.
+        """
+
+        def __init__(self, width: int = 1) -> None:
+            self.width = width
+
+    class Wider(Base):
+        """Wider.
+
+        Args:
+            height: how high.
+        """
+
+        def __init__(self, height: int = 2, **base: int) -> None:
+            super().__init__(**base)
+            self.height = height
+
+    assert {name: p.default for name, p in parameters(Wider).items()} == {"height": 2, "width": 1}
+    assert "how high" in documentation(Wider)
+    assert "how wide" in documentation(Wider)
+    assert "aggregation" in parameters(strategies("selector")["less"])
+    assert "proj_dim" in parameters(strategies("selector")["less"])
 
 
 def test_an_installed_package_adds_strategies_by_an_entry_point(

@@ -21,6 +21,7 @@ from gradstore.influence import (
     checkpoint_weights,
     influence_scores,
     query_influence,
+    subtask_influence,
 )
 from gradstore.scoring.scan import unit_rows
 
@@ -189,6 +190,24 @@ def test_subtask_sizes_cut_a_single_target_set() -> None:
     checkpoints = random_checkpoints(2, targets=(12,), bad=0.0)
     scores = influence_scores(checkpoints, subtask_sizes=[5, 3, 4])
     np.testing.assert_allclose(scores.values, reference(checkpoints, [5, 3, 4], "max"), atol=2e-6)
+
+
+@pytest.mark.parametrize("mode", ["max", "mean"])
+def test_the_influence_on_each_subtask_is_what_scores_are_made_of(mode: Any) -> None:
+    checkpoints = random_checkpoints(7, targets=(7, 5, 3))
+    found, scores = subtask_influence(checkpoints), influence_scores(checkpoints, aggregation=mode)
+    assert found.values.shape == (700, 3)
+    folded = found.values.max(axis=1) if mode == "max" else found.values.mean(axis=1)
+    np.testing.assert_array_equal(folded, scores.values)
+    np.testing.assert_array_equal(found.usable, scores.usable)
+    assert found.skipped == scores.skipped != {}
+    for index, target in enumerate(checkpoints[0].targets):
+        alone = [CheckpointFeatures(c.train, (c.targets[index],), c.weight) for c in checkpoints]
+        assert target.rows == (7, 5, 3)[index]
+        # Another width of the product rounds otherwise.
+        np.testing.assert_allclose(
+            influence_scores(alone).values, found.values[:, index], atol=1e-6
+        )
 
 
 def test_aggregate_of_a_cosine_matrix_equals_the_stream() -> None:
