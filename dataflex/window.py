@@ -1,17 +1,18 @@
 """From sample weights to the loss: one denominator over an optimizer step and all ranks.
 
-Letters: n samples of a chunk (a micro-batch, or a whole accumulation window) over all ranks.
+Letters: n samples that are weighted together (those of a micro-batch, or of a whole accumulation
+window) over all ranks; b samples of one rank's micro-batch, t tokens, s target positions.
 
 The plain trainer's loss of a step is the mean over its target tokens. A weight multiplies what a
-sample counts in that mean, so that equal weights give the plain loss, whatever the micro-batches.
-Where all samples have as many target tokens, this is sum(w * loss) / sum(w) over samples
-(ALGORITHMS 0.8, E4).
+sample counts in that mean, so that equal weights give the plain loss, however the step is cut into
+micro-batches. Where all samples have as many target tokens, this is sum(w * loss) / sum(w) over
+samples (ALGORITHMS 0.8, E4).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,64 +65,51 @@ class WeightContext:
     measured: FloatArray | None = None
 
 
-@dataclass(frozen=True)
-class Weighted:
-    """Weights of a chunk and what they mean for the loss.
-
-    Attributes:
-        weights: (n,) float64 >= 0.
-        relative: only ratios count (the chunk keeps its share of the step); else a weight of 1
-            is what the plain trainer gives, and smaller ones make the step smaller.
-        numbers: for the Trainer's log.
-    """
-
-    weights: FloatArray
-    relative: bool
-    numbers: Mapping[str, float] = field(default_factory=dict)
-
-
-def coefficients(
-    weighted: Weighted, tokens: npt.NDArray[np.int64], step_tokens: float
+def multipliers(
+    weights: FloatArray, tokens: npt.NDArray[np.int64], *, relative: bool
 ) -> FloatArray:
-    """What each sample's summed token loss is multiplied by.
+    """How many times each sample counts; 1 is what the plain trainer gives it.
 
     Args:
-        weighted: weights (n,) of a chunk, all ranks.
-        tokens: (n,) target tokens of its samples.
-        step_tokens: target tokens of the whole optimizer step, all ranks.
+        weights: (n,) finite, >= 0.
+        tokens: (n,) target tokens.
+        relative: only ratios of weights count: the samples together keep the share of the step
+            that the plain trainer gives them. Else a weight is the answer.
 
     Returns:
-        (n,) float64; the step's loss is the sum over all its samples of coefficient times the sum
-        of the sample's token losses. All zero where no weight is positive.
+        (n,) float64; all zero where no weight is positive. The step's loss is the sum over its
+        samples of multiplier times summed token losses, divided by the step's target tokens.
 
     Examples:
         Two micro-batches with sample losses [1, 3] and [5], weights 1: 3.0 (E4).
 
         >>> tokens = np.array([2, 2, 2])
-        >>> each = coefficients(Weighted(np.ones(3), relative=True), tokens, 6.0)
-        >>> float((each * tokens * np.array([1.0, 3.0, 5.0])).sum().round(6))
+        >>> each = multipliers(np.ones(3), tokens, relative=True)
+        >>> float((each * tokens * np.array([1.0, 3.0, 5.0])).sum() / tokens.sum())
         3.0
     """
-    weights = np.where(np.isfinite(weighted.weights) & (tokens > 0), weighted.weights, 0.0)
-    if not weighted.relative:
-        return np.asarray(weights / step_tokens)
+    if not relative:
+        return weights
     total = float((weights * tokens).sum())
     if total <= 0:
         return np.zeros(len(weights))
-    return np.asarray(weights * (float(tokens.sum()) / total) / step_tokens)
+    return np.asarray(weights * (float(tokens.sum()) / total), dtype=np.float64)
 
 
-def summary(weights: FloatArray) -> dict[str, float]:
-    """Smallest, mean and largest weight, and the share of samples that effectively count."""
-    positive = weights[np.isfinite(weights)]
-    if not len(positive) or positive.sum() <= 0:
+def summary(each: FloatArray) -> dict[str, float]:
+    """Of multipliers (n,): smallest, mean, largest, and the share of samples that count.
+
+    The effective share is (sum w)^2 / (n * sum w^2): 1 where all are equal, 1 / n where one has
+    everything, 0 where all are 0.
+    """
+    if not len(each):
         return {}
-    effective = float(positive.sum() ** 2 / (positive**2).sum() / len(positive))
+    squares = float((each**2).sum())
     return {
-        "weight_min": float(positive.min()),
-        "weight_mean": float(positive.mean()),
-        "weight_max": float(positive.max()),
-        "effective_share": effective,
+        "weight_min": float(each.min()),
+        "weight_mean": float(each.mean()),
+        "weight_max": float(each.max()),
+        "effective_share": float(each.sum()) ** 2 / (len(each) * squares) if squares else 0.0,
     }
 
 

@@ -7,10 +7,18 @@ from typing import ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dataflex.context import RunContext
 from dataflex.strategy import Strategy
 from dataflex.window import FloatArray, MeasuredBatch, WeightContext
 
-__all__ = ["FloatArray", "LossContributor", "MeasuredBatch", "WeightContext", "Weighter"]
+__all__ = [
+    "FloatArray",
+    "LossContributor",
+    "MeasuredBatch",
+    "RunContext",
+    "WeightContext",
+    "Weighter",
+]
 
 
 class LossContributor(Strategy):
@@ -29,6 +37,12 @@ class LossContributor(Strategy):
     hidden_layer: int | None = None
     #: Whether `measure` is called.
     measures: ClassVar[bool] = False
+
+    def refresh(self, run: RunContext, step: int) -> None:
+        """Look at rows other than the step's own, before the passes of a step this weights.
+
+        Called on every rank before every such step; passes over rows can be shared.
+        """
 
     def measure(self, batch: MeasuredBatch) -> npt.NDArray[np.float64]:
         """(b, m) of this rank's samples, gathered over ranks into `context.measured`.

@@ -1,0 +1,93 @@
+"""What a forward pass tells of the samples it saw, and the weights they are answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dataflex.weighters.base import LossContributor, MeasuredBatch
+from dataflex.window import FloatArray
+from gradstore.capture.losses import Targets
+from gradstore.errors import BadInput
+
+
+@dataclass
+class SampleStats:
+    """What one rank knows of the samples of some micro-batches; n samples.
+
+    Attributes:
+        loss_sums: (n,) float64, summed token losses.
+        tokens: (n,) int64, target tokens.
+        measured: one (n, m) float64 per contributor that measures.
+    """
+
+    loss_sums: FloatArray
+    tokens: npt.NDArray[np.int64]
+    measured: list[FloatArray]
+
+    @staticmethod
+    def joined(parts: Sequence[SampleStats]) -> SampleStats:
+        """Samples of several parts, end to end."""
+        columns = zip(*(part.measured for part in parts), strict=True)
+        return SampleStats(
+            np.concatenate([part.loss_sums for part in parts]),
+            np.concatenate([part.tokens for part in parts]),
+            [np.concatenate(column) for column in columns],
+        )
+
+    @property
+    def losses(self) -> FloatArray:
+        """(n,) mean token losses; NaN where a sample has no target token."""
+        with np.errstate(invalid="ignore"):
+            return np.asarray(self.loss_sums / self.tokens)
+
+
+def statistics(
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Any,  # noqa: ANN401
+    targets: Targets,
+    token_losses: torch.Tensor,
+    contributors: Sequence[LossContributor],
+) -> SampleStats:
+    """What a forward pass tells of its samples; nothing that carries a gradient."""
+    sums = torch.zeros(targets.grid[0], dtype=torch.float64, device=token_losses.device)
+    sums.index_add_(0, targets.rows, token_losses.double())
+    measured = []
+    for contributor in contributors:
+        if contributor.measures:
+            layer = contributor.hidden_layer
+            hidden = None if layer is None else outputs.hidden_states[layer].detach()
+            batch = MeasuredBatch(inputs, targets, token_losses, hidden)
+            with torch.no_grad():
+                measured.append(np.asarray(contributor.measure(batch), dtype=np.float64))
+    return SampleStats(sums.cpu().numpy(), targets.counts.cpu().numpy(), measured)
+
+
+def hidden_option(contributors: Sequence[LossContributor]) -> dict[str, bool]:
+    """Ask the model for hidden states only where somebody reads them."""
+    wanted = any(c.measures and c.hidden_layer is not None for c in contributors)
+    return {"output_hidden_states": True} if wanted else {}
+
+
+def check_weights(answer: object, losses: FloatArray, name: str) -> FloatArray:
+    """(n,) weights as answered, 0 where a sample has no finite loss.
+
+    Raises:
+        BadInput: another shape, or a weight that is negative or not finite.
+    """
+    weights = np.asarray(answer, dtype=np.float64)
+    if weights.shape != losses.shape:
+        raise BadInput(
+            f"{name}.weights answered shape {weights.shape}; expected one weight for each of "
+            f"{len(losses)} samples."
+        )
+    weights = np.where(np.isfinite(losses), weights, 0.0)
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        worst = weights[~(np.isfinite(weights) & (weights >= 0))][0]
+        raise BadInput(f"{name}.weights answered {worst}; weights are finite and 0 or more.")
+    return weights
