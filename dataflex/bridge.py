@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from dataflex.config import RunConfig, names
-from dataflex.data import Rows, RunData
+from dataflex.data import Domains, Rows, RunData
+from dataflex.domains import BY_DOMAIN, held_out_rows, load_domains
+from dataflex.provenance import tokenizer_hash
 from gradstore.errors import BadInput
 
 OnData = Callable[[RunData, Any], None]
@@ -215,8 +217,14 @@ def _dataset_loader(
             return original(template, model_args, data_args, training_args, stage=stage,
                             tokenizer=tokenizer, processor=processor)  # fmt: skip
 
-        with _naming(f"dataset {', '.join(data_args.dataset or ())}"):
-            module = dict(call(data_args, training_args))
+        domains = None
+        if config.dataflex.train_type in BY_DOMAIN:
+            made_with = {"stage": stage, "template": str(data_args.template),
+                         "tokenizer": tokenizer_hash(tokenizer)}  # fmt: skip
+            module, domains = load_domains(config, data_args, training_args, call, _rows, made_with)
+        else:
+            with _naming(f"dataset {', '.join(data_args.dataset or ())}"):
+                module = dict(call(data_args, training_args))
         if module.get("train_dataset") is None:
             raise BadInput("there is no training data: set dataset.")
         train = _rows("train", module["train_dataset"])
@@ -226,9 +234,9 @@ def _dataset_loader(
             module["eval_dataset"] = {k: _rows(k, v).dataset for k, v in evaluation.items()}
         elif evaluation is not None:
             module["eval_dataset"] = _rows("eval", evaluation).dataset
-        targets = _load_targets(config, data_args, training_args, call)
+        targets = _load_targets(config, data_args, training_args, call, domains)
         on_data(
-            RunData(train, targets, tokenizer, str(data_args.template), data_args, stage),
+            RunData(train, targets, tokenizer, str(data_args.template), data_args, stage, domains),
             training_args,
         )
         return module
@@ -241,6 +249,7 @@ def _load_targets(
     data_args: Any,  # noqa: ANN401 - LlamaFactory's dataclasses
     training_args: Any,  # noqa: ANN401
     call: Callable[[Any, Any], dict[str, Any]],
+    domains: Domains | None,
 ) -> tuple[Rows, ...]:
     """Each target set by a call of its own, as training data.
 
@@ -257,7 +266,9 @@ def _load_targets(
         one.tokenized_path, one.mix_strategy, one.interleave_probs = None, "concat", None
         with _naming(f"target set {name!r}"):
             found.append(_rows(name, call(one, as_training)["train_dataset"]))
-    if not sets and float(data_args.val_size) > 0:
+    if not sets and float(data_args.val_size) > 0 and domains is not None:
+        found.append(held_out_rows(domains))
+    elif not sets and float(data_args.val_size) > 0:
         split = call(data_args, as_training).get("eval_dataset")
         if split is not None:
             found.append(_rows("validation", split))
@@ -287,6 +298,7 @@ def _configuration_faults() -> Iterator[None]:
         (tuner, "get_train_args", ARGUMENT_FAULTS),
         (loader, "_get_merged_dataset", data_faults),
         (loader, "_get_preprocessed_dataset", data_faults),
+        (loader, "split_dataset", data_faults),
     ]
     loaders: list[tuple[Any, str]] = []
     for stage in STAGES:

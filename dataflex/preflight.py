@@ -8,6 +8,8 @@ from pathlib import Path
 
 from dataflex import bridge
 from dataflex.config import RunConfig, names
+from dataflex.domains import BY_DOMAIN
+from dataflex.mixture import domain_faults, rule_faults
 from dataflex.registry import Component, resolve, unknown
 from dataflex.schedule import Schedule
 from gradstore.errors import BadInput, StoreIOError
@@ -36,20 +38,38 @@ def check(config: RunConfig) -> Component | None:
     if config.dataflex.train_type == "static":
         return None
     ours = config.dataflex
-    component = resolve(
-        ours.train_type, ours.component_name, ours.component_params, ours.presets_file
-    )
+    component = _component(config)
     strategy = component.build()
-    if ours.train_type in ("dynamic_select", "dynamic_reorder", "dynamic_lego"):
+    if ours.train_type != "dynamic_weight" and not _fixed_mix(config):
         Schedule(ours.warmup_step, ours.update_step, ours.update_times, budget=1)
     faults = [*_trainer_faults(config), *_component_faults(config, component, strategy)]
     if hasattr(strategy, "check"):
         faults += strategy.check(config)
+    if ours.train_type in BY_DOMAIN:
+        faults += domain_faults(config)
+    if ours.train_type == "dynamic_mix":
+        faults += rule_faults(config, strategy)
     if getattr(strategy, "needs_moments", False):
         faults += _optimizer_faults(config, f"component {component.name!r}")
     if faults:
         raise BadInput("\n".join(faults))
     return component
+
+
+def _fixed_mix(config: RunConfig) -> bool:
+    return config.dataflex.train_type == "dynamic_mix" and config.dataflex.static_mix
+
+
+def _component(config: RunConfig) -> Component:
+    """The named component; with `static_mix` nobody is asked, so the static mixer stands in."""
+    ours = config.dataflex
+    if _fixed_mix(config):
+        if ours.component_name is not None:  # its name and parameters are checked all the same
+            resolve(
+                ours.train_type, ours.component_name, ours.component_params, ours.presets_file
+            )
+        return resolve(ours.train_type, "static", {})
+    return resolve(ours.train_type, ours.component_name, ours.component_params, ours.presets_file)
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -201,11 +221,12 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_datasets(config: RunConfig) -> None:
-    """Names in `dataset`, `eval_dataset`, `target_dataset` must be in a local dataset_info.json."""
+    """Names of data sets must be in a local dataset_info.json."""
     wanted = {
         "dataset": names(config.get("dataset")),
         "eval_dataset": names(config.get("eval_dataset")),
         "target_dataset": tuple(config.dataflex.target_dataset or ()),
+        "mixer_eval_dataset": tuple(config.dataflex.mixer_eval_dataset or ()),
     }
     folder = config.get("dataset_dir", "data")
     if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):

@@ -126,3 +126,26 @@ def select_budget(
     if update_times > 0:
         return math.ceil(epochs * max(1, warmup_step + update_step * update_times))
     return math.ceil(epochs * math.ceil(rows / global_batch))
+
+
+def mix_budget(
+    *,
+    train_step: int,
+    epochs: float,
+    warmup_step: int,
+    update_step: int,
+    update_times: int,
+    static_mix: bool,
+    rows: int,
+    global_batch: int,
+) -> int:
+    """Optimizer steps of a mix run (ALGORITHMS 0.2).
+
+    `train_step` if positive; else `epochs` passes over all `rows` with `static_mix` or T < 0; else
+    one opening and T updates, whatever `epochs` says.
+    """
+    if train_step > 0:
+        return train_step
+    if static_mix or update_times < 0:
+        return int(epochs * max(1, rows // global_batch))
+    return warmup_step + update_step * update_times

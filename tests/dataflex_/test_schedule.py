@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.schedule import EventKind, Schedule, select_budget
+from dataflex.schedule import EventKind, Schedule, mix_budget, select_budget
 from gradstore.errors import BadInput
 
 
@@ -72,3 +72,23 @@ def test_every_step_lies_in_exactly_one_interval(w: int, u: int, t: int, budget:
     assert covered[:budget] == list(range(budget))
     for g in range(budget):
         assert schedule.interval(g).start <= g < schedule.interval(g).stop
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget"),
+    [
+        ({}, 30),  # W + U * T, epochs or not
+        ({"update_times": 0}, 10),
+        ({"update_times": -1}, 187),  # int(1.5 * floor(1000 / 8))
+        ({"static_mix": True}, 187),
+        ({"static_mix": True, "rows": 5}, 1),
+        ({"static_mix": True, "train_step": 7}, 7),
+        ({"train_step": 99}, 99),
+    ],
+)
+def test_a_mix_run_is_as_long_as_its_updates_or_its_epochs(
+    changes: dict[str, int], budget: int
+) -> None:
+    usual = {"train_step": 0, "epochs": 1.5, "warmup_step": 10, "update_step": 10,
+             "update_times": 2, "static_mix": False, "rows": 1000, "global_batch": 8}  # fmt: skip
+    assert mix_budget(**{**usual, **changes}) == budget  # type: ignore[arg-type]

@@ -1,0 +1,28 @@
+"""Proportions drawn anew at every update."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.mixers.base import Mixer, UpdateContext
+from dataflex.mixture import domains_of
+from dataflex.registry import register
+
+
+@register("mixer", "random")
+class RandomMixer(Mixer):
+    """Uniform numbers, normalised: another mixture at every update (ALGORITHMS 2.2).
+
+    Args:
+        seed: combined with the step.
+    """
+
+    def __init__(self, seed: int = 42) -> None:
+        self.seed = seed
+
+    def mix(self, context: UpdateContext) -> npt.NDArray[np.float64]:
+        """(k,) proportions, seeded by (seed, step)."""
+        generator = np.random.default_rng([self.seed, context.step])
+        numbers = generator.random(len(domains_of(context.run.data).names))
+        return np.asarray(numbers / numbers.sum())

@@ -1,0 +1,52 @@
+"""The same proportions throughout: the baseline every other mixer must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.config import RunConfig, names
+from dataflex.mixers.base import Mixer, UpdateContext
+from dataflex.mixture import FIXED_RULES, as_proportions, domains_of
+from dataflex.registry import register
+from gradstore.errors import BadInput
+
+
+@register("mixer", "static")
+class StaticMixer(Mixer):
+    """Fixed proportions of the domains (ALGORITHMS 2.2).
+
+    Args:
+        proportions: one number >= 0 for each data set of `dataset`, in that order and in any
+            scale; null for the same share of each.
+    """
+
+    dynamic = False
+
+    def __init__(self, proportions: Sequence[float] | None = None) -> None:
+        self.proportions = proportions
+
+    def check(self, config: RunConfig) -> list[str]:
+        """As many numbers as domains, and no rule that discards them."""
+        if self.proportions is None:
+            return []
+        rule = config.dataflex.mixture_sample_rule
+        faults = []
+        if rule in FIXED_RULES:
+            faults.append(
+                f"mixture_sample_rule is {rule!r}, which fixes the mixture: remove it, or "
+                "component_params.proportions."
+            )
+        try:
+            as_proportions(self.proportions, names(config.get("dataset")), "proportions")
+        except BadInput as error:
+            faults.append(str(error))
+        return faults
+
+    def mix(self, context: UpdateContext) -> npt.NDArray[np.float64]:
+        """The proportions, normalised."""
+        domains = domains_of(context.run.data).names
+        given = np.ones(len(domains)) if self.proportions is None else self.proportions
+        return as_proportions(given, domains, "proportions")
