@@ -94,7 +94,8 @@ def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> Non
             if features.needs_moments:
                 moments = checkpoint_moments(folder, run.model)
         with _autocast(run.model, run.autocast):
-            train = service.export(step, rate, moments).train
+            name = service.export(step, rate, moments).train
+        train = service.store.generation(name)
         _log.info("%s: %d rows, %d usable", train.name, train.rows, int(train.usable.sum()))
 
 

@@ -7,7 +7,6 @@ named and in what order they are made; taking a gradient and keeping bytes is th
 from __future__ import annotations
 
 import hashlib
-import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,11 +14,13 @@ from gradkernels import ProjectionSpec
 
 from dataflex.context import RunContext
 from dataflex.data import Rows
-from dataflex.events import progress
+from dataflex.events import OnRows
+from dataflex.exporting import export_shared
 from dataflex.ownership import check_owner
 from dataflex.provenance import adapter_hash, libraries, space_fields
+from gradstore.disk.plans import UnitRange
 from gradstore.errors import BadInput, StoreError
-from gradstore.export import ExportSummary, export_generation
+from gradstore.export import compute_unit
 from gradstore.features import FeatureSpec
 from gradstore.gradients import GradientCapture
 from gradstore.layout import GRADIENT, GenerationName, Role
@@ -27,14 +28,13 @@ from gradstore.moments import AdamMoments
 from gradstore.pairing import Which, checkpoint_features
 from gradstore.records import GenerationRecord
 from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.units import ExportSummary, UnitFeatures
 from gradstore.writer import StoreWriter
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from gradstore.generation import Generation
-
-_log = logging.getLogger(__name__)
+    from gradstore.store import Store
 
 #: Padded tokens of a gradient batch where the user sets none.
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
@@ -103,24 +103,18 @@ class CheckpointExport:
     """The generations of one checkpoint, committed.
 
     Attributes:
-        train: generation of the training rows.
-        targets: one per target set.
+        train: name of the generation of the training rows.
+        targets: one name per target set.
         target_rows: rows of all target sets.
         tokens: tokens that went through the model in this pass; 0 where everything was reused.
         seconds: duration of the passes.
     """
 
-    train: Generation
-    targets: tuple[Generation, ...]
+    train: str
+    targets: tuple[str, ...]
     target_rows: int
     tokens: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Exported:
-    generation: Generation
-    summary: ExportSummary
 
 
 def effective_seed(base: int, step: int) -> int:
@@ -135,7 +129,10 @@ def token_budget(model: nn.Module) -> int:
 
 
 class FeatureService:
-    """Writes and finds the gradient generations of one run; holds the store's lock while open."""
+    """Writes and finds the gradient generations of one run.
+
+    Every rank has one, and shares the passes; rank 0's holds the store and its lock while open.
+    """
 
     def __init__(self, run: RunContext, settings: FeatureSettings) -> None:
         """Open the store for writing.
@@ -156,27 +153,46 @@ class FeatureService:
             seed=settings.seed,
             s=settings.sjlt_s,
         )
-        fields = space_fields(run.model, run.data, self.slots, self.projection, settings.dtype)
+        self._writer: StoreWriter | None = None
+        run.ranks.decide(self._open)
+
+    def _open(self) -> None:
+        run = self.run
+        fields = space_fields(run.model, run.data, self.slots, self.projection, self.settings.dtype)
         path = run.config.store_path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.writer = StoreWriter(path, space=GRADIENT, provenance=fields)
-        self.writer.__enter__()
+        self._writer = StoreWriter(path, space="gradient", provenance=fields)
         try:
-            check_owner(self.writer.store, run)
+            check_owner(self._writer.store, run)
         except StoreError:
             self.close()
             raise
 
+    @property
+    def writer(self) -> StoreWriter:
+        """The store's writer; rank 0 alone holds it."""
+        if self._writer is None:
+            raise RuntimeError("the store is open on rank 0 alone, and until close()")
+        return self._writer
+
+    @property
+    def store(self) -> Store:
+        """The store as it is now; on rank 0."""
+        return self.writer.store
+
     def close(self) -> None:
         """Release the store's lock."""
-        self.writer.__exit__(None, None, None)
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def export(
         self, step: int, learning_rate: float, moments: AdamMoments | None
     ) -> CheckpointExport:
         """Export every target set, then the training rows, at the model's present state.
 
-        Generations of an earlier attempt at the same state are reused, finished or half done.
+        Collective. Generations of an earlier attempt at the same state are reused, finished or
+        half done.
 
         Args:
             step: g, names the generations.
@@ -186,50 +202,41 @@ class FeatureService:
         Raises:
             BadInput: a target set without a usable row, before any training row is taken.
         """
-        adapter = adapter_hash(self.run.model, self.slots)
-        sets = self.run.data.targets
         targets, seconds, tokens = [], 0.0, 0
-        for rows in sets:
-            one = self._one(
-                "target", rows, step, adapter=adapter, features=self.settings.target_features
-            )
-            if not one.generation.usable.any():
-                raise BadInput(
-                    f"target set {rows.name!r} has no usable row: every gradient is zero, not "
-                    "finite, or the row is masked."
-                )
-            targets.append(one.generation)
-            tokens, seconds = tokens + one.summary.tokens, seconds + one.summary.seconds
-        train = self._one(
+        for rows in self.run.data.targets:
+            name, summary = self.export_rows("target", rows, step, self.settings.target_features)
+            self.run.ranks.decide(lambda rows=rows, name=name: self._check_usable(rows, name))  # type: ignore[misc]
+            targets.append(name)
+            tokens, seconds = tokens + summary.tokens, seconds + summary.seconds
+        train, summary = self.export_rows(
             "train",
             self.run.data.train,
             step,
-            adapter=adapter,
-            features=self.settings.train_features,
+            self.settings.train_features,
             moments=moments,
             learning_rate=learning_rate,
         )
         return CheckpointExport(
-            train.generation,
+            train,
             tuple(targets),
-            target_rows=sum(len(rows) for rows in sets),
-            tokens=tokens + train.summary.tokens,
-            seconds=seconds + train.summary.seconds,
+            target_rows=sum(len(rows) for rows in self.run.data.targets),
+            tokens=tokens + summary.tokens,
+            seconds=seconds + summary.seconds,
         )
 
     def steps(self) -> list[int]:
-        """Steps of this run's committed training generations, rising."""
+        """Steps of this run's committed training generations, rising; on rank 0."""
         run = self.run.config.dataflex.gradstore_run or ""
         return sorted(
             g.step
-            for g in self.writer.store.generations()
-            if g.role == "train" and g.space == GRADIENT and g.record.run == run
+            for g in self.store.generations()
+            if g.role == "train" and g.record.run == run and g.space == GRADIENT
         )
 
     def checkpoints(self, which: Which, step: int) -> list[CheckpointFeatures]:
-        """The checkpoints to combine, none later than `step`, weighted by learning rate."""
+        """The checkpoints to combine, none later than `step`, weighted by learning rate; rank 0."""
         return checkpoint_features(
-            self.writer.store,
+            self.store,
             which,
             run=self.run.config.dataflex.gradstore_run or "",
             sets=[rows.name for rows in self.run.data.targets],
@@ -237,28 +244,79 @@ class FeatureService:
             fewer=True,
         )
 
-    def _one(
+    def export_rows(
         self,
         role: Role,
         rows: Rows,
         step: int,
-        *,
-        adapter: str,
         features: FeatureSpec,
+        *,
         moments: AdamMoments | None = None,
         learning_rate: float | None = None,
-    ) -> _Exported:
+    ) -> tuple[str, ExportSummary]:
+        """Make one generation of gradient features; collective.
+
+        Args:
+            role: train or target.
+            rows: any processed rows; a target set is named by them.
+            step: g, names the generation.
+            features: how a gradient becomes a feature.
+            moments: needed by Adam features.
+            learning_rate: of a train generation, see `export`.
+
+        Returns:
+            The generation's name in the store (on every rank), and what the pass did.
+        """
+        record = self._record(role, rows, step, features, moments, learning_rate)
+        projection = self.projection.with_seed(record.effective_seed)
+
+        def compute(unit: UnitRange, advance: OnRows) -> UnitFeatures:
+            return compute_unit(
+                self.run.model,
+                rows.dataset,
+                self.run.collate,
+                unit,
+                features=features,
+                projection=projection,
+                moments=moments,
+                lengths=rows.lengths,
+                token_budget=self.settings.tokens_per_batch or token_budget(self.run.model),
+                longest=getattr(self.run.model.config, "max_position_embeddings", None),
+                on_rows=advance,
+            )
+
+        summary = export_shared(
+            self.run.ranks,
+            f"gradients of {record.name}",
+            lambda: self.writer.begin(
+                record, rows.row_set, dim=projection.d, dtype=self.settings.dtype
+            ),
+            compute,
+            max_bad_fraction=self.settings.max_bad_fraction,
+            shows_progress=self.run.shows_progress,
+        )
+        full_name = self.run.ranks.decide(lambda: self.store.generation(record.name).name)
+        return full_name, summary
+
+    def _record(
+        self,
+        role: Role,
+        rows: Rows,
+        step: int,
+        features: FeatureSpec,
+        moments: AdamMoments | None,
+        learning_rate: float | None,
+    ) -> GenerationRecord:
         set_name = rows.name if role == "target" else ""
         run = self.run.config.dataflex.gradstore_run or ""
-        name = str(GenerationName(role, step, set_name, run))
         projection = self.projection.with_seed(effective_seed(self.settings.seed, step))
-        record = GenerationRecord(
-            name=name,
+        return GenerationRecord(
+            name=str(GenerationName(role, step, set_name, run)),
             role=role,
             step=step,
             set=set_name,
             run_id=self.run.run_id,
-            adapter_hash=adapter,
+            adapter_hash=adapter_hash(self.run.model, self.slots),
             optimizer_hash=moments.sha256() if moments is not None else None,
             effective_seed=projection.seed,
             autocast=self.run.autocast,
@@ -269,26 +327,10 @@ class FeatureService:
             learning_rate=learning_rate,
             libraries=libraries(),
         )
-        writer = self.writer.begin(
-            record, rows.row_set, dim=projection.d, dtype=self.settings.dtype
-        )
-        waiting = sum(unit.stop - unit.start for unit in writer.pending)
-        with progress(
-            f"gradients of {name}", waiting, shown=self.run.shows_progress and waiting > 0
-        ) as advance:
-            summary = export_generation(
-                self.run.model,
-                rows.dataset,
-                self.run.collate,
-                writer,
-                features=features,
-                projection=projection,
-                moments=moments,
-                lengths=rows.lengths,
-                token_budget=self.settings.tokens_per_batch or token_budget(self.run.model),
-                longest=getattr(self.run.model.config, "max_position_embeddings", None),
-                max_bad_fraction=self.settings.max_bad_fraction,
-                on_rows=advance,
+
+    def _check_usable(self, rows: Rows, name: str) -> None:
+        if not self.store.generation(name).usable.any():
+            raise BadInput(
+                f"target set {rows.name!r} has no usable row: every gradient is zero, not "
+                "finite, or the row is masked."
             )
-        writer.commit()
-        return _Exported(self.writer.store.generation(name), summary)

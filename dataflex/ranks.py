@@ -71,6 +71,18 @@ class Ranks:
         answers: list[T] = self.gather(choose if self.leads else _nothing)
         return answers[0]
 
+    def collect(self, work: Callable[[], T]) -> list[T]:
+        """As `gather`, for large results: rank 0 alone gets them, the others an empty list."""
+        held: list[T] = []
+        self.gather(lambda: held.append(work()))
+        if self.world == 1:
+            return held
+        import torch.distributed as dist
+
+        answers: list[Any] | None = [None] * self.world if self.leads else None
+        dist.gather_object(held[0], answers, dst=0)
+        return answers or []
+
     def concatenated(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The float64 vectors of all ranks, end to end; they may differ in length."""
         if self.world == 1:

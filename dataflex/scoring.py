@@ -89,6 +89,8 @@ def direct_influence(
 ) -> DirectInfluence:
     """Mean cosines to the q sub-tasks without a projection (`scoring: direct`).
 
+    Collective: every rank takes the target's directions, the training rows are shared.
+
     Raises:
         BadInput: a sub-task without a usable row; too many rows with a non-finite gradient.
     """
@@ -113,13 +115,14 @@ def direct_influence(
         )
         cosines = direct_cosines(
             run.model,
-            batches(run, data.train, fitting, budget, advance),
+            batches(run, data.train, fitting, budget, advance, shared=True),
             len(data.train),
             directions,
             settings.train_features,
             moments,
             status,
         )
+    cosines, status = _merged(run.ranks.gather(lambda: (cosines, status)))
     bad = np.flatnonzero(status == RowStatus.NON_FINITE).tolist()
     check_bad_rows(len(bad), bad, len(data.train), settings.max_bad_fraction)
     tokens = data.train.lengths.sum() + sum(rows.lengths.sum() for rows in data.targets)
@@ -127,6 +130,17 @@ def direct_influence(
     return DirectInfluence(
         cosines.astype(np.float64), dict(counts), sum(directions.rows), int(tokens)
     )
+
+
+def _merged(
+    parts: Sequence[tuple[npt.NDArray[np.floating[Any]], npt.NDArray[np.uint8]]],
+) -> tuple[npt.NDArray[np.floating[Any]], npt.NDArray[np.uint8]]:
+    """Each row from the rank that took it: on the others it is still TOO_LONG."""
+    cosines, status = parts[0]
+    for other_cosines, other_status in parts[1:]:
+        taken = other_status != RowStatus.TOO_LONG
+        cosines[taken], status[taken] = other_cosines[taken], other_status[taken]
+    return cosines, status
 
 
 def whole_rows(model: nn.Module) -> int:

@@ -157,10 +157,10 @@ class InfluenceSelector(Selector):
 
     def start(self, run: RunContext) -> None:
         """Open the store: its refusals come before the first training step."""
-        if self.scoring == "projected" and run.ranks.leads:
+        if self.scoring == "projected":
             from dataflex.features import FeatureService
 
-            self._check_store(run)
+            run.ranks.decide(lambda: self._check_store(run))
             self._service = FeatureService(run, self.settings)
 
     def finish(self) -> None:
@@ -171,9 +171,9 @@ class InfluenceSelector(Selector):
 
     def state(self) -> dict[str, Any]:
         """Which store, and how far: a resume refuses another one."""
-        if self._service is None:
+        if self._service is None or not self._service.run.ranks.leads:
             return {}
-        store = self._service.writer.store
+        store = self._service.store
         head = store.head
         self._generations_saved = len(self._service.steps())
         return {
@@ -191,21 +191,20 @@ class InfluenceSelector(Selector):
 
     def select(self, count: int, context: UpdateContext) -> Selection:
         """Score every training row against the target, take the best `count`."""
-        return context.run.ranks.decide(lambda: self._select(count, context))
+        if self._service is None:
+            return self._direct(count, context)
+        service = self._service
+        exported = self.export(service, context)
+        return context.run.ranks.decide(lambda: self._choose(count, context, service, exported))
 
     def export(self, service: FeatureService, context: UpdateContext) -> CheckpointExport:
-        """Commit the generations of this boundary."""
+        """Commit the generations of this boundary; collective."""
         from gradstore.moments import AdamMoments
 
         moments = None
         if self.settings.train_features.needs_moments:
             moments = AdamMoments.from_optimizer(context.optimizer, context.run.model)
         return service.export(context.step, context.learning_rate, moments)
-
-    def _select(self, count: int, context: UpdateContext) -> Selection:
-        if self._service is None:
-            return self._direct(count, context)
-        return self._projected(count, context, self._service)
 
     def _check_store(self, run: RunContext) -> None:
         """Refuse, before anything is created, a store that is not the checkpoint's."""
@@ -226,10 +225,16 @@ class InfluenceSelector(Selector):
                 "with overwrite_output_dir: true."
             )
 
-    def _projected(self, count: int, context: UpdateContext, service: FeatureService) -> Selection:
+    def _choose(
+        self,
+        count: int,
+        context: UpdateContext,
+        service: FeatureService,
+        exported: CheckpointExport,
+    ) -> Selection:
+        """On rank 0: scores of what was exported, and the best of them."""
         from gradstore.selection import select_top
 
-        exported = self.export(service, context)
         clock = [time.perf_counter()]
         scores = self.score(service.checkpoints(self.which, context.step), count, context)
         clock.append(time.perf_counter())
@@ -241,6 +246,7 @@ class InfluenceSelector(Selector):
             since = len(service.steps()) - self._generations_saved
             service.writer.clean(self.keep_generations + since)
             self._generations_saved = len(service.steps()) - since
+        train = service.store.generation(exported.train)
         return Selection(
             rows,
             scores.values[rows],
@@ -251,10 +257,10 @@ class InfluenceSelector(Selector):
             select_seconds=clock[2] - clock[1],
             skipped=scores.skipped,
             manifest={
-                "train": exported.train.name,
-                "targets": [g.name for g in exported.targets],
-                "commit": exported.train.commit_sha,
-                "adapter": exported.train.record.adapter_hash,
+                "train": exported.train,
+                "targets": list(exported.targets),
+                "commit": train.commit_sha,
+                "adapter": train.record.adapter_hash,
             },
         )
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,34 @@ def test_two_processes_agree(cli: Any, config: Any, tmp_path: Path) -> None:
     owner = json.loads((tmp_path / "run" / "dataflex" / "run.json").read_text())
     assert state.run_id == owner["run_id"]
     assert state.more["rows"].tolist() == chosen["indices"]
+
+
+@pytest.mark.parametrize("scoring", ["projected", "direct"])
+def test_two_processes_share_the_work_and_select_what_one_does(
+    scoring: str, cli: Any, config: Any, tmp_path: Path
+) -> None:
+    """Rows 0-599 make three units: both ranks compute, rank 0 commits."""
+    changes = {"max_samples": 600, "train_step": 3, "warmup_step": 1, "save_steps": 50,
+               "per_device_train_batch_size": 1, "lora_dropout": 0.0,
+               "component_params": {"proj_dim": 128, "scoring": scoring}}  # fmt: skip
+    one = config("one.yaml", output_dir=str(tmp_path / "one"), **changes,
+                 gradient_accumulation_steps=2)  # fmt: skip
+    two = config("two.yaml", output_dir=str(tmp_path / "two"), **changes,
+                 gradient_accumulation_steps=1)  # fmt: skip
+    assert cli("train", one).code == 0
+    result = cli("train", two, ranks=2)
+    assert result.code == 0, result.err[-3000:]
+    chosen = [selection(tmp_path / name, 1) for name in ("one", "two")]
+    assert chosen[0]["indices"] == chosen[1]["indices"]
+    scores = [np.array(c["metric"]["score"]) for c in chosen]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
+
+
+def test_a_failure_of_the_store_ends_every_rank(cli: Any, config: Any, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "foreign.txt").write_text("not ours")
+    result = cli("train", config(gradstore=str(tmp_path / "store")), ranks=2)
+    assert result.code == 2
 
 
 def test_a_configuration_is_refused_before_any_worker_starts(cli: Any, config: Any) -> None:
