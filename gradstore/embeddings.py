@@ -116,7 +116,7 @@ def compute_embedding_unit(
         collate: rows -> padded batch.
         unit: which rows.
         dim: d.
-        lengths: (n,) tokens of each row.
+        lengths: (n,) tokens of each row; an array, where many units are asked for.
         token_budget: tokens of a padded batch.
         longest: rows with more tokens get status `TOO_LONG`; None where `collate` cuts them.
         tokens_of: batch -> (b,) usable tokens; a row with none is `MASKED`.
@@ -165,6 +165,7 @@ def export_embeddings(
             gives another shape than (b, d).
     """
     sink = UnitSink(writer, max_bad_fraction=max_bad_fraction)
+    sizes = np.asarray(lengths, dtype=np.int64)
     for unit in list(writer.pending):
         sink.write(
             compute_embedding_unit(
@@ -173,7 +174,7 @@ def export_embeddings(
                 collate,
                 unit,
                 dim=writer.plan.dim,
-                lengths=lengths,
+                lengths=sizes,
                 token_budget=token_budget,
                 longest=longest,
                 tokens_of=tokens_of,

@@ -114,7 +114,7 @@ def compute_unit(
         features: how a gradient becomes a feature.
         projection: with the effective seed of this generation.
         moments: Adam moments where `features` needs them.
-        lengths: (n,) tokens of each row.
+        lengths: (n,) tokens of each row; an array, where many units are asked for.
         token_budget: tokens of a padded batch.
         longest: rows with more tokens get status `TOO_LONG` (the model's position limit).
         on_rows: called with the number of rows each time some are done.
@@ -162,6 +162,7 @@ def export_generation(
         BadInput: more than `max_bad_fraction` of the rows have non-finite gradients.
     """
     sink = UnitSink(writer, max_bad_fraction=max_bad_fraction)
+    sizes = np.asarray(lengths, dtype=np.int64)
     for unit in list(writer.pending):
         sink.write(
             compute_unit(
@@ -172,7 +173,7 @@ def export_generation(
                 features=features,
                 projection=projection,
                 moments=moments,
-                lengths=lengths,
+                lengths=sizes,
                 token_budget=token_budget,
                 longest=longest,
                 on_rows=on_rows,
