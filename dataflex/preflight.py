@@ -65,9 +65,7 @@ def _component(config: RunConfig) -> Component:
     ours = config.dataflex
     if _fixed_mix(config):
         if ours.component_name is not None:  # its name and parameters are checked all the same
-            resolve(
-                ours.train_type, ours.component_name, ours.component_params, ours.presets_file
-            )
+            resolve(ours.train_type, ours.component_name, ours.component_params, ours.presets_file)
         return resolve(ours.train_type, "static", {})
     return resolve(ours.train_type, ours.component_name, ours.component_params, ours.presets_file)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +57,24 @@ def test_every_example_configuration_passes_its_checks(
     config = load(path, [], bridge.accepted_keys())
     if (ROOT / str(config.get("model_name_or_path"))).is_dir():  # the real one has to be made first
         check(config)
+
+
+def test_adding_a_strategy_takes_one_file_one_preset_and_one_test(tmp_path: Path) -> None:
+    """The example of docs/add-a-strategy.md, applied to a copy of the package and run."""
+    page = (ROOT / "docs" / "add-a-strategy.md").read_text()
+    diff = re.search(r"```diff\n(.*?)```", page, flags=re.S)
+    assert diff is not None
+    touched = re.findall(r"^\+\+\+ b/(\S+)", diff[1], flags=re.M)
+    assert touched == [
+        "dataflex/selectors/shortest.py",
+        "dataflex/configs/components.yaml",
+        "tests/dataflex_/test_shortest.py",
+    ]
+    shutil.copytree(ROOT / "dataflex", tmp_path / "dataflex")
+    subprocess.run(["git", "apply", "-"], input=diff[1], text=True, check=True, cwd=tmp_path)
+    inherited = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+               "--import-mode=importlib", "tests"]  # fmt: skip
+    found = subprocess.run(command, cwd=tmp_path, env=inherited, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "2 passed" in found.stdout
