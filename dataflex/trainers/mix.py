@@ -23,7 +23,8 @@ from dataflex.mixture import (
     opening_proportions,
 )
 from dataflex.schedule import EventKind, Interval, Schedule, mix_budget
-from dataflex.trainers.losses import LossSeam, SampleStats
+from dataflex.trainers.losses import LossSeam
+from dataflex.trainers.samples import SampleStats
 from dataflex.trainers.served import ServedSeam
 from dataflex.trainers.state import RunState
 from dataflex.weighters.base import LossContributor
