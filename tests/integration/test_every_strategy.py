@@ -24,15 +24,18 @@ SHORT = ("max_samples=48", "per_device_train_batch_size=2", "warmup_step=2", "up
          "update_times=2", "train_step=8", "logging_steps=1", "save_steps=3", "disable_tqdm=true",
          "do_eval=false", "overwrite_cache=true", "report_to=none")  # fmt: skip
 
-#: What single examples need beside that, by file name.
+#: What single examples need beside that, by folder and file name.
 MORE: dict[str, tuple[str, ...]] = {}
 
 #: Run with two processes as well: at least one of each kind, and what shares work.
-TWO_PROCESSES = ("less", "loss", "random")
+TWO_PROCESSES = ("selectors/less", "selectors/loss", "selectors/random", "mixers/odm")
+
+#: Where both folders hold an example of one name, the one of train_lora is meant.
+NAMED = {f"{path.parent.name}/{path.stem}": path for path in EXAMPLES}
 
 
 def settings(path: Path, run: Path) -> tuple[str, ...]:
-    return (*SHORT, *MORE.get(path.stem, ()), f"output_dir={run}")
+    return (*SHORT, *MORE.get(f"{path.parent.name}/{path.stem}", ()), f"output_dir={run}")
 
 
 def weights_of(run: Path) -> bytes:
@@ -66,7 +69,7 @@ def assert_same(one: Any, other: Any, where: str = "state") -> None:
         assert one == other or (one != one and other != other), where
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: f"{p.parts[-3]}-{p.parent.name}-{p.stem}")
 def test_it_runs_and_a_kill_in_mid_interval_changes_nothing(
     path: Path, cli: Any, tmp_path: Path
 ) -> None:
@@ -100,7 +103,7 @@ def test_it_runs_and_a_kill_in_mid_interval_changes_nothing(
 @pytest.mark.parametrize("name", TWO_PROCESSES)
 def test_two_processes_agree(name: str, cli: Any, tmp_path: Path) -> None:
     """Every rank serves its part of one decision (the trainer checks that at every interval)."""
-    (path,) = (p for p in EXAMPLES if p.stem == name)
+    path = NAMED[name]
     result = cli("train", path, *settings(path, tmp_path / "run"), ranks=2)
     assert result.code == 0, result.err[-3000:]
     assert read_events(tmp_path / "run" / "dataflex"), "something was decided"

@@ -1,4 +1,4 @@
-"""Every example YAML runs as it is; here for a few steps on a few rows."""
+"""Every selector's example runs as it is; here for a few steps on a few rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = sorted((ROOT / "examples" / "train_lora").rglob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples" / "train_lora" / "selectors").glob("*.yaml"))
 FEWER = ("max_samples=48", "per_device_train_batch_size=2", "warmup_step=2", "update_step=2",
          "update_times=1", "logging_steps=1", "save_steps=3", "disable_tqdm=true",
          "do_eval=false", "overwrite_cache=true")  # fmt: skip
