@@ -81,12 +81,21 @@ class LossSelector(Selector):
         )
 
 
-def current_losses(context: UpdateContext, max_rows: int) -> FloatArray:
-    """(n,) mean token losses of the candidates under the present model; NaN elsewhere."""
+def current_losses(
+    context: UpdateContext, max_rows: int, rows: npt.NDArray[np.int64] | None = None
+) -> FloatArray:
+    """(n,) mean token losses under the present model; NaN elsewhere.
+
+    Args:
+        context: of the boundary.
+        max_rows: rows of a batch, at most.
+        rows: (m,) whose losses; None for the candidates'.
+    """
     board = context.run.board
     if board is None:
         raise BadInput("losses are scored during training alone")
-    return board.losses(context.run, context.step, context.candidates, max_rows=max_rows)
+    asked = context.candidates if rows is None else rows
+    return board.losses(context.run, context.step, asked, max_rows=max_rows)
 
 
 def band_weights(
