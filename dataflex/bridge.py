@@ -14,23 +14,24 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from dataflex.config import RunConfig, names
-from dataflex.data import Domains, Rows, RunData
+from dataflex.data import SOURCE_ROW, SOURCE_SET, Domains, RawRows, Rows, RunData
 from dataflex.domains import BY_DOMAIN, held_out_rows, load_domains
 from dataflex.provenance import tokenizer_hash
 from gradstore.errors import BadInput
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 OnData = Callable[[RunData, Any], None]
 MakeTrainer = Callable[[type], Callable[..., Any]]
+Arrange = Callable[[RawRows], "npt.NDArray[np.int64]"]
 
 #: LlamaFactory's stages; each has a workflow of its own.
 STAGES = ("pt", "sft", "rm", "dpo", "kto", "ppo")
-
-#: Columns that carry a row's origin; removed again before a collator can see them.
-SOURCE_SET = "_source_set"
-SOURCE_ROW = "_source_row"
 
 
 def accepted_keys() -> set[str]:
@@ -84,7 +85,11 @@ def run_untouched(args: Mapping[str, Any]) -> None:
 
 
 def run_replaced(
-    config: RunConfig, args: Mapping[str, Any], make_trainer: MakeTrainer, on_data: OnData
+    config: RunConfig,
+    args: Mapping[str, Any],
+    make_trainer: MakeTrainer,
+    on_data: OnData,
+    arrange: Arrange | None = None,
 ) -> None:
     """LlamaFactory's training with our trainer in its place.
 
@@ -93,6 +98,7 @@ def run_replaced(
         args: what LlamaFactory parses.
         make_trainer: LlamaFactory's trainer class -> what builds the trainer.
         on_data: called with the processed rows and the TrainingArguments before a model is loaded.
+        arrange: the order to put raw training rows in before they are tokenised.
     """
     from llamafactory.train.pt import workflow as pt
     from llamafactory.train.sft import workflow as sft
@@ -100,9 +106,9 @@ def run_replaced(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_configuration_faults())
-        stack.enter_context(_row_sources())
+        files = stack.enter_context(_row_sources())
         stack.enter_context(_whole_log_lines())
-        load = _dataset_loader(config, sft.get_dataset, on_data)
+        load = _dataset_loader(config, sft.get_dataset, on_data, files, arrange)
         for workflow, trainer in ((sft, "CustomSeq2SeqTrainer"), (pt, "CustomTrainer")):
             stack.enter_context(
                 _swapped(workflow, trainer, make_trainer(getattr(workflow, trainer)))
@@ -165,7 +171,7 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Loa
         merged = merged if config.get("create_new_adapter", False) else ()
         args["adapter_name_or_path"] = ",".join([*merged, str(checkpoint)])
         args["create_new_adapter"] = False
-    with _configuration_faults(), _row_sources():
+    with _configuration_faults(), _row_sources() as files:
         model_args, data_args, training_args, finetuning_args, _ = _as_bad_input(
             get_train_args, ARGUMENT_FAULTS
         )(args)
@@ -177,7 +183,7 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Loa
             on_data(data, training_args)
             held.append(data)
 
-        load = _dataset_loader(config, get_dataset, hold)
+        load = _dataset_loader(config, get_dataset, hold, files)
         load(template, model_args, data_args, training_args, stage=finetuning_args.stage, **module)
         model = _naming_model(load_model)(
             module["tokenizer"], model_args, finetuning_args, is_trainable=True
@@ -200,7 +206,11 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Loa
 
 
 def _dataset_loader(
-    config: RunConfig, original: Callable[..., dict[str, Any]], on_data: OnData
+    config: RunConfig,
+    original: Callable[..., dict[str, Any]],
+    on_data: OnData,
+    files: Mapping[str, Any],
+    arrange: Arrange | None = None,
 ) -> Callable[..., dict[str, Any]]:
     """Wrap `get_dataset`: load targets beside the training rows, strip origins, report both."""
 
@@ -223,7 +233,8 @@ def _dataset_loader(
                          "tokenizer": tokenizer_hash(tokenizer)}  # fmt: skip
             module, domains = load_domains(config, data_args, training_args, call, _rows, made_with)
         else:
-            with _naming(f"dataset {', '.join(data_args.dataset or ())}"):
+            names = ", ".join(data_args.dataset or ())
+            with _naming(f"dataset {names}"), _arranged(data_args, files, arrange):
                 module = dict(call(data_args, training_args))
         if module.get("train_dataset") is None:
             raise BadInput("there is no training data: set dataset.")
@@ -236,7 +247,9 @@ def _dataset_loader(
             module["eval_dataset"] = _rows("eval", evaluation).dataset
         targets = _load_targets(config, data_args, training_args, call, domains)
         on_data(
-            RunData(train, targets, tokenizer, str(data_args.template), data_args, stage, domains),
+            RunData(
+                train, targets, tokenizer, str(data_args.template), data_args, stage, domains, files
+            ),
             training_args,
         )
         return module
@@ -365,14 +378,40 @@ def _naming_model(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _row_sources() -> Iterator[None]:
+def _arranged(
+    data_args: Any,  # noqa: ANN401 - LlamaFactory's DataArguments
+    files: Mapping[str, Any],
+    arrange: Arrange | None,
+) -> Iterator[None]:
+    """Put the training rows in another order, all sets together, before they are tokenised."""
+    from llamafactory.data import loader
+
+    merge = loader._get_merged_dataset
+
+    def merged(names: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        dataset = merge(names, *args, **kwargs)
+        if arrange is None or names is not data_args.dataset:
+            return dataset
+        if SOURCE_ROW not in dataset.column_names:
+            raise BadInput("where its rows come from is unknown, so they cannot be put in order.")
+        sources = tuple(zip(dataset[SOURCE_SET], dataset[SOURCE_ROW], strict=True))
+        return dataset.select(arrange(RawRows(sources, files)))
+
+    with _swapped(loader, "_get_merged_dataset", merged):
+        yield
+
+
+@contextlib.contextmanager
+def _row_sources() -> Iterator[dict[str, Any]]:
     """Carry (data set, index in its file) through loading, alignment and tokenisation.
 
     Both columns are added right after the file is read. Alignment maps row to row but drops all
     columns; tokenisation may drop rows, so it is run row by row and the survivors keep theirs.
+    Yields the numbered rows by data set as they were read, with columns that alignment drops.
     """
     from llamafactory.data import loader
 
+    files: dict[str, Any] = {}
     read, align, listed = loader.load_dataset, loader.align_dataset, loader.get_dataset_list
     processor_for = loader._get_dataset_processor
 
@@ -391,6 +430,8 @@ def _row_sources() -> Iterator[None]:
     def align_numbered(dataset: Any, dataset_attr: Any, data_args: Any, training_args: Any) -> Any:  # noqa: ANN401
         plain = data_args.tokenized_path is None and not data_args.streaming
         numbers = dataset[SOURCE_ROW] if plain and SOURCE_ROW in dataset.column_names else None
+        if numbers is not None:
+            files[dataset_attr.source_name] = dataset
         if SOURCE_ROW in (dataset.column_names or ()):
             dataset = dataset.remove_columns(SOURCE_ROW)
         aligned = align(dataset, dataset_attr, data_args, training_args)
@@ -410,7 +451,7 @@ def _row_sources() -> Iterator[None]:
             ("_get_dataset_processor", processor_numbered),
         ):
             stack.enter_context(_swapped(loader, name, replacement))
-        yield
+        yield files
 
 
 class _SourceCarrier:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 
+#: Columns that carry a row's origin; removed again before a collator can see them.
+SOURCE_SET = "_source_set"
+SOURCE_ROW = "_source_row"
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -74,6 +78,56 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class RawRows:
+    """Rows as their files hold them, before anything was made of them.
+
+    Attributes:
+        sources: (n,) (data set name, index in its file) of each row.
+        files: data set name -> its rows with every column they have.
+    """
+
+    sources: Sequence[tuple[str, int]]
+    files: Mapping[str, Dataset]
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.sources)
+
+    def numbers(self, column: str) -> npt.NDArray[np.float64]:
+        """(n,) a column's values; NaN where a row has none.
+
+        Raises:
+            BadInput: a data set has no such column, or a value that is no number.
+        """
+        found: dict[str, dict[int, float]] = {}
+        for name in {name for name, _ in self.sources}:
+            rows = self.files[name]
+            if column not in rows.column_names:
+                have = sorted(c for c in rows.column_names if not c.startswith("_source"))
+                raise BadInput(
+                    f"data set {name!r} has no column {column!r}; its columns are "
+                    f"{', '.join(have)}."
+                )
+            where = f"data set {name!r}, column {column!r}"
+            found[name] = dict(
+                zip(rows[SOURCE_ROW][:], as_numbers(rows[column][:], where), strict=True)
+            )
+        return np.array([found[name][row] for name, row in self.sources], dtype=np.float64)
+
+
+def as_numbers(values: Sequence[Any], where: str) -> list[float]:
+    """Values of a file as floats; null becomes NaN.
+
+    Raises:
+        BadInput: a value is no number; names the place.
+    """
+    try:
+        return [np.nan if value is None else float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{where}: expected numbers: {error}.") from error
+
+
+@dataclass(frozen=True)
 class Domains:
     """Which domain each training row belongs to; k domains.
 
@@ -105,6 +159,8 @@ class RunData:
         data_args: LlamaFactory's DataArguments.
         stage: "sft" or "pt".
         domains: of the training rows, where the run mixes them.
+        files: data set name -> its rows before preprocessing, with every column they have; empty
+            where the rows come from `tokenized_path`.
     """
 
     train: Rows
@@ -114,6 +170,13 @@ class RunData:
     data_args: Any
     stage: str
     domains: Domains | None = None
+    files: Mapping[str, Dataset] = field(default_factory=dict)
+
+    @property
+    def raw(self) -> RawRows | None:
+        """The training rows as their files hold them; None where their origin is unknown."""
+        sources = self.train.sources
+        return None if sources is None else RawRows(sources, self.files)
 
 
 def check_rows(data: RunData, *, needs_targets: bool, subtask_sizes: Sequence[int] | None) -> None:

@@ -47,7 +47,9 @@ def run(config: RunConfig, component: Component | None) -> None:
     from dataflex.session import TrainSession
 
     session = TrainSession(config, component)
-    bridge.run_replaced(config, session.args, session.trainer_for, session.take_data)
+    bridge.run_replaced(
+        config, session.args, session.trainer_for, session.take_data, session.arrange
+    )
     session.show()
 
 

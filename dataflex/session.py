@@ -7,11 +7,11 @@ import logging
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dataflex.checkpoints import check_resumable
 from dataflex.config import RunConfig
-from dataflex.data import RunData, check_rows
+from dataflex.data import RawRows, RunData, check_rows
 from dataflex.events import RunLog
 from dataflex.identity import known_identity
 from dataflex.picture import draw
@@ -26,6 +26,10 @@ from dataflex.trainers.state import (
     run_id_of,
 )
 from gradstore.errors import BadInput
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 #: train_type -> what goes before LlamaFactory's trainer.
 SEAMS = {
@@ -60,6 +64,14 @@ class TrainSession:
             self.args["overwrite_output_dir"] = True
         self._data: RunData | None = None
         self._log: RunLog | None = None
+
+    @property
+    def arrange(self) -> Callable[[RawRows], npt.NDArray[np.int64]] | None:
+        """The order raw rows are put in before they are tokenised, where the strategy has one."""
+        if not getattr(self.strategy, "orders_raw_rows", False):
+            return None
+        order: Callable[[RawRows], npt.NDArray[np.int64]] = self.strategy.order_raw_rows
+        return order
 
     def take_data(self, data: RunData, training_args: Any) -> None:  # noqa: ANN401
         """Check the rows before the model is loaded.

@@ -19,8 +19,8 @@ class Strategy:
     are shared (`context.run.ranks`); where ranks could differ, rank 0's answer counts.
     """
 
-    #: Works on rows one by one: packing and streaming are refused.
-    needs_single_rows: ClassVar[bool] = True
+    #: Works on rows one by one: packing and streaming are refused. May depend on the parameters.
+    needs_single_rows: bool = True
     #: Takes LoRA gradients.
     needs_lora: bool = False
     #: Needs target rows (`target_dataset`, `eval_dataset` or `val_size`).
