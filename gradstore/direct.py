@@ -55,22 +55,39 @@ def target_directions(
     with GradientCapture(model) as capture:
         feature_map = FeatureMap(features, capture.slots, None, device=_device(model))
         for number, batches in enumerate(subtasks):
-            total = torch.zeros(capture.p, device=_device(model))
-            used = 0
-            for _, batch in batches:
-                gradients, tokens = _whole_features(capture, feature_map, batch, _device(model))
-                norm = torch.linalg.vector_norm(gradients, dim=1)
-                good = torch.isfinite(norm) & (norm > 0) & (tokens > 0)
-                total += (gradients[good] / norm[good, None]).sum(dim=0)
-                used += int(good.sum())
-            if used == 0:
-                raise BadInput(
-                    f"sub-task {number} of the target has no usable row: every row is masked or "
-                    "its gradient is zero or not finite."
-                )
-            means.append(total / used)
+            whole = (
+                _whole_features(capture, feature_map, batch, _device(model)) for _, batch in batches
+            )
+            direction, used = mean_direction(whole, number)
+            means.append(direction)
             counts.append(used)
     return TargetDirections(torch.stack(means), tuple(counts))
+
+
+def mean_direction(parts: Iterable[tuple[Tensor, Tensor]], number: int) -> tuple[Tensor, int]:
+    """Mean unit row of a sub-task, and how many rows could be used.
+
+    Args:
+        parts: whole features (b, p) and their target tokens (b,).
+        number: position of the sub-task, for the message.
+
+    Raises:
+        BadInput: no row can be used.
+    """
+    total: Tensor | None = None
+    used = 0
+    for features, tokens in parts:
+        norm = torch.linalg.vector_norm(features, dim=1)
+        good = torch.isfinite(norm) & (norm > 0) & (tokens > 0)
+        part = (features[good] / norm[good, None]).sum(dim=0)
+        total = part if total is None else total + part
+        used += int(good.sum())
+    if total is None or not used:
+        raise BadInput(
+            f"sub-task {number} of the target has no usable row: every row is masked or "
+            "its gradient is zero or not finite."
+        )
+    return total / used, used
 
 
 def direct_cosines(

@@ -213,11 +213,11 @@ class _Exporter:
 
         def sink(slot: ParameterSlot, gradient: Tensor) -> None:
             feature = self.map.apply_(slot, gradient)
-            squares.add_(_sum_of_squares(feature))
+            squares.add_(sum_of_squares(feature))
             accumulator.add(feature, slot.start)
 
         stats = self.capture.capture(self._move(batch), sink)
-        return _finish(rows, accumulator.result(), squares, stats.target_tokens)
+        return finished_rows(rows, accumulator.result(), squares, stats.target_tokens)
 
     def gathered(
         self, batches: Iterable[tuple[npt.NDArray[np.int64], Batch]]
@@ -251,21 +251,22 @@ class _Exporter:
         accumulator.add(features, 0)
         rows = np.concatenate([rows for rows, _ in group])
         tokens = torch.cat([tokens for _, tokens in group])
-        return _finish(rows, accumulator.result(), _sum_of_squares(features), tokens)
+        return finished_rows(rows, accumulator.result(), sum_of_squares(features), tokens)
 
     def _move(self, batch: Batch) -> dict[str, Any]:
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _sum_of_squares(x: Tensor) -> Tensor:
+def sum_of_squares(x: Tensor) -> Tensor:
     """(b, k) float32 -> (b,) float64; a row's own dot product, so one row's NaN stays its own."""
     norms: Tensor = torch.linalg.vector_norm(x, dim=1)
     return norms.double().square_()
 
 
-def _finish(
+def finished_rows(
     rows: npt.NDArray[np.int64], projected: Tensor, squares: Tensor, target_tokens: Tensor
 ) -> FeatureRows:
+    """Projected rows (b, d) with squared norms (b,) and target tokens (b,), judged, on the host."""
     norm = squares.sqrt()
     # A projected row may overflow where its norm does not.
     finite = torch.isfinite(projected).all(dim=1)
