@@ -217,17 +217,31 @@ def presets_of(bucket: str, path: Path = PACKAGED_PRESETS) -> dict[str, dict[str
     return presets
 
 
-def _import_target(target: str) -> type:
+def imported(target: str, key: str, form: str) -> Any:  # noqa: ANN401 - whatever lies there
+    """What `target` names, from an installed package or a file in the current folder.
+
+    Args:
+        target: package.module:name.
+        key: the YAML key it stands under.
+        form: how it should be written.
+
+    Raises:
+        BadInput: it is written otherwise, or cannot be imported.
+    """
     module, _, name = target.partition(":")
     if not module or not name:
-        raise BadInput(f"target is {target!r}; write it as package.module:Class.")
-    # A user's class usually lies beside the YAML they run, in the current folder.
+        raise BadInput(f"{key} is {target!r}; write it as {form}.")
+    # A user's code usually lies beside the YAML they run, in the current folder.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise BadInput(f"target {target!r} cannot be imported: {error}") from error
+        raise BadInput(f"{key} {target!r} cannot be imported: {error}") from error
+
+
+def _import_target(target: str) -> type:
+    found = imported(target, "target", "package.module:Class")
     if not isinstance(found, type):
         raise BadInput(f"target {target!r} is a {type(found).__name__}, not a class.")
     return found

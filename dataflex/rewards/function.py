@@ -1,0 +1,76 @@
+"""A reward computed by any importable function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from dataflex.registry import imported
+from dataflex.rewards.base import Answered, Verdict, shortened
+from gradstore.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class FunctionJudge:
+    """Calls `package.module:callable(prompt, response, reference)`.
+
+    Args:
+        target: where the function is; it returns a number from 0 to 1, or NaN for none.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def identity(self) -> Mapping[str, Any]:
+        """The function's name; its code may change without notice."""
+        return {"reward": "function", "function": self.target}
+
+    def faults(self) -> list[str]:
+        """Whether it can be imported and called."""
+        try:
+            _ = self._function
+        except BadInput as error:
+            return [str(error)]
+        return []
+
+    def start(self, model: nn.Module) -> None:
+        """Nothing to load."""
+
+    def judge(self, answers: Sequence[Answered]) -> list[Verdict]:
+        """One call per response."""
+        return [self._one(answered) for answered in answers]
+
+    def _one(self, answered: Answered) -> Verdict:
+        try:
+            said = self._function(answered.prompt, answered.response, answered.reference)
+        except Exception as error:  # whatever a user's function raises, the row must be named
+            raise BadInput(
+                f"reward_function {self.target} failed with {error!r} on the response "
+                f"{shortened(answered.response)!r} to {shortened(answered.prompt)!r}."
+            ) from error
+        try:
+            reward = float(said)
+        except (TypeError, ValueError):
+            reward = math.inf
+        if math.isnan(reward):
+            return Verdict(math.nan, "nan")
+        if not 0 <= reward <= 1:
+            raise BadInput(
+                f"reward_function {self.target} answered {shortened(repr(said))} for the response "
+                f"{shortened(answered.response)!r}; a reward is a number from 0 to 1, or NaN."
+            )
+        return Verdict(reward)
+
+    @cached_property
+    def _function(self) -> Callable[[str, str, str], Any]:
+        found: Any = imported(self.target, "reward_function", "package.module:function")
+        if not callable(found):
+            raise BadInput(
+                f"reward_function {self.target!r} is a {type(found).__name__}, not a function."
+            )
+        function: Callable[[str, str, str], Any] = found
+        return function
