@@ -7,7 +7,7 @@ named and in what order they are made; taking a gradient and keeping bytes is th
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from gradkernels import ProjectionSpec
@@ -34,6 +34,7 @@ from gradstore.writer import StoreWriter
 if TYPE_CHECKING:
     from torch import nn
 
+    from dataflex.targets import TargetFeatures
     from gradstore.store import Store
 
 #: Padded tokens of a gradient batch where the user sets none.
@@ -187,7 +188,11 @@ class FeatureService:
             self._writer = None
 
     def export(
-        self, step: int, learning_rate: float, moments: AdamMoments | None
+        self,
+        step: int,
+        learning_rate: float,
+        moments: AdamMoments | None,
+        source: TargetFeatures | None = None,
     ) -> CheckpointExport:
         """Export every target set, then the training rows, at the model's present state.
 
@@ -198,13 +203,16 @@ class FeatureService:
             step: g, names the generations.
             learning_rate: mean since the previous generation; weights this checkpoint.
             moments: needed by Adam features.
+            source: of target features; None takes the gradients of the target rows' answers.
 
         Raises:
             BadInput: a target set without a usable row, before any training row is taken.
         """
         targets, seconds, tokens = [], 0.0, 0
         for rows in self.run.data.targets:
-            name, summary = self.export_rows("target", rows, step, self.settings.target_features)
+            name, summary = self.export_rows(
+                "target", rows, step, self.settings.target_features, source=source
+            )
             self.run.ranks.decide(lambda rows=rows, name=name: self._check_usable(rows, name))  # type: ignore[misc]
             targets.append(name)
             tokens, seconds = tokens + summary.tokens, seconds + summary.seconds
@@ -253,6 +261,7 @@ class FeatureService:
         *,
         moments: AdamMoments | None = None,
         learning_rate: float | None = None,
+        source: TargetFeatures | None = None,
     ) -> tuple[str, ExportSummary]:
         """Make one generation of gradient features; collective.
 
@@ -263,14 +272,21 @@ class FeatureService:
             features: how a gradient becomes a feature.
             moments: needed by Adam features.
             learning_rate: of a train generation, see `export`.
+            source: of the features of a target set, see `export`.
 
         Returns:
             The generation's name in the store (on every rank), and what the pass did.
         """
         record = self._record(role, rows, step, features, moments, learning_rate)
+        if source is not None:
+            options = {**record.feature_options, "source": source.options}
+            record = replace(record, feature_options=options)
         projection = self.projection.with_seed(record.effective_seed)
+        budget = self.settings.tokens_per_batch or token_budget(self.run.model)
 
         def compute(unit: UnitRange, advance: OnRows) -> UnitFeatures:
+            if source is not None:
+                return source.compute(self.run, rows, unit, features, projection, budget, advance)
             return compute_unit(
                 self.run.model,
                 rows.dataset,
@@ -280,7 +296,7 @@ class FeatureService:
                 projection=projection,
                 moments=moments,
                 lengths=rows.lengths,
-                token_budget=self.settings.tokens_per_batch or token_budget(self.run.model),
+                token_budget=budget,
                 longest=getattr(self.run.model.config, "max_position_embeddings", None),
                 on_rows=advance,
             )

@@ -15,6 +15,7 @@ from dataflex.context import RunContext, UpdateContext
 from dataflex.data import Rows
 from dataflex.events import OnRows, progress
 from dataflex.features import FeatureSettings, token_budget
+from dataflex.targets import TargetFeatures
 from gradstore.direct import direct_cosines, target_directions
 from gradstore.export import check_bad_rows, plan_batches
 from gradstore.gradients import batch_losses
@@ -85,7 +86,10 @@ class DirectInfluence:
 
 
 def direct_influence(
-    context: UpdateContext, settings: FeatureSettings, subtask_sizes: Sequence[int] | None
+    context: UpdateContext,
+    settings: FeatureSettings,
+    subtask_sizes: Sequence[int] | None,
+    source: TargetFeatures | None = None,
 ) -> DirectInfluence:
     """Mean cosines to the q sub-tasks without a projection (`scoring: direct`).
 
@@ -105,14 +109,18 @@ def direct_influence(
     total = len(data.train) + sum(len(rows) for rows in data.targets)
     with progress(f"exact influence at step {context.step}", total,
                   shown=run.shows_progress) as advance:  # fmt: skip
-        directions = target_directions(
-            run.model,
-            [
-                batches(run, rows, positions, budget, advance, whole_rows(run.model))
-                for rows, positions in _subtasks(data.targets, subtask_sizes)
-            ],
-            settings.target_features,
-        )
+        subtasks = _subtasks(data.targets, subtask_sizes)
+        if source is not None:
+            directions = source.directions(run, subtasks, settings.target_features, budget)
+        else:
+            directions = target_directions(
+                run.model,
+                [
+                    batches(run, rows, positions, budget, advance, whole_rows(run.model))
+                    for rows, positions in subtasks
+                ],
+                settings.target_features,
+            )
         cosines = direct_cosines(
             run.model,
             batches(run, data.train, fitting, budget, advance, shared=True),
@@ -175,9 +183,9 @@ def batches(
 
 def _subtasks(
     targets: Sequence[Rows], sizes: Sequence[int] | None
-) -> list[tuple[Rows, npt.NDArray[np.int64] | None]]:
+) -> list[tuple[Rows, npt.NDArray[np.int64]]]:
     """Each target set is a sub-task, or the one set is cut into consecutive `sizes`."""
     if sizes is None:
-        return [(rows, None) for rows in targets]
+        return [(rows, np.arange(len(rows))) for rows in targets]
     ends = np.cumsum(sizes)
     return [(targets[0], np.arange(end - size, end)) for size, end in zip(sizes, ends, strict=True)]

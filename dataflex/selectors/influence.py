@@ -18,6 +18,7 @@ from gradstore.errors import BadInput, ProvenanceMismatch
 
 if TYPE_CHECKING:
     from dataflex.features import CheckpointExport, FeatureService
+    from dataflex.targets import TargetFeatures
     from gradstore.scoring.comparable import CheckpointFeatures
 
 
@@ -143,6 +144,10 @@ class InfluenceSelector(Selector):
         """Rows of each sub-task where one target set is cut into several; None: a set is one."""
         return run.config.dataflex.target_subtasks
 
+    def target_source(self) -> TargetFeatures | None:
+        """Where target features come from; None: the gradients of the target rows' answers."""
+        return None
+
     def score(
         self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext
     ) -> Scored:
@@ -204,7 +209,7 @@ class InfluenceSelector(Selector):
         moments = None
         if self.settings.train_features.needs_moments:
             moments = AdamMoments.from_optimizer(context.optimizer, context.run.model)
-        return service.export(context.step, context.learning_rate, moments)
+        return service.export(context.step, context.learning_rate, moments, self.target_source())
 
     def _check_store(self, run: RunContext) -> None:
         """Refuse, before anything is created, a store that is not the checkpoint's."""
@@ -269,7 +274,8 @@ class InfluenceSelector(Selector):
         from gradstore.selection import select_top
 
         began = time.perf_counter()
-        found = direct_influence(context, self.settings, self.subtask_sizes(context.run))
+        sizes = self.subtask_sizes(context.run)
+        found = direct_influence(context, self.settings, sizes, self.target_source())
         exported = time.perf_counter()
         candidates = context.among_candidates(np.asarray(np.isfinite(found.cosines).all(axis=1)))
         scores = self.fold(found.cosines, candidates, count)

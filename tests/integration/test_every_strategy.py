@@ -28,7 +28,8 @@ SHORT = ("max_samples=48", "per_device_train_batch_size=2", "warmup_step=2", "up
 MORE: dict[str, tuple[str, ...]] = {}
 
 #: Run with two processes as well: at least one of each kind, and what shares work.
-TWO_PROCESSES = ("selectors/less", "selectors/loss", "selectors/random", "mixers/odm")
+TWO_PROCESSES = ("selectors/less", "selectors/loss", "selectors/nice", "selectors/random",
+                 "mixers/odm")  # fmt: skip
 
 #: Where both folders hold an example of one name, the one of train_lora is meant.
 NAMED = {f"{path.parent.name}/{path.stem}": path for path in EXAMPLES}

@@ -1,0 +1,251 @@
+"""NICE: rows whose gradients point where a rewarded response's gradient points.
+
+Letters: K responses to each target row.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from dataflex.fixed_model import model_path_faults
+from dataflex.policy import Exchange, Policy, SamplingSettings
+from dataflex.registry import register
+from dataflex.rewarded import Baseline, Rewarded, RewardedTargets, answers_of, check_scored
+from dataflex.rewards.api import ApiJudge, ApiSettings
+from dataflex.rewards.base import Judge, RewardPrompts, Verdict
+from dataflex.rewards.function import FunctionJudge
+from dataflex.rewards.local import LocalJudge
+from dataflex.selectors.base import RunContext, Selection, UpdateContext
+from dataflex.selectors.less import LessSelector
+from gradstore.errors import BadInput
+
+if TYPE_CHECKING:
+    from dataflex.config import RunConfig
+    from dataflex.data import RunData
+
+_log = logging.getLogger(__name__)
+
+JUDGING = (
+    "Judge how well a response answers a prompt. Reply with one number from 0 (useless) to 1 "
+    "(perfect) and nothing else.\n\nPrompt:\n{prompt}\n\n"
+)
+WITH_REFERENCE = JUDGING + (
+    "A correct answer:\n{reference}\n\nResponse to judge:\n{response}\n\nScore:"
+)
+WITHOUT_REFERENCE = JUDGING + "Response to judge:\n{response}\n\nScore:"
+
+
+@register("selector", "nice")
+class NiceSelector(LessSelector):
+    """Take the rows whose gradients raise the reward of the model's own answers to the target.
+
+    Args:
+        policy_model_path: a fixed model that answers the target prompts; null samples from the
+            model in training, anew at every update.
+        reward_backend: function, local or api; null takes local where reward_model_path is given,
+            api where api_base_url is, function otherwise.
+        reward_function: package.module:function(prompt, response, reference) -> 0 to 1.
+        reward_model_path: local judge, a causal language model or a sequence classifier.
+        api_base_url: server with OpenAI's chat completions, such as http://127.0.0.1:8000/v1.
+        api_model: the judge's name there.
+        api_key_env: environment variable that holds the key.
+        api_timeout: seconds a request may take.
+        api_retries: further attempts after a failed request.
+        api_workers: requests under way at once.
+        reward_max_new_tokens: length of a judge's answer.
+        reward_prompt_with_ref: what a judge reads, with {prompt}, {response}, {reference}.
+        reward_prompt_without_ref: the same for target rows without an answer.
+        max_unscored: share of responses that may go without a score, which count 0.
+        mc_samples: responses to each target row.
+        max_new_tokens: length of a response.
+        generation_temperature: of the draws, above 0.
+        generation_batch_size: responses under way at once.
+        max_prompt_length: tokens of a prompt; a longer one loses its beginning.
+        prompt_template: text around the prompt, with {prompt}; null leaves it as in training.
+        baseline: loo (a reward counts against the mean of the row's others) or none.
+        gold_fallback: a target row whose rewards carry no signal takes its own answer's gradient.
+        aggregation: over sub-tasks of the target, max or mean.
+        influence: as for `InfluenceSelector`.
+    """
+
+    paper = "Wang et al. 2025, NICE, ICML 2025, openreview.net/forum?id=2wt8m5HUBs"
+    neutral = LessSelector.neutral | {
+        "generation_batch_size", "api_timeout", "api_retries", "api_workers", "api_key_env",
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        policy_model_path: str | None = None,
+        reward_backend: Literal["function", "local", "api"] | None = None,
+        reward_function: str = "dataflex.rewards.overlap:token_f1",
+        reward_model_path: str | None = None,
+        api_base_url: str | None = None,
+        api_model: str | None = None,
+        api_key_env: str | None = None,
+        api_timeout: float = 60.0,
+        api_retries: int = 3,
+        api_workers: int = 8,
+        reward_max_new_tokens: int = 32,
+        reward_prompt_with_ref: str | None = None,
+        reward_prompt_without_ref: str | None = None,
+        max_unscored: float = 0.1,
+        mc_samples: int = 4,
+        max_new_tokens: int = 512,
+        generation_temperature: float = 0.7,
+        generation_batch_size: int = 32,
+        max_prompt_length: int = 4096,
+        prompt_template: str | None = None,
+        baseline: Baseline = "loo",
+        gold_fallback: bool = False,
+        aggregation: Literal["max", "mean"] = "max",
+        **influence: Any,  # noqa: ANN401 - the base's parameters
+    ) -> None:
+        super().__init__(aggregation, **influence)
+        if baseline not in ("loo", "none"):
+            raise ValueError(f"baseline is {baseline!r}; choose loo or none")
+        if baseline == "loo" and mc_samples == 1:
+            raise ValueError(
+                "mc_samples is 1, but baseline: loo compares a response with the row's others; "
+                "raise mc_samples or set baseline: none"
+            )
+        if not 0 <= max_unscored <= 1:
+            raise ValueError(f"max_unscored is {max_unscored}; give a share of 0 to 1")
+        if reward_max_new_tokens < 1:
+            raise ValueError(
+                f"reward_max_new_tokens is {reward_max_new_tokens}; at least 1 is needed"
+            )
+        self.sampling = SamplingSettings(
+            mc_samples=mc_samples,
+            max_new_tokens=max_new_tokens,
+            temperature=generation_temperature,
+            max_prompt_length=max_prompt_length,
+            prompt_template=prompt_template,
+            batch_size=generation_batch_size,
+            seed=self.settings.seed,
+            model_path=policy_model_path,
+        )
+        prompts = RewardPrompts(
+            reward_prompt_with_ref or WITH_REFERENCE, reward_prompt_without_ref or WITHOUT_REFERENCE
+        )
+        guess = "local" if reward_model_path else "api" if api_base_url else "function"
+        backend = guess if reward_backend is None else reward_backend
+        if backend == "function":
+            self.judge: Judge = FunctionJudge(reward_function)
+        elif backend == "local":
+            self.judge = LocalJudge(reward_model_path, prompts, reward_max_new_tokens)
+        elif backend == "api":
+            self.judge = ApiJudge(
+                ApiSettings(
+                    api_base_url, api_model, api_key_env, api_timeout, api_retries, api_workers,
+                    reward_max_new_tokens,
+                ),
+                prompts,
+            )  # fmt: skip
+        else:
+            raise ValueError(f"reward_backend is {backend!r}; choose function, local or api")
+        self.max_unscored = float(max_unscored)
+        self.baseline: Baseline = baseline
+        self.gold_fallback = gold_fallback
+        self._policy: Policy | None = None
+        self._targets: RewardedTargets | None = None
+
+    # -- checks -----------------------------------------------------------------------------------
+
+    def check(self, config: RunConfig) -> list[str]:
+        """A policy or a judge that is not there, and configurations without prompts."""
+        path = self.sampling.model_path
+        faults = [] if path is None else model_path_faults("policy_model_path", path)
+        if config.get("stage", "sft") != "sft":
+            faults.append("component nice answers prompts, which stage pt has none of: stage: sft.")
+        if config.get("train_on_prompt", False):
+            faults.append(
+                "train_on_prompt is on: component nice cannot tell prompt from answer in the "
+                "target rows. Set train_on_prompt: false."
+            )
+        return [*faults, *self.judge.faults()]
+
+    def check_data(self, data: RunData, config: RunConfig) -> None:
+        """Refuse target sets without a prompt to answer, and images, which nobody shows here."""
+        for rows in data.targets:
+            columns = {"images", "videos", "audios"} & set(rows.dataset.column_names)
+            if any(row[c] for c in columns for row in rows.dataset.select_columns([c])):
+                raise BadInput(
+                    f"target set {rows.name!r} has images, videos or audio; component nice "
+                    "answers text alone. Choose other target rows, or component less."
+                )
+            if not any(Exchange.of(row).prompt for row in rows.dataset):
+                raise BadInput(f"target set {rows.name!r} has no row with a prompt and an answer.")
+
+    # -- life cycle -------------------------------------------------------------------------------
+
+    def start(self, run: RunContext) -> None:
+        """Load or ask the judge, then open the store."""
+        trusted = bool(run.config.get("trust_remote_code", False))
+        self.sampling = replace(self.sampling, trust_remote_code=trusted)
+        self._policy = Policy(run, self.sampling)
+        if isinstance(self.judge, LocalJudge):
+            self.judge.trust_remote_code = trusted
+        if isinstance(self.judge, LocalJudge) or run.ranks.leads:
+            self.judge.start(run.model)
+        super().start(run)
+
+    # -- selecting --------------------------------------------------------------------------------
+
+    def select(self, count: int, context: UpdateContext) -> Selection:
+        """Answer the target prompts, have the answers judged, then score as LESS does."""
+        began = time.perf_counter()
+        if self._targets is None or self.sampling.model_path is None:
+            self._targets = self._judged(context.run)
+        asked_seconds = time.perf_counter() - began
+        numbers = self._targets.numbers
+        if numbers["rows_without_signal"] and context.run.ranks.leads:
+            _log.warning(
+                "nice: %d of %d target rows carry no signal, their responses were rewarded alike "
+                "(mean reward %.3g)",
+                numbers["rows_without_signal"],
+                sum(len(rows) for rows in context.run.data.targets),
+                numbers["reward_mean"],
+            )
+        selection = super().select(count, context)
+        return replace(
+            selection,
+            export_seconds=selection.export_seconds + asked_seconds,
+            numbers={**selection.numbers, **numbers},
+            manifest={**selection.manifest, "source": dict(self._targets.options)},
+        )
+
+    def target_source(self) -> RewardedTargets | None:
+        """Rewarded responses instead of the target rows' own answers."""
+        return self._targets
+
+    def _judged(self, run: RunContext) -> RewardedTargets:
+        """Responses and rewards of every target row; collective: the ranks share the rows."""
+        assert self._policy is not None  # since start
+        sampled = self._policy.sample(run.data.targets)
+        flat = [row for rows in sampled for row in rows]
+        asked = [i for i, row in enumerate(flat) if row.responses]
+
+        def own_part() -> dict[int, list[Verdict]]:
+            mine = run.ranks.share(asked)
+            given = iter(self.judge.judge([a for i in mine for a in answers_of(flat[i])]))
+            return {i: [next(given) for _ in flat[i].responses] for i in mine}
+
+        verdicts: dict[int, list[Verdict]] = {}
+        for part in run.ranks.gather(own_part):
+            verdicts |= part
+        check_scored([v for held in verdicts.values() for v in held], self.max_unscored)
+        rewarded = iter(
+            Rewarded(row, np.nan_to_num([v.reward for v in verdicts.get(i, ())], nan=0.0))
+            for i, row in enumerate(flat)
+        )
+        return RewardedTargets(
+            {rows.name: [next(rewarded) for _ in rows.dataset] for rows in run.data.targets},
+            baseline=self.baseline,
+            gold_fallback=self.gold_fallback,
+            options={**self.judge.identity(), **self.sampling.identity()},
+        )
