@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,7 @@ from dataflex.rewards.api import ApiJudge, ApiSettings
 from dataflex.rewards.base import Judge, RewardPrompts, Verdict
 from dataflex.rewards.function import FunctionJudge
 from dataflex.rewards.local import LocalJudge
+from dataflex.rewards.older import renamed
 from dataflex.selectors.base import RunContext, Selection, UpdateContext
 from dataflex.selectors.less import LessSelector
 from gradstore.errors import BadInput
@@ -70,6 +72,8 @@ class NiceSelector(LessSelector):
         baseline: loo (a reward counts against the mean of the row's others) or none.
         gold_fallback: a target row whose rewards carry no signal takes its own answer's gradient.
         aggregation: over sub-tasks of the target, max or mean.
+        reward_model_backend: reward_backend as DataFlex 1.1.0 calls it.
+        reward_backend_params: a judge's settings as DataFlex 1.1.0 has them, by backend.
         influence: as for `InfluenceSelector`.
     """
 
@@ -103,6 +107,8 @@ class NiceSelector(LessSelector):
         baseline: Baseline = "loo",
         gold_fallback: bool = False,
         aggregation: Literal["max", "mean"] = "max",
+        reward_model_backend: str | None = None,
+        reward_backend_params: Mapping[str, Mapping[str, Any]] | None = None,
         **influence: Any,  # noqa: ANN401 - the base's parameters
     ) -> None:
         super().__init__(aggregation, **influence)
@@ -129,25 +135,27 @@ class NiceSelector(LessSelector):
             seed=self.settings.seed,
             model_path=policy_model_path,
         )
-        prompts = RewardPrompts(
-            reward_prompt_with_ref or WITH_REFERENCE, reward_prompt_without_ref or WITHOUT_REFERENCE
+        given: dict[str, Any] = {
+            "reward_backend": reward_backend,
+            "reward_function": reward_function,
+            "reward_model_path": reward_model_path,
+            "reward_max_new_tokens": reward_max_new_tokens,
+            "api_base_url": api_base_url,
+            "api_model": api_model,
+            "api_key_env": api_key_env,
+        }
+        if reward_model_backend is not None:
+            given |= renamed(reward_model_backend, reward_backend_params)
+        self.judge = judge_of(
+            given,
+            RewardPrompts(
+                reward_prompt_with_ref or WITH_REFERENCE,
+                reward_prompt_without_ref or WITHOUT_REFERENCE,
+            ),
+            timeout=api_timeout,
+            retries=api_retries,
+            workers=api_workers,
         )
-        guess = "local" if reward_model_path else "api" if api_base_url else "function"
-        backend = guess if reward_backend is None else reward_backend
-        if backend == "function":
-            self.judge: Judge = FunctionJudge(reward_function)
-        elif backend == "local":
-            self.judge = LocalJudge(reward_model_path, prompts, reward_max_new_tokens)
-        elif backend == "api":
-            self.judge = ApiJudge(
-                ApiSettings(
-                    api_base_url, api_model, api_key_env, api_timeout, api_retries, api_workers,
-                    reward_max_new_tokens,
-                ),
-                prompts,
-            )  # fmt: skip
-        else:
-            raise ValueError(f"reward_backend is {backend!r}; choose function, local or api")
         self.max_unscored = float(max_unscored)
         self.baseline: Baseline = baseline
         self.gold_fallback = gold_fallback
@@ -249,3 +257,25 @@ class NiceSelector(LessSelector):
             gold_fallback=self.gold_fallback,
             options={**self.judge.identity(), **self.sampling.identity()},
         )
+
+
+def judge_of(
+    given: Mapping[str, Any], prompts: RewardPrompts, *, timeout: float, retries: int, workers: int
+) -> Judge:
+    """The reward backend that is asked for, or that follows from what is given.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    guess = "local" if given["reward_model_path"] else "api" if given["api_base_url"] else None
+    backend = given["reward_backend"] or guess or "function"
+    if backend == "function":
+        return FunctionJudge(given["reward_function"])
+    length = given["reward_max_new_tokens"]
+    if backend == "local":
+        return LocalJudge(given["reward_model_path"], prompts, length)
+    if backend != "api":
+        raise ValueError(f"reward_backend is {backend!r}; choose function, local or api")
+    url, model, key = (given[f"api_{name}"] for name in ("base_url", "model", "key_env"))
+    settings = ApiSettings(url, model, key, timeout, retries, workers, length)
+    return ApiJudge(settings, prompts)

@@ -101,6 +101,21 @@ def test_the_preset_can_be_built_and_the_backend_follows_from_what_is_given() ->
     assert isinstance(both.judge, FunctionJudge)
 
 
+def test_a_judge_may_be_named_as_in_1_1_0() -> None:
+    url = "http://127.0.0.1:1/v1/chat/completions"
+    held = {"api": {"api_url": url, "api_key": "KEY", "model_name": "m", "temperature": 0.0},
+            "local_vllm": {"hf_model_name_or_path": "x", "vllm_top_k": 4}}  # fmt: skip
+    api: Any = NiceSelector(reward_model_backend="api", reward_backend_params=held).judge
+    assert api.settings.base_url == "http://127.0.0.1:1/v1"
+    assert (api.settings.key_env, api.settings.model) == ("KEY", "m")
+    local: Any = NiceSelector(reward_model_backend="local_vllm", reward_backend_params=held).judge
+    assert local.path == "x"
+    with pytest.raises(ValueError, match=r"'api_ur' \(did you mean 'api_url'"):
+        NiceSelector(reward_model_backend="api", reward_backend_params={"api": {"api_ur": "x"}})
+    with pytest.raises(ValueError, match="reward_model_backend: 'vllm'"):
+        NiceSelector(reward_model_backend="vllm")
+
+
 @pytest.mark.parametrize(
     ("params", "says"),
     [({"mc_samples": 1}, "baseline: loo compares"), ({"baseline": "mean"}, "baseline is 'mean'"),
