@@ -73,6 +73,10 @@ class RunLog:
         path = self.folder / "selections" / f"step_{step}.json"
         replace_file(path, json.dumps(content).encode())
 
+    def plan(self, step: int, content: Mapping[str, Any]) -> None:
+        """Write `plans/step_<g>.json`: which rows each stage of a pipeline handed on."""
+        replace_file(self.folder / "plans" / f"step_{step}.json", json.dumps(content).encode())
+
     def update(
         self,
         kind: str,

@@ -10,6 +10,7 @@ from dataflex import bridge
 from dataflex.config import RunConfig, names
 from dataflex.domains import BY_DOMAIN
 from dataflex.mixture import domain_faults, rule_faults
+from dataflex.pipelines.pipeline import Pipeline
 from dataflex.registry import Component, resolve, unknown
 from dataflex.schedule import Schedule
 from gradstore.errors import BadInput, StoreIOError
@@ -42,18 +43,27 @@ def check(config: RunConfig) -> Component | None:
     strategy = component.build()
     if ours.train_type != "dynamic_weight" and not _fixed_mix(config):
         Schedule(ours.warmup_step, ours.update_step, ours.update_times, budget=1)
-    faults = [*_trainer_faults(config), *_component_faults(config, component, strategy)]
+    faults = _trainer_faults(config)
+    for part, its_strategy in _parts(component, strategy):
+        faults += _component_faults(config, part, its_strategy)
+        if getattr(its_strategy, "needs_moments", False):
+            faults += _optimizer_faults(config, f"component {part.name!r}")
     if hasattr(strategy, "check"):
         faults += strategy.check(config)
     if ours.train_type in BY_DOMAIN:
         faults += domain_faults(config)
     if ours.train_type == "dynamic_mix":
         faults += rule_faults(config, strategy)
-    if getattr(strategy, "needs_moments", False):
-        faults += _optimizer_faults(config, f"component {component.name!r}")
     if faults:
         raise BadInput("\n".join(faults))
     return component
+
+
+def _parts(component: Component, strategy: object) -> list[tuple[Component, object]]:
+    """The component and its strategy; of a pipeline, those of its stages."""
+    if isinstance(strategy, Pipeline):
+        return [(stage.component, stage.strategy) for stage in strategy.everyone]
+    return [(component, strategy)]
 
 
 def _fixed_mix(config: RunConfig) -> bool:

@@ -193,6 +193,9 @@ def resolve(
     for key in set(params) & set(RETIRED) - set(parameters(cls)):
         _log.warning("component %r: %s is ignored: %s", component_name, key, RETIRED[key])
         del params[key]
+    if "components_cfg_file" in parameters(cls):
+        # A strategy made of others looks them up where it was found itself.
+        params.setdefault("components_cfg_file", str(presets_file or PACKAGED_PRESETS))
     _check_parameters(component_name, cls, params)
     return Component(kind, component_name, cls, params)
 
@@ -214,7 +217,17 @@ def presets_of(bucket: str, path: Path = PACKAGED_PRESETS) -> dict[str, dict[str
     presets = content.get(bucket) or content.get(OLD_BUCKETS.get(bucket, bucket)) or {}
     if not isinstance(presets, dict) or not all(isinstance(p, dict) for p in presets.values()):
         raise BadInput(f"components_cfg_file {str(path)!r}: {bucket} must map preset -> settings.")
+    if bucket == KINDS["dynamic_lego"][0]:
+        return {key: _pipeline(preset) for key, preset in presets.items()}
     return presets
+
+
+def _pipeline(preset: Mapping[str, Any]) -> dict[str, Any]:
+    """A pipeline's preset; in DataFlex 1.1.0 its `name` is its own, since there is one kind."""
+    if "target" in preset:
+        return dict(preset)
+    params = preset.get("params", {k: v for k, v in preset.items() if k != "name"})
+    return {"name": "pipeline", "params": params}
 
 
 def imported(target: str, key: str, form: str) -> Any:  # noqa: ANN401 - whatever lies there

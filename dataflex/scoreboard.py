@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ class Scoreboard:
     def __init__(self, rows: int) -> None:
         self._values = np.full(rows, np.nan)
         self._taken = np.full(rows, -1, dtype=np.int64)
+        self._max_age = 0
+        self._max_rows: int | None = None
         #: Tokens that went through the model at the last call; 0 where all was known.
         self.tokens = 0
 
@@ -46,14 +49,28 @@ class Scoreboard:
         from dataflex.scoring import row_losses
 
         asked = np.arange(len(self._values)) if positions is None else positions
-        known = (self._taken[asked] >= 0) & (step - self._taken[asked] <= max_age)
+        oldest = step - max(max_age, self._max_age)
+        known = (self._taken[asked] >= 0) & (self._taken[asked] >= oldest)
         wanted = asked[~known]
         self.tokens = int(run.data.train.lengths[wanted].sum())
         if len(wanted):
-            self._values[wanted] = row_losses(run, wanted, max_rows=max_rows)[wanted]
+            self._values[wanted] = row_losses(run, wanted, max_rows=self._max_rows or max_rows)[
+                wanted
+            ]
             self._taken[wanted] = step
         found = np.full(len(self._values), np.nan)
         found[asked] = self._values[asked]
+        return found
+
+    def view(self, *, max_age: int, max_rows: int | None = None) -> Scoreboard:
+        """The same board for one who accepts losses `max_age` steps old, whatever it asks for.
+
+        Args:
+            max_age: steps.
+            max_rows: rows of a scoring batch, at most, whatever is asked for; None: as asked.
+        """
+        found = copy.copy(self)
+        found._max_age, found._max_rows = max_age, max_rows
         return found
 
     def state(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from dataflex.mixture import (
     mixers_answer,
     opening_proportions,
 )
+from dataflex.ranks import Ranks
 from dataflex.schedule import EventKind, Interval, Schedule, mix_budget
 from dataflex.trainers.losses import LossSeam
 from dataflex.trainers.samples import SampleStats
@@ -120,7 +121,7 @@ class MixSeam(LossSeam, ServedSeam):
             "mix",
             step=interval.start,
             component=self.run.name,
-            told=f"{verb} {_listed(shares, '.2f')} (epochs {_listed(epochs, '.1f')})",
+            told=f"{verb} {listed(shares, '.2f')} (epochs {listed(epochs, '.1f')})",
             proportions=shares,
             counts=self._by_domain(counts),
             epochs=epochs,
@@ -152,11 +153,7 @@ class MixSeam(LossSeam, ServedSeam):
         if not self.observes(step):
             return
         assert rows is not None
-        domain, k = self.domains.of_row[rows], len(self.domains.names)
-        own = [np.bincount(domain, weights, minlength=k)
-               for weights in (seen.loss_sums, seen.tokens, np.ones(len(rows)))]  # fmt: skip
-        loss_sums, tokens, count = self.ranks.summed(np.stack(own))
-        self.run.strategy.observe(DomainLosses(step, loss_sums, tokens, count))
+        self.run.strategy.observe(losses_by_domain(step, seen, rows, self.domains, self.ranks))
 
     # -- state ------------------------------------------------------------------------------------
 
@@ -180,6 +177,25 @@ class MixSeam(LossSeam, ServedSeam):
             "init_mixture_proportions": None if opening is None else list(opening),
             "rows of the domains": self._by_domain(self.domains.sizes),
         }
+
+
+def losses_by_domain(
+    step: int, seen: SampleStats, rows: npt.NDArray[np.int64], domains: Domains, ranks: Ranks
+) -> DomainLosses:
+    """A step's losses over all ranks; collective.
+
+    Args:
+        step: g, optimizer steps finished before it.
+        seen: this rank's n samples.
+        rows: (n,) their positions.
+        domains: whose rows they are.
+        ranks: this process among the others.
+    """
+    domain, k = domains.of_row[rows], len(domains.names)
+    own = [np.bincount(domain, weights, minlength=k)
+           for weights in (seen.loss_sums, seen.tokens, np.ones(len(rows)))]  # fmt: skip
+    loss_sums, tokens, count = ranks.summed(np.stack(own))
+    return DomainLosses(step, loss_sums, tokens, count)
 
 
 def _steps_asked(config: RunConfig, args: Any) -> int:  # noqa: ANN401 - TrainingArguments
@@ -206,7 +222,7 @@ def _ignored(config: RunConfig) -> list[str]:
     return warnings
 
 
-def _listed(values: Mapping[str, float], form: str) -> str:
+def listed(values: Mapping[str, float], form: str) -> str:
     """The largest few, in the order of the domains."""
     kept = sorted(values, key=lambda name: -values[name])[:TOLD]
     named = ", ".join(f"{n} {v:{form}}" for n, v in values.items() if n in kept)

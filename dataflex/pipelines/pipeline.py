@@ -1,0 +1,280 @@
+"""Strategies of several kinds in one run: which rows, in what mixture and order, how weighted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataflex.config import RunConfig
+from dataflex.context import RunContext, UpdateContext
+from dataflex.data import RunData
+from dataflex.mixers.base import DomainLosses
+from dataflex.mixture import FIXED_RULES, check_domains
+from dataflex.pipelines.asking import Part, ask, open_with
+from dataflex.pipelines.planning import IntArray, Timetable, fit
+from dataflex.pipelines.stages import Stage, arrange, build_stages
+from dataflex.registry import register
+from dataflex.schedule import Schedule
+from dataflex.strategy import Strategy
+from dataflex.weighters.base import LossContributor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of an interval, and how they came about.
+
+    Attributes:
+        rows: (n,) positions.
+        parts: one for each stage that decides about rows.
+    """
+
+    rows: IntArray
+    parts: tuple[Part, ...]
+
+
+@register("pipeline", "pipeline")
+class Pipeline(Strategy):
+    """Stages of other strategies: select, then mix, then reorder, and weight what is trained on.
+
+    A stage is {family, component} (selector, mixer, reorder or weighter, and the name of its
+    preset) and may have: warmup_step (0), every (1), enabled (true), score_max_age (0), params; a
+    selector also mode (filter or draw) and keep_ratio (0.5), a mixer allow_replacement (false).
+    ALGORITHMS 5 has the rules.
+
+    Args:
+        stages: the list of stages.
+        score_batch_size: rows of a scoring batch, at most, whichever stage asks.
+        seed: of the draws between the stages, combined with the step.
+        save_plans: write which rows each stage handed on to dataflex/plans/step_<g>.json.
+        components_cfg_file: where the stages' components are looked up; where the pipeline itself
+            was found, if not given.
+    """
+
+    neutral = frozenset({"score_batch_size", "save_plans", "components_cfg_file", "stages"})
+
+    def __init__(
+        self,
+        stages: Sequence[Mapping[str, Any]],
+        score_batch_size: int = 8,
+        seed: int = 42,
+        save_plans: bool = False,
+        components_cfg_file: str | None = None,
+    ) -> None:
+        if score_batch_size < 1:
+            raise ValueError(f"score_batch_size is {score_batch_size}; it must be at least 1")
+        presets = None if components_cfg_file is None else Path(components_cfg_file)
+        arranged = arrange(build_stages(stages, presets))
+        self.rows, self.loss = arranged.rows, arranged.loss
+        self.taker, self.warnings = arranged.taker, arranged.warnings
+        self.score_batch_size = score_batch_size
+        self.seed = seed
+        self.save_plans = save_plans
+        strategies = [stage.strategy for stage in self.everyone]
+        self.needs_single_rows = any(getattr(s, "needs_single_rows", True) for s in strategies)
+        self.needs_lora = any(getattr(s, "needs_lora", False) for s in strategies)
+        self.needs_targets = any(getattr(s, "needs_targets", False) for s in strategies)
+        self.needs_moments = any(getattr(s, "needs_moments", False) for s in strategies)
+        #: What each stage of `rows` handed on when it last fired.
+        self._handed: list[IntArray | None] = [None] * len(self.rows)
+        #: Sum and number of the learning rates since each stage of `rows` last fired.
+        self._rates = [(0.0, 0)] * len(self.rows)
+        self._planned = 0
+
+    # -- what the stages need ---------------------------------------------------------------------
+
+    @property
+    def everyone(self) -> tuple[Stage, ...]:
+        """All stages: those that decide about rows, then those that weight samples alone."""
+        return (*self.rows, *self.loss)
+
+    @property
+    def mixer(self) -> Stage | None:
+        """The stage that decides in what proportions domains are served."""
+        return next((stage for stage in self.rows if stage.spec.family == "mixer"), None)
+
+    @property
+    def reorder(self) -> Stage | None:
+        """The stage that decides in which order rows are served."""
+        return next((stage for stage in self.rows if stage.spec.family == "reorder"), None)
+
+    @property
+    def observes(self) -> bool:
+        """Whether a stage learns from the training losses of every step."""
+        return any(getattr(stage.strategy, "observes", False) for stage in self.everyone)
+
+    @property
+    def draws_distinct(self) -> bool:
+        """Whether a selector is asked for the rows of an interval and never answers one twice."""
+        return any(
+            stage.spec.mode == "draw" and bool(getattr(stage.strategy, "distinct", False))
+            for stage in self.rows
+        )
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether a loss may be used after the boundary it was taken at."""
+        return any(stage.spec.score_max_age > 0 for stage in self.rows)
+
+    @property
+    def settings(self) -> Any:  # noqa: ANN401 - FeatureSettings, for `gradstore build`
+        """How the stage that takes gradients makes features; None where none does."""
+        found = (getattr(stage.strategy, "settings", None) for stage in self.everyone)
+        return next((settings for settings in found if settings is not None), None)
+
+    def describe(self) -> str:
+        """The stages as they run, for one line on the screen."""
+        rows = [stage.spec.name for stage in self.rows]
+        chain = " -> ".join(rows if self.taker in rows else [*rows, self.taker])
+        weights = " x ".join(stage.spec.component for stage in self.loss)
+        return chain + (f", samples weighted by {weights}" if weights else "")
+
+    def resolved(self) -> list[dict[str, Any]]:
+        """The stages with all parameters that change an answer, presets included."""
+        listed = []
+        for stage in self.everyone:
+            neutral: frozenset[str] = getattr(stage.strategy, "neutral", frozenset())
+            params = {k: v for k, v in stage.component.params.items() if k not in neutral}
+            listed.append({**vars(stage.spec), "params": params})
+        return listed
+
+    # -- life cycle -------------------------------------------------------------------------------
+
+    def check(self, config: RunConfig) -> list[str]:
+        """The faults of all stages, and keys that a pipeline has no use for."""
+        faults = [
+            f"{stage.spec.name}: {fault}"
+            for stage in self.everyone
+            if hasattr(stage.strategy, "check")
+            for fault in stage.strategy.check(config)
+        ]
+        ours = config.dataflex
+        if float(config.get("val_size", 0) or 0) > 0:
+            faults.append(
+                f"val_size is {config.get('val_size')}, but a pipeline decides about whole data "
+                "sets: remove it, and name eval_dataset or target_dataset."
+            )
+        if ours.mixture_sample_rule in FIXED_RULES:
+            faults.append(
+                f"mixture_sample_rule is {ours.mixture_sample_rule!r}; in a pipeline a mixer stage "
+                "decides about the mixture: remove it."
+            )
+        if not any(stage.spec.family == "mixer" for stage in self.everyone):
+            faults += [
+                f"{key} is set, but the pipeline has no mixer stage: add one, or remove {key}."
+                for key in ("init_mixture_proportions", "mixer_eval_dataset")
+                if getattr(ours, key) is not None
+            ]
+        return faults
+
+    def check_data(self, data: RunData, config: RunConfig) -> None:
+        """Rows that some stage cannot work on."""
+        if any(stage.spec.family == "mixer" for stage in self.everyone):
+            check_domains(data)
+        for stage in self.everyone:
+            if hasattr(stage.strategy, "check_data"):
+                stage.strategy.check_data(data, config)
+
+    def start(self, run: RunContext) -> None:
+        """Start every stage."""
+        for stage in self.everyone:
+            stage.strategy.start(run)
+
+    def finish(self) -> None:
+        """Let every stage go, whatever another one raises."""
+        with contextlib.ExitStack() as stack:
+            for stage in self.everyone:
+                stack.callback(stage.strategy.finish)
+
+    def state(self) -> dict[str, Any]:
+        """The stages' own states, and what they handed on."""
+        return {
+            "stages": [dict(stage.strategy.state()) for stage in self.everyone],
+            "handed": list(self._handed),
+            "rates": [list(pair) for pair in self._rates],
+            "planned": self._planned,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take it back; a stage that does not fire next hands on the same rows again."""
+        for stage, kept in zip(self.everyone, state["stages"], strict=True):
+            stage.strategy.restore(kept)
+        self._handed = [None if rows is None else np.asarray(rows) for rows in state["handed"]]
+        self._rates = [(float(total), int(steps)) for total, steps in state["rates"]]
+        self._planned = int(state["planned"])
+
+    # -- loss -------------------------------------------------------------------------------------
+
+    def contributors(self, step: int) -> list[LossContributor]:
+        """Who weights the samples of a step: the product of their weights counts."""
+        return [stage.strategy for stage in self.loss if step >= stage.spec.warmup_step]
+
+    def observe(self, losses: DomainLosses) -> None:
+        """Hand a step's training losses to the stages that learn from them."""
+        for stage in self.everyone:
+            if getattr(stage.strategy, "observes", False):
+                stage.strategy.observe(losses)
+
+    # -- rows -------------------------------------------------------------------------------------
+
+    def timetable(self, schedule: Schedule) -> Timetable:
+        """When the stages of `rows` fire."""
+        return Timetable.of(schedule, [stage.spec.pace for stage in self.rows])
+
+    def plan(self, count: int, context: UpdateContext, timetable: Timetable) -> Plan:
+        """The `count` rows of the interval that begins now; every rank gets the same ones."""
+        self._note_rate(context)
+        pool, parts, arranged = context.candidates, [], False
+        turns = timetable.at(context.step)
+        for i, (stage, (turn, total)) in enumerate(zip(self.rows, turns, strict=True)):
+            before, answer = len(pool), None
+            handed = self._handed[i]
+            if turn:
+                told = replace(self._context_of(i, context, pool), update=turn, updates=total)
+                last = i == len(self.rows) - 1
+                pool, answer = ask(stage, count, told, self.seed, last=last)
+                self._handed[i] = pool
+            elif handed is not None:
+                pool = handed
+            if turn or handed is not None:
+                arranged = stage.spec.name == self.taker
+            parts.append(Part(stage, bool(turn), before, pool, answer))
+        generator = np.random.default_rng([self.seed, context.step, len(self.rows)])
+        return Plan(fit(pool, count, arranged=arranged, generator=generator), tuple(parts))
+
+    def warmup(self, count: int, context: UpdateContext, stage: int) -> IntArray:
+        """Rows to train on before the first update of the schedule's `stage`.
+
+        With a mixer the opening mixture; of it what a reorder begins with. A stage whose own
+        warm-up is not over has no say.
+        """
+        mixer, reorder = (
+            there if there is not None and context.step >= there.spec.warmup_step else None
+            for there in (self.mixer, self.reorder)
+        )
+        return open_with(mixer, reorder, count, context, [context.run.seed, stage])
+
+    def _context_of(self, i: int, context: UpdateContext, pool: IntArray) -> UpdateContext:
+        """What stage i may look at: its pool, its own learning rate, losses as old as it allows."""
+        spec = self.rows[i].spec
+        total, steps = self._rates[i]
+        self._rates[i] = (0.0, 0)
+        board = context.run.board
+        if board is not None:
+            board = board.view(max_age=spec.score_max_age, max_rows=self.score_batch_size)
+        return replace(
+            context,
+            run=replace(context.run, board=board),
+            learning_rate=total / steps if steps else context.learning_rate,
+            pool=pool,
+        )
+
+    def _note_rate(self, context: UpdateContext) -> None:
+        """A stage that fires seldom gets the mean over all steps since it last fired."""
+        steps = context.step - self._planned
+        self._planned = context.step
+        self._rates = [(s + context.learning_rate * steps, n + steps) for s, n in self._rates]

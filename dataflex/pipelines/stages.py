@@ -1,0 +1,253 @@
+"""What a pipeline's `stages` say: strict keys, a fixed order, one taker of the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from dataflex.pipelines.planning import Pace
+from dataflex.registry import KINDS, Component, resolve, unknown
+from dataflex.weighters.base import LossContributor
+from gradstore.errors import BadInput
+
+#: family -> train_type under which its components are registered.
+FAMILIES: Mapping[str, str] = {
+    kind: train_type for train_type, (_, kind) in KINDS.items() if kind != "pipeline"
+}
+
+#: Stages that decide about rows, in the order in which they run: proportions are those of the
+#: rows that are left, and an order holds only if nothing comes after it.
+ROW_FAMILIES = ("selector", "mixer", "reorder")
+
+#: Who takes the budget where no stage does.
+UNIFORM = "uniform draw"
+
+_COMMON = ("family", "component", "warmup_step", "every", "enabled", "score_max_age",
+           "params", "component_params")  # fmt: skip
+_OWN: Mapping[str, tuple[str, ...]] = {
+    "selector": ("mode", "keep_ratio"),
+    "mixer": ("allow_replacement",),
+    "reorder": (),
+    "weighter": (),
+}
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One entry of `stages`, checked.
+
+    Attributes:
+        family: selector, mixer, reorder or weighter.
+        component: its preset or strategy, as in `component_name`.
+        warmup_step: before this step it passes its pool through, or weights nothing.
+        every: optimizer steps between two firings, at least.
+        enabled: false leaves it out.
+        score_max_age: how many steps old a loss of the shared scoreboard may be.
+        params: over the preset's.
+        mode: of a selector: filter shrinks the pool, draw chooses the interval.
+        keep_ratio: share of the pool that a filter keeps.
+        allow_replacement: of a mixer that takes the budget: repeat rows of a domain that is
+            too small.
+    """
+
+    family: str
+    component: str
+    warmup_step: int = 0
+    every: int = 1
+    enabled: bool = True
+    score_max_age: int = 0
+    params: Mapping[str, Any] = field(default_factory=dict)
+    mode: Literal["filter", "draw"] = "filter"
+    keep_ratio: float = 0.5
+    allow_replacement: bool = False
+
+    @property
+    def name(self) -> str:
+        """For messages and lines: `selector loss`."""
+        return f"{self.family} {self.component}"
+
+    @property
+    def pace(self) -> Pace:
+        """When it fires."""
+        return Pace(self.warmup_step, self.every)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage with its strategy, built.
+
+    Attributes:
+        spec: what the user wrote.
+        component: the strategy's class and merged parameters.
+        strategy: the strategy.
+    """
+
+    spec: StageSpec
+    component: Component
+    strategy: Any
+
+    @property
+    def weights_loss(self) -> bool:
+        """Whether it multiplies the samples' weights; such a mixer (DoReMi) leaves rows alone."""
+        return self.spec.family == "weighter" or isinstance(self.strategy, LossContributor)
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The stages of a pipeline in the order in which they run.
+
+    Attributes:
+        rows: at most one selector, mixer and reorder each, in this order.
+        loss: those that weight samples, in the order of the YAML.
+        taker: name of what takes the budget.
+        warnings: what was put right, one sentence each.
+    """
+
+    rows: tuple[Stage, ...]
+    loss: tuple[Stage, ...]
+    taker: str
+    warnings: tuple[str, ...]
+
+
+def arrange(stages: Sequence[Stage]) -> Arrangement:
+    """Rules 1 and 2 of ALGORITHMS 5.
+
+    Raises:
+        BadInput: two stages of one family decide about rows, or a selector draws the interval
+            though another stage comes after it.
+    """
+    deciding = [stage for stage in stages if not stage.weights_loss]
+    rows = sorted(deciding, key=lambda stage: ROW_FAMILIES.index(stage.spec.family))
+    for earlier, later in pairwise(rows):
+        if earlier.spec.family == later.spec.family:
+            raise BadInput(
+                f"two stages are of family {earlier.spec.family} ({earlier.spec.component} and "
+                f"{later.spec.component}); a pipeline runs at most one selector, one mixer and one "
+                "reorder. Set enabled: false for one of them."
+            )
+    if rows and rows[0].spec.mode == "draw" and len(rows) > 1:
+        raise BadInput(
+            f"{rows[0].spec.name} has mode: draw, which chooses the rows of the interval, but "
+            f"{rows[-1].spec.name} comes after it and would take it over. Set mode: filter."
+        )
+    warnings = []
+    if rows != deciding:
+        warnings.append(
+            f"stages are listed as {_chain(deciding)}; they run as {_chain(rows)}, the only order "
+            "in which none undoes what another did"
+        )
+    warnings += [
+        f"{stage.spec.name} weights every step: every: {stage.spec.every} is ignored"
+        for stage in stages
+        if stage.weights_loss and stage.spec.every > 1
+    ]
+    warnings += [
+        f"{earlier.spec.name}: allow_replacement is ignored, since {later.spec.name} serves each "
+        "row once"
+        for earlier, later in pairwise(rows)
+        if earlier.spec.allow_replacement
+    ]
+    taker = UNIFORM
+    if rows and (rows[-1].spec.family != "selector" or rows[-1].spec.mode == "draw"):
+        taker = rows[-1].spec.name
+    loss = tuple(stage for stage in stages if stage.weights_loss)
+    return Arrangement(tuple(rows), loss, taker, tuple(warnings))
+
+
+def build_stages(entries: object, presets_file: Path | None) -> list[Stage]:
+    """The enabled stages, each with its strategy.
+
+    Args:
+        entries: `stages` of the preset.
+        presets_file: components.yaml in which their components are looked up.
+
+    Raises:
+        BadInput: no stage, unknown keys, values out of range, unknown components or parameters;
+            every fault found, one per line.
+    """
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+        raise BadInput(f"stages is {entries!r}; give a list of {{family, component, ...}}.")
+    stages, faults = [], []
+    for number, entry in enumerate(entries, start=1):
+        where = f"stage {number}"
+        try:
+            spec = parse_stage(entry)
+            where = f"stage {number} ({spec.name})"
+            if spec.enabled:
+                stages.append(_build(spec, presets_file))
+        except BadInput as error:
+            faults.append(f"{where}: {error}")
+    if not (stages or faults):
+        faults.append("every stage has enabled: false; enable one.")
+    if faults:
+        raise BadInput("\n".join(faults))
+    return stages
+
+
+def parse_stage(entry: object) -> StageSpec:
+    """One entry of `stages`, with strict keys.
+
+    Raises:
+        BadInput: an unknown key or family, a missing one, or a value out of range.
+    """
+    if not isinstance(entry, Mapping):
+        raise BadInput(f"{entry!r} is no mapping; write {{family: ..., component: ...}}.")
+    given = {str(key): value for key, value in entry.items() if value is not None}
+    if missing := [key for key in ("family", "component") if key not in given]:
+        raise BadInput(f"{' and '.join(missing)} missing; a stage needs family and component.")
+    family = str(given["family"])
+    family = family.removesuffix("s") if family not in FAMILIES else family
+    if family not in FAMILIES:
+        raise BadInput(unknown("family", [str(given["family"])], FAMILIES))
+    accepted = (*_COMMON, *_OWN[family])
+    if extra := set(given) - set(accepted):
+        raise BadInput(unknown(f"key of a {family} stage", extra, accepted))
+    if "params" in given and "component_params" in given:
+        raise BadInput("params and component_params say the same; write one of them.")
+    params = given.pop("component_params", given.pop("params", {}))
+    values = {**given, "family": family, "component": str(given["component"]), "params": params}
+    faults = [
+        f"{key} is {values[key]!r}; expected {expected}."
+        for key, (holds, expected) in _VALUES.items()
+        if key in values and not holds(values[key])
+    ]
+    if faults:
+        raise BadInput(" ".join(faults))
+    return StageSpec(**values)
+
+
+def _build(spec: StageSpec, presets_file: Path | None) -> Stage:
+    component = resolve(FAMILIES[spec.family], spec.component, spec.params, presets_file)
+    strategy = component.build()
+    if hasattr(strategy, "by_index"):
+        # Raw rows are put in order before they are tokenised, where no other stage has a say.
+        strategy.by_index()
+    return Stage(spec, component, strategy)
+
+
+def _chain(stages: Sequence[Stage]) -> str:
+    return " -> ".join(stage.spec.family for stage in stages)
+
+
+def _is_count(least: int) -> Callable[[object], bool]:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
+_VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "warmup_step": (_is_count(0), "a whole number of optimizer steps, 0 or more"),
+    "every": (_is_count(1), "a whole number of optimizer steps, 1 or more"),
+    "score_max_age": (_is_count(0), "a whole number of optimizer steps, 0 or more"),
+    "enabled": _FLAG,
+    "allow_replacement": _FLAG,
+    "keep_ratio": (_is_share, "a number above 0, at most 1"),
+    "mode": (lambda value: value in ("filter", "draw"), "filter or draw"),
+    "params": (lambda value: isinstance(value, Mapping), "a mapping of parameters"),
+}

@@ -1,0 +1,225 @@
+"""Training on what a pipeline of strategies decides, anew at every update."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.config import RunConfig
+from dataflex.data import Domains, RunData, check_intervals
+from dataflex.mixture import domains_of
+from dataflex.pipelines.asking import Part
+from dataflex.pipelines.pipeline import Pipeline, Plan
+from dataflex.pipelines.stages import UNIFORM
+from dataflex.schedule import EventKind, Interval, Schedule
+from dataflex.selectors.base import Selection
+from dataflex.trainers.losses import LossSeam
+from dataflex.trainers.mix import listed, losses_by_domain
+from dataflex.trainers.samples import SampleStats
+from dataflex.trainers.select import select_schedule, selection_numbers
+from dataflex.trainers.served import ServedSeam
+from dataflex.trainers.state import RunState
+from dataflex.weighters.base import LossContributor
+from gradstore.errors import BadInput
+from gradstore.selection import check_k
+
+_log = logging.getLogger(__name__)
+
+
+class LegoSeam(LossSeam, ServedSeam):
+    """W steps of warm-up, then the pipeline's plan every U steps, its weighters at every step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
+        super().__init__(*args, **kwargs)
+        self.ordered = self.pipeline.reorder is not None
+        self.timetable = self.pipeline.timetable(self.schedule)
+        if self.ranks.leads:
+            _log.info("pipeline: %s", self.pipeline.describe())
+            for warning in (*self.pipeline.warnings, *_idle(self.pipeline, self.schedule)):
+                _log.warning("%s", warning)
+
+    @classmethod
+    def plan(
+        cls,
+        strategy: Any,  # noqa: ANN401
+        config: RunConfig,
+        data: RunData,
+        global_batch: int,
+        args: Any,  # noqa: ANN401
+    ) -> Schedule:
+        """As for a selector: W + U·T steps a stage; an interval's rows must exist."""
+        if not isinstance(strategy, Pipeline):
+            raise BadInput(
+                f"component {config.dataflex.component_name!r} is a {type(strategy).__name__}; "
+                "train_type dynamic_lego needs a dataflex.pipelines.pipeline.Pipeline."
+            )
+        ours = config.dataflex
+        check_intervals(len(data.train), ours.warmup_step, ours.update_step, global_batch)
+        if strategy.draws_distinct:
+            usable = int((data.train.target_tokens > 0).sum())
+            check_k(ours.update_step * global_batch, usable, len(data.train))
+        return select_schedule(config, len(data.train), global_batch, args)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The component."""
+        found: Pipeline = self.run.strategy
+        return found
+
+    @property
+    def domains(self) -> Domains:
+        """Whose rows are whose."""
+        return domains_of(self.run.data)
+
+    # -- rows -------------------------------------------------------------------------------------
+
+    def rows_for(self, interval: Interval, learning_rate: float) -> npt.NDArray[np.int64]:
+        """What a stage begins with, or the pipeline's plan."""
+        began = time.perf_counter()
+        count = interval.steps * self.batch_shape.rows
+        context = self.update_context(interval, learning_rate)
+        if interval.kind is EventKind.WARMUP:
+            return self.pipeline.warmup(count, context, interval.stage)
+        plan = self.pipeline.plan(count, context, self.timetable)
+        self._record(interval.start, plan, time.perf_counter() - began)
+        return plan.rows
+
+    def _record(self, step: int, plan: Plan, pause: float) -> None:
+        """One line on the screen, one in events.jsonl, numbers for the Trainer's log."""
+        numbers: dict[str, float] = {"pause_seconds": pause}
+        proportions: dict[str, float] = {}
+        for part in plan.parts:
+            numbers[f"kept/{part.stage.spec.family}"] = len(part.rows)
+            if isinstance(part.answer, Selection):
+                numbers |= selection_numbers(self.run.data, part.answer.indices, part.answer)
+            elif isinstance(part.answer, np.ndarray):
+                proportions = dict(zip(self.domains.names, part.answer.tolist(), strict=True))
+        self.tell({**numbers, **{f"mix/{name}": p for name, p in proportions.items()}})
+        if not self.ranks.leads:
+            return
+        counts = np.bincount(self.domains.of_row[plan.rows], minlength=len(self.domains.names))
+        self.log_files.update(
+            "pipeline",
+            step=step,
+            component=self.run.name,
+            told=told(plan, self.domains.names),
+            fired=[part.stage.spec.name for part in plan.parts if part.fired],
+            kept={part.stage.spec.name: len(part.rows) for part in plan.parts},
+            proportions=proportions,
+            counts=dict(zip(self.domains.names, counts.tolist(), strict=True)),
+            pause_seconds=pause,
+        )
+        self._write_selection(step, plan)
+        if self.pipeline.save_plans:
+            stages = [
+                {"stage": part.stage.spec.name, "fired": part.fired, "rows": part.rows.tolist()}
+                for part in plan.parts
+            ]
+            self.log_files.plan(step, {"stages": stages, "rows": plan.rows.tolist()})
+
+    def _write_selection(self, step: int, plan: Plan) -> None:
+        """A selector's answer, as `dynamic_select` leaves it."""
+        for part in plan.parts:
+            if isinstance(part.answer, Selection):
+                manifest = {
+                    "component": self.run.name,
+                    "stage": part.stage.spec.name,
+                    "params": dict(part.stage.component.params),
+                    "count": len(part.answer.indices),
+                    "rows_sha256": self.rows_sha256,
+                    "run_id": self.run.run_id,
+                    **part.answer.manifest,
+                }
+                indices = np.asarray(part.answer.indices, dtype=np.int64)
+                self.log_files.selection(step, indices, part.answer.scores, manifest)
+
+    # -- losses -----------------------------------------------------------------------------------
+
+    def contributors(self, step: int) -> Sequence[LossContributor]:
+        """The stages that weight samples, from step W and from their own warm-up on."""
+        return () if step < self.schedule.warmup_step else self.pipeline.contributors(step)
+
+    def observes(self, step: int) -> bool:
+        """Where a stage learns from training losses."""
+        return self.pipeline.observes
+
+    def rows_of_step(self, step: int) -> list[npt.NDArray[np.int64]]:
+        """Positions of this rank's micro-batches."""
+        return self.served_rows(step)
+
+    def after_step(self, seen: SampleStats, rows: npt.NDArray[np.int64] | None) -> None:
+        """Hand a step's losses by domain, over all ranks, to stages that observe."""
+        if self.pipeline.observes:
+            assert rows is not None
+            step = int(self.state.global_step)
+            self.pipeline.observe(losses_by_domain(step, seen, rows, self.domains, self.ranks))
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def more_state(self) -> Mapping[str, Any]:
+        """Losses that a later boundary may use."""
+        board = self.context.board
+        kept = board.state() if board is not None and self.pipeline.keeps_scores else {}
+        return {**super().more_state(), "board": kept}
+
+    def restore_more(self, state: RunState) -> None:
+        """Take them back."""
+        super().restore_more(state)
+        if state.more["board"] and self.context.board is not None:
+            self.context.board.restore(state.more["board"])
+
+    def settings(self) -> Mapping[str, Any]:
+        """The stages' own parameters, the domains and the opening mixture must agree, too."""
+        opening = self.run.config.dataflex.init_mixture_proportions
+        return {
+            **super().settings(),
+            "stages": self.pipeline.resolved(),
+            "init_mixture_proportions": None if opening is None else list(opening),
+            "rows of the domains": dict(
+                zip(self.domains.names, self.domains.sizes.tolist(), strict=True)
+            ),
+        }
+
+
+def told(plan: Plan, domains: Sequence[str]) -> str:
+    """The stages that fired and what they kept, in a few words."""
+    said = [_did(part, domains) for part in plan.parts if part.fired]
+    ready = len(plan.parts[-1].rows) if plan.parts else None
+    if not said:
+        said.append("no stage fires")
+    if ready != len(plan.rows):
+        repeats = len(np.unique(plan.rows)) < len(plan.rows)
+        said.append(f"{len(plan.rows)} served" + (", some again" if repeats else ""))
+    return "; ".join(said)
+
+
+def _did(part: Part, domains: Sequence[str]) -> str:
+    spec, kept = part.stage.spec, len(part.rows)
+    if spec.family == "selector":
+        return (
+            f"{spec.component} {'draws' if spec.mode == 'draw' else 'keeps'} {kept} of {part.pool}"
+        )
+    if spec.family == "reorder":
+        return f"{spec.component} orders {kept} of {part.pool}"
+    assert isinstance(part.answer, np.ndarray)
+    shares = dict(zip(domains, part.answer.tolist(), strict=True))
+    return f"{spec.component} mixes {listed(shares, '.2f')}: {kept} of {part.pool}"
+
+
+def _idle(pipeline: Pipeline, schedule: Schedule) -> list[str]:
+    """A stage that takes the budget more seldom than it is needed serves the same rows again."""
+    if pipeline.taker == UNIFORM:
+        return []
+    spec = pipeline.rows[-1].spec
+    if spec.every <= schedule.update_step:
+        return []
+    return [
+        f"{spec.name} fires every {spec.every} steps, update_step is {schedule.update_step}: in "
+        f"between the same {schedule.update_step} steps of rows are served again. Set every to "
+        f"{schedule.update_step}, or update_step to {spec.every}."
+    ]
