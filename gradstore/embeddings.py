@@ -104,6 +104,7 @@ def compute_embedding_unit(
     dim: int,
     lengths: Lengths,
     token_budget: int = 2048,
+    max_rows: int = 1024,
     longest: int | None = None,
     tokens_of: Callable[[Batch], Tensor] = attention_tokens,
     on_rows: Callable[[int], None] | None = None,
@@ -118,6 +119,7 @@ def compute_embedding_unit(
         dim: d.
         lengths: (n,) tokens of each row; an array, where many units are asked for.
         token_budget: tokens of a padded batch.
+        max_rows: rows of a batch, at most.
         longest: rows with more tokens get status `TOO_LONG`; None where `collate` cuts them.
         tokens_of: batch -> (b,) usable tokens; a row with none is `MASKED`.
         on_rows: called with the number of rows each time some are done.
@@ -127,7 +129,9 @@ def compute_embedding_unit(
     """
 
     def parts() -> Iterator[FeatureRows]:
-        for rows, batch in unit_batches(dataset, collate, unit, lengths, token_budget, longest):
+        for rows, batch in unit_batches(
+            dataset, collate, unit, lengths, token_budget, longest, max_rows
+        ):
             yield _embedded(rows, embed(batch), tokens_of(batch), dim)
 
     return join_unit(unit, dim, parts(), lengths, longest, on_rows)
@@ -220,6 +224,38 @@ def read_unit_rows(generation: Generation, chunk_rows: int = 4096) -> Iterator[U
         rows = unit_rows(generation.read(start, stop))[0].astype(np.float32)
         rows[status != RowStatus.OK] = np.nan
         yield UnitRows(start, stop, rows, status)
+
+
+class UsableRows:
+    """Usable rows of a generation as an (m, d) float32 matrix that is read when it is indexed.
+
+    Takes the place of an array where one reads chunks and single rows, as clustering does.
+    """
+
+    ndim = 2
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        #: (m,) int64, positions in the data set.
+        self.rows = np.flatnonzero(generation.usable).astype(np.int64)
+        self.shape = (len(self.rows), generation.dim)
+
+    def __len__(self) -> int:
+        """M."""
+        return len(self.rows)
+
+    def __getitem__(self, key: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """(k, d) float32 unit rows, those at positions `key` of `rows`."""
+        wanted = self.rows[key]
+        found = np.empty((len(wanted), self.shape[1]), dtype=np.float32)
+        bounds = np.array([start for start, _ in self._generation.units])
+        unit_of = np.searchsorted(bounds, wanted, side="right") - 1
+        for unit in np.unique(unit_of):
+            start, stop = self._generation.units_range(int(unit))
+            here = unit_of == unit
+            rows = self._generation.read(start, stop)[wanted[here] - start]
+            found[here] = unit_rows(rows)[0]
+        return found
 
 
 def _embedded(

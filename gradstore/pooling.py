@@ -18,9 +18,9 @@ from gradstore.units import Batch
 Embed = Callable[[Batch], Tensor]
 """Batch, as `collate` gave it, -> (b, d) vectors, of any length and floating dtype."""
 
-Pooling = Literal["mean", "last_token", "position"]
+Pooling = Literal["mean", "first_token", "last_token", "position"]
 
-POOLINGS: tuple[Pooling, ...] = ("mean", "last_token", "position")
+POOLINGS: tuple[Pooling, ...] = ("mean", "first_token", "last_token", "position")
 
 
 def pool(hidden: Tensor, mask: Tensor, how: Pooling = "mean") -> Tensor:
@@ -29,8 +29,8 @@ def pool(hidden: Tensor, mask: Tensor, how: Pooling = "mean") -> Tensor:
     Args:
         hidden: (b, t, d), any floating dtype.
         mask: (b, t), 0 where a token does not count.
-        how: "mean" over the tokens, the "last_token", or weights that rise with the "position"
-            (1, 2, 3 ... from the row's first token).
+        how: "mean" over the tokens, the "first_token", the "last_token", or weights that rise with
+            the "position" (1, 2, 3 ... from the row's first token).
 
     Returns:
         (b, d) float32 unit rows; zeros where no token counts.
@@ -51,6 +51,7 @@ def pool(hidden: Tensor, mask: Tensor, how: Pooling = "mean") -> Tensor:
     rank = counts.cumsum(dim=1)  # (b, t): 1 at a row's first token that counts
     weights = {
         "mean": counts,
+        "first_token": counts & (rank == 1),
         "last_token": counts & (rank == rank[:, -1:]),
         "position": rank * counts,
     }[how]

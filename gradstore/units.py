@@ -165,6 +165,7 @@ def unit_batches(
     lengths: Lengths,
     token_budget: int,
     longest: int | None,
+    max_rows: int = 1024,
 ) -> Iterator[tuple[npt.NDArray[np.int64], Batch]]:
     """The batches of one unit, made when they are asked for: a function of the unit alone.
 
@@ -175,12 +176,13 @@ def unit_batches(
         lengths: (n,) tokens of each row.
         token_budget: tokens of a padded batch.
         longest: rows with more tokens are left out; None takes all.
+        max_rows: rows of a batch, at most.
 
     Yields:
         Row positions (b,), and their batch.
     """
     fits = _fitting(unit, lengths, longest)
-    for chosen in plan_batches(np.asarray(lengths)[fits], token_budget):
+    for chosen in plan_batches(np.asarray(lengths)[fits], token_budget, max_rows):
         rows = fits[chosen]
         yield rows, collate([dataset[int(i)] for i in rows])
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.context import RunContext, UpdateContext
+from dataflex.data import RunData
 from dataflex.strategy import Strategy
 
 __all__ = ["RunContext", "Selection", "Selector", "UpdateContext"]
@@ -49,6 +50,9 @@ class Selector(Strategy):
 
     #: Never answers a row twice: asked for more rows than are usable, a run is refused.
     distinct: ClassVar[bool] = False
+
+    def check_count(self, count: int, data: RunData) -> None:
+        """Refuse, before the model is loaded, more rows an update than can be answered."""
 
     def select(self, count: int, context: UpdateContext) -> Selection:
         """Choose `count` rows of `context.candidates` for the next interval.

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from gradstore.disk.files import StoreFiles
 from gradstore.embeddings import (
+    UsableRows,
     compute_embedding_unit,
     embedding_record,
     export_embeddings,
@@ -124,6 +125,7 @@ def test_poolings_are_the_written_means(llama: Any) -> None:
     ones = torch.ones(1, 3, dtype=torch.long)
     found = {how: pool(hidden, ones, how)[0].tolist() for how in POOLINGS}
     assert found["mean"] == pytest.approx([0.5**0.5] * 2)
+    assert found["first_token"] == [1.0, 0.0]
     assert found["last_token"] == pytest.approx([0.5**0.5] * 2)
     assert found["position"] == pytest.approx([0.624695, 0.780869], abs=1e-6)
 
@@ -162,7 +164,7 @@ def test_a_row_without_tokens_and_a_row_with_nan_leave_the_others_alone() -> Non
 
 
 def test_what_pooling_cannot_do_is_refused(model: Any, llama: Any, rows: Rows) -> None:
-    with pytest.raises(BadInput, match="pooling is 'max'; choose mean, last_token, position"):
+    with pytest.raises(BadInput, match="pooling is 'max'; choose mean, first_token, last"):
         HiddenStates(model, pooling="max")  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="do not fit"):
         pool(torch.zeros(2, 3, 4), torch.zeros(2, 4))
@@ -245,6 +247,44 @@ def test_unit_rows_are_read_in_chunks_with_their_status(
     assert np.isnan(rows[~generation.usable]).all()
     with pytest.raises(BadInput, match="chunk_rows is 0"):
         next(read_unit_rows(generation, 0))
+
+
+def test_usable_rows_are_read_by_slices_and_positions(store: Store) -> None:
+    generation = store.generation(f"{SPACE}/train/5")
+    (whole,) = read_unit_rows(generation, chunk_rows=N)
+    usable = np.flatnonzero(whole.status == RowStatus.OK)
+    rows = UsableRows(generation)
+    assert rows.shape == (len(rows), rows[:].shape[1]) == (N - 2, DIM)
+    assert rows.rows.tolist() == usable.tolist()
+    np.testing.assert_array_equal(rows[:], whole.rows[usable])
+    np.testing.assert_array_equal(rows[5:30], whole.rows[usable[5:30]])
+    mixed = np.array([40, 0, 17, 17, 3])
+    np.testing.assert_array_equal(rows[mixed], whole.rows[usable[mixed]])
+
+
+def test_a_batch_holds_no_more_rows_than_said(task: Task, kit: Any, fast_path: Path) -> None:
+    sizes: list[int] = []
+
+    def embed(batch: Any) -> Any:
+        sizes.append(len(batch["input_ids"]))
+        return task.embed(batch)
+
+    unit = SimpleNamespace(index=0, start=0, stop=20)
+    options = {**task.options, "token_budget": 10_000}
+    few, all_at_once = (
+        compute_embedding_unit(
+            embed,
+            task.rows,
+            task.collate,
+            unit,
+            dim=DIM,
+            max_rows=n,
+            **options,  # type: ignore[arg-type]
+        )
+        for n in (3, 1024)
+    )
+    assert sizes == [3] * 6 + [2, 20]
+    np.testing.assert_allclose(few.features, all_at_once.features, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["faiss", "torch"])

@@ -83,18 +83,14 @@ def test_a_kill_between_firings_changes_nothing(cli: Any, config: Config, tmp_pa
     assert f'"dataflex/mix/{ADD}"' in log
 
 
-def test_two_processes_plan_and_train_as_one_does(
-    cli: Any, config: Config, tmp_path: Path
-) -> None:
+def test_two_processes_plan_and_train_as_one_does(cli: Any, config: Config, tmp_path: Path) -> None:
     for name, rows, ranks in (("one", 2, 1), ("two", 1, 2)):
         path = config(f"{name}.yaml", **PIPELINE, output_dir=str(tmp_path / name), lora_dropout=0.0,
                       per_device_train_batch_size=rows)  # fmt: skip
         result = cli("train", path, ranks=ranks)
         assert result.code == 0, result.err[-3000:]
     assert plans(tmp_path / "one") == plans(tmp_path / "two")
-    one, two = (
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")
-    )
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert max(float(abs(one[key] - two[key]).max()) for key in one) < 1e-5
 
 

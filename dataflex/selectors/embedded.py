@@ -1,0 +1,274 @@
+"""What selectors by embedding share: the service, neighbours of target rows, files made offline.
+
+Letters: n training rows, q target rows, k neighbours, d dimensions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.config import RunConfig
+from dataflex.data import Rows
+from dataflex.selectors.base import RunContext, Selection, Selector, UpdateContext
+from gradstore.errors import BadInput
+
+if TYPE_CHECKING:
+    from dataflex.embeddings import Embedded, EmbeddingService
+    from gradstore.generation import Generation
+
+Matrix = npt.NDArray[np.int64]
+
+
+class Neighbours:
+    """The training rows nearest to each target row, by cosine."""
+
+    def __init__(
+        self, train: Generation, targets: Sequence[Generation], cache_dir: Path | None
+    ) -> None:
+        """Index the training rows.
+
+        Args:
+            train: embeddings of the training rows.
+            targets: of the target sets; rows that can't be used are left out.
+            cache_dir: the store's folder of indexes, where this one is worth keeping.
+        """
+        from gradstore.embeddings import UsableRows
+        from gradstore.index import FeatureIndex
+
+        self._index = FeatureIndex.build(train, cache_dir)
+        self._train = UsableRows(train)
+        self._queries = np.concatenate([UsableRows(g)[:] for g in targets])
+        self._held: tuple[npt.NDArray[np.float32], Matrix] | None = None
+        #: (n,) bool, rows that may be found.
+        self.usable: npt.NDArray[np.bool_] = train.usable
+
+    def nearest(self, k: int) -> tuple[npt.NDArray[np.float32], Matrix]:
+        """(q, k) cosines, highest first, and (q, k) rows; ties go to the lower row.
+
+        Args:
+            k: at most the usable rows.
+        """
+        if self._held is None or self._held[1].shape[1] < k:
+            self._held = self._index.search(self._queries, k)
+        cosines, rows = self._held
+        return cosines[:, :k], rows[:, :k]
+
+    def around(self, rows: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.float32]:
+        """(len(rows), k) cosines of usable training rows to their nearest, themselves first."""
+        places = np.searchsorted(self._train.rows, rows)
+        return self._index.search(self._train[places], k)[0]
+
+
+class EmbeddingSelector(Selector):
+    """Base: rows are chosen by where their embeddings lie beside the target's.
+
+    Args:
+        embedding_model_name_or_path: a sentence-transformers folder, any encoder's folder, or a hub
+            id: rows are embedded once, as text. null takes the model in training, at every update.
+        embedding_model_dtype: of that encoder's weights: auto, fp32, fp16 or bf16.
+        embedding_layer: index into the hidden states; -1 is the last layer's output.
+        embedding_batch_size: rows of an embedding batch, at most; tokens bound it as well.
+        keep_generations: newest steps kept of the embeddings of the model in training; null keeps
+            all.
+    """
+
+    needs_targets = True
+    distinct = True
+    neutral = frozenset({"embedding_batch_size", "keep_generations"})
+
+    def __init__(
+        self,
+        embedding_model_name_or_path: str | None = None,
+        embedding_model_dtype: str = "auto",
+        embedding_layer: int = -1,
+        embedding_batch_size: int = 32,
+        keep_generations: int | None = None,
+    ) -> None:
+        from dataflex.embedders import EmbeddingSettings
+
+        self.embeddings = EmbeddingSettings(
+            embedding_model_name_or_path,
+            embedding_model_dtype,
+            embedding_layer,
+            embedding_batch_size,
+        )
+        if keep_generations is not None and not is_whole(keep_generations):
+            raise ValueError(f"keep_generations is {keep_generations!r}; give a number >= 1")
+        self.keep_generations = keep_generations
+        #: A file made offline that stands for embeddings; none are made then.
+        self.file: Path | None = None
+        self._service: EmbeddingService | None = None
+        self._embedded: Embedded | None = None
+        self._neighbours: Neighbours | None = None
+
+    # -- what a strategy decides ------------------------------------------------------------------
+
+    def choose(
+        self, count: int, context: UpdateContext, neighbours: Neighbours | None
+    ) -> Selection:
+        """On rank 0: the rows.
+
+        Args:
+            count: m.
+            context: of the boundary.
+            neighbours: of the present embeddings; None where a file stands for them.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement choose")
+
+    # -- life cycle -------------------------------------------------------------------------------
+
+    def check(self, config: RunConfig) -> list[str]:
+        """The encoder's folder, or the file made offline, is there."""
+        if self.file is None:
+            return self.embeddings.faults(config)
+        return [] if self.file.is_file() else [f"{str(self.file)!r} is not a file here."]
+
+    def start(self, run: RunContext) -> None:
+        """Open the store; an encoder of its own embeds all rows now, once."""
+        if self.file is not None:
+            return
+        from dataflex.embeddings import EmbeddingService
+
+        self._service = EmbeddingService(run, self.embeddings)
+        if self._service.frozen:
+            self._embedded = self._service.export(0, run.data.targets)
+
+    def finish(self) -> None:
+        """Release the store."""
+        if self._service is not None:
+            self._service.close()
+            self._service = None
+
+    def select(self, count: int, context: UpdateContext) -> Selection:
+        """Embed what is not embedded yet, then choose."""
+        if self._service is None:
+            return context.run.ranks.decide(lambda: self.choose(count, context, None))
+        service, new = self._service, None
+        if self._embedded is None or not service.frozen:
+            self._neighbours = None
+            self._embedded = new = service.export(context.step, context.run.data.targets)
+        embedded = self._embedded
+        return context.run.ranks.decide(
+            lambda: self._choose(count, context, service, embedded, new)
+        )
+
+    def _choose(
+        self,
+        count: int,
+        context: UpdateContext,
+        service: EmbeddingService,
+        embedded: Embedded,
+        new: Embedded | None,
+    ) -> Selection:
+        from dataclasses import replace
+
+        from gradstore.selection import check_k
+
+        began = time.perf_counter()
+        train = service.generation(embedded.train)
+        if self._neighbours is None:
+            targets = [service.generation(name) for name in embedded.targets]
+            cache = service.store.path / "index" if service.frozen else None
+            self._neighbours = Neighbours(train, targets, cache)
+        allowed = context.among_candidates(train.usable)
+        check_k(count, int(allowed.sum()), train.rows)
+        chosen = self.choose(count, context, self._neighbours)
+        if self.keep_generations is not None:
+            service.clean(self.keep_generations)
+        return replace(
+            chosen,
+            target_rows=sum(len(rows) for rows in context.run.data.targets),
+            tokens=0 if new is None else new.tokens,
+            export_seconds=0.0 if new is None else new.seconds,
+            select_seconds=time.perf_counter() - began,
+            skipped={k: v for k, v in train.status_counts().items() if v and k != "ok"},
+            manifest={
+                **chosen.manifest,
+                "train": embedded.train,
+                "targets": list(embedded.targets),
+                "commit": train.commit_sha,
+            },
+        )
+
+
+def column_order(
+    nearest: Matrix, allowed: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows in the order of their first place when a table is read column by column.
+
+    Args:
+        nearest: (q, k) rows of the training set, nearest first; negative where there is none.
+        allowed: (n,) bool, rows that may be taken.
+
+    Returns:
+        (m,) distinct rows, and (m,) where each stands in the columns laid end to end.
+    """
+    flat = nearest.T.ravel()
+    places = np.flatnonzero((flat >= 0) & allowed[flat])
+    rows, first = np.unique(flat[places], return_index=True)
+    order = np.argsort(first, kind="stable")
+    return rows[order], places[first[order]]
+
+
+def growing_order(
+    neighbours: Neighbours, width: int, count: int, allowed: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """`column_order` of as many neighbours as it takes to name `count` rows.
+
+    Returns:
+        (>= count,) rows, and the cosine each was found with.
+    """
+    most = int(neighbours.usable.sum())
+    width = min(width, most)
+    while True:
+        cosines, nearest = neighbours.nearest(width)
+        rows, places = column_order(nearest, allowed)
+        if len(rows) >= count or width == most:
+            return rows, cosines.T.ravel()[places].astype(np.float64)
+        width = min(2 * width, most)
+
+
+def load_offline(path: Path, key: str) -> npt.NDArray[Any]:
+    """A .npy file made offline, without running anything that is in it.
+
+    Raises:
+        BadInput: it is not one.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"{key} {str(path)!r} is no readable .npy file: {error}") from error
+    if not isinstance(loaded, np.ndarray):
+        raise BadInput(f"{key} {str(path)!r} holds several arrays; give a .npy file of one.")
+    return loaded
+
+
+def rows_of_file(train: Rows, key: str) -> npt.NDArray[np.int64]:
+    """(r,) training row of each row of the file it came from; -1 where that row was dropped.
+
+    Raises:
+        BadInput: the training rows come from several files, which a number can't tell apart.
+    """
+    if train.sources is None:
+        return np.arange(len(train), dtype=np.int64)
+    names = sorted({name for name, _ in train.sources})
+    if len(names) > 1:
+        raise BadInput(
+            f"{key} numbers the rows of one file, but the training rows come from "
+            f"{', '.join(names)}. Leave {key} out: rows are then embedded here."
+        )
+    numbers = np.array([number for _, number in train.sources], dtype=np.int64)
+    rows = np.full(int(numbers.max()) + 1, -1, dtype=np.int64)
+    rows[numbers] = np.arange(len(train))
+    return rows
+
+
+def is_whole(value: object, least: int = 1) -> bool:
+    """Whether a parameter is a whole number of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
