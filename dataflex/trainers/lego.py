@@ -40,7 +40,7 @@ class LegoSeam(LossSeam, ServedSeam):
         self.timetable = self.pipeline.timetable(self.schedule)
         if self.ranks.leads:
             _log.info("pipeline: %s", self.pipeline.describe())
-            for warning in (*self.pipeline.warnings, *_idle(self.pipeline, self.schedule)):
+            for warning in (*self.pipeline.warnings, *warnings_of(self.pipeline, self.run.config)):
                 _log.warning("%s", warning)
 
     @classmethod
@@ -211,15 +211,21 @@ def _did(part: Part, domains: Sequence[str]) -> str:
     return f"{spec.component} mixes {listed(shares, '.2f')}: {kept} of {part.pool}"
 
 
-def _idle(pipeline: Pipeline, schedule: Schedule) -> list[str]:
-    """A stage that takes the budget more seldom than it is needed serves the same rows again."""
-    if pipeline.taker == UNIFORM:
-        return []
-    spec = pipeline.rows[-1].spec
-    if spec.every <= schedule.update_step:
-        return []
-    return [
-        f"{spec.name} fires every {spec.every} steps, update_step is {schedule.update_step}: in "
-        f"between the same {schedule.update_step} steps of rows are served again. Set every to "
-        f"{schedule.update_step}, or update_step to {spec.every}."
-    ]
+def warnings_of(pipeline: Pipeline, config: RunConfig) -> list[str]:
+    """What the user wrote that has no say, or serves the same rows again."""
+    ours, warnings = config.dataflex, []
+    if pipeline.taker != UNIFORM and pipeline.rows[-1].spec.every > ours.update_step:
+        spec = pipeline.rows[-1].spec
+        warnings.append(
+            f"{spec.name} fires every {spec.every} steps, update_step is {ours.update_step}: in "
+            f"between the same {ours.update_step} steps of rows are served again. Set every to "
+            f"{ours.update_step}, or update_step to {spec.every}."
+        )
+    if ours.init_mixture_proportions is not None and pipeline.mixer is None:
+        warnings.append(
+            "init_mixture_proportions is ignored: the mixer stage weights the loss and leaves rows "
+            "alone. Add a mixer stage static to draw in fixed proportions."
+        )
+    if ours.static_mix:
+        warnings.append("static_mix is ignored: it belongs to train_type dynamic_mix.")
+    return warnings

@@ -31,6 +31,7 @@ from dataflex.reorders.base import Ordering, Reorder
 from dataflex.schedule import Schedule
 from dataflex.scoreboard import Scoreboard
 from dataflex.selectors.base import Selection, Selector
+from dataflex.trainers.lego import told, warnings_of
 from dataflex.weighters.base import LossContributor
 from gradstore.errors import BadInput
 
@@ -607,3 +608,36 @@ def test_the_scoreboards_view_accepts_older_losses_of_the_same_board(
     kept.restore(board.state())
     assert kept.losses(replace(run), 21, np.array([1])).tolist()[1] == 3.0
     assert len(asked) == 3
+
+
+# -- what a user is told --------------------------------------------------------------------------
+
+
+def test_a_line_names_the_stages_that_fired_and_what_they_kept(
+    run_of: Callable[..., RunContext],
+) -> None:
+    pipeline = Pipeline([{**FILTER, "every": 20}, MIX, ORDER])
+    found = plans(pipeline, run_of([40, 20]), [10, 20], 8, Schedule(10, 10, 0, 30))
+    lines = [told(plan, ["a", "b"]) for plan in found]
+    mixed = "shares mixes a 0.50, b 0.50: 8 of 30; onward orders 8 of 8"
+    assert lines == [f"head keeps 30 of 60; {mixed}", mixed]
+    few = Pipeline([{**FILTER, "keep_ratio": 0.1}])
+    (plan,) = plans(few, run_of([40]), [10], 8, Schedule(10, 10, 1, 20))
+    assert told(plan, ["a"]) == "head keeps 4 of 40; 8 served, some again"
+    late = Pipeline([{**DRAW, "warmup_step": 30}])
+    (plan,) = plans(late, run_of([40]), [10], 8, Schedule(10, 10, 0, 20))
+    assert told(plan, ["a"]) == "no stage fires; 8 served"
+
+
+def test_what_has_no_say_is_told() -> None:
+    def about(stages: list[dict[str, Any]], **ours: Any) -> str:
+        return " ".join(warnings_of(Pipeline(stages), config({}, update_step=10, **ours)))
+
+    assert "fires every 50 steps, update_step is 10" in about([{**MIX, "every": 50}])
+    assert about([{**MIX, "every": 10}, {**WEIGHT, "every": 50}]) == ""
+    assert about([{**FILTER, "every": 50}]) == "", "a filter leaves the draw to others"
+    alpha = {"family": "mixer", "component": "alpha"}
+    opening = {"init_mixture_proportions": [1, 2]}
+    assert "weights the loss and leaves rows alone" in about([alpha], **opening)
+    assert about([alpha, MIX], **opening) == ""
+    assert "static_mix is ignored" in about([MIX], static_mix=True)
