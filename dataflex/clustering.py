@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,21 @@ SEEDING_NUMBERS = 1 << 28
 ROUNDING = 1e-6
 
 _KMEANS, _FARTHEST, _LSH, _PARTITION = range(4)
+
+
+class Matrix(Protocol):
+    """An (n, d) array, or what is read like one: a memory map, rows of a store."""
+
+    @property
+    def ndim(self) -> int: ...  # noqa: D102
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Any, /) -> npt.NDArray[Any]:  # noqa: ANN401
+        """Rows of a slice, or at positions."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ class Clusters:
 
 def cluster(
     method: str,
-    rows: npt.NDArray[Any],
+    rows: Matrix,
     num_clusters: int,
     *,
     seed: int,
@@ -94,7 +109,7 @@ def cluster(
 
 
 def kmeans(
-    rows: npt.NDArray[Any],
+    rows: Matrix,
     num_clusters: int,
     *,
     seed: int,
@@ -117,7 +132,7 @@ def kmeans(
 
 
 def spherical_kmeans(
-    rows: npt.NDArray[Any],
+    rows: Matrix,
     num_clusters: int,
     *,
     seed: int,
@@ -134,7 +149,7 @@ def spherical_kmeans(
 
 
 def farthest_first(
-    rows: npt.NDArray[Any],
+    rows: Matrix,
     num_clusters: int,
     *,
     seed: int,
@@ -162,7 +177,7 @@ def farthest_first(
 
 
 def random_projection_lsh(
-    rows: npt.NDArray[Any],
+    rows: Matrix,
     num_clusters: int,
     *,
     seed: int,
@@ -199,7 +214,7 @@ def random_projection_lsh(
 
 
 def random_partition(
-    rows: npt.NDArray[Any],
+    rows: Matrix,
     num_clusters: int,
     *,
     seed: int,
@@ -230,14 +245,14 @@ METHODS: dict[str, Callable[..., Clusters]] = {
 class _Reader:
     """Rows in float32 chunks on a device; unit vectors where `unit`."""
 
-    rows: npt.NDArray[Any]
+    rows: Matrix
     chunk_rows: int
     device: torch.device
     unit: bool
 
     @staticmethod
     def of(
-        rows: npt.NDArray[Any],
+        rows: Matrix,
         num_clusters: int,
         chunk_rows: int,
         device: str | torch.device,

@@ -66,6 +66,7 @@ class EmbeddingService:
         run: RunContext,
         settings: EmbeddingSettings,
         opened: Callable[[], StoreWriter] | None = None,
+        source: Embedder | None = None,
     ) -> None:
         """Open the embeddings' space of the store for writing.
 
@@ -73,6 +74,7 @@ class EmbeddingService:
             run: with its model.
             settings: which model, which layer.
             opened: gives, on rank 0, the store's writer where somebody holds it already.
+            source: makes vectors in a way of its own; None chooses by `settings`.
 
         Raises:
             ProvenanceMismatch: the store holds embeddings of other rows, or of another model.
@@ -82,7 +84,7 @@ class EmbeddingService:
         self.run = run
         self.frozen = settings.frozen
         kind = OwnEncoder if settings.frozen else ModelInTraining
-        self._source: Embedder = kind(run, settings)
+        self._source: Embedder = source or kind(run, settings)
         self._own: StoreWriter | None = None
         self._writer: StoreWriter | SpaceWriter | None = None
         run.ranks.decide(lambda: self._open(opened))

@@ -77,12 +77,21 @@ def find_encoder(name: str, *, trust_remote_code: bool = False) -> Encoder:
     Raises:
         BadInput: it is neither, holds something this can't do, or brings code that is not trusted.
     """
+    return read_encoder(find_folder(name), trust_remote_code=trust_remote_code)
+
+
+def find_folder(name: str) -> Path:
+    """A model's folder, or what was fetched of a hub id.
+
+    Raises:
+        BadInput: it is neither.
+    """
     folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if looks_local(name):
-            raise BadInput(f"embedding_model_name_or_path {name!r} is not a folder here.")
-        folder = _fetch(name)
-    return read_encoder(folder, trust_remote_code=trust_remote_code)
+    if folder.is_dir():
+        return folder
+    if looks_local(name):
+        raise BadInput(f"embedding_model_name_or_path {name!r} is not a folder here.")
+    return _fetch(name)
 
 
 def looks_local(name: str) -> bool:

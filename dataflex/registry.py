@@ -53,6 +53,7 @@ RETIRED: Mapping[str, str] = {
     "cache_dir": "features live in the gradient store, selections below output_dir",
     "save_interval": "the store writes units of 256 rows",
     "score_num_workers": "rows are already tokenised when they are scored",
+    "clustering_num_workers": "features are kept in the store and read from there",
 }
 
 _log = logging.getLogger(__name__)

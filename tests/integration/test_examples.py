@@ -20,11 +20,14 @@ def test_there_is_an_example_of_every_selector() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs_as_often_as_one_likes(path: Path, cli: Any, tmp_path: Path) -> None:
+def test_an_example_runs_as_often_as_one_likes(
+    path: Path, cli: Any, made_for: Any, tmp_path: Path
+) -> None:
     """LESS, the README's first command, a second time: overwrite_output_dir starts anew."""
     run = tmp_path / "run"
     for rows in ("max_samples=48", "max_samples=44")[: 2 if path.stem == "less" else 1]:
-        result = cli("train", path, *FEWER, rows, f"output_dir={run}")
+        options = (*FEWER, *made_for(path), rows, f"output_dir={run}")
+        result = cli("train", path, *options)
         assert result.code == 0, result.err[-3000:]
         assert "Updates of this run" in result.err
         chosen = json.loads((run / "dataflex" / "selections" / "step_2.json").read_text())

@@ -1,0 +1,328 @@
+"""COINCIDE: a coreset of vision-language rows, spread over clusters that transfer well.
+
+Letters: n rows, k clusters, m chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.coreset import capped_counts, density, pick_by_mmd, preferences, transferability
+from dataflex.registry import register
+from dataflex.selectors.base import RunContext, Selection, Selector, UpdateContext
+from gradstore.errors import BadInput
+
+if TYPE_CHECKING:
+    from dataflex.config import RunConfig
+    from dataflex.data import RunData
+    from dataflex.embeddings import Embedded, EmbeddingService
+    from gradstore.embeddings import UsableRows
+
+#: Rows of a cluster, on average, and most clusters, where the user sets no number.
+ROWS_PER_CLUSTER, MOST_CLUSTERS = 64, 10_000
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Usable rows in k clusters.
+
+    Attributes:
+        members: k arrays of places among the usable rows.
+        transfer: (k,) S, how alike a cluster is to the others.
+        densities: (k,) D, how alike its rows are.
+    """
+
+    members: tuple[npt.NDArray[np.int64], ...]
+    transfer: npt.NDArray[np.float64]
+    densities: npt.NDArray[np.float64]
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return len(self.members)
+
+
+@register("selector", "coincide")
+class CoincideSelector(Selector):
+    """Take rows from every cluster of a vision-language model's features, most where they transfer.
+
+    Args:
+        embedding_model_name_or_path: a fixed vision-language model whose features are taken once;
+            null takes the model in training, anew at every update.
+        embedding_model_dtype: of a fixed model's weights: auto, fp32, fp16 or bf16.
+        embedding_layers: numbers of decoder layers, from 0; null takes five, evenly spread.
+        num_clusters: null for a 64th of the rows, at most 10000.
+        clustering_batch_size: rows of a batch through the model, at most.
+        clustering_device: auto (the model's), cpu, cuda.
+        clustering_max_iter: updates of the centroids, at most.
+        assignment_chunk_size: rows compared with all centroids at once.
+        temperature: tau; the smaller, the more the best clusters are preferred.
+        density_chunk_size: rows of a cluster compared with its others at once.
+        single_member_density: density of a cluster of one row.
+        advance: leave out rows of earlier updates while others last; null: only with a fixed model,
+            whose features never change.
+        keep_generations: newest steps kept of the features of the model in training; null keeps
+            all.
+        seed: of the first centroids.
+    """
+
+    distinct = True
+    paper = "Lee et al. 2024, COINCIDE, arXiv:2406.10995"
+    neutral = frozenset({"clustering_batch_size", "keep_generations"})
+
+    def __init__(
+        self,
+        embedding_model_name_or_path: str | None = None,
+        embedding_model_dtype: str = "auto",
+        embedding_layers: Sequence[int] | None = None,
+        num_clusters: int | None = None,
+        clustering_batch_size: int = 8,
+        clustering_device: Literal["auto", "cpu", "cuda"] = "auto",
+        clustering_max_iter: int = 10,
+        assignment_chunk_size: int = 4096,
+        temperature: float = 0.1,
+        density_chunk_size: int = 2048,
+        single_member_density: float = 1.0,
+        advance: bool | None = None,
+        keep_generations: int | None = 1,
+        seed: int = 42,
+    ) -> None:
+        from dataflex.vision import VisionSettings
+
+        for key, value in (
+            ("num_clusters", num_clusters),
+            ("clustering_batch_size", clustering_batch_size),
+            ("clustering_max_iter", clustering_max_iter),
+            ("assignment_chunk_size", assignment_chunk_size),
+            ("density_chunk_size", density_chunk_size),
+            ("keep_generations", keep_generations),
+        ):
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not whole and not (value is None and key in ("num_clusters", "keep_generations")):
+                raise ValueError(f"{key} is {value!r}; give a whole number of at least 1")
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; it must be above 0")
+        if not 0 < single_member_density <= 1:
+            raise ValueError(
+                f"single_member_density is {single_member_density}; give a number above 0 to 1"
+            )
+        if clustering_device not in ("auto", "cpu", "cuda"):
+            raise ValueError(
+                f"clustering_device is {clustering_device!r}; choose auto, cpu or cuda"
+            )
+        if embedding_layers is not None and not isinstance(embedding_layers, Sequence):
+            raise ValueError(f"embedding_layers is {embedding_layers!r}; give a list or null")
+        self.settings = VisionSettings(
+            embedding_model_name_or_path,
+            embedding_model_dtype,
+            None if embedding_layers is None else tuple(embedding_layers),
+            clustering_batch_size,
+        )
+        self.num_clusters = num_clusters
+        self.device = clustering_device
+        self.max_iter = clustering_max_iter
+        self.chunk_rows = assignment_chunk_size
+        self.temperature = float(temperature)
+        self.density_chunk = density_chunk_size
+        self.single_density = float(single_member_density)
+        self.fixed = embedding_model_name_or_path is not None
+        self.advance = self.fixed if advance is None else advance
+        self.keep_generations = keep_generations
+        self.seed = seed
+        self._service: EmbeddingService | None = None
+        self._embedded: Embedded | None = None
+        self._groups: Groups | None = None
+        #: Rows of earlier updates, where they are left out.
+        self._served = np.empty(0, dtype=np.int64)
+
+    # -- checks -----------------------------------------------------------------------------------
+
+    def check(self, config: RunConfig) -> list[str]:
+        """A model of text alone, where its folder says so."""
+        from gradstore.visual import VISUAL_KEYS
+
+        faults = []
+        for key, path in (
+            ("model_name_or_path", config.get("model_name_or_path")),
+            ("embedding_model_name_or_path", self.settings.model),
+        ):
+            file = Path(str(path)).expanduser() / "config.json"
+            if path is None or not file.is_file():
+                continue
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not set(VISUAL_KEYS) & set(content):
+                faults.append(
+                    f"component coincide needs a vision-language model, but {key} {str(path)!r} "
+                    f"({content.get('model_type', 'unknown type')}) has no image tokens. Choose a "
+                    "model such as LLaVA or Qwen2-VL, or another component."
+                )
+        return faults
+
+    def check_data(self, data: RunData, config: RunConfig) -> None:
+        """Refuse rows without pictures."""
+        dataset = data.train.dataset
+        columns = [c for c in ("images", "videos") if c in dataset.column_names]
+        if not columns or not any(
+            row[c] for row in dataset.select_columns(columns) for c in columns
+        ):
+            raise BadInput(
+                "component coincide needs rows with images, but no training row has one. Add an "
+                "images column (and its tag in dataset_info.json), or choose another component."
+            )
+
+    # -- life cycle -------------------------------------------------------------------------------
+
+    def start(self, run: RunContext) -> None:
+        """Open the store; a fixed model's features are taken now, once."""
+        from dataflex.embedders import EmbeddingSettings
+        from dataflex.embeddings import EmbeddingService
+        from dataflex.vision import FixedVision, VisionInTraining
+
+        kind = FixedVision if self.fixed else VisionInTraining
+        source = kind(run, self.settings)
+        self._service = EmbeddingService(run, EmbeddingSettings(self.settings.model), source=source)
+        if self.fixed:
+            self._embedded = self._service.export(0)
+
+    def finish(self) -> None:
+        """Release the store."""
+        if self._service is not None:
+            self._service.close()
+            self._service = None
+
+    def state(self) -> dict[str, Any]:
+        """Rows that later updates leave out."""
+        return {"served": self._served}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on leaving them out."""
+        self._served = np.asarray(state.get("served", ()), dtype=np.int64)
+
+    # -- selecting --------------------------------------------------------------------------------
+
+    def select(self, count: int, context: UpdateContext) -> Selection:
+        """Take features of all rows, cluster them, and choose; rank 0 decides."""
+        service = self._service
+        assert service is not None  # since start
+        tokens, seconds = 0, 0.0
+        if self._embedded is None or not self.fixed:
+            self._groups = None
+            self._embedded = service.export(context.step)
+            tokens, seconds = self._embedded.tokens, self._embedded.seconds
+        train, ranks = self._embedded.train, context.run.ranks
+        selection = ranks.decide(lambda: self._choose(count, context, service, train))
+        return replace(selection, tokens=tokens, export_seconds=seconds)
+
+    def _choose(
+        self, count: int, context: UpdateContext, service: EmbeddingService, name: str
+    ) -> Selection:
+        """On rank 0: the rows of one update."""
+        from gradstore.embeddings import UsableRows
+        from gradstore.selection import check_k
+
+        began = time.perf_counter()
+        train = service.generation(name)
+        features = UsableRows(train)
+        allowed = context.among_candidates(train.usable)
+        check_k(count, int(allowed.sum()), train.rows)
+        if self.advance:
+            fresh = allowed.copy()
+            fresh[self._served] = False
+            if fresh.sum() < count:
+                self._served = np.empty(0, dtype=np.int64)
+            else:
+                allowed = fresh
+        device = self._device(context.run)
+        if self._groups is None:
+            self._groups = self._grouped(features, device)
+        clustered = time.perf_counter()
+        selection = self._spread(count, allowed, features, self._groups, device)
+        if self.advance:
+            self._served = np.union1d(self._served, selection.indices)
+        if self.keep_generations is not None and not self.fixed:
+            service.clean(self.keep_generations)
+        return replace(
+            selection,
+            score_seconds=clustered - began,
+            select_seconds=time.perf_counter() - clustered,
+            skipped={k: v for k, v in train.status_counts().items() if v and k != "ok"},
+            manifest={"train": name, "commit": train.commit_sha, "clusters": self._groups.count},
+        )
+
+    def _grouped(self, features: UsableRows, device: str) -> Groups:
+        """Cluster all usable rows and judge the clusters."""
+        import torch
+
+        from dataflex.clustering import spherical_kmeans
+
+        wished = round(len(features) / ROWS_PER_CLUSTER)
+        clusters = spherical_kmeans(
+            features,
+            self.num_clusters or max(1, min(MOST_CLUSTERS, wished)),
+            seed=self.seed,
+            max_iter=self.max_iter,
+            chunk_rows=self.chunk_rows,
+            device=device,
+        )
+        members = clusters.members()
+        densities = [
+            density(
+                torch.from_numpy(features[rows]).to(device), self.density_chunk, self.single_density
+            )
+            for rows in members
+        ]
+        transfer = transferability(clusters.centroids)
+        return Groups(tuple(members), transfer, np.array(densities))
+
+    def _spread(
+        self,
+        count: int,
+        allowed: npt.NDArray[np.bool_],
+        features: UsableRows,
+        groups: Groups,
+        device: str,
+    ) -> Selection:
+        """Rows of every cluster: how many by its share, which by their likeness to all of it."""
+        import torch
+
+        logits = preferences(groups.transfer, groups.densities, self.temperature)
+        free = [allowed[features.rows[rows]] for rows in groups.members]
+        sizes = np.array([int(mask.sum()) for mask in free], dtype=np.int64)
+        counts = capped_counts(logits, sizes, count)
+        chosen, scores, gaps = [], [], []
+        for number in np.flatnonzero(counts):
+            rows = groups.members[number]
+            picked = pick_by_mmd(
+                torch.from_numpy(features[rows]).to(device),
+                int(counts[number]),
+                free[number],
+                self.density_chunk,
+            )
+            chosen.append(features.rows[rows[picked.rows]])
+            scores.append(np.full(len(picked.rows), groups.transfer[number]))
+            gaps.append(picked.distances[-1])
+        return Selection(
+            np.concatenate(chosen),
+            np.concatenate(scores),
+            numbers={
+                "clusters": float(groups.count),
+                "clusters_used": float((counts > 0).sum()),
+                "largest_cluster": float(max(map(len, groups.members))),
+                "transferability_mean": float(groups.transfer.mean()),
+                "density_mean": float(groups.densities.mean()),
+                "mmd2_mean": float(np.mean(gaps)),
+            },
+        )
+
+    def _device(self, run: RunContext) -> str:
+        """Where distances are computed."""
+        own = next(run.model.parameters()).device
+        return str(own) if self.device == "auto" else self.device
