@@ -6,6 +6,7 @@ Letters: n rows, k clusters, m chosen.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from dataflex.data import RunData
     from dataflex.embeddings import Embedded, EmbeddingService
     from gradstore.embeddings import UsableRows
+
+_log = logging.getLogger(__name__)
 
 #: Rows of a cluster, on average, and most clusters, where the user sets no number.
 ROWS_PER_CLUSTER, MOST_CLUSTERS = 64, 10_000
@@ -54,6 +57,8 @@ class Groups:
 class CoincideSelector(Selector):
     """Take rows from every cluster of a vision-language model's features, most where they transfer.
 
+    A row's score is the transferability of its cluster.
+
     Args:
         embedding_model_name_or_path: a fixed vision-language model whose features are taken once;
             null takes the model in training, anew at every update.
@@ -69,8 +74,8 @@ class CoincideSelector(Selector):
         single_member_density: density of a cluster of one row.
         advance: leave out rows of earlier updates while others last; null: only with a fixed model,
             whose features never change.
-        keep_generations: newest steps kept of the features of the model in training; null keeps
-            all.
+        keep_generations: newest steps kept in the store; null keeps the newest alone in the run's
+            own store, since features are long, and all in one that others may use.
         seed: of the first centroids.
     """
 
@@ -92,7 +97,7 @@ class CoincideSelector(Selector):
         density_chunk_size: int = 2048,
         single_member_density: float = 1.0,
         advance: bool | None = None,
-        keep_generations: int | None = 1,
+        keep_generations: int | None = None,
         seed: int = 42,
     ) -> None:
         from dataflex.vision import VisionSettings
@@ -247,8 +252,9 @@ class CoincideSelector(Selector):
         selection = self._spread(count, allowed, features, self._groups, device)
         if self.advance:
             self._served = np.union1d(self._served, selection.indices)
-        if self.keep_generations is not None and not self.fixed:
-            service.clean(self.keep_generations)
+        keep = self.keep_generations or (1 if context.run.config.owns_store else None)
+        if keep is not None and not self.fixed:
+            service.clean(keep)
         return replace(
             selection,
             score_seconds=clustered - began,
@@ -272,6 +278,13 @@ class CoincideSelector(Selector):
             chunk_rows=self.chunk_rows,
             device=device,
         )
+        if clusters.count > len(features) / 2 > 1:
+            _log.warning(
+                "coincide: %d clusters of %d rows: most hold one row, and their densities say "
+                "nothing. Lower num_clusters, or leave it out",
+                clusters.count,
+                len(features),
+            )
         members = clusters.members()
         densities = [
             density(

@@ -14,7 +14,7 @@ from gradstore.store import open_store
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 
 #: Two layers, so that a unit vector has four blocks.
-PARAMS = {"num_clusters": 5, "embedding_layers": [0, 2], "keep_generations": None}
+PARAMS = {"num_clusters": 5, "embedding_layers": [0, 2], "keep_generations": 9}
 
 
 @pytest.fixture
