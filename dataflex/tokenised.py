@@ -68,15 +68,18 @@ class TokenisedPath:
 
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return None
-        self._check()
+        held = self._manifest()
         found: dict[str, dict[str, Dataset]] = {}
         try:
             for i, name in enumerate(self.manifest["datasets"]):
-                folder = self.path / _folder(i, name)
-                found[name] = {p.name: load_from_disk(p) for p in sorted(folder.iterdir())}
-        except (OSError, ValueError) as error:
+                folder, rows = self.path / _folder(i, name), held["rows"][name]
+                found[name] = {part: load_from_disk(folder / part) for part in rows}
+                if {part: len(dataset) for part, dataset in found[name].items()} != rows:
+                    raise ValueError(f"{name!r} does not have the rows it was written with")
+        except (OSError, ValueError, KeyError) as error:
             raise DamagedData(
-                f"tokenized_path {str(self.path)!r} is damaged ({error}); remove it."
+                f"tokenized_path {str(self.path)!r} is damaged ({error}). Remove the folder: the "
+                "next run makes it anew."
             ) from error
         return found
 
@@ -85,32 +88,37 @@ class TokenisedPath:
         partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
         partial.mkdir(parents=True)
         try:
+            rows: dict[str, dict[str, int]] = {}
             for i, (name, parts) in enumerate(sources.items()):
-                for part, dataset in parts.items():
-                    if dataset is not None:
-                        dataset.save_to_disk(partial / _folder(i, name) / part)
-            text = json.dumps(self.manifest, indent=2) + "\n"
+                kept = {part: dataset for part, dataset in parts.items() if dataset is not None}
+                rows[name] = {part: len(dataset) for part, dataset in kept.items()}
+                for part, dataset in kept.items():
+                    dataset.save_to_disk(partial / _folder(i, name) / part)
+            text = json.dumps({**self.manifest, "rows": rows}, indent=2) + "\n"
             replace_file(partial / MANIFEST, text.encode())
             os.replace(partial, self.path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _check(self) -> None:
+    def _manifest(self) -> dict[str, Any]:
+        """What the folder was made with: the same as now."""
         try:
-            held = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            held = dict(json.loads((self.path / MANIFEST).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise ProvenanceMismatch(
                 f"tokenized_path {str(self.path)!r} holds no readable {MANIFEST}: it was not made "
                 "by a run that mixes domains. Name another folder."
             ) from error
         wanted = json.loads(json.dumps(self.manifest))
-        changed = [k for k in {**wanted, **held} if wanted.get(k) != held.get(k)]
+        compared = [k for k in {**wanted, **held} if k != "rows"]
+        changed = [k for k in compared if wanted.get(k) != held.get(k)]
         if changed:
             raise ProvenanceMismatch(
                 f"tokenized_path {str(self.path)!r} was made otherwise: "
                 + "; ".join(f"{k} {held.get(k)!r}, now {wanted.get(k)!r}" for k in changed)
                 + ". Restore the values, or name another folder."
             )
+        return held
 
 
 def _folder(index: int, name: str) -> str:
