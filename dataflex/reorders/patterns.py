@@ -1,0 +1,225 @@
+"""Orders of a sorted list: seven patterns, each a permutation of ranks (ALGORITHMS 4).
+
+A pattern says which rank of the sorted list is served at which place. It knows nothing of rows:
+`Pattern.arrange` sorts them by score and reads the sorted list in the pattern's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+#: Which end of training a high score belongs to; the second pair are other names for the first.
+POLARITIES: Mapping[str, bool] = {
+    "higher_later": False,
+    "higher_earlier": True,
+    "higher_is_better": False,
+    "lower_is_better": True,
+}
+
+#: Names under which the published code knows `layers`.
+LAYERS = ("folding_layer", "zigzag_layer")
+
+
+@dataclass(frozen=True)
+class PatternParams:
+    """`pattern_params`; each pattern reads its own.
+
+    Attributes:
+        layers: L, strides of folding and zigzag; None for 5, around a section's end for 2.
+        num_sections: n, sections of stair and saw.
+        folding_ratio: rho, part of all rows on each side of a section's end that is folded.
+        x_pct: per cent of the rows in segment's head.
+        y_pct: per cent of the rows in segment's tail.
+        front_is_high: whether the head is taken from the end of the sorted list.
+        back_is_high: whether the tail is taken from the end of the sorted list.
+    """
+
+    layers: int | None = None
+    num_sections: int = 2
+    folding_ratio: float = 0.0
+    x_pct: float = 10.0
+    y_pct: float = 10.0
+    front_is_high: bool = False
+    back_is_high: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what no pattern can be made of, whichever pattern it is for."""
+        for name in ("layers", "num_sections"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"pattern_params.{name} is {value!r}; give a whole number from 1")
+        if not 0 <= self.folding_ratio < 1:
+            raise ValueError(
+                f"pattern_params.folding_ratio is {self.folding_ratio}; give a part from 0 to 1"
+            )
+        if self.x_pct < 0 or self.y_pct < 0 or self.x_pct + self.y_pct > 100:
+            raise ValueError(
+                f"pattern_params.x_pct is {self.x_pct} and y_pct {self.y_pct}; give two "
+                "percentages of at least 0 and together at most 100"
+            )
+
+    def check_sections(self) -> None:
+        """Stair and saw: the folded parts may not touch each other."""
+        if self.num_sections > 1 and 2 * self.folding_ratio >= 1 / self.num_sections:
+            raise ValueError(
+                f"pattern_params.folding_ratio is {self.folding_ratio}: the folded parts of "
+                f"{self.num_sections} sections would overlap. Give less than "
+                f"{1 / (2 * self.num_sections):.4g}, or fewer num_sections"
+            )
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One order of a sorted list.
+
+    Attributes:
+        name: one of PATTERNS.
+        descending: whether the list is sorted from high to low.
+        window_size: rows of each window that is shuffled afterwards; 0 or 1 for none.
+        seed: of every shuffle.
+        params: of the pattern.
+    """
+
+    name: str
+    descending: bool = False
+    window_size: int = 0
+    seed: int = 42
+    params: PatternParams = PatternParams()
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the list must be sorted at all."""
+        return self.name != "shuffle"
+
+    def ranks(self, n: int) -> IntArray:
+        """(n,) int64, which rank of the sorted list is served at each place: a permutation."""
+        # Another stream than that of the windows, so that the two shuffles are independent.
+        order = _PATTERNS[self.name](n, self.params, np.random.default_rng([self.seed, 1]))
+        if self.window_size > 1:
+            order = window_shuffled(order, self.window_size, np.random.default_rng(self.seed))
+        if not np.array_equal(np.sort(order), np.arange(n)):
+            raise RuntimeError(f"pattern {self.name} of {n} rows is no permutation: a bug")
+        return order
+
+    def sort(self, positions: IntArray, scores: FloatArray | None) -> IntArray:
+        """(n,) `positions` from the first rank to the last; as they are without scores."""
+        if scores is None or not self.needs_scores:
+            return positions
+        return positions[sorting_order(scores, descending=self.descending)]
+
+    def arrange(self, positions: IntArray, scores: FloatArray | None) -> IntArray:
+        """(n,) `positions` in the order they are served; `scores` (n,) are theirs."""
+        return self.sort(positions, scores)[self.ranks(len(positions))]
+
+
+def make_pattern(
+    name: str,
+    polarity: str,
+    ascending: bool,
+    window_size: int,
+    seed: int,
+    params: Mapping[str, Any],
+) -> Pattern:
+    """A pattern from what a configuration says.
+
+    Raises:
+        ValueError: an unknown name, or a value out of range.
+    """
+    if name not in _PATTERNS:
+        raise ValueError(f"pattern is {name!r}; choose {', '.join(PATTERNS)}")
+    if polarity not in POLARITIES:
+        raise ValueError(f"polarity is {polarity!r}; choose {', '.join(POLARITIES)}")
+    if not isinstance(window_size, int) or window_size < 0:
+        raise ValueError(f"window_size is {window_size!r}; give 0 for none, or a number of rows")
+    known = {"layers" if key in LAYERS else key: value for key, value in params.items()}
+    accepted = [f.name for f in fields(PatternParams)]
+    if extra := sorted(set(known) - set(accepted)):
+        raise ValueError(f"unknown pattern_params: {', '.join(extra)}. "
+                         f"Accepted: {', '.join(accepted)}")  # fmt: skip
+    made = PatternParams(**known)
+    if name in ("stair", "saw"):
+        made.check_sections()
+    return Pattern(name, ascending == POLARITIES[polarity], window_size, seed, made)
+
+
+def sorting_order(scores: FloatArray, *, descending: bool = False) -> IntArray:
+    """(n,) places of `scores` from the first rank to the last; ties keep their order both ways.
+
+    A score that is not finite counts as the median of those that are.
+    """
+    known = np.isfinite(scores)
+    filled = np.where(known, scores, np.median(scores[known]) if known.any() else 0.0)
+    return np.argsort(-filled if descending else filled, kind="stable")
+
+
+def window_shuffled(order: IntArray, size: int, generator: np.random.Generator) -> IntArray:
+    """(n,) `order` with every window of `size` consecutive entries shuffled within itself."""
+    windows = [generator.permutation(order[i : i + size]) for i in range(0, len(order), size)]
+    return _joined(windows)
+
+
+def folding(n: int, layers: int) -> IntArray:
+    """(n,) strides of ranks: 0, L, 2L, ...; then 1, L + 1, ...; and so on."""
+    return _joined([np.arange(first, n, layers) for first in range(min(layers, n))])
+
+
+def zigzag(n: int, layers: int) -> IntArray:
+    """(n,) as folding, every second stride backwards: no jump from hard to easy between two."""
+    strides = [np.arange(first, n, layers) for first in range(min(layers, n))]
+    return _joined([stride[::-1] if i % 2 else stride for i, stride in enumerate(strides)])
+
+
+def segment(n: int, params: PatternParams, generator: np.random.Generator) -> IntArray:
+    """(n,) a head and a tail from chosen ends of the sorted list, each part shuffled."""
+    front, back = int(n * params.x_pct // 100), int(n * params.y_pct // 100)
+    ranks = np.arange(n, dtype=np.int64)
+    if params.front_is_high == params.back_is_high:
+        split = n - front - back if params.front_is_high else front + back
+        low, high = ranks[:split], ranks[split:]
+        taken, middle = (high, low) if params.front_is_high else (low, high)
+        taken = generator.permutation(taken)
+        head, tail = taken[:front], taken[front:]
+    else:
+        below, above = (back, front) if params.front_is_high else (front, back)
+        low, middle, high = np.split(ranks, [below, n - above])
+        head, tail = (high, low) if params.front_is_high else (low, high)
+    return _joined([generator.permutation(part) for part in (head, middle, tail)])
+
+
+def stepped(n: int, params: PatternParams, fold: Callable[[int, int], IntArray]) -> IntArray:
+    """(n,) sorted ranks, folded within a radius of round(rho n) around each section's end."""
+    order = np.arange(n, dtype=np.int64)
+    radius, done = round(params.folding_ratio * n), 0
+    for i in range(1, params.num_sections):
+        end = round(n * i / params.num_sections)
+        # Rounding can make windows of a few rows overlap: each begins where the last one ended.
+        start, stop = max(done, end - radius), min(n, end + radius)
+        if start < stop:
+            order[start:stop] = start + fold(stop - start, params.layers or 2)
+            done = stop
+    return order
+
+
+def _joined(parts: Sequence[IntArray]) -> IntArray:
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+
+_PATTERNS: Mapping[str, Callable[[int, PatternParams, np.random.Generator], IntArray]] = {
+    "shuffle": lambda n, _, generator: generator.permutation(n),
+    "sorting": lambda n, _, __: np.arange(n, dtype=np.int64),
+    "folding": lambda n, params, _: folding(n, params.layers or 5),
+    "zigzag": lambda n, params, _: zigzag(n, params.layers or 5),
+    "segment": segment,
+    "stair": lambda n, params, _: stepped(n, params, folding),
+    "saw": lambda n, params, _: stepped(n, params, zigzag),
+}
+
+PATTERNS = tuple(_PATTERNS)
