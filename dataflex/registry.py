@@ -164,7 +164,8 @@ def resolve(
     Args:
         train_type: picks the bucket of presets.
         component_name: key of a preset, or of a registered strategy without one.
-        component_params: override the preset's; `target` names a user's own class.
+        component_params: override the preset's, key by key inside mappings too; `target` names a
+            user's own class.
         presets_file: a components.yaml of the user's; the packaged one when None.
 
     Raises:
@@ -182,15 +183,18 @@ def resolve(
         raise BadInput(unknown(f"component_name for {train_type}", [component_name],
                                {*presets, *known}))  # fmt: skip
     preset = presets.get(component_name, {"name": component_name})
-    params = {**(preset.get("params") or {}), **component_params}
+    params = _over(preset.get("params") or {}, component_params)
     target = params.pop("target", preset.get("target"))
+    name = preset.get("name", component_name)
+    if kind == "reorder":  # DataFlex 1.1.0 looked these up by `kind`, whatever their name
+        name = params.pop("kind", name)
     if target is not None:
         cls = _import_target(str(target))
-    elif preset.get("name", component_name) in known:
-        cls = known[preset.get("name", component_name)]
+    elif name in known:
+        cls = known[name]
     else:
         raise BadInput(unknown(f"strategy `name` in preset {component_name!r} of {bucket}",
-                               [str(preset.get("name"))], known))  # fmt: skip
+                               [str(name)], known))  # fmt: skip
     for key in set(params) & set(RETIRED) - set(parameters(cls)):
         _log.warning("component %r: %s is ignored: %s", component_name, key, RETIRED[key])
         del params[key]
@@ -199,6 +203,15 @@ def resolve(
         params.setdefault("components_cfg_file", str(presets_file or PACKAGED_PRESETS))
     _check_parameters(component_name, cls, params)
     return Component(kind, component_name, cls, params)
+
+
+def _over(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset's parameters with those given over them, key by key inside mappings too."""
+    merged = {**preset, **given}
+    for key in set(preset) & set(given):
+        if isinstance(preset[key], Mapping) and isinstance(given[key], Mapping):
+            merged[key] = {**preset[key], **given[key]}
+    return merged
 
 
 def presets_of(bucket: str, path: Path = PACKAGED_PRESETS) -> dict[str, dict[str, Any]]:

@@ -103,7 +103,7 @@ class SelectSeam(ServedSeam):
         told = f"chose {len(rows)} of {len(train)} rows{_by_set(event.chosen)}"
         self.log_files.update(
             "select",
-            told=told + _score_range(numbers),
+            told=told + score_range(numbers),
             **asdict(event),
             numbers=as_json(numbers),
         )
@@ -119,19 +119,24 @@ def selection_numbers(
     data: RunData, rows: npt.NDArray[np.int64], selection: Selection
 ) -> dict[str, float]:
     """What the Trainer's log gets of a selection."""
-    numbers = {
+    return {
         "kept_share": len(np.unique(rows)) / len(data.train),
         "skipped": float(sum(selection.skipped.values())),
         **selection.numbers,
+        **score_numbers(selection.scores),
     }
-    if selection.scores is not None and np.isfinite(selection.scores).any():
-        scores = np.asarray(selection.scores, dtype=np.float64)
-        numbers |= {
-            "score_min": float(np.nanmin(scores)),
-            "score_mean": float(np.nanmean(scores)),
-            "score_max": float(np.nanmax(scores)),
-        }
-    return numbers
+
+
+def score_numbers(scores: npt.NDArray[np.floating[Any]] | None) -> dict[str, float]:
+    """Smallest, mean and largest of the scores that are finite, if any is."""
+    if scores is None or not np.isfinite(scores).any():
+        return {}
+    known = np.asarray(scores, dtype=np.float64)
+    return {
+        "score_min": float(np.nanmin(known)),
+        "score_mean": float(np.nanmean(known)),
+        "score_max": float(np.nanmax(known)),
+    }
 
 
 def _by_set(chosen: Mapping[str, int]) -> str:
@@ -141,7 +146,8 @@ def _by_set(chosen: Mapping[str, int]) -> str:
     return f" ({', '.join(f'{name} {count}' for name, count in chosen.items())})"
 
 
-def _score_range(numbers: dict[str, float]) -> str:
+def score_range(numbers: Mapping[str, float]) -> str:
+    """The end of a line about an update, where rows have scores."""
     if "score_min" not in numbers:
         return ""
     return f", scores {numbers['score_min']:.3g} to {numbers['score_max']:.3g}"

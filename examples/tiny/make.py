@@ -15,6 +15,9 @@ Everything is made from nothing, with fixed seeds and two threads, and overwrite
   Apart from that no question occurs twice. ``domains/<skill>.json`` (and ``noise``) are the rows of
   ``train.json`` once more, a file for each skill: the data sets ``tiny_domain_<skill>`` to mix.
   Their held-out rows, ``tiny_domain_<skill>_eval``, are those of ``targets/<skill>.json``.
+  ``scored.json`` are the first 480 rows of ``train.json`` that are no noise, with a number more to
+  put them in order by: ``difficulty``, letters of the answer; ``difficulty.jsonl`` are those
+  numbers alone, one a line.
 
 Use ``template: default``: the tokenizer holds its "Human: " and "Assistant:" as single tokens, and
 a row is 26 tokens long on average.
@@ -34,7 +37,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     import torch
 
 TRAIN_PER_SKILL, NOISE_ROWS, TARGET_ROWS, HELDOUT_ROWS = 160, 320, 32, 64
+SCORED_ROWS = 480
 TARGET_SKILL = "date"
 DATA_SEED, PRETRAIN_SEED, MODEL_SEED = 1, 2, 3
 VOCABULARY = 512
@@ -192,17 +196,32 @@ def make_rows() -> dict[str, list[Row]]:
 def write_data(folder: Path) -> None:
     """Writes the rows and LlamaFactory's ``dataset_info.json`` into `folder`."""
     info: dict[str, dict[str, str]] = {}
-    for name, rows in make_rows().items():
-        path = folder / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    made = make_rows()
+    for name, rows in made.items():
+        _write_rows(folder / f"{name}.json", rows)
         named = name.replace("targets/", "target_").replace("domains/", "domain_")
         info[f"tiny_{named}"] = {"file_name": f"{name}.json"}
     for skill in SKILLS:
         info[f"tiny_domain_{skill}_eval"] = {"file_name": f"targets/{skill}.json"}
+    info["tiny_scored"] = {"file_name": "scored.json"}
+    _write_scored(folder, [row for row in made["train"] if row["skill"] != "noise"][:SCORED_ROWS])
     text = json.dumps(info, indent=2) + "\n"
     (folder / "dataset_info.json").write_text(text, encoding="utf-8")
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def _write_scored(folder: Path, rows: list[Row]) -> None:
+    """The rows with their difficulty, and the difficulties alone."""
+    scores = [len(row["output"]) for row in rows]
+    scored = [{**row, "difficulty": score} for row, score in zip(rows, scores, strict=True)]
+    _write_rows(folder / "scored.json", scored)
+    text = "".join(f"{score}\n" for score in scores)
+    (folder / "difficulty.jsonl").write_text(text, encoding="utf-8")
 
 
 def pretraining_rows() -> Iterator[Row | str]:

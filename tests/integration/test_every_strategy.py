@@ -25,11 +25,13 @@ SHORT = ("max_samples=48", "per_device_train_batch_size=2", "warmup_step=2", "up
          "do_eval=false", "overwrite_cache=true", "report_to=none")  # fmt: skip
 
 #: What single examples need beside that, by folder and file name.
-MORE: dict[str, tuple[str, ...]] = {}
+MORE: dict[str, tuple[str, ...]] = {
+    "reorders/folding": ("max_samples=480",),  # its file has a score for each of them
+}
 
 #: Run with two processes as well: at least one of each kind, and what shares work.
 TWO_PROCESSES = ("selectors/less", "selectors/loss", "selectors/nice", "selectors/random",
-                 "mixers/odm")  # fmt: skip
+                 "mixers/odm", "reorders/dynamic_sorting", "reorders/saw")  # fmt: skip
 
 #: Where both folders hold an example of one name, the one of train_lora is meant.
 NAMED = {f"{path.parent.name}/{path.stem}": path for path in EXAMPLES}

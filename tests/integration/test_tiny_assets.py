@@ -32,7 +32,7 @@ def test_committed_data_and_tokenizer_are_the_bytes_the_script_makes(tmp_path: P
     script["write_data"](tmp_path / "data")
     script["write_tokenizer"](tmp_path / "model")
     made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
-    assert len(made) == 2 + 4 + len(SKILLS) + len(SKILLS | {"noise"})
+    assert len(made) == 2 + 4 + 2 + len(SKILLS) + len(SKILLS | {"noise"})
     for path in made:
         if path.name != "tokenizer_config.json":  # carries what the library's version adds
             assert (TINY / path).read_bytes() == (tmp_path / path).read_bytes(), path
@@ -61,6 +61,16 @@ def test_domains_share_out_the_rows_of_train_by_skill() -> None:
     train = _rows("train")
     for skill in SKILLS | {"noise"}:
         assert _rows(f"domains/{skill}") == [row for row in train if row["skill"] == skill]
+
+
+def test_scored_rows_are_rows_of_train_with_the_letters_of_their_answers() -> None:
+    scored: list[dict[str, Any]] = json.loads((TINY / "data" / "scored.json").read_text())
+    train = [row for row in _rows("train") if row["skill"] != "noise"]
+    difficulties = [row.pop("difficulty") for row in scored]
+    assert scored == train[:480]
+    assert difficulties == [len(row["output"]) for row in scored]
+    lines = (TINY / "data" / "difficulty.jsonl").read_text().splitlines()
+    assert list(map(int, lines)) == difficulties
 
 
 def test_dataset_info_names_every_file() -> None:

@@ -1,0 +1,24 @@
+"""The user's own reorder, named by `target: package.module:Class`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dataflex.registry import register
+from dataflex.reorders.base import Reorder
+from gradstore.errors import BadInput
+
+
+@register("reorder", "custom")
+class CustomReorder(Reorder):
+    """Placeholder of the name `custom`: `component_params.target` replaces it by your class.
+
+    Args:
+        target: package.module:Class; every other parameter goes to that class.
+    """
+
+    def __init__(self, target: str | None = None, **params: Any) -> None:  # noqa: ANN401
+        raise BadInput(
+            "component custom needs component_params.target: package.module:Class, your own "
+            "reorder (see examples/train_lora/reorders/custom.yaml)."
+        )

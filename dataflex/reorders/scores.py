@@ -1,0 +1,240 @@
+"""Where the scores of a reorder come from: a column, a file, an earlier selection, the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.context import UpdateContext
+from dataflex.data import RawRows, RunData, as_numbers
+from gradstore.errors import BadInput, ProvenanceMismatch
+
+FloatArray = npt.NDArray[np.float64]
+
+#: Where scores may come from, and the key of `score_params` that names a file there.
+SOURCES: Mapping[str, str | None] = {
+    "precomputed": "score_path",
+    "cached_selection": "cache_path",
+    "model_loss": None,
+}
+
+#: Kinds of files by that key.
+SUFFIXES = {"score_path": (".npy", ".json", ".jsonl"), "cache_path": (".json",)}
+
+
+@dataclass(frozen=True)
+class ScoreParams:
+    """`score_params`; each `score_source` reads its own.
+
+    Attributes:
+        score_field: column of the data files, or key in a score file, for precomputed.
+        score_path: a file of scores, one a row, instead of the column (.npy, .json, .jsonl).
+        cache_path: a selection of an earlier run, `selections/step_<g>.json`.
+        metric_key: which of its metrics; None for the only one.
+        batch_size: rows of a scoring batch, at most, for model_loss.
+        max_samples: rows scored at an update, at most; the others count as the median.
+        num_workers: a key of DataFlex 1.1.0 that is ignored: rows are already tokenised.
+    """
+
+    score_field: str = "score"
+    score_path: str | None = None
+    cache_path: str | None = None
+    metric_key: str | None = None
+    batch_size: int = 8
+    max_samples: int | None = None
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no pass could be made with."""
+        for name in ("batch_size", "max_samples"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"score_params.{name} is {value!r}; give a whole number from 1")
+
+
+def make_score_params(source: str, params: Mapping[str, Any]) -> ScoreParams:
+    """`score_params` as they were configured, checked.
+
+    Raises:
+        ValueError: an unknown source or key, or a value out of range.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"score_source is {source!r}; choose {', '.join(SOURCES)}")
+    accepted = [f.name for f in fields(ScoreParams)]
+    if extra := sorted(set(params) - set(accepted)):
+        raise ValueError(
+            f"unknown score_params: {', '.join(extra)}. Accepted: {', '.join(accepted)}"
+        )
+    if source == "cached_selection" and not params.get("cache_path"):
+        raise ValueError(
+            "score_source cached_selection needs score_params.cache_path: "
+            "a selections/step_<g>.json of an earlier run"
+        )
+    return ScoreParams(**params)
+
+
+def file_faults(source: str, params: ScoreParams) -> list[str]:
+    """What is wrong with the file of scores before it is opened."""
+    key = SOURCES[source]
+    value = getattr(params, key) if key else None
+    if key is None or value is None:
+        return []
+    path = Path(value).expanduser()
+    if path.suffix not in SUFFIXES[key]:
+        return [f"score_params.{key} {value!r}: expected a file {', '.join(SUFFIXES[key])}."]
+    return [] if path.is_file() else [f"score_params.{key} {value!r} does not exist."]
+
+
+def fixed_scores(source: str, params: ScoreParams, data: RunData) -> FloatArray:
+    """(n,) scores of the training rows that need no model; NaN where a row has none.
+
+    Raises:
+        BadInput: they are missing, no numbers, or of another number of rows.
+        ProvenanceMismatch: the selection was made on other rows.
+    """
+    if source == "cached_selection":
+        return _selection_scores(params, data)
+    if params.score_path is not None:
+        return _file_scores(params, len(data.train), "training rows")
+    if data.raw is None:
+        raise BadInput(
+            f"where the training rows come from is unknown, so column {params.score_field!r} "
+            "cannot be looked up: give their scores in a file, score_params.score_path."
+        )
+    return raw_scores(params, data.raw)
+
+
+def raw_scores(params: ScoreParams, rows: RawRows) -> FloatArray:
+    """(n,) scores of rows by their origin: from a file, else the column; NaN where none is."""
+    if params.score_path is not None:
+        return _file_scores(params, len(rows), "rows in the data files")
+    return _known(rows.numbers(params.score_field), f"column {params.score_field!r}")
+
+
+def model_scores(
+    params: ScoreParams, context: UpdateContext, positions: npt.NDArray[np.int64], seed: int
+) -> tuple[FloatArray, int]:
+    """Losses of rows under the present model; every rank must ask.
+
+    Args:
+        params: how many rows to score, and how many at once.
+        context: the boundary.
+        positions: (m,) rows asked for.
+        seed: of the draw of rows to score, where `max_samples` leaves some out.
+
+    Returns:
+        (m,) losses in the order of `positions`, NaN where not scored; tokens of the pass.
+    """
+    board = context.run.board
+    if board is None:
+        raise BadInput("losses are scored during training alone")
+    scored = positions
+    if params.max_samples is not None and len(positions) > params.max_samples:
+        generator = np.random.default_rng([seed, context.step])
+        scored = np.sort(generator.choice(positions, params.max_samples, replace=False))
+    losses = board.losses(context.run, context.step, scored, max_rows=params.batch_size)
+    return losses[positions], board.tokens
+
+
+def _file_scores(params: ScoreParams, n: int, rows: str) -> FloatArray:
+    path = Path(str(params.score_path)).expanduser()
+    scores = read_scores(path, params.score_field)
+    if len(scores) != n:
+        raise BadInput(
+            f"score file {str(path)!r} has {len(scores)} scores, but there are {n} {rows}. "
+            "Give one score a row, in the order of the rows."
+        )
+    return _known(scores, f"score file {str(path)!r}")
+
+
+def _known(scores: FloatArray, where: str) -> FloatArray:
+    if not np.isfinite(scores).any():
+        raise BadInput(f"{where}: not one of {len(scores)} scores is a finite number.")
+    return scores
+
+
+def read_scores(path: Path, field: str) -> FloatArray:
+    """(n,) the scores in a file.
+
+    Args:
+        path: .npy with n numbers; .json with a list of numbers, or of mappings, or a mapping that
+            holds one; .jsonl with a number or a mapping a line.
+        field: the key in mappings.
+
+    Raises:
+        BadInput: the file cannot be read as that; names what it holds.
+    """
+    where = f"score file {str(path)!r}"
+    try:
+        if path.suffix == ".npy":
+            return np.asarray(np.load(path, allow_pickle=False), dtype=np.float64).reshape(-1)
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            content = json.loads(text)
+            entries = _member(content, field, where)
+    except (ValueError, EOFError) as error:
+        raise BadInput(f"{where} cannot be read: {error}") from error
+    if not isinstance(entries, list):
+        raise BadInput(f"{where} holds no list of scores.")
+    values = [_member(entry, field, where) for entry in entries]
+    return np.array(as_numbers(values, where), dtype=np.float64)
+
+
+def _member(entry: Any, field: str, where: str) -> Any:  # noqa: ANN401 - JSON
+    """What a mapping holds under `field`; anything else as it is."""
+    if not isinstance(entry, dict):
+        return entry
+    if field not in entry:
+        raise BadInput(
+            f"{where} has no {field!r}; it has {', '.join(map(str, entry))}. "
+            "Set score_params.score_field."
+        )
+    return entry[field]
+
+
+def _selection_scores(params: ScoreParams, data: RunData) -> FloatArray:
+    """The scores of an earlier selection by position; rows that it did not choose have none."""
+    path, n = Path(str(params.cache_path)).expanduser(), len(data.train)
+    where = f"selection {str(path)!r}"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        indices = [int(i) for i in content["indices"]]
+        metrics = {str(key): list(values) for key, values in content["metric"].items()}
+        made_on = (content.get("manifest") or {}).get("rows_sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{where} cannot be read (expected indices, metric): {error!r}") from error
+    if made_on not in (None, hashlib.sha256(data.train.row_set.hashes.tobytes()).hexdigest()):
+        raise ProvenanceMismatch(
+            f"{where} was made on other training rows (data, template, tokenizer or cutoff_len "
+            "differ): its positions would mean other rows here."
+        )
+    values = _metric(metrics, params.metric_key, where)
+    if len(values) != len(indices):
+        raise BadInput(f"{where} has {len(indices)} indices, but {len(values)} scores.")
+    if any(not 0 <= i < n for i in indices):
+        raise BadInput(f"{where} names position {max(indices)}, but there are {n} training rows.")
+    scores = np.full(n, np.nan)
+    for i, value in zip(indices, as_numbers(values, where), strict=True):
+        if not np.isfinite(scores[i]):
+            scores[i] = value
+    return _known(scores, where)
+
+
+def _metric(metrics: Mapping[str, list[Any]], key: str | None, where: str) -> list[Any]:
+    if key is None and len(metrics) == 1:
+        return next(iter(metrics.values()))
+    if key is None or key not in metrics:
+        raise BadInput(
+            f"{where} has metrics {', '.join(metrics) or 'none'}, not {key!r}. "
+            "Set score_params.metric_key."
+        )
+    return metrics[key]

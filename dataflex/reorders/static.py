@@ -1,0 +1,111 @@
+"""One order for the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from dataflex.config import RunConfig
+from dataflex.context import UpdateContext
+from dataflex.data import RawRows, RunData
+from dataflex.registry import register
+from dataflex.reorders.base import Ordering
+from dataflex.reorders.scored import FloatArray, IntArray, ScoredReorder, rows_of
+from dataflex.reorders.scores import raw_scores
+
+#: Keys of a configuration, and what they must be where raw rows are put in order.
+RAW_NEEDS = {
+    "mix_strategy": "concat",
+    "streaming": "false",
+    "val_size": "0",
+    "tokenized_path": "null",
+}
+
+
+@register("reorder", "static")
+class StaticReorder(ScoredReorder):
+    """Put the rows in one order by score, and go through it again and again (ALGORITHMS 4).
+
+    Args:
+        apply_at: raw: rows are put in order before they are tokenised, so that packed rows follow
+            the order as well, with precomputed scores; index: training rows, after that. Scores
+            from elsewhere are of training rows: then it is always index.
+        score_source: as below; model_loss is one pass before the first step (in a pipeline,
+            whenever the pool is another one).
+    """
+
+    def __init__(
+        self,
+        apply_at: Literal["raw", "index"] = "raw",
+        score_source: str = "precomputed",
+        **rest: Any,  # noqa: ANN401 - ScoredReorder's
+    ) -> None:
+        super().__init__(score_source=score_source, **rest)
+        if apply_at not in ("raw", "index"):
+            raise ValueError(f"apply_at is {apply_at!r}; choose raw or index")
+        self.orders_raw_rows = apply_at == "raw" and score_source == "precomputed"
+        self.needs_single_rows = not self.orders_raw_rows
+        self._order: IntArray = np.empty(0, dtype=np.int64)
+        self._scores: FloatArray | None = None
+        self._served = 0
+
+    def by_index(self) -> None:
+        """Order training rows."""
+        self.orders_raw_rows, self.needs_single_rows = False, True
+
+    def check(self, config: RunConfig) -> list[str]:
+        """Raw rows are put in order where they are known, all of one list, all trained on."""
+        faults = super().check(config)
+        if self.orders_raw_rows:
+            faults += [
+                f"{key} is {value!r}, but rows are put in order before they are tokenised: set "
+                f"{key}: {needed}, or component_params.apply_at: index."
+                for key, needed in RAW_NEEDS.items()
+                if (value := config.get(key)) and value != needed
+            ]
+        return faults
+
+    def check_data(self, data: RunData, config: RunConfig) -> None:
+        """Raw rows lie in order already; what is kept of their scores is for telling alone."""
+        if not self.orders_raw_rows:
+            super().check_data(data, config)
+        elif self.pattern.needs_scores and self.score_params.score_path is None:
+            self._fixed = None if data.raw is None else raw_scores(self.score_params, data.raw)
+
+    def order_raw_rows(self, rows: RawRows) -> IntArray:
+        """(n,) the pattern over all raw rows."""
+        scores = raw_scores(self.score_params, rows) if self.pattern.needs_scores else None
+        return self.pattern.arrange(np.arange(len(rows)), scores)
+
+    def order(self, count: int, context: UpdateContext) -> Ordering:
+        """The next rows of the order, from the start again when it ends."""
+        self._lay(context)
+        at = np.arange(self._served, self._served + count) % len(self._order)
+        self._served += count
+        scores = None if self._scores is None else self._scores[at]
+        return self.answer(self._order[at], scores, self._served, len(self._order))
+
+    def _lay(self, context: UpdateContext) -> None:
+        """The order of a pool, when it is another one than before."""
+        pool = rows_of(context)
+        if np.array_equal(np.sort(self._order), pool):
+            return
+        self._served = 0
+        if self.orders_raw_rows:
+            self._order = pool
+            self._scores = None if self._fixed is None else self._fixed[pool]
+            return
+        scores = self.score(pool, context)
+        at = self.pattern.arrange(np.arange(len(pool)), scores)
+        self._order, self._scores = pool[at], None if scores is None else scores[at]
+
+    def state(self) -> dict[str, Any]:
+        """The order and the place in it."""
+        return {"order": self._order, "scores": self._scores, "served": self._served}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self._order, self._scores = state["order"], state["scores"]
+        self._served = int(state["served"])
