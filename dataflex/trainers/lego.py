@@ -221,6 +221,13 @@ def warnings_of(pipeline: Pipeline, config: RunConfig) -> list[str]:
             f"between the same {ours.update_step} steps of rows are served again. Set every to "
             f"{ours.update_step}, or update_step to {spec.every}."
         )
+    if pipeline.reorder is not None:
+        warnings += [
+            f"{stage.spec.name} hands on another pool at every update, so {pipeline.taker} begins "
+            f"its order anew each time: set every: {4 * ours.update_step} or so for the former."
+            for stage in pipeline.rows[:-1]
+            if stage.spec.every <= ours.update_step
+        ][:1]
     if ours.init_mixture_proportions is not None and pipeline.mixer is None:
         warnings.append(
             "init_mixture_proportions is ignored: the mixer stage weights the loss and leaves rows "
