@@ -27,11 +27,13 @@ UNIFORM = "uniform draw"
 
 _COMMON = ("family", "component", "warmup_step", "every", "enabled", "score_max_age",
            "params", "component_params")  # fmt: skip
-_OWN: Mapping[str, tuple[str, ...]] = {
-    "selector": ("mode", "keep_ratio"),
-    "mixer": ("allow_replacement",),
-    "reorder": (),
-    "weighter": (),
+
+#: family -> the keys of its stages.
+ACCEPTED: Mapping[str, tuple[str, ...]] = {
+    "selector": (*_COMMON, "mode", "keep_ratio"),
+    "mixer": (*_COMMON, "allow_replacement"),
+    "reorder": _COMMON,
+    "weighter": _COMMON,
 }
 
 
@@ -202,9 +204,8 @@ def parse_stage(entry: object) -> StageSpec:
     family = family.removesuffix("s") if family not in FAMILIES else family
     if family not in FAMILIES:
         raise BadInput(unknown("family", [str(given["family"])], FAMILIES))
-    accepted = (*_COMMON, *_OWN[family])
-    if extra := set(given) - set(accepted):
-        raise BadInput(unknown(f"key of a {family} stage", extra, accepted))
+    if extra := set(given) - set(ACCEPTED[family]):
+        raise BadInput(unknown(f"key of a {family} stage", extra, ACCEPTED[family]))
     if "params" in given and "component_params" in given:
         raise BadInput("params and component_params say the same; write one of them.")
     params = given.pop("component_params", given.pop("params", {}))

@@ -14,6 +14,7 @@ import yaml
 
 from dataflex import bridge
 from dataflex.config import DataFlexConfig, load
+from dataflex.pipelines.stages import ACCEPTED
 from dataflex.preflight import check
 from dataflex.registry import resolve
 
@@ -78,3 +79,15 @@ def test_adding_a_strategy_takes_one_file_one_preset_and_one_test(tmp_path: Path
     found = subprocess.run(command, cwd=tmp_path, env=inherited, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "2 passed" in found.stdout
+
+
+def test_the_pipeline_on_its_page_can_be_built() -> None:
+    page = (ROOT / "docs" / "pipelines.md").read_text()
+    block = re.search(r"```yaml\n(.*?)```", page, flags=re.S)
+    assert block is not None
+    content = yaml.safe_load(block[1])
+    args = (content[key] for key in ("train_type", "component_name", "component_params"))
+    built = resolve(*args).build()
+    assert built.describe() == "selector loss -> mixer odm, samples weighted by loss"
+    accepted = {key for keys in ACCEPTED.values() for key in keys} - {"component_params"}
+    assert set(re.findall(r"^\| `(\w+)` \|", page, flags=re.M)) == accepted

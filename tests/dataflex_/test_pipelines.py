@@ -636,6 +636,8 @@ def test_what_has_no_say_is_told() -> None:
     assert "fires every 50 steps, update_step is 10" in about([{**MIX, "every": 50}])
     assert about([{**MIX, "every": 10}, {**WEIGHT, "every": 50}]) == ""
     assert about([{**FILTER, "every": 50}]) == "", "a filter leaves the draw to others"
+    assert about([FILTER, MIX, ORDER]).count("begins its order anew each time") == 1
+    assert about([{**FILTER, "every": 20}, ORDER]) == ""
     alpha = {"family": "mixer", "component": "alpha"}
     opening = {"init_mixture_proportions": [1, 2]}
     assert "weights the loss and leaves rows alone" in about([alpha], **opening)
