@@ -226,3 +226,65 @@ def _two_domains() -> RunData:
 
 
 _DATA = _two_domains()
+
+
+# -- schedule -------------------------------------------------------------------------------------
+
+
+def plan(data: RunData, *, max_steps: int = -1, epochs: float = 2.0, **ours: Any) -> Any:
+    from types import SimpleNamespace
+
+    from dataflex.trainers.mix import MixSeam
+
+    arguments = SimpleNamespace(max_steps=max_steps, num_train_epochs=epochs)
+    return MixSeam.plan(None, config(**ours), data, 4, arguments)
+
+
+def test_updates_go_on_every_u_steps_and_no_stage_starts_again(domain_data: MakeData) -> None:
+    steps = {"warmup_step": 2, "update_step": 3, "update_times": 1}
+    schedule = plan(domain_data([30, 10]), train_step=12, **steps)
+    assert [(i.kind.value, i.start) for i in schedule.intervals()] == [
+        ("warmup", 0), ("update", 2), ("update", 5), ("update", 8), ("update", 11)
+    ]  # fmt: skip
+    assert plan(domain_data([30, 10]), **steps).budget == 5
+    assert plan(domain_data([30, 10]), max_steps=7, **steps).budget == 7
+    assert plan(domain_data([30, 10]), max_steps=7, train_step=9, **steps).budget == 9
+
+
+def test_without_a_warmup_the_mixer_is_asked_at_the_first_step(domain_data: MakeData) -> None:
+    schedule = plan(domain_data([30, 10]), update_step=3, update_times=2)
+    assert [(i.kind.value, i.start) for i in schedule.intervals()] == [("update", 0), ("update", 3)]
+
+
+def test_static_mix_is_one_opening_over_the_whole_budget(domain_data: MakeData) -> None:
+    schedule = plan(domain_data([30, 10]), static_mix=True, warmup_step=3)
+    assert [(i.kind.value, i.start, i.stop) for i in schedule.intervals()] == [("warmup", 0, 20)]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "says"),
+    [
+        ({"num_train_epochs": 3}, {}, "num_train_epochs is ignored: .* 14 steps"),
+        ({"num_train_epochs": 3}, {"update_times": -1}, None),
+        ({"num_train_epochs": 3}, {"static_mix": True}, None),
+        ({"num_train_epochs": 3}, {"train_step": 5}, None),
+        ({}, {}, None),
+        ({}, {"mixture_sample_rule": "uniform", "init_mixture_proportions": (1.0, 2.0)},
+         "init_mixture_proportions is ignored"),
+    ],
+)  # fmt: skip
+def test_keys_without_a_say_are_named(
+    theirs: dict[str, Any], ours: dict[str, Any], says: str | None
+) -> None:
+    import re
+
+    from dataflex.trainers.mix import _ignored
+
+    usual = {"warmup_step": 2, "update_step": 4, "update_times": 3}
+    flex = DataFlexConfig(train_type="dynamic_mix", **{**usual, **ours})
+    warnings = _ignored(RunConfig(flex, theirs, Path("run.yaml")))
+    if says is None:
+        assert warnings == []
+    else:
+        assert len(warnings) == 1
+        assert re.search(says, warnings[0])
