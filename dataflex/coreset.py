@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+
+from dataflex.clustering import Clusters, Matrix
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -141,3 +144,99 @@ def pick_by_mmd(
         free[best] = False
         to_picked += kernel(rows, rows[best : best + 1])[:, 0].cpu().numpy()
     return Picked(np.array(picked, dtype=np.int64), np.array(distances))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Rows chosen from all clusters.
+
+    Attributes:
+        rows: (m,) int64 places, cluster by cluster, in the order they were picked.
+        clusters: (m,) int64, where each comes from.
+        numbers: for a log.
+    """
+
+    rows: npt.NDArray[np.int64]
+    clusters: npt.NDArray[np.int64]
+    numbers: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows in k clusters.
+
+    Attributes:
+        members: k arrays of rows' places.
+        transfer: (k,) S, how alike a cluster is to the others.
+        densities: (k,) D, how alike its rows are.
+    """
+
+    members: tuple[npt.NDArray[np.int64], ...]
+    transfer: FloatArray
+    densities: FloatArray
+
+    @staticmethod
+    def of(
+        rows: Matrix, clusters: Clusters, *, device: str, chunk_rows: int, single: float
+    ) -> Groups:
+        """Judge clusters of (n, d) `rows`; arguments as for `density`."""
+        members = tuple(clusters.members())
+        densities = [
+            density(torch.from_numpy(rows[places]).to(device), chunk_rows, single)
+            for places in members
+        ]
+        return Groups(members, transferability(clusters.centroids), np.array(densities))
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return len(self.members)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """For a log."""
+        return {
+            "clusters": float(self.count),
+            "largest_cluster": float(max(map(len, self.members))),
+            "transferability_mean": float(self.transfer.mean()),
+            "density_mean": float(self.densities.mean()),
+        }
+
+    def spread(
+        self,
+        rows: Matrix,
+        count: int,
+        allowed: npt.NDArray[np.bool_],
+        *,
+        temperature: float,
+        device: str,
+        chunk_rows: int,
+    ) -> Spread:
+        """Rows of every cluster: how many by its share, which by their likeness to all of it.
+
+        Args:
+            rows: (n, d), those that were clustered.
+            count: m, at most the allowed ones.
+            allowed: (n,) bool, rows that may be chosen; all of them describe their cluster.
+            temperature: tau.
+            device: where distances are computed.
+            chunk_rows: rows compared with all others of a cluster at once.
+        """
+        free = [allowed[places] for places in self.members]
+        sizes = np.array([int(mask.sum()) for mask in free], dtype=np.int64)
+        counts = capped_counts(
+            preferences(self.transfer, self.densities, temperature), sizes, count
+        )
+        used = np.flatnonzero(counts)
+        chosen, gaps = [], []
+        for number in used:
+            places = self.members[number]
+            held = torch.from_numpy(rows[places]).to(device)
+            picked = pick_by_mmd(held, int(counts[number]), free[number], chunk_rows)
+            chosen.append(places[picked.rows])
+            gaps.append(picked.distances[-1])
+        return Spread(
+            np.concatenate(chosen),
+            np.repeat(used, counts[used]),
+            {"clusters_used": float(len(used)), "mmd2_mean": float(np.mean(gaps))},
+        )

@@ -9,14 +9,14 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from dataflex.coreset import capped_counts, density, pick_by_mmd, preferences, transferability
+from dataflex.coreset import Groups
+from dataflex.pictures import have_pictures
 from dataflex.registry import register
 from dataflex.selectors.base import RunContext, Selection, Selector, UpdateContext
 from gradstore.errors import BadInput
@@ -31,26 +31,6 @@ _log = logging.getLogger(__name__)
 
 #: Rows of a cluster, on average, and most clusters, where the user sets no number.
 ROWS_PER_CLUSTER, MOST_CLUSTERS = 64, 10_000
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Usable rows in k clusters.
-
-    Attributes:
-        members: k arrays of places among the usable rows.
-        transfer: (k,) S, how alike a cluster is to the others.
-        densities: (k,) D, how alike its rows are.
-    """
-
-    members: tuple[npt.NDArray[np.int64], ...]
-    transfer: npt.NDArray[np.float64]
-    densities: npt.NDArray[np.float64]
-
-    @property
-    def count(self) -> int:
-        """K."""
-        return len(self.members)
 
 
 @register("selector", "coincide")
@@ -173,11 +153,7 @@ class CoincideSelector(Selector):
 
     def check_data(self, data: RunData, config: RunConfig) -> None:
         """Refuse rows without pictures."""
-        dataset = data.train.dataset
-        columns = [c for c in ("images", "videos") if c in dataset.column_names]
-        if not columns or not any(
-            row[c] for row in dataset.select_columns(columns) for c in columns
-        ):
+        if not have_pictures(data.train):
             raise BadInput(
                 "component coincide needs rows with images, but no training row has one. Add an "
                 "images column (and its tag in dataset_info.json), or choose another component."
@@ -249,14 +225,24 @@ class CoincideSelector(Selector):
         if self._groups is None:
             self._groups = self._grouped(features, device)
         clustered = time.perf_counter()
-        selection = self._spread(count, allowed, features, self._groups, device)
+        spread = self._groups.spread(
+            features,
+            count,
+            allowed[features.rows],
+            temperature=self.temperature,
+            device=device,
+            chunk_rows=self.density_chunk,
+        )
+        rows = features.rows[spread.rows]
         if self.advance:
-            self._served = np.union1d(self._served, selection.indices)
+            self._served = np.union1d(self._served, rows)
         keep = self.keep_generations or (1 if context.run.config.owns_store else None)
         if keep is not None and not self.fixed:
             service.clean(keep)
-        return replace(
-            selection,
+        return Selection(
+            rows,
+            self._groups.transfer[spread.clusters],
+            numbers={**self._groups.numbers, **spread.numbers},
             score_seconds=clustered - began,
             select_seconds=time.perf_counter() - clustered,
             skipped={k: v for k, v in train.status_counts().items() if v and k != "ok"},
@@ -265,8 +251,6 @@ class CoincideSelector(Selector):
 
     def _grouped(self, features: UsableRows, device: str) -> Groups:
         """Cluster all usable rows and judge the clusters."""
-        import torch
-
         from dataflex.clustering import spherical_kmeans
 
         wished = round(len(features) / ROWS_PER_CLUSTER)
@@ -285,55 +269,10 @@ class CoincideSelector(Selector):
                 clusters.count,
                 len(features),
             )
-        members = clusters.members()
-        densities = [
-            density(
-                torch.from_numpy(features[rows]).to(device), self.density_chunk, self.single_density
-            )
-            for rows in members
-        ]
-        transfer = transferability(clusters.centroids)
-        return Groups(tuple(members), transfer, np.array(densities))
-
-    def _spread(
-        self,
-        count: int,
-        allowed: npt.NDArray[np.bool_],
-        features: UsableRows,
-        groups: Groups,
-        device: str,
-    ) -> Selection:
-        """Rows of every cluster: how many by its share, which by their likeness to all of it."""
-        import torch
-
-        logits = preferences(groups.transfer, groups.densities, self.temperature)
-        free = [allowed[features.rows[rows]] for rows in groups.members]
-        sizes = np.array([int(mask.sum()) for mask in free], dtype=np.int64)
-        counts = capped_counts(logits, sizes, count)
-        chosen, scores, gaps = [], [], []
-        for number in np.flatnonzero(counts):
-            rows = groups.members[number]
-            picked = pick_by_mmd(
-                torch.from_numpy(features[rows]).to(device),
-                int(counts[number]),
-                free[number],
-                self.density_chunk,
-            )
-            chosen.append(features.rows[rows[picked.rows]])
-            scores.append(np.full(len(picked.rows), groups.transfer[number]))
-            gaps.append(picked.distances[-1])
-        return Selection(
-            np.concatenate(chosen),
-            np.concatenate(scores),
-            numbers={
-                "clusters": float(groups.count),
-                "clusters_used": float((counts > 0).sum()),
-                "largest_cluster": float(max(map(len, groups.members))),
-                "transferability_mean": float(groups.transfer.mean()),
-                "density_mean": float(groups.densities.mean()),
-                "mmd2_mean": float(np.mean(gaps)),
-            },
-        )
+        return Groups.of(
+            features, clusters, device=device, chunk_rows=self.density_chunk,
+            single=self.single_density,
+        )  # fmt: skip
 
     def _device(self, run: RunContext) -> str:
         """Where distances are computed."""

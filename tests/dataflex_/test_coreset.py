@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataflex.coreset import (
+    Groups,
+    Spread,
     capped_counts,
     density,
     pick_by_mmd,
@@ -94,3 +96,26 @@ def test_each_pick_is_the_best_one_by_the_definition(
 
 def test_equal_rows_go_to_the_lower_one() -> None:
     assert pick_by_mmd(torch.ones(4, 3), 3).rows.tolist() == [0, 1, 2]
+
+
+def test_rows_are_spread_over_clusters_and_only_allowed_ones_are_taken() -> None:
+    rows = np.random.default_rng(0).standard_normal((44, 3)).astype(np.float32)
+    order = np.random.default_rng(1).permutation(44)
+    members = tuple(np.sort(part) for part in np.split(order, [4, 24]))
+    groups = Groups(members, S, D)
+
+    def spread(allowed: np.ndarray, temperature: float) -> Spread:
+        return groups.spread(rows, 10, allowed, temperature=temperature, device="cpu",
+                             chunk_rows=5)  # fmt: skip
+
+    everyone = np.ones(44, dtype=bool)
+    found = spread(everyone, 0.1)
+    assert np.bincount(found.clusters).tolist() == [4, 5, 1]
+    assert all(row in members[c] for row, c in zip(found.rows, found.clusters, strict=True))
+    expected = pick_by_mmd(torch.from_numpy(rows[members[1]]), 5).rows
+    assert found.rows[4:9].tolist() == members[1][expected].tolist()
+    fewer = everyone.copy()
+    fewer[found.rows] = False
+    again = spread(fewer, 1.0)
+    assert not set(again.rows.tolist()) & set(found.rows.tolist())
+    assert np.bincount(again.clusters).tolist()[0] == 0, "the first cluster is used up"

@@ -12,14 +12,8 @@ import pytest
 import torch
 
 from dataflex.data import Rows
-from dataflex.vision import (
-    Anatomy,
-    Shown,
-    VisionSettings,
-    opened,
-    pictures_hash,
-    shown_batch,
-)
+from dataflex.pictures import Shown, opened, pictures_hash, shown_batch
+from dataflex.vision import Anatomy, VisionSettings
 from gradstore.errors import BadInput
 from gradstore.visual import VisualStates
 
