@@ -25,7 +25,8 @@ from gradstore.errors import BadInput
 #: Numbers of the sample that k-means++ draws its first centroids from: 1 GiB of float32.
 SEEDING_NUMBERS = 1 << 28
 
-#: Squared distances below this share of the squared norms are rounding: the rows are equal.
+#: Squared distances below this share of the squared norms are rounding: the rows are equal. So rows
+#: should lie around the origin rather than far from it, as unit vectors do.
 ROUNDING = 1e-6
 
 _KMEANS, _FARTHEST, _LSH, _PARTITION = range(4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,6 +88,20 @@ def test_lsh_rows_of_one_cluster_lie_on_the_same_sides() -> None:
 def test_random_partition_is_balanced() -> None:
     rows, _ = blobs()
     assert sorted(random_partition(rows, 7, seed=0).sizes.tolist()) == [8, 8, 8, 9, 9, 9, 9]
+
+
+def test_an_empty_cluster_takes_the_farthest_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.array([[40.0], [41.0], [42.0], [90.0]], dtype=np.float32)
+    twice = torch.tensor([[41.0], [41.0]])
+    monkeypatch.setattr("dataflex.clustering._first_centroids", lambda *_: twice)
+    found = kmeans(rows, 2, seed=0)
+    assert same_partition(found.labels, np.array([0, 0, 0, 1]))
+
+
+@pytest.mark.parametrize("method", ["kmeans", "farthest_first"])
+def test_equal_rows_far_from_the_origin_are_one_cluster(method: str) -> None:
+    row = np.random.default_rng(0).normal(1234.567, 1, size=(1, 7)).astype(np.float32)
+    assert cluster(method, np.repeat(row, 9, axis=0), 4, seed=0, chunk_rows=4).count == 1
 
 
 @settings(max_examples=40, deadline=None)

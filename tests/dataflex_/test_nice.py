@@ -53,6 +53,10 @@ def test_leave_one_out_sums_to_zero_and_ignores_a_shift(rewards: list[float], by
         assert not found.any()
 
 
+def test_equal_rewards_say_exactly_nothing_whatever_their_sum_rounds_to() -> None:
+    assert not advantages(np.array([0.1, 0.1, 0.1]), "loo").any()
+
+
 def test_sequences_are_prompt_and_response_with_their_weights() -> None:
     found = targets(row([1.0, 0.0, 0.5], tokens=3)).weighted("t", [0])[0]
     assert [s["input_ids"] for s in found.sequences] == [[1, 2, 10, 10, 10], [1, 2, 11, 11, 11]]

@@ -113,8 +113,22 @@ def test_responses_follow_seed_draw_and_model(tiny: tuple[Any, Any]) -> None:
         weight.mul_(-1)
         assert first != Policy(run_of(tiny), SETTINGS).sample(sets)[0]
         weight.mul_(-1)
+    twice = Policy(run_of(tiny), SETTINGS).sample([rows_of(tiny[1], TEXTS[:1] * 2)])[0]
+    assert twice[0].prompt == twice[1].prompt
+    assert twice[0].responses == first[0].responses != twice[1].responses
     assert first[0].prompt_text == TEXTS[0][0]
     assert first[0].reference_text == TEXTS[0][1]
+
+
+def test_a_models_own_generation_settings_have_no_say(tiny: tuple[Any, Any]) -> None:
+    model, prompt = tiny[0], tiny[1](TEXTS[3][0])["input_ids"]
+    (plain,) = continuations(model, [prompt], max_new_tokens=4, stops=[2], pad=0)
+    held = model.get_base_model().generation_config
+    held.suppress_tokens = plain[:1]
+    try:
+        assert continuations(model, [prompt], max_new_tokens=4, stops=[2], pad=0) == [plain]
+    finally:
+        held.suppress_tokens = None
 
 
 def test_the_first_token_follows_the_models_probabilities(tiny: tuple[Any, Any]) -> None:
