@@ -26,7 +26,7 @@ from dataflex.pipelines.planning import (
     target_of_mixture,
 )
 from dataflex.pipelines.stages import UNIFORM, parse_stage
-from dataflex.registry import _classes, resolve
+from dataflex.registry import _classes, presets_of, resolve
 from dataflex.reorders.base import Ordering, Reorder
 from dataflex.schedule import Schedule
 from dataflex.scoreboard import Scoreboard
@@ -467,6 +467,29 @@ def test_a_resume_agrees_on_the_stages_and_not_on_what_changes_no_answer(tmp_pat
     same = Pipeline([{**stage, "params": {"focus": "high", "score_batch_size": 9}}]).resolved()
     other = Pipeline([{**stage, "params": {"focus": "low", "score_batch_size": 4}}]).resolved()
     assert one == same != other
+
+
+@pytest.mark.parametrize("name", sorted(presets_of("reorders").keys() - {"custom"}))
+def test_every_preset_of_a_reorder_is_a_stage_that_orders_training_rows(name: str) -> None:
+    params = {"score_params": {"cache_path": "x.json"}} if name == "reuse_selector_scores" else {}
+    pipeline = Pipeline([FILTER, {"family": "reorder", "component": name, "params": params}])
+    assert pipeline.taker == f"reorder {name}"
+    assert not pipeline.rows[1].strategy.orders_raw_rows
+
+
+@pytest.mark.parametrize("name", sorted(presets_of("pipelines")))
+def test_every_preset_of_a_pipeline_can_be_built(name: str) -> None:
+    built = resolve("dynamic_lego", name, {}).build()
+    assert built.warnings == ()
+    assert built.describe()
+
+
+def test_a_class_of_ones_own_is_a_stage_too() -> None:
+    target = "examples.train_lora.selectors.longest_answer:LongestAnswer"
+    own = {"family": "selector", "component": "custom", "params": {"target": target, "share": 0.25}}
+    assert Pipeline([own]).rows[0].strategy.share == 0.25
+    with pytest.raises(BadInput, match="did you mean 'share'"):
+        Pipeline([{**own, "params": {"target": target, "shar": 0.25}}])
 
 
 # -- the union of what stages need ----------------------------------------------------------------

@@ -94,6 +94,22 @@ def test_two_processes_plan_and_train_as_one_does(cli: Any, config: Config, tmp_
     assert max(float(abs(one[key] - two[key]).max()) for key in one) < 1e-5
 
 
+def test_a_pipeline_of_one_static_order_is_that_order(
+    cli: Any, config: Config, tmp_path: Path
+) -> None:
+    """Its preset puts raw rows in order; as a stage it orders training rows, to the same end."""
+    params: dict[str, Any] = {"score_params": {"score_field": "difficulty"}}
+    stage = {"family": "reorder", "component": "zigzag", "params": params}
+    own: dict[str, Any] = {"train_type": "dynamic_reorder", "component_name": "zigzag",
+                           "component_params": {**params, "apply_at": "index"}}  # fmt: skip
+    for name, changes in (("own", own), ("stage", {"component_params": {"stages": [stage]}})):
+        changes |= {"output_dir": str(tmp_path / name), "dataset": "tiny_scored"}
+        path = config(f"{name}.yaml", **{**PIPELINE, **changes})
+        result = cli("train", path, faults={"trace": str(tmp_path / f"{name}.txt")})
+        assert result.code == 0, result.err[-3000:]
+    assert (tmp_path / "own.txt").read_text() == (tmp_path / "stage.txt").read_text()
+
+
 def staged(*stages: dict[str, Any]) -> dict[str, Any]:
     return {"component_params": {"stages": list(stages)}}
 
