@@ -59,6 +59,13 @@ def test_e30_windows_are_shuffled_by_one_generator() -> None:
     assert made("sorting", window_size=4).ranks(8).tolist() == shuffled.tolist()
 
 
+def test_where_rounding_makes_two_folded_parts_meet_the_second_begins_later() -> None:
+    params = {"layers": 3, "num_sections": 4, "folding_ratio": 0.12}
+    assert made("stair", params=params).ranks(13).tolist() == [
+        0, *(1, 4, 2, 3), *(5, 6, 7), *(8, 11, 9, 10), 12,
+    ]  # fmt: skip
+
+
 def test_defaults_are_five_layers_for_folding_and_two_around_a_sections_end() -> None:
     assert made("folding").ranks(10).tolist() == [0, 5, 1, 6, 2, 7, 3, 8, 4, 9]
     stair = made("stair", params={"num_sections": 2, "folding_ratio": 0.2}).ranks(10)

@@ -172,6 +172,13 @@ def test_max_samples_scores_a_seeded_draw_and_the_others_lie_in_the_middle(kind:
     assert set(end) == extreme
 
 
+def test_every_update_draws_other_rows_to_score() -> None:
+    board = Board(lambda step: np.arange(30.0))
+    dynamic = DynamicReorder(consume_once=False, score_params={"max_samples": 5})
+    served(dynamic, data_of(30), [3, 3, 3], board=board)
+    assert len({tuple(asked) for asked in board.asked}) == 3
+
+
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.booleans(), st.integers(0, 5))
 def test_a_restored_state_goes_on_with_the_same_rows(
     counts: list[int], dynamic: bool, cut: int
@@ -291,6 +298,14 @@ def test_rows_that_a_selection_left_out_lie_in_the_middle(tmp_path: Path) -> Non
     np.testing.assert_array_equal(scores, [0.1, np.nan, 0.9, np.nan, 0.4, np.nan])
     strategy = StaticReorder(score_source="cached_selection", score_params=vars(params))
     assert served(strategy, data_of(6), [6]) == [0, 1, 3, 4, 5, 2]
+
+
+def test_of_a_row_chosen_twice_the_first_finite_score_counts(tmp_path: Path) -> None:
+    params = selection(tmp_path / "step_2.json", indices=[1, 1, 1],
+                       metric={"score": [None, 0.5, 0.7]})  # fmt: skip
+    np.testing.assert_array_equal(
+        fixed_scores("cached_selection", params, data_of(2)), [np.nan, 0.5]
+    )
 
 
 @pytest.mark.parametrize(
