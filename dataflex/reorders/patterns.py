@@ -1,5 +1,8 @@
 """Orders of a sorted list: seven patterns, each a permutation of ranks (ALGORITHMS 4).
 
+The patterns are those of Dai et al. 2026 (arXiv:2605.30334), who call stair STR, saw SAW and the
+shuffled windows JIT; folding is older (DELT, arXiv:2506.21545).
+
 A pattern says which rank of the sorted list is served at which place. It knows nothing of rows:
 `Pattern.arrange` sorts them by score and reads the sorted list in the pattern's order.
 """

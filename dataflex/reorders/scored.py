@@ -40,6 +40,8 @@ class ScoredReorder(Reorder):
             (cached_selection); batch_size 8, max_samples (model_loss).
     """
 
+    paper = "Dai et al. 2026, Demystifying Data Organization, arXiv:2605.30334"
+
     def __init__(
         self,
         pattern: str = "sorting",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,15 @@ def made(name: str, **changes: Any) -> Pattern:
 )  # fmt: skip
 def test_e29_ranks(name: str, n: int, params: dict[str, Any], expected: str) -> None:
     assert made(name, params=params).ranks(n).tolist() == [int(r) for r in expected.split()]
+
+
+def test_the_ranks_in_the_docs_are_the_patterns() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reorders.md").read_text()
+    shown = re.findall(r"^\| `(\w+)` \|.*\| ([\d ]{20,}) \|$", page, flags=re.M)
+    params = {"layers": 3, "num_sections": 2, "folding_ratio": 0.225}
+    assert {name for name, _ in shown} == set(PATTERNS) - {"shuffle", "segment"}
+    for name, ranks in shown:
+        assert made(name, params=params).ranks(12).tolist() == [int(r) for r in ranks.split()]
 
 
 def test_e29_segment_keeps_the_lowest_first_and_the_highest_last() -> None:
