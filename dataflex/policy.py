@@ -289,8 +289,8 @@ class Policy:
 
 
 def _positions(model: Any) -> int | None:  # noqa: ANN401 - a PreTrainedModel
-    """Tokens a model can take, where it says so."""
-    longest = getattr(model.config, "max_position_embeddings", None)
+    """Tokens a model can take, where it says so; of the language part, where it has several."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if longest is None else int(longest)
 
 

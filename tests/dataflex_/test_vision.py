@@ -55,6 +55,8 @@ def test_another_model_sees_the_pictures_first_then_the_text(
     image = model.config.image_token_id
     shown = Shown(rows, processor.tokenizer, [image])
     assert shown[0][0] == "What colour is the square?"
+    (mark,) = processor.tokenizer("?")["input_ids"]
+    assert Shown(rows, processor.tokenizer, [image, mark])[0][0] == "What colour is the square"
     states = VisualStates(model, [0, 2], [image])
     batch = shown_batch(processor, [shown[0], shown[1]])
     assert (batch["input_ids"] == image).sum(1).tolist() == [32, 16]
