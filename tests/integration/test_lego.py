@@ -90,8 +90,7 @@ def test_two_processes_plan_and_train_as_one_does(cli: Any, config: Config, tmp_
         result = cli("train", path, ranks=ranks)
         assert result.code == 0, result.err[-3000:]
     assert plans(tmp_path / "one") == plans(tmp_path / "two")
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert max(float(abs(one[key] - two[key]).max()) for key in one) < 1e-5
+    assert apart(tmp_path / "one", tmp_path / "two") < 1e-5
 
 
 def test_a_pipeline_of_one_static_order_is_that_order(
@@ -108,6 +107,22 @@ def test_a_pipeline_of_one_static_order_is_that_order(
         result = cli("train", path, faults={"trace": str(tmp_path / f"{name}.txt")})
         assert result.code == 0, result.err[-3000:]
     assert (tmp_path / "own.txt").read_text() == (tmp_path / "stage.txt").read_text()
+
+
+def test_weights_of_two_stages_multiply(cli: Any, config: Config, tmp_path: Path) -> None:
+    """A soft-max at temperature 1, squared, is one at 1/2."""
+    once, half = ({"family": "weighter", "component": "loss", "params": {"r": r}} for r in (1, 0.5))
+    for name, stages in (("twice", [once, once]), ("half", [half])):
+        settings = {**PIPELINE, **staged(*stages), "train_step": 3, "save_strategy": "no"}
+        result = cli("train", config(f"{name}.yaml", **settings, output_dir=str(tmp_path / name)))
+        assert result.code == 0, result.err[-3000:]
+    assert apart(tmp_path / "twice", tmp_path / "half") < 1e-6
+
+
+def apart(first: Path, second: Path) -> float:
+    """Largest difference of two adapters' entries."""
+    one, other = (load_file(run / "adapter_model.safetensors") for run in (first, second))
+    return max(float(abs(one[key] - other[key]).max()) for key in one)
 
 
 def staged(*stages: dict[str, Any]) -> dict[str, Any]:
