@@ -105,9 +105,7 @@ def averaged_by_doremi(seed: int, folder: Path) -> list[str]:
               f"component_params={{reference_model_path: {reference}}}"]  # fmt: skip
     train(EXAMPLES / "train_lora/mixers/static.yaml", proxy, chosen)
     path = next(proxy.rglob("doremi_average_weights.json"))
-    weights = json.loads(path.read_text(encoding="utf-8"))
-    found = weights.get("weights", weights)
-    values = list(found.values()) if isinstance(found, dict) else list(found)
+    values = json.loads(path.read_text(encoding="utf-8"))["average_weights"]
     return [f"init_mixture_proportions=[{','.join(f'{v:.6f}' for v in values)}]"]
 
 

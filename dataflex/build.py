@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dataflex import bridge
 from dataflex.checkpoints import (
@@ -22,6 +20,7 @@ from dataflex.context import RunContext
 from dataflex.data import RunData, check_rows
 from dataflex.features import FeatureService, FeatureSettings
 from dataflex.identity import output_identity
+from dataflex.precision import autocast
 from dataflex.preflight import check_gradients, check_inputs
 from dataflex.registry import resolve
 from gradstore.errors import BadInput
@@ -93,7 +92,7 @@ def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> Non
             rate = mean_learning_rate(folder, previous, step)
             if features.needs_moments:
                 moments = checkpoint_moments(folder, run.model)
-        with _autocast(run.model, run.autocast):
+        with autocast(run.model, run.autocast):
             name = service.export(step, rate, moments).train
         train = service.store.generation(name)
         _log.info("%s: %d rows, %d usable", train.name, train.rows, int(train.usable.sum()))
@@ -114,13 +113,3 @@ def feature_settings(config: RunConfig) -> FeatureSettings:
     if not isinstance(settings, FeatureSettings):
         raise BadInput(f"component {component.name!r} does not say how features are made.")
     return settings
-
-
-def _autocast(model: Any, precision: str) -> contextlib.AbstractContextManager[Any]:  # noqa: ANN401
-    """The autocast that training wraps the model's forward in."""
-    import torch
-
-    if precision == "off":
-        return contextlib.nullcontext()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(next(model.parameters()).device.type, dtype=dtype)

@@ -71,6 +71,9 @@ def _panels(events: Events, folder: Path) -> list[Panel]:
     mixed = [e for e in events if e.get("proportions")]
     if mixed:
         panels.append(("mixture of the domains", lambda axis: _mixture(axis, mixed)))
+    by_domain = [e for e in events if e.get("weights")]
+    if by_domain:
+        panels.append(("weights of the domains", lambda axis: _lines(axis, by_domain, "weights")))
     weighted = [e for e in events if "weight_mean" in e]
     if weighted:
         panels.append(("weights of the samples: smallest, mean, largest",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,3 +54,10 @@ class Mixer(Strategy):
 
     def observe(self, losses: DomainLosses) -> None:
         """Take the training losses of a finished step; only where `observes` is true."""
+
+    def by_domain(self) -> Mapping[str, npt.NDArray[np.float64]]:
+        """What it has to tell of the domains beside their proportions: name -> (k,).
+
+        Goes to the Trainer's log, to events.jsonl and, as `weights`, into the picture.
+        """
+        return {}

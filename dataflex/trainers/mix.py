@@ -113,6 +113,7 @@ class MixSeam(LossSeam, ServedSeam):
         """One line on the screen, one in events.jsonl, numbers for the Trainer's log."""
         shares = self._by_domain(proportions)
         self.tell({**{f"mix/{name}": p for name, p in shares.items()}, "pause_seconds": pause})
+        more = self._tell_by_domain()
         if not self.ranks.leads:
             return
         epochs = self._by_domain(self.cursors.epochs)
@@ -121,12 +122,21 @@ class MixSeam(LossSeam, ServedSeam):
             "mix",
             step=interval.start,
             component=self.run.name,
-            told=f"{verb} {listed(shares, '.2f')} (epochs {listed(epochs, '.1f')})",
+            told=f"{verb} {listed(shares, '.2f')} (epochs {listed(epochs, '.1f')})"
+            + "".join(f"; {what} {listed(values, '.3g')}" for what, values in more.items()),
             proportions=shares,
             counts=self._by_domain(counts),
             epochs=epochs,
             pause_seconds=pause,
+            **more,
         )
+
+    def _tell_by_domain(self) -> dict[str, Any]:
+        """What the mixer has to tell beside proportions: name -> domain -> value."""
+        tells = getattr(self.run.strategy, "by_domain", dict)
+        found = {what: self._by_domain(values) for what, values in tells().items()}
+        self.tell({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
+        return found
 
     def _by_domain(self, values: npt.NDArray[Any]) -> dict[str, Any]:
         return dict(zip(self.domains.names, values.tolist(), strict=True))
@@ -149,6 +159,7 @@ class MixSeam(LossSeam, ServedSeam):
 
     def after_step(self, seen: SampleStats, rows: npt.NDArray[np.int64] | None) -> None:
         """Hand a step's losses by domain, over all ranks, to a mixer that observes."""
+        self._tell_by_domain()
         step = int(self.state.global_step)
         if not self.observes(step):
             return
