@@ -102,6 +102,24 @@ def mixers_answer(answer: object, domains: Sequence[str], name: str) -> FloatArr
     return proportions
 
 
+def exponentiated(weights: FloatArray, scores: FloatArray, eta: float, eps: float) -> FloatArray:
+    """Weights moved by an exponentiated-gradient step, with a share of the uniform ones mixed in.
+
+    Args:
+        weights: (k,) on the simplex.
+        scores: (k,) finite.
+        eta: step size.
+        eps: share of the uniform weights in the answer.
+
+    Returns:
+        (k,) (1 - eps) * softmax(log weights + eta * scores) + eps / k.
+    """
+    with np.errstate(divide="ignore"):  # without smoothing a weight may have become 0
+        logits = np.log(weights) + eta * scores
+    powers = np.exp(logits - logits.max())
+    return np.asarray((1.0 - eps) * powers / powers.sum() + eps / len(weights))
+
+
 def opening_proportions(config: RunConfig, data: RunData) -> FloatArray:
     """(k,) what a run trains on before a mixer is asked, or throughout under a fixed rule."""
     ours, domains = config.dataflex, domains_of(data).names

@@ -37,6 +37,11 @@ def check(config: RunConfig) -> Component | None:
     """
     check_inputs(config)
     if config.dataflex.train_type == "static":
+        if config.dataflex.freeze_gate:
+            raise BadInput(
+                "freeze_gate is true, but train_type static is LlamaFactory itself: use "
+                "dynamic_mix with static_mix: true, or set freeze_gate: false."
+            )
         return None
     ours = config.dataflex
     component = _component(config)

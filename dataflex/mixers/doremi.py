@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dataflex.config import RunConfig
 from dataflex.context import RunContext
 from dataflex.mixers.base import Mixer, UpdateContext
-from dataflex.mixture import domains_of, opening_proportions
+from dataflex.mixture import domains_of, exponentiated, opening_proportions
 from dataflex.registry import register
 from dataflex.weighters.base import LossContributor, MeasuredBatch, WeightContext
 from gradstore.disk.replace import replace_file
@@ -155,7 +155,7 @@ class DoremiMixer(Mixer, LossContributor):
         step: int,
     ) -> None:
         self.scores = domain_scores(excess, tokens, domains, self.scores)
-        self.domain_weights = moved(
+        self.domain_weights = exponentiated(
             self.domain_weights, self.scores, self.reweight_eta, self.reweight_eps
         )
         self.summed_weights = self.summed_weights + self.domain_weights
@@ -211,24 +211,6 @@ def domain_scores(
     sums = np.bincount(domains[counted], weights=excess[counted], minlength=k)
     counts = np.bincount(domains[counted], weights=tokens[counted], minlength=k)
     return np.where(counts > 0, sums / np.maximum(counts, 1.0), previous)
-
-
-def moved(weights: FloatArray, scores: FloatArray, eta: float, eps: float) -> FloatArray:
-    """Exponentiated-gradient step and smoothing.
-
-    Args:
-        weights: (k,) on the simplex.
-        scores: (k,) finite.
-        eta: step size.
-        eps: share of the uniform weights in the answer.
-
-    Returns:
-        (k,) (1 - eps) * softmax(log weights + eta * scores) + eps / k.
-    """
-    with np.errstate(divide="ignore"):  # without smoothing a weight may have become 0
-        logits = np.log(weights) + eta * scores
-    powers = np.exp(logits - logits.max())
-    return np.asarray((1.0 - eps) * powers / powers.sum() + eps / len(weights))
 
 
 # -- files ----------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from dataflex.events import RunLog
 from dataflex.identity import remember_identity
 from dataflex.ranks import Ranks
 from dataflex.registry import RETIRED
+from dataflex.routers import freeze_routers
 from dataflex.schedule import Schedule
 from dataflex.scoreboard import Scoreboard
 from dataflex.trainers.intervals import BatchShape
@@ -86,6 +87,8 @@ class Seam:
         self.log_files = RunLog(Path(self.args.output_dir))
         self._numbers: dict[str, float] = {}
         _set_early_stopping(self, self.run.config.dataflex.early_stopping_min_delta)
+        if self.run.config.dataflex.freeze_gate:
+            freeze_routers(self.model)
 
     # -- what a kind of trainer decides -----------------------------------------------------------
 

@@ -23,9 +23,9 @@ from dataflex.mixers.doremi import (
     clipped_sums,
     domain_scores,
     forget_after,
-    moved,
     tell_step,
 )
+from dataflex.mixture import exponentiated
 from dataflex.registry import resolve
 from dataflex.window import multipliers
 from gradstore.errors import BadInput
@@ -51,9 +51,9 @@ def test_e20_a_domain_is_averaged_over_its_tokens_not_its_samples() -> None:
 
 
 def test_e21_two_updates_and_their_average() -> None:
-    first = moved(np.full(3, 1 / 3), np.array([0.5, 0.2, 0.0]), 1.0, 1e-3)
+    first = exponentiated(np.full(3, 1 / 3), np.array([0.5, 0.2, 0.0]), 1.0, 1e-3)
     np.testing.assert_allclose(first, [0.425920, 0.315616, 0.258465], atol=1e-5)
-    second = moved(first, np.array([0.0, 0.2, 0.5]), 1.0, 1e-3)
+    second = exponentiated(first, np.array([0.0, 0.2, 0.5]), 1.0, 1e-3)
     np.testing.assert_allclose(second, [0.344153, 0.311519, 0.344328], atol=1e-5)
     np.testing.assert_allclose((first + second) / 2, [0.385036, 0.313567, 0.301396], atol=1e-5)
 
@@ -88,7 +88,7 @@ def test_weights_stay_on_the_simplex_and_above_the_smoothing_share(
 ) -> None:
     weights = np.full(len(scores), 1 / len(scores))
     for _ in range(steps):
-        weights = moved(weights, np.array(scores), eta, eps)
+        weights = exponentiated(weights, np.array(scores), eta, eps)
         assert weights.sum() == pytest.approx(1.0)
         assert (weights >= eps / len(scores) * (1 - 1e-12)).all()
     assert weights[np.argmax(scores)] >= weights.max() * (1 - 1e-12)
@@ -160,7 +160,7 @@ def test_the_weights_follow_the_excess_over_the_reference(
                                if d == domain]).mean()) for domain in (0, 1)]  # fmt: skip
     strategy = trainer.run.strategy
     np.testing.assert_allclose(strategy.scores, scores, rtol=1e-5)
-    expected = moved(np.full(2, 0.5), np.array(scores), 1.0, 1e-3)
+    expected = exponentiated(np.full(2, 0.5), np.array(scores), 1.0, 1e-3)
     np.testing.assert_allclose(strategy.domain_weights, expected, rtol=1e-6)
     gradient = written_formula(rows, torch.tensor(expected))[1]
     assert (trainer.gradient - gradient).norm() / gradient.norm() <= 1e-5

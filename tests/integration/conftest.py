@@ -87,10 +87,20 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny mixture of experts, made by the script beside the tiny model."""
+    folder = tmp_path_factory.mktemp("moe")
+    runpy.run_path(str(TINY / "make_moe.py"))["main"](folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def made_for(request: pytest.FixtureRequest) -> Callable[[Path], tuple[str, ...]]:
     """Overrides for an example whose files a script makes first."""
 
     def overrides(example: Path) -> tuple[str, ...]:
+        if example.stem == "dynamic_moe":
+            return (f"model_name_or_path={request.getfixturevalue('moe')}",)
         if example.stem != "coincide":
             return ()
         folder = request.getfixturevalue("vision")

@@ -1,0 +1,174 @@
+"""Domains that a mixture-of-experts model routes unlike the others get more of the next rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.context import RunContext
+from dataflex.data import Rows
+from dataflex.events import progress
+from dataflex.mixers.base import Mixer, UpdateContext
+from dataflex.mixture import domains_of, exponentiated, opening_proportions
+from dataflex.registry import register
+from gradstore.errors import BadInput
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+#: Rows of one domain, and positions (b,) of a batch of them.
+Batch = tuple[int, Rows, IntArray]
+
+
+@register("mixer", "dynamic_moe")
+class DynamicMoeMixer(Mixer):
+    """Proportions that follow how differently the domains load the experts (ALGORITHMS 2.5).
+
+    Loads are counted on held-out rows (`mixer_eval_dataset` or `val_size`); a domain without any is
+    looked at on rows of its training set, which stay in training. The first answer moves away from
+    the opening proportions. `freeze_gate: true` keeps the routers as they are.
+
+    Args:
+        eta: step size of the proportions.
+        c: share of the uniform proportions in every answer.
+        collect_steps: batches of each domain looked at in an update.
+        eval_samples: rows of each domain that these are drawn from, at most.
+        eval_batch_size: rows of a batch.
+    """
+
+    paper = "Zhu et al. 2024, Dynamic Data Mixing for Mixture-of-Experts, arXiv:2406.11256"
+    neutral = frozenset({"eval_batch_size"})
+
+    def __init__(
+        self,
+        eta: float = 10.0,
+        c: float = 0.05,
+        collect_steps: int = 10,
+        eval_samples: int = 1000,
+        eval_batch_size: int = 32,
+    ) -> None:
+        if not (np.isfinite(eta) and eta > 0):
+            raise ValueError(f"eta is {eta}; it must be above 0")
+        if not 0 <= c <= 1:
+            raise ValueError(f"c is {c}; it must be in [0, 1]")
+        for name, value in (("collect_steps", collect_steps), ("eval_samples", eval_samples),
+                            ("eval_batch_size", eval_batch_size)):  # fmt: skip
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        self.eta, self.c = float(eta), float(c)
+        self.collect_steps = int(collect_steps)
+        self.eval_samples = int(eval_samples)
+        self.eval_batch_size = int(eval_batch_size)
+        self.proportions = np.empty(0)
+        self.distances = np.empty(0)
+
+    def start(self, run: RunContext) -> None:
+        """Refuse a model without experts; begin at the opening proportions."""
+        from dataflex.routers import expert_layers
+
+        if not expert_layers(run.model):
+            raise BadInput(
+                f"component dynamic_moe reads which experts a model chooses, and "
+                f"{type(run.model).__name__} has no layer of experts that tells. Use a "
+                "mixture-of-experts model (Mixtral, Qwen MoE, OLMoE, DeepSeek) or another mixer."
+            )
+        if not len(self.proportions):
+            self.proportions = opening_proportions(run.config, run.data)
+            self.distances = np.zeros(len(self.proportions))
+
+    def state(self) -> dict[str, Any]:
+        """The proportions that the next answer starts from."""
+        return {"proportions": self.proportions, "distances": self.distances}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.proportions = np.asarray(state["proportions"], dtype=np.float64)
+        self.distances = np.asarray(state["distances"], dtype=np.float64)
+
+    def by_domain(self) -> Mapping[str, FloatArray]:
+        """How far each domain's loads lie from the others'."""
+        return {"load_distance": self.distances}
+
+    def mix(self, context: UpdateContext) -> FloatArray:
+        """(k,) proportions after a look at the experts' loads; the ranks share the batches."""
+        run = context.run
+        everyone = run.ranks.gather(lambda: self._counts(context))
+        self.distances = load_distances(np.sum(everyone, axis=0))
+        self.proportions = exponentiated(self.proportions, self.distances, self.eta, self.c)
+        return self.proportions
+
+    def _counts(self, context: UpdateContext) -> FloatArray:
+        """(k, L, E) how often this rank's rows went to each expert of each layer."""
+        import torch
+
+        from dataflex.routers import counted_choices, expert_count, expert_layers, loads
+        from gradstore.capture.losses import model_inputs
+        from gradstore.capture.modelstate import borrowed
+
+        run = context.run
+        layers = expert_layers(run.model)
+        width = max(expert_count(experts) for experts in layers)
+        found = np.zeros((len(domains_of(run.data).names), len(layers), width))
+        plan = self._plan(context)
+        device = next(run.model.parameters()).device
+        total = sum(len(positions) for _, _, positions in plan)
+        with (
+            borrowed(run.model, freeze=False),
+            torch.no_grad(),
+            counted_choices(run.model) as choices,
+            progress("loads of experts", total, shown=run.shows_progress) as advance,
+        ):
+            for domain, rows, positions in run.ranks.share(plan):
+                batch = run.collate([rows.dataset[int(i)] for i in positions])
+                inputs = {k: v.to(device) for k, v in model_inputs(batch).items()}
+                choices.clear()
+                run.model(**inputs)
+                mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+                found[domain] += loads(choices, mask, width).cpu().numpy()
+                advance(min(len(positions) * run.ranks.world, total))
+        return found
+
+    def _plan(self, context: UpdateContext) -> list[Batch]:
+        """Batches of all domains, of rows of like length: the same list on every rank."""
+        run = context.run
+        domains = domains_of(run.data)
+        plan: list[Batch] = []
+        for d, name in enumerate(domains.names):
+            rows = domains.held_out.get(name)
+            if rows is None:
+                rows, pool = run.data.train, np.flatnonzero(domains.of_row == d)
+            else:
+                pool = np.arange(len(rows))
+            pool = np.random.default_rng([run.seed, d]).permutation(pool)[: self.eval_samples]
+            drawn = np.random.default_rng([run.seed, context.step, d]).permutation(pool)
+            drawn = drawn[: self.collect_steps * self.eval_batch_size]
+            drawn = drawn[np.argsort(-rows.lengths[drawn], kind="stable")]
+            plan += [(d, rows, drawn[at : at + self.eval_batch_size])
+                     for at in range(0, len(drawn), self.eval_batch_size)]  # fmt: skip
+        return plan
+
+
+def load_distances(counts: FloatArray) -> FloatArray:
+    """How far each domain's expert loads lie from those of all domains.
+
+    Args:
+        counts: (k, L, E) how often each of E experts in each of L layers was chosen.
+
+    Returns:
+        (k,) mean over all domains, itself included, and over layers, of the Euclidean distance of
+        the L1-normalised loads. A layer is compared with itself alone: expert 3 of one layer has
+        nothing to do with expert 3 of another.
+
+    Examples:
+        Two domains that use two experts the other way round:
+
+        >>> load_distances(np.array([[[3.0, 1.0]], [[1.0, 3.0]]])).round(6)
+        array([0.353553, 0.353553])
+    """
+    totals = counts.sum(axis=2, keepdims=True)
+    shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
+    apart = np.linalg.norm(shares[:, None] - shares[None], axis=3)
+    return np.asarray(apart.mean(axis=(1, 2)))

@@ -1,0 +1,82 @@
+"""dynamic_moe in real runs on a tiny mixture of experts; refusals of dense models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dataflex.events import read_events
+
+DOMAINS = ("tiny_domain_date", "tiny_domain_sort", "tiny_domain_spell")
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def moe_run(config: Write, moe: Path) -> Write:
+    """A full run of 5 steps with frozen routers; updates at 0, 2 and 4."""
+
+    def write(name: str = "run.yaml", **changes: object) -> Path:
+        usual: dict[str, object] = {
+            "model_name_or_path": str(moe), "finetuning_type": "full", "dataset": ",".join(DOMAINS),
+            "lora_rank": None, "lora_target": None, "lora_dropout": None, "target_dataset": None,
+            "max_samples": 24, "num_train_epochs": None, "train_type": "dynamic_mix",
+            "component_name": "dynamic_moe", "component_params": {"eval_batch_size": 4},
+            "train_step": 5, "warmup_step": 0, "update_step": 2, "save_strategy": "no",
+            "save_steps": None, "freeze_gate": True,
+        }  # fmt: skip
+        return config(name, **{**usual, **changes})
+
+    return write
+
+
+def mixes(run: Path) -> list[dict[str, Any]]:
+    return [e for e in read_events(run / "dataflex") if e["event"] == "mix"]
+
+
+def test_two_processes_mix_what_one_mixes_and_routers_stay_as_they_are(
+    cli: Any, moe_run: Write, moe: Path, tmp_path: Path
+) -> None:
+    held_out = "tiny_domain_date_eval,tiny_domain_sort_eval"
+    for ranks in (1, 2):
+        path = moe_run(output_dir=str(tmp_path / str(ranks)), mixer_eval_dataset=held_out,
+                       per_device_train_batch_size=2 // ranks)  # fmt: skip
+        result = cli("train", path, ranks=ranks)
+        assert result.code == 0, result.err[-3000:]
+    one, two = (mixes(tmp_path / str(ranks)) for ranks in (1, 2))
+    assert [e["step"] for e in one] == [e["step"] for e in two] == [0, 2, 4]
+    assert one[0]["proportions"] == two[0]["proportions"], "the same model: the same counts"
+    assert len(set(one[0]["proportions"].values())) == 3, "the domains differ"
+    assert sum(one[2]["proportions"].values()) == pytest.approx(1)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(
+            list(a["load_distance"].values()), list(b["load_distance"].values()), atol=1e-2
+        )
+    before, after = (load_file(p / "model.safetensors") for p in (moe, tmp_path / "1"))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    gates = {name for name in before if name.endswith("mlp.gate.weight")}
+    assert len(gates) == 2
+    assert not gates & changed
+    assert changed
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_dense_model_is_refused(freeze: bool, cli: Any, config: Write, tmp_path: Path) -> None:
+    component = "static" if freeze else "dynamic_moe"
+    path = config(dataset=",".join(DOMAINS), train_type="dynamic_mix", component_name=component,
+                  component_params=None, target_dataset=None, freeze_gate=freeze)  # fmt: skip
+    result = cli("train", path)
+    assert result.code == 2
+    assert ("freeze_gate is true" if freeze else "no layer of experts") in result.message
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_freeze_gate_is_refused_where_nothing_of_ours_runs(cli: Any, config: Write) -> None:
+    result = cli("train", config(train_type="static", freeze_gate=True))
+    assert result.code == 2
+    assert "train_type static is LlamaFactory itself" in result.message
