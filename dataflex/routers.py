@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,32 @@ def freeze_routers(model: nn.Module) -> None:
     for module in found:
         module.requires_grad_(False)
     _log.info("freeze_gate: %d routers keep their parameters", len(found))
+
+
+def load_experts(model: nn.Module, checkpoint: Path) -> None:
+    """Put a checkpoint's experts into a model that is trained whole.
+
+    transformers 5 trains the experts of a layer as one tensor and saves them one by one, under the
+    names of old. Its Trainer does not join them again when it resumes: it would go on from the
+    experts of the start, with a warning.
+
+    Args:
+        model: the model in training, as it was loaded at the start.
+        checkpoint: a folder of the Trainer's; without a whole model in it nothing is done.
+    """
+    saved = [checkpoint / name for name in ("model.safetensors", "model.safetensors.index.json")]
+    if not any(path.is_file() for path in saved) or not expert_layers(model):
+        return
+    experts = {id(p) for layer in expert_layers(model) for p in layer.parameters()}
+    own = {name: p for name, p in model.named_parameters() if id(p) in experts}
+    # Its settings are those of the model: nothing is fetched, no code but its own is run.
+    loaded: nn.Module = type(model).from_pretrained(  # type: ignore[attr-defined]
+        checkpoint, config=model.config, dtype=next(iter(own.values())).dtype
+    )
+    joined = dict(loaded.named_parameters())
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(joined[name])
 
 
 @contextmanager

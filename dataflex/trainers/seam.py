@@ -26,7 +26,7 @@ from dataflex.events import RunLog
 from dataflex.identity import remember_identity
 from dataflex.ranks import Ranks
 from dataflex.registry import RETIRED
-from dataflex.routers import freeze_routers
+from dataflex.routers import freeze_routers, load_experts
 from dataflex.schedule import Schedule
 from dataflex.scoreboard import Scoreboard
 from dataflex.trainers.intervals import BatchShape
@@ -139,6 +139,8 @@ class Seam:
             if resume_from_checkpoint:
                 self._restore(load_state(Path(str(resume_from_checkpoint))))
             self._begin(anew=not resume_from_checkpoint)
+            if resume_from_checkpoint:
+                load_experts(self.model, Path(str(resume_from_checkpoint)))
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         finally:
             self.run.strategy.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,14 @@ import transformers
 from dataflex.mixers.dynamic_moe import load_distances
 from dataflex.mixture import exponentiated
 from dataflex.registry import resolve
-from dataflex.routers import counted_choices, expert_layers, freeze_routers, loads, routers
+from dataflex.routers import (
+    counted_choices,
+    expert_layers,
+    freeze_routers,
+    load_experts,
+    loads,
+    routers,
+)
 from gradstore.errors import BadInput
 
 SMALL: dict[str, Any] = {
@@ -91,6 +99,20 @@ def test_freeze_gate_freezes_routers_and_nothing_else(name: str) -> None:
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     assert len(frozen) == len(routers(model)) == MOE[name][1]
     assert all(n.endswith("mlp.gate.weight") for n in frozen), frozen
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_a_checkpoints_experts_come_back(name: str, tmp_path: Path) -> None:
+    trained, fresh = tiny(name), tiny(name)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter += 1.0
+    trained.save_pretrained(tmp_path)
+    load_experts(fresh, tmp_path)
+    for one, other in zip(expert_layers(trained), expert_layers(fresh), strict=True):
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    load_experts(tiny(name), tmp_path / "nothing")
 
 
 def test_a_dense_model_has_no_router_though_its_mlp_has_a_gate_proj() -> None:
