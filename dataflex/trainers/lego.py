@@ -19,7 +19,7 @@ from dataflex.pipelines.stages import UNIFORM
 from dataflex.schedule import EventKind, Interval, Schedule
 from dataflex.selectors.base import Selection
 from dataflex.trainers.losses import LossSeam
-from dataflex.trainers.mix import listed, losses_by_domain
+from dataflex.trainers.mix import listed, losses_by_domain, told_by_domain
 from dataflex.trainers.samples import SampleStats
 from dataflex.trainers.select import select_schedule, selection_numbers
 from dataflex.trainers.served import ServedSeam
@@ -100,6 +100,7 @@ class LegoSeam(LossSeam, ServedSeam):
             elif isinstance(part.answer, np.ndarray):
                 proportions = dict(zip(self.domains.names, part.answer.tolist(), strict=True))
         self.tell({**numbers, **{f"mix/{name}": p for name, p in proportions.items()}})
+        more = self._tell_by_domain()
         if not self.ranks.leads:
             return
         counts = np.bincount(self.domains.of_row[plan.rows], minlength=len(self.domains.names))
@@ -107,12 +108,14 @@ class LegoSeam(LossSeam, ServedSeam):
             "pipeline",
             step=step,
             component=self.run.name,
-            told=told(plan, self.domains.names),
+            told=told(plan, self.domains.names)
+            + "".join(f"; {what} {listed(values, '.3g')}" for what, values in more.items()),
             fired=[part.stage.spec.name for part in plan.parts if part.fired],
             kept={part.stage.spec.name: len(part.rows) for part in plan.parts},
             proportions=proportions,
             counts=dict(zip(self.domains.names, counts.tolist(), strict=True)),
             pause_seconds=pause,
+            **more,
         )
         self._write_selection(step, plan)
         if self.pipeline.save_plans:
@@ -121,6 +124,14 @@ class LegoSeam(LossSeam, ServedSeam):
                 for part in plan.parts
             ]
             self.log_files.plan(step, {"stages": stages, "rows": plan.rows.tolist()})
+
+    def _tell_by_domain(self) -> dict[str, Any]:
+        """What mixers have to tell beside proportions, those that weight the loss too."""
+        found: dict[str, dict[str, float]] = {}
+        for stage in self.pipeline.everyone:
+            found |= told_by_domain(stage.strategy, self.domains.names)
+        self.tell({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
+        return found
 
     def _write_selection(self, step: int, plan: Plan) -> None:
         """A selector's answer, as `dynamic_select` leaves it."""
@@ -154,6 +165,7 @@ class LegoSeam(LossSeam, ServedSeam):
 
     def after_step(self, seen: SampleStats, rows: npt.NDArray[np.int64] | None) -> None:
         """Hand a step's losses by domain, over all ranks, to stages that observe."""
+        self._tell_by_domain()
         if self.pipeline.observes:
             assert rows is not None
             step = int(self.state.global_step)

@@ -133,8 +133,7 @@ class MixSeam(LossSeam, ServedSeam):
 
     def _tell_by_domain(self) -> dict[str, Any]:
         """What the mixer has to tell beside proportions: name -> domain -> value."""
-        tells = getattr(self.run.strategy, "by_domain", dict)
-        found = {what: self._by_domain(values) for what, values in tells().items()}
+        found = told_by_domain(self.run.strategy, self.domains.names)
         self.tell({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
         return found
 
@@ -188,6 +187,14 @@ class MixSeam(LossSeam, ServedSeam):
             "init_mixture_proportions": None if opening is None else list(opening),
             "rows of the domains": self._by_domain(self.domains.sizes),
         }
+
+
+def told_by_domain(strategy: object, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """What a mixer has to tell of the domains beside proportions: what -> domain -> value."""
+    tells = getattr(strategy, "by_domain", dict)
+    return {
+        what: dict(zip(names, values.tolist(), strict=True)) for what, values in tells().items()
+    }
 
 
 def losses_by_domain(

@@ -32,7 +32,8 @@ MORE: dict[str, tuple[str, ...]] = {
 #: Run with two processes as well: at least one of each kind, and what shares work.
 TWO_PROCESSES = ("selectors/less", "selectors/loss", "selectors/nice", "selectors/random",
                  "mixers/odm", "mixers/doremi_step2_dynamic", "reorders/dynamic_sorting",
-                 "reorders/saw", "pipelines/hierarchical")  # fmt: skip
+                 "reorders/saw", "pipelines/hierarchical",
+                 "pipelines/doremi_then_weight")  # fmt: skip
 
 #: Where both folders hold an example of one name, the one of train_lora is meant.
 NAMED = {f"{path.parent.name}/{path.stem}": path for path in EXAMPLES}
