@@ -70,13 +70,14 @@ ROWS: dict[str, Entry] = {
         for name in ("loss", "adapt", "joint_update_aware")
     },
 }  # fmt: skip
+MIXED = ("train_step=40", f"dataset={DOMAINS}", "init_mixture_proportions=null")
+UNIFORM = (*MIXED, "component_params.proportions=null")
 MIXTURES: dict[str, Entry] = {
-    f"mix: {name}": Entry("mixtures", f"mixers/{name}", ("train_step=40", f"dataset={DOMAINS}"))
-    for name in ("static", "random", "odm")
+    "mix: static": Entry("mixtures", "mixers/static", UNIFORM),
+    "mix: random": Entry("mixtures", "mixers/random", MIXED),
+    "mix: odm": Entry("mixtures", "mixers/odm", MIXED),
+    "mix: doremi": Entry("mixtures", "mixers/static", UNIFORM),
 }
-MIXTURES["mix: doremi"] = Entry(
-    "mixtures", "mixers/static", ("train_step=40", f"dataset={DOMAINS}")
-)
 ENTRIES = ROWS | MIXTURES
 
 
@@ -97,16 +98,15 @@ def train(config: Path, output_dir: Path, options: list[str]) -> dict[str, Any]:
 
 
 def averaged_by_doremi(seed: int, folder: Path) -> list[str]:
-    """Reference and proxy run; the override that gives the final run their average mixture."""
+    """Reference and proxy run; the overrides that give the final run their average mixture."""
     reference, proxy = folder / "reference", folder / "proxy"
-    domains = ["train_step=40", f"dataset={DOMAINS}", f"seed={seed}"]
-    train(EXAMPLES / "train_lora/mixers/static.yaml", reference, domains)
-    chosen = [*domains, "component_name=doremi",
-              f"component_params={{reference_model_path: {reference}}}"]  # fmt: skip
-    train(EXAMPLES / "train_lora/mixers/static.yaml", proxy, chosen)
-    path = next(proxy.rglob("doremi_average_weights.json"))
-    values = json.loads(path.read_text(encoding="utf-8"))["average_weights"]
-    return [f"init_mixture_proportions=[{','.join(f'{v:.6f}' for v in values)}]"]
+    train(EXAMPLES / "train_lora/mixers/static.yaml", reference, [*UNIFORM, f"seed={seed}"])
+    chosen = [*MIXED, f"seed={seed}", "finetuning_type=lora", "lora_rank=16", "lora_target=all",
+              f"component_params.reference_model_path={reference}"]  # fmt: skip
+    train(EXAMPLES / "train_full/mixers/doremi_step2_dynamic.yaml", proxy, chosen)
+    found = json.loads((proxy / "doremi_average_weights.json").read_text(encoding="utf-8"))
+    average = found["average_weights"]
+    return [f"init_mixture_proportions={average}", f"component_params.proportions={average}"]
 
 
 def run(name: str, seed: int, folder: Path) -> dict[str, Any]:
