@@ -25,6 +25,9 @@ ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_
 #: LlamaFactory's switches for optimizers that beat `optim`.
 OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 
+#: LlamaFactory's switches for losses of its own.
+OTHER_LOSSES = ("use_dft_loss", "use_asft_loss", "use_eaft_loss")
+
 
 def check(config: RunConfig) -> Component | None:
     """Everything that can be refused from the configuration alone.
@@ -144,6 +147,25 @@ def _component_faults(config: RunConfig, component: Component, strategy: object)
         faults += _lora_faults(config, name)
     if getattr(strategy, "needs_targets", False):
         faults += _target_faults(config, name)
+    if getattr(strategy, "reads_losses", False):
+        faults += _loss_faults(config, name, weights=hasattr(strategy, "weights"))
+    return faults
+
+
+def _loss_faults(config: RunConfig, who: str, *, weights: bool) -> list[str]:
+    """Options of LlamaFactory that put another loss in the place of the tokens' cross-entropy."""
+    faults = [
+        f"{key} is on, which replaces the loss that {who} works with: set {key}: false."
+        for key in OTHER_LOSSES
+        if config.get(key, False)
+    ]
+    # Liger's fused loss hides the logits only where the model gets labels; weights need none.
+    hiding = ("use_unsloth",) if weights else ("use_unsloth", "enable_liger_kernel")
+    faults += [
+        f"{key} is on, which hides the logits that {who} reads losses from: set {key}: false."
+        for key in hiding
+        if config.get(key, False)
+    ]
     return faults
 
 

@@ -90,10 +90,11 @@ def multipliers(
     """
     if not relative:
         return weights
-    total = float((weights * tokens).sum())
-    if total <= 0:
-        return np.zeros(len(weights))
-    return np.asarray(weights * (float(tokens.sum()) / total), dtype=np.float64)
+    weights = np.where(tokens > 0, weights, 0.0)
+    if not (weights > 0).any():
+        return weights
+    weights = weights / weights.max()  # a sum of tiny ones would overflow its reciprocal
+    return np.asarray(weights * (tokens.sum() / (weights * tokens).sum()), dtype=np.float64)
 
 
 def summary(each: FloatArray) -> dict[str, float]:

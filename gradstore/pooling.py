@@ -1,4 +1,4 @@
-"""Hidden states of a model -> one unit vector per row.
+"""Hidden states of a model -> one vector per row, of length 1 unless asked otherwise.
 
 Letters: b batch, t tokens, d hidden size.
 """
@@ -23,17 +23,18 @@ Pooling = Literal["mean", "first_token", "last_token", "position"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "first_token", "last_token", "position")
 
 
-def pool(hidden: Tensor, mask: Tensor, how: Pooling = "mean") -> Tensor:
-    """Token states -> one unit vector per row; padding on either side changes nothing.
+def pool(hidden: Tensor, mask: Tensor, how: Pooling = "mean", *, unit: bool = True) -> Tensor:
+    """Token states -> one vector per row; padding on either side changes nothing.
 
     Args:
         hidden: (b, t, d), any floating dtype.
         mask: (b, t), 0 where a token does not count.
         how: "mean" over the tokens, the "first_token", the "last_token", or weights that rise with
             the "position" (1, 2, 3 ... from the row's first token).
+        unit: rows of length 1; else the weighted mean of the row's tokens as it is.
 
     Returns:
-        (b, d) float32 unit rows; zeros where no token counts.
+        (b, d) float32; zeros where no token counts.
 
     Raises:
         BadInput: no such pooling, or shapes that do not fit.
@@ -59,7 +60,9 @@ def pool(hidden: Tensor, mask: Tensor, how: Pooling = "mean") -> Tensor:
     states = torch.where(counts[..., None], hidden, 0).float()
     with torch.autocast(hidden.device.type, enabled=False):
         summed = (states * weights[..., None]).sum(dim=1)
-    return to_unit(summed)[0]
+    if unit:
+        return to_unit(summed)[0]
+    return summed / weights.sum(dim=1).clamp(min=1)[:, None]
 
 
 def to_unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,13 +83,21 @@ class HiddenStates:
     the model back; autocast is the caller's.
     """
 
-    def __init__(self, model: nn.Module, *, layer: int = -1, pooling: Pooling = "mean") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layer: int = -1,
+        pooling: Pooling = "mean",
+        unit: bool = True,
+    ) -> None:
         """Keeps what a batch will need.
 
         Args:
             model: in training or not.
             layer: index into the hidden states; -1 is the last layer's output.
             pooling: how a row's tokens become one vector.
+            unit: rows of length 1.
 
         Raises:
             BadInput: no such pooling.
@@ -96,9 +107,10 @@ class HiddenStates:
         self._model = model
         self._layer = layer
         self._pooling = pooling
+        self._unit = unit
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Embeds a batch with `input_ids` and `attention_mask` (b, t): (b, d) float32 unit rows.
+        """Embeds a batch with `input_ids` and `attention_mask` (b, t): (b, d) float32.
 
         Raises:
             BadInput: the model has no such layer.
@@ -116,7 +128,7 @@ class HiddenStates:
                 f"layer is {self._layer}; the model has hidden states {-len(states)} to "
                 f"{len(states) - 1}"
             )
-        return pool(states[self._layer], inputs["attention_mask"], self._pooling)
+        return pool(states[self._layer], inputs["attention_mask"], self._pooling, unit=self._unit)
 
 
 def attention_tokens(batch: Batch) -> Tensor:

@@ -16,7 +16,13 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from dataflex.trainers.samples import SampleStats, check_weights, hidden_option, statistics
+from dataflex.trainers.samples import (
+    SampleStats,
+    check_weights,
+    hidden_option,
+    rows_of,
+    statistics,
+)
 from dataflex.trainers.seam import Seam, random_states_kept
 from dataflex.weighters.base import LossContributor, WeightContext
 from dataflex.window import FloatArray, multipliers, summary
@@ -40,7 +46,7 @@ class LossSeam(Seam):
         self._seen: list[SampleStats] = []
         #: Multipliers of all ranks' samples since the last log line.
         self._untold: list[FloatArray] = []
-        self._warned = False
+        self._warned: set[str] = set()
 
     # -- what a subclass decides ------------------------------------------------------------------
 
@@ -153,10 +159,8 @@ class LossSeam(Seam):
             for batch in batches:
                 inputs = self._prepare_inputs(dict(batch))  # type: ignore[attr-defined]
                 with self.compute_loss_context_manager():  # type: ignore[attr-defined]
-                    outputs = self.model(**model_inputs(inputs), **hidden_option(contributors))
-                targets = Targets.of(inputs)
-                token_losses = self._token_losses(outputs, targets)
-                parts.append(statistics(inputs, outputs, targets, token_losses, contributors))
+                    passed = self._forward(self.model, inputs, contributors)
+                parts.append(statistics(inputs, *passed, contributors))
         rows = None if self._micro_rows is None else np.concatenate(self._micro_rows)
         each = self._weigh(SampleStats.joined(parts), contributors, step, rows)
         return np.split(each, np.cumsum([len(part.tokens) for part in parts])[:-1])
@@ -170,9 +174,7 @@ class LossSeam(Seam):
         items: Any,  # noqa: ANN401
     ) -> tuple[Any, torch.Tensor]:
         """The model's outputs and this micro-batch's part of the step's weighted loss."""
-        outputs = model(**model_inputs(inputs), **hidden_option(contributors))
-        targets = Targets.of(inputs)
-        token_losses = self._token_losses(outputs, targets)
+        outputs, targets, token_losses = self._forward(model, inputs, contributors)
         stats = statistics(inputs, outputs, targets, token_losses.detach(), contributors)
         if self._scored is not None:
             each = self._scored[self._micro]
@@ -180,8 +182,17 @@ class LossSeam(Seam):
             rows = None if self._micro_rows is None else self._micro_rows[self._micro]
             each = self._weigh(stats, contributors, step, rows)
         self._after(stats)
-        by_position = torch.as_tensor(each, dtype=torch.float32, device=token_losses.device)
-        loss = (by_position[targets.rows] * token_losses).sum() / self._step_tokens
+        sound = np.isfinite(stats.loss_sums)
+        if not sound.all():
+            self._warn_once("loss", f"step {step}: samples with a loss that is not finite count 0")
+            if (kept := rows_of(inputs, sound)) is None:
+                nothing = [(p * 0).sum() for p in model.parameters() if p.requires_grad]
+                return outputs, torch.stack(nothing).sum()
+            # 0 times NaN is NaN in the backward pass, too: these rows must not be part of it.
+            outputs, targets, token_losses = self._forward(model, kept, contributors)
+            each = each[sound]
+        of_row = torch.as_tensor(each, dtype=torch.float32, device=token_losses.device)
+        loss = (of_row[targets.rows] * token_losses).sum() / self._step_tokens
         # The Trainer's own factors: DDP takes the mean over ranks; without a count of items the
         # micro-batches' losses are averaged.
         world = self.ranks.world
@@ -218,11 +229,21 @@ class LossSeam(Seam):
         relative = any(c.relative for c in contributors)
         each = multipliers(weights, everyone.tokens, relative=relative)
         self._untold.append(each[everyone.tokens > 0])
-        if not (each.any() or self._warned):
-            self._warned = True
-            _log.warning("step %d: every weight is 0, nothing is learnt from these samples", step)
+        if not each.any():
+            self._warn_once("zero", f"step {step}: all weights are 0: these samples teach nothing")
         start = sum(len(part.tokens) for part, _ in held[: self.ranks.rank])
         return each[start : start + len(stats.tokens)]
+
+    def _forward(
+        self,
+        model: Any,  # noqa: ANN401
+        inputs: Mapping[str, Any],
+        contributors: Sequence[LossContributor],
+    ) -> tuple[Any, Targets, torch.Tensor]:
+        """Outputs of a pass without the model's own loss, targets, and token losses (s,)."""
+        outputs = model(**model_inputs(inputs), **hidden_option(contributors))
+        targets = Targets.of(inputs)
+        return outputs, targets, self._token_losses(outputs, targets)
 
     def _token_losses(self, outputs: Any, targets: Targets) -> torch.Tensor:  # noqa: ANN401
         """(s,) float32 cross-entropy at the target positions."""
@@ -256,3 +277,8 @@ class LossSeam(Seam):
     def _domains_of(self, rows: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64] | None:
         domains = self.run.data.domains
         return None if rows is None or domains is None else domains.of_row[rows]
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned and self.ranks.leads:
+            _log.warning("%s (told once)", message)
+        self._warned.add(kind)

@@ -74,6 +74,15 @@ def hidden_option(contributors: Sequence[LossContributor]) -> dict[str, bool]:
     return {"output_hidden_states": True} if wanted else {}
 
 
+def rows_of(
+    inputs: Mapping[str, torch.Tensor], chosen: npt.NDArray[np.bool_]
+) -> dict[str, torch.Tensor] | None:
+    """The `chosen` (b,) rows of a batch; None if there are none, or the batch can't be cut."""
+    if not chosen.any() or any(len(value) != len(chosen) for value in inputs.values()):
+        return None
+    return {key: value[torch.as_tensor(chosen)] for key, value in inputs.items()}
+
+
 def check_weights(answer: object, losses: FloatArray, name: str) -> FloatArray:
     """(n,) weights as answered, 0 where a sample has no finite loss.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ from dataflex.schedule import Schedule
 from dataflex.trainers.losses import LossSeam
 from dataflex.weighters.base import LossContributor
 from gradstore.errors import BadInput
+
+_log = logging.getLogger(__name__)
 
 
 class WeightSeam(LossSeam):
@@ -30,10 +34,28 @@ class WeightSeam(LossSeam):
         global_batch: int,
         args: Any,  # noqa: ANN401
     ) -> Schedule:
-        """W alone counts: the budget is LlamaFactory's own, or `train_step`."""
-        if (warmup := config.dataflex.warmup_step) < 0:
-            raise BadInput(f"warmup_step is {warmup}; it must be 0 or more.")
-        return Schedule(warmup, update_step=1, update_times=0, budget=warmup + 1)
+        """The plain loss before step W, and the budget that LlamaFactory would train for."""
+        ours = config.dataflex
+        if ours.warmup_step < 0:
+            raise BadInput(f"warmup_step is {ours.warmup_step}; it must be 0 or more.")
+        if ours.train_step < 0:
+            raise BadInput(f"train_step is {ours.train_step}; it must be 0 or more.")
+        if args.n_gpu > 1:
+            raise BadInput(
+                f"{args.n_gpu} GPUs in one process: weights need a process for each. Start with "
+                "dataflex-cli train, which launches them."
+            )
+        together = global_batch
+        if strategy.scope == "micro":
+            together //= args.gradient_accumulation_steps
+        if strategy.relative and together < 2:
+            _log.warning("one sample is weighted at a time, so its weight means nothing: raise "
+                         "per_device_train_batch_size%s",
+                         "" if strategy.scope == "micro" else " or gradient_accumulation_steps"
+                         )  # fmt: skip
+        epochs = math.ceil(args.num_train_epochs * math.ceil(len(data.train) / global_batch))
+        budget = ours.train_step or (args.max_steps if args.max_steps > 0 else epochs)
+        return Schedule(ours.warmup_step, update_step=1, update_times=0, budget=budget)
 
     def contributors(self, step: int) -> Sequence[LossContributor]:
         """The weighter, from step W on."""

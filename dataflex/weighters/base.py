@@ -30,6 +30,7 @@ class LossContributor(Strategy):
     """
 
     needs_single_rows = False
+    reads_losses = True
     scope: Literal["window", "micro"] = "window"
     #: Only ratios of weights count. Else 1 is what the plain trainer gives a sample.
     relative: bool = True

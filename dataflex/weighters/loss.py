@@ -28,7 +28,7 @@ class LossWeighter(Weighter):
         r: temperature of the soft-max; larger is more even.
     """
 
-    paper = "Sow et al., Dynamic Loss-Based Sample Reweighting, arXiv:2502.06733"
+    paper = "https://arxiv.org/abs/2502.06733"
     scope = "window"
 
     def __init__(

@@ -1,0 +1,24 @@
+"""The user's own weighter, named by `target: package.module:Class`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dataflex.registry import register
+from dataflex.weighters.base import Weighter
+from gradstore.errors import BadInput
+
+
+@register("weighter", "custom")
+class CustomWeighter(Weighter):
+    """Placeholder of the name `custom`: `component_params.target` replaces it by your class.
+
+    Args:
+        target: package.module:Class; every other parameter goes to that class.
+    """
+
+    def __init__(self, target: str | None = None, **params: Any) -> None:  # noqa: ANN401
+        raise BadInput(
+            "component custom needs component_params.target: package.module:Class, your own "
+            "weighter (see examples/train_lora/weighters/custom.yaml)."
+        )

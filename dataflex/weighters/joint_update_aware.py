@@ -1,0 +1,166 @@
+"""Weight samples so that their common update points to the target and says nothing twice.
+
+Letters: n samples of a micro-batch over all ranks, d hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+
+from dataflex.registry import register
+from dataflex.weighters.base import FloatArray, WeightContext
+from dataflex.weighters.targets import TargetWeighter, unit
+from gradstore.pooling import Pooling
+
+Objective = Literal["full", "align_only", "diverse_only", "uniform"]
+
+#: Names of DataFlex 1.1.0 -> those of gradstore.pooling.
+POOLINGS: dict[str, Pooling] = {"last_token": "last_token", "mean_pool": "mean"}
+
+#: The iteration ends below this residual, or after so many rounds.
+RESIDUAL = 1e-6
+ROUNDS = 200
+
+SHORTEST = 1e-12
+
+
+@register("weighter", "joint_update_aware")
+class JointUpdateAwareWeighter(TargetWeighter):
+    """Weights that trade closeness to the target rows against likeness among samples.
+
+    With unit embeddings Z of the samples of a micro-batch and u of the target rows' mean, s = Z u
+    and G = Z Z': weights w on the simplex maximise s'w - beta/2 w'G w + tau H(w), H the entropy
+    (ALGORITHMS 3.3). The samples of one micro-batch share its part of the step, so a micro-batch
+    should hold several.
+
+    Args:
+        beta: how much samples that are alike push each other down.
+        tau: how even the weights are.
+        fixed_point_iters: rounds of the solution, if more than 200; it ends once it is exact.
+        damping: part of the way a round goes, in (0, 1]; halved where that leads further away.
+        target_update_step: steps after which the target rows are embedded anew.
+        target_batch_size: target rows of one forward pass.
+        target_num_batches: forward passes a look at the target takes, over another draw of its rows
+            each time; 0 or less for all of them.
+        embed_normalize: embeddings of length 1; else as the model gives them.
+        pooling: which of a row's tokens make its embedding: last_token or mean_pool.
+        embed_layer: of the model's hidden states; -1 is the last.
+        objective_mode: full, align_only (without G), diverse_only (without s), or uniform.
+    """
+
+    scope = "micro"
+
+    def __init__(
+        self,
+        beta: float = 0.1,
+        tau: float = 0.05,
+        fixed_point_iters: int = 5,
+        damping: float = 1.0,
+        target_update_step: int = 50,
+        target_batch_size: int = 8,
+        target_num_batches: int = 0,
+        embed_normalize: bool = True,
+        pooling: Literal["last_token", "mean_pool"] = "last_token",
+        embed_layer: int = -1,
+        objective_mode: Objective = "full",
+    ) -> None:
+        if not 0 <= beta < np.inf:
+            raise ValueError(f"beta is {beta}; it must be 0 or more")
+        if not 0 < tau < np.inf:
+            raise ValueError(f"tau is {tau}; it must be above 0")
+        if not 0 < damping <= 1:
+            raise ValueError(f"damping is {damping}; it must be above 0 and at most 1")
+        for name, count in (
+            ("fixed_point_iters", fixed_point_iters),
+            ("target_update_step", target_update_step),
+            ("target_batch_size", target_batch_size),
+        ):
+            if count < 1:
+                raise ValueError(f"{name} is {count}; it must be at least 1")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling is {pooling!r}; choose one of {', '.join(POOLINGS)}")
+        if objective_mode not in get_args(Objective):
+            known = ", ".join(get_args(Objective))
+            raise ValueError(f"objective_mode is {objective_mode!r}; choose one of {known}")
+        super().__init__(
+            layer=embed_layer,
+            pooling=POOLINGS[pooling],
+            shortest=SHORTEST if embed_normalize else None,
+            every=target_update_step,
+            batch_rows=target_batch_size,
+            batches=target_num_batches,
+        )
+        self.beta, self.tau, self.damping = float(beta), float(tau), float(damping)
+        self.rounds = max(fixed_point_iters, ROUNDS)
+        self.normalizes = embed_normalize
+        self.objective_mode: Objective = objective_mode
+
+    def weights(self, losses: FloatArray, context: WeightContext) -> FloatArray:
+        """(n,) weights that sum to 1; 0 where a loss is not finite."""
+        if context.measured is None:
+            raise RuntimeError("the samples were not measured")
+        found = np.zeros(len(losses))
+        usable = np.isfinite(losses) & np.isfinite(context.measured).all(axis=1)
+        if usable.any():
+            z = context.measured[usable]
+            u = unit(self.mean, SHORTEST) if self.normalizes else self.mean
+            found[usable] = joint_weights(
+                z @ u, z @ z.T, self.beta, self.tau, self.damping, self.rounds, self.objective_mode
+            )
+        return found
+
+
+def joint_weights(
+    s: FloatArray,
+    g: FloatArray,
+    beta: float,
+    tau: float,
+    damping: float = 1.0,
+    rounds: int = ROUNDS,
+    mode: Objective = "full",
+) -> FloatArray:
+    """Maximises s'w - beta/2 w'G w + tau H(w) on the simplex (E27, E28).
+
+    Args:
+        s: (n,) cosines to the target.
+        g: (n, n) cosines among samples.
+        beta: weight of G, >= 0.
+        tau: weight of the entropy, > 0; with it the answer is unique.
+        damping: part of its way that a round goes, at first.
+        rounds: at most; a round is one of Newton's method on the logits of w.
+        mode: which terms count.
+
+    Returns:
+        (n,) weights that sum to 1.
+    """
+    if mode == "uniform":
+        return np.full(len(s), 1.0 / len(s))
+    if mode == "diverse_only":
+        s = np.zeros(len(s))
+    if mode == "align_only":
+        beta = 0.0
+
+    def ahead(v: FloatArray) -> FloatArray:
+        return np.asarray((s - beta * g @ _softmax(v)) / tau - v)
+
+    v = np.zeros(len(s))
+    gap = ahead(v)
+    for _ in range(rounds):
+        w = _softmax(v)
+        if np.abs(_softmax(v + gap) - w).max() < RESIDUAL:
+            break
+        # d gap / d v is -(1 + beta / tau * G (diag w - w w')), whose eigenvalues are -1 or less.
+        slope = np.eye(len(s)) + (beta / tau) * g @ (np.diag(w) - np.outer(w, w))
+        towards, step = np.linalg.solve(slope, gap), damping
+        while np.linalg.norm(ahead(v + step * towards)) > np.linalg.norm(gap) and step > SHORTEST:
+            step /= 2
+        v = v + step * towards
+        gap = ahead(v)
+    return _softmax(v)
+
+
+def _softmax(x: FloatArray) -> FloatArray:
+    odds = np.exp(x - x.max())
+    return np.asarray(odds / odds.sum())
