@@ -147,26 +147,27 @@ def _component_faults(config: RunConfig, component: Component, strategy: object)
         faults += _lora_faults(config, name)
     if getattr(strategy, "needs_targets", False):
         faults += _target_faults(config, name)
-    if getattr(strategy, "reads_losses", False):
-        faults += _loss_faults(config, name, weights=hasattr(strategy, "weights"))
+    faults += _loss_faults(
+        config,
+        name,
+        weights=getattr(strategy, "reads_losses", False),
+        watches=getattr(strategy, "observes", False),
+    )
     return faults
 
 
-def _loss_faults(config: RunConfig, who: str, *, weights: bool) -> list[str]:
-    """Options of LlamaFactory that put another loss in the place of the tokens' cross-entropy."""
-    faults = [
-        f"{key} is on, which replaces the loss that {who} works with: set {key}: false."
-        for key in OTHER_LOSSES
+def _loss_faults(config: RunConfig, who: str, *, weights: bool, watches: bool) -> list[str]:
+    """Options that replace the tokens' cross-entropy, or hide the logits it is taken from."""
+    if not (weights or watches):
+        return []
+    # Liger's fused loss hides them where the model gets labels; to weight samples, it gets none.
+    hiding = ("use_unsloth", "enable_liger_kernel") if watches else ("use_unsloth",)
+    return [
+        f"{key} is on, which {does} that {who} works with: set {key}: false."
+        for keys, does in ((OTHER_LOSSES, "replaces the loss"), (hiding, "hides the logits"))
+        for key in keys
         if config.get(key, False)
     ]
-    # Liger's fused loss hides the logits only where the model gets labels; weights need none.
-    hiding = ("use_unsloth",) if weights else ("use_unsloth", "enable_liger_kernel")
-    faults += [
-        f"{key} is on, which hides the logits that {who} reads losses from: set {key}: false."
-        for key in hiding
-        if config.get(key, False)
-    ]
-    return faults
 
 
 def _single_row_faults(config: RunConfig, who: str) -> list[str]:

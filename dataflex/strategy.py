@@ -27,8 +27,8 @@ class Strategy:
     needs_targets: bool = False
     #: Reads the optimizer's Adam moments; may depend on the parameters.
     needs_moments: bool = False
-    #: Weights or reads the losses of training: options that replace them are refused.
-    reads_losses: ClassVar[bool] = False
+    #: Weights the losses of training: options that replace them are refused.
+    reads_losses: bool = False
     #: Where the method was published, for `dataflex-cli components`.
     paper: ClassVar[str] = ""
     #: component_params that change no answer: a resume may set them anew.
