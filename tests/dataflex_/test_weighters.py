@@ -153,7 +153,8 @@ def test_the_answer_is_a_fixed_point_where_undamped_steps_oscillate(
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(int(rng.integers(1, 24)), 6)) + rng.normal(size=6)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
-    s, g = z @ z.mean(axis=0), z @ z.T
+    u = rng.normal(size=6)
+    s, g = z @ (u / np.linalg.norm(u)), z @ z.T
     w = joint_weights(s, g, beta, tau)
     odds = (s - beta * g @ w) / tau
     again = np.exp(odds - odds.max())

@@ -67,8 +67,8 @@ def test_equal_weights_are_the_plain_trainer_on_two_processes(
 ) -> None:
     """41 rows: 2 processes x 2 rows x 3 micro-batches, a last step of one, padded by one row."""
     for name, settings in (("plain", PLAIN), ("equal", UNIFORM)):
-        path = config(f"{name}.yaml", **settings | {"max_samples": 41,
-                                                    "output_dir": str(tmp_path / name)})  # fmt: skip
+        own = {"max_samples": 41, "output_dir": str(tmp_path / name)}
+        path = config(f"{name}.yaml", **settings | own)
         result = cli("train", path, ranks=2)
         assert result.code == 0, result.err[-3000:]
     assert len(losses(tmp_path / "equal")) == 4
