@@ -18,12 +18,14 @@ from dataflex.pipelines.pipeline import Pipeline, Plan
 from dataflex.pipelines.stages import UNIFORM
 from dataflex.schedule import EventKind, Interval, Schedule
 from dataflex.selectors.base import Selection
+from dataflex.trainers.intervals import BatchShape
 from dataflex.trainers.losses import LossSeam
 from dataflex.trainers.mix import listed, losses_by_domain, told_by_domain
 from dataflex.trainers.samples import SampleStats
 from dataflex.trainers.select import select_schedule, selection_numbers
 from dataflex.trainers.served import ServedSeam
 from dataflex.trainers.state import RunState
+from dataflex.trainers.weight import weighted_alone
 from dataflex.weighters.base import LossContributor
 from gradstore.errors import BadInput
 from gradstore.selection import check_k
@@ -40,7 +42,7 @@ class LegoSeam(LossSeam, ServedSeam):
         self.timetable = self.pipeline.timetable(self.schedule)
         if self.ranks.leads:
             _log.info("pipeline: %s", self.pipeline.describe())
-            for warning in (*self.pipeline.warnings, *warnings_of(self.pipeline, self.run.config)):
+            for warning in warnings_of(self.pipeline, self.run.config, self.batch_shape):
                 _log.warning("%s", warning)
 
     @classmethod
@@ -223,9 +225,14 @@ def _did(part: Part, domains: Sequence[str]) -> str:
     return f"{spec.component} mixes {listed(shares, '.2f')}: {kept} of {part.pool}"
 
 
-def warnings_of(pipeline: Pipeline, config: RunConfig) -> list[str]:
+def warnings_of(pipeline: Pipeline, config: RunConfig, shape: BatchShape) -> list[str]:
     """What the user wrote that has no say, or serves the same rows again."""
-    ours, warnings = config.dataflex, []
+    ours, warnings = config.dataflex, list(pipeline.warnings)
+    warnings += [
+        f"{stage.spec.name}: {warning}"
+        for stage in pipeline.loss
+        if (warning := weighted_alone(stage.strategy, shape.rows, shape.accumulation))
+    ]
     if pipeline.taker != UNIFORM and pipeline.rows[-1].spec.every > ours.update_step:
         spec = pipeline.rows[-1].spec
         warnings.append(

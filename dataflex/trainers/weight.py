@@ -45,14 +45,8 @@ class WeightSeam(LossSeam):
                 f"{args.n_gpu} GPUs in one process: weights need a process for each. Start with "
                 "dataflex-cli train, which launches them."
             )
-        together = global_batch
-        if strategy.scope == "micro":
-            together //= args.gradient_accumulation_steps
-        if strategy.relative and together < 2:
-            _log.warning("one sample is weighted at a time, so its weight means nothing: raise "
-                         "per_device_train_batch_size%s",
-                         "" if strategy.scope == "micro" else " or gradient_accumulation_steps"
-                         )  # fmt: skip
+        if warning := weighted_alone(strategy, global_batch, args.gradient_accumulation_steps):
+            _log.warning("%s", warning)
         epochs = math.ceil(args.num_train_epochs * math.ceil(len(data.train) / global_batch))
         budget = ours.train_step or (args.max_steps if args.max_steps > 0 else epochs)
         return Schedule(ours.warmup_step, update_step=1, update_times=0, budget=budget)
@@ -60,3 +54,22 @@ class WeightSeam(LossSeam):
     def contributors(self, step: int) -> Sequence[LossContributor]:
         """The weighter, from step W on."""
         return () if step < self.schedule.warmup_step else (self.run.strategy,)
+
+
+def weighted_alone(contributor: LossContributor, step_rows: int, accumulation: int) -> str | None:
+    """What to tell where a contributor sees one sample at a time, whose weight then cancels out.
+
+    Args:
+        contributor: who weights.
+        step_rows: B, samples of an optimizer step over all ranks.
+        accumulation: micro-batches of a step.
+    """
+    micro = contributor.scope == "micro"
+    together = step_rows // accumulation if micro else step_rows
+    if not contributor.relative or together > 1:
+        return None
+    more = "" if micro else " or gradient_accumulation_steps"
+    return (
+        "one sample is weighted at a time, so its weight means nothing: raise "
+        f"per_device_train_batch_size{more}"
+    )

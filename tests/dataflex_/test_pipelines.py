@@ -31,6 +31,7 @@ from dataflex.reorders.base import Ordering, Reorder
 from dataflex.schedule import Schedule
 from dataflex.scoreboard import Scoreboard
 from dataflex.selectors.base import Selection, Selector
+from dataflex.trainers.intervals import BatchShape
 from dataflex.trainers.lego import told, warnings_of
 from dataflex.weighters.base import LossContributor
 from gradstore.errors import BadInput
@@ -653,11 +654,14 @@ def test_a_line_names_the_stages_that_fired_and_what_they_kept(
 
 
 def test_what_has_no_say_is_told() -> None:
-    def about(stages: list[dict[str, Any]], **ours: Any) -> str:
-        return " ".join(warnings_of(Pipeline(stages), config({}, update_step=10, **ours)))
+    def about(stages: list[dict[str, Any]], rows: int = 8, **ours: Any) -> str:
+        shape = BatchShape(rows, 1, 1)
+        return " ".join(warnings_of(Pipeline(stages), config({}, update_step=10, **ours), shape))
 
     assert "fires every 50 steps, update_step is 10" in about([{**MIX, "every": 50}])
-    assert about([{**MIX, "every": 10}, {**WEIGHT, "every": 50}]) == ""
+    assert about([{**MIX, "every": 10}, WEIGHT]) == ""
+    assert about([WEIGHT], rows=1).startswith("weighter loss: one sample is weighted at a time")
+    assert "every: 50 is ignored" in about([{**WEIGHT, "every": 50}])
     assert about([{**FILTER, "every": 50}]) == "", "a filter leaves the draw to others"
     assert about([FILTER, MIX, ORDER]).count("begins its order anew each time") == 1
     assert about([{**FILTER, "every": 20}, ORDER]) == ""
