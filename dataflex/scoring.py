@@ -174,7 +174,12 @@ def batches(
     device = next(run.model.parameters()).device
     chosen = np.arange(len(rows)) if positions is None else positions
     planned = plan_batches(rows.lengths[chosen], budget, max_rows)
-    for batch_of in run.ranks.share(planned) if shared else planned:
+    if shared:
+        # As many passes on every rank: one that stopped early would leave the others waiting where
+        # parameters are spread over the ranks (ZeRO-3). The shortest batch may come several times.
+        more = planned[-1:] * (-len(planned) % run.ranks.world)
+        planned = list(run.ranks.share([*planned, *more]))
+    for batch_of in planned:
         where = chosen[batch_of]
         batch = run.collate([rows.dataset[int(i)] for i in where])
         yield where, {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}

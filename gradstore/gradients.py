@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gradstore.capture.adapters import check_adapters, watched_linears
 from gradstore.capture.fallback import RowwiseGradients
 from gradstore.capture.hooks import HookedPass, Sink, Watched
-from gradstore.capture.losses import BatchStats, RowLoss, Targets
+from gradstore.capture.losses import BatchStats, RowLoss, Targets, target_losses
 from gradstore.capture.modelstate import borrowed, without_autocast
 from gradstore.capture.slots import ParameterSlot, trainable_slots, unwrap
 from gradstore.errors import BadInput
@@ -176,8 +176,5 @@ def batch_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> BatchStats:
     model = unwrap(model)
     targets = Targets.of(batch)
     with borrowed(model, freeze=False), torch.no_grad():
-        if len(targets.rows) == 0:
-            token_loss = torch.zeros(0, device=targets.counts.device)
-        else:
-            _, token_loss = RowLoss(model)(batch, targets)
+        token_loss = target_losses(model, batch, targets)
     return BatchStats(targets.row_means(token_loss), targets.counts)

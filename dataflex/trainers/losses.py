@@ -26,7 +26,7 @@ from dataflex.trainers.samples import (
 from dataflex.trainers.seam import Seam, random_states_kept
 from dataflex.weighters.base import LossContributor, WeightContext
 from dataflex.window import FloatArray, multipliers, summary
-from gradstore.capture.losses import IGNORED_LABEL, Targets, logits_of, model_inputs
+from gradstore.capture.losses import IGNORED_LABEL, Targets, logits_of, model_inputs, target_losses
 from gradstore.capture.modelstate import borrowed
 
 _log = logging.getLogger(__name__)
@@ -159,11 +159,22 @@ class LossSeam(Seam):
             for batch in batches:
                 inputs = self._prepare_inputs(dict(batch))  # type: ignore[attr-defined]
                 with self.compute_loss_context_manager():  # type: ignore[attr-defined]
-                    passed = self._forward(self.model, inputs, contributors)
-                parts.append(statistics(inputs, *passed, contributors))
+                    parts.append(self._scored_samples(inputs, contributors))
         rows = None if self._micro_rows is None else np.concatenate(self._micro_rows)
         each = self._weigh(SampleStats.joined(parts), contributors, step, rows)
         return np.split(each, np.cumsum([len(part.tokens) for part in parts])[:-1])
+
+    def _scored_samples(
+        self, inputs: Mapping[str, Any], contributors: Sequence[LossContributor]
+    ) -> SampleStats:
+        """Of one micro-batch; where no hidden states are read, the head runs on targets alone."""
+        if hidden_option(contributors):
+            return statistics(
+                inputs, *self._forward(self.model, inputs, contributors), contributors
+            )
+        targets = Targets.of(inputs)
+        token_losses = target_losses(self.model, inputs, targets)
+        return statistics(inputs, None, targets, token_losses, contributors)
 
     def _weighted(
         self,
@@ -183,13 +194,14 @@ class LossSeam(Seam):
             each = self._weigh(stats, contributors, step, rows)
         self._after(stats)
         sound = np.isfinite(stats.loss_sums)
-        if not sound.all():
+        if not sound.all() and self._passes_freely():
             self._warn_once("loss", f"step {step}: samples with a loss that is not finite count 0")
             if (kept := rows_of(inputs, sound)) is None:
                 nothing = [(p * 0).sum() for p in model.parameters() if p.requires_grad]
                 return outputs, torch.stack(nothing).sum()
-            # 0 times NaN is NaN in the backward pass, too: these rows must not be part of it.
-            outputs, targets, token_losses = self._forward(model, kept, contributors)
+            # 0 times NaN is NaN in the backward pass, too: these rows must not be part of it. Not
+            # DDP's forward, which waits for the other ranks; its hooks on gradients are there.
+            outputs, targets, token_losses = self._forward(self.model, kept, contributors)
             each = each[sound]
         of_row = torch.as_tensor(each, dtype=torch.float32, device=token_losses.device)
         loss = (of_row[targets.rows] * token_losses).sum() / self._step_tokens
@@ -254,6 +266,10 @@ class LossSeam(Seam):
             reduction="none",
             label_smoothing=float(self.args.label_smoothing_factor),
         )
+
+    def _passes_freely(self) -> bool:
+        """Whether one rank alone can make a pass: not where parameters are spread over ranks."""
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)  # type: ignore[attr-defined]
 
     def _auxiliary(self, outputs: Any) -> Any:  # noqa: ANN401
         """What a mixture-of-experts model adds to its own loss; 0 for the others."""

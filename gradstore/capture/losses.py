@@ -158,6 +158,13 @@ class RowLoss:
         )
 
 
+def target_losses(model: nn.Module, batch: Mapping[str, Tensor], targets: Targets) -> Tensor:
+    """Computes (s,) float32 token losses at the targets; mode and autograd are the caller's."""
+    if len(targets.rows) == 0:
+        return torch.zeros(0, device=targets.counts.device)
+    return RowLoss(model)(batch, targets)[1]
+
+
 def _plain_head(model: nn.Module) -> nn.Linear | None:
     """Returns the output layer if it is a plain linear layer, which works position by position."""
     getter: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)

@@ -199,6 +199,22 @@ def test_several_contributors_multiply(make: MakeTrainer) -> None:
     assert trained(trainer)[0] == pytest.approx((3 * 1 + 2 * 3 + 2 * 5) / 7, abs=1e-5)
 
 
+def test_one_relative_contributor_makes_the_product_relative(make: MakeTrainer) -> None:
+    trainer = make([1, 3, 5], Told([1, 2, 5], "window"))
+    absolute = Told([0.3, 0.1, 0.04], relative=False)
+    trainer.contributors = lambda step: (absolute, trainer.run.strategy)
+    assert trained(trainer)[0] == pytest.approx((3 * 1 + 2 * 3 + 2 * 5) / 7, abs=1e-5)
+
+
+def test_a_weighter_may_answer_nan_where_the_loss_is(make: MakeTrainer) -> None:
+    class Own(Told):
+        def weights(self, losses: FloatArray, context: WeightContext) -> FloatArray:
+            return losses
+
+    loss, _ = trained(make([1, float("nan"), 5, 3], Own([1] * 4, "window")))
+    assert loss == pytest.approx((1 * 1 + 5 * 5 + 3 * 3) / 9, abs=1e-5)
+
+
 @pytest.mark.parametrize("scope", ["micro", "window"])
 def test_a_sample_without_a_finite_loss_spoils_nothing(
     scope: str, make: MakeTrainer, caplog: pytest.LogCaptureFixture

@@ -1,0 +1,114 @@
+"""What weights cost: the time of an optimizer step with the loss weighter over a plain one.
+
+    uv run python benchmarks/weighting_cost.py          # about six minutes
+
+transformers' Trainer on the same rows in the same order, plain and with `dynamic_weight`'s seam and
+the loss weighter. With one micro-batch a step there is no extra pass: weights come from the forward
+that trains. With four, one forward pass over the window goes before. Runs of a few steps alternate
+A B A B in one process; a step's time is the median over all of them. Prints one table and appends
+to results/weighting_cost.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from report import RESULTS, append, machine, tell
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from workloads import Workload, llama, tiny
+
+from dataflex.trainers.seam import Run, trainer_class
+from dataflex.trainers.weight import WeightSeam
+from dataflex.weighters.loss import LossWeighter
+
+BATCH = 8
+
+
+class Clock(TrainerCallback):
+    """Seconds from the end of a step to the end of the next: all that a step does."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last = 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """A run begins: its first step is not counted."""
+        self._last = 0.0
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """A step is done."""
+        now = time.perf_counter()
+        if self._last:
+            self.seconds.append(now - self._last)
+        self._last = now
+
+
+def trainer(
+    workload: Workload, accumulation: int, steps: int, folder: Path, *, weighted: bool
+) -> tuple[Any, Clock]:
+    """A trainer that takes `steps` steps each time it is told to train, and its clock."""
+    clock = Clock()
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=BATCH, max_steps=steps,
+        gradient_accumulation_steps=accumulation, learning_rate=1e-4, report_to="none",
+        logging_steps=5, save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    kind: Any = Trainer
+    if weighted:
+        run = Run(workload.config(folder), workload.data, LossWeighter(), "loss", "benchmark", {})
+        kind = trainer_class(WeightSeam, Trainer, run)
+    made = kind(
+        model=workload.model, args=arguments, train_dataset=workload.data.train.dataset,
+        data_collator=workload.collate, callbacks=[clock],
+    )  # fmt: skip
+    return made, clock
+
+
+def measure(
+    workload: Workload, accumulation: int, steps: int, rounds: int, folder: Path
+) -> dict[str, object]:
+    """Median seconds of a step, plain and weighted."""
+    plain = trainer(workload, accumulation, steps, folder, weighted=False)
+    weighted = trainer(workload, accumulation, steps, folder, weighted=True)
+    for number in range(rounds + 1):
+        for made, clock in (plain, weighted):
+            made.train()
+            if number == 0:
+                clock.seconds.clear()  # a warm-up
+    each = [statistics.median(clock.seconds) for _, clock in (plain, weighted)]
+    return {
+        "workload": workload.name,
+        "accumulation": accumulation,
+        "rows_per_step": BATCH * accumulation,
+        "steps": len(plain[1].seconds),
+        "plain_ms": round(1e3 * each[0], 1),
+        "weighted_ms": round(1e3 * each[1], 1),
+        "ratio": round(each[1] / each[0], 3),
+    }
+
+
+def main() -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--csv", type=Path, default=RESULTS / "weighting_cost.csv")
+    options = parser.parse_args()
+    lines = []
+    with tempfile.TemporaryDirectory(prefix="weighting-cost-") as folder:
+        for workload, steps in ((tiny(), 21), (llama(256), 6)):
+            for accumulation in (1, 4):
+                lines.append(measure(workload, accumulation, steps, options.rounds, Path(folder)))
+                tell(", ".join(f"{key} {value}" for key, value in lines[-1].items()))
+    append(options.csv, [machine() | line for line in lines])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
