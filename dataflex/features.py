@@ -193,6 +193,7 @@ class FeatureService:
         learning_rate: float,
         moments: AdamMoments | None,
         source: TargetFeatures | None = None,
+        sample: Rows | None = None,
     ) -> CheckpointExport:
         """Export every target set, then the training rows, at the model's present state.
 
@@ -204,6 +205,7 @@ class FeatureService:
             learning_rate: mean since the previous generation; weights this checkpoint.
             moments: needed by Adam features.
             source: of target features; None takes the gradients of the target rows' answers.
+            sample: training rows that stand for all, under a name of their own; None takes all.
 
         Raises:
             BadInput: a target set without a usable row, before any training row is taken.
@@ -217,12 +219,13 @@ class FeatureService:
             targets.append(name)
             tokens, seconds = tokens + summary.tokens, seconds + summary.seconds
         train, summary = self.export_rows(
-            "train",
-            self.run.data.train,
+            "train" if sample is None else "target",
+            self.run.data.train if sample is None else sample,
             step,
             self.settings.train_features,
             moments=moments,
             learning_rate=learning_rate,
+            is_sample=sample is not None,
         )
         return CheckpointExport(
             train,
@@ -232,16 +235,20 @@ class FeatureService:
             seconds=seconds + summary.seconds,
         )
 
-    def steps(self) -> list[int]:
-        """Steps of this run's committed training generations, rising; on rank 0."""
+    def steps(self, train_set: str = "") -> list[int]:
+        """Steps of this run's committed training generations, rising; on rank 0.
+
+        Args:
+            train_set: name of a sample that stands for the training rows.
+        """
         run = self.run.config.dataflex.gradstore_run or ""
         return sorted(
             g.step
             for g in self.store.generations()
-            if g.role == "train" and g.record.run == run and g.space == GRADIENT
+            if g.set == train_set and g.record.run == run and g.space == GRADIENT
         )
 
-    def checkpoints(self, which: Which, step: int) -> list[CheckpointFeatures]:
+    def checkpoints(self, which: Which, step: int, train_set: str = "") -> list[CheckpointFeatures]:
         """The checkpoints to combine, none later than `step`, weighted by learning rate; rank 0."""
         return checkpoint_features(
             self.store,
@@ -250,6 +257,7 @@ class FeatureService:
             sets=[rows.name for rows in self.run.data.targets],
             until=step,
             fewer=True,
+            train_set=train_set,
         )
 
     def export_rows(
@@ -262,6 +270,7 @@ class FeatureService:
         moments: AdamMoments | None = None,
         learning_rate: float | None = None,
         source: TargetFeatures | None = None,
+        is_sample: bool = False,
     ) -> tuple[str, ExportSummary]:
         """Make one generation of gradient features; collective.
 
@@ -273,6 +282,7 @@ class FeatureService:
             moments: needed by Adam features.
             learning_rate: of a train generation, see `export`.
             source: of the features of a target set, see `export`.
+            is_sample: the set is a sample of the training rows.
 
         Returns:
             The generation's name in the store (on every rank), and what the pass did.
@@ -280,6 +290,9 @@ class FeatureService:
         record = self._record(role, rows, step, features, moments, learning_rate)
         if source is not None:
             options = {**record.feature_options, "source": source.options}
+            record = replace(record, feature_options=options)
+        if is_sample:
+            options = {**record.feature_options, "sample_of": "train"}
             record = replace(record, feature_options=options)
         projection = self.projection.with_seed(record.effective_seed)
         budget = self.settings.tokens_per_batch or token_budget(self.run.model)

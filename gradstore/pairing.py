@@ -24,6 +24,7 @@ def checkpoint_features(
     sets: Sequence[str] | None = None,
     until: int | None = None,
     fewer: bool = False,
+    train_set: str = "",
 ) -> list[CheckpointFeatures]:
     """Pair each training generation with its target sets, weighted by learning rate.
 
@@ -35,6 +36,7 @@ def checkpoint_features(
         sets: target sets, in this order; None takes those of the newest checkpoint, by name.
         until: no checkpoint of a later step is taken.
         fewer: take what there is where `which` asks for more, as a run that has just begun does.
+        train_set: name of a sample of the training rows that stands for all; "" takes all.
 
     Returns:
         Oldest first; the weights are the recorded mean learning rates, normalised.
@@ -49,9 +51,9 @@ def checkpoint_features(
             continue
         if until is not None and generation.step > until:
             continue
-        if generation.role == "train":
+        if generation.set == train_set:
             trains[generation.step] = generation
-        else:
+        elif generation.role == "target" and not generation.record.is_sample:
             targets.setdefault(generation.step, {})[generation.set] = generation
     if not trains:
         where = f" of run {run!r}" if run else ""

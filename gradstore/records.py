@@ -82,6 +82,11 @@ class GenerationRecord:
         """Prefix of this run's generations, "" by default."""
         return self.parsed.run
 
+    @property
+    def is_sample(self) -> bool:
+        """Whether the set is a sample of the training rows: nothing to score others against."""
+        return self.feature_options.get("sample_of") == "train"
+
     def to_dict(self) -> dict[str, Json]:
         """Gives the record as plain JSON values."""
         return {each.name: plain(getattr(self, each.name)) for each in fields(self)}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dataflex.data import Rows
 from dataflex.selectors.base import RunContext, Selection, Selector, UpdateContext
 from gradstore.errors import BadInput, ProvenanceMismatch
 
@@ -116,6 +117,8 @@ class InfluenceSelector(Selector):
         self.scoring = scoring
         self.which = checkpoints
         self.keep_generations = keep_generations
+        #: Name of the sample that stands for the training rows; "" where all are taken.
+        self.train_set = ""
         self._service: FeatureService | None = None
         self._restored: Mapping[str, Any] = {}
         self._generations_saved = 0
@@ -148,6 +151,10 @@ class InfluenceSelector(Selector):
         """Where target features come from; None: the gradients of the target rows' answers."""
         return None
 
+    def sample(self, run: RunContext) -> Rows | None:
+        """Training rows that stand for all of them, named `train_set`; None takes all."""
+        return None
+
     def score(
         self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext
     ) -> Scored:
@@ -157,6 +164,17 @@ class InfluenceSelector(Selector):
         found = subtask_influence(checkpoints, subtask_sizes=self.subtask_sizes(context.run))
         candidates = context.among_candidates(found.usable)
         return Scored(self.fold(found.values, candidates, count), found.usable, found.skipped)
+
+    def take(
+        self,
+        scores: npt.NDArray[np.floating[Any]],
+        count: int,
+        candidates: npt.NDArray[np.bool_],
+    ) -> npt.NDArray[np.int64]:
+        """(count,) best candidates, best first; ties go to the lower row."""
+        from gradstore.selection import select_top
+
+        return select_top(scores, count, usable=candidates)
 
     # -- life cycle -------------------------------------------------------------------------------
 
@@ -180,7 +198,7 @@ class InfluenceSelector(Selector):
             return {}
         store = self._service.store
         head = store.head
-        self._generations_saved = len(self._service.steps())
+        self._generations_saved = len(self._service.steps(self.train_set))
         return {
             "store_uuid": store.uuid,
             "commit": None if head is None else head.sha256,
@@ -209,7 +227,13 @@ class InfluenceSelector(Selector):
         moments = None
         if self.settings.train_features.needs_moments:
             moments = AdamMoments.from_optimizer(context.optimizer, context.run.model)
-        return service.export(context.step, context.learning_rate, moments, self.target_source())
+        return service.export(
+            context.step,
+            context.learning_rate,
+            moments,
+            self.target_source(),
+            self.sample(context.run),
+        )
 
     def _check_store(self, run: RunContext) -> None:
         """Refuse, before anything is created, a store that is not the checkpoint's."""
@@ -238,19 +262,19 @@ class InfluenceSelector(Selector):
         exported: CheckpointExport,
     ) -> Selection:
         """On rank 0: scores of what was exported, and the best of them."""
-        from gradstore.selection import select_top
-
         clock = [time.perf_counter()]
-        scores = self.score(service.checkpoints(self.which, context.step), count, context)
+        scores = self.score(
+            service.checkpoints(self.which, context.step, self.train_set), count, context
+        )
         clock.append(time.perf_counter())
-        rows = select_top(scores.values, count, usable=context.among_candidates(scores.usable))
+        rows = self.take(scores.values, count, context.among_candidates(scores.usable))
         clock.append(time.perf_counter())
         if self.keep_generations is not None:
             # Those made since the last checkpoint come on top: a resume starts before them and
             # needs the ones they would push out.
-            since = len(service.steps()) - self._generations_saved
+            since = len(service.steps(self.train_set)) - self._generations_saved
             service.writer.clean(self.keep_generations + since)
-            self._generations_saved = len(service.steps()) - since
+            self._generations_saved = len(service.steps(self.train_set)) - since
         train = service.store.generation(exported.train)
         return Selection(
             rows,
@@ -271,7 +295,6 @@ class InfluenceSelector(Selector):
 
     def _direct(self, count: int, context: UpdateContext) -> Selection:
         from dataflex.scoring import direct_influence
-        from gradstore.selection import select_top
 
         began = time.perf_counter()
         sizes = self.subtask_sizes(context.run)
@@ -279,7 +302,7 @@ class InfluenceSelector(Selector):
         exported = time.perf_counter()
         candidates = context.among_candidates(np.asarray(np.isfinite(found.cosines).all(axis=1)))
         scores = self.fold(found.cosines, candidates, count)
-        rows = select_top(scores, count, usable=candidates)
+        rows = self.take(scores, count, candidates)
         return Selection(
             rows,
             scores[rows],

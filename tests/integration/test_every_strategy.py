@@ -31,6 +31,7 @@ MORE: dict[str, tuple[str, ...]] = {
 
 #: Run with two processes as well: at least one of each kind, and what shares work.
 TWO_PROCESSES = ("selectors/less", "selectors/loss", "selectors/nice", "selectors/random",
+                 "selectors/cluster_less", "selectors/near",
                  "mixers/odm", "mixers/doremi_step2_dynamic", "reorders/dynamic_sorting",
                  "reorders/saw", "pipelines/hierarchical",
                  "pipelines/doremi_then_weight", "weighters/joint_update_aware")  # fmt: skip

@@ -1,0 +1,346 @@
+"""LESS by clusters: a few rows' gradients speak for all rows like them.
+
+Letters: n training rows, k clusters, r representatives, d projected dimensions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.config import RunConfig
+from dataflex.data import Rows
+from dataflex.registry import register
+from dataflex.selectors.base import RunContext, UpdateContext
+from dataflex.selectors.embedded import is_whole
+from dataflex.selectors.influence import Scored
+from dataflex.selectors.less import LessSelector
+from gradstore.layout import RowStatus
+
+if TYPE_CHECKING:
+    from dataflex.embeddings import Embedded, EmbeddingService
+    from dataflex.features import CheckpointExport, FeatureService
+    from gradstore.scoring.comparable import CheckpointFeatures
+    from gradstore.scoring.scan import FeatureSource
+
+Strategy = Literal["random", "nearest", "farthest", "mixed"]
+
+STRATEGIES = ("random", "nearest", "farthest", "mixed")
+
+
+@dataclass(frozen=True)
+class RowClusters:
+    """Which rows belong together, and which of them are looked at.
+
+    Attributes:
+        labels: (n,) int64, cluster of each row; -1 where its embedding can't be used.
+        distances: (n,) float32, squared distance to the cluster's centroid; NaN there.
+        representatives: (r,) int64, rising rows whose gradients are taken.
+    """
+
+    labels: npt.NDArray[np.int64]
+    distances: npt.NDArray[np.float32]
+    representatives: npt.NDArray[np.int64]
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return int(self.labels.max()) + 1
+
+
+@register("selector", "cluster_less")
+class ClusterLessSelector(LessSelector):
+    """Take the rows of the clusters whose representatives have the largest influence (1.5).
+
+    Rows are embedded and clustered once, representatives drawn once; their gradients are taken at
+    every update, 1 row in 16 by default. The mean of a cluster's unit gradients is its direction;
+    its rows share the score, and those nearest to the centroid come first.
+
+    Args:
+        cluster_size: rows of a cluster, on average.
+        num_clusters: null makes as many as cluster_size says.
+        samples_per_cluster: representatives, at most.
+        clustering_batch_size: rows of an embedding batch, at most; tokens bound it as well.
+        clustering_max_iter: updates of the centroids, at most.
+        assignment_chunk_size: rows compared with all centroids at once.
+        clustering_method: kmeans, spherical_kmeans, farthest_first, random_projection_lsh or
+            random_partition.
+        lsh_num_bits: hyperplanes of random_projection_lsh; null follows the number of clusters.
+        representative_strategy: random, nearest or farthest to the centroid, or mixed (both).
+        embedding_model_name_or_path: a sentence-transformers folder, any encoder's folder, or a hub
+            id; null takes the model in training, at the first update.
+        embedding_model_dtype: of that encoder's weights: auto, fp32, fp16 or bf16.
+        embedding_layer: index into the hidden states; -1 is the last layer's output.
+        less: as for `LessSelector`; `seed` is also that of clusters and representatives.
+    """
+
+    neutral = LessSelector.neutral | {"clustering_batch_size"}
+
+    def __init__(
+        self,
+        cluster_size: int = 64,
+        num_clusters: int | None = None,
+        samples_per_cluster: int = 3,
+        clustering_batch_size: int = 8,
+        clustering_max_iter: int = 20,
+        assignment_chunk_size: int = 4096,
+        clustering_method: str = "kmeans",
+        lsh_num_bits: int | None = None,
+        representative_strategy: Strategy = "random",
+        embedding_model_name_or_path: str | None = None,
+        embedding_model_dtype: str = "auto",
+        embedding_layer: int = -1,
+        **less: Any,  # noqa: ANN401 - the base's parameters
+    ) -> None:
+        from dataflex.clustering import METHODS
+        from dataflex.embedders import EmbeddingSettings
+
+        super().__init__(**less)
+        if self.scoring != "projected":
+            raise ValueError(f"scoring is {self.scoring!r}; cluster_less scores projected features")
+        for key, value in (
+            ("cluster_size", cluster_size),
+            ("num_clusters", 1 if num_clusters is None else num_clusters),
+            ("samples_per_cluster", samples_per_cluster),
+            ("clustering_batch_size", clustering_batch_size),
+            ("clustering_max_iter", clustering_max_iter),
+            ("assignment_chunk_size", assignment_chunk_size),
+            ("lsh_num_bits", 1 if lsh_num_bits is None else lsh_num_bits),
+        ):
+            if not is_whole(value):
+                raise ValueError(f"{key} is {value!r}; give a whole number of at least 1")
+        if lsh_num_bits is not None and lsh_num_bits > 62:
+            raise ValueError(f"lsh_num_bits is {lsh_num_bits}; choose 1 to 62")
+        if clustering_method not in METHODS:
+            raise ValueError(
+                f"clustering_method is {clustering_method!r}; choose {', '.join(METHODS)}"
+            )
+        if representative_strategy not in STRATEGIES:
+            raise ValueError(
+                f"representative_strategy is {representative_strategy!r}; choose "
+                f"{', '.join(STRATEGIES)}"
+            )
+        self.cluster_size, self.num_clusters = cluster_size, num_clusters
+        self.samples_per_cluster = samples_per_cluster
+        self.max_iter, self.chunk_rows = clustering_max_iter, assignment_chunk_size
+        self.method, self.lsh_num_bits = clustering_method, lsh_num_bits
+        self.representative_strategy: Strategy = representative_strategy
+        self.embeddings = EmbeddingSettings(
+            embedding_model_name_or_path,
+            embedding_model_dtype,
+            embedding_layer,
+            clustering_batch_size,
+        )
+        self._embedder: EmbeddingService | None = None
+        self._clusters: RowClusters | None = None
+
+    # -- life cycle -------------------------------------------------------------------------------
+
+    def check(self, config: RunConfig) -> list[str]:
+        """The encoder's folder is there."""
+        return [*super().check(config), *self.embeddings.faults(config)]
+
+    def start(self, run: RunContext) -> None:
+        """Open the store; with an encoder of its own, embed and cluster now."""
+        super().start(run)
+        if self._clusters is not None:
+            self.train_set = name_of_sample(run.data.train, self._clusters)
+        if self._clusters is not None or self._service is None:
+            return
+        from dataflex.embeddings import EmbeddingService
+
+        service = self._service
+        self._embedder = EmbeddingService(run, self.embeddings, lambda: service.writer)
+        if self._embedder.frozen:
+            self._cluster(run, self._embedder, 0)
+
+    def state(self) -> dict[str, Any]:
+        """The store's part, and the clusters once they are made."""
+        made = self._clusters
+        clusters = {} if made is None else {"clusters": dict(vars(made))}
+        return {**super().state(), **clusters}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The same clusters and representatives."""
+        super().restore(state)
+        if "clusters" in state:
+            self._clusters = RowClusters(**state["clusters"])
+
+    # -- selecting --------------------------------------------------------------------------------
+
+    def export(self, service: FeatureService, context: UpdateContext) -> CheckpointExport:
+        """Gradients of the target and of the representatives; collective."""
+        embedded = None
+        if self._clusters is None and self._embedder is not None:
+            embedded = self._cluster(context.run, self._embedder, context.step)
+        exported = super().export(service, context)
+        if embedded is None:
+            return exported
+        return replace(
+            exported,
+            tokens=exported.tokens + embedded.tokens,
+            seconds=exported.seconds + embedded.seconds,
+        )
+
+    def sample(self, run: RunContext) -> Rows | None:
+        """The representatives, as rows of their own."""
+        train, chosen = run.data.train, self._made.representatives
+        sources = train.sources
+        return Rows(
+            self.train_set,
+            train.dataset.select(chosen.tolist()),
+            None if sources is None else tuple(sources[i] for i in chosen.tolist()),
+        )
+
+    def score(
+        self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext
+    ) -> Scored:
+        """A row's score is its cluster's."""
+        made = self._made
+        owners = made.labels[made.representatives]
+        of_clusters = super().score(
+            [replace(c, train=ClusterDirections(c.train, owners, made.count)) for c in checkpoints],
+            count,
+            context,
+        )
+        placed = made.labels >= 0
+        values = np.where(placed, of_clusters.values[made.labels], np.nan)
+        usable = placed & of_clusters.usable[made.labels]
+        skipped = {
+            "without_embedding": int((~placed).sum()),
+            "without_gradient": int((placed & ~usable).sum()),
+        }
+        return Scored(values, usable, {k: v for k, v in skipped.items() if v})
+
+    def take(
+        self,
+        scores: npt.NDArray[np.floating[Any]],
+        count: int,
+        candidates: npt.NDArray[np.bool_],
+    ) -> npt.NDArray[np.int64]:
+        """Best clusters first; inside one, the rows nearest to its centroid."""
+        from gradstore.selection import check_k
+
+        rows = np.flatnonzero(candidates & ~np.isnan(scores))
+        check_k(count, len(rows), len(scores))
+        order = np.lexsort((rows, self._made.distances[rows], -scores[rows]))
+        return rows[order[:count]].astype(np.int64)
+
+    @property
+    def _made(self) -> RowClusters:
+        if self._clusters is None:
+            raise RuntimeError("the rows are not clustered yet")
+        return self._clusters
+
+    def _cluster(self, run: RunContext, service: EmbeddingService, step: int) -> Embedded:
+        """Embed the training rows and cluster them; collective, once per run."""
+        embedded = service.export(step)
+        made = run.ranks.decide(lambda: self._grouped(run, service, embedded))
+        self._clusters, self.train_set = made, name_of_sample(run.data.train, made)
+        return embedded
+
+    def _grouped(self, run: RunContext, service: EmbeddingService, made: Embedded) -> RowClusters:
+        from dataflex.clustering import cluster
+        from gradstore.embeddings import UsableRows
+
+        rows: Any = UsableRows(service.generation(made.train))
+        found = cluster(
+            self.method,
+            rows,
+            self.num_clusters or math.ceil(len(rows) / self.cluster_size),
+            seed=self.settings.seed,
+            max_iter=self.max_iter,
+            lsh_num_bits=self.lsh_num_bits,
+            chunk_rows=self.chunk_rows,
+            device=next(run.model.parameters()).device,
+        )
+        n = len(run.data.train)
+        labels = np.full(n, -1, dtype=np.int64)
+        distances = np.full(n, np.nan, dtype=np.float32)
+        labels[rows.rows], distances[rows.rows] = found.labels, found.distances
+        chosen = representatives(
+            labels,
+            distances,
+            run.data.train.target_tokens > 0,
+            self.samples_per_cluster,
+            self.representative_strategy,
+            self.settings.seed,
+        )
+        return RowClusters(labels, distances, chosen)
+
+
+def name_of_sample(train: Rows, clusters: RowClusters) -> str:
+    """What the representatives are called in the store: other ones are another set."""
+    hashes = train.row_set.hashes[clusters.representatives]
+    return f"representatives-{hashlib.sha256(hashes.tobytes()).hexdigest()[:8]}"
+
+
+def representatives(
+    labels: npt.NDArray[np.int64],
+    distances: npt.NDArray[np.floating[Any]],
+    eligible: npt.NDArray[np.bool_],
+    per_cluster: int,
+    strategy: Strategy,
+    seed: int,
+) -> npt.NDArray[np.int64]:
+    """(r,) rising rows that stand for their clusters.
+
+    Args:
+        labels: (n,) cluster of each row; -1 for none.
+        distances: (n,) to its centroid.
+        eligible: (n,) bool, rows that may represent: those with a target token.
+        per_cluster: at most so many of each cluster.
+        strategy: random, nearest, farthest, or mixed: the nearest half and the farthest half.
+        seed: of random.
+    """
+    chosen: list[npt.NDArray[np.int64]] = []
+    rows = np.flatnonzero(eligible & (labels >= 0))
+    rows = rows[np.argsort(labels[rows], kind="stable")]
+    stops = np.cumsum(np.bincount(labels[rows]))
+    for number, members in enumerate(np.split(rows, stops[:-1])):
+        if strategy == "random":
+            chosen.append(np.random.default_rng([seed, number]).permutation(members)[:per_cluster])
+            continue
+        order = members[np.argsort(distances[members], kind="stable")]
+        near = {"nearest": per_cluster, "farthest": 0, "mixed": -(-per_cluster // 2)}[strategy]
+        far = order[near:][::-1][: per_cluster - near]
+        chosen += [order[:near], far]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+class ClusterDirections:
+    """Each cluster's direction as a row of features: the mean of its representatives' unit rows."""
+
+    def __init__(self, sample: FeatureSource, owners: npt.NDArray[np.int64], count: int) -> None:
+        """Read the representatives.
+
+        Args:
+            sample: (r, d) features.
+            owners: (r,) cluster of each.
+            count: k.
+        """
+        from gradstore.scoring.scan import BLOCK_ROWS, unit_rows
+
+        self.name = str(getattr(sample, "name", "clusters"))
+        self.space = getattr(sample, "space", None)
+        self.rows, self.dim = count, sample.dim
+        sums = np.zeros((count, sample.dim))
+        for start in range(0, sample.rows, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, sample.rows)
+            directions, codes = unit_rows(sample.read(start, stop))
+            good = (codes == RowStatus.OK) & sample.usable[start:stop]
+            np.add.at(sums, owners[start:stop][good], directions[good])
+        lengths = np.linalg.norm(sums, axis=1)
+        #: (k,) bool: a representative could be used.
+        self.usable: npt.NDArray[np.bool_] = lengths > 0
+        self._directions = (sums / np.where(lengths > 0, lengths, 1.0)[:, None]).astype(np.float32)
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Directions [start, stop) as (stop - start, d)."""
+        return self._directions[start:stop]
