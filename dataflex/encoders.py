@@ -27,13 +27,23 @@ if TYPE_CHECKING:
 #: Files of a folder that decide what its encoder answers.
 DECIDING = ("*.json", "*.txt", "*.model", "*.safetensors")
 
-#: Switches of 1_Pooling/config.json -> our pooling; a mean's scale does not change its direction.
+#: Modes of 1_Pooling/config.json -> our pooling; a mean's scale does not change its direction.
 POOLINGS: dict[str, Pooling] = {
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean",
+    "cls": "first_token",
+    "lasttoken": "last_token",
+    "weightedmean": "position",
+}
+
+#: What older folders have in place of `pooling_mode`: a switch for each mode.
+SWITCHES = {
     "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean",
-    "pooling_mode_cls_token": "first_token",
-    "pooling_mode_lasttoken": "last_token",
-    "pooling_mode_weightedmean_tokens": "position",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "lasttoken",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_max_tokens": "max",
 }
 
 #: Values of `embedding_model_dtype` -> torch's names; `auto` is the folder's own.
@@ -107,7 +117,7 @@ def read_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:
         BadInput: it is unreadable, needs a module that is unknown here, or code that is not
             trusted.
     """
-    where, pooling = folder, POOLINGS["pooling_mode_mean_tokens"]
+    where, pooling = folder, POOLINGS["mean"]
     if (folder / "modules.json").exists():
         where, pooling = _modules(folder)
     config = _json(where / "config.json", needed=True)
@@ -157,18 +167,7 @@ def _modules(folder: Path) -> tuple[Path, Pooling]:
         if kind == "Transformer":
             where = path
         elif kind == "Pooling":
-            settings = _json(path / "config.json", needed=True)
-            switched = [
-                key
-                for key, on in settings.items()
-                if key.startswith("pooling_mode_") and on is True
-            ]
-            if len(switched) != 1 or switched[0] not in POOLINGS:
-                raise BadInput(
-                    f"{str(path)!r} pools by {', '.join(switched) or 'nothing'}; known is one of "
-                    f"{', '.join(POOLINGS)}."
-                )
-            pooling = POOLINGS[switched[0]]
+            pooling = _pooling(path)
         elif kind != "Normalize":
             raise BadInput(
                 f"the embedding model in {str(folder)!r} has a module {kind!r}; known are "
@@ -177,6 +176,20 @@ def _modules(folder: Path) -> tuple[Path, Pooling]:
     if pooling is None:
         raise BadInput(f"modules.json in {str(folder)!r} has no Pooling.")
     return where, pooling
+
+
+def _pooling(path: Path) -> Pooling:
+    settings = _json(path / "config.json", needed=True)
+    said = settings.get("pooling_mode") or [
+        SWITCHES.get(key, key) for key, on in settings.items() if key.startswith("pooling_") and on
+    ]
+    modes = [said] if isinstance(said, str) else said
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise BadInput(
+            f"the embedding model pools by {', '.join(modes) or 'nothing'} ({str(path)!r}); known "
+            f"is one of {', '.join(POOLINGS)}."
+        )
+    return POOLINGS[modes[0]]
 
 
 def _json(path: Path, *, needed: bool = False) -> Any:  # noqa: ANN401 - a mapping, or a list

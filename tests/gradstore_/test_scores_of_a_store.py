@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from gradstore.errors import ProvenanceMismatch
+from gradstore.errors import BadInput, ProvenanceMismatch
 from gradstore.index import FeatureIndex
 from gradstore.influence import (
     CheckpointFeatures,
@@ -18,6 +21,7 @@ from gradstore.influence import (
     query_influence,
 )
 from gradstore.layout import RowStatus
+from gradstore.pairing import checkpoint_features
 from gradstore.records import GenerationRecord, RowSet
 from gradstore.scoring.scan import unit_rows
 from gradstore.selection import select_top
@@ -103,6 +107,26 @@ def test_scores_of_a_store_equal_float64_cosines_of_its_rows(store: Store) -> No
     assert (scores.best_subtask[usable] == best[usable]).all()
     chosen = select_top(scores.values, 50, usable=scores.usable)
     assert set(chosen.tolist()) <= set(np.flatnonzero(usable).tolist())
+
+
+def test_a_sample_stands_for_the_training_rows_and_is_never_a_target(store: Store) -> None:
+    """As set "b" was one: it may be the train side, and no question takes it for a target."""
+
+    def seen(name: str) -> SimpleNamespace:
+        found = store.generation(name)
+        sampled = replace(found.record, feature_options={"sample_of": "train"})
+        kept = {k: getattr(found, k) for k in ("name", "role", "set", "step", "space")}
+        return SimpleNamespace(record=sampled if found.set == "b" else found.record, **kept)
+
+    names = [g.name for g in store.generations()]
+    view: Any = SimpleNamespace(path="s", generations=lambda: [seen(name) for name in names])
+    (newest,) = checkpoint_features(view)
+    assert [t.name for t in newest.targets] == ["target/a/20"]
+    sampled = checkpoint_features(view, "all", train_set="b", sets=["a"])
+    assert [c.train.name for c in sampled] == ["target/b/10", "target/b/20"]
+    assert [[t.name for t in c.targets] for c in sampled] == [["target/a/10"], ["target/a/20"]]
+    with pytest.raises(BadInput, match="no target generation of b"):
+        checkpoint_features(view, sets=["b"])
 
 
 def test_generations_of_two_checkpoints_are_not_scored_together(store: Store) -> None:
