@@ -46,6 +46,10 @@ def test_equal_votes_and_ranks_go_to_the_lower_row() -> None:
     assert select_top(scores, 3).tolist() == [0, 2, 1]
 
 
+def test_equal_influences_share_a_rank() -> None:
+    np.testing.assert_allclose(consensus(np.array([[0.5], [0.5], [0.1]]), 1), [1.75, 1.75, 0.0])
+
+
 @given(
     arrays(np.float64, st.tuples(st.integers(2, 30), st.just(1)), elements=st.floats(-1, 1)),
     st.data(),
