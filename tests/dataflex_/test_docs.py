@@ -91,3 +91,10 @@ def test_the_pipeline_on_its_page_can_be_built() -> None:
     assert built.describe() == "selector loss -> mixer odm, samples weighted by loss"
     accepted = {key for keys in ACCEPTED.values() for key in keys} - {"component_params"}
     assert set(re.findall(r"^\| `(\w+)` \|", page, flags=re.M)) == accepted
+
+
+def test_every_worked_number_of_the_specification_has_a_test() -> None:
+    """E1 to E35, by name: in a test's name, docstring or comment."""
+    text = "\n".join(path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py")))
+    missing = [n for n in range(1, 36) if not re.search(rf"(?i)(\b|_)e{n}(\b|_)", text)]
+    assert not missing, f"no test names E{missing}"
