@@ -222,15 +222,15 @@ def test_a_sample_without_a_finite_loss_spoils_nothing(
     """Its own row of the table aside, the step is that of the other samples."""
     nan = float("nan")
     with caplog.at_level(logging.WARNING):
-        loss, table = trained(make([1, nan, 5, nan], Told([1, 1, 1, 1], scope)))
+        loss, table = trained(make([1, nan, nan, 5], Told([1, 1, 1, 2], scope)))
     assert "not finite count 0" in caplog.text
     assert caplog.text.count("told once") == 1
-    clean = make([1, 3, 5, 4], Told([1, 0, 1, 0], scope, relative=scope == "window"))
+    clean = make([1, 3, 4, 5], Told([1, 0, 0, 2], scope, relative=scope == "window"))
     expected_loss, expected = trained(clean)
-    assert torch.isfinite(table[[0, 2]]).all()
+    assert torch.isfinite(table[[0, 3]]).all()
     if scope == "window":
         assert loss == pytest.approx(expected_loss, abs=1e-5)
-        torch.testing.assert_close(table[[0, 2]], expected[[0, 2]], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(table[[0, 3]], expected[[0, 3]], atol=1e-5, rtol=1e-5)
 
 
 def test_a_micro_batch_of_spoilt_samples_alone_teaches_nothing(make: MakeTrainer) -> None:
@@ -250,6 +250,24 @@ def test_weights_of_zero_give_no_gradient_and_one_warning(
     assert loss == 0
     torch.testing.assert_close(table, before, rtol=0, atol=0)
     assert caplog.text.count("all weights are 0") == 1
+
+
+def test_smoothed_labels_have_one_denominator_too(make: MakeTrainer) -> None:
+    """The Trainer adds up the means of micro-batches here; ours is one mean, however cut."""
+
+    class Configured(Bigram):
+        config = SimpleNamespace(use_cache=False)
+
+    steps = [
+        trained(
+            make([1, 3, 5, 2], Told([1, 2, 1, 1], "window"), model=Configured,
+                 accumulation=accumulation, per_device_train_batch_size=4 // accumulation,
+                 label_smoothing_factor=0.1)
+        )
+        for accumulation in (1, 2)
+    ]  # fmt: skip
+    assert steps[0][0] == pytest.approx(steps[1][0], abs=1e-5)
+    torch.testing.assert_close(steps[0][1], steps[1][1], atol=1e-5, rtol=1e-5)
 
 
 def test_evaluation_keeps_the_plain_loss(make: MakeTrainer) -> None:

@@ -33,8 +33,8 @@ MORE: dict[str, tuple[str, ...]] = {
 TWO_PROCESSES = ("selectors/less", "selectors/loss", "selectors/nice", "selectors/random",
                  "selectors/cluster_less", "selectors/near",
                  "mixers/odm", "mixers/doremi_step2_dynamic", "reorders/dynamic_sorting",
-                 "reorders/saw", "pipelines/hierarchical",
-                 "pipelines/doremi_then_weight", "weighters/joint_update_aware")  # fmt: skip
+                 "reorders/saw", "pipelines/hierarchical", "pipelines/doremi_then_weight",
+                 "weighters/joint_update_aware", "weighters/loss")  # fmt: skip
 
 #: Where both folders hold an example of one name, the one of train_lora is meant.
 NAMED = {f"{path.parent.name}/{path.stem}": path for path in EXAMPLES}

@@ -199,6 +199,9 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("fsdp is 'full_shard'",),
     ),
     "another loss": ({"use_dft_loss": True}, ("use_dft_loss is on", "set use_dft_loss: false")),
+    "asft loss": ({"use_asft_loss": True}, ("use_asft_loss is on", "set use_asft_loss: false")),
+    "eaft loss": ({"use_eaft_loss": True},
+                       ("use_eaft_loss is on", "set use_eaft_loss: false")),
     "no logits to watch": (
         {"train_type": "dynamic_mix", "component_name": "odm", "enable_liger_kernel": True,
          "dataset": "tiny_domain_date,tiny_domain_sort", "update_step": 2},
