@@ -68,7 +68,10 @@ CONFIGURATION = {
         {"component_params": {"proj_dmi": 128}},
         ["'proj_dmi' (did you mean 'proj_dim'?)", "gradient_type"],
     ),
-    "misspelt component": ({"component_name": "les"}, ["did you mean 'less'", "custom, delta_loss, icons, less, loss"]),
+    "misspelt component": (
+        {"component_name": "les"},
+        ["did you mean 'less'", "custom, delta_loss, icons, less, loss"],
+    ),
     "no component": ({"component_name": None}, ["needs component_name", "less"]),
     "misspelt train_type": (
         {"train_type": "dynamic_selekt"},
