@@ -11,7 +11,7 @@ from gradstore.errors import BadInput
 
 @register("mixer", "custom")
 class CustomMixer(Mixer):
-    """Placeholder of the name `custom`: `component_params.target` replaces it by your class.
+    """Your own class, named by `component_params.target`: package.module:Class.
 
     Args:
         target: package.module:Class; every other parameter goes to that class.

@@ -25,7 +25,7 @@ Batch = tuple[int, Rows, IntArray]
 
 @register("mixer", "dynamic_moe")
 class DynamicMoeMixer(Mixer):
-    """Proportions that follow how differently the domains load the experts (ALGORITHMS 2.5).
+    """Proportions that follow how differently the domains load the experts.
 
     Loads are counted on held-out rows (`mixer_eval_dataset` or `val_size`); a domain without any is
     looked at on rows of its training set, which stay in training. The first answer moves away from

@@ -60,7 +60,7 @@ def policy(rewards: FloatArray, exploration_before: float, exploration_now: floa
 
 @register("mixer", "odm")
 class OdmMixer(Mixer):
-    """Proportions that follow the domains' training losses (ALGORITHMS 2.4).
+    """Proportions that follow the domains' training losses.
 
     The reward of a domain is its mean token loss since the last update, over all ranks, divided by
     the proportion it was trained on.

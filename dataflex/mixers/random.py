@@ -12,7 +12,7 @@ from dataflex.registry import register
 
 @register("mixer", "random")
 class RandomMixer(Mixer):
-    """Uniform numbers, normalised: another mixture at every update (ALGORITHMS 2.2).
+    """Uniform numbers, normalised: another mixture at every update.
 
     Args:
         seed: combined with the step.

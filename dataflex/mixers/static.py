@@ -16,7 +16,7 @@ from gradstore.errors import BadInput
 
 @register("mixer", "static")
 class StaticMixer(Mixer):
-    """Fixed proportions of the domains (ALGORITHMS 2.2).
+    """Fixed proportions of the domains.
 
     Args:
         proportions: one number >= 0 for each data set of `dataset`, in that order and in any

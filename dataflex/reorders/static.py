@@ -26,7 +26,7 @@ RAW_NEEDS = {
 
 @register("reorder", "static")
 class StaticReorder(ScoredReorder):
-    """Put the rows in one order by score, and go through it again and again (ALGORITHMS 4).
+    """Put the rows in one order by score, and go through it again and again.
 
     Args:
         apply_at: raw: rows are put in order before they are tokenised, so that packed rows follow

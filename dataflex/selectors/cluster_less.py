@@ -56,7 +56,7 @@ class RowClusters:
 
 @register("selector", "cluster_less")
 class ClusterLessSelector(LessSelector):
-    """Take the rows of the clusters whose representatives have the largest influence (1.5).
+    """Take the rows of the clusters whose representatives have the largest influence.
 
     Rows are embedded and clustered once, representatives drawn once; their gradients are taken at
     every update, 1 row in 16 by default. The mean of a cluster's unit gradients is its direction;

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 @register("selector", "icons")
 class IconsSelector(InfluenceSelector):
-    """Take the rows that are among the most influential for the most tasks (ALGORITHMS 1.6).
+    """Take the rows that are among the most influential for the most tasks.
 
     Each task votes for the rows whose influence on it is in the top share of m of n. Equal votes
     are ordered by the mean over tasks of the row's rank, then by the lower row.

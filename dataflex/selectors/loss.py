@@ -18,7 +18,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @register("selector", "loss")
 class LossSelector(Selector):
-    """Prefer low, medium or high loss (ALGORITHMS 1.2).
+    """Prefer low, medium or high loss.
 
     Args:
         focus: the preferred band: low, medium or high.

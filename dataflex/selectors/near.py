@@ -27,7 +27,7 @@ from gradstore.errors import BadInput
 
 @register("selector", "near")
 class NearSelector(EmbeddingSelector):
-    """Take each target row's nearest rows: all first neighbours, then all second ones (1.9).
+    """Take each target row's nearest rows: all first neighbours, then all second ones.
 
     Args:
         max_K: neighbours looked up for each target row; more where they name too few rows.

@@ -11,7 +11,7 @@ from gradstore.errors import BadInput
 
 @register("selector", "random")
 class RandomSelector(Selector):
-    """Draw rows uniformly, of those that have a target token (ALGORITHMS 1.1).
+    """Draw rows uniformly, of those that have a target token.
 
     Args:
         seed: combined with the step, so that every update draws anew.

@@ -37,7 +37,7 @@ DENSITY_ROWS = 256
 
 @register("selector", "tsds")
 class TsdsSelector(EmbeddingSelector):
-    """Draw rows that match the target's distribution and are spread out (ALGORITHMS 1.10).
+    """Draw rows that match the target's distribution and are spread out.
 
     Every target row spreads its mass over its nearest rows, further the less `alpha` is and the
     larger `C`; a row among near-duplicates (a dense place) gets less. Rows are drawn by their mass.

@@ -11,7 +11,7 @@ from dataflex.weighters.targets import TargetWeighter
 
 @register("weighter", "adapt")
 class AdaptWeighter(TargetWeighter):
-    """Learn more from samples whose embedding is like the target rows' (ALGORITHMS 3.2).
+    """Learn more from samples whose embedding is like the target rows'.
 
     s is the mean cosine of a sample's embedding to those of the anchors, which are all target rows;
     its weight is min(sigmoid(s / tau), clip). A row's embedding is its last hidden state, averaged

@@ -69,7 +69,9 @@ def test_components_lists_every_strategy_with_its_parameters(
     assert "arXiv:2402.04333" in less["paper"]
     assert less["presets"] == ["less"]
     assert {("selector", "loss"), ("selector", "random"), ("selector", "custom")} <= set(entries)
-    assert all(entry["summary"] for entry in entries.values())
+    summaries = [entry["summary"] for entry in entries.values()]
+    assert all(summaries)
+    assert not [s for s in summaries if "ALGORITHMS" in s or "(" in s]
     code, out, _ = call(capsys, monkeypatch, "components")
     assert code == 0
     assert "proj_dim" in out
