@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -40,7 +41,7 @@ def accepted_keys() -> set[str]:
 
 
 def mistyped(args: Mapping[str, Any]) -> list[str]:
-    """One sentence for every word where LlamaFactory's arguments want a number or true/false.
+    """One sentence for every value where LlamaFactory's arguments want a number or true/false.
 
     Its parser takes any value for any key and fails much later, with a TypeError.
     """
@@ -49,11 +50,20 @@ def mistyped(args: Mapping[str, Any]) -> list[str]:
         for name, hint in get_type_hints(cls).items():
             value = args.get(name)
             wanted = set(get_args(hint) or (hint,)) - {type(None)}
-            if not isinstance(value, str) or not wanted <= {int, float, bool}:
+            if value is None or not wanted <= {int, float, bool}:
+                continue
+            if isinstance(value, bool | int | float) and not _unusable(value, wanted):
                 continue
             expected = "true or false" if wanted == {bool} else "a number, without quotes"
             faults.append(f"{name} is {value!r}; expected {expected}.")
     return faults
+
+
+def _unusable(value: float, wanted: set[Any]) -> bool:
+    """A boolean for a number, NaN, or infinity where a whole number is wanted."""
+    if isinstance(value, bool):
+        return bool not in wanted
+    return math.isnan(value) or (math.isinf(value) and float not in wanted)
 
 
 def _argument_classes() -> tuple[Any, ...]:

@@ -111,8 +111,9 @@ def load(path: Path, overrides: Sequence[str], accepted: Collection[str]) -> Run
     if extra := set(merged) - own - set(accepted):
         raise BadInput(f"{path}: {unknown('key', extra, own | set(accepted))}")
     faults: list[str] = []
-    ours = _own_values({k: v for k, v in merged.items() if k in own}, faults)
+    ours = _converted({k: v for k, v in merged.items() if k in own}, faults)
     rest = {k: v for k, v in merged.items() if k not in own}
+    _converted({key: rest.get(key) for key in ("dataset", "eval_dataset")}, faults)
     if not isinstance(rest.get("output_dir"), str) or not rest["output_dir"]:
         faults.append("output_dir is missing: say where the run is written.")
     if ours.get("train_type", "static") not in TRAIN_TYPES:
@@ -155,8 +156,8 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in dict(found).items()}  # type: ignore[arg-type]
 
 
-def _own_values(given: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
-    """Check and convert our keys; a null means the default, as it does for LlamaFactory."""
+def _converted(given: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """Check and convert values; a null means the default, as it does for LlamaFactory."""
     values: dict[str, Any] = {}
     for key, value in given.items():
         if value is None:
@@ -244,4 +245,7 @@ _CONVERT: Mapping[str, Any] = {
     "gradstore_checkpoints": _name_list,
     "target_dataset": _name_list,
     "target_subtasks": _integer_list,
+    # LlamaFactory's, which iterates over whatever they are:
+    "dataset": _name_list,
+    "eval_dataset": _name_list,
 }

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dataflex.values import mistyped
 from gradstore.errors import BadInput
 
 C = TypeVar("C", bound=type)
@@ -221,13 +222,16 @@ def presets_of(bucket: str, path: Path = PACKAGED_PRESETS) -> dict[str, dict[str
         BadInput: the file cannot be read, or the bucket is no mapping of mappings.
     """
     import yaml
+    from omegaconf import OmegaConf  # reads 1e-5 as a number, as in the run's own YAML
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"components_cfg_file {str(path)!r} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise BadInput(f"components_cfg_file {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"components_cfg_file {str(path)!r} is no mapping of kinds to presets.")
     presets = content.get(bucket) or content.get(OLD_BUCKETS.get(bucket, bucket)) or {}
     if not isinstance(presets, dict) or not all(isinstance(p, dict) for p in presets.values()):
         raise BadInput(f"components_cfg_file {str(path)!r}: {bucket} must map preset -> settings.")
@@ -283,3 +287,6 @@ def _check_parameters(name: str, cls: type, params: Mapping[str, Any]) -> None:
     required = {n for n, p in accepted.items() if p.default is p.empty} - set(params)
     if required:
         raise BadInput(f"component {name!r} needs component_params: {', '.join(sorted(required))}.")
+    owned = {key: value for key, value in params.items() if key in accepted}
+    if faults := [f for made in constructors for f in mistyped(made, owned)]:
+        raise BadInput("\n".join(f"component {name!r}: {f}." for f in faults))

@@ -1,0 +1,93 @@
+"""Values of the wrong type are refused before anything is built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from dataflex import bridge
+from dataflex.config import load
+from dataflex.registry import KINDS, PACKAGES, _constructors, presets_of, resolve, strategies
+from dataflex.values import mistyped
+from gradstore.errors import BadInput
+
+
+class Plain:
+    def __init__(self, rows: int, rate: float = 0.1, names: list[str] | None = None) -> None:
+        """Two numbers, and something that is not checked."""
+
+
+@pytest.mark.parametrize(
+    ("train_type", "name", "params", "said"),
+    [
+        ("dynamic_select", "nice", {"prompt_template": 3}, "prompt_template is 3; expected text"),
+        ("dynamic_select", "near", {"max_K": "many"}, "max_K is 'many'; expected a whole number"),
+        ("dynamic_mix", "random", {"seed": "x"}, "seed is 'x'; expected a whole number"),
+        ("dynamic_mix", "dynamic_moe", {"collect_steps": float("inf")}, "collect_steps is inf"),
+        ("dynamic_weight", "adapt", {"self_normalize": "no"}, "expected true or false"),
+        ("dynamic_weight", "joint_update_aware", {"embed_layer": []}, "embed_layer is \\[\\]"),
+        ("dynamic_reorder", "saw", {"pattern_params": -1}, "expected a mapping"),
+        ("dynamic_reorder", "saw", {"seed": None}, "seed is null"),
+        ("dynamic_lego", "pipeline", {"stages": "less"}, "stages is 'less'; expected a list"),
+    ],
+)
+def test_a_parameter_of_the_wrong_type_is_refused(
+    train_type: str, name: str, params: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BadInput, match=f"component '{name}': .*{said}"):
+        resolve(train_type, name, params)
+
+
+def test_every_strategy_has_annotations_that_can_be_read() -> None:
+    assert set(PACKAGES) == {kind for _, kind in KINDS.values()}
+    for kind in PACKAGES:
+        for cls in strategies(kind).values():
+            for constructor in _constructors(cls):
+                get_type_hints(constructor)
+
+
+def test_a_whole_number_is_a_number_and_a_boolean_is_none() -> None:
+    assert mistyped(Plain.__init__, {"rows": 3, "rate": 1, "names": 7, "more": "x"}) == []
+    assert len(mistyped(Plain.__init__, {"rows": 2.5, "rate": True})) == 2
+
+
+@pytest.mark.parametrize("key", ["dataset", "eval_dataset"])
+@pytest.mark.parametrize("value", [-1, True, {"a": 1}, [[]]])
+def test_names_of_data_sets_are_words(key: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"output_dir": "x", key: value}))
+    with pytest.raises(BadInput, match=f"{key} is .*expected a name"):
+        load(path, [], {"output_dir", "dataset", "eval_dataset"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_steps", [1]), ("val_size", {}), ("learning_rate", float("nan")), ("max_samples", True),
+     ("max_steps", float("inf")), ("learning_rate", "fast"), ("do_train", [])],
+)  # fmt: skip
+def test_what_is_no_number_is_refused_for_llamafactory_too(key: str, value: object) -> None:
+    [fault] = bridge.mistyped({key: value})
+    assert fault.startswith(f"{key} is {value!r}; expected ")
+
+
+def test_numbers_that_llamafactory_takes_are_left_alone() -> None:
+    taken = {"max_steps": 5, "learning_rate": 1e-3, "num_train_epochs": 1, "do_train": True,
+             "max_grad_norm": float("inf"), "max_samples": None}  # fmt: skip
+    assert bridge.mistyped(taken) == []
+
+
+@pytest.mark.parametrize("content", ["- less\n", "3\n", "selectors: {a: 1}\n", "selectors: [\n"])
+def test_a_file_of_presets_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "components.yaml"
+    path.write_text(content)
+    with pytest.raises(BadInput, match=r"components_cfg_file .*components\.yaml"):
+        presets_of("selectors", path)
+
+
+def test_a_preset_reads_numbers_as_the_run_does(tmp_path: Path) -> None:
+    path = tmp_path / "components.yaml"
+    path.write_text("selectors: {mine: {name: nice, params: {temperature: 1e-2}}}\n")
+    assert presets_of("selectors", path)["mine"]["params"]["temperature"] == 0.01
