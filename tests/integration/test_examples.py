@@ -1,4 +1,4 @@
-"""Every selector's example runs as it is; here for a few steps on a few rows."""
+"""Every strategy has an example; every selector's runs as it is, here for a few steps and rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+
+from dataflex.registry import KINDS, presets_of, strategies
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "train_lora" / "selectors").glob("*.yaml"))
@@ -15,8 +18,18 @@ FEWER = ("max_samples=48", "per_device_train_batch_size=2", "warmup_step=2", "up
          "do_eval=false", "overwrite_cache=true")  # fmt: skip
 
 
-def test_there_is_an_example_of_every_selector() -> None:
-    assert {path.stem for path in EXAMPLES} >= {"less", "loss", "random", "custom"}
+@pytest.mark.parametrize("train_type", KINDS)
+def test_there_is_an_example_of_every_strategy(train_type: str) -> None:
+    """A preset may stand for its strategy: `sorting` for `static`."""
+    bucket, kind = KINDS[train_type]
+    presets, shown = presets_of(bucket), set()
+    for folder in ("train_lora", "train_full"):
+        for path in (ROOT / "examples" / folder).rglob("*.yaml"):
+            content = yaml.safe_load(path.read_text())
+            if content["train_type"] == train_type:
+                name = content["component_name"]
+                shown.add(presets.get(name, {}).get("name", name))
+    assert not set(strategies(kind)) - shown
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
