@@ -1,0 +1,68 @@
+"""Selectors in real runs: evaluation sets one by one, and parameters out of range."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataflex.events import read_events
+
+SETS = ("tiny_target", "tiny_target_heldout")
+
+
+@pytest.mark.parametrize("name", ["less", "delta_loss"])
+def test_evaluation_sets_one_by_one_are_the_target_and_change_no_choice(
+    name: str, cli: Any, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """LlamaFactory hands them on as a dict, and evaluates at step 2, just before the selection."""
+    common = {
+        "component_name": name, "component_params": {"proj_dim": 64} if name == "less" else {},
+        "max_samples": 48, "gradient_accumulation_steps": 1, "train_step": 4, "save_steps": 4,
+    }  # fmt: skip
+    runs: dict[str, dict[str, Any]] = {
+        "each": {"target_dataset": None, "eval_dataset": ",".join(SETS), "do_eval": True,
+                 "eval_on_each_dataset": True, "eval_strategy": "steps", "eval_steps": 2},
+        "none": {"target_dataset": ",".join(SETS)},
+    }  # fmt: skip
+    found = []
+    for run, changes in runs.items():
+        path = config(output_dir=str(tmp_path / run), **common | changes)
+        result = cli("train", path)
+        assert result.code == 0, result.err[-3000:]
+        chosen = json.loads((tmp_path / run / "dataflex/selections/step_2.json").read_text())
+        (event,) = read_events(tmp_path / run / "dataflex")
+        found.append((chosen["indices"], chosen["metric"], event["target_rows"]))
+    assert found[0] == found[1]
+    assert found[0][2] == (32 + 48 if name == "less" else 0), (
+        "rows of both sets, 48 of each at most"
+    )
+
+    history = json.loads((tmp_path / "each" / "trainer_state.json").read_text())["log_history"]
+    for part in SETS:
+        evaluated = [line["step"] for line in history if f"eval_{part}_loss" in line]
+        assert evaluated == [2, 4]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "temperature": ({"temperature": 0}, ("temperature is 0", "above 0")),
+    "quantiles": ({"quantiles": [0.66, 0.33]}, ("quantiles are [0.66, 0.33]", "two rising")),
+    "focus": ({"focus": "hard"}, ("focus is 'hard'", "low, medium or high")),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_parameter_out_of_range_is_one_message_before_anything_is_written(
+    case: str, cli: Any, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    params, fragments = REFUSED[case]
+    result = cli("train", config(component_name="loss", component_params=params))
+    assert result.code == 2, result.err[-3000:]
+    assert "Traceback" not in result.err
+    assert result.err.count("error: ") == 1
+    assert "component 'loss'" in result.message
+    assert all(fragment in result.message for fragment in fragments), result.message
+    assert not (tmp_path / "run").exists()
