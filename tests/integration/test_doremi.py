@@ -116,3 +116,23 @@ def test_without_its_reference_it_is_refused(
     assert result.code == 2
     assert says in result.message
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"reweight_eta": 0}, "reweight_eta is 0; it must be above 0"),
+        ({"reweight_eta": -1}, "reweight_eta is -1"),
+        ({"reweight_eps": 1.5}, "reweight_eps is 1.5; it must be in [0, 1]"),
+    ],
+)
+def test_a_parameter_out_of_range_is_one_message_before_anything_is_written(
+    params: dict[str, float], says: str, cli: Any, proxy: Write, tmp_path: Path
+) -> None:
+    named = {"reference_model_path": str(TINY / "model"), **params}
+    result = cli("train", proxy(component_params=named))
+    assert result.code == 2, result.err[-3000:]
+    assert "Traceback" not in result.err
+    assert result.err.count("error: ") == 1
+    assert f"component 'doremi': {says}" in result.message
+    assert not (tmp_path / "run").exists()

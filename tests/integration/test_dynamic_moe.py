@@ -1,4 +1,4 @@
-"""dynamic_moe in real runs on a tiny mixture of experts; refusals of dense models."""
+"""dynamic_moe in real runs on a tiny mixture of experts; refusals of models and parameters."""
 
 from __future__ import annotations
 
@@ -80,3 +80,23 @@ def test_freeze_gate_is_refused_where_nothing_of_ours_runs(cli: Any, config: Wri
     result = cli("train", config(train_type="static", freeze_gate=True))
     assert result.code == 2
     assert "train_type static is LlamaFactory itself" in result.message
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"eta": 0}, "eta is 0; it must be above 0"),
+        ({"c": -0.1}, "c is -0.1; it must be in [0, 1]"),
+        ({"collect_steps": 0}, "collect_steps is 0; it must be at least 1"),
+        ({"eval_batch_size": 0}, "eval_batch_size is 0"),
+    ],
+)
+def test_a_parameter_out_of_range_is_one_message_before_anything_is_written(
+    params: dict[str, float], says: str, cli: Any, moe_run: Write, tmp_path: Path
+) -> None:
+    result = cli("train", moe_run(component_params=params))
+    assert result.code == 2, result.err[-3000:]
+    assert "Traceback" not in result.err
+    assert result.err.count("error: ") == 1
+    assert f"component 'dynamic_moe': {says}" in result.message
+    assert not (tmp_path / "run").exists()
