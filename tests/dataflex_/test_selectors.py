@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,3 +125,21 @@ def test_more_random_rows_than_candidates_are_refused_unless_they_may_repeat() -
     with pytest.raises(BadInput, match="6 rows asked of 5 usable ones without replacement"):
         drawn(6)
     assert len(drawn(6, replacement=True)) == 6
+
+
+def test_the_example_to_copy_draws_the_longest_answers_of_the_candidates_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    target = "examples.train_lora.selectors.longest_answer:LongestAnswer"
+    longest = resolve("dynamic_select", "custom", {"target": target, "share": 0.5}).build()
+    train = SimpleNamespace(target_tokens=np.array([90, 80, 1, 4, 3, 2, 70]))
+    context: Any = SimpleNamespace(
+        run=SimpleNamespace(data=SimpleNamespace(train=train)),
+        step=0,
+        candidates=np.array([2, 3, 4, 5]),
+    )
+    chosen = longest.select(2, context)
+    assert sorted(chosen.indices.tolist()) == [3, 4]
+    assert sorted(chosen.scores.tolist()) == [3, 4]
+    assert sorted(longest.select(3, context).indices.tolist()) == [3, 4, 5]

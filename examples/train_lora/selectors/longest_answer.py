@@ -18,7 +18,7 @@ class LongestAnswer(Selector):
     The constructor's parameters are the accepted `component_params`.
 
     Args:
-        share: part of the rows, by length of their answer, that the draw is made from.
+        share: part of the candidates, by length of their answer, that the draw is made from.
         seed: combined with the step, so that every update draws anew.
     """
 
@@ -29,9 +29,11 @@ class LongestAnswer(Selector):
         self.seed = seed
 
     def select(self, count: int, context: UpdateContext) -> Selection:
-        """Draw `count` rows without replacement from the longest ones."""
+        """Draw `count` rows without replacement from the longest of the candidates."""
         lengths = context.run.data.train.target_tokens
-        pool = max(count, int(self.share * len(lengths)))
-        longest = np.argsort(-lengths, kind="stable")[:pool]
+        # Rows that may be chosen: all with an answer, or what a pipeline's stages have left.
+        candidates = context.candidates
+        pool = max(count, int(self.share * len(candidates)))
+        longest = candidates[np.argsort(-lengths[candidates], kind="stable")][:pool]
         rows = np.random.default_rng([self.seed, context.step]).permutation(longest)[:count]
         return Selection(rows, scores=lengths[rows].astype(np.float64))
