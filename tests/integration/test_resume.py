@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+#: Without a GPU accelerate calls the device of every rank cpu:0, a place torch cannot load to.
+TWO: dict[str, Any] = {"ranks": 2}
+if not torch.cuda.is_available():
+    TWO["env"] = {"ACCELERATE_TORCH_DEVICE": "cpu"}
 
 
 def selections(run: Path) -> dict[str, Any]:
@@ -61,6 +67,30 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert trace_of(trace) == expected["trace"]
     assert selections(run) == expected["selections"]
     assert (run / "adapter_model.safetensors").read_bytes() == expected["adapter"]
+
+
+def test_two_processes_killed_in_mid_interval_resume_to_the_same_bits(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    """Step 7 lies in the interval of steps 5 to 7, of which checkpoint 6 has the rows."""
+    changes = {"component_name": "loss", "component_params": {}, "train_step": 8}
+    whole = config("whole.yaml", output_dir=str(tmp_path / "whole"), **changes)
+    result = cli("train", whole, faults={"trace": str(tmp_path / "a")}, **TWO)
+    assert result.code == 0, result.err[-3000:]
+    path, trace = config(**changes), str(tmp_path / "b")
+    assert cli("train", path, faults={"kill_step": 7, "trace": trace}, **TWO).code == -9
+    result = cli("train", path, faults={"trace": trace}, **TWO)
+    assert result.code == 0, result.err[-3000:]
+
+    traces = {name: trace_of(tmp_path / name) for name in ("a.0", "a.1", "b.0", "b.1")}
+    assert traces["a.0"] == traces["b.0"]
+    assert traces["a.1"] == traces["b.1"]
+    assert len(traces["a.0"]) == len(traces["a.1"]) == 8
+    assert not set(traces["a.0"].values()) & set(traces["a.1"].values()), "each has its own rows"
+    assert (tmp_path / "b.1").read_text().splitlines()[7].startswith("6 "), "resumed at step 6"
+    assert selections(tmp_path / "run") == selections(tmp_path / "whole")
+    adapters = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("run", "whole")]
+    assert adapters[0] == adapters[1]
 
 
 def test_a_finished_run_started_again_trains_no_step(
