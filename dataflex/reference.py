@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dataflex.precision import autocast
-from gradstore.capture.losses import Targets, logits_of, model_inputs
+from gradstore.capture.losses import Targets, target_losses
 from gradstore.errors import BadInput
 
 if TYPE_CHECKING:
@@ -68,10 +67,9 @@ class Reference:
         model.requires_grad_(False)
         self.model = model.eval()
         self._autocast = run.autocast
-        self._label_smoothing = float(run.config.get("label_smoothing_factor", 0.0))
 
     def token_losses(self, inputs: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        """(s,) float32 cross-entropy at the target positions, as the trainer computes its own.
+        """(s,) float32 cross-entropy at the target positions.
 
         Args:
             inputs: a batch (b, t) on the device of the model in training.
@@ -80,13 +78,7 @@ class Reference:
         if next(self.model.parameters()).device != targets.tokens.device:
             self.model.to(targets.tokens.device)
         with torch.no_grad(), autocast(self.model, self._autocast):
-            logits = logits_of(self.model(**model_inputs(inputs)))
-        return functional.cross_entropy(
-            logits[targets.rows, targets.columns].float(),
-            targets.tokens,
-            reduction="none",
-            label_smoothing=self._label_smoothing,
-        )
+            return target_losses(self.model, inputs, targets)
 
 
 def _adapted(run: RunContext, folder: Path) -> nn.Module:

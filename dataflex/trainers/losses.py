@@ -185,8 +185,10 @@ class LossSeam(Seam):
         items: Any,  # noqa: ANN401
     ) -> tuple[Any, torch.Tensor]:
         """The model's outputs and this micro-batch's part of the step's weighted loss."""
-        outputs, targets, token_losses = self._forward(model, inputs, contributors)
-        stats = statistics(inputs, outputs, targets, token_losses.detach(), contributors)
+        # What was measured while the window was scored is not measured again.
+        asked = contributors if self._scored is None else ()
+        outputs, targets, token_losses = self._forward(model, inputs, asked)
+        stats = statistics(inputs, outputs, targets, token_losses.detach(), asked)
         if self._scored is not None:
             each = self._scored[self._micro]
         else:
@@ -201,8 +203,10 @@ class LossSeam(Seam):
                 return outputs, torch.stack(nothing).sum()
             # 0 times NaN is NaN in the backward pass, too: these rows must not be part of it. Not
             # DDP's forward, which waits for the other ranks; its hooks on gradients are there.
-            outputs, targets, token_losses = self._forward(self.model, kept, contributors)
+            outputs, targets, token_losses = self._forward(self.model, kept, ())
             each = each[sound]
+        if smoothing := float(self.args.label_smoothing_factor):
+            token_losses = self._token_losses(outputs, targets, smoothing)
         of_row = torch.as_tensor(each, dtype=torch.float32, device=token_losses.device)
         loss = (of_row[targets.rows] * token_losses).sum() / self._step_tokens
         # The Trainer's own factors: DDP takes the mean over ranks; without a count of items the
@@ -257,14 +261,19 @@ class LossSeam(Seam):
         targets = Targets.of(inputs)
         return outputs, targets, self._token_losses(outputs, targets)
 
-    def _token_losses(self, outputs: Any, targets: Targets) -> torch.Tensor:  # noqa: ANN401
-        """(s,) float32 cross-entropy at the target positions."""
+    def _token_losses(
+        self,
+        outputs: Any,  # noqa: ANN401
+        targets: Targets,
+        smoothing: float = 0.0,
+    ) -> torch.Tensor:
+        """(s,) float32 cross-entropy at the target positions.
+
+        Samples are compared by the plain one; labels are smoothed in what is trained on alone.
+        """
         logits = logits_of(outputs)[targets.rows, targets.columns].float()
         return functional.cross_entropy(
-            logits,
-            targets.tokens,
-            reduction="none",
-            label_smoothing=float(self.args.label_smoothing_factor),
+            logits, targets.tokens, reduction="none", label_smoothing=smoothing
         )
 
     def _passes_freely(self) -> bool:

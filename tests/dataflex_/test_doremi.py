@@ -145,11 +145,16 @@ def test_the_gradient_is_that_of_the_written_formula(
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_weights_follow_the_excess_over_the_reference(
-    accumulation: int, tmp_path: Path
+    accumulation: int, smoothing: float, tmp_path: Path
 ) -> None:
-    """The formula by hand, over the whole accumulation window, against another model."""
-    trainer = trained(tmp_path, None, 6 // accumulation, accumulation, reference_seed=5)
+    """The formula by hand, over the whole accumulation window, against another model.
+
+    Labels that are smoothed for training leave the excess what it is.
+    """
+    trainer = trained(tmp_path, None, 6 // accumulation, accumulation, reference_seed=5,
+                      label_smoothing_factor=smoothing)  # fmt: skip
     rows = np.concatenate(trainer.served_rows(0))
     with torch.no_grad():
         excess = [
@@ -162,7 +167,7 @@ def test_the_weights_follow_the_excess_over_the_reference(
     np.testing.assert_allclose(strategy.scores, scores, rtol=1e-5)
     expected = exponentiated(np.full(2, 0.5), np.array(scores), 1.0, 1e-3)
     np.testing.assert_allclose(strategy.domain_weights, expected, rtol=1e-6)
-    gradient = written_formula(rows, torch.tensor(expected))[1]
+    gradient = written_formula(rows, torch.tensor(expected), smoothing)[1]
     assert (trainer.gradient - gradient).norm() / gradient.norm() <= 1e-5
     assert strategy.updates == 1
 
@@ -295,7 +300,7 @@ def padded(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
             "attention_mask": (ids > 0).long()}  # fmt: skip
 
 
-def token_losses(model: nn.Module, rows: Any) -> list[torch.Tensor]:
+def token_losses(model: nn.Module, rows: Any, smoothing: float = 0.0) -> list[torch.Tensor]:
     """Of each row by itself, in double precision: no padding, no batch, no trainer."""
     model = model.double().eval()
     found = []
@@ -304,14 +309,20 @@ def token_losses(model: nn.Module, rows: Any) -> list[torch.Tensor]:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
         logits = model(input_ids=ids).logits[0, :-1]
         chosen = labels[1:] != IGNORED
-        found.append(functional.cross_entropy(logits[chosen], labels[1:][chosen], reduction="none"))
+        found.append(
+            functional.cross_entropy(
+                logits[chosen], labels[1:][chosen], reduction="none", label_smoothing=smoothing
+            )
+        )
     return found
 
 
-def written_formula(rows: Any, alpha: torch.Tensor) -> tuple[float, torch.Tensor]:
+def written_formula(
+    rows: Any, alpha: torch.Tensor, smoothing: float = 0.0
+) -> tuple[float, torch.Tensor]:
     """Sum over tokens of alpha * loss, by the sum over tokens of alpha; and its gradient."""
     model = tiny(0).double()
-    each = token_losses(model, rows)
+    each = token_losses(model, rows, smoothing)
     factors = [alpha[d].expand(len(e)) for e, d in zip(each, domains_of(rows), strict=True)]
     loss = (torch.cat(factors) * torch.cat(each)).sum() / torch.cat(factors).sum()
     loss.backward()
@@ -327,6 +338,7 @@ def trained(
     reference_seed: int = 0,
     vocabulary: int = VOCABULARY,
     reference: str | None = None,
+    label_smoothing_factor: float = 0.0,
 ) -> Any:
     """One optimizer step of the real trainer.
 
@@ -361,6 +373,7 @@ def trained(
         output_dir=str(folder / "run"), per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation, max_grad_norm=0.0, report_to="none",
         use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
+        label_smoothing_factor=label_smoothing_factor,
     )  # fmt: skip
     run = Run(config, data, strategy, "doremi", "id", {})
     trainer = trainer_class(MixSeam, Trainer, run)(
