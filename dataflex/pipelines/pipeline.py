@@ -16,7 +16,7 @@ from dataflex.data import RunData
 from dataflex.mixers.base import DomainLosses
 from dataflex.mixture import FIXED_RULES, check_domains
 from dataflex.pipelines.asking import Part, ask, open_with
-from dataflex.pipelines.planning import IntArray, Timetable, fit
+from dataflex.pipelines.planning import IntArray, Timetable, fit, kept_by_filter
 from dataflex.pipelines.stages import Stage, arrange, build_stages
 from dataflex.registry import register
 from dataflex.schedule import Schedule
@@ -109,14 +109,6 @@ class Pipeline(Strategy):
         return any(getattr(stage.strategy, "observes", False) for stage in self.everyone)
 
     @property
-    def draws_distinct(self) -> bool:
-        """Whether a selector is asked for the rows of an interval and never answers one twice."""
-        return any(
-            stage.spec.mode == "draw" and bool(getattr(stage.strategy, "distinct", False))
-            for stage in self.rows
-        )
-
-    @property
     def keeps_scores(self) -> bool:
         """Whether a loss may be used after the boundary it was taken at."""
         return any(stage.spec.score_max_age > 0 for stage in self.rows)
@@ -179,6 +171,20 @@ class Pipeline(Strategy):
         for stage in self.everyone:
             if hasattr(stage.strategy, "check_data"):
                 stage.strategy.check_data(data, config)
+
+    def check_count(self, count: int, data: RunData) -> None:
+        """Refuse, before the model is loaded, more rows than the selector can answer.
+
+        Args:
+            count: rows of an interval.
+            data: what the run reads.
+        """
+        usable = int((data.train.target_tokens > 0).sum())
+        for stage in self.rows:
+            if stage.spec.family == "selector" and hasattr(stage.strategy, "check_count"):
+                draws = stage.spec.mode == "draw"
+                wanted = count if draws else kept_by_filter(usable, stage.spec.keep_ratio)
+                stage.strategy.check_count(wanted, data)
 
     def start(self, run: RunContext) -> None:
         """Start every stage."""

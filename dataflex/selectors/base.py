@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,10 +49,14 @@ class Selector(Strategy):
     """Base of all selectors; a user's own class may subclass it or just look like it."""
 
     #: Never answers a row twice: asked for more rows than are usable, a run is refused.
-    distinct: ClassVar[bool] = False
+    distinct: bool = False
 
     def check_count(self, count: int, data: RunData) -> None:
         """Refuse, before the model is loaded, more rows an update than can be answered."""
+        from gradstore.selection import check_k
+
+        if self.distinct:
+            check_k(count, int((data.train.target_tokens > 0).sum()), len(data.train))
 
     def select(self, count: int, context: UpdateContext) -> Selection:
         """Choose `count` rows of `context.candidates` for the next interval.

@@ -58,8 +58,9 @@ class NearSelector(EmbeddingSelector):
         self._served: npt.NDArray[np.bool_] | None = None
 
     def check_count(self, count: int, data: RunData) -> None:
-        """A file made offline names enough of the training rows."""
+        """Enough rows are usable, and a file made offline names enough of them."""
         if self.file is None:
+            super().check_count(count, data)
             return
         self._matrix = offline_neighbours(self.file, data)
         rows, _ = column_order(self._matrix, data.train.target_tokens > 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dataflex.data import RunData
 from dataflex.registry import register
 from dataflex.selectors.base import Selection, Selector, UpdateContext
 from gradstore.errors import BadInput
@@ -23,16 +24,17 @@ class RandomSelector(Selector):
     def __init__(self, seed: int = 42, replacement: bool = False) -> None:
         self.seed = seed
         self.replacement = replacement
+        self.distinct = not replacement
+
+    def check_count(self, count: int, data: RunData) -> None:
+        """Without replacement no more rows are drawn than are usable."""
+        self._check(count, int((data.train.target_tokens > 0).sum()))
 
     def select(self, count: int, context: UpdateContext) -> Selection:
         """The head of a permutation, or independent draws; seeded by seed + step."""
         usable = context.candidates
         n = len(usable)
-        if count > n and not self.replacement:
-            raise BadInput(
-                f"random: {count} rows asked of {n} usable ones without replacement. "
-                "Lower update_step or set component_params.replacement: true."
-            )
+        self._check(count, n)
         generator = np.random.default_rng(self.seed + context.step)
         rows = (
             usable[generator.integers(0, n, size=count)]
@@ -40,3 +42,10 @@ class RandomSelector(Selector):
             else generator.permutation(usable)[:count]
         )
         return Selection(rows.astype(np.int64), manifest={"seed": self.seed + context.step})
+
+    def _check(self, count: int, usable: int) -> None:
+        if self.distinct and count > usable:
+            raise BadInput(
+                f"random: {count} rows asked of {usable} usable ones without replacement. "
+                "Lower update_step or set component_params.replacement: true."
+            )

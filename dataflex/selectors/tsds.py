@@ -89,8 +89,9 @@ class TsdsSelector(EmbeddingSelector):
         self._spread: tuple[Neighbours, FloatArray] | None = None
 
     def check_count(self, count: int, data: RunData) -> None:
-        """A file made offline gives enough training rows a chance."""
+        """Enough rows are usable, and a file made offline gives enough of them a chance."""
         if self.file is None:
+            super().check_count(count, data)
             return
         self._offline = offline_probabilities(self.file, data)
         drawable = int(((self._offline > 0) & (data.train.target_tokens > 0)).sum())

@@ -28,7 +28,6 @@ from dataflex.trainers.state import RunState
 from dataflex.trainers.weight import weighted_alone
 from dataflex.weighters.base import LossContributor
 from gradstore.errors import BadInput
-from gradstore.selection import check_k
 
 _log = logging.getLogger(__name__)
 
@@ -62,9 +61,7 @@ class LegoSeam(LossSeam, ServedSeam):
             )
         ours = config.dataflex
         check_intervals(len(data.train), ours.warmup_step, ours.update_step, global_batch)
-        if strategy.draws_distinct:
-            usable = int((data.train.target_tokens > 0).sum())
-            check_k(ours.update_step * global_batch, usable, len(data.train))
+        strategy.check_count(ours.update_step * global_batch, data)
         return select_schedule(config, len(data.train), global_batch, args)
 
     @property

@@ -19,7 +19,6 @@ from dataflex.selectors.base import Selection
 from dataflex.trainers.served import ServedSeam, check_rows_of
 from dataflex.window import as_json
 from gradstore.errors import BadInput
-from gradstore.selection import check_k
 
 
 class SelectSeam(ServedSeam):
@@ -37,12 +36,8 @@ class SelectSeam(ServedSeam):
         """W + U·T steps a stage; an interval's rows must exist."""
         ours = config.dataflex
         check_intervals(len(data.train), ours.warmup_step, ours.update_step, global_batch)
-        count = ours.update_step * global_batch
-        if getattr(strategy, "distinct", False):
-            usable = int((data.train.target_tokens > 0).sum())
-            check_k(count, usable, len(data.train))
         if hasattr(strategy, "check_count"):
-            strategy.check_count(count, data)
+            strategy.check_count(ours.update_step * global_batch, data)
         return select_schedule(config, len(data.train), global_batch, args)
 
     def rows_for(self, interval: Interval, learning_rate: float) -> npt.NDArray[np.int64]:

@@ -493,6 +493,21 @@ def test_a_class_of_ones_own_is_a_stage_too() -> None:
         Pipeline([{**own, "params": {"target": target, "shar": 0.25}}])
 
 
+def test_more_rows_than_a_stage_can_answer_are_refused_before_training(
+    run_of: Callable[..., RunContext], tmp_path: Path
+) -> None:
+    data = run_of([6, 4], [9]).data
+    Pipeline([DRAW]).check_count(9, data)
+    Pipeline([FILTER]).check_count(100, data)
+    with pytest.raises(BadInput, match="asked 10, 9 usable, 1 skipped"):
+        Pipeline([DRAW]).check_count(10, data)
+    np.save(tmp_path / "few.npy", np.array([[0, 1, 2]]))
+    near = {"family": "selector", "component": "near", "keep_ratio": 0.5,
+            "params": {"indices_path": str(tmp_path / "few.npy")}}  # fmt: skip
+    with pytest.raises(BadInput, match="names 3 of the 10 training rows, an update takes 4"):
+        Pipeline([near]).check_count(6, data)
+
+
 # -- the union of what stages need ----------------------------------------------------------------
 
 
@@ -509,8 +524,6 @@ def test_a_pipeline_needs_what_its_stages_need() -> None:
     assert less.settings.proj_dim == 4096
     assert Pipeline([{"family": "mixer", "component": "odm"}]).observes
     assert Pipeline([{**FILTER, "score_max_age": 5}]).keeps_scores
-    assert Pipeline([DRAW]).draws_distinct
-    assert not Pipeline([FILTER]).draws_distinct
 
 
 def config(llamafactory: Mapping[str, Any], **ours: Any) -> RunConfig:

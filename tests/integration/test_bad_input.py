@@ -200,7 +200,7 @@ def test_more_rows_than_usable_ones_are_counted(cli: Any, config: Any, tmp_path:
     path = config(**changes)
     check_refusal(cli("train", path), 2, "asked 18, 12 usable, 8 skipped")
     drawn = config(**{**changes, "component_name": "random", "component_params": None})
-    check_refusal(cli("train", drawn), 2, "18 rows asked of 12 usable ones", loaded=True)
+    check_refusal(cli("train", drawn), 2, "18 rows asked of 12 usable ones")
     again = ["update_step=2", "train_step=3", "overwrite_output_dir=true"]
     assert cli("train", drawn, *again).code == 0
     chosen = tmp_path / "run" / "dataflex" / "selections" / "step_2.json"
