@@ -64,7 +64,7 @@ class LossSelector(Selector):
         """Score every row with the current model, then draw."""
         began = time.perf_counter()
         losses = current_losses(context, self.score_batch_size)
-        scored = time.perf_counter()
+        scored, board = time.perf_counter(), context.run.board
         weights = band_weights(losses, self.focus, self.focus_weight, self.quantiles)
         probabilities = tempered(weights, self.temperature)
         generator = np.random.default_rng(self.seed + context.step)
@@ -72,7 +72,7 @@ class LossSelector(Selector):
         return Selection(
             rows,
             losses[rows],
-            tokens=int(context.run.data.train.lengths.sum()),
+            tokens=0 if board is None else board.tokens,
             score_seconds=scored - began,
             select_seconds=time.perf_counter() - scored,
             skipped={"no_loss": len(context.candidates) - int(np.isfinite(losses).sum())},
@@ -116,9 +116,12 @@ def band_weights(
 
 
 def tempered(weights: FloatArray, temperature: float) -> FloatArray:
-    """(n,) probabilities weight ** (1 / temperature); a weight of 0 stays exactly 0 (E6)."""
-    powered = np.where(weights > 0, weights, 1.0) ** (1.0 / temperature)
-    powered = np.where(weights > 0, powered, 0.0)
+    """(n,) probabilities weight ** (1 / temperature), normalised.
+
+    A weight of 0 stays exactly 0 (E6); any other keeps a chance, however cold it gets.
+    """
+    powered = (weights / weights.max()) ** (1.0 / temperature)
+    powered = np.where(weights > 0, np.maximum(powered, np.finfo(np.float64).tiny), 0.0)
     return np.asarray(powered / powered.sum())
 
 

@@ -37,6 +37,15 @@ def test_e6_an_unscored_row_is_never_drawn_however_hot() -> None:
     assert 3 not in np.concatenate(rows)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-300])
+def test_a_cold_draw_takes_the_band_first_and_then_the_others(temperature: float) -> None:
+    p = tempered(band_weights(LOSSES, "high", 5.0, QUANTILES), temperature)
+    np.testing.assert_allclose(p, [0, 0, 0, 0, 0.5, 0.5], atol=1e-5)
+    rows = draw(p, 4, np.random.default_rng(0), replacement=False)
+    assert set(rows[:2].tolist()) == {4, 5}
+    assert len(set(rows.tolist())) == 4
+
+
 def test_draws_without_replacement_are_distinct_and_follow_the_weights() -> None:
     p = np.array([0.05, 0.05, 0.9])
     first = [int(draw(p, 2, np.random.default_rng(s), replacement=False)[0]) for s in range(2000)]
