@@ -181,6 +181,12 @@ def _integer(value: object) -> int:
     return int(number)
 
 
+def _count(value: object) -> int:
+    if (number := _integer(value)) < 0:
+        raise ValueError("expected 0 or more.")
+    return number
+
+
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("expected a number.")
@@ -233,7 +239,7 @@ _CONVERT: Mapping[str, Any] = {
     "warmup_step": _integer,
     "update_step": _integer,
     "update_times": _integer,
-    "train_step": _integer,
+    "train_step": _count,
     "static_mix": _boolean,
     "freeze_gate": _boolean,
     "early_stopping_min_delta": _number,

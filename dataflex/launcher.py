@@ -42,7 +42,7 @@ def train(path: Path, overrides: Sequence[str]) -> None:
 def run(config: RunConfig, component: Component | None) -> None:
     """Train in this process."""
     if component is None:
-        bridge.run_untouched(config.llamafactory)
+        bridge.run_untouched(_static(config))
         return
     from dataflex.session import TrainSession
 
@@ -51,6 +51,16 @@ def run(config: RunConfig, component: Component | None) -> None:
         config, session.args, session.trainer_for, session.take_data, session.arrange
     )
     session.show()
+
+
+def _static(config: RunConfig) -> dict[str, Any]:
+    """LlamaFactory's own keys; of ours `train_step` has a meaning there, as `max_steps`."""
+    ours, args = config.dataflex, dict(config.llamafactory)
+    if ours.train_step > 0:
+        args["max_steps"] = ours.train_step
+    if ours.early_stopping_min_delta:
+        _log.warning("early_stopping_min_delta has no effect with train_type static")
+    return args
 
 
 def _torchrun(path: Path, overrides: Sequence[str]) -> None:

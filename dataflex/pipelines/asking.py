@@ -21,7 +21,7 @@ from dataflex.pipelines.planning import (
 )
 from dataflex.pipelines.stages import Stage
 from dataflex.reorders.base import Ordering
-from dataflex.selectors.base import Selection
+from dataflex.selectors.base import Selection, warn_of_count
 from gradstore.errors import BadInput
 
 #: What a stage answers: rows with scores, (k,) proportions, or rows in order.
@@ -105,6 +105,8 @@ def _select(stage: Stage, count: int, context: UpdateContext) -> tuple[IntArray,
     if not isinstance(answer, Selection):
         raise BadInput(_stranger(stage, answer, "dataflex.selectors.base.Selection"))
     rows = _within(answer.indices, np.arange(len(context.run.data.train)), stage)
+    if draws and context.run.ranks.leads:
+        warn_of_count(len(rows), count, stage.spec.name)
     return (rows if draws else np.unique(rows)), answer
 
 

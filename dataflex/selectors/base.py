@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,9 @@ from dataflex.context import RunContext, UpdateContext
 from dataflex.data import RunData
 from dataflex.strategy import Strategy
 
-__all__ = ["RunContext", "Selection", "Selector", "UpdateContext"]
+__all__ = ["RunContext", "Selection", "Selector", "UpdateContext", "warn_of_count"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,16 @@ class Selection:
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
 
+def warn_of_count(answered: int, wanted: int, name: str) -> None:
+    """Say that an interval repeats rows, or that rows that were chosen are not all trained on."""
+    if answered != wanted:
+        _log.warning(
+            "%s answered %d rows, %d were asked for: %s",
+            name, answered, wanted,
+            "they are repeated" if answered < wanted else "some of them are not trained on",
+        )  # fmt: skip
+
+
 class Selector(Strategy):
     """Base of all selectors; a user's own class may subclass it or just look like it."""
 
@@ -61,6 +74,7 @@ class Selector(Strategy):
     def select(self, count: int, context: UpdateContext) -> Selection:
         """Choose `count` rows of `context.candidates` for the next interval.
 
+        Of more rows some are not trained on, fewer are repeated; either is warned of.
         Called on every rank; rank 0's answer counts.
         """
         raise TypeError(f"{type(self).__name__} does not implement select(count, context)")

@@ -15,7 +15,7 @@ from dataflex.config import RunConfig
 from dataflex.data import RunData, check_intervals
 from dataflex.events import SelectionEvent
 from dataflex.schedule import EventKind, Interval, Schedule, select_budget
-from dataflex.selectors.base import Selection
+from dataflex.selectors.base import Selection, warn_of_count
 from dataflex.trainers.served import ServedSeam, check_rows_of
 from dataflex.window import as_json
 from gradstore.errors import BadInput
@@ -60,6 +60,8 @@ class SelectSeam(ServedSeam):
                 "expected a dataflex.selectors.base.Selection."
             )
         rows = check_rows_of(selection.indices, len(self.run.data.train), self.run.name)
+        if self.ranks.leads:
+            warn_of_count(len(rows), count, f"component {self.run.name!r}")
         self._record(interval.start, rows, selection, time.perf_counter() - began)
         return rows
 

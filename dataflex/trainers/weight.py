@@ -38,8 +38,6 @@ class WeightSeam(LossSeam):
         ours = config.dataflex
         if ours.warmup_step < 0:
             raise BadInput(f"warmup_step is {ours.warmup_step}; it must be 0 or more.")
-        if ours.train_step < 0:
-            raise BadInput(f"train_step is {ours.train_step}; it must be 0 or more.")
         if args.n_gpu > 1:
             raise BadInput(
                 f"{args.n_gpu} GPUs in one process: weights need a process for each. Start with "

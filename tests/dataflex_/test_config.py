@@ -46,6 +46,7 @@ def test_the_default_store_lies_in_output_dir_and_shares_its_fate(tmp_path: Path
         ("output_dir: a\nlerning_rate: 1", "did you mean 'learning_rate'"),
         ("output_dir: a\nwarmup_step: many", "warmup_step is 'many'; expected a whole number"),
         ("output_dir: a\nwarmup_step: 1.5", "expected a whole number"),
+        ("output_dir: a\ntrain_step: -1", "train_step is -1; expected 0 or more"),
         ("output_dir: a\nstatic_mix: 3", "static_mix is 3; expected true or false"),
         ("output_dir: a\ncomponent_params: [1]", "expected a mapping"),
         ("output_dir: a\ntrain_type: dynamic_selekt", "did you mean 'dynamic_select'"),

@@ -493,6 +493,17 @@ def test_a_class_of_ones_own_is_a_stage_too() -> None:
         Pipeline([{**own, "params": {"target": target, "shar": 0.25}}])
 
 
+@pytest.mark.parametrize(("rows", "said"), [([1, 2], "are repeated"), ([1] * 9, "not trained on")])
+def test_an_answer_of_another_length_is_told(
+    rows: list[int], said: str, run_of: Callable[..., RunContext], caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = Pipeline([{**DRAW, "params": {"rows": rows}}])
+    (plan,) = plans(pipeline, run_of([6]), [10], 4, Schedule(10, 10, 1, 20))
+    assert len(plan.rows) == 4
+    assert f"answered {len(rows)} rows, 4 were asked for" in caplog.text
+    assert said in caplog.text
+
+
 def test_more_rows_than_a_stage_can_answer_are_refused_before_training(
     run_of: Callable[..., RunContext], tmp_path: Path
 ) -> None:

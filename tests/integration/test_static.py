@@ -44,6 +44,18 @@ def test_static_takes_what_a_selector_refuses(cli: Any, config: Any) -> None:
     assert cli("train", path).code == 0
 
 
+def test_train_step_is_honoured_by_static_training_too(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    path = config(train_type="static", max_samples=30, train_step=2, max_steps=4,
+                  early_stopping_min_delta=0.1)  # fmt: skip
+    result = cli("train", path)
+    assert result.code == 0, result.err[-2000:]
+    assert "early_stopping_min_delta has no effect" in result.err
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+
+
 def test_other_commands_pass_through(cli: Any) -> None:
     ours, theirs = cli("env"), cli("env", program="llamafactory-cli")
     assert ours.code == theirs.code == 0
