@@ -271,6 +271,11 @@ def imported(target: str, key: str, form: str) -> Any:  # noqa: ANN401 - whateve
         raise BadInput(f"{key} {target!r} cannot be imported: {error}") from error
 
 
+def target_of(cls: type) -> str:
+    """A class as `target` names it."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
 def _import_target(target: str) -> type:
     found = imported(target, "target", "package.module:Class")
     if not isinstance(found, type):

@@ -18,7 +18,7 @@ from dataflex.mixture import FIXED_RULES, check_domains
 from dataflex.pipelines.asking import Part, ask, open_with
 from dataflex.pipelines.planning import IntArray, Timetable, fit, kept_by_filter
 from dataflex.pipelines.stages import Stage, arrange, build_stages
-from dataflex.registry import register
+from dataflex.registry import register, target_of
 from dataflex.schedule import Schedule
 from dataflex.strategy import Strategy
 from dataflex.weighters.base import LossContributor
@@ -132,7 +132,8 @@ class Pipeline(Strategy):
         for stage in self.everyone:
             neutral: frozenset[str] = getattr(stage.strategy, "neutral", frozenset())
             params = {k: v for k, v in stage.component.params.items() if k not in neutral}
-            listed.append({**vars(stage.spec), "params": params})
+            cls = target_of(type(stage.strategy))
+            listed.append({**vars(stage.spec), "class": cls, "params": params})
         return listed
 
     # -- life cycle -------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from dataflex.data import RunData
 from dataflex.events import RunLog
 from dataflex.identity import remember_identity
 from dataflex.ranks import Ranks
-from dataflex.registry import RETIRED
+from dataflex.registry import RETIRED, target_of
 from dataflex.routers import freeze_routers, load_experts
 from dataflex.schedule import Schedule
 from dataflex.scoreboard import Scoreboard
@@ -183,12 +183,14 @@ class Seam:
         )
 
     def settings(self) -> Mapping[str, Any]:
-        """What a resume must agree on: the component, its parameters, the rows of a step."""
+        """What a resume must agree on: the component, its parameters, the seed, rows of a step."""
         neutral = {*RETIRED, *getattr(self.run.strategy, "neutral", ())}
         return {
             "component_name": self.run.name,
+            "class": target_of(type(self.run.strategy)),
             "component_params": {k: v for k, v in self.run.params.items() if k not in neutral},
             "rows_per_step": self.batch_shape.rows,
+            "seed": int(self.args.seed),
         }
 
     # -- telling ----------------------------------------------------------------------------------

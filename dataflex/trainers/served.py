@@ -111,6 +111,10 @@ class ServedSeam(Seam):
             "rate_steps": self._rate_steps,
         }
 
+    def settings(self) -> Mapping[str, Any]:
+        """Whether an interval's rows are shuffled must agree, too."""
+        return {**super().settings(), "in_given_order": self._in_given_order()}
+
     def restore_more(self, state: RunState) -> None:
         """Same interval, same rows, same position."""
         super().restore_more(state)

@@ -147,6 +147,12 @@ def killed(cli: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ({"component_params": {"proj_dim": 128, "gradient_type": "sgd"}}, "gradient_type"),
         ({"gradient_accumulation_steps": 1}, "rows_per_step 6, now 2"),
+        ({"seed": 3}, "seed 42, now 3"),
+        ({"disable_shuffling": True}, "in_given_order False, now True"),
+        (
+            {"component_params": {"proj_dim": 128, "target": "resume_other:Other"}},
+            "class 'dataflex.selectors.less:LessSelector', now 'resume_other:Other'",
+        ),
     ],
 )
 def test_a_resume_with_other_settings_is_refused(
@@ -155,7 +161,10 @@ def test_a_resume_with_other_settings_is_refused(
     run = str(killed / "run")
     if not (killed / "run" / "checkpoint-4").is_dir():
         assert cli("train", config(output_dir=run), faults={"kill_step": 5}).code == -9
-    result = cli("train", config(output_dir=run, **changes))
+    (killed / "resume_other.py").write_text(
+        "from dataflex.selectors.less import LessSelector\n\nclass Other(LessSelector):\n    pass\n"
+    )
+    result = cli("train", config(output_dir=run, **changes), cwd=killed)
     assert result.code == 2
     assert says in result.message
 
