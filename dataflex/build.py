@@ -22,7 +22,6 @@ from dataflex.features import FeatureService, FeatureSettings
 from dataflex.identity import output_identity
 from dataflex.precision import autocast
 from dataflex.preflight import check_gradients, check_inputs
-from dataflex.registry import resolve
 from gradstore.errors import BadInput
 
 _log = logging.getLogger(__name__)
@@ -101,15 +100,13 @@ def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> Non
 def feature_settings(config: RunConfig) -> FeatureSettings:
     """The settings of the configuration's own component, or of `less` where it has none."""
     ours = config.dataflex
-    if ours.train_type == "static":
-        component = resolve("dynamic_select", "less", ours.component_params, ours.presets_file)
-    else:
-        component = resolve(
-            ours.train_type, ours.component_name, ours.component_params, ours.presets_file
-        )
+    less, name = ("dynamic_select", "less"), (ours.train_type, ours.component_name)
+    component = config.component(
+        *(less if ours.train_type == "static" else name), ours.component_params
+    )
     settings = getattr(component.build(), "settings", None)
     if settings is None:
-        settings = resolve("dynamic_select", "less", {}, ours.presets_file).build().settings
+        settings = config.component(*less, {}).build().settings
     if not isinstance(settings, FeatureSettings):
         raise BadInput(f"component {component.name!r} does not say how features are made.")
     return settings

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dataflex.registry import KINDS, PACKAGED_PRESETS, unknown
+from dataflex.registry import KINDS, PACKAGED_PRESETS, Component, resolve, unknown
 from gradstore.errors import BadInput
 
 #: train_types that replace the trainer, and the one that leaves LlamaFactory alone.
@@ -88,6 +88,15 @@ class RunConfig:
     def owns_store(self) -> bool:
         """Whether the store shares output_dir's fate (`overwrite_output_dir` starts it anew)."""
         return self.dataflex.gradstore is None
+
+    def component(self, train_type: str, name: str | None, params: Mapping[str, Any]) -> Component:
+        """A component of the run's presets, in which `${key}` stands for a key of the run.
+
+        Raises:
+            BadInput: as `dataflex.registry.resolve`.
+        """
+        keys = {**self.llamafactory, **vars(self.dataflex)}
+        return resolve(train_type, name, params, self.dataflex.presets_file, keys)
 
     def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - YAML values
         """A LlamaFactory key as the user wrote it, or `default`."""

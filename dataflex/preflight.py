@@ -11,7 +11,7 @@ from dataflex.config import RunConfig, names
 from dataflex.domains import BY_DOMAIN
 from dataflex.mixture import domain_faults, rule_faults
 from dataflex.pipelines.pipeline import Pipeline
-from dataflex.registry import Component, resolve, unknown
+from dataflex.registry import Component, unknown
 from dataflex.schedule import Schedule
 from gradstore.errors import BadInput, StoreIOError
 
@@ -83,9 +83,9 @@ def _component(config: RunConfig) -> Component:
     ours = config.dataflex
     if _fixed_mix(config):
         if ours.component_name is not None:  # its name and parameters are checked all the same
-            resolve(ours.train_type, ours.component_name, ours.component_params, ours.presets_file)
-        return resolve(ours.train_type, "static", {})
-    return resolve(ours.train_type, ours.component_name, ours.component_params, ours.presets_file)
+            config.component(ours.train_type, ours.component_name, ours.component_params)
+        return config.component(ours.train_type, "static", {})
+    return config.component(ours.train_type, ours.component_name, ours.component_params)
 
 
 def check_inputs(config: RunConfig) -> None:

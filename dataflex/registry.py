@@ -159,6 +159,7 @@ def resolve(
     component_name: str | None,
     component_params: Mapping[str, Any],
     presets_file: Path | None = None,
+    placeholders: Mapping[str, Any] | None = None,
 ) -> Component:
     """Find the preset, its class and its parameters.
 
@@ -168,13 +169,14 @@ def resolve(
         component_params: override the preset's, key by key inside mappings too; `target` names a
             user's own class.
         presets_file: a components.yaml of the user's; the packaged one when None.
+        placeholders: the run's keys, which `${key}` in `presets_file` stands for.
 
     Raises:
         BadInput: unknown preset, strategy or parameter; lists what is accepted.
     """
     bucket, kind = KINDS[train_type]
     known = strategies(kind)
-    presets = presets_of(bucket, presets_file or PACKAGED_PRESETS)
+    presets = presets_of(bucket, presets_file or PACKAGED_PRESETS, placeholders)
     if component_name is None:
         raise BadInput(
             f"train_type: {train_type} needs component_name. "
@@ -199,9 +201,10 @@ def resolve(
     for key in set(params) & set(RETIRED) - set(parameters(cls)):
         _log.warning("component %r: %s is ignored: %s", component_name, key, RETIRED[key])
         del params[key]
-    if "components_cfg_file" in parameters(cls):
+    if {"components_cfg_file", "placeholders"} <= set(parameters(cls)):
         # A strategy made of others looks them up where it was found itself.
         params.setdefault("components_cfg_file", str(presets_file or PACKAGED_PRESETS))
+        params.setdefault("placeholders", placeholders)
     _check_parameters(component_name, cls, params)
     return Component(kind, component_name, cls, params)
 
@@ -215,17 +218,34 @@ def _over(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def presets_of(bucket: str, path: Path = PACKAGED_PRESETS) -> dict[str, dict[str, Any]]:
+def presets_of(
+    bucket: str, path: Path = PACKAGED_PRESETS, placeholders: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
     """Presets of a bucket (selectors, mixers, ...) of a components.yaml: name -> settings.
 
+    Args:
+        bucket: key at the top of the file.
+        path: the file.
+        placeholders: what `${key}` stands for; None leaves it as it is.
+
     Raises:
-        BadInput: the file cannot be read, or the bucket is no mapping of mappings.
+        BadInput: the file cannot be read, names a placeholder that is none, or the bucket is no
+            mapping of mappings.
     """
     import yaml
     from omegaconf import OmegaConf  # reads 1e-5 as a number, as in the run's own YAML
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        loaded = OmegaConf.load(path)
+        if placeholders is None or not OmegaConf.is_dict(loaded):
+            content = OmegaConf.to_container(loaded)
+        else:
+            known = {key: value for key, value in placeholders.items() if key not in loaded}
+            content = OmegaConf.to_container(OmegaConf.merge(known, loaded), resolve=True)
+    except OmegaConfBaseException as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"components_cfg_file {str(path)!r}: {reason}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"components_cfg_file {str(path)!r} cannot be read: {error}") from error
     except yaml.YAMLError as error:

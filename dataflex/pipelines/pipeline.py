@@ -53,9 +53,12 @@ class Pipeline(Strategy):
         save_plans: write which rows each stage handed on to dataflex/plans/step_<g>.json.
         components_cfg_file: where the stages' components are looked up; where the pipeline itself
             was found, if not given.
+        placeholders: what `${key}` in that file stands for; the run's own keys, if not given.
     """
 
-    neutral = frozenset({"score_batch_size", "save_plans", "components_cfg_file", "stages"})
+    neutral = frozenset(
+        {"score_batch_size", "save_plans", "components_cfg_file", "placeholders", "stages"}
+    )
 
     def __init__(
         self,
@@ -64,11 +67,12 @@ class Pipeline(Strategy):
         seed: int = 42,
         save_plans: bool = False,
         components_cfg_file: str | None = None,
+        placeholders: Mapping[str, Any] | None = None,
     ) -> None:
         if score_batch_size < 1:
             raise ValueError(f"score_batch_size is {score_batch_size}; it must be at least 1")
         presets = None if components_cfg_file is None else Path(components_cfg_file)
-        arranged = arrange(build_stages(stages, presets))
+        arranged = arrange(build_stages(stages, presets, placeholders))
         self.rows, self.loss = arranged.rows, arranged.loss
         self.taker, self.warnings = arranged.taker, arranged.warnings
         self.score_batch_size = score_batch_size

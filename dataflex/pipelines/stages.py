@@ -159,12 +159,17 @@ def arrange(stages: Sequence[Stage]) -> Arrangement:
     return Arrangement(tuple(rows), loss, taker, tuple(warnings))
 
 
-def build_stages(entries: object, presets_file: Path | None) -> list[Stage]:
+def build_stages(
+    entries: object,
+    presets_file: Path | None,
+    placeholders: Mapping[str, Any] | None = None,
+) -> list[Stage]:
     """The enabled stages, each with its strategy.
 
     Args:
         entries: `stages` of the preset.
         presets_file: components.yaml in which their components are looked up.
+        placeholders: what `${key}` in it stands for.
 
     Raises:
         BadInput: no stage, unknown keys, values out of range, unknown components or parameters;
@@ -179,7 +184,7 @@ def build_stages(entries: object, presets_file: Path | None) -> list[Stage]:
             spec = parse_stage(entry)
             where = f"stage {number} ({spec.name})"
             if spec.enabled:
-                stages.append(_build(spec, presets_file))
+                stages.append(_build(spec, presets_file, placeholders))
         except BadInput as error:
             faults.append(f"{where}: {error}")
     if not (stages or faults):
@@ -220,8 +225,11 @@ def parse_stage(entry: object) -> StageSpec:
     return StageSpec(**values)
 
 
-def _build(spec: StageSpec, presets_file: Path | None) -> Stage:
-    component = resolve(FAMILIES[spec.family], spec.component, spec.params, presets_file)
+def _build(
+    spec: StageSpec, presets_file: Path | None, placeholders: Mapping[str, Any] | None
+) -> Stage:
+    family = FAMILIES[spec.family]
+    component = resolve(family, spec.component, spec.params, presets_file, placeholders)
     strategy = component.build()
     if hasattr(strategy, "by_index"):
         # Raw rows are put in order before they are tokenised, where no other stage has a say.

@@ -91,3 +91,25 @@ def test_a_preset_reads_numbers_as_the_run_does(tmp_path: Path) -> None:
     path = tmp_path / "components.yaml"
     path.write_text("selectors: {mine: {name: nice, params: {temperature: 1e-2}}}\n")
     assert presets_of("selectors", path)["mine"]["params"]["temperature"] == 0.01
+
+
+def test_placeholders_of_a_preset_are_the_runs_keys(tmp_path: Path) -> None:
+    """In stages of a pipeline, too."""
+    path = tmp_path / "components.yaml"
+    path.write_text(
+        "selectors: {mine: {name: near, params: {indices_path: '${output_dir}/n.npy'}}}\n"
+        "pipelines: {one: {stages: [{family: selector, component: mine, keep_ratio: 0.5}]}}\n"
+    )
+    run = {"output_dir": str(tmp_path / "run"), "learning_rate": 1e-4}
+    near = resolve("dynamic_select", "mine", {}, path, run)
+    assert near.params["indices_path"] == str(tmp_path / "run" / "n.npy")
+    (stage,) = resolve("dynamic_lego", "one", {}, path, run).build().rows
+    assert stage.strategy.file == tmp_path / "run" / "n.npy"
+
+
+@pytest.mark.parametrize("wrong", ["${nowhere}", "${output_dir"])
+def test_a_placeholder_that_is_none_is_refused(wrong: str, tmp_path: Path) -> None:
+    path = tmp_path / "components.yaml"
+    path.write_text(f"selectors: {{a: {{name: near, params: {{indices_path: '{wrong}'}}}}}}\n")
+    with pytest.raises(BadInput, match="components_cfg_file"):
+        resolve("dynamic_select", "a", {}, path, {"output_dir": "x"})
