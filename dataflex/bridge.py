@@ -54,16 +54,17 @@ def mistyped(args: Mapping[str, Any]) -> list[str]:
                 continue
             if isinstance(value, bool | int | float) and not _unusable(value, wanted):
                 continue
-            expected = "true or false" if wanted == {bool} else "a number, without quotes"
+            number = "a number" if float in wanted else "a whole number"
+            expected = "true or false" if wanted == {bool} else f"{number}, without quotes"
             faults.append(f"{name} is {value!r}; expected {expected}.")
     return faults
 
 
 def _unusable(value: float, wanted: set[Any]) -> bool:
-    """A boolean for a number, NaN, or infinity where a whole number is wanted."""
+    """A boolean for a number, NaN, or a fraction where a whole number is wanted."""
     if isinstance(value, bool):
         return bool not in wanted
-    return math.isnan(value) or (math.isinf(value) and float not in wanted)
+    return math.isnan(value) or not (float in wanted or float(value).is_integer())
 
 
 def _argument_classes() -> tuple[Any, ...]:
@@ -319,7 +320,7 @@ def _configuration_faults() -> Iterator[None]:
     data_faults = (ValueError, RuntimeError, DatasetsError)
     places: list[tuple[Any, str, tuple[type[Exception], ...]]] = [
         (tuner, "get_train_args", ARGUMENT_FAULTS),
-        (loader, "_get_merged_dataset", data_faults),
+        (loader, "_get_merged_dataset", (*data_faults, KeyError, TypeError)),
         (loader, "_get_preprocessed_dataset", data_faults),
         (loader, "split_dataset", data_faults),
     ]
@@ -356,7 +357,8 @@ def _as_bad_input(
         except StopIteration as error:
             raise BadInput("a data set is empty: its file holds no row.") from error
         except faults as error:
-            reason = error.__cause__ or error
+            cause = error.__cause__ or error
+            reason = f"a row has no {cause}" if isinstance(cause, KeyError) else str(cause)
             raise BadInput(f"LlamaFactory refuses the configuration or data: {reason}") from error
 
     return wrapped

@@ -18,6 +18,9 @@ from gradstore.moments import AdamMoments
 #: Where DeepSpeed and FSDP keep the optimizer's state instead of optimizer.pt.
 SHARDED = ("global_step*", "optimizer_*", "optimizer.bin", "pytorch_model_fsdp*")
 
+#: What the Trainer goes on with beside weights; random states are one file for each rank.
+STATES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +37,7 @@ def find_checkpoints(config: RunConfig) -> list[Path]:
     for folder in named:
         if not (folder / "adapter_config.json").is_file():
             raise BadInput(f"checkpoint {str(folder)!r} has no adapter (adapter_config.json).")
+        check_weights(folder)
         trainer_state(folder)
     found = named or [
         folder
@@ -76,32 +80,49 @@ def mean_learning_rate(folder: Path, previous: int, step: int) -> float:
 
 
 def check_resumable(folder: Path) -> None:
-    """A complete checkpoint holds a whole adapter and the optimizer's state.
+    """A complete checkpoint holds whole weights, and what the Trainer goes on with.
 
-    Without the latter the Trainer would go on with fresh moments and say nothing.
+    Without optimizer, scheduler or random states it would begin those anew and say nothing.
 
     Raises:
-        BadInput: it keeps no optimizer state.
+        BadInput: something is missing.
         DamagedData: a file is cut short.
+    """
+    check_weights(folder)
+    if any(next(folder.glob(pattern), None) for pattern in SHARDED):
+        return  # DeepSpeed and FSDP keep all that in files of their own
+    for pattern in STATES:
+        found = list(folder.glob(pattern))
+        if not found:
+            raise BadInput(
+                f"checkpoint {str(folder)!r} has no {pattern} (save_only_model, or deleted): a "
+                "resume would not be the same run. Resume from another checkpoint, or start anew "
+                "with overwrite_output_dir: true."
+            )
+        for path in found:
+            if not zipfile.is_zipfile(path):
+                raise DamagedData(f"{path} is damaged: its end is missing. Resume from another.")
+
+
+def check_weights(folder: Path) -> None:
+    """A checkpoint's safetensors are there and whole.
+
+    Raises:
+        BadInput: there are none.
+        DamagedData: one is cut short.
     """
     from safetensors import SafetensorError, safe_open
 
-    adapter, optimizer = folder / "adapter_model.safetensors", folder / "optimizer.pt"
-    if adapter.is_file():
+    kind = "adapter_model" if (folder / "adapter_config.json").is_file() else "*model*"
+    found = list(folder.glob(f"{kind}*.safetensors"))
+    if not (found or any(next(folder.glob(pattern), None) for pattern in SHARDED)):
+        raise BadInput(f"checkpoint {str(folder)!r} has no {kind}.safetensors. Name another one.")
+    for path in found:
         try:
-            with safe_open(adapter, framework="pt"):
+            with safe_open(path, framework="pt"):
                 pass
         except SafetensorError as error:
-            raise DamagedData(f"{adapter} is damaged: {error}. Resume from another one.") from error
-    if optimizer.is_file():
-        if not zipfile.is_zipfile(optimizer):
-            raise DamagedData(f"{optimizer} is damaged: its end is missing. Resume from another.")
-    elif not any(next(folder.glob(pattern), None) for pattern in SHARDED):
-        raise BadInput(
-            f"checkpoint {str(folder)!r} keeps no optimizer state (save_only_model, or a deleted "
-            "optimizer.pt): a resume would not be the same run. Resume from another checkpoint, "
-            "or start anew with overwrite_output_dir: true."
-        )
+            raise DamagedData(f"{path} is damaged: {error}. Resume from another one.") from error
 
 
 def check_moments(folder: Path) -> None:

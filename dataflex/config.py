@@ -160,7 +160,7 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         raise BadInput(f"configuration {str(path)!r} does not exist.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"configuration {str(path)!r} cannot be read: {error}") from error
-    except (yaml.YAMLError, json.JSONDecodeError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, json.JSONDecodeError, OmegaConfBaseException, TypeError) as error:
         raise BadInput(f"{path}: {' '.join(str(error).split())}") from error
     return {str(key): value for key, value in dict(found).items()}  # type: ignore[arg-type]
 

@@ -217,8 +217,10 @@ def check_intervals(rows: int, warmup_step: int, update_step: int, global_batch:
     """
     for key, steps in (("warmup_step", warmup_step), ("update_step", update_step)):
         if steps * global_batch > rows:
+            most = rows // global_batch
             raise BadInput(
                 f"{key} is {steps}: at {global_batch} rows a step it asks for "
                 f"{steps * global_batch} rows, the training set has {rows}. "
-                f"Set {key} to at most {rows // global_batch}, or use a smaller batch."
+                + (f"Set {key} to at most {most}, or use" if most else "Use")
+                + " a smaller batch."
             )

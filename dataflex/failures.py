@@ -39,6 +39,6 @@ def explain(error: BaseException) -> Failure | None:
         return Failure(
             130,
             "interrupted. Run the same command again with resume_from_checkpoint=true: it goes on "
-            "from the newest checkpoint. Without it, overwrite_output_dir: true starts anew.",
+            "from the newest checkpoint. Run it as it was if there is none yet.",
         )
     return None

@@ -7,9 +7,11 @@ This module is also what torchrun starts (`python -m dataflex.launcher CONFIG ke
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -47,10 +49,11 @@ def run(config: RunConfig, component: Component | None) -> None:
     from dataflex.session import TrainSession
 
     session = TrainSession(config, component)
-    bridge.run_replaced(
-        config, session.args, session.trainer_for, session.take_data, session.arrange
-    )
-    session.show()
+    with contextlib.closing(session):
+        bridge.run_replaced(
+            config, session.args, session.trainer_for, session.take_data, session.arrange
+        )
+        session.show()
 
 
 def _static(config: RunConfig) -> dict[str, Any]:
@@ -65,6 +68,7 @@ def _static(config: RunConfig) -> dict[str, Any]:
 
 def _torchrun(path: Path, overrides: Sequence[str]) -> None:
     """Start the workers; NNODES, NODE_RANK, ... mean what they mean to LlamaFactory."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, get_args_parser
@@ -78,6 +82,10 @@ def _torchrun(path: Path, overrides: Sequence[str]) -> None:
             elastic_launch(config, command)(*command_args)
         except ChildFailedError as error:
             raise ToldFailure(_first_failure(Path(folder), error)) from error
+        except SignalException as error:  # torch has stopped the workers by now
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from error
+            raise SystemExit(128 + error.sigval) from error
 
 
 def _rendezvous(env: Mapping[str, str]) -> list[str]:

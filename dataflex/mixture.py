@@ -83,8 +83,9 @@ def as_proportions(values: object, domains: Sequence[str], what: str) -> FloatAr
             f"{what}: {shown} has shape {given.shape}; expected {len(domains)} numbers, one for "
             f"each data set in the order of `dataset` ({', '.join(domains)})."
         )
-    if not np.isfinite(given).all() or (given < 0).any() or given.sum() <= 0:
+    if not np.isfinite(given).all() or (given < 0).any() or not given.any():
         raise BadInput(f"{what}: {shown}; expected finite numbers >= 0 with a positive sum.")
+    given = given / given.max()  # a sum of huge ones would overflow
     return np.asarray(given / given.sum())
 
 

@@ -1,15 +1,31 @@
-"""Whose store it is: said when a run opens it, not after its warm-up was trained."""
+"""Whose store and whose output folder it is: said before anything is trained."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataflex.context import RunContext
+from gradstore.disk.files import StoreFiles
+from gradstore.disk.lock import WriterLock
 from gradstore.layout import GRADIENT, space_run
 from gradstore.provenance import Difference, refuse
 
 if TYPE_CHECKING:
     from gradstore.store import Store
+
+
+def own_output(output_dir: Path) -> WriterLock:
+    """Lock of a run's records and checkpoints, taken; to be released when the run ends.
+
+    Raises:
+        StoreBusy: another run is writing there.
+    """
+    files = StoreFiles(output_dir / "dataflex")
+    files.make_root()
+    lock = WriterLock(files, "the run in", "choose another output_dir")
+    lock.acquire()
+    return lock
 
 
 def check_owner(store: Store, run: RunContext, *, space: str = GRADIENT, run_id: str = "") -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 
 from dataflex import bridge
-from dataflex.config import RunConfig, names
+from dataflex.config import DataFlexConfig, RunConfig, names
 from dataflex.domains import BY_DOMAIN
 from dataflex.mixture import domain_faults, rule_faults
 from dataflex.pipelines.pipeline import Pipeline
 from dataflex.registry import Component, unknown
 from dataflex.schedule import Schedule
 from gradstore.errors import BadInput, StoreIOError
+
+_log = logging.getLogger(__name__)
 
 #: Stages whose loss is a token cross-entropy over the rows of one data set.
 STAGES = ("sft", "pt")
@@ -24,6 +27,9 @@ ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_
 
 #: LlamaFactory's switches for optimizers that beat `optim`.
 OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+
+#: Keys of an entry of dataset_info.json that say where the rows of a data set are.
+SOURCES = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}
 
 #: LlamaFactory's switches for losses of its own.
 OTHER_LOSSES = ("use_dft_loss", "use_asft_loss", "use_eaft_loss")
@@ -64,7 +70,29 @@ def check(config: RunConfig) -> Component | None:
         faults += rule_faults(config, strategy)
     if faults:
         raise BadInput("\n".join(faults))
+    for warning in _unused(config, strategy):
+        _log.warning("%s", warning)
     return component
+
+
+def _unused(config: RunConfig, strategy: object) -> list[str]:
+    """Keys of ours that are set, and that nothing in this run looks at."""
+    ours, default = config.dataflex, DataFlexConfig()
+    kind = ours.train_type
+    used_by: dict[str, bool] = {
+        "static_mix": kind == "dynamic_mix",
+        "mixture_sample_rule": kind in BY_DOMAIN,
+        "init_mixture_proportions": kind in BY_DOMAIN,
+        "mixer_eval_dataset": kind in BY_DOMAIN,
+        "target_subtasks": bool(getattr(strategy, "needs_targets", False)),
+        "early_stopping_min_delta": config.get("early_stopping_steps") is not None,
+        **dict.fromkeys(("update_step", "update_times"), kind != "dynamic_weight"),
+    }
+    return [
+        f"{key} has no effect here (train_type {kind}, component {ours.component_name})"
+        for key, used in used_by.items()
+        if not used and getattr(ours, key) != getattr(default, key)
+    ]
 
 
 def _parts(component: Component, strategy: object) -> list[tuple[Component, object]]:
@@ -132,6 +160,13 @@ def _trainer_faults(config: RunConfig) -> list[str]:
         faults.append(
             f"streaming is on, but train_type {config.dataflex.train_type} needs to know every row "
             "before it chooses: set streaming: false."
+        )
+    if config.get("early_stopping_steps") is not None and not (
+        config.get("metric_for_best_model") or config.get("load_best_model_at_end", False)
+    ):
+        faults.append(
+            "early_stopping_steps is set, but nothing says what must improve: set "
+            "load_best_model_at_end: true, or metric_for_best_model."
         )
     if config.get("use_ray") or config.get("use_mca") or config.get("use_hyper_parallel"):
         faults.append("use_ray, use_mca and use_hyper_parallel work with train_type: static only.")
@@ -287,8 +322,15 @@ def _check_datasets(config: RunConfig) -> None:
         for key, used in wanted.items()
         if (missing := set(used) - set(known))
     ]
-    for name in {n for used in wanted.values() for n in used} & set(known):
-        file_name = known[name].get("file_name") if isinstance(known[name], dict) else None
+    for name in sorted({n for used in wanted.values() for n in used} & set(known)):
+        entry = known[name]
+        if not isinstance(entry, dict) or not SOURCES & set(entry):
+            faults.append(
+                f"data set {name!r}: its entry in {str(info)!r} must be a mapping that says where "
+                f"the rows are: {', '.join(sorted(SOURCES))}."
+            )
+            continue
+        file_name = entry.get("file_name")
         if isinstance(file_name, str) and "://" not in file_name:
             path = Path(folder) / file_name
             if not path.exists():

@@ -186,6 +186,11 @@ def resolve(
         raise BadInput(unknown(f"component_name for {train_type}", [component_name],
                                {*presets, *known}))  # fmt: skip
     preset = presets.get(component_name, {"name": component_name})
+    where = f"preset {component_name!r} of {bucket}"
+    if extra := set(preset) - {"name", "params", "target"}:
+        raise BadInput(unknown(f"key in {where}", extra, ("name", "params", "target")))
+    if not isinstance(preset.get("params") or {}, Mapping):
+        raise BadInput(f"params in {where} is {preset['params']!r}; expected a mapping.")
     params = _over(preset.get("params") or {}, component_params)
     target = params.pop("target", preset.get("target"))
     name = preset.get("name", component_name)
@@ -196,8 +201,7 @@ def resolve(
     elif name in known:
         cls = known[name]
     else:
-        raise BadInput(unknown(f"strategy `name` in preset {component_name!r} of {bucket}",
-                               [str(name)], known))  # fmt: skip
+        raise BadInput(unknown(f"strategy `name` in {where}", [str(name)], known))
     for key in set(params) & set(RETIRED) - set(parameters(cls)):
         _log.warning("component %r: %s is ignored: %s", component_name, key, RETIRED[key])
         del params[key]
@@ -287,8 +291,9 @@ def imported(target: str, key: str, form: str) -> Any:  # noqa: ANN401 - whateve
         sys.path.insert(0, str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise BadInput(f"{key} {target!r} cannot be imported: {error}") from error
+    except Exception as error:  # the module's own code runs here
+        reason = f"{type(error).__name__}: {error}"
+        raise BadInput(f"{key} {target!r} cannot be imported: {reason}") from error
 
 
 def target_of(cls: type) -> str:

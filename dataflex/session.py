@@ -14,6 +14,7 @@ from dataflex.config import RunConfig
 from dataflex.data import RawRows, RunData, check_rows
 from dataflex.events import RunLog
 from dataflex.identity import known_identity
+from dataflex.ownership import own_output
 from dataflex.picture import draw
 from dataflex.registry import Component
 from dataflex.trainers.intervals import BatchShape
@@ -25,6 +26,7 @@ from dataflex.trainers.state import (
     newest_complete,
     run_id_of,
 )
+from gradstore.disk.lock import WriterLock
 from gradstore.errors import BadInput
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class TrainSession:
         if self.checkpoint is None and checkpoints(config.output_dir):
             # Only incomplete or unwanted checkpoints: LlamaFactory must not resume from them.
             self.args["overwrite_output_dir"] = True
+        self._lock: WriterLock | None = None
         self._data: RunData | None = None
         self._log: RunLog | None = None
 
@@ -93,7 +96,14 @@ class TrainSession:
             _log.warning("the run of %d steps ends before its first update", schedule.budget)
         if hasattr(self.strategy, "check_data"):
             self.strategy.check_data(data, self.config)
+        if training_args.process_index == 0:
+            self._lock = own_output(self.config.output_dir)
         self._data = data
+
+    def close(self) -> None:
+        """Let another run into the output folder."""
+        if self._lock is not None:
+            self._lock.release()
 
     def show(self) -> None:
         """The table of updates and a picture, after everything LlamaFactory had to say."""

@@ -34,10 +34,14 @@ def mistyped(constructor: Callable[..., None], values: Mapping[str, Any]) -> lis
         return []
     faults = []
     for name, value in values.items():
-        wanted = _plain(hints.get(name, Any))
+        wanted, element = _plain(hints.get(name, Any)), _element(hints.get(name, Any))
         if wanted and value is not None and not any(_is(value, kind) for kind in wanted):
             expected = " or ".join(EXPECTED[kind] for kind in wanted)
             faults.append(f"{name} is {value!r}; expected {expected}")
+        elif element and isinstance(value, list) and not all(_is(v, element) for v in value):
+            faults.append(f"{name} is {value!r}; expected a list, each {EXPECTED[element]}")
+        elif name == "seed" and isinstance(value, int) and value < 0:
+            faults.append(f"seed is {value}; expected 0 or more")
         elif wanted and value is None and type(None) not in get_args(hints[name]):
             faults.append(f"{name} is null; expected {EXPECTED[wanted[0]]}")
     return faults
@@ -45,12 +49,20 @@ def mistyped(constructor: Callable[..., None], values: Mapping[str, Any]) -> lis
 
 def _plain(hint: object) -> list[Any]:
     """The types a hint allows beside None; empty where one of them is not checked here."""
-    union = hint not in EXPECTED and get_origin(hint) not in EXPECTED
-    options = [
-        option for option in (get_args(hint) if union else (hint,)) if option is not type(None)
-    ]
-    kinds = [get_origin(option) or option for option in options]
+    kinds = [get_origin(option) or option for option in _options(hint)]
     return kinds if all(kind in EXPECTED for kind in kinds) else []
+
+
+def _element(hint: object) -> Any:  # noqa: ANN401 - a type
+    """The type of a list's elements; None where the hint says nothing that is checked."""
+    inner = [get_args(o)[0] for o in _options(hint) if get_origin(o) is Sequence and get_args(o)]
+    return inner[0] if len(inner) == 1 and inner[0] in EXPECTED else None
+
+
+def _options(hint: object) -> list[Any]:
+    """The types a hint allows beside None."""
+    union = hint not in EXPECTED and get_origin(hint) not in EXPECTED
+    return [option for option in (get_args(hint) if union else (hint,)) if option is not type(None)]
 
 
 def _is(value: object, kind: type) -> bool:

@@ -131,6 +131,9 @@ def model_scores(
 
     Returns:
         (m,) losses in the order of `positions`, NaN where not scored; tokens of the pass.
+
+    Raises:
+        BadInput: none is finite.
     """
     board = context.run.board
     if board is None:
@@ -140,6 +143,8 @@ def model_scores(
         generator = np.random.default_rng([seed, context.step])
         scored = np.sort(generator.choice(positions, params.max_samples, replace=False))
     losses = board.losses(context.run, context.step, scored, max_rows=params.batch_size)
+    if not np.isfinite(losses[scored]).any():
+        raise BadInput("no training row has a finite loss. Look at the model and the labels.")
     return losses[positions], board.tokens
 
 

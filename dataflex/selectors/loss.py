@@ -48,8 +48,8 @@ class LossSelector(Selector):
             raise ValueError(f"quantiles are {list(quantiles)}; give two rising numbers in [0, 1]")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; it must be above 0")
-        if not focus_weight > 0:
-            raise ValueError(f"focus_weight is {focus_weight}; it must be above 0")
+        if not 0 < focus_weight < np.inf:
+            raise ValueError(f"focus_weight is {focus_weight}; it must be above 0 and finite")
         if score_batch_size < 1:
             raise ValueError(f"score_batch_size is {score_batch_size}; it must be at least 1")
         self.focus = focus

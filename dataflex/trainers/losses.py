@@ -117,7 +117,10 @@ class LossSeam(Seam):
         with torch.no_grad():
             targets = Targets.of(inputs)
             token_losses = self._token_losses(outputs, targets)
-            self._after(statistics(inputs, outputs, targets, token_losses, ()))
+            stats = statistics(inputs, outputs, targets, token_losses, ())
+            if not np.isfinite(stats.loss_sums).all():
+                self._warn_once("loss", f"step {step}: samples have a loss that is not finite")
+            self._after(stats)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401

@@ -59,6 +59,11 @@ class Run:
     params: Mapping[str, Any]
 
 
+#: Keys that say which parameters are trained, and thus what a checkpoint holds.
+FINETUNING = ("finetuning_type", "lora_rank", "lora_alpha", "lora_target", "additional_target",
+              "use_dora", "use_rslora")  # fmt: skip
+
+
 class Seam:
     """Mixed in before a transformers Trainer; `trainer_class` sets `run`."""
 
@@ -183,14 +188,18 @@ class Seam:
         )
 
     def settings(self) -> Mapping[str, Any]:
-        """What a resume must agree on: the component, its parameters, the seed, rows of a step."""
+        """What a resume must agree on: what is decided with, and what saved weights have to fit."""
         neutral = {*RETIRED, *getattr(self.run.strategy, "neutral", ())}
+        tuned = getattr(self, "finetuning_args", None)
         return {
             "component_name": self.run.name,
             "class": target_of(type(self.run.strategy)),
             "component_params": {k: v for k, v in self.run.params.items() if k not in neutral},
             "rows_per_step": self.batch_shape.rows,
             "seed": int(self.args.seed),
+            "targets": {t.name: t.row_set.sha256 for t in self.run.data.targets},
+            "optim": str(self.args.optim),
+            **{key: getattr(tuned, key) for key in FINETUNING if hasattr(tuned, key)},
         }
 
     # -- telling ----------------------------------------------------------------------------------
@@ -259,6 +268,9 @@ class Seam:
                 )
                 + ". Restore them, or start anew with overwrite_output_dir: true."
             )
+        if state.step >= s.budget and self.ranks.leads:
+            _log.warning("nothing to train: the checkpoint is at step %d, the run ends at step %d",
+                         state.step, s.budget)  # fmt: skip
         if state.rows_sha256 != self.rows_sha256:
             raise ProvenanceMismatch(
                 "the checkpoint was made on other training rows (data, template, tokenizer or "

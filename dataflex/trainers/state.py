@@ -135,10 +135,10 @@ def _with_arrays(value: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Any:
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether both state files are there and parse: the last thing written is one of them."""
-    for name in (TRAINER_STATE, "dataflex/state.json"):
+    for name, step in ((TRAINER_STATE, "global_step"), ("dataflex/state.json", "step")):
         try:
-            json.loads((checkpoint / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            int(json.loads((checkpoint / name).read_text(encoding="utf-8"))[step])
+        except (OSError, ValueError, KeyError, TypeError):
             return False
     return True
 

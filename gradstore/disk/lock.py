@@ -29,15 +29,26 @@ _held: WeakSet[WriterLock] = WeakSet()
 
 
 class WriterLock:
-    """Holds `writer.lock` of a store; a context manager.
+    """Holds `writer.lock` of a folder; a context manager.
+
+    Args:
+        files: of the folder.
+        what: the folder as the user knows it, for messages.
+        instead: what to do rather than wait, for messages.
 
     Raises:
         StoreBusy: another process holds it; names host, process id and since when.
         StoreIOError: the lock file can't be written.
     """
 
-    def __init__(self, files: StoreFiles) -> None:
+    def __init__(
+        self,
+        files: StoreFiles,
+        what: str = "store",
+        instead: str = "choose another store with gradstore=PATH",
+    ) -> None:
         self._files = files
+        self._what, self._instead = f'{what} "{files.root}"', instead
         self._fd: int | None = None
 
     def __enter__(self) -> WriterLock:
@@ -62,7 +73,7 @@ class WriterLock:
             self._flock(fd)
             left = _holder(fd)
             if left:
-                logger.warning("stale lock of store %s (%s) taken over", self._files.root, left)
+                logger.warning("stale lock of %s (%s) taken over", self._what, left)
             with self._files.operation("write", path):
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, canonical_json(_myself()), 0)
@@ -79,8 +90,8 @@ class WriterLock:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 who = _holder(fd) or "another process"
                 raise StoreBusy(
-                    f'store "{self._files.root}" is being written by {who}. '
-                    "Wait until it ends, or choose another store with gradstore=PATH"
+                    f"{self._what} is being written by {who}. "
+                    f"Wait until it ends, or {self._instead}"
                 ) from None
             raise lacks(self._files, "flock", error) from error
 

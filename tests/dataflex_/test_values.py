@@ -31,6 +31,8 @@ class Plain:
         ("dynamic_weight", "joint_update_aware", {"embed_layer": []}, "embed_layer is \\[\\]"),
         ("dynamic_reorder", "saw", {"pattern_params": -1}, "expected a mapping"),
         ("dynamic_reorder", "saw", {"seed": None}, "seed is null"),
+        ("dynamic_mix", "random", {"seed": -1}, "seed is -1; expected 0 or more"),
+        ("dynamic_select", "loss", {"quantiles": ["a", "b"]}, "expected a list, each a number"),
         ("dynamic_lego", "pipeline", {"stages": "less"}, "stages is 'less'; expected a list"),
     ],
 )
@@ -105,6 +107,31 @@ def test_placeholders_of_a_preset_are_the_runs_keys(tmp_path: Path) -> None:
     assert near.params["indices_path"] == str(tmp_path / "run" / "n.npy")
     (stage,) = resolve("dynamic_lego", "one", {}, path, run).build().rows
     assert stage.strategy.file == tmp_path / "run" / "n.npy"
+
+
+@pytest.mark.parametrize(
+    ("preset", "says"),
+    [
+        ("{name: loss, parms: {focus: low}}", "did you mean 'params'"),
+        ("{name: loss, params: [1]}", r"params in preset 'a' of selectors is \[1\]"),
+    ],
+)
+def test_a_preset_has_no_other_keys(preset: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "components.yaml"
+    path.write_text(f"selectors: {{a: {preset}}}\n")
+    with pytest.raises(BadInput, match=says):
+        resolve("dynamic_select", "a", {}, path)
+
+
+@pytest.mark.parametrize("content", ["def broken(:\n", "raise KeyError('at import')\n"])
+def test_a_target_that_cannot_be_imported_is_told(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_broken.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    for target in ("own_broken:Own", ".own_broken:Own"):
+        with pytest.raises(BadInput, match=f"target '{target}' cannot be imported"):
+            resolve("dynamic_select", "custom", {"target": target})
 
 
 @pytest.mark.parametrize("wrong", ["${nowhere}", "${output_dir"])

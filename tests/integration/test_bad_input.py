@@ -121,6 +121,14 @@ CONFIGURATION = {
     "d = 0": ({"component_params": {"proj_dim": 0}}, ["d=0", "1.."]),
     "unknown feature": ({"component_params": {"gradient_type": "adamm"}}, ["adam_marginal"]),
     "no step": ({"num_train_epochs": 0}, ["0 optimizer steps", "train_step"]),
+    "half a row": (
+        {"per_device_train_batch_size": 2.5},
+        ["per_device_train_batch_size is 2.5", "a whole number"],
+    ),
+    "early stopping of nothing": (
+        {"early_stopping_steps": 3},
+        ["early_stopping_steps is set", "load_best_model_at_end"],
+    ),
     "do_train off": ({"do_train": False}, ["do_train must be true"]),
 }
 
@@ -175,6 +183,25 @@ def test_an_empty_file_is_refused(
     result = cli("train", config(dataset_dir=str(folder), **sets))
     check_refusal(result, 2, "'empty'", "no row")
     assert nothing_made(tmp_path / "run")
+
+
+def test_an_entry_without_a_source_and_rows_without_a_column_are_told(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    folder = data_folder(tmp_path / "data", few=[{"instruction": "Say yes."}] * 4,
+                         numbers="[1, 2, 3]", goal=[row("Say yes.", "yes")] * 4)  # fmt: skip
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps({**info, "nowhere": {}, "word": "x"}))
+    told = {"few": "'output'", "numbers": "'instruction'", "nowhere": "file_name",
+            "word": "must be a mapping"}  # fmt: skip
+    for name, says in told.items():
+        result = cli("train", config(dataset_dir=str(folder), dataset=name, target_dataset="goal"))
+        check_refusal(result, 2, name, says)
+
+
+def test_an_override_into_a_list_is_told(cli: Any, config: Any) -> None:
+    path = config(target_dataset=["tiny_target"])
+    check_refusal(cli("train", path, "target_dataset.0.x=1"), 2, "run.yaml")
 
 
 def test_rows_without_a_response_leave_an_empty_target(

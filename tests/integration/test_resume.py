@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,8 @@ def killed(cli: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"component_params": {"proj_dim": 128, "gradient_type": "sgd"}}, "gradient_type"),
         ({"gradient_accumulation_steps": 1}, "rows_per_step 6, now 2"),
         ({"seed": 3}, "seed 42, now 3"),
+        ({"lora_rank": 2}, "lora_rank 4, now 2"),
+        ({"target_dataset": "tiny_target_heldout"}, "targets {'tiny_target': "),
         ({"disable_shuffling": True}, "in_given_order False, now True"),
         (
             {"component_params": {"proj_dim": 128, "target": "resume_other:Other"}},
@@ -182,7 +185,34 @@ def test_a_checkpoint_without_its_optimizer_or_cut_short_is_refused(
     (run / "checkpoint-2" / "optimizer.pt").unlink()
     result = cli("train", path, f"resume_from_checkpoint={run / 'checkpoint-2'}")
     assert result.code == 2
-    assert "keeps no optimizer state" in result.message
+    assert "has no optimizer.pt" in result.message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "says"),
+    [
+        ("scheduler.pt", None, 2, "has no scheduler.pt"),
+        ("scheduler.pt", b"PK", 4, "scheduler.pt is damaged"),
+        ("rng_state.pth", b"PK", 4, "rng_state.pth is damaged"),
+        ("adapter_model.safetensors", None, 2, "has no adapter_model.safetensors"),
+        ("trainer_state.json", b"{}", 2, "is incomplete"),
+        ("dataflex/state.json", b"[]", 2, "is incomplete"),
+    ],
+)
+def test_a_named_checkpoint_must_be_whole(
+    name: str, content: bytes | None, code: int, says: str, cli: Any, config: Any, killed: Path
+) -> None:
+    path = config(output_dir=str(killed / "run"))
+    if not (killed / "run" / "checkpoint-4").is_dir():
+        assert cli("train", path, faults={"kill_step": 5}).code == -9
+    broken = path.parent / "checkpoint-4"
+    shutil.copytree(killed / "run" / "checkpoint-4", broken)
+    (broken / name).unlink()
+    if content is not None:
+        (broken / name).write_bytes(content)
+    result = cli("train", path, f"resume_from_checkpoint={broken}")
+    assert result.code == code, result.err[-3000:]
+    assert says in result.message
 
 
 def test_ctrl_c_says_how_to_go_on(cli: Any, config: Any) -> None:

@@ -49,6 +49,26 @@ def test_two_processes_agree(cli: Any, config: Any, tmp_path: Path) -> None:
     assert state.more["rows"].tolist() == chosen["indices"]
 
 
+def test_ctrl_c_reaches_the_workers_and_is_one_message(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "stopping.py").write_text(
+        "import os, signal, time\n"
+        "from dataflex.selectors.random import RandomSelector\n\n"
+        "class Stopping(RandomSelector):\n"
+        "    def select(self, count, context):\n"
+        "        os.kill(os.getppid(), signal.SIGINT)\n"
+        "        time.sleep(60)\n"
+    )
+    path = config(component_name="custom", component_params={"target": "stopping:Stopping"},
+                  target_dataset=None, max_samples=40)  # fmt: skip
+    result = cli("train", path, env=FORCED, cwd=tmp_path)
+    assert result.code == 130, result.err[-3000:]
+    assert result.err.count("error: ") == 1
+    assert "resume_from_checkpoint=true" in result.message
+    assert "Traceback" not in result.err
+
+
 @pytest.mark.parametrize("scoring", ["projected", "direct"])
 def test_two_processes_share_the_work_and_select_what_one_does(
     scoring: str, cli: Any, config: Any, tmp_path: Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dataflex.ownership import own_output
 from gradstore import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +39,19 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Filled by the first test that needs it: a run of 4 steps with a store of its own."""
     folder = tmp_path_factory.mktemp("first")
     return {"store": folder / "store", "run": folder / "run"}
+
+
+def test_two_runs_do_not_write_into_one_output_folder(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    path = config(component_name="random", component_params=None, train_step=2, max_samples=40)
+    lock = own_output(tmp_path / "run")
+    result = cli("train", path)
+    assert result.code == 6, result.err[-3000:]
+    assert f"pid {os.getpid()}" in result.message
+    assert "choose another output_dir" in result.message
+    lock.release()
+    assert cli("train", path).code == 0
 
 
 @pytest.fixture
