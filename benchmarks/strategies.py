@@ -12,7 +12,7 @@ the eight skills' held-out sets (`tiny_domain_<skill>_eval`).
 The first table's runs train on 1,600 rows of 8 skills and 20% noise; `static` is LlamaFactory's own
 training. The second's have the eight skills as domains; `mix: static` is uniform, and DoReMi is the
 whole chain: reference, proxy, and the final run whose figures are given. The third's runs are one
-pass over the 400 rows of `tiny_scored` each, in another order; `order: shuffle` is random.
+pass over the 480 rows of `tiny_scored` each, in another order; `order: shuffle` is random.
 Strategies that need a vision-language model or a mixture of experts (coincide, dynamic_moe) cannot
 stand beside these.
 
@@ -83,7 +83,7 @@ MIXTURES: dict[str, Entry] = {
 }
 ORDERS: dict[str, Entry] = {
     f"order: {name}": Entry(
-        "orders", f"reorders/{name}", ("train_step=50", "update_times=4", "dataset=tiny_scored")
+        "orders", f"reorders/{name}", ("train_step=60", "update_times=5", "dataset=tiny_scored")
     )
     for name in ("shuffle", "sorting", "folding", "zigzag", "segment", "stair", "saw",
                  "dynamic_sorting", "dynamic_folding")

@@ -130,6 +130,9 @@ def _enabled(name: str) -> bool:
 def worker(arguments: Sequence[str]) -> int:
     """What each torchrun process runs; returns its exit code."""
     path, overrides = Path(arguments[0]), list(arguments[1:])
+    if not bridge.device_count():
+        # accelerate would call the device "cpu:0", which torch.load restores no checkpoint to.
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     try:
         config = load(path, overrides, bridge.accepted_keys())
         run(config, check(config))

@@ -14,6 +14,7 @@ from dataflex.mixture import domain_faults, rule_faults
 from dataflex.pipelines.pipeline import Pipeline
 from dataflex.registry import Component, unknown
 from dataflex.schedule import Schedule
+from dataflex.strategy import FSDP
 from gradstore.errors import BadInput, StoreIOError
 
 _log = logging.getLogger(__name__)
@@ -182,6 +183,11 @@ def _component_faults(config: RunConfig, component: Component, strategy: object)
         faults += _lora_faults(config, name)
     if getattr(strategy, "needs_targets", False):
         faults += _target_faults(config, name)
+    if config.get("fsdp") and FSDP in getattr(strategy, "whole_model", ()):
+        faults.append(
+            f"fsdp is {config.get('fsdp')!r}, but {name} makes passes of its own over the model in "
+            "training, which cannot be made while it lies in pieces: remove fsdp (DDP works)."
+        )
     faults += _loss_faults(
         config,
         name,

@@ -1,7 +1,8 @@
 """What the processes of one run do together: share work, agree on answers, fail as one.
 
 Every method is collective: each rank must call it, in the same order. Alone (world 1) nothing is
-communicated. A failure on one rank is raised on all of them, so that none waits for a dead one.
+communicated. A failure that can be told in one message (`failures.explain`) is raised on all ranks,
+so that none waits for a dead one; any other ends its process, and torchrun ends the rest.
 """
 
 from __future__ import annotations

@@ -11,12 +11,17 @@ if TYPE_CHECKING:
     from dataflex.data import RunData
 
 
+#: Ways to spread a model over devices, members of `Strategy.whole_model`.
+FSDP, ZERO3 = "FSDP", "DeepSpeed ZeRO-3"
+
+
 class Strategy:
     """Base of selectors, mixers, weighters, reorders and pipelines.
 
     The constructor's keyword parameters are the accepted `component_params`, its docstring their
-    documentation. Every method but `check` is called on every rank, so that passes over the data
-    are shared (`context.run.ranks`); where ranks could differ, rank 0's answer counts.
+    documentation. Every method but `check` and `state` is called on every rank, so that passes over
+    the data are shared (`context.run.ranks`); where ranks could differ, rank 0's answer counts.
+    `state` is called where a checkpoint is written, which may be rank 0 alone.
     """
 
     #: Works on rows one by one: packing and streaming are refused. May depend on the parameters.
@@ -29,6 +34,9 @@ class Strategy:
     needs_moments: bool = False
     #: Weights the losses of training: options that replace them are refused.
     reads_losses: bool = False
+    #: How a model may be spread over devices (FSDP, ZERO3) that this strategy's own passes over it
+    #: cannot be made under: refused.
+    whole_model: frozenset[str] = frozenset()
     #: Where the method was published, for `dataflex-cli components`.
     paper: ClassVar[str] = ""
     #: component_params that change no answer: a resume may set them anew.

@@ -14,6 +14,7 @@ from dataflex.events import progress
 from dataflex.mixers.base import Mixer, UpdateContext
 from dataflex.mixture import domains_of, exponentiated, opening_proportions
 from dataflex.registry import register
+from dataflex.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput
 
 FloatArray = npt.NDArray[np.float64]
@@ -41,6 +42,7 @@ class DynamicMoeMixer(Mixer):
 
     paper = "Zhu et al. 2024, Dynamic Data Mixing for Mixture-of-Experts, arXiv:2406.11256"
     neutral = frozenset({"eval_batch_size"})
+    whole_model = frozenset({FSDP, ZERO3})
 
     def __init__(
         self,

@@ -84,6 +84,7 @@ class Pipeline(Strategy):
         self.needs_targets = any(getattr(s, "needs_targets", False) for s in strategies)
         self.needs_moments = any(getattr(s, "needs_moments", False) for s in strategies)
         self.reads_losses = any(getattr(s, "reads_losses", False) for s in strategies)
+        self.whole_model = frozenset().union(*(getattr(s, "whole_model", ()) for s in strategies))
         #: What each stage of `rows` handed on when it last fired.
         self._handed: list[IntArray | None] = [None] * len(self.rows)
         #: Sum and number of the learning rates since each stage of `rows` last fired.

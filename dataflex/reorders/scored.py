@@ -15,6 +15,7 @@ from dataflex.data import RunData
 from dataflex.reorders.base import Ordering, Reorder
 from dataflex.reorders.patterns import make_pattern
 from dataflex.reorders.scores import file_faults, fixed_scores, make_score_params, model_scores
+from dataflex.strategy import FSDP
 from gradstore.errors import BadInput
 
 IntArray = npt.NDArray[np.int64]
@@ -58,6 +59,8 @@ class ScoredReorder(Reorder):
         )
         self.seed = seed
         self.source = score_source
+        if self.pattern.needs_scores and score_source == "model_loss":
+            self.whole_model = frozenset({FSDP})
         self.score_params = make_score_params(score_source, score_params or {})
         self._fixed: FloatArray | None = None
         self._tokens, self._seconds = 0, 0.0

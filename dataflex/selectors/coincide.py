@@ -19,6 +19,7 @@ from dataflex.coreset import Groups
 from dataflex.pictures import have_pictures
 from dataflex.registry import register
 from dataflex.selectors.base import RunContext, Selection, Selector, UpdateContext
+from dataflex.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput
 
 if TYPE_CHECKING:
@@ -119,6 +120,8 @@ class CoincideSelector(Selector):
         self.density_chunk = density_chunk_size
         self.single_density = float(single_member_density)
         self.fixed = embedding_model_name_or_path is not None
+        if not self.fixed:
+            self.whole_model = frozenset({FSDP, ZERO3})
         self.advance = self.fixed if advance is None else advance
         self.keep_generations = keep_generations
         self.seed = seed

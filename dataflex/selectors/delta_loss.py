@@ -13,6 +13,7 @@ import numpy.typing as npt
 from dataflex.registry import register
 from dataflex.selectors.base import Selection, Selector, UpdateContext
 from dataflex.selectors.loss import current_losses, draw
+from dataflex.strategy import FSDP
 from gradstore.errors import BadInput
 
 FloatArray = npt.NDArray[np.float64]
@@ -39,6 +40,7 @@ class DeltaLossSelector(Selector):
     """
 
     neutral = frozenset({"score_batch_size"})
+    whole_model = frozenset({FSDP})
 
     def __init__(self, window_size: float = 0.2, seed: int = 42, score_batch_size: int = 8) -> None:
         if not 0 < window_size <= 1:

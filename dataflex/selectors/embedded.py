@@ -16,6 +16,7 @@ import numpy.typing as npt
 from dataflex.config import RunConfig
 from dataflex.data import Rows
 from dataflex.selectors.base import RunContext, Selection, Selector, UpdateContext
+from dataflex.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ class EmbeddingSelector(Selector):
         if keep_generations is not None and not is_whole(keep_generations):
             raise ValueError(f"keep_generations is {keep_generations!r}; give a number >= 1")
         self.keep_generations = keep_generations
+        if embedding_model_name_or_path is None:
+            self.whole_model = frozenset({FSDP, ZERO3})
         #: A file made offline that stands for embeddings; none are made then.
         self.file: Path | None = None
         self._service: EmbeddingService | None = None

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from dataflex.data import Rows
 from dataflex.selectors.base import RunContext, Selection, Selector, UpdateContext
+from dataflex.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput, ProvenanceMismatch
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class InfluenceSelector(Selector):
 
     needs_lora = True
     needs_targets = True
+    whole_model = frozenset({FSDP, ZERO3})
     distinct = True
     neutral = frozenset({"tokens_per_batch", "max_bad_fraction", "keep_generations"})
 

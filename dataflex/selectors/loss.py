@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from dataflex.registry import register
 from dataflex.selectors.base import Selection, Selector, UpdateContext
+from dataflex.strategy import FSDP
 from gradstore.errors import BadInput
 
 FloatArray = npt.NDArray[np.float64]
@@ -31,6 +32,7 @@ class LossSelector(Selector):
     """
 
     neutral = frozenset({"score_batch_size"})
+    whole_model = frozenset({FSDP})
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ from dataflex.registry import RETIRED, target_of
 from dataflex.routers import freeze_routers, load_experts
 from dataflex.schedule import Schedule
 from dataflex.scoreboard import Scoreboard
+from dataflex.strategy import FSDP, ZERO3
 from dataflex.trainers.intervals import BatchShape
 from dataflex.trainers.state import RunState, load_state
 from dataflex.window import as_json
@@ -230,6 +231,11 @@ class Seam:
     def _begin(self, *, anew: bool) -> None:
         """The last place for refusals: model and rows are there, nothing was trained."""
         config = self.run.config
+        if spread := self._spread() & getattr(self.run.strategy, "whole_model", frozenset()):
+            raise BadInput(
+                f"component {self.run.name!r} makes passes of its own over the model in training, "
+                f"which cannot be made under {' and '.join(sorted(spread))}: use DDP."
+            )
         anew = anew and bool(config.get("overwrite_output_dir", False))
 
         def discard() -> None:
@@ -246,6 +252,12 @@ class Seam:
         with random_states_kept():
             self.ranks.gather(lambda: self.run.strategy.start(self.context))
         self.ranks.decide(own)
+
+    def _spread(self) -> set[str]:
+        """How the model lies on the devices, where not whole on each."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        found = {FSDP} if getattr(self, "is_fsdp_enabled", False) else set()
+        return found | ({ZERO3} if plugin is not None and plugin.zero_stage == 3 else set())
 
     def _restore(self, state: RunState) -> None:
         """Go on where the checkpoint was: same rows, same position, same component."""

@@ -6,7 +6,7 @@ Letters: b samples of a rank's micro-batch, m target rows, d hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +14,10 @@ import torch
 
 from dataflex.data import Rows
 from dataflex.events import progress
+from dataflex.strategy import FSDP
 from dataflex.weighters.base import FloatArray, MeasuredBatch, RunContext, Weighter
 from gradstore.errors import BadInput
 from gradstore.pooling import HiddenStates, Pooling, pool
-
-if TYPE_CHECKING:
-    from dataflex.config import RunConfig
 
 #: Rows of one data set that are embedded together.
 Piece = tuple[Rows, npt.NDArray[np.int64]]
@@ -43,6 +41,7 @@ class TargetWeighter(Weighter):
     needs_single_rows = True
     needs_targets = True
     measures = True
+    whole_model = frozenset({FSDP})
 
     def __init__(
         self,
@@ -67,16 +66,6 @@ class TargetWeighter(Weighter):
     def mean(self) -> FloatArray:
         """(d,) mean of the target rows' embeddings at the last look."""
         return self._mean
-
-    def check(self, config: RunConfig) -> list[str]:
-        """The target rows pass through the model outside of the Trainer's own forward."""
-        if not config.get("fsdp"):
-            return []
-        return [
-            f"fsdp is {config.get('fsdp')!r}, which splits the model into pieces that run only "
-            "inside the Trainer's own forward pass, but this weighter embeds the target rows "
-            "beside it: remove fsdp (DDP and DeepSpeed work), or use component loss."
-        ]
 
     def start(self, run: RunContext) -> None:
         """Refuse a layer that the model does not have."""

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from dataflex.config import DataFlexConfig, RunConfig
 from dataflex.data import Rows, RunData
+from dataflex.strategy import FSDP, ZERO3
 from dataflex.trainers.seam import Run, trainer_class
 from dataflex.trainers.weight import WeightSeam
 from dataflex.weighters.base import FloatArray, MeasuredBatch, WeightContext, Weighter
@@ -268,6 +269,20 @@ def test_smoothed_labels_have_one_denominator_too(make: MakeTrainer) -> None:
     ]  # fmt: skip
     assert steps[0][0] == pytest.approx(steps[1][0], abs=1e-5)
     torch.testing.assert_close(steps[0][1], steps[1][1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spread", [FSDP, ZERO3])
+def test_passes_over_a_model_in_pieces_are_refused(
+    spread: str, make: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make([1, 3, 5], Told([1, 1, 1]))
+    trainer.is_fsdp_enabled = spread == FSDP
+    plugin = SimpleNamespace(zero_stage=3) if spread == ZERO3 else None
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=state))
+    trainer.run.strategy.whole_model = frozenset({spread})
+    with pytest.raises(BadInput, match=f"cannot be made under {spread}: use DDP"):
+        trainer.train()
 
 
 def test_evaluation_keeps_the_plain_loss(make: MakeTrainer) -> None:

@@ -8,12 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-#: Without a GPU accelerate calls the device of every rank cpu:0, a place torch cannot load to.
-TWO: dict[str, Any] = {"ranks": 2}
-if not torch.cuda.is_available():
-    TWO["env"] = {"ACCELERATE_TORCH_DEVICE": "cpu"}
 
 
 def selections(run: Path) -> dict[str, Any]:
@@ -76,11 +70,11 @@ def test_two_processes_killed_in_mid_interval_resume_to_the_same_bits(
     """Step 7 lies in the interval of steps 5 to 7, of which checkpoint 6 has the rows."""
     changes = {"component_name": "loss", "component_params": {}, "train_step": 8}
     whole = config("whole.yaml", output_dir=str(tmp_path / "whole"), **changes)
-    result = cli("train", whole, faults={"trace": str(tmp_path / "a")}, **TWO)
+    result = cli("train", whole, faults={"trace": str(tmp_path / "a")}, ranks=2)
     assert result.code == 0, result.err[-3000:]
     path, trace = config(**changes), str(tmp_path / "b")
-    assert cli("train", path, faults={"kill_step": 7, "trace": trace}, **TWO).code == -9
-    result = cli("train", path, faults={"trace": trace}, **TWO)
+    assert cli("train", path, faults={"kill_step": 7, "trace": trace}, ranks=2).code == -9
+    result = cli("train", path, faults={"trace": trace}, ranks=2)
     assert result.code == 0, result.err[-3000:]
 
     traces = {name: trace_of(tmp_path / name) for name in ("a.0", "a.1", "b.0", "b.1")}
