@@ -58,8 +58,11 @@ def checkpoint_features(
     if not trains:
         where = f" of run {run!r}" if run else ""
         where += "" if space == GRADIENT else f" in space {space!r}"
+        others = sorted({generation.space for generation in store.generations()} - {space})
+        there = f" (it has generations of space {', '.join(others)})" if others else ""
         raise BadInput(
-            f'store "{store.path}" has no committed train generation{where}; build one first.'
+            f'store "{store.path}" has no committed train generation{where}{there}; '
+            "build one first."
         )
     chosen = _newest(sorted(trains), which, fewer)
     wanted = tuple(sets) if sets is not None else tuple(sorted(targets.get(chosen[-1], {})))

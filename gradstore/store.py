@@ -217,6 +217,8 @@ def read_identity(files: ReadFiles) -> tuple[int, str]:
         ProvenanceMismatch: its schema is newer than this release.
         DamagedFile: it is a store, and its zarr.json is damaged.
     """
+    if files.root.is_file():
+        raise BadInput(f'"{files.root}" is a file, no gradient store: check the path')
     if not files.exists(METADATA):
         if files.names(COMMITS):
             raise DamagedFile(Fault(METADATA, "a file", "no file"), str(files.root))

@@ -147,6 +147,11 @@ def arrange(stages: Sequence[Stage]) -> Arrangement:
         if stage.weights_loss and stage.spec.every > 1
     ]
     warnings += [
+        f"{stage.spec.name} weights by the losses of training: score_max_age is ignored"
+        for stage in stages
+        if stage.weights_loss and stage.spec.score_max_age > 0
+    ]
+    warnings += [
         f"{earlier.spec.name}: allow_replacement is ignored, since {later.spec.name} serves each "
         "row once"
         for earlier, later in pairwise(rows)

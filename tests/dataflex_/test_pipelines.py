@@ -416,10 +416,10 @@ def test_stages_mean_what_they_meant_in_1_1_0() -> None:
     assert [stage.spec.name for stage in off.everyone] == ["mixer shares"]
 
 
-def test_every_on_a_weighter_and_replacement_before_a_reorder_are_told_to_be_ignored() -> None:
-    told = "; ".join(
-        Pipeline([{**MIX, "allow_replacement": True}, ORDER, {**WEIGHT, "every": 5}]).warnings
-    )
+def test_keys_of_a_stage_that_have_no_effect_are_told() -> None:
+    weight = {**WEIGHT, "every": 5, "score_max_age": 3}
+    told = "; ".join(Pipeline([{**MIX, "allow_replacement": True}, ORDER, weight]).warnings)
+    assert "score_max_age is ignored" in told
     assert "weighter loss weights every step: every: 5 is ignored" in told
     assert "mixer shares: allow_replacement is ignored" in told
 

@@ -164,6 +164,8 @@ def test_other_folders_are_no_stores(kit: StoreKit, fast_path: Path) -> None:
     (fast_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(BadInput, match=r"model\.safetensors"):
         kit.writer(fast_path)
+    with pytest.raises(BadInput, match="is a file, no gradient store"):
+        open_store(fast_path / "model.safetensors")
     assert os.listdir(fast_path) == ["model.safetensors"]
     with pytest.raises(BadInput, match="is a file"):
         kit.writer(fast_path / "model.safetensors")
