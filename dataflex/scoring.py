@@ -64,7 +64,9 @@ def row_losses(
 
     losses = np.full(len(rows), np.nan)
     for where, found in run.ranks.gather(own_part):
-        losses[where] = found
+        # A batch may come several times, where ranks had to make as many passes.
+        new = ~np.isfinite(losses[where])
+        losses[where[new]] = found[new]
     return losses
 
 
