@@ -113,7 +113,7 @@ def check_weights(folder: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    kind = "adapter_model" if (folder / "adapter_config.json").is_file() else "*model*"
+    kind = "adapter_model" if (folder / "adapter_config.json").is_file() else "model"
     found = list(folder.glob(f"{kind}*.safetensors"))
     if not (found or any(next(folder.glob(pattern), None) for pattern in SHARDED)):
         raise BadInput(f"checkpoint {str(folder)!r} has no {kind}.safetensors. Name another one.")

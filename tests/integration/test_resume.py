@@ -138,22 +138,38 @@ def killed(cli: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (
             {"component_name": "random", "component_params": {}},
-            "component_name 'less', now 'random'",
+            ["component_name 'less', now 'random'"],
         ),
-        ({"component_params": {"proj_dim": 128, "gradient_type": "sgd"}}, "gradient_type"),
-        ({"gradient_accumulation_steps": 1}, "rows_per_step 6, now 2"),
-        ({"seed": 3}, "seed 42, now 3"),
-        ({"lora_rank": 2}, "lora_rank 4, now 2"),
-        ({"target_dataset": "tiny_target_heldout"}, "targets {'tiny_target': "),
-        ({"disable_shuffling": True}, "in_given_order False, now True"),
         (
-            {"component_params": {"proj_dim": 128, "target": "resume_other:Other"}},
-            "class 'dataflex.selectors.less:LessSelector', now 'resume_other:Other'",
+            {
+                "seed": 3,
+                "target_dataset": "tiny_target_heldout",
+                "disable_shuffling": True,
+                "component_params": {"proj_dim": 128, "gradient_type": "sgd"},
+            },
+            [
+                "seed 42, now 3",
+                "targets {'tiny_target': ",
+                "in_given_order False, now True",
+                "gradient_type",
+            ],
+        ),
+        (
+            {
+                "gradient_accumulation_steps": 1,
+                "lora_rank": 2,
+                "component_params": {"proj_dim": 128, "target": "resume_other:Other"},
+            },
+            [
+                "rows_per_step 6, now 2",
+                "lora_rank 4, now 2",
+                "class 'dataflex.selectors.less:LessSelector', now 'resume_other:Other'",
+            ],
         ),
     ],
 )
 def test_a_resume_with_other_settings_is_refused(
-    changes: dict[str, Any], says: str, killed: Path, cli: Any, config: Any
+    changes: dict[str, Any], says: list[str], killed: Path, cli: Any, config: Any
 ) -> None:
     run = str(killed / "run")
     if not (killed / "run" / "checkpoint-4").is_dir():
@@ -163,7 +179,7 @@ def test_a_resume_with_other_settings_is_refused(
     )
     result = cli("train", config(output_dir=run, **changes), cwd=killed)
     assert result.code == 2
-    assert says in result.message
+    assert [words for words in says if words not in result.message] == []
 
 
 def test_a_checkpoint_without_its_optimizer_or_cut_short_is_refused(

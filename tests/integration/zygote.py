@@ -15,6 +15,7 @@ With "ranks": n it forks n workers, as torchrun would start them; each traces in
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
@@ -38,6 +39,8 @@ IMPORTED = (
     "dataflex.selectors.less",
     "dataflex.session",
     "torchdata.stateful_dataloader",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "rich.table",
 )
 
@@ -141,9 +144,15 @@ def serve(answers: TextIO) -> None:
     """Fork one child per request, answer with its exit code."""
     for module in IMPORTED:
         importlib.import_module(module)
-    # Asked which tokenizers there are, transformers imports the settings of every model.
+    # Asked which tokenizers or models there are, transformers imports the settings of every one.
     mapping = importlib.import_module("transformers.models.auto.tokenization_auto")
     list(mapping.TOKENIZER_MAPPING.keys())
+    models = importlib.import_module("transformers.models.auto.modeling_auto")
+    for name in ("IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "TEXT_TO_WAVEFORM", "CAUSAL_LM"):
+        list(getattr(models, f"MODEL_FOR_{name}_MAPPING").keys())
+    # What is here will not be garbage: no run looks through it, or copies its pages to do so.
+    gc.collect()
+    gc.freeze()
 
     for line in sys.stdin:
         request = json.loads(line)
