@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataflex.context import RunContext
 from gradstore.disk.files import StoreFiles
 from gradstore.disk.lock import WriterLock
+from gradstore.errors import StoreIOError
 from gradstore.layout import GRADIENT, space_run
 from gradstore.provenance import Difference, refuse
 
 if TYPE_CHECKING:
     from gradstore.store import Store
 
+_log = logging.getLogger(__name__)
+
 
 def own_output(output_dir: Path) -> WriterLock:
     """Lock of a run's records and checkpoints, taken; to be released when the run ends.
 
+    A file system without flock lets a run train, with a warning: only a store needs it.
+
     Raises:
         StoreBusy: another run is writing there.
+        StoreIOError: the folder cannot be made.
     """
     files = StoreFiles(output_dir / "dataflex")
     files.make_root()
     lock = WriterLock(files, "the run in", "choose another output_dir")
-    lock.acquire()
+    try:
+        lock.acquire()
+    except StoreIOError as error:
+        reason = error.__cause__ or error
+        _log.warning("nothing keeps another run out of %s: no lock there (%s)", output_dir, reason)
     return lock
 
 

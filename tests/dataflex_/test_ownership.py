@@ -1,7 +1,10 @@
-"""Whose store it is, space by space."""
+"""Whose store it is, space by space, and whose output folder."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex.ownership import check_owner
+from dataflex.ownership import check_owner, own_output
 from gradstore.embeddings import embedding_record
-from gradstore.errors import ProvenanceMismatch
+from gradstore.errors import ProvenanceMismatch, StoreBusy
 from gradstore.records import RowSet, row_hash
 from gradstore.store import Store, open_store
 from gradstore.writer import StoreWriter
@@ -64,3 +67,24 @@ def test_rows_are_compared_with_those_of_any_space(store: Store) -> None:
     other = RowSet.from_hashes([row_hash([i], [i]) for i in range(1, 5)])
     with pytest.raises(ProvenanceMismatch, match=r"train\.rows differs.*stored with minilm/train"):
         check_owner(store, run("a", other))
+
+
+def test_an_output_folder_has_one_run_until_it_ends(tmp_path: Path) -> None:
+    first = own_output(tmp_path)
+    with pytest.raises(StoreBusy, match="choose another output_dir"):
+        own_output(tmp_path)
+    first.release()
+    own_output(tmp_path).release()
+
+
+def test_without_flock_a_run_trains_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level(logging.WARNING):
+        own_output(tmp_path).release()
+    assert f"nothing keeps another run out of {tmp_path}" in caplog.text
+    assert "Function not implemented" in caplog.text
