@@ -20,8 +20,9 @@ from dataflex.context import RunContext
 from dataflex.data import RunData, check_rows
 from dataflex.features import FeatureService, FeatureSettings
 from dataflex.identity import output_identity
+from dataflex.inputs import check_inputs
 from dataflex.precision import autocast
-from dataflex.preflight import check_gradients, check_inputs
+from dataflex.preflight import check_gradients
 from gradstore.errors import BadInput
 
 _log = logging.getLogger(__name__)
