@@ -320,7 +320,7 @@ def _configuration_faults() -> Iterator[None]:
     data_faults = (ValueError, RuntimeError, DatasetsError)
     places: list[tuple[Any, str, tuple[type[Exception], ...]]] = [
         (tuner, "get_train_args", ARGUMENT_FAULTS),
-        (loader, "_get_merged_dataset", (*data_faults, KeyError, TypeError)),
+        (loader, "_get_merged_dataset", (*data_faults, KeyError)),
         (loader, "_get_preprocessed_dataset", data_faults),
         (loader, "split_dataset", data_faults),
     ]

@@ -21,7 +21,8 @@ from dataflex.pipelines.planning import (
 )
 from dataflex.pipelines.stages import Stage
 from dataflex.reorders.base import Ordering
-from dataflex.selectors.base import Selection, warn_of_count
+from dataflex.selectors.base import Selection
+from dataflex.selectors.base import ask as ask_selector
 from gradstore.errors import BadInput
 
 #: What a stage answers: rows with scores, (k,) proportions, or rows in order.
@@ -101,12 +102,8 @@ def _select(stage: Stage, count: int, context: UpdateContext) -> tuple[IntArray,
     strategy, pool = stage.strategy, context.candidates
     draws = stage.spec.mode == "draw"
     wanted = count if draws else kept_by_filter(len(pool), stage.spec.keep_ratio)
-    answer = context.run.ranks.gather(lambda: strategy.select(wanted, context))[0]
-    if not isinstance(answer, Selection):
-        raise BadInput(_stranger(stage, answer, "dataflex.selectors.base.Selection"))
+    answer = ask_selector(strategy, wanted, context, stage.spec.name, exact=draws)
     rows = _within(answer.indices, np.arange(len(context.run.data.train)), stage)
-    if draws and context.run.ranks.leads:
-        warn_of_count(len(rows), count, stage.spec.name)
     return (rows if draws else np.unique(rows)), answer
 
 
@@ -139,12 +136,11 @@ def largest_mixture(
 
 def _ordered(answer: object, pool: IntArray, stage: Stage) -> IntArray:
     if not isinstance(answer, Ordering):
-        raise BadInput(_stranger(stage, answer, "dataflex.reorders.base.Ordering"))
+        raise BadInput(
+            f"{stage.spec.name} answered a {type(answer).__name__}; expected a "
+            "dataflex.reorders.base.Ordering."
+        )
     return _within(answer.rows, pool, stage)
-
-
-def _stranger(stage: Stage, answer: object, expected: str) -> str:
-    return f"{stage.spec.name} answered a {type(answer).__name__}; expected a {expected}."
 
 
 def _within(answer: object, pool: IntArray, stage: Stage) -> IntArray:

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from dataflex.context import RunContext, UpdateContext
 from dataflex.data import RunData
 from dataflex.strategy import Strategy
+from gradstore.errors import BadInput
 
-__all__ = ["RunContext", "Selection", "Selector", "UpdateContext", "warn_of_count"]
+__all__ = ["RunContext", "Selection", "Selector", "UpdateContext", "ask"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,14 +49,33 @@ class Selection:
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
 
-def warn_of_count(answered: int, wanted: int, name: str) -> None:
-    """Say that an interval repeats rows, or that rows that were chosen are not all trained on."""
-    if answered != wanted:
-        _log.warning(
-            "%s answered %d rows, %d were asked for: %s",
-            name, answered, wanted,
-            "they are repeated" if answered < wanted else "some of them are not trained on",
-        )  # fmt: skip
+def ask(
+    selector: Selector, count: int, context: UpdateContext, name: str, *, exact: bool
+) -> Selection:
+    """A selector's answer: asked on every rank, so that passes are shared; rank 0's counts.
+
+    Args:
+        selector: the strategy.
+        count: rows asked for.
+        context: what it may look at.
+        name: what the user calls it, for messages.
+        exact: whether rows are trained on as answered; another number of them is warned of then.
+
+    Raises:
+        BadInput: the answer is no `Selection`.
+    """
+    ranks = context.run.ranks
+    answer = ranks.gather(lambda: selector.select(count, context))[0]
+    if not isinstance(answer, Selection):
+        raise BadInput(
+            f"{name} answered a {type(answer).__name__}; expected a "
+            "dataflex.selectors.base.Selection."
+        )
+    answered = len(answer.indices)
+    if exact and answered != count and ranks.leads:
+        what = "they are repeated" if answered < count else "some of them are not trained on"
+        _log.warning("%s answered %d rows, %d were asked for: %s", name, answered, count, what)
+    return answer
 
 
 class Selector(Strategy):

@@ -15,10 +15,9 @@ from dataflex.config import RunConfig
 from dataflex.data import RunData, check_intervals
 from dataflex.events import SelectionEvent
 from dataflex.schedule import EventKind, Interval, Schedule, select_budget
-from dataflex.selectors.base import Selection, warn_of_count
+from dataflex.selectors.base import Selection, ask
 from dataflex.trainers.served import ServedSeam, check_rows_of
 from dataflex.window import as_json
-from gradstore.errors import BadInput
 
 
 class SelectSeam(ServedSeam):
@@ -50,18 +49,12 @@ class SelectSeam(ServedSeam):
     def _select(
         self, count: int, interval: Interval, learning_rate: float
     ) -> npt.NDArray[np.int64]:
-        """Ask on every rank, so that passes are shared; rank 0's answer is everyone's."""
+        """The selector's answer, told and written."""
         began = time.perf_counter()
         context = self.update_context(interval, learning_rate)
-        selection = self.ranks.gather(lambda: self.run.strategy.select(count, context))[0]
-        if not isinstance(selection, Selection):
-            raise BadInput(
-                f"component {self.run.name!r} answered a {type(selection).__name__}; "
-                "expected a dataflex.selectors.base.Selection."
-            )
+        name = f"component {self.run.name!r}"
+        selection = ask(self.run.strategy, count, context, name, exact=True)
         rows = check_rows_of(selection.indices, len(self.run.data.train), self.run.name)
-        if self.ranks.leads:
-            warn_of_count(len(rows), count, f"component {self.run.name!r}")
         self._record(interval.start, rows, selection, time.perf_counter() - began)
         return rows
 

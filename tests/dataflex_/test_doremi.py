@@ -144,7 +144,7 @@ def test_the_gradient_is_that_of_the_written_formula(
     assert (one[1] - other[1]).norm() > 0.1 * one[1].norm()
 
 
-@pytest.mark.parametrize(("accumulation", "smoothing"), [(1, 0.0), (3, 0.0), (3, 0.1)])
+@pytest.mark.parametrize(("accumulation", "smoothing"), [(1, 0.0), (3, 0.0), (1, 0.1), (3, 0.1)])
 def test_the_weights_follow_the_excess_over_the_reference(
     accumulation: int, smoothing: float, tmp_path: Path
 ) -> None:

@@ -271,6 +271,30 @@ def test_smoothed_labels_have_one_denominator_too(make: MakeTrainer) -> None:
     torch.testing.assert_close(steps[0][1], steps[1][1], atol=1e-5, rtol=1e-5)
 
 
+def test_what_was_measured_with_the_window_is_not_measured_again(make: MakeTrainer) -> None:
+    class Counting(Told):
+        calls = 0
+
+        def measure(self, batch: MeasuredBatch) -> FloatArray:
+            self.calls += 1
+            return super().measure(batch)
+
+    for scope in ("window", "micro"):
+        weighter = Counting([1, 2, 1, 1, 1, 1], scope)
+        trained(make([1, 3, 5, 2, 4, 6], weighter, accumulation=3))
+        assert weighter.calls == 3, scope
+
+
+def test_losses_that_are_not_finite_are_told_where_nobody_weights(
+    make: MakeTrainer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WeightSeam, "contributors", lambda *_: ())
+    monkeypatch.setattr(WeightSeam, "observes", lambda *_: True)
+    with caplog.at_level(logging.WARNING):
+        make([1, float("nan"), 5, 2], Told([1] * 4), accumulation=1).train()
+    assert caplog.text.count("samples have a loss that is not finite") == 1
+
+
 @pytest.mark.parametrize("spread", [FSDP, ZERO3])
 def test_passes_over_a_model_in_pieces_are_refused(
     spread: str, make: MakeTrainer, monkeypatch: pytest.MonkeyPatch

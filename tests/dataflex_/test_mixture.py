@@ -145,6 +145,10 @@ def test_no_proportions_are_refused(given: object, says: str) -> None:
             check(given, ("a", "b"), "mine")
 
 
+def test_huge_numbers_are_proportions_too() -> None:
+    assert as_proportions([1e308, 1e308, 0], ("a", "b", "c"), "mine").tolist() == [0.5, 0.5, 0.0]
+
+
 def test_a_mixers_answer_must_sum_to_1_and_a_users_numbers_need_not() -> None:
     assert as_proportions([3, 1], ("a", "b"), "mine").tolist() == [0.75, 0.25]
     with pytest.raises(BadInput, match=r"component 'mine' answered proportions that sum to 1\.3"):

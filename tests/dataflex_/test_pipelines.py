@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from dataflex.schedule import Schedule
 from dataflex.scoreboard import Scoreboard
 from dataflex.selectors.base import Selection, Selector
 from dataflex.trainers.intervals import BatchShape
-from dataflex.trainers.lego import told, warnings_of
+from dataflex.trainers.lego import LegoSeam, told, warnings_of
 from dataflex.weighters.base import LossContributor
 from gradstore.errors import BadInput
 
@@ -502,6 +503,16 @@ def test_an_answer_of_another_length_is_told(
     assert len(plan.rows) == 4
     assert f"answered {len(rows)} rows, 4 were asked for" in caplog.text
     assert said in caplog.text
+
+
+def test_a_run_of_a_pipeline_asks_whether_its_selector_can_answer(
+    run_of: Callable[..., RunContext],
+) -> None:
+    run = run_of([6, 4], [9], warmup_step=1, update_step=10)
+    args = SimpleNamespace(num_train_epochs=1.0, max_steps=20)
+    LegoSeam.plan(Pipeline([FILTER]), run.config, run.data, 1, args)
+    with pytest.raises(BadInput, match="asked 10, 9 usable, 1 skipped"):
+        LegoSeam.plan(Pipeline([DRAW]), run.config, run.data, 1, args)
 
 
 def test_more_rows_than_a_stage_can_answer_are_refused_before_training(

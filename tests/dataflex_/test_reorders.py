@@ -153,6 +153,12 @@ def test_statics_model_loss_is_one_pass() -> None:
     assert len(board.asked) == 1
 
 
+def test_an_order_by_losses_of_which_none_is_finite_is_refused() -> None:
+    board = Board(lambda step: np.full(6, np.nan))
+    with pytest.raises(BadInput, match="no training row has a finite loss"):
+        served(StaticReorder(score_source="model_loss"), data_of(6), [4], board=board)
+
+
 @pytest.mark.parametrize("kind", [StaticReorder, DynamicReorder])
 def test_max_samples_scores_a_seeded_draw_and_the_others_lie_in_the_middle(kind: Any) -> None:
     def run(seed: int) -> tuple[list[list[int]], list[int]]:

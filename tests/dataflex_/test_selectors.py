@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from dataflex.registry import resolve
+from dataflex.scoring import row_losses
 from dataflex.selectors.loss import band_weights, draw, tempered
 from dataflex.selectors.random import RandomSelector
 from gradstore.errors import BadInput
@@ -58,6 +60,16 @@ def test_too_few_candidates_switch_to_replacement() -> None:
     rows = draw(np.array([0.5, 0.5, 0.0]), 5, np.random.default_rng(0), replacement=False)
     assert len(rows) == 5
     assert set(rows.tolist()) <= {0, 1}
+
+
+def test_of_a_batch_that_several_ranks_took_the_first_finite_loss_counts() -> None:
+    parts = [(np.array([0, 1]), np.array([np.nan, 1.0])), (np.array([1, 0]), np.array([7.0, 3.0])),
+             (np.array([2]), np.array([np.nan]))]  # fmt: skip
+    data: Any = SimpleNamespace(train=np.zeros(4))
+    run: Any = SimpleNamespace(
+        data=data, model=nn.Linear(1, 1), ranks=SimpleNamespace(gather=lambda work: parts)
+    )
+    np.testing.assert_array_equal(row_losses(run), [3.0, 1.0, np.nan, np.nan])
 
 
 def test_no_finite_loss_is_refused() -> None:

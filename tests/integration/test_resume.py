@@ -198,6 +198,17 @@ def test_a_checkpoint_without_its_optimizer_or_cut_short_is_refused(
     assert "has no optimizer.pt" in result.message
 
 
+def test_a_resume_behind_its_end_says_that_nothing_is_left(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    path = config(component_name="random", component_params={})
+    assert cli("train", path, faults={"kill_step": 5}).code == -9
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+    result = cli("train", path, "train_step=3")
+    assert result.code == 0, result.err[-3000:]
+    assert "nothing to train: the checkpoint is at step 4, the run ends at step 3" in result.err
+
+
 @pytest.mark.parametrize(
     ("name", "content", "code", "says"),
     [
