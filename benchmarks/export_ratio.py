@@ -29,11 +29,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from gradkernels import ProjectionSpec
 
-from gradstore.export import export_generation, plan_batches
-from gradstore.features import FeatureSpec
-from gradstore.moments import AdamMoments
-from gradstore.records import GenerationRecord, RowSet, row_hash
-from gradstore.writer import StoreWriter
+from gradstore.export.features import FeatureSpec
+from gradstore.export.moments import AdamMoments
+from gradstore.export.units import plan_batches
+from gradstore.format.records import GenerationRecord, RowSet, row_hash
+from gradstore.store.filling import export_generation
+from gradstore.store.writer import StoreWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

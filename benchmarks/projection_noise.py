@@ -26,11 +26,11 @@ from gradkernels import ProjectionSpec, project
 from report import RESULTS, append, machine, tell
 from tinyrun import RowBatch, TinyRun, as_stored, gather
 
-from gradstore.direct import TargetDirections, direct_cosines, target_directions
-from gradstore.export import export_features
-from gradstore.features import FeatureSpec
-from gradstore.moments import AdamMoments
-from gradstore.selection import rows_for_fraction, select_top
+from gradstore.export.direct import TargetDirections, direct_cosines, target_directions
+from gradstore.export.features import FeatureSpec
+from gradstore.export.moments import AdamMoments
+from gradstore.export.projected import export_features
+from gradstore.scoring.selection import rows_for_fraction, select_top
 
 FRACTION = 0.05
 LIMIT = 1.1

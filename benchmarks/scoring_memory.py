@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from gradstore.generation import Generation
-    from gradstore.influence import CheckpointFeatures
+    from gradstore.scoring.comparable import CheckpointFeatures
+    from gradstore.store.generation import Generation
 
 RESULTS = Path(__file__).resolve().parent / "results" / "scoring_memory.csv"
 LIMIT_MIB = 1024
@@ -103,8 +103,8 @@ def write(options: argparse.Namespace) -> dict[str, Any]:
     """Writes a train generation and the target generations of one checkpoint."""
     import numpy as np
 
-    from gradstore.records import GenerationRecord, RowSet
-    from gradstore.writer import StoreWriter
+    from gradstore.format.records import GenerationRecord, RowSet
+    from gradstore.store.writer import StoreWriter
 
     began = time.perf_counter()
     rng = np.random.default_rng(0)
@@ -147,14 +147,14 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     """Peak RSS of open + score above the interpreter with its imports, and the first pass."""
     import torch
 
-    import gradstore.influence
-    import gradstore.store
+    import gradstore.scoring.influence
+    import gradstore.store.reader
 
     torch.ones(64, 64) @ torch.ones(64, 64)  # BLAS allocates its buffers on first use
     before = peak_kib()
     checkpoint = open_checkpoint(options.store)
     began = time.perf_counter()
-    scores = gradstore.influence.influence_scores([checkpoint], device=options.device)
+    scores = gradstore.scoring.influence.influence_scores([checkpoint], device=options.device)
     seconds = time.perf_counter() - began
     if not scores.usable.all():
         raise SystemExit("rows went missing; the figures mean nothing")
@@ -170,7 +170,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from gradstore.influence import influence_scores
+    from gradstore.scoring.influence import influence_scores
     from gradstore.scoring.scan import unit_rows
 
     checkpoint = open_checkpoint(options.store)
@@ -248,8 +248,8 @@ def chunk_files(generation: Generation) -> list[tuple[str, int, int]]:
 
 def open_checkpoint(path: str) -> CheckpointFeatures:
     """Opens the store the way the command line does."""
-    from gradstore.influence import CheckpointFeatures
-    from gradstore.store import open_store
+    from gradstore.scoring.comparable import CheckpointFeatures
+    from gradstore.store.reader import open_store
 
     store = open_store(path)
     sets = tuple(store.generation(f"target/set{i}/0") for i in range(TARGET_SETS))

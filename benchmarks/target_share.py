@@ -29,13 +29,15 @@ from tinyrun import SKILLS, Held, TinyRun, as_stored, gather
 
 from dataflex.features import effective_seed
 from dataflex.selectors.loss import band_weights, draw, tempered
-from gradstore.direct import target_directions
-from gradstore.export import export_features
-from gradstore.features import FeatureMap, FeatureSpec
-from gradstore.gradients import GradientCapture, ParameterSlot
-from gradstore.influence import CheckpointFeatures, influence_scores
-from gradstore.moments import AdamMoments
-from gradstore.selection import rows_for_fraction, select_top
+from gradstore.capture.per_sample import GradientCapture
+from gradstore.capture.slots import ParameterSlot
+from gradstore.export.direct import target_directions
+from gradstore.export.features import FeatureMap, FeatureSpec
+from gradstore.export.moments import AdamMoments
+from gradstore.export.projected import export_features
+from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.scoring.influence import influence_scores
+from gradstore.scoring.selection import rows_for_fraction, select_top
 
 FRACTION = 0.05
 STEPS = (10, 100)

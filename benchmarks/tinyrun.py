@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dataflex import bridge
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "ERROR")
@@ -25,12 +27,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dataflex import bridge
 from dataflex.config import load
 from dataflex.data import Rows, RunData
-from gradstore.disk.codec import decode, encode
-from gradstore.export import FeatureRows, plan_batches
-from gradstore.moments import AdamMoments
+from gradstore.export.moments import AdamMoments
+from gradstore.export.units import FeatureRows, plan_batches
+from gradstore.format.codec import decode, encode
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "examples" / "train_lora" / "selectors" / "less.yaml"

@@ -13,7 +13,7 @@ from dataflex.config import RunConfig
 from dataflex.identity import known_identity
 from dataflex.trainers.state import checkpoints, is_complete, run_id_of
 from gradstore.errors import BadInput, DamagedData
-from gradstore.moments import AdamMoments
+from gradstore.export.moments import AdamMoments
 
 #: Where DeepSpeed and FSDP keep the optimizer's state instead of optimizer.pt.
 SHARDED = ("global_step*", "optimizer_*", "optimizer.bin", "pytorch_model_fsdp*")

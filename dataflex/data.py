@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradstore.errors import BadInput
-from gradstore.records import RowSet, row_hash
+from gradstore.format.records import RowSet, row_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -14,15 +14,15 @@ from dataflex.encoders import DTYPES, Encoder, TextEncoder, Texts, find_encoder,
 from dataflex.events import OnRows
 from dataflex.features import token_budget
 from dataflex.provenance import ROW_FIELDS, named_parameters, tokenizer_hash
-from gradstore.disk.hashing import tensor_hash
-from gradstore.embeddings import compute_embedding_unit
 from gradstore.errors import BadInput
-from gradstore.pooling import HiddenStates
+from gradstore.export.embeddings import compute_embedding_unit
+from gradstore.export.pooling import HiddenStates
+from gradstore.storage.hashing import tensor_hash
 
 if TYPE_CHECKING:
     from dataflex.config import RunConfig
-    from gradstore.disk.plans import UnitRange
-    from gradstore.units import UnitFeatures
+    from gradstore.export.units import UnitFeatures
+    from gradstore.format.plans import UnitRange
 
 #: How embeddings are stored.
 STORED = "float16"

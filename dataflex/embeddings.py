@@ -15,27 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 from dataflex.context import RunContext
 from dataflex.data import Rows
-from dataflex.embedders import (
-    STORED,
-    Embedder,
-    EmbeddingSettings,
-    ModelInTraining,
-    OwnEncoder,
-)
+from dataflex.embedders import STORED, Embedder, EmbeddingSettings, ModelInTraining, OwnEncoder
 from dataflex.exporting import export_shared
 from dataflex.ownership import check_owner
 from dataflex.provenance import libraries
-from gradstore.embeddings import embedding_record
 from gradstore.errors import BadInput, StoreError
-from gradstore.layout import Role
-from gradstore.writer import StoreWriter
+from gradstore.format.names import Role
+from gradstore.format.records import embedding_record
+from gradstore.store.writer import StoreWriter
 
 if TYPE_CHECKING:
-    from gradstore.disk.space_writer import SpaceWriter
-    from gradstore.generation import Generation
-    from gradstore.records import GenerationRecord
-    from gradstore.store import Store
-    from gradstore.units import ExportSummary
+    from gradstore.format.records import GenerationRecord
+    from gradstore.store.filling import ExportSummary
+    from gradstore.store.generation import Generation
+    from gradstore.store.reader import Store
+    from gradstore.store.space_writer import SpaceWriter
 
 
 @dataclass(frozen=True)

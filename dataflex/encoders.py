@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataflex.data import Rows
-from gradstore.disk.hashing import hash_folder_files
 from gradstore.errors import BadInput
-from gradstore.pooling import HiddenStates, Pooling
+from gradstore.export.pooling import HiddenStates, Pooling
+from gradstore.storage.hashing import hash_folder_files
 
 if TYPE_CHECKING:
     import torch
 
-    from gradstore.units import Batch
+    from gradstore.export.units import Batch
 
 #: Files of a folder that decide what its encoder answers.
 DECIDING = ("*.json", "*.txt", "*.model", "*.safetensors")

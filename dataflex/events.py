@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradstore.disk.replace import replace_file
+from gradstore.storage.replace import replace_file
 
 OnRows = Callable[[int], None]
 

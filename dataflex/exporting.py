@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from dataflex.events import OnRows, progress
 from dataflex.ranks import Ranks
-from gradstore.disk.generation_writer import GenerationWriter
-from gradstore.disk.plans import UnitRange
-from gradstore.units import ExportSummary, UnitFeatures, UnitSink
+from gradstore.export.units import UnitFeatures
+from gradstore.format.plans import UnitRange
+from gradstore.store.filling import ExportSummary, UnitSink
+from gradstore.store.generation_writer import GenerationWriter
 
 Compute = Callable[[UnitRange, OnRows], UnitFeatures]
 

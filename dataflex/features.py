@@ -18,24 +18,26 @@ from dataflex.events import OnRows
 from dataflex.exporting import export_shared
 from dataflex.ownership import check_owner
 from dataflex.provenance import adapter_hash, libraries, space_fields
-from gradstore.disk.plans import UnitRange
+from gradstore.capture.per_sample import GradientCapture
 from gradstore.errors import BadInput, StoreError
-from gradstore.export import compute_unit
-from gradstore.features import FeatureSpec
-from gradstore.gradients import GradientCapture
-from gradstore.layout import GRADIENT, GenerationName, Role
-from gradstore.moments import AdamMoments
-from gradstore.pairing import Which, checkpoint_features
-from gradstore.records import GenerationRecord
+from gradstore.export.features import FeatureSpec
+from gradstore.export.moments import AdamMoments
+from gradstore.export.projected import compute_unit
+from gradstore.export.units import UnitFeatures
+from gradstore.format.layout import GRADIENT
+from gradstore.format.names import GenerationName, Role
+from gradstore.format.plans import UnitRange
+from gradstore.format.records import GenerationRecord
 from gradstore.scoring.comparable import CheckpointFeatures
-from gradstore.units import ExportSummary, UnitFeatures
-from gradstore.writer import StoreWriter
+from gradstore.scoring.pairing import Which, checkpoint_features
+from gradstore.store.filling import ExportSummary
+from gradstore.store.writer import StoreWriter
 
 if TYPE_CHECKING:
     from torch import nn
 
     from dataflex.targets import TargetFeatures
-    from gradstore.store import Store
+    from gradstore.store.reader import Store
 
 #: Padded tokens of a gradient batch where the user sets none.
 CPU_TOKENS, GPU_TOKENS = 2048, 16384

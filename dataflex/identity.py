@@ -6,8 +6,8 @@ import json
 import uuid
 from pathlib import Path
 
-from gradstore.disk.replace import replace_file
 from gradstore.errors import BadInput
+from gradstore.storage.replace import replace_file
 
 
 def output_identity(output_dir: Path) -> str:

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataflex.context import RunContext
-from gradstore.disk.files import StoreFiles
-from gradstore.disk.lock import WriterLock
 from gradstore.errors import StoreIOError
-from gradstore.layout import GRADIENT, space_run
-from gradstore.provenance import Difference, refuse
+from gradstore.format.layout import GRADIENT
+from gradstore.format.names import space_run
+from gradstore.format.provenance import Difference, refuse
+from gradstore.storage.local import StoreFiles
+from gradstore.storage.lock import WriterLock
 
 if TYPE_CHECKING:
-    from gradstore.store import Store
+    from gradstore.store.reader import Store
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from dataflex.data import Rows
 from gradstore.errors import BadInput
 
 if TYPE_CHECKING:
-    from gradstore.units import Batch
+    from gradstore.export.units import Batch
 
 #: Columns of a processed row that name its pictures.
 PICTURES = ("images", "videos")

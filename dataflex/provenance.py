@@ -13,7 +13,7 @@ from gradkernels import ProjectionSpec, canary
 
 from dataflex.data import RunData
 from gradstore.capture.slots import ParameterSlot, parameter_name
-from gradstore.disk.hashing import tensor_hash
+from gradstore.storage.hashing import tensor_hash
 
 if TYPE_CHECKING:
     from torch import nn

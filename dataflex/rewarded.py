@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from dataflex.context import RunContext
     from dataflex.data import Rows
     from dataflex.events import OnRows
-    from gradstore.combined import WeightedRow
-    from gradstore.direct import TargetDirections
-    from gradstore.disk.plans import UnitRange
-    from gradstore.features import FeatureSpec
-    from gradstore.units import UnitFeatures
+    from gradstore.export.combined import WeightedRow
+    from gradstore.export.direct import TargetDirections
+    from gradstore.export.features import FeatureSpec
+    from gradstore.export.units import UnitFeatures
+    from gradstore.format.plans import UnitRange
 
 Baseline = Literal["loo", "none"]
 
@@ -151,7 +151,7 @@ class RewardedTargets:
         advance: OnRows,
     ) -> UnitFeatures:
         """Projected features of one unit of a target set."""
-        from gradstore.combined import compute_combined_unit
+        from gradstore.export.combined import compute_combined_unit
 
         return compute_combined_unit(
             run.model,
@@ -172,7 +172,7 @@ class RewardedTargets:
         token_budget: int,
     ) -> TargetDirections:
         """Mean unit feature of each sub-task, without a projection."""
-        from gradstore.combined import combined_directions
+        from gradstore.export.combined import combined_directions
 
         return combined_directions(
             run.model,
@@ -187,7 +187,7 @@ class RewardedTargets:
         return [self._weighted(i, self.sets[name][i]) for i in positions]
 
     def _weighted(self, position: int, row: Rewarded) -> WeightedRow:
-        from gradstore.combined import WeightedRow
+        from gradstore.export.combined import WeightedRow
 
         pairs = [
             (ids, weight)

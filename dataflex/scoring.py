@@ -16,11 +16,11 @@ from dataflex.data import Rows
 from dataflex.events import OnRows, progress
 from dataflex.features import FeatureSettings, token_budget
 from dataflex.targets import TargetFeatures
-from gradstore.direct import direct_cosines, target_directions
-from gradstore.export import check_bad_rows, plan_batches
-from gradstore.gradients import batch_losses
-from gradstore.layout import RowStatus
-from gradstore.moments import AdamMoments
+from gradstore.capture.per_sample import batch_losses
+from gradstore.export.direct import direct_cosines, target_directions
+from gradstore.export.moments import AdamMoments
+from gradstore.export.units import check_bad_rows, plan_batches
+from gradstore.format.layout import RowStatus
 
 RowBatch = tuple[npt.NDArray[np.int64], dict[str, Any]]
 

@@ -26,8 +26,8 @@ from dataflex.trainers.state import (
     newest_complete,
     run_id_of,
 )
-from gradstore.disk.lock import WriterLock
 from gradstore.errors import BadInput
+from gradstore.storage.lock import WriterLock
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from dataflex.context import RunContext
     from dataflex.data import Rows
     from dataflex.events import OnRows
-    from gradstore.direct import TargetDirections
-    from gradstore.disk.plans import UnitRange
-    from gradstore.features import FeatureSpec
-    from gradstore.units import UnitFeatures
+    from gradstore.export.direct import TargetDirections
+    from gradstore.export.features import FeatureSpec
+    from gradstore.export.units import UnitFeatures
+    from gradstore.format.plans import UnitRange
 
 
 class TargetFeatures(Protocol):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataflex.provenance import ROW_FIELDS
-from gradstore.disk.replace import replace_file
 from gradstore.errors import DamagedData, ProvenanceMismatch
+from gradstore.storage.replace import replace_file
 
 if TYPE_CHECKING:
     from datasets import Dataset

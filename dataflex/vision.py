@@ -16,14 +16,14 @@ from dataflex.events import OnRows
 from dataflex.features import token_budget
 from dataflex.pictures import Shown, pictures_hash, shown_batch
 from dataflex.provenance import ROW_FIELDS, named_parameters, tokenizer_hash
-from gradstore.disk.hashing import hash_folder_files, tensor_hash
-from gradstore.embeddings import compute_embedding_unit
 from gradstore.errors import BadInput
-from gradstore.visual import VISUAL_KEYS, VisualStates, even_layers, visual_token_ids
+from gradstore.export.embeddings import compute_embedding_unit
+from gradstore.export.visual import VISUAL_KEYS, VisualStates, even_layers, visual_token_ids
+from gradstore.storage.hashing import hash_folder_files, tensor_hash
 
 if TYPE_CHECKING:
-    from gradstore.disk.plans import UnitRange
-    from gradstore.units import UnitFeatures
+    from gradstore.export.units import UnitFeatures
+    from gradstore.format.plans import UnitRange
 
 
 @dataclass(frozen=True)

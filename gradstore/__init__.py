@@ -9,43 +9,43 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradstore.embeddings import export_embeddings, read_unit_rows
-    from gradstore.export import compute_unit, export_features, export_generation
-    from gradstore.features import FeatureSpec
-    from gradstore.gradients import GradientCapture, batch_losses
-    from gradstore.index import FeatureIndex
-    from gradstore.influence import influence_scores
-    from gradstore.moments import AdamMoments
-    from gradstore.pairing import checkpoint_features
-    from gradstore.query import query_influence
-    from gradstore.records import GenerationRecord, RowSet, row_hash
-    from gradstore.selection import select_top, write_selected
-    from gradstore.store import open_store
-    from gradstore.units import UnitSink
-    from gradstore.writer import StoreWriter
+    from gradstore.capture.per_sample import GradientCapture, batch_losses
+    from gradstore.export.features import FeatureSpec
+    from gradstore.export.moments import AdamMoments
+    from gradstore.export.projected import compute_unit, export_features
+    from gradstore.format.records import GenerationRecord, RowSet, row_hash
+    from gradstore.scoring.influence import influence_scores
+    from gradstore.scoring.pairing import checkpoint_features
+    from gradstore.scoring.query import query_influence
+    from gradstore.scoring.selection import select_top, write_selected
+    from gradstore.similarity.index import FeatureIndex
+    from gradstore.similarity.rows import read_unit_rows
+    from gradstore.store.filling import UnitSink, export_embeddings, export_generation
+    from gradstore.store.reader import open_store
+    from gradstore.store.writer import StoreWriter
 
 _MODULES = {
-    "AdamMoments": "moments",
-    "FeatureIndex": "index",
-    "FeatureSpec": "features",
-    "GenerationRecord": "records",
-    "GradientCapture": "gradients",
-    "RowSet": "records",
-    "StoreWriter": "writer",
-    "UnitSink": "units",
-    "batch_losses": "gradients",
-    "checkpoint_features": "pairing",
-    "compute_unit": "export",
-    "export_embeddings": "embeddings",
-    "export_features": "export",
-    "export_generation": "export",
-    "influence_scores": "influence",
-    "open_store": "store",
-    "query_influence": "query",
-    "read_unit_rows": "embeddings",
-    "row_hash": "records",
-    "select_top": "selection",
-    "write_selected": "selection",
+    "AdamMoments": "export.moments",
+    "FeatureIndex": "similarity.index",
+    "FeatureSpec": "export.features",
+    "GenerationRecord": "format.records",
+    "GradientCapture": "capture.per_sample",
+    "RowSet": "format.records",
+    "StoreWriter": "store.writer",
+    "UnitSink": "store.filling",
+    "batch_losses": "capture.per_sample",
+    "checkpoint_features": "scoring.pairing",
+    "compute_unit": "export.projected",
+    "export_embeddings": "store.filling",
+    "export_features": "export.projected",
+    "export_generation": "store.filling",
+    "influence_scores": "scoring.influence",
+    "open_store": "store.reader",
+    "query_influence": "scoring.query",
+    "read_unit_rows": "similarity.rows",
+    "row_hash": "format.records",
+    "select_top": "scoring.selection",
+    "write_selected": "scoring.selection",
 }
 
 __all__ = [

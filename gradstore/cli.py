@@ -14,9 +14,9 @@ import typer
 from gradstore.errors import BadInput, DamagedData
 
 if TYPE_CHECKING:
-    from gradstore.generation import Generation
-    from gradstore.influence import Scores
     from gradstore.scoring.comparable import CheckpointFeatures
+    from gradstore.scoring.influence import Scores
+    from gradstore.store.generation import Generation
 
 app = typer.Typer(help="Build, inspect and query gradient stores.", no_args_is_help=True)
 
@@ -37,7 +37,7 @@ Aggregation = Annotated[str, typer.Option(help="Over sub-tasks: max or mean.")]
 @app.command()
 def info(store: StorePath, as_json: AsJson = False, debug: Debug = False) -> None:
     """Show what a store holds."""
-    from gradstore.store import open_store
+    from gradstore.store.reader import open_store
 
     content = open_store(store).info()
     if as_json:
@@ -57,8 +57,8 @@ def info(store: StorePath, as_json: AsJson = False, debug: Debug = False) -> Non
 @app.command()
 def verify(store: StorePath, as_json: AsJson = False, debug: Debug = False) -> None:
     """Check every byte against its checksum; exit 4 if one is wrong."""
-    from gradstore.disk.verify import verify_store
-    from gradstore.store import open_store
+    from gradstore.store.reader import open_store
+    from gradstore.store.verify import verify_store
 
     report = verify_store(store)
     faults = [asdict(fault) for fault in report.faults]
@@ -127,7 +127,12 @@ def select(
     debug: Debug = False,
 ) -> None:
     """Write the rows that help the target most, best first."""
-    from gradstore.selection import check_k, rows_for_fraction, select_top, write_selected
+    from gradstore.scoring.selection import (
+        check_k,
+        rows_for_fraction,
+        select_top,
+        write_selected,
+    )
 
     if (count is None) == (fraction is None):
         raise BadInput("give either -k N or --fraction F.")
@@ -155,9 +160,9 @@ def query(
     debug: Debug = False,
 ) -> None:
     """Show who helped and who hurt one target row."""
-    from gradstore.pairing import checkpoint_features, parse_which
-    from gradstore.query import query_influence
-    from gradstore.store import open_store
+    from gradstore.scoring.pairing import checkpoint_features, parse_which
+    from gradstore.scoring.query import query_influence
+    from gradstore.store.reader import open_store
 
     pairs = checkpoint_features(
         open_store(store), parse_which(checkpoints), run=run, sets=[target] if target else None
@@ -196,9 +201,9 @@ def _score(
     subtasks: str,
     aggregation: str,
 ) -> tuple[list[CheckpointFeatures], Scores]:
-    from gradstore.influence import influence_scores
-    from gradstore.pairing import checkpoint_features, parse_which
-    from gradstore.store import open_store
+    from gradstore.scoring.influence import influence_scores
+    from gradstore.scoring.pairing import checkpoint_features, parse_which
+    from gradstore.store.reader import open_store
 
     pairs = checkpoint_features(
         open_store(store), parse_which(checkpoints), run=run, sets=target or None
@@ -221,7 +226,7 @@ def _write_scores(path: Path, train: Generation, scores: Scores) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from gradstore.disk.replace import replace_file
+    from gradstore.storage.replace import replace_file
 
     sources = train.sources
     table = pa.table(

@@ -7,6 +7,7 @@ step; the command line prints that message alone and exits with `exit_code`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 
@@ -49,3 +50,34 @@ class StoreBusy(StoreError):
     """Another process is writing to this store."""
 
     exit_code = 6
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing on disk that is not as it was committed.
+
+    Attributes:
+        file: path relative to the store.
+        expected: what the commit promises.
+        found: what the disk holds.
+    """
+
+    file: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: expected {self.expected}, found {self.found}"
+
+
+class DamagedFile(DamagedData):
+    """A file whose bytes are not the committed ones; carries the `Fault`."""
+
+    def __init__(self, fault: Fault, store: str = "") -> None:
+        """Spells the fault out, with the way on when the store is known."""
+        where = f' in store "{store}"' if store else ""
+        super().__init__(
+            f"damaged data{where}: {fault}. `dataflex-cli gradstore verify` lists every fault; "
+            "restore the store from a copy, or start another with gradstore=PATH"
+        )
+        self.fault = fault

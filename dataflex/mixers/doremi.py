@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.config import RunConfig
-from dataflex.context import RunContext
-from dataflex.mixers.base import Mixer, UpdateContext
+from dataflex.context import RunContext, UpdateContext
+from dataflex.mixers.base import Mixer
 from dataflex.mixture import domains_of, exponentiated, opening_proportions
 from dataflex.registry import register
-from dataflex.weighters.base import LossContributor, MeasuredBatch, WeightContext
-from gradstore.disk.replace import replace_file
+from dataflex.weighters.base import LossContributor
+from dataflex.window import MeasuredBatch, WeightContext
+from gradstore.storage.replace import replace_file
 
 FloatArray = npt.NDArray[np.float64]
 

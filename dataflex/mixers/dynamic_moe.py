@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.context import RunContext
+from dataflex.context import RunContext, UpdateContext
 from dataflex.data import Rows
 from dataflex.events import progress
-from dataflex.mixers.base import Mixer, UpdateContext
+from dataflex.mixers.base import Mixer
 from dataflex.mixture import domains_of, exponentiated, opening_proportions
 from dataflex.registry import register
 from dataflex.strategy import FSDP, ZERO3

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.config import RunConfig, names
-from dataflex.mixers.base import DomainLosses, Mixer, RunContext, UpdateContext
+from dataflex.context import RunContext, UpdateContext
+from dataflex.mixers.base import DomainLosses, Mixer
 from dataflex.mixture import as_proportions, domains_of, opening_proportions
 from dataflex.registry import register
 from gradstore.errors import BadInput

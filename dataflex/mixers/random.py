@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.mixers.base import Mixer, UpdateContext
+from dataflex.context import UpdateContext
+from dataflex.mixers.base import Mixer
 from dataflex.mixture import domains_of
 from dataflex.registry import register
 

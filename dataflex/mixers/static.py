@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.config import RunConfig, names
-from dataflex.mixers.base import Mixer, UpdateContext
+from dataflex.context import UpdateContext
+from dataflex.mixers.base import Mixer
 from dataflex.mixture import FIXED_RULES, as_proportions, domains_of
 from dataflex.registry import register
 from gradstore.errors import BadInput

@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dataflex.fixed_model import load_language_model, load_model, model_path_faults, named_faults
-from dataflex.generate import asked_ids, continuations, groups_of_similar_length, pad_id, stop_ids
+from dataflex.fixed_model import (
+    load_language_model,
+    load_model,
+    model_path_faults,
+    named_faults,
+)
+from dataflex.generate import (
+    asked_ids,
+    continuations,
+    groups_of_similar_length,
+    pad_id,
+    stop_ids,
+)
 from dataflex.rewards.base import (
     PROBE_ANSWER,
     PROBE_PROMPT,

@@ -86,7 +86,7 @@ class Selector(Strategy):
 
     def check_count(self, count: int, data: RunData) -> None:
         """Refuse, before the model is loaded, more rows an update than can be answered."""
-        from gradstore.selection import check_k
+        from gradstore.scoring.selection import check_k
 
         if self.distinct:
             check_k(count, int((data.train.target_tokens > 0).sum()), len(data.train))

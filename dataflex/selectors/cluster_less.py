@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.config import RunConfig
+from dataflex.context import RunContext, UpdateContext
 from dataflex.data import Rows
 from dataflex.registry import register
-from dataflex.selectors.base import RunContext, UpdateContext
 from dataflex.selectors.embedded import is_whole
 from dataflex.selectors.influence import Scored
 from dataflex.selectors.less import LessSelector
-from gradstore.layout import RowStatus
+from gradstore.format.layout import RowStatus
 
 if TYPE_CHECKING:
     from dataflex.embeddings import Embedded, EmbeddingService
@@ -225,7 +225,7 @@ class ClusterLessSelector(LessSelector):
         candidates: npt.NDArray[np.bool_],
     ) -> npt.NDArray[np.int64]:
         """Best clusters first; inside one, the rows nearest to its centroid."""
-        from gradstore.selection import check_k
+        from gradstore.scoring.selection import check_k
 
         rows = np.flatnonzero(candidates & ~np.isnan(scores))
         check_k(count, len(rows), len(scores))
@@ -247,7 +247,7 @@ class ClusterLessSelector(LessSelector):
 
     def _grouped(self, run: RunContext, service: EmbeddingService, made: Embedded) -> RowClusters:
         from dataflex.clustering import cluster
-        from gradstore.embeddings import UsableRows
+        from gradstore.similarity.rows import UsableRows
 
         rows: Any = UsableRows(service.generation(made.train))
         found = cluster(

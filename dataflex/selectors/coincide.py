@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dataflex.context import RunContext, UpdateContext
 from dataflex.coreset import Groups
 from dataflex.pictures import have_pictures
 from dataflex.registry import register
-from dataflex.selectors.base import RunContext, Selection, Selector, UpdateContext
+from dataflex.selectors.base import Selection, Selector
 from dataflex.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from dataflex.config import RunConfig
     from dataflex.data import RunData
     from dataflex.embeddings import Embedded, EmbeddingService
-    from gradstore.embeddings import UsableRows
+    from gradstore.similarity.rows import UsableRows
 
 _log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class CoincideSelector(Selector):
 
     def check(self, config: RunConfig) -> list[str]:
         """A model of text alone, where its folder says so."""
-        from gradstore.visual import VISUAL_KEYS
+        from gradstore.export.visual import VISUAL_KEYS
 
         faults = []
         for key, path in (
@@ -209,8 +210,8 @@ class CoincideSelector(Selector):
         self, count: int, context: UpdateContext, service: EmbeddingService, name: str
     ) -> Selection:
         """On rank 0: the rows of one update."""
-        from gradstore.embeddings import UsableRows
-        from gradstore.selection import check_k
+        from gradstore.scoring.selection import check_k
+        from gradstore.similarity.rows import UsableRows
 
         began = time.perf_counter()
         train = service.generation(name)

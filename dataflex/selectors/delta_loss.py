@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dataflex.context import UpdateContext
 from dataflex.registry import register
-from dataflex.selectors.base import Selection, Selector, UpdateContext
+from dataflex.selectors.base import Selection, Selector
 from dataflex.selectors.loss import current_losses, draw
 from dataflex.strategy import FSDP
 from gradstore.errors import BadInput

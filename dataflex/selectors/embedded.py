@@ -14,14 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.config import RunConfig
+from dataflex.context import RunContext, UpdateContext
 from dataflex.data import Rows
-from dataflex.selectors.base import RunContext, Selection, Selector, UpdateContext
+from dataflex.selectors.base import Selection, Selector
 from dataflex.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput
 
 if TYPE_CHECKING:
     from dataflex.embeddings import Embedded, EmbeddingService
-    from gradstore.generation import Generation
+    from gradstore.store.generation import Generation
 
 Matrix = npt.NDArray[np.int64]
 
@@ -39,8 +40,8 @@ class Neighbours:
             targets: of the target sets; rows that can't be used are left out.
             cache_dir: the store's folder of indexes, where this one is worth keeping.
         """
-        from gradstore.embeddings import UsableRows
-        from gradstore.index import FeatureIndex
+        from gradstore.similarity.index import FeatureIndex
+        from gradstore.similarity.rows import UsableRows
 
         self._index = FeatureIndex.build(train, cache_dir)
         self._train = UsableRows(train)
@@ -171,7 +172,7 @@ class EmbeddingSelector(Selector):
     ) -> Selection:
         from dataclasses import replace
 
-        from gradstore.selection import check_k
+        from gradstore.scoring.selection import check_k
 
         began = time.perf_counter()
         train = service.generation(embedded.train)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dataflex.context import RunContext, UpdateContext
 from dataflex.data import Rows
-from dataflex.selectors.base import RunContext, Selection, Selector, UpdateContext
+from dataflex.selectors.base import Selection, Selector
 from dataflex.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput, ProvenanceMismatch
 
@@ -161,7 +162,7 @@ class InfluenceSelector(Selector):
         self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext
     ) -> Scored:
         """Scores of all rows from the generations of one or more checkpoints."""
-        from gradstore.influence import subtask_influence
+        from gradstore.scoring.influence import subtask_influence
 
         found = subtask_influence(checkpoints, subtask_sizes=self.subtask_sizes(context.run))
         candidates = context.among_candidates(found.usable)
@@ -174,7 +175,7 @@ class InfluenceSelector(Selector):
         candidates: npt.NDArray[np.bool_],
     ) -> npt.NDArray[np.int64]:
         """(count,) best candidates, best first; ties go to the lower row."""
-        from gradstore.selection import select_top
+        from gradstore.scoring.selection import select_top
 
         return select_top(scores, count, usable=candidates)
 
@@ -224,7 +225,7 @@ class InfluenceSelector(Selector):
 
     def export(self, service: FeatureService, context: UpdateContext) -> CheckpointExport:
         """Commit the generations of this boundary; collective."""
-        from gradstore.moments import AdamMoments
+        from gradstore.export.moments import AdamMoments
 
         moments = None
         if self.settings.train_features.needs_moments:
@@ -239,7 +240,7 @@ class InfluenceSelector(Selector):
 
     def _check_store(self, run: RunContext) -> None:
         """Refuse, before anything is created, a store that is not the checkpoint's."""
-        from gradstore.store import open_store
+        from gradstore.store.reader import open_store
 
         expected = self._restored.get("store_uuid")
         if expected is None:

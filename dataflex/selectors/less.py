@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dataflex.context import UpdateContext
 from dataflex.registry import register
-from dataflex.selectors.base import UpdateContext
 from dataflex.selectors.influence import InfluenceSelector, Scored
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class LessSelector(InfluenceSelector):
         self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext
     ) -> Scored:
         """As `fold`, without keeping the influence on every sub-task."""
-        from gradstore.influence import influence_scores
+        from gradstore.scoring.influence import influence_scores
 
         scores = influence_scores(
             checkpoints,

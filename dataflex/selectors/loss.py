@@ -9,8 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dataflex.context import UpdateContext
 from dataflex.registry import register
-from dataflex.selectors.base import Selection, Selector, UpdateContext
+from dataflex.selectors.base import Selection, Selector
 from dataflex.strategy import FSDP
 from gradstore.errors import BadInput
 

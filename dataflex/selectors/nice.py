@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dataflex.context import RunContext, UpdateContext
 from dataflex.fixed_model import model_path_faults
 from dataflex.policy import Exchange, Policy, SamplingSettings
 from dataflex.registry import register
@@ -22,7 +23,7 @@ from dataflex.rewards.base import Judge, RewardPrompts, Verdict
 from dataflex.rewards.function import FunctionJudge
 from dataflex.rewards.local import LocalJudge
 from dataflex.rewards.older import renamed
-from dataflex.selectors.base import RunContext, Selection, UpdateContext
+from dataflex.selectors.base import Selection
 from dataflex.selectors.less import LessSelector
 from gradstore.errors import BadInput
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dataflex.context import UpdateContext
 from dataflex.data import RunData
 from dataflex.registry import register
-from dataflex.selectors.base import Selection, UpdateContext
+from dataflex.selectors.base import Selection
 from dataflex.selectors.embedded import (
     EmbeddingSelector,
     Neighbours,

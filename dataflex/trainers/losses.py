@@ -24,9 +24,15 @@ from dataflex.trainers.samples import (
     statistics,
 )
 from dataflex.trainers.seam import Seam, random_states_kept
-from dataflex.weighters.base import LossContributor, WeightContext
-from dataflex.window import FloatArray, multipliers, summary
-from gradstore.capture.losses import IGNORED_LABEL, Targets, logits_of, model_inputs, target_losses
+from dataflex.weighters.base import LossContributor
+from dataflex.window import FloatArray, WeightContext, multipliers, summary
+from gradstore.capture.losses import (
+    IGNORED_LABEL,
+    Targets,
+    logits_of,
+    model_inputs,
+    target_losses,
+)
 from gradstore.capture.modelstate import borrowed
 
 _log = logging.getLogger(__name__)

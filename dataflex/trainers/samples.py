@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dataflex.weighters.base import LossContributor, MeasuredBatch
-from dataflex.window import FloatArray
+from dataflex.weighters.base import LossContributor
+from dataflex.window import FloatArray, MeasuredBatch
 from gradstore.capture.losses import Targets
 from gradstore.errors import BadInput
 

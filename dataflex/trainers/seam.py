@@ -33,8 +33,8 @@ from dataflex.strategy import FSDP, ZERO3
 from dataflex.trainers.intervals import BatchShape
 from dataflex.trainers.state import RunState, load_state
 from dataflex.window import as_json
-from gradstore.discard import discard_store
 from gradstore.errors import BadInput, ProvenanceMismatch
+from gradstore.store.cleaning import discard_store
 
 _log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class Seam:
         Adam moments by name go beside it: `gradstore build` then needs no optimizer.pt.
         """
         if self.run.strategy.needs_lora and keeps_moments(self.optimizer):
-            from gradstore.moments import AdamMoments
+            from gradstore.export.moments import AdamMoments
 
             moments = AdamMoments.from_optimizer(self.optimizer, self.model)
             moments.save(checkpoint / "dataflex" / "moments.safetensors")

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from gradstore.disk.replace import replace_file
 from gradstore.errors import BadInput, DamagedData
+from gradstore.storage.replace import replace_file
 
 SCHEMA = 2
 TRAINER_STATE = "trainer_state.json"

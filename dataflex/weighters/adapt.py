@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from dataflex.registry import register
-from dataflex.weighters.base import FloatArray, MeasuredBatch, WeightContext
 from dataflex.weighters.targets import TargetWeighter
+from dataflex.window import FloatArray, MeasuredBatch, WeightContext
 
 
 @register("weighter", "adapt")

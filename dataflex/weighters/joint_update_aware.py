@@ -10,13 +10,13 @@ from typing import Literal, get_args
 import numpy as np
 
 from dataflex.registry import register
-from dataflex.weighters.base import FloatArray, WeightContext
 from dataflex.weighters.targets import TargetWeighter, unit
-from gradstore.pooling import Pooling
+from dataflex.window import FloatArray, WeightContext
+from gradstore.export.pooling import Pooling
 
 Objective = Literal["full", "align_only", "diverse_only", "uniform"]
 
-#: Names of DataFlex 1.1.0 -> those of gradstore.pooling.
+#: Names of DataFlex 1.1.0 -> those of gradstore.export.pooling.
 POOLINGS: dict[str, Pooling] = {"last_token": "last_token", "mean_pool": "mean"}
 
 #: The iteration ends below this residual, or after so many rounds.

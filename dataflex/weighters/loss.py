@@ -7,7 +7,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from dataflex.registry import register
-from dataflex.weighters.base import FloatArray, WeightContext, Weighter
+from dataflex.weighters.base import Weighter
+from dataflex.window import FloatArray, WeightContext
 
 LossStrategy = Literal["linupper", "quadratic", "extremes", "linear", "uniform"]
 

@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dataflex.context import RunContext
 from dataflex.data import Rows
 from dataflex.events import progress
 from dataflex.strategy import FSDP
-from dataflex.weighters.base import FloatArray, MeasuredBatch, RunContext, Weighter
+from dataflex.weighters.base import Weighter
+from dataflex.window import FloatArray, MeasuredBatch
 from gradstore.errors import BadInput
-from gradstore.pooling import HiddenStates, Pooling, pool
+from gradstore.export.pooling import HiddenStates, Pooling, pool
 
 #: Rows of one data set that are embedded together.
 Piece = tuple[Rows, npt.NDArray[np.int64]]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from gradstore.errors import BadInput
-from gradstore.layout import RowStatus
+from gradstore.format.layout import RowStatus
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.scan import FeatureSource, Scan, exact_float32, round_chunk
 from gradstore.scoring.subtasks import Subtask, subtask_queries, usable_everywhere

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from gradstore.layout import RowStatus
+from gradstore.format.layout import RowStatus
 
 BLOCK_ROWS = 256
 """Rows per matrix product: the size of a store's unit, so that a block is one file's view."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradstore.errors import BadInput
-from gradstore.layout import RowStatus
+from gradstore.format.layout import RowStatus
 from gradstore.scoring.scan import BLOCK_ROWS, FeatureSource, unit_rows
 
 

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from dataflex.selectors.icons import IconsSelector, consensus
 from gradstore.errors import BadInput
-from gradstore.selection import select_top
+from gradstore.scoring.selection import select_top
 
 E13 = np.array(
     [(0.9, 0.1, 0.2), (0.8, 0.9, 0.1), (0.1, 0.8, 0.9), (0.4, 0.3, 0.8), (0.2, 0.2, 0.3)]

@@ -24,8 +24,9 @@ from dataflex.data import Rows, RunData
 from dataflex.strategy import FSDP, ZERO3
 from dataflex.trainers.seam import Run, trainer_class
 from dataflex.trainers.weight import WeightSeam
-from dataflex.weighters.base import FloatArray, MeasuredBatch, WeightContext, Weighter
+from dataflex.weighters.base import Weighter
 from dataflex.weighters.loss import LossWeighter
+from dataflex.window import FloatArray, MeasuredBatch, WeightContext
 from gradstore.errors import BadInput
 
 TOKENS = 5  # of a row; the first is not predicted

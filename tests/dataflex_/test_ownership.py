@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 from dataflex.ownership import check_owner, own_output
-from gradstore.embeddings import embedding_record
 from gradstore.errors import ProvenanceMismatch, StoreBusy
-from gradstore.records import RowSet, row_hash
-from gradstore.store import Store, open_store
-from gradstore.writer import StoreWriter
+from gradstore.format.records import RowSet, embedding_record, row_hash
+from gradstore.store.reader import Store, open_store
+from gradstore.store.writer import StoreWriter
 
 ROWS = RowSet.from_hashes([row_hash([i], [i]) for i in range(4)])
 

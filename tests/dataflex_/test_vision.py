@@ -15,7 +15,7 @@ from dataflex.data import Rows
 from dataflex.pictures import Shown, opened, pictures_hash, shown_batch
 from dataflex.vision import Anatomy, VisionSettings
 from gradstore.errors import BadInput
-from gradstore.visual import VisualStates
+from gradstore.export.visual import VisualStates
 
 MAKE = Path(__file__).resolve().parents[2] / "examples" / "tiny" / "make_vision.py"
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dataflex.weighters.adapt import AdaptWeighter, adapt_weights
-from dataflex.weighters.base import MeasuredBatch, WeightContext
 from dataflex.weighters.custom import CustomWeighter
 from dataflex.weighters.joint_update_aware import (
     JointUpdateAwareWeighter,
@@ -20,7 +19,7 @@ from dataflex.weighters.joint_update_aware import (
     joint_weights,
 )
 from dataflex.weighters.loss import LossStrategy, LossWeighter, loss_weights
-from dataflex.window import multipliers
+from dataflex.window import MeasuredBatch, WeightContext, multipliers
 from gradstore.capture.losses import Targets
 from gradstore.errors import BadInput
 

@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gradstore.disk.files import StoreFiles
-from gradstore.disk.generation_writer import GenerationWriter
-from gradstore.layout import GenerationName, RowStatus
-from gradstore.moments import AdamConstants, AdamMoments, ParameterMoments
-from gradstore.records import GenerationRecord, RowSet, row_hash
-from gradstore.store import Store, open_store
-from gradstore.writer import StoreWriter
+from gradstore.export.moments import AdamConstants, AdamMoments, ParameterMoments
+from gradstore.format.layout import RowStatus
+from gradstore.format.names import GenerationName
+from gradstore.format.records import GenerationRecord, RowSet, row_hash
+from gradstore.storage.local import StoreFiles
+from gradstore.store.generation_writer import GenerationWriter
+from gradstore.store.reader import Store, open_store
+from gradstore.store.writer import StoreWriter
 
 PROVENANCE: Mapping[str, Any] = {
     "projection": {"method": "sjlt", "seed": 0, "d": 4, "version": 1, "canary": [0.5, -1.25, 3.0]},

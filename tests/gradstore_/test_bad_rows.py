@@ -11,9 +11,9 @@ from gradkernels import ProjectionSpec
 
 from gradstore import open_store
 from gradstore.errors import BadInput
-from gradstore.export import ExportSummary, export_generation
-from gradstore.features import FeatureSpec
-from gradstore.layout import RowStatus
+from gradstore.export.features import FeatureSpec
+from gradstore.format.layout import RowStatus
+from gradstore.store.filling import ExportSummary, export_generation
 
 N, BAD = 40, tuple(range(2, 40, 3))
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from gradkernels import ProjectionSpec, project_reference
 
-from gradstore.combined import WeightedRow, combined_directions, compute_combined_unit
-from gradstore.disk.plans import UnitRange
 from gradstore.errors import BadInput
-from gradstore.features import FeatureSpec
-from gradstore.layout import RowStatus
+from gradstore.export.combined import WeightedRow, combined_directions, compute_combined_unit
+from gradstore.export.features import FeatureSpec
+from gradstore.format.layout import RowStatus
+from gradstore.format.plans import UnitRange
 
 SGD = FeatureSpec("sgd")
 

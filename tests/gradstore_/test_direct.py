@@ -9,11 +9,12 @@ import pytest
 import torch
 from gradkernels import ProjectionSpec, project
 
-from gradstore.direct import direct_cosines, target_directions
+from gradstore.capture.per_sample import GradientCapture
 from gradstore.errors import BadInput
-from gradstore.features import FeatureMap, FeatureSpec, Kind
-from gradstore.gradients import GradientCapture
-from gradstore.influence import CheckpointFeatures, aggregate, influence_scores
+from gradstore.export.direct import direct_cosines, target_directions
+from gradstore.export.features import FeatureMap, FeatureSpec, Kind
+from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.scoring.influence import aggregate, influence_scores
 from gradstore.scoring.scan import unit_rows
 
 TRAIN, TARGETS = 13, (3, 2)

@@ -14,21 +14,17 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradstore.disk.files import StoreFiles
-from gradstore.embeddings import (
-    UsableRows,
-    compute_embedding_unit,
-    embedding_record,
-    export_embeddings,
-    read_unit_rows,
-)
 from gradstore.errors import BadInput
-from gradstore.index import FeatureIndex
-from gradstore.layout import RowStatus
-from gradstore.pooling import POOLINGS, Embed, HiddenStates, Pooling, pool
-from gradstore.records import RowSet, row_hash
-from gradstore.store import Store, open_store
-from gradstore.units import UnitSink
+from gradstore.export.embeddings import compute_embedding_unit
+from gradstore.export.pooling import POOLINGS, Embed, HiddenStates, Pooling, pool
+from gradstore.format.layout import RowStatus
+from gradstore.format.records import RowSet, embedding_record, row_hash
+from gradstore.similarity.index import FeatureIndex
+from gradstore.similarity.rows import UsableRows, read_unit_rows
+from gradstore.storage.local import StoreFiles
+from gradstore.store.filling import UnitSink, export_embeddings
+from gradstore.store.reader import Store, open_store
+from gradstore.store.verify import verify_store
 
 N, DIM, SPACE = 44, 32, "tiny"
 MASKED, BROKEN = 3, 20
@@ -219,7 +215,7 @@ def test_a_generation_holds_each_rows_unit_embedding_and_status(task: Task, stor
     assert generation.projection == {}
     assert generation.record.feature == "embedding"
     assert generation.provenance == {"model": "ff"}
-    assert store.verify().ok
+    assert verify_store(store.path).ok
 
 
 def test_any_zarr_reader_reads_the_embeddings(store: Store) -> None:
@@ -398,4 +394,4 @@ def test_a_killed_export_goes_on_with_its_pending_units_to_the_same_bytes(
         assert chunks(path) == whole, k
         k += 37
     assert len(resumed) >= 4  # the kills fell in different units
-    assert open_store(path).verify().ok
+    assert verify_store(path).ok

@@ -13,13 +13,17 @@ from gradkernels.reference import matrix_rows, scale
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradstore.capture.per_sample import GradientCapture
+from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
-from gradstore.export import export_features, export_generation, plan_batches
-from gradstore.features import FeatureMap, FeatureSpec
-from gradstore.gradients import GradientCapture, ParameterSlot
-from gradstore.layout import RowStatus, generation_path
-from gradstore.records import RowSet, row_hash
-from gradstore.store import open_store
+from gradstore.export.features import FeatureMap, FeatureSpec
+from gradstore.export.projected import export_features
+from gradstore.export.units import plan_batches
+from gradstore.format.layout import RowStatus, generation_path
+from gradstore.format.records import RowSet, row_hash
+from gradstore.store.filling import export_generation
+from gradstore.store.reader import open_store
+from gradstore.store.verify import verify_store
 
 N, DIM = 21, 96
 SPEC = FeatureSpec("adam_marginal")
@@ -299,7 +303,7 @@ def test_an_interrupted_export_goes_on_with_its_pending_units_to_equal_bytes(
     assert pending == list(range(stop_after // 8, 3))
     assert summary.rows == N - 8 * (stop_after // 8)
     assert chunks(tmp_path / "cut") == chunks(tmp_path / "whole")
-    assert open_store(tmp_path / "cut").verify().ok
+    assert verify_store(tmp_path / "cut").ok
 
 
 def test_rows_longer_than_the_models_limit_are_too_long_and_never_run(

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradstore import features
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
-from gradstore.features import FeatureMap, FeatureSpec
-from gradstore.moments import AdamConstants, AdamMoments, ParameterMoments
+from gradstore.export import features
+from gradstore.export.features import FeatureMap, FeatureSpec
+from gradstore.export.moments import AdamConstants, AdamMoments, ParameterMoments
 
 CONSTANTS = AdamConstants(beta1=0.9, beta2=0.999, eps=1e-8, step=10)
 

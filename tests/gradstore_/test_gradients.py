@@ -27,10 +27,11 @@ from transformers import (
 )
 
 from gradstore.capture.losses import RowLoss
+from gradstore.capture.per_sample import GradientCapture, batch_losses
+from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
-from gradstore.features import AdamMoments, FeatureMap, FeatureSpec
-from gradstore.gradients import GradientCapture, ParameterSlot, batch_losses
-from gradstore.moments import AdamConstants, ParameterMoments
+from gradstore.export.features import FeatureMap, FeatureSpec
+from gradstore.export.moments import AdamConstants, AdamMoments, ParameterMoments
 
 VOCABULARY = 61
 SIZES: dict[str, Any] = {

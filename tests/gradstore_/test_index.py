@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradstore import index as index_module
 from gradstore.errors import BadInput
-from gradstore.index import FeatureIndex
-from gradstore.scoring import index_cache
+from gradstore.similarity import index as index_module
+from gradstore.similarity import index_cache
+from gradstore.similarity.index import FeatureIndex
 
 faiss = pytest.importorskip("faiss")
 SHA = "ab" * 32

@@ -14,15 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradstore.errors import BadInput, ProvenanceMismatch
-from gradstore.influence import (
-    CheckpointFeatures,
+from gradstore.scoring.comparable import CheckpointFeatures, check_comparable
+from gradstore.scoring.influence import (
     aggregate,
-    check_comparable,
     checkpoint_weights,
     influence_scores,
-    query_influence,
     subtask_influence,
 )
+from gradstore.scoring.query import query_influence
 from gradstore.scoring.scan import unit_rows
 
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstore import layout
 from gradstore.errors import BadInput
-from gradstore.layout import GenerationName
+from gradstore.format import layout
+from gradstore.format.names import GenerationName
 
 names = st.text(min_size=1, max_size=12).filter(lambda t: t not in ("train", "target"))
 

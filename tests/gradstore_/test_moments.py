@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gradstore.errors import BadInput, DamagedData, StoreIOError
-from gradstore.moments import AdamConstants, AdamMoments, ParameterMoments
+from gradstore.export.moments import AdamConstants, AdamMoments, ParameterMoments
 
 
 def small_model() -> nn.Module:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gradkernels import ProjectionSpec, project
 
-from gradstore.disk.codec import decode, encode
+from gradstore.format.codec import decode, encode
 from gradstore.scoring.scan import unit_rows
 
 P, SEEDS = 20_000, 6

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstore import provenance as p
-from gradstore.disk.canonical import parse, plain, seal, unseal
 from gradstore.errors import BadInput, StoreIOError
-from gradstore.records import RowSet, row_hash
+from gradstore.format import provenance as p
+from gradstore.format.canonical import canonical_json, parse, plain, seal, unseal
+from gradstore.format.records import RowSet, row_hash
+from gradstore.storage import hashing
 
 json_values = st.recursive(
     st.none()
@@ -31,14 +32,14 @@ json_values = st.recursive(
 @given(st.dictionaries(st.text(), json_values, max_size=4))
 def test_a_sealed_document_reads_back_and_has_one_spelling(document: dict[str, Any]) -> None:
     sealed = seal(document)
-    data = p.canonical_json(sealed)
+    data = canonical_json(sealed)
     assert unseal(data) == sealed
-    assert p.canonical_json(dict(reversed(sealed.items()))) == data
+    assert canonical_json(dict(reversed(sealed.items()))) == data
 
 
 @given(st.data())
 def test_any_changed_byte_of_a_sealed_document_is_seen(data: st.DataObject) -> None:
-    document = p.canonical_json(seal({"a": [1, 2.5, None], "b": {"c": "text", "d": True}}))
+    document = canonical_json(seal({"a": [1, 2.5, None], "b": {"c": "text", "d": True}}))
     at = data.draw(st.integers(0, len(document) - 1))
     flip = data.draw(st.integers(1, 255))
     damaged = bytearray(document)
@@ -115,16 +116,16 @@ def test_a_canary_of_another_length_or_kind_differs() -> None:
 def test_a_file_is_hashed_again_when_it_changes(tmp_path: Path) -> None:
     file, cache = tmp_path / "f", tmp_path / "cache.json"
     file.write_bytes(b"one")
-    hashes = p.FileHashes(cache)
+    hashes = hashing.FileHashes(cache)
     first = hashes.sha256(file)
     assert first == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
     stat = file.stat()
     file.write_bytes(b"two")
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert p.FileHashes(cache).sha256(file) == first
-    assert p.FileHashes(cache).sha256(file, fresh=True) != first
+    assert hashing.FileHashes(cache).sha256(file) == first
+    assert hashing.FileHashes(cache).sha256(file, fresh=True) != first
     file.write_bytes(b"three")
-    assert p.FileHashes(cache).sha256(file) != first
+    assert hashing.FileHashes(cache).sha256(file) != first
     with pytest.raises(StoreIOError, match="cannot hash"):
         hashes.sha256(tmp_path / "none")
 
@@ -132,22 +133,22 @@ def test_a_file_is_hashed_again_when_it_changes(tmp_path: Path) -> None:
 def test_a_damaged_cache_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("{not json")
     (tmp_path / "f").write_bytes(b"one")
-    assert p.FileHashes(tmp_path / "cache").sha256(tmp_path / "f").startswith("7692")
+    assert hashing.FileHashes(tmp_path / "cache").sha256(tmp_path / "f").startswith("7692")
 
 
 def test_a_folder_is_hashed_file_by_file(tmp_path: Path) -> None:
     for name in ("b.json", "a.json", "c.bin"):
         (tmp_path / name).write_text(name)
-    assert list(p.hash_folder_files(tmp_path, ["*.json"])) == ["a.json", "b.json"]
+    assert list(hashing.hash_folder_files(tmp_path, ["*.json"])) == ["a.json", "b.json"]
     with pytest.raises(BadInput, match="not a folder"):
-        p.hash_folder_files(tmp_path / "none")
+        hashing.hash_folder_files(tmp_path / "none")
 
 
 def test_a_tensor_hash_depends_on_name_order_shape_dtype_and_bits() -> None:
     a, b = torch.arange(6.0), torch.ones(2, 3, dtype=torch.bfloat16)
-    base = p.tensor_hash([("a", a), ("b", b)])
-    assert p.tensor_hash([("a", a.clone().requires_grad_()), ("b", b)]) == base
-    assert p.tensor_hash([("a", a.numpy()), ("b", b)]) == base
+    base = hashing.tensor_hash([("a", a), ("b", b)])
+    assert hashing.tensor_hash([("a", a.clone().requires_grad_()), ("b", b)]) == base
+    assert hashing.tensor_hash([("a", a.numpy()), ("b", b)]) == base
     others = [
         [("b", b), ("a", a)],
         [("c", a), ("b", b)],
@@ -155,7 +156,7 @@ def test_a_tensor_hash_depends_on_name_order_shape_dtype_and_bits() -> None:
         [("a", a.double()), ("b", b)],
         [("a", a + 1e-6), ("b", b)],
     ]
-    assert len({base, *(p.tensor_hash(other) for other in others)}) == 6
+    assert len({base, *(hashing.tensor_hash(other) for other in others)}) == 6
 
 
 def test_a_row_hash_is_pinned_and_separates_ids_from_labels() -> None:

@@ -11,22 +11,18 @@ import numpy as np
 import pytest
 
 from gradstore.errors import BadInput, ProvenanceMismatch
-from gradstore.index import FeatureIndex
-from gradstore.influence import (
-    CheckpointFeatures,
-    aggregate,
-    check_comparable,
-    checkpoint_weights,
-    influence_scores,
-    query_influence,
-)
-from gradstore.layout import RowStatus
-from gradstore.pairing import checkpoint_features
-from gradstore.records import GenerationRecord, RowSet
+from gradstore.format.layout import RowStatus
+from gradstore.format.records import GenerationRecord, RowSet
+from gradstore.scoring.comparable import CheckpointFeatures, check_comparable
+from gradstore.scoring.influence import aggregate, checkpoint_weights, influence_scores
+from gradstore.scoring.pairing import checkpoint_features
+from gradstore.scoring.query import query_influence
 from gradstore.scoring.scan import unit_rows
-from gradstore.selection import select_top
-from gradstore.store import Store, open_store
-from gradstore.writer import StoreWriter
+from gradstore.scoring.selection import select_top
+from gradstore.similarity.index import FeatureIndex
+from gradstore.store.reader import Store, open_store
+from gradstore.store.verify import verify_store
+from gradstore.store.writer import StoreWriter
 
 N, D, SETS = 700, 40, {"a": 9, "b": 4}
 
@@ -147,4 +143,4 @@ def test_index_query_and_stream_agree(store: Store, caplog: pytest.LogCaptureFix
             np.testing.assert_allclose(scores[0], result.values[result.helped], atol=2e-6)
     assert caplog.text == ""
     assert (store.path / "index" / train.commit_sha / "faiss.bin").is_file()
-    assert store.verify().ok
+    assert verify_store(store.path).ok

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradstore.errors import BadInput, StoreIOError
-from gradstore.selection import rows_for_fraction, select_top, write_selected
+from gradstore.scoring.selection import rows_for_fraction, select_top, write_selected
 
 NAN = float("nan")
 

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from gradkernels import ProjectionSpec
 
-from gradstore.disk.generation_writer import GenerationWriter
-from gradstore.disk.plans import UnitRange
 from gradstore.errors import BadInput
-from gradstore.export import compute_unit, export_generation
-from gradstore.features import FeatureSpec
-from gradstore.layout import RowStatus, generation_path
-from gradstore.store import open_store
-from gradstore.units import UnitFeatures, UnitSink
+from gradstore.export.features import FeatureSpec
+from gradstore.export.projected import compute_unit
+from gradstore.export.units import UnitFeatures
+from gradstore.format.layout import RowStatus, generation_path
+from gradstore.format.plans import UnitRange
+from gradstore.store.filling import UnitSink, export_generation
+from gradstore.store.generation_writer import GenerationWriter
+from gradstore.store.reader import open_store
+from gradstore.store.verify import verify_store
 
 N, DIM = 44, 32
 Rows = list[dict[str, list[int]]]
@@ -105,7 +107,7 @@ def test_shared_units_are_the_bytes_of_a_single_process(
     assert sink.summary.tokens == summary.tokens
     assert sink.summary.status_counts == summary.status_counts
     assert summary.status_counts["non_finite"] == 3
-    assert open_store(tmp_path / "many").verify().ok
+    assert verify_store(tmp_path / "many").ok
 
 
 def test_another_number_of_ranks_goes_on_where_the_first_stopped(

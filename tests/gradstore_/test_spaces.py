@@ -11,13 +11,16 @@ import pytest
 from typer.testing import CliRunner
 
 from gradstore.cli import app
-from gradstore.disk.space_writer import SpaceWriter
-from gradstore.embeddings import embedding_record
 from gradstore.errors import BadInput, ProvenanceMismatch, StoreBusy
-from gradstore.influence import CheckpointFeatures, check_comparable, influence_scores
-from gradstore.layout import RowStatus, space_run
-from gradstore.pairing import checkpoint_features
-from gradstore.store import Store, open_store
+from gradstore.format.layout import RowStatus
+from gradstore.format.names import space_run
+from gradstore.format.records import embedding_record
+from gradstore.scoring.comparable import CheckpointFeatures, check_comparable
+from gradstore.scoring.influence import influence_scores
+from gradstore.scoring.pairing import checkpoint_features
+from gradstore.store.reader import Store, open_store
+from gradstore.store.space_writer import SpaceWriter
+from gradstore.store.verify import verify_store
 
 if TYPE_CHECKING:
     from conftest import StoreKit
@@ -73,7 +76,7 @@ def test_two_spaces_under_one_lock_hold_features_of_their_own_length(
         "minilm/train/1": (SPACE, 6),
         "minilm/target/skill/1": (SPACE, 6),
     }
-    assert both.verify().ok
+    assert verify_store(both.path).ok
     with kit.writer(both.path) as writer:
         begun = writer.with_space(SPACE, FIELDS).begin(record(), kit.rows(N), dim=6)
         assert begun.pending == []

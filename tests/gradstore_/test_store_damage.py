@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from gradstore.disk.canonical import canonical_json, parse, seal
-from gradstore.disk.verify import verify_store
 from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch, StoreError
-from gradstore.layout import root_json
-from gradstore.store import open_store
+from gradstore.format.canonical import canonical_json, parse, seal
+from gradstore.format.layout import root_json
+from gradstore.store.reader import open_store
+from gradstore.store.verify import verify_store
 
 if TYPE_CHECKING:
     from conftest import StoreKit

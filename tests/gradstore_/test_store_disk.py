@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from gradstore.disk.files import Hook, StoreFiles
-from gradstore.disk.lock import LOCK, WriterLock
-from gradstore.disk.verify import verify_store
 from gradstore.errors import StoreBusy, StoreIOError
-from gradstore.layout import generation_bytes
-from gradstore.store import open_store
+from gradstore.format.layout import generation_bytes
+from gradstore.storage.local import Hook, StoreFiles
+from gradstore.storage.lock import LOCK, WriterLock
+from gradstore.store.reader import open_store
+from gradstore.store.verify import verify_store
 
 if TYPE_CHECKING:
     from conftest import StoreKit
@@ -129,7 +129,7 @@ def test_a_read_only_store_is_read_and_its_writer_refused_at_once(
         for name in names:
             os.chmod(Path(folder, name), 0o444)
         os.chmod(folder, 0o555)
-    assert open_store(path).verify().ok
+    assert verify_store(path).ok
     for folder, _, _ in os.walk(path):
         os.chmod(folder, 0o755)
 
@@ -342,7 +342,7 @@ def test_after_a_power_loss_every_commit_that_returned_is_there_and_whole(
         if returned:
             store = open_store(left)
             assert [g.name for g in store.generations()][: len(returned)] == returned
-            assert store.verify().faults == ()
+            assert verify_store(store.path).faults == ()
         with kit.writer(left) as writer:
             kit.add(writer, "train/1", 20)
         assert verify_store(left).ok

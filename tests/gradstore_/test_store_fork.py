@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gradstore.disk.files import StoreFiles
-from gradstore.disk.lock import WriterLock
+from gradstore.storage.local import StoreFiles
+from gradstore.storage.lock import WriterLock
 
 
 def test_a_forked_child_lets_go_of_the_lock(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gradstore.disk.codec import LARGEST, decode, encode, settle_status
-from gradstore.disk.probes import check_zarr
 from gradstore.errors import BadInput
-from gradstore.layout import RowStatus
-from gradstore.store import open_store
+from gradstore.format.codec import LARGEST, decode, encode, settle_status
+from gradstore.format.layout import RowStatus
+from gradstore.storage.probes import check_zarr
+from gradstore.store.reader import open_store
 
 if TYPE_CHECKING:
     from conftest import StoreKit

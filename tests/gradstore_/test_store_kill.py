@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from gradstore.disk.files import StoreFiles
 from gradstore.errors import BadInput
-from gradstore.store import Store, open_store
+from gradstore.storage.local import StoreFiles
+from gradstore.store.reader import Store, open_store
+from gradstore.store.verify import verify_store
 
 if TYPE_CHECKING:
     from conftest import StoreKit
@@ -96,7 +97,7 @@ def test_a_kill_at_every_operation_is_resumed_to_the_same_bytes(
         run(kit, path, StoreFiles(path), [])
         store = open_store(path)
         if k % 5 == 0:
-            assert store.verify().faults == (), k
+            assert verify_store(store.path).faults == (), k
         assert features(store) == reference, k
         assert len(store.commits) == len(NAMES), k
         k += 1
@@ -171,7 +172,7 @@ def test_a_real_sigkill_leaves_a_stale_lock_that_is_taken_over(
     assert child.returncode == -signal.SIGKILL
     run(kit, fast_path / "s", StoreFiles(fast_path / "s"), [])
     assert "stale lock" in caplog.text
-    assert open_store(fast_path / "s").verify().ok
+    assert verify_store(fast_path / "s").ok
 
 
 def test_a_half_written_unit_is_redone_though_the_values_are_not_bit_equal(

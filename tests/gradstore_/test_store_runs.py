@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from gradstore.disk.verify import verify_store
 from gradstore.errors import BadInput, ProvenanceMismatch
-from gradstore.records import RowSet
-from gradstore.store import open_store
+from gradstore.format.records import RowSet
+from gradstore.store.reader import open_store
+from gradstore.store.verify import verify_store
 
 if TYPE_CHECKING:
     from conftest import StoreKit

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradstore.visual import VisualStates, even_layers, modality_blocks, visual_token_ids
+from gradstore.export.visual import VisualStates, even_layers, modality_blocks, visual_token_ids
 
 IMAGE = 7
 

@@ -329,8 +329,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 training rows, of which 2 have no finite gradient, and 4 target rows; d = 8."""
     import numpy as np
 
-    from gradstore.records import GenerationRecord, RowSet, row_hash
-    from gradstore.writer import StoreWriter
+    from gradstore.format.records import GenerationRecord, RowSet, row_hash
+    from gradstore.store.writer import StoreWriter
 
     path = tmp_path_factory.mktemp("asked") / "store"
     random = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradstore.store import open_store
+from gradstore.store.reader import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -90,7 +90,7 @@ FAULTY = {"get_batch_samples": serve_or_die, "save_model": save_or_die}
 
 
 def die_exporting(rows: int) -> None:
-    from gradstore import export as module
+    from gradstore.export import projected as module
 
     yield_rows, exported = module.export_features, 0
 

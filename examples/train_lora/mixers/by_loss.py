@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.mixers.base import DomainLosses, Mixer, RunContext, UpdateContext
+from dataflex.context import RunContext, UpdateContext
+from dataflex.mixers.base import DomainLosses, Mixer
 
 
 class ByLoss(Mixer):

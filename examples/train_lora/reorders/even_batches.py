@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.reorders.base import Ordering, Reorder, UpdateContext
+from dataflex.context import UpdateContext
+from dataflex.reorders.base import Ordering, Reorder
 
 
 class EvenBatches(Reorder):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataflex.selectors.base import Selection, Selector, UpdateContext
+from dataflex.context import UpdateContext
+from dataflex.selectors.base import Selection, Selector
 
 
 class LongestAnswer(Selector):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataflex.weighters.base import FloatArray, WeightContext, Weighter
+from dataflex.weighters.base import Weighter
+from dataflex.window import FloatArray, WeightContext
 
 
 class FocalWeighter(Weighter):

@@ -1,1 +1,0 @@
-"""How bytes stay whole: files, checksums, plans, units, commits, the lock."""

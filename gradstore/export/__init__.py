@@ -1,0 +1,1 @@
+"""Exporting features: a model and rows become projected rows of units."""

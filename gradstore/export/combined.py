@@ -1,0 +1,197 @@
+"""One feature from several sequences: a weighted sum of their gradients, then the usual way.
+
+A policy gradient is such a sum: of each sampled response's gradient, times how much better than
+expected it was. The sum is taken over whole gradients, before the feature map and the projection,
+so that it is exact for features that are not linear (`sign`) too.
+
+Letters: r rows of a group, b sequences of a batch, p gradient length, d projected dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gradkernels import Accumulator, ProjectionSpec
+from torch import Tensor, nn
+
+from gradstore.capture.losses import Targets
+from gradstore.capture.per_sample import GradientCapture
+from gradstore.capture.slots import ParameterSlot
+from gradstore.export.direct import TargetDirections, mean_direction
+from gradstore.export.features import FeatureMap, FeatureSpec
+from gradstore.export.projected import DENSE_ROWS, finished_rows, sum_of_squares
+from gradstore.export.units import Collate, FeatureRows, UnitFeatures, join_unit, plan_batches
+from gradstore.format.plans import UnitRange
+
+
+@dataclass(frozen=True)
+class WeightedRow:
+    """Sequences that make one row's gradient: sum of weight times gradient of *summed* token loss.
+
+    Attributes:
+        row: position in the processed dataset.
+        sequences: k items for `collate`; those of weight 0 may be left out.
+        weights: (k,) finite.
+        lengths: (k,) tokens.
+        tokens: target tokens of all sequences, left out ones too; 0 makes the row `MASKED`.
+    """
+
+    row: int
+    sequences: Sequence[Any]
+    weights: Sequence[float]
+    lengths: Sequence[int]
+    tokens: int
+
+
+def combined_gradients(
+    model: nn.Module,
+    rows: Sequence[WeightedRow],
+    collate: Collate,
+    features: FeatureSpec,
+    *,
+    token_budget: int = 2048,
+    buffer_bytes: int = 2 << 30,
+) -> Generator[tuple[Sequence[WeightedRow], Tensor], None, None]:
+    """Features of weighted sums, before projection; the model is frozen until the end.
+
+    Args:
+        model: the model whose gradients are taken.
+        rows: what is summed up.
+        collate: sequences -> padded batch with `labels` (b, t).
+        features: `sgd`, or `sign` where the training features are `sign`.
+        token_budget: tokens of a padded batch.
+        buffer_bytes: memory for whole gradients.
+
+    Yields:
+        Some rows and their features (r, p) float32, overwritten by the next ones.
+    """
+    device = next(model.parameters()).device
+    with GradientCapture(model) as capture:
+        feature_map = FeatureMap(features, capture.slots, None, device=device)
+        size = max(1, min(DENSE_ROWS, len(rows), buffer_bytes // (4 * capture.p)))
+        buffer = torch.empty((size, capture.p), device=device)
+        for start in range(0, len(rows), size):
+            group = rows[start : start + size]
+            part = buffer[: len(group)].zero_()
+            _add_up(capture, group, collate, token_budget, part)
+            for slot in capture.slots:
+                feature_map.apply_(slot, part[:, slot.start : slot.start + slot.numel])
+            yield group, part
+
+
+def compute_combined_unit(
+    model: nn.Module,
+    rows: Sequence[WeightedRow],
+    collate: Collate,
+    unit: UnitRange,
+    *,
+    features: FeatureSpec,
+    projection: ProjectionSpec,
+    token_budget: int = 2048,
+    on_rows: Callable[[int], None] | None = None,
+) -> UnitFeatures:
+    """Projected features of one unit's weighted sums, whoever computes them.
+
+    Args:
+        model: the model whose gradients are taken.
+        rows: the unit's rows, in any order; a row not among them becomes `TOO_LONG`.
+        collate: sequences -> padded batch.
+        unit: which rows.
+        features: `sgd` or `sign`.
+        projection: with the effective seed of the generation.
+        token_budget: tokens of a padded batch.
+        on_rows: called with the number of rows each time some are done.
+    """
+    parts = combined_gradients(model, rows, collate, features, token_budget=token_budget)
+
+    def projected() -> Iterator[FeatureRows]:
+        for group, gradients in parts:
+            accumulator = Accumulator(projection, len(group), device=gradients.device)
+            accumulator.add(gradients, 0)
+            yield finished_rows(
+                np.array([each.row for each in group], dtype=np.int64),
+                accumulator.result(),
+                sum_of_squares(gradients),
+                torch.tensor([each.tokens for each in group], device=gradients.device),
+            )
+
+    lengths = np.zeros(unit.stop, dtype=np.int64)
+    for each in rows:
+        lengths[each.row] = sum(each.lengths)
+    with closing(parts):  # or a traceback would keep the model frozen
+        return join_unit(unit, projection.d, projected(), lengths, None, on_rows)
+
+
+def combined_directions(
+    model: nn.Module,
+    subtasks: Sequence[Sequence[WeightedRow]],
+    collate: Collate,
+    features: FeatureSpec,
+    *,
+    token_budget: int = 2048,
+) -> TargetDirections:
+    """Mean unit feature of each sub-task, without a projection.
+
+    Raises:
+        BadInput: a sub-task without a usable row, named by its position.
+    """
+    found = []
+    for number, rows in enumerate(subtasks):
+        parts = combined_gradients(model, rows, collate, features, token_budget=token_budget)
+        with closing(parts):
+            counted = (
+                (gradients, torch.tensor([each.tokens for each in group], device=gradients.device))
+                for group, gradients in parts
+            )
+            found.append(mean_direction(counted, number))
+    return TargetDirections(torch.stack([d for d, _ in found]), tuple(used for _, used in found))
+
+
+def _add_up(
+    capture: GradientCapture,
+    group: Sequence[WeightedRow],
+    collate: Collate,
+    token_budget: int,
+    into: Tensor,
+) -> None:
+    """Adds every sequence's weighted gradient to its row of `into` (r, p)."""
+    flat = [(at, sequence) for at, each in enumerate(group) for sequence in each.sequences]
+    weights = np.array([w for each in group for w in each.weights], dtype=np.float64)
+    lengths = [length for each in group for length in each.lengths]
+    for chosen in plan_batches(lengths, token_budget):
+        batch = {
+            key: value.to(into.device) if isinstance(value, Tensor) else value
+            for key, value in collate([flat[int(i)][1] for i in chosen]).items()
+        }
+        # The gradient taken is that of the mean over a sequence's tokens.
+        tokens = Targets.of(batch).counts.double()
+        scale = (torch.from_numpy(weights[chosen]).to(into.device) * tokens).float()
+        owners = np.array([flat[int(i)][0] for i in chosen])
+        places = _places(owners, into.device)
+
+        def sink(
+            slot: ParameterSlot,
+            gradient: Tensor,
+            places: Sequence[tuple[int, Tensor]] = places,
+            scale: Tensor = scale,
+        ) -> None:
+            block = into[:, slot.start : slot.start + slot.numel]
+            # Row by row: one that is not finite leaves the others alone.
+            for owner, members in places:
+                block[owner] += scale[members] @ gradient[members]
+
+        capture.capture(batch, sink)
+
+
+def _places(owners: npt.NDArray[Any], device: torch.device) -> list[tuple[int, Tensor]]:
+    """(row of the group, places in the batch of its sequences)."""
+    return [
+        (int(owner), torch.from_numpy(np.flatnonzero(owners == owner)).to(device))
+        for owner in np.unique(owners)
+    ]

@@ -1,0 +1,198 @@
+"""Gradient -> feature: what the sample would do to, or add to, the optimizer's next step.
+
+With moments m, v, constants β₁, β₂, ε and gradient g of one parameter, let M = β₁m + (1-β₁)g and
+V = β₂v + (1-β₂)g². The step is Γ(g) = M/√(V+ε) (`inside`, as the code published with LESS, Xia et
+al. 2024, has it) or M/(√V+ε) (`outside`, as Adam itself). Features:
+
+- `adam_marginal`: Γ(g) - Γ(0), what this sample adds to the step;
+- `adam`: Γ(g), which shares β₁m with every other sample;
+- `sgd`: g;
+- `sign`: the sign of g.
+
+Letters: b batch, w columns of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gradstore.capture.slots import ParameterSlot
+from gradstore.errors import BadInput
+from gradstore.export.moments import AdamMoments, ParameterMoments
+
+__all__ = ["AdamMoments", "FeatureMap", "FeatureSpec"]
+
+Kind = Literal["adam_marginal", "adam", "sgd", "sign"]
+EpsMode = Literal["inside", "outside"]
+
+# Elements per in-place operation: the block and two work buffers stay in cache.
+_BLOCK_ELEMENTS = 1 << 17
+_CUDA_BLOCK_ELEMENTS = 1 << 26
+# Stands in for eps = 0, where a parameter that has never moved would divide 0 by 0.
+_TINY = torch.finfo(torch.float32).tiny
+# Keeps s + s₀ from being 0; where it counts at all, an outer eps drowns what it is part of.
+_ROOT_FLOOR = 1e-27
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Which feature is made of a gradient.
+
+    Attributes:
+        kind: adam_marginal | adam | sgd | sign.
+        adam_eps_mode: Whether eps stands inside the root or outside.
+        bias_correction: Whether the moments are bias-corrected, at the optimizer's next step.
+    """
+
+    kind: Kind = "adam_marginal"
+    adam_eps_mode: EpsMode = "inside"
+    bias_correction: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the names.
+
+        Raises:
+            BadInput: A name is not one of those offered.
+        """
+        for field, offered in (("kind", get_args(Kind)), ("adam_eps_mode", get_args(EpsMode))):
+            if getattr(self, field) not in offered:
+                raise BadInput(f"{field} is {getattr(self, field)!r}; use " + " | ".join(offered))
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether the feature depends on the optimizer's moments."""
+        return self.kind in ("adam_marginal", "adam")
+
+
+@dataclass(frozen=True)
+class _AdamVectors:
+    """One slot's constants, M and √V both divided by 1-β₁ so that M = a + g.
+
+    V = base + curve·g², with eps inside `base` or added to the root as `outer`. `still` is the
+    root at g = 0 and `pull` is a·curve / (the denominator at g = 0). Vectors are (numel,) float32.
+    """
+
+    a: Tensor
+    base: Tensor
+    still: Tensor
+    pull: Tensor
+    curve: float
+    outer: float
+
+
+class FeatureMap:
+    """Turns gradient blocks into feature blocks, in place.
+
+    Args:
+        spec: Which feature.
+        slots: The gradient's layout.
+        moments: The optimizer's moments, where the feature needs them.
+        device: Where the blocks live.
+
+    Raises:
+        BadInput: Moments are needed and missing, as a whole or for a parameter.
+    """
+
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        slots: Sequence[ParameterSlot],
+        moments: AdamMoments | None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.spec = spec
+        self._device = torch.device(device)
+        cuda = self._device.type == "cuda"
+        self._block_elements = _CUDA_BLOCK_ELEMENTS if cuda else _BLOCK_ELEMENTS
+        self._vectors: dict[str, _AdamVectors] = {}
+        if spec.needs_moments:
+            if moments is None:
+                raise BadInput(
+                    f"feature {spec.kind!r} needs the optimizer's Adam moments: save them beside "
+                    "the checkpoint, or take `sgd` or `sign`"
+                )
+            for slot in slots:
+                self._vectors[slot.name] = self._prepare(moments.of(slot))
+
+    def apply_(self, slot: ParameterSlot, grad: Tensor) -> Tensor:
+        """Overwrites a block of gradients with features; what is not finite stays so.
+
+        Args:
+            slot: Whose gradient it is.
+            grad: (b, numel) float32.
+
+        Returns:
+            The same tensor.
+        """
+        if self.spec.kind == "sgd":
+            return grad
+        width = max(1, self._block_elements // max(1, grad.shape[0]))
+        if self.spec.kind == "sign":
+            for block in torch.split(grad, width, dim=1):
+                # g - g is 0, or nan where g is not finite: torch.sign would turn nan into 0.
+                rest = block - block
+                block.sign_().add_(rest)
+            return grad
+        vectors = self._vectors[slot.name]
+        step_ = _marginal_ if self.spec.kind == "adam_marginal" else _step_
+        work = grad.new_empty(2, grad.shape[0], min(width, grad.shape[1]))
+        for start in range(0, grad.shape[1], width):
+            block = grad[:, start : start + width]
+            span = slice(start, start + block.shape[1])
+            first, second = work[:, :, : block.shape[1]]
+            step_(block, vectors, span, first, second)
+        return grad
+
+    def _prepare(self, moments: ParameterMoments) -> _AdamVectors:
+        constants = moments.constants
+        m = moments.m.reshape(-1).double()
+        v = moments.v.reshape(-1).double()
+        c, curve = 1.0 - constants.beta1, 1.0 - constants.beta2
+        a, base = constants.beta1 * m, constants.beta2 * v
+        if self.spec.bias_correction:
+            first = 1.0 - constants.beta1 ** (constants.step + 1)
+            second = 1.0 - constants.beta2 ** (constants.step + 1)
+            a, c, base, curve = a / first, c / first, base / second, curve / second
+        outer = max(constants.eps, _TINY)
+        if self.spec.adam_eps_mode == "inside":
+            base, outer = base + outer, 0.0
+        a, base, curve, outer = a / c, base / c**2, curve / c**2, outer / c
+        still = base.sqrt()
+        pull = a * curve / (still + outer)
+        if outer:
+            still = still + _ROOT_FLOOR
+        a, base, still, pull = (x.to(self._device, torch.float32) for x in (a, base, still, pull))
+        return _AdamVectors(a, base, still, pull, curve, outer)
+
+
+def _step_(block: Tensor, vectors: _AdamVectors, span: slice, root: Tensor, _: Tensor) -> None:
+    """Γ(g) = (a + g) / (√V + outer), in place on (b, w)."""
+    torch.addcmul(vectors.base[span], block, block, value=vectors.curve, out=root)
+    root.sqrt_()
+    if vectors.outer:
+        root.add_(vectors.outer)
+    block.add_(vectors.a[span]).div_(root)
+
+
+def _marginal_(
+    block: Tensor, vectors: _AdamVectors, span: slice, root: Tensor, share: Tensor
+) -> None:
+    """Γ(g) - Γ(0) without the difference of near equals, in place on (b, w).
+
+    With the roots s = √V and s₀ = √V(0) and the denominators D = s + outer, D₀ = s₀ + outer:
+    Γ(g) - Γ(0) = g/D - a(s - s₀)/(D·D₀), and s - s₀ = curve·g²/(s + s₀), so with
+    pull = a·curve/D₀ it is g·(s + s₀ - pull·g) / (D·(s + s₀)).
+    """
+    torch.addcmul(vectors.base[span], block, block, value=vectors.curve, out=root)
+    root.sqrt_()
+    torch.add(root, vectors.still[span], out=share)
+    if vectors.outer:
+        root.add_(vectors.outer)
+    root.mul_(share)
+    share.addcmul_(vectors.pull[span], block, value=-1.0)
+    block.mul_(share.div_(root))

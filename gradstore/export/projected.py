@@ -1,0 +1,211 @@
+"""Model + rows -> projected gradient features, unit by unit into a store.
+
+The way of one batch: token ids (b, t) -> gradient blocks (b, p_block) from `GradientCapture` ->
+feature blocks from `FeatureMap` -> accumulated projection (b, d). The full (b, p) matrix exists
+only where a dense projection wants many rows at once (`buffer_bytes` bounds it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gradkernels import Accumulator, ProjectionSpec
+from torch import Tensor, nn
+
+from gradstore.capture.per_sample import GradientCapture
+from gradstore.capture.slots import ParameterSlot
+from gradstore.errors import BadInput
+from gradstore.export.features import FeatureMap, FeatureSpec
+from gradstore.export.moments import AdamMoments
+from gradstore.export.units import (
+    Batch,
+    Collate,
+    FeatureRows,
+    Lengths,
+    UnitFeatures,
+    join_unit,
+    row_status,
+    unit_batches,
+)
+from gradstore.format.layout import RowStatus
+from gradstore.format.plans import UnitRange
+
+#: Rows a dense projection multiplies at once: fewer leave the matrix product starved (BLAS, tensor
+#: cores) because the random matrix has to be made again for every group of rows.
+DENSE_ROWS = 64
+
+
+def export_features(
+    model: nn.Module,
+    batches: Iterable[tuple[npt.NDArray[np.int64], Batch]],
+    *,
+    features: FeatureSpec,
+    projection: ProjectionSpec,
+    moments: AdamMoments | None = None,
+    buffer_bytes: int = 2 << 30,
+) -> Generator[FeatureRows, None, None]:
+    """Features of every row of `batches`, in the order they come.
+
+    The model is frozen and hooked until the generator is exhausted or closed.
+
+    Args:
+        model: any module whose forward takes a batch without labels and returns `.logits`.
+        batches: (row positions (b,), tensors `input_ids`, `labels`, ... (b, t)).
+        features: how a gradient becomes a feature.
+        projection: p must equal the model's trainable parameters.
+        moments: Adam moments by parameter name, for features that need them.
+        buffer_bytes: memory for whole gradients when a dense projection gathers rows.
+
+    Yields:
+        One `FeatureRows` per projected group of rows.
+    """
+    with GradientCapture(model) as capture:
+        device = next(model.parameters()).device
+        exporter = _Exporter(capture, device, features, projection, moments, buffer_bytes)
+        if projection.method == "sjlt":
+            yield from (exporter.streamed(rows, batch) for rows, batch in batches)
+        else:
+            yield from exporter.gathered(batches)
+
+
+def compute_unit(
+    model: nn.Module,
+    dataset: Sequence[Any],
+    collate: Collate,
+    unit: UnitRange,
+    *,
+    features: FeatureSpec,
+    projection: ProjectionSpec,
+    moments: AdamMoments | None = None,
+    lengths: Lengths,
+    token_budget: int = 2048,
+    longest: int | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> UnitFeatures:
+    """Features of one unit: a function of its rows and the model, whoever computes it.
+
+    Needs no store; `UnitSink` writes the result where the lock is held.
+
+    Args:
+        model: the model whose gradients are taken.
+        dataset: n rows; `dataset[i]` is what `collate` takes a list of.
+        collate: rows -> padded batch with `labels` (b, t).
+        unit: which rows.
+        features: how a gradient becomes a feature.
+        projection: with the effective seed of this generation.
+        moments: Adam moments where `features` needs them.
+        lengths: (n,) tokens of each row; an array, where many units are asked for.
+        token_budget: tokens of a padded batch.
+        longest: rows with more tokens get status `TOO_LONG` (the model's position limit).
+        on_rows: called with the number of rows each time some are done.
+    """
+    batches = unit_batches(dataset, collate, unit, lengths, token_budget, longest)
+    parts = export_features(
+        model, batches, features=features, projection=projection, moments=moments
+    )
+    with closing(parts):  # or a traceback would keep the model frozen
+        return join_unit(unit, projection.d, parts, lengths, longest, on_rows)
+
+
+class _Exporter:
+    """Joins capture, feature map and projection for one pass."""
+
+    def __init__(
+        self,
+        capture: GradientCapture,
+        device: torch.device,
+        features: FeatureSpec,
+        projection: ProjectionSpec,
+        moments: AdamMoments | None,
+        buffer_bytes: int,
+    ) -> None:
+        if projection.p != capture.p:
+            raise BadInput(
+                f"the projection is made for p={projection.p} parameters, "
+                f"the model trains {capture.p}."
+            )
+        self.capture = capture
+        self.projection = projection
+        self.device = device
+        self.map = FeatureMap(features, capture.slots, moments, device=self.device)
+        self.gather_rows = max(1, min(DENSE_ROWS, buffer_bytes // (4 * capture.p)))
+
+    def streamed(self, rows: npt.NDArray[np.int64], batch: Batch) -> FeatureRows:
+        """Project each block as it leaves the backward pass; nothing of size (b, p) is kept."""
+        b = len(rows)
+        accumulator = Accumulator(self.projection, b, device=self.device)
+        squares = torch.zeros(b, dtype=torch.float64, device=self.device)
+
+        def sink(slot: ParameterSlot, gradient: Tensor) -> None:
+            feature = self.map.apply_(slot, gradient)
+            squares.add_(sum_of_squares(feature))
+            accumulator.add(feature, slot.start)
+
+        stats = self.capture.capture(self._move(batch), sink)
+        return finished_rows(rows, accumulator.result(), squares, stats.target_tokens)
+
+    def gathered(
+        self, batches: Iterable[tuple[npt.NDArray[np.int64], Batch]]
+    ) -> Iterator[FeatureRows]:
+        """Collect whole features of several small batches, then project them together."""
+        group: list[tuple[npt.NDArray[np.int64], Tensor]] = []
+        buffer = torch.empty((self.gather_rows, self.capture.p), device=self.device)
+        filled = 0
+        for rows, batch in batches:
+            if filled and filled + len(rows) > len(buffer):
+                yield self._project(buffer[:filled], group)
+                group, filled = [], 0
+            if len(rows) > len(buffer):  # enough rows by itself, or too large to be kept
+                yield self.streamed(rows, batch)
+                continue
+            part = buffer[filled : filled + len(rows)]
+
+            def sink(slot: ParameterSlot, gradient: Tensor, part: Tensor = part) -> None:
+                part[:, slot.start : slot.start + slot.numel] = self.map.apply_(slot, gradient)
+
+            stats = self.capture.capture(self._move(batch), sink)
+            group.append((rows, stats.target_tokens))
+            filled += len(rows)
+        if filled:
+            yield self._project(buffer[:filled], group)
+
+    def _project(
+        self, features: Tensor, group: list[tuple[npt.NDArray[np.int64], Tensor]]
+    ) -> FeatureRows:
+        accumulator = Accumulator(self.projection, len(features), device=self.device)
+        accumulator.add(features, 0)
+        rows = np.concatenate([rows for rows, _ in group])
+        tokens = torch.cat([tokens for _, tokens in group])
+        return finished_rows(rows, accumulator.result(), sum_of_squares(features), tokens)
+
+    def _move(self, batch: Batch) -> dict[str, Any]:
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """(b, k) float32 -> (b,) float64; a row's own dot product, so one row's NaN stays its own."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return norms.double().square_()
+
+
+def finished_rows(
+    rows: npt.NDArray[np.int64], projected: Tensor, squares: Tensor, target_tokens: Tensor
+) -> FeatureRows:
+    """Projected rows (b, d) with squared norms (b,) and target tokens (b,), judged, on the host."""
+    norm = squares.sqrt()
+    # A projected row may overflow where its norm does not.
+    finite = torch.isfinite(projected).all(dim=1)
+    status = row_status(torch.where(finite, norm, torch.nan), target_tokens)
+    projected[status != RowStatus.OK] = torch.nan
+    return FeatureRows(
+        rows=rows,
+        features=projected.cpu().numpy(),
+        norm=norm.float().cpu().numpy(),
+        status=status.cpu().numpy(),
+        tokens=target_tokens.to(torch.int32).cpu().numpy(),
+    )

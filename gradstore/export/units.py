@@ -1,0 +1,200 @@
+"""One unit of a generation: computed anywhere, written by the one process that holds the lock.
+
+`compute_unit` (gradstore.export.projected) and `compute_embedding_unit`
+(gradstore.export.embeddings) give a `UnitFeatures`, which knows nothing of a store and can be
+pickled. So several ranks can share a generation: each computes some of the pending `UnitRange`s,
+one gathers them and writes.
+
+```
+mine = [compute_unit(model, rows, collate, unit, ...) for unit in pending[rank::world]]
+sink = UnitSink(writer)                         # where the lock is held
+for unit in gathered:
+    sink.write(unit)
+```
+
+Letters: k rows of a unit, b rows of a batch, t tokens, d dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gradstore.errors import BadInput
+from gradstore.format.layout import RowStatus
+from gradstore.format.plans import UnitRange
+
+Batch = Mapping[str, Tensor]
+Collate = Callable[[list[Any]], Batch]
+Lengths = Sequence[int] | npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """Features of some rows, on the host.
+
+    Attributes:
+        rows: (b,) int64, positions in the processed dataset.
+        features: (b, d) float32; NaN where the row cannot be used.
+        norm: (b,) float32, Euclidean norm of the feature before projection.
+        status: (b,) uint8, `RowStatus`.
+        tokens: (b,) int32, target tokens.
+    """
+
+    rows: npt.NDArray[np.int64]
+    features: npt.NDArray[np.float32]
+    norm: npt.NDArray[np.float32]
+    status: npt.NDArray[np.uint8]
+    tokens: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class UnitFeatures:
+    """A computed unit, on the host; plain arrays, so that it can be sent to another process.
+
+    Attributes:
+        unit: which rows.
+        features: (k, d) float32; NaN where the row cannot be used.
+        norm: (k,) float32, norm of each feature before projection.
+        status: (k,) uint8, `RowStatus`.
+        tokens: (k,) int32, target tokens.
+        model_tokens: tokens of the rows that went through the model.
+    """
+
+    unit: UnitRange
+    features: npt.NDArray[np.float32]
+    norm: npt.NDArray[np.float32]
+    status: npt.NDArray[np.uint8]
+    tokens: npt.NDArray[np.int32]
+    model_tokens: int
+
+
+def plan_batches(
+    lengths: Lengths, token_budget: int, max_rows: int = 1024
+) -> list[npt.NDArray[np.int64]]:
+    """Group positions 0..n-1 by length so that a padded batch holds at most `token_budget` tokens.
+
+    Args:
+        lengths: (n,) tokens of each row.
+        token_budget: rows x longest row of a batch; a single longer row makes a batch of its own.
+        max_rows: upper bound on the rows of a batch.
+
+    Returns:
+        Position arrays, longest rows first, so that a batch too large for memory fails at once.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        longest = max(int(lengths[order[start]]), 1)
+        stop = start + max(1, min(max_rows, token_budget // longest))
+        batches.append(order[start:stop])
+        start = stop
+    return batches
+
+
+def unit_batches(
+    dataset: Sequence[Any],
+    collate: Collate,
+    unit: UnitRange,
+    lengths: Lengths,
+    token_budget: int,
+    longest: int | None,
+    max_rows: int = 1024,
+) -> Iterator[tuple[npt.NDArray[np.int64], Batch]]:
+    """The batches of one unit, made when they are asked for: a function of the unit alone.
+
+    Args:
+        dataset: n rows; `dataset[i]` is what `collate` takes a list of.
+        collate: rows -> padded batch.
+        unit: which rows.
+        lengths: (n,) tokens of each row.
+        token_budget: tokens of a padded batch.
+        longest: rows with more tokens are left out; None takes all.
+        max_rows: rows of a batch, at most.
+
+    Yields:
+        Row positions (b,), and their batch.
+    """
+    fits = _fitting(unit, lengths, longest)
+    for chosen in plan_batches(np.asarray(lengths)[fits], token_budget, max_rows):
+        rows = fits[chosen]
+        yield rows, collate([dataset[int(i)] for i in rows])
+
+
+def join_unit(
+    unit: UnitRange,
+    dim: int,
+    parts: Iterable[FeatureRows],
+    lengths: Lengths,
+    longest: int | None,
+    on_rows: Callable[[int], None] | None,
+) -> UnitFeatures:
+    """Put the parts of one unit in the order of its rows; a row in no part is TOO_LONG.
+
+    Args:
+        unit: which rows.
+        dim: d.
+        parts: their features, in any order.
+        lengths: (n,) tokens of each row.
+        longest: as for `unit_batches`.
+        on_rows: called with the number of rows of each part.
+    """
+    k = unit.stop - unit.start
+    features = np.full((k, dim), np.nan, dtype=np.float32)
+    norm = np.full(k, np.nan, dtype=np.float32)
+    status = np.full(k, RowStatus.TOO_LONG, dtype=np.uint8)
+    tokens = np.zeros(k, dtype=np.int32)
+    for part in parts:
+        at = part.rows - unit.start
+        features[at], norm[at] = part.features, part.norm
+        status[at], tokens[at] = part.status, part.tokens
+        if on_rows is not None:
+            on_rows(len(part.rows))
+    seen = int(np.asarray(lengths)[_fitting(unit, lengths, longest)].sum())
+    return UnitFeatures(unit, features, norm, status, tokens, seen)
+
+
+def _fitting(unit: UnitRange, lengths: Lengths, longest: int | None) -> npt.NDArray[np.int64]:
+    """Rows of the unit that the model can take."""
+    rows = np.arange(unit.start, unit.stop)
+    return rows if longest is None else rows[np.asarray(lengths)[rows] <= longest]
+
+
+def row_status(norm: Tensor, target_tokens: Tensor) -> Tensor:
+    """What a row is worth, from its feature's norm (b,) and its target tokens (b,): (b,) uint8."""
+    status = torch.full_like(target_tokens, RowStatus.OK, dtype=torch.uint8)
+    status[norm == 0] = RowStatus.ZERO_NORM
+    status[~torch.isfinite(norm)] = RowStatus.NON_FINITE
+    status[target_tokens == 0] = RowStatus.MASKED
+    return status
+
+
+def check_bad_rows(
+    bad: int, named: Sequence[int], rows: int, max_bad_fraction: float, what: str = "gradient"
+) -> None:
+    """Stop where too many rows have a non-finite gradient or embedding.
+
+    Args:
+        bad: how many there are.
+        named: some of them, for the message.
+        rows: of the whole data set.
+        max_bad_fraction: the share that is still accepted.
+        what: gradient or embedding.
+
+    Raises:
+        BadInput: there are more; names up to ten.
+    """
+    if bad > max_bad_fraction * rows:
+        advice = "lower the learning rate" if what == "gradient" else "check the model's weights"
+        raise BadInput(
+            f"{bad} of {rows} rows have a non-finite {what}, more than "
+            f"max_bad_fraction={max_bad_fraction:g} allows; the first: "
+            f"{list(named[:10])}. Look at these rows, {advice}, or raise max_bad_fraction."
+        )

@@ -1,0 +1,1 @@
+"""The format of a store: names, documents and codecs, without any file access."""

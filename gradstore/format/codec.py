@@ -1,0 +1,92 @@
+"""Rows of float32 features <-> the bytes of a chunk.
+
+Each row is divided by a scale of its own, the power of two that brings its largest entry into
+[1, 2), so no row overflows float16 and the division itself is exact. Decoded = stored x scale.
+Letters: k rows of a unit, d projected dimensions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradstore.format.layout import ArraySpec, RowStatus
+
+LARGEST = 2.0**127
+"""Entries beyond this could round up to infinity on the way back; they count as not finite."""
+
+
+def settle_status(features: np.ndarray, norm: np.ndarray, status: np.ndarray) -> np.ndarray:
+    """Gives the status of each row, where a row called ok must also be usable.
+
+    Args:
+        features: (k, d) float32.
+        norm: (k,) float32, the norm of each row's feature before projection.
+        status: (k,) uint8 as the exporter saw it.
+
+    Returns:
+        (k,) uint8: ok rows with a NaN, an infinity or an entry beyond `LARGEST` become NON_FINITE,
+        ok rows of zeros ZERO_NORM.
+    """
+    settled = status.astype(np.uint8, copy=True)
+    ok = settled == RowStatus.OK
+    finite = (np.abs(features) <= LARGEST).all(axis=1) & np.isfinite(norm)
+    zero = ~features.any(axis=1) | (norm == 0)
+    settled[ok & zero] = RowStatus.ZERO_NORM
+    settled[ok & ~finite] = RowStatus.NON_FINITE
+    return settled
+
+
+def encode(features: np.ndarray, usable: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and rounds rows for storage.
+
+    Args:
+        features: (k, d) float32, within `LARGEST` in usable rows.
+        usable: (k,) bool; other rows are stored as NaN (0 in integer dtypes) with scale NaN.
+        dtype: float16 or bfloat16.
+
+    Returns:
+        Stored values (k, d) float16 or uint16, and scale (k,) float32.
+    """
+    rows = np.where(usable[:, None], features, np.float32(0)).astype(np.float32, copy=False)
+    largest = np.abs(rows).max(axis=1)
+    _, exponent = np.frexp(largest)
+    scale = np.ldexp(np.float32(1), exponent - 1).astype(np.float32)
+    scale[~usable] = np.float32("nan")
+    with np.errstate(under="ignore"):
+        scaled = rows / np.where(usable, scale, np.float32(1))[:, None]
+        if dtype == "float16":
+            stored = scaled.astype(np.float16)
+            stored[~usable] = np.float16("nan")
+        else:
+            stored = _to_bfloat16(scaled)
+    return stored, scale
+
+
+def decode(stored: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:
+    """Gives (k, d) float32 features back; rows whose scale is NaN come back as NaN."""
+    if dtype == "bfloat16":
+        values = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    else:
+        values = stored.astype(np.float32)
+    with np.errstate(under="ignore", invalid="ignore"):
+        values *= scale[:, None]
+    return values
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Rounds finite float32 to the nearest bfloat16 (ties to even), as uint16 bits."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+
+
+def chunk_values(values: np.ndarray, spec: ArraySpec, unit_rows: int) -> np.ndarray:
+    """Pads the values of one unit to a full, contiguous, little-endian chunk."""
+    fill = np.nan if spec.fill == "NaN" else 0
+    little = np.dtype(spec.dtype).newbyteorder("<")
+    shape = spec.chunk_shape(unit_rows)
+    if values.shape == shape:
+        return np.ascontiguousarray(values, dtype=little)
+    chunk = np.full(shape, fill, dtype=little)
+    chunk[: len(values)] = values
+    return chunk

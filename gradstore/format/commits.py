@@ -1,0 +1,85 @@
+"""The commit log: `commits/<N>.json`, a hash chain that nothing but `os.link` can add to.
+
+Commit N names its parent's sha256 and carries its own (its seal), so an edit anywhere breaks the
+chain there. There is no mutable HEAD: the newest commit is the highest N of an unbroken chain. A
+commit either adds one whole generation or retires old ones before their files are removed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Literal
+
+from gradstore.errors import BadInput
+from gradstore.format.canonical import Json, canonical_json, seal, unseal
+from gradstore.format.layout import SCHEMA_VERSION
+from gradstore.format.names import GenerationName
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One link of the chain.
+
+    Attributes:
+        number: N, from 1.
+        store_uuid: the store it belongs to.
+        parent: sha256 of commit N-1, None for the first.
+        kind: `generation` adds one, `retire` takes some back.
+        generations: the full names it adds or retires.
+        plan_sha256: seal of the added generation's plan; "" for `retire`.
+        units: seal of each unit record of the added generation, in order.
+        chunk_bytes: bytes of the added generation's chunks.
+    """
+
+    number: int
+    store_uuid: str
+    parent: str | None
+    kind: Literal["generation", "retire"]
+    generations: tuple[str, ...]
+    plan_sha256: str = ""
+    units: tuple[str, ...] = ()
+    chunk_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Json]:
+        """Gives the sealed document."""
+        body = {each.name: getattr(self, each.name) for each in fields(self)}
+        return seal({"schema_version": SCHEMA_VERSION, **body})
+
+    def to_bytes(self) -> bytes:
+        """Gives the bytes of its file."""
+        return canonical_json(self.to_dict())
+
+    @cached_property
+    def sha256(self) -> str:
+        """The commit's seal, by which indexes and checkpoints name it."""
+        return str(self.to_dict()["sha256"])
+
+    @property
+    def generation(self) -> str:
+        """The generation it adds."""
+        return self.generations[0]
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Commit:
+        """Reads a commit; ValueError when the bytes are not exactly one."""
+        document = unseal(data)
+        try:
+            commit = cls(
+                number=document["number"],
+                store_uuid=document["store_uuid"],
+                parent=document["parent"],
+                kind=document["kind"],
+                generations=tuple(document["generations"]),
+                plan_sha256=document["plan_sha256"],
+                units=tuple(document["units"]),
+                chunk_bytes=document["chunk_bytes"],
+            )
+            same = commit.to_bytes() == data
+            for name in commit.generations:
+                GenerationName.parse(name)
+        except (KeyError, TypeError, AttributeError, BadInput) as error:
+            raise ValueError(f"not a commit: {error!r}") from error
+        if not same or commit.kind not in ("generation", "retire") or not commit.generations:
+            raise ValueError("not a commit of this schema")
+        return commit

@@ -1,0 +1,222 @@
+"""Where everything of a store lies, what it is called and how long it is; no disk access here.
+
+docs/store-format.md walks the tree. What is on disk is compared with what this module would write,
+byte for byte, before any array is opened: so a store can't talk a reader into other codecs, shapes
+or places. Letters: n rows, d projected dimensions, u the number of a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+from gradstore.errors import BadInput
+from gradstore.format.canonical import canonical_json, parse, sha256_json
+from gradstore.format.names import GenerationName, Role, check_space, quote, space_run
+
+__all__ = ["GenerationName", "Role", "check_space", "quote", "space_run"]
+
+SCHEMA_VERSION = 1
+NEEDS = "dataflex-gradstore>=0.1.0"
+"""The first release that reads this schema; a store carries it so that older ones can say so."""
+
+UNIT_ROWS = 256
+CRC_BYTES = 4
+BLOCK_BYTES = 4096
+MAX_DIM = 1 << 24
+METADATA = "zarr.json"
+COMMITS = "commits"
+GENERATIONS = "generations"
+PLANS = "plans"
+SPACES = "spaces"
+GRADIENT = "gradient"
+"""The space of gradient features; every other space holds embeddings of one model."""
+
+EMBEDDING = "embedding"
+"""Feature kind of a generation of embeddings."""
+
+
+class RowStatus(IntEnum):
+    """What a row is worth; only `OK` rows are ever scored or selected."""
+
+    OK = 0
+    MASKED = 1
+    NON_FINITE = 2
+    ZERO_NORM = 3
+    TOO_LONG = 4
+
+
+# ---- arrays ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a generation: (n,) if `width` is None, else (n, width).
+
+    Attributes:
+        name: folder name.
+        dtype: NumPy and Zarr name of the stored type.
+        width: values per row, or None for a one-dimensional array.
+        fill: what pads the last chunk, and Zarr's fill_value.
+    """
+
+    name: str
+    dtype: str
+    width: int | None
+    fill: Literal["NaN", 0]
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes per value."""
+        return {"uint8": 1, "float16": 2, "uint16": 2, "int32": 4, "float32": 4}[self.dtype]
+
+    def chunk_shape(self, unit_rows: int) -> tuple[int, ...]:
+        """Shape of every chunk, the last one too."""
+        return (unit_rows,) if self.width is None else (unit_rows, self.width)
+
+    def chunk_bytes(self, unit_rows: int) -> int:
+        """Exact size of every chunk's file: the values and 4 bytes of crc32c."""
+        return unit_rows * (self.width or 1) * self.item_bytes + CRC_BYTES
+
+    def chunk_path(self, unit: int) -> str:
+        """Path of a chunk relative to the generation."""
+        return f"{self.name}/c/{unit}" if self.width is None else f"{self.name}/c/{unit}/0"
+
+
+FEATURE_DTYPES: Mapping[str, tuple[str, Literal["NaN", 0]]] = {
+    "float16": ("float16", "NaN"),
+    "bfloat16": ("uint16", 0),
+}
+"""Feature dtype -> (stored dtype, fill): bfloat16 is kept as its bits, Zarr has no such type."""
+
+
+def check_dtype(dtype: str) -> str:
+    """Gives `dtype` back if features can be stored in it; BadInput names the choices otherwise."""
+    if dtype not in FEATURE_DTYPES:
+        raise BadInput(
+            f"features can't be stored as {dtype!r}; choose {' or '.join(FEATURE_DTYPES)}"
+        )
+    return dtype
+
+
+def arrays(dim: int, dtype: str) -> tuple[ArraySpec, ...]:
+    """Lists the arrays of a generation of (n, dim) features, features first."""
+    stored, fill = FEATURE_DTYPES[check_dtype(dtype)]
+    return (
+        ArraySpec("features", stored, dim, fill),
+        ArraySpec("scale", "float32", None, "NaN"),
+        ArraySpec("norm", "float32", None, "NaN"),
+        ArraySpec("status", "uint8", None, 0),
+        ArraySpec("tokens", "int32", None, 0),
+        ArraySpec("row_hash", "uint8", 16, 0),
+    )
+
+
+def generation_bytes(
+    rows: int, dim: int, dtype: str = "float16", unit_rows: int = UNIT_ROWS
+) -> int:
+    """Bytes that a generation of `rows` needs on disk, each file rounded up to whole blocks."""
+    per_unit = [spec.chunk_bytes(unit_rows) for spec in arrays(dim, dtype)]
+    blocks = sum(-(-size // BLOCK_BYTES) for size in per_unit)
+    record_and_folders = 3
+    units = -(-rows // unit_rows)
+    fixed = 32 + -(
+        -rows * 64 // BLOCK_BYTES
+    )  # zarr.json files, folders, the plan's hex, the commit
+    return (units * (blocks + record_and_folders) + fixed) * BLOCK_BYTES
+
+
+# ---- zarr.json -------------------------------------------------------------------------------
+
+
+def array_json(spec: ArraySpec, rows: int, unit_rows: int) -> bytes:
+    """Gives the zarr.json of one array: unsharded, uncompressed, checked by crc32c."""
+    wide = {"configuration": {"endian": "little"}} if spec.item_bytes > 1 else {}
+    shape = [rows] if spec.width is None else [rows, spec.width]
+    return canonical_json(
+        {
+            "attributes": {},
+            "chunk_grid": {
+                "configuration": {"chunk_shape": spec.chunk_shape(unit_rows)},
+                "name": "regular",
+            },
+            "chunk_key_encoding": {"configuration": {"separator": "/"}, "name": "default"},
+            "codecs": [{"name": "bytes", **wide}, {"name": "crc32c"}],
+            "data_type": spec.dtype,
+            "fill_value": spec.fill,
+            "node_type": "array",
+            "shape": shape,
+            "storage_transformers": [],
+            "zarr_format": 3,
+        }
+    )
+
+
+def group_json(attributes: Mapping[str, object] | None = None) -> bytes:
+    """Gives the zarr.json of a group."""
+    return canonical_json({"attributes": attributes or {}, "node_type": "group", "zarr_format": 3})
+
+
+def root_json(store_uuid: str) -> bytes:
+    """Gives the store's own zarr.json."""
+    body = {"needs": NEEDS, "schema_version": SCHEMA_VERSION, "store_uuid": store_uuid}
+    return group_json({**body, "check": sha256_json(body)})
+
+
+def read_root(data: bytes) -> tuple[int, str, str]:
+    """Reads the store's own zarr.json.
+
+    Returns:
+        Schema version, store uuid, and the release that reads it.
+
+    Raises:
+        ValueError: it is not what some release of gradstore wrote.
+    """
+    attributes = parse(data).get("attributes")
+    if not isinstance(attributes, dict):
+        raise ValueError("no attributes")
+    body = {key: value for key, value in attributes.items() if key != "check"}
+    version, uuid, needs = (body.get(key) for key in ("schema_version", "store_uuid", "needs"))
+    if attributes.get("check") != sha256_json(body):
+        raise ValueError("its attributes do not fit their sha256")
+    if not isinstance(version, int) or not isinstance(uuid, str) or not isinstance(needs, str):
+        raise ValueError("schema_version, store_uuid or needs is missing")
+    if version < 1 or (version <= SCHEMA_VERSION and data != root_json(uuid)):
+        raise ValueError("other bytes than gradstore writes")
+    return version, uuid, needs
+
+
+# ---- paths -----------------------------------------------------------------------------------
+
+
+def generation_path(name: str) -> str:
+    """Folder of a generation."""
+    return f"{GENERATIONS}/{name}"
+
+
+def plan_path(name: str) -> str:
+    """File of a generation's plan."""
+    return f"{PLANS}/{name}.json"
+
+
+def unit_path(name: str, unit: int) -> str:
+    """File of a unit's record."""
+    return f"{GENERATIONS}/{name}/units/{unit}.json"
+
+
+def provenance_path(space: str) -> str:
+    """File of what all generations of a space share."""
+    return f"{SPACES}/{space}/provenance.json"
+
+
+def commit_path(number: int) -> str:
+    """File of the commit of this number, from 1."""
+    return f"{COMMITS}/{number}.json"
+
+
+def group_paths(name: str) -> list[str]:
+    """Folders above a generation that need a zarr.json, itself included, outermost first."""
+    parts = generation_path(name).split("/")
+    return ["/".join(parts[: depth + 1]) for depth in range(len(parts))]

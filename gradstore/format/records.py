@@ -1,0 +1,236 @@
+"""What is recorded of a generation (`GenerationRecord`) and of its rows (`RowSet`)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from gradstore.errors import BadInput
+from gradstore.format.canonical import Json, plain
+from gradstore.format.layout import EMBEDDING
+from gradstore.format.names import GenerationName, Role, space_run
+
+HASH_BYTES = 16
+
+_NOT_IDENTITY = ("name", "run_id", "learning_rate", "libraries")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRecord:
+    """What made one generation of features; kept in its plan.
+
+    Attributes:
+        name: `[run/]train/<step>` or `[run/]target/<set>/<step>`, without attempt.
+        role: train or target.
+        set: name of the target set as the user gave it, "" for train.
+        step: optimizer step of the checkpoint.
+        run_id: stable id of the training run; equal = a resume or replay, different = another run.
+        adapter_hash: hash of the trainable parameters the gradients or embeddings were taken at;
+            of the whole model, where embeddings come from another one than is trained.
+        optimizer_hash: hash of the moments, None where the feature needs none.
+        effective_seed: seed of this generation's projection, hash(base seed, step); 0 without one.
+        autocast: dtype of autocast, or "off".
+        attention: attention implementation.
+        projection: `ProjectionSpec.to_dict()` with the effective seed; {} for embeddings.
+        feature: adam_marginal | adam | sgd | sign | embedding.
+        feature_options: eps mode, bias correction, betas ...; pooling, layer ... of embeddings.
+        learning_rate: mean learning rate since the previous generation, None if unknown.
+        libraries: versions, GPU, world size: a difference only warns.
+    """
+
+    name: str
+    role: Role
+    step: int
+    set: str = ""
+    run_id: str
+    adapter_hash: str
+    effective_seed: int
+    projection: Mapping[str, Any]
+    feature: str
+    feature_options: Mapping[str, Any] = field(default_factory=dict)
+    optimizer_hash: str | None = None
+    learning_rate: float | None = None
+    autocast: str = "off"
+    attention: str = "eager"
+    libraries: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parsed = self.parsed
+        if parsed.attempt != 1:
+            raise BadInput(f"{self.name!r}: the store gives the attempt; leave it out")
+        if (parsed.role, parsed.set, parsed.step) != (self.role, self.set, self.step):
+            raise BadInput(
+                f"{self.name!r} does not name {self.role} {self.set!r} step {self.step}; "
+                "build names with gradstore.format.layout.GenerationName"
+            )
+        if not self.run_id:
+            raise BadInput("run_id is empty; give an id that stays the same when the run resumes")
+        plain(vars(self), "record")
+
+    @property
+    def parsed(self) -> GenerationName:
+        """The parts of the name."""
+        return GenerationName.parse(self.name)
+
+    @property
+    def run(self) -> str:
+        """Prefix of this run's generations, "" by default."""
+        return self.parsed.run
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether the set is a sample of the training rows: nothing to score others against."""
+        return self.feature_options.get("sample_of") == "train"
+
+    def to_dict(self) -> dict[str, Json]:
+        """Gives the record as plain JSON values."""
+        return {each.name: plain(getattr(self, each.name)) for each in fields(self)}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Json]) -> GenerationRecord:
+        """Reads `to_dict()` back; BadInput when a field is missing or unknown."""
+        known = {each.name for each in fields(cls)}
+        if set(document) != known:
+            odd = ", ".join(sorted(set(document) ^ known))
+            raise BadInput(f"a generation's record has missing or unknown fields: {odd}")
+        return cls(**document)
+
+    def identity(self) -> dict[str, Json]:
+        """What must be equal for features of an earlier attempt to be reused."""
+        return {key: value for key, value in self.to_dict().items() if key not in _NOT_IDENTITY}
+
+
+def row_hash(input_ids: Sequence[int], labels: Sequence[int]) -> bytes:
+    """Gives the 16-byte blake2b of one row's token ids and labels.
+
+    Args:
+        input_ids: (t,) token ids, without padding.
+        labels: (t,) labels, -100 where there is no target.
+    """
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
+    for values in (input_ids, labels):
+        ids = np.ascontiguousarray(values, dtype="<i8")
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(ids.tobytes())
+    return digest.digest()
+
+
+@dataclass(frozen=True, eq=False)
+class RowSet:
+    """The rows of a data set, in order.
+
+    Attributes:
+        hashes: (n, 16) uint8, `row_hash` of each row; equal rows are legitimate.
+        sources: (data set name, index in its file) of each row, or None.
+    """
+
+    hashes: np.ndarray
+    sources: tuple[tuple[str, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        hashes = self.hashes
+        if hashes.dtype != np.uint8 or hashes.ndim != 2 or hashes.shape[1] != HASH_BYTES:
+            raise BadInput(f"row hashes are {hashes.dtype} {hashes.shape}; give uint8 (n, 16)")
+        if len(hashes) == 0:
+            raise BadInput("the data set has no rows; nothing to export")
+        if self.sources is not None and len(self.sources) != len(hashes):
+            raise BadInput(f"{len(self.sources):,} sources for {len(hashes):,} rows")
+
+    @classmethod
+    def from_hashes(
+        cls, hashes: Sequence[bytes], sources: Sequence[tuple[str, int]] | None = None
+    ) -> RowSet:
+        """Builds a row set from the values of `row_hash`."""
+        flat = np.frombuffer(b"".join(hashes), dtype=np.uint8)
+        return cls(flat.reshape(-1, HASH_BYTES), None if sources is None else tuple(sources))
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the ordered rows; the sources do not count."""
+        return hashlib.sha256(np.ascontiguousarray(self.hashes).tobytes()).hexdigest()
+
+    @property
+    def duplicates(self) -> int:
+        """Number of rows that repeat an earlier row."""
+        return len(self) - len(np.unique(_keys(self.hashes)))
+
+    def difference(self, stored: RowSet) -> str:
+        """Says how these rows differ from the stored ones; "" when they do not."""
+        if self.sha256 == stored.sha256:
+            return ""
+        if len(self) == len(stored):
+            ours, theirs = _keys(self.hashes), _keys(stored.hashes)
+            if np.array_equal(np.sort(ours), np.sort(theirs)):
+                return "same rows, different order"
+            places = np.flatnonzero(ours != theirs)
+            return (
+                f"{len(places):,} of {len(self):,} rows differ, first {self._spell(int(places[0]))}"
+            )
+        ours, theirs = _keys(self.hashes), _keys(stored.hashes)
+        common = (Counter(ours.tolist()) & Counter(theirs.tolist())).total()
+        return f"{len(stored):,} rows are stored, this run has {len(self):,}; {common:,} in common"
+
+    def _spell(self, row: int) -> str:
+        source = "" if self.sources is None else " ({} {})".format(*self.sources[row])
+        return f"row {row}{source}"
+
+
+def _keys(hashes: np.ndarray) -> np.ndarray:
+    """Views (n, 16) uint8 as (n,) 16-byte keys that compare whole."""
+    return np.ascontiguousarray(hashes).view(f"S{HASH_BYTES}").reshape(-1)
+
+
+def embedding_record(
+    role: Role,
+    step: int,
+    *,
+    space: str,
+    run_id: str,
+    model_hash: str,
+    set: str = "",
+    run: str = "",
+    options: Mapping[str, Any] | None = None,
+    autocast: str = "off",
+    attention: str = "eager",
+    libraries: Mapping[str, Any] | None = None,
+) -> GenerationRecord:
+    """What makes a generation of embeddings.
+
+    Args:
+        role: train or target.
+        step: optimizer step of the training model; 0 for a model that is not trained.
+        space: name of the space.
+        run_id: id of the training run. Of a model that is not trained, the model's hash does, so
+            that other runs find its embeddings again.
+        model_hash: the training model's adapter hash, or the hash of the model that is not trained.
+        set: name of the target set.
+        run: the run's prefix (`gradstore_run`).
+        options: pooling, layer and the like; other values are another generation.
+        autocast: dtype of autocast, or "off".
+        attention: attention implementation.
+        libraries: versions, which only warn.
+    """
+    return GenerationRecord(
+        name=str(GenerationName(role, step, set, space_run(space, run))),
+        role=role,
+        step=step,
+        set=set,
+        run_id=run_id,
+        adapter_hash=model_hash,
+        effective_seed=0,
+        projection={},
+        feature=EMBEDDING,
+        feature_options=options or {},
+        autocast=autocast,
+        attention=attention,
+        libraries=libraries or {},
+    )

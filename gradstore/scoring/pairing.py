@@ -1,0 +1,114 @@
+"""Which generations are scored together: a checkpoint's training rows with its target sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from gradstore.errors import BadInput, ProvenanceMismatch
+from gradstore.format.layout import GRADIENT
+from gradstore.format.names import space_run
+from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.scoring.influence import checkpoint_weights
+from gradstore.store.generation import Generation
+from gradstore.store.reader import Store
+
+Which = Literal["last", "all"] | int
+
+
+def checkpoint_features(
+    store: Store,
+    which: Which = "last",
+    *,
+    run: str = "",
+    space: str = GRADIENT,
+    sets: Sequence[str] | None = None,
+    until: int | None = None,
+    fewer: bool = False,
+    train_set: str = "",
+) -> list[CheckpointFeatures]:
+    """Pair each training generation with its target sets, weighted by learning rate.
+
+    Args:
+        store: where they were committed.
+        which: the newest checkpoint, all of them, or how many of the newest.
+        run: prefix of the generations (`gradstore_run`).
+        space: whose generations; embeddings are never mixed with gradients.
+        sets: target sets, in this order; None takes those of the newest checkpoint, by name.
+        until: no checkpoint of a later step is taken.
+        fewer: take what there is where `which` asks for more, as a run that has just begun does.
+        train_set: name of a sample of the training rows that stands for all; "" takes all.
+
+    Returns:
+        Oldest first; the weights are the recorded mean learning rates, normalised.
+
+    Raises:
+        BadInput: no such checkpoint, or a checkpoint lacks one of the sets.
+    """
+    trains: dict[int, Generation] = {}
+    targets: dict[int, dict[str, Generation]] = {}
+    for generation in store.generations():
+        if generation.space != space or generation.record.run != space_run(space, run):
+            continue
+        if until is not None and generation.step > until:
+            continue
+        if generation.set == train_set:
+            trains[generation.step] = generation
+        elif generation.role == "target" and not generation.record.is_sample:
+            targets.setdefault(generation.step, {})[generation.set] = generation
+    if not trains:
+        where = f" of run {run!r}" if run else ""
+        where += "" if space == GRADIENT else f" in space {space!r}"
+        others = sorted({generation.space for generation in store.generations()} - {space})
+        there = f" (it has generations of space {', '.join(others)})" if others else ""
+        raise BadInput(
+            f'store "{store.path}" has no committed train generation{where}{there}; '
+            "build one first."
+        )
+    chosen = _newest(sorted(trains), which, fewer)
+    wanted = tuple(sets) if sets is not None else tuple(sorted(targets.get(chosen[-1], {})))
+    if not wanted:
+        raise BadInput(f'store "{store.path}" has no target generation of step {chosen[-1]}.')
+    for step in chosen:
+        if missing := [name for name in wanted if name not in targets.get(step, {})]:
+            raise BadInput(
+                f'store "{store.path}" has no target generation of {", ".join(missing)} at step '
+                f"{step}; it has {', '.join(sorted(targets.get(step, {}))) or 'none'}."
+            )
+    kinds = {trains[step].record.feature for step in chosen}
+    if len(kinds) > 1:
+        raise ProvenanceMismatch(
+            f"checkpoints {chosen} hold features of different kinds, {' and '.join(sorted(kinds))}"
+            ": they can't be combined. Take checkpoints: last, or another gradstore_run."
+        )
+    weights = checkpoint_weights([trains[s].record.learning_rate or 0.0 for s in chosen])
+    return [
+        CheckpointFeatures(
+            trains[step], tuple(targets[step][name] for name in wanted), float(weight)
+        )
+        for step, weight in zip(chosen, weights, strict=True)
+    ]
+
+
+def parse_which(text: str) -> Which:
+    """`last`, `all` or a positive whole number, as a command line gives it.
+
+    Raises:
+        BadInput: it is none of them.
+    """
+    if text == "last":
+        return "last"
+    if text == "all":
+        return "all"
+    if text.isdigit() and int(text) >= 1:
+        return int(text)
+    raise BadInput(f"checkpoints is {text!r}; choose last, all or a number of at least 1.")
+
+
+def _newest(steps: list[int], which: Which, fewer: bool) -> list[int]:
+    if which == "all":
+        return steps
+    count = 1 if which == "last" else which
+    if count > len(steps) and not fewer:
+        raise BadInput(f"asked for {count} checkpoints, the store has {len(steps)}.")
+    return steps[-count:]

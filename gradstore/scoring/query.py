@@ -1,0 +1,89 @@
+"""Who helped and who hurt one target row.
+
+Letters: n train rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gradstore.errors import BadInput
+from gradstore.format.layout import RowStatus
+from gradstore.scoring.combine import CHUNK_ROWS, combine, count_skipped
+from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
+from gradstore.scoring.subtasks import Subtask
+
+
+@dataclass(frozen=True)
+class RowInfluence:
+    """Who helped and who hurt one target row.
+
+    Attributes:
+        values: (n,) float32, each train row's cosines to the target row, summed over checkpoints
+            with their weights; nan where a row is not usable.
+        usable: (n,) bool.
+        helped: (<= top,) int64 train rows, highest value first, ties to the lower row.
+        hurt: (<= top,) int64 train rows, lowest value first, ties to the lower row.
+        skipped: number of unusable rows by reason.
+    """
+
+    values: npt.NDArray[np.float32]
+    usable: npt.NDArray[np.bool_]
+    helped: npt.NDArray[np.int64]
+    hurt: npt.NDArray[np.int64]
+    skipped: dict[str, int]
+
+
+def query_influence(
+    checkpoints: Sequence[CheckpointFeatures],
+    target_row: int,
+    *,
+    target: int = 0,
+    top: int = 10,
+    device: str | torch.device = "cpu",
+    chunk_rows: int = CHUNK_ROWS,
+    on_rows: Callable[[int], None] | None = None,
+) -> RowInfluence:
+    """Asks which train rows help one target row and which hurt it.
+
+    Args:
+        checkpoints: as for `influence_scores`.
+        target_row: row of the target set.
+        target: which of the target sets, counted from 0.
+        top: how many rows to name on each side; fewer where fewer are usable.
+        device: where the products are computed.
+        chunk_rows: rows between two progress calls; rounded up to a multiple of 256.
+        on_rows: called with the number of rows just scored.
+
+    Raises:
+        BadInput: no such target set or row, the row is not usable, top < 1, or as for
+            `influence_scores`.
+        ProvenanceMismatch: as for `influence_scores`.
+    """
+    check_checkpoints(checkpoints)
+    sets = checkpoints[0].targets
+    if not 0 <= target < len(sets):
+        raise BadInput(f"asked target set {target}, there are {len(sets)}, counted from 0")
+    if not 0 <= target_row < sets[target].rows:
+        raise BadInput(f"asked target row {target_row}, the set has rows 0-{sets[target].rows - 1}")
+    if top < 1:
+        raise BadInput(f"top is {top}; ask for at least 1 row")
+    values = np.empty(checkpoints[0].train.rows, dtype=np.float32)
+
+    def keep(start: int, stop: int, cosines: npt.NDArray[np.float32]) -> None:
+        values[start:stop] = cosines[:, 0]
+        if on_rows is not None:
+            on_rows(stop - start)
+
+    one = Subtask(target, target_row, target_row + 1, f"target row {target_row}")
+    codes = combine(checkpoints, [one], keep, torch.device(device), chunk_rows)
+    values[codes != RowStatus.OK] = np.nan
+    rows = np.flatnonzero(codes == RowStatus.OK)
+    helped = rows[np.argsort(-values[rows], kind="stable")][:top]
+    hurt = rows[np.argsort(values[rows], kind="stable")][:top]
+    return RowInfluence(values, codes == RowStatus.OK, helped, hurt, count_skipped(codes))

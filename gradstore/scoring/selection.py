@@ -1,0 +1,166 @@
+"""Scores -> rows: the one place that decides ties, counts and what is left out.
+
+Letters: n rows, k chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gradstore.errors import BadInput
+from gradstore.storage.replace import replace_file
+
+
+def select_top(
+    scores: npt.NDArray[np.floating] | torch.Tensor | Sequence[float],
+    k: int,
+    *,
+    usable: npt.NDArray[np.bool_] | torch.Tensor | None = None,
+) -> npt.NDArray[np.int64]:
+    """The k rows with the highest scores, best first; ties go to the lower row.
+
+    The choice is made on the CPU from the exact values, so it is the same for tensors on any
+    device. 0.0 and -0.0 tie. A nan score is never chosen.
+
+    Args:
+        scores: (n,) float.
+        k: how many rows; any number from 1 to the usable rows.
+        usable: (n,) bool; None means every row whose score is not nan.
+
+    Returns:
+        (k,) int64 rows.
+
+    Raises:
+        BadInput: k is no whole number, below 1, or above the usable rows; shapes that do not fit.
+
+    Examples:
+        >>> select_top([0.1, 0.7, float("nan"), 0.7], 2).tolist()
+        [1, 3]
+    """
+    values = _vector(scores)
+    allowed = ~np.isnan(values)
+    if usable is not None:
+        mask = usable.detach().cpu().numpy() if isinstance(usable, torch.Tensor) else usable
+        mask = np.asarray(mask, dtype=bool)
+        if mask.shape != values.shape:
+            raise BadInput(f"usable has shape {mask.shape}, scores have {values.shape}")
+        allowed &= mask
+    rows = np.flatnonzero(allowed)
+    count = check_k(k, rows.size, values.size)
+    kept = values[rows]
+    # Everything at or above the k-th value, then one stable sort of the few that are left: rows
+    # stay ascending among equals, and n rows are never sorted.
+    threshold = np.partition(kept, rows.size - count)[rows.size - count]
+    rows = rows[kept >= threshold]
+    order = np.argsort(-values[rows], kind="stable")[:count]
+    return np.asarray(rows[order], dtype=np.int64)
+
+
+def check_k(k: object, usable_rows: int, rows: int) -> int:
+    """A checked number of rows to choose.
+
+    Args:
+        k: what the user asked for.
+        usable_rows: how many can be chosen.
+        rows: how many there are.
+
+    Raises:
+        BadInput: k is no whole number (True and 5.0 are not), below 1, or above `usable_rows`.
+    """
+    if isinstance(k, bool) or not isinstance(k, int | np.integer):
+        raise BadInput(f"asked {k!r} rows; k must be a whole number from 1 to {usable_rows}")
+    if k < 1:
+        raise BadInput(f"asked {k} rows; k must be from 1 to {usable_rows}")
+    if k > usable_rows:
+        raise BadInput(
+            f"asked {k}, {usable_rows} usable, {rows - usable_rows} skipped; "
+            f"ask for at most {usable_rows}"
+        )
+    return int(k)
+
+
+def rows_for_fraction(fraction: float, usable: int) -> int:
+    """How many rows a fraction of the usable rows is: rounded down, but at least 1.
+
+    Args:
+        fraction: above 0, at most 1.
+        usable: number of usable rows.
+
+    Raises:
+        BadInput: a fraction outside (0, 1], or no usable row.
+
+    Examples:
+        >>> rows_for_fraction(0.05, 270_679), rows_for_fraction(0.29, 100)
+        (13533, 29)
+    """
+    if isinstance(fraction, bool) or not 0 < fraction <= 1:
+        raise BadInput(f"fraction is {fraction}; choose one above 0 and at most 1")
+    if usable < 1:
+        raise BadInput("no usable row to choose a fraction of")
+    # As written in decimal: 0.29 * 100 is 28.999999999999996 in binary.
+    return max(1, int(Decimal(repr(float(fraction))) * usable))
+
+
+def write_selected(
+    path: str | os.PathLike[str],
+    rows: npt.NDArray[np.integer],
+    scores: npt.NDArray[np.floating],
+    *,
+    sources: Sequence[tuple[str, int]] | None = None,
+    row_hashes: npt.NDArray[np.uint8] | None = None,
+) -> None:
+    """Writes the chosen rows as JSON lines, all or nothing.
+
+    One line per row, best first: `{"rank": 1, "row": 17, "score": 0.41, "source": ["alpaca", 23],
+    "row_hash": "9f..."}`. `row` is the position in the processed dataset, `source` the data set's
+    name and the index in its file. An existing file is replaced only once the new one is complete.
+
+    Args:
+        path: the file.
+        rows: (k,) int, in the order of choice.
+        scores: (n,) float, one per row of the dataset.
+        sources: n pairs, or None (written as null).
+        row_hashes: (n, 16) uint8, or None (written as null).
+
+    Raises:
+        BadInput: a chosen row without a finite score.
+        StoreIOError: the file cannot be written.
+    """
+    lines = []
+    for rank, row in enumerate(np.asarray(rows).tolist(), start=1):
+        score = float(scores[row])
+        if not np.isfinite(score):
+            raise BadInput(f"row {row} is chosen but its score is {score}")
+        line = {
+            "rank": rank,
+            "row": row,
+            "score": score,
+            "source": None if sources is None else list(sources[row]),
+            "row_hash": None if row_hashes is None else bytes(row_hashes[row]).hex(),
+        }
+        lines.append(json.dumps(line, ensure_ascii=False))
+    replace_file(Path(path), "".join(f"{line}\n" for line in lines).encode())
+
+
+def _vector(
+    scores: npt.NDArray[np.floating] | torch.Tensor | Sequence[float],
+) -> npt.NDArray[np.floating]:
+    """(n,) scores as a NumPy array; bfloat16, which NumPy lacks, becomes float32 (exactly)."""
+    if isinstance(scores, torch.Tensor):
+        kept = scores.detach().cpu()
+        values = (kept.float() if kept.dtype == torch.bfloat16 else kept).numpy()
+    else:
+        values = np.asarray(scores)
+    if values.ndim != 1:
+        raise BadInput(f"scores have shape {values.shape}; one score per row is needed")
+    if not np.issubdtype(values.dtype, np.floating):
+        values = values.astype(np.float64)
+    return values

@@ -1,0 +1,1 @@
+"""Similarity of rows: index, neighbours, clusters and coresets."""

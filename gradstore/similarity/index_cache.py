@@ -1,0 +1,112 @@
+"""The cached index of one commit: `<cache>/<commit sha>/faiss.bin` and `index.json`.
+
+The folder is published whole by one rename and never changed afterwards. faiss.bin is parsed only
+after its sha256 has been checked: a damaged index file usually loads without complaint.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from gradstore.errors import BadInput
+from gradstore.storage.replace import sync_file, sync_folder, write_synced
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_SHA = re.compile(r"[0-9a-f]{16,128}")
+_READ_BYTES = 1 << 20
+
+
+class IndexCache:
+    """One commit's folder in the index cache.
+
+    Args:
+        folder: holds one sub-folder per commit sha; created when needed.
+        identity: what makes an index the right one; has `commit_sha`. Any difference from what
+            index.json says means: build again.
+
+    Raises:
+        BadInput: the commit sha is no lower-case hex string (it names a folder).
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, str | int]) -> None:
+        sha = str(identity["commit_sha"])
+        if not _SHA.fullmatch(sha):
+            raise BadInput(f"commit sha {sha!r} is no hex digest; it can't name an index")
+        self._folder = folder
+        self._place = folder / sha
+        self._identity = {"format": FORMAT, **identity}
+
+    def sound_file(self) -> Path | None:
+        """faiss.bin if it is there, belongs to this commit and is undamaged; else None.
+
+        Says why in a warning, unless there simply is no index yet.
+        """
+        manifest_path, index_path = self._place / "index.json", self._place / "faiss.bin"
+        if not self._place.is_dir():
+            return None
+        try:
+            manifest = json.loads(manifest_path.read_bytes())
+            if not isinstance(manifest, dict):
+                raise ValueError("index.json is no JSON object")
+            differing = [k for k, v in self._identity.items() if manifest.get(k) != v]
+            if differing:
+                raise ValueError(f"index.json has another {', '.join(differing)}")
+            found = sha256_of(index_path)
+            if found != manifest.get("sha256"):
+                raise ValueError(f"sha256 of faiss.bin is {found}, not {manifest.get('sha256')}")
+        except (OSError, ValueError, RecursionError) as error:
+            logger.warning("index %s can't be used, building it again: %s", self._place, error)
+            return None
+        return index_path
+
+    def publish(self, write: Callable[[Path], None]) -> None:
+        """Stores a new index; where that is impossible, says so and leaves it in memory.
+
+        Args:
+            write: writes the index to the path it is given; may raise OSError or RuntimeError
+                (FAISS reports a full disk so).
+        """
+        token = f".{self._place.name}.{secrets.token_hex(4)}"
+        fresh, old = self._folder / f"{token}.partial", self._folder / f"{token}.old"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            fresh.mkdir()
+            write(fresh / "faiss.bin")
+            sync_file(fresh / "faiss.bin")
+            manifest = {**self._identity, "sha256": sha256_of(fresh / "faiss.bin")}
+            text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+            write_synced(fresh / "index.json", text.encode())
+            sync_folder(fresh)
+            if self._place.exists():
+                os.rename(self._place, old)
+            os.rename(fresh, self._place)
+            sync_folder(self._folder)
+        except (OSError, RuntimeError) as error:
+            lost = getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST)
+            if lost and self._place.is_dir():
+                logger.info("another process published index %s first", self._place)
+            else:
+                logger.warning("index kept in memory only, can't write %s: %s", self._place, error)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Lower-case hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,84 @@
+"""Rows of a generation as unit vectors, read in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gradstore.errors import BadInput
+from gradstore.format.layout import RowStatus
+from gradstore.scoring.scan import unit_rows
+from gradstore.store.generation import Generation
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """Some rows of a generation, each of length 1.
+
+    Attributes:
+        start: first row.
+        stop: one past the last row.
+        rows: (m, d) float32 unit rows; NaN where the row cannot be used.
+        status: (m,) uint8, `RowStatus`.
+    """
+
+    start: int
+    stop: int
+    rows: npt.NDArray[np.float32]
+    status: npt.NDArray[np.uint8]
+
+
+def read_unit_rows(generation: Generation, chunk_rows: int = 4096) -> Iterator[UnitRows]:
+    """All rows of a generation, in order, scaled to length 1 again after their storage in 16 bit.
+
+    Args:
+        generation: of embeddings, or of gradient features.
+        chunk_rows: rows at a time; memory is one chunk, whatever n is.
+
+    Raises:
+        BadInput: `chunk_rows` is below 1.
+        DamagedData: a chunk is not the committed one.
+    """
+    if chunk_rows < 1:
+        raise BadInput(f"chunk_rows is {chunk_rows}; at least 1 is needed")
+    for start in range(0, generation.rows, chunk_rows):
+        stop = min(start + chunk_rows, generation.rows)
+        status = generation.status[start:stop]
+        rows = unit_rows(generation.read(start, stop))[0].astype(np.float32)
+        rows[status != RowStatus.OK] = np.nan
+        yield UnitRows(start, stop, rows, status)
+
+
+class UsableRows:
+    """Usable rows of a generation as an (m, d) float32 matrix that is read when it is indexed.
+
+    Takes the place of an array where one reads chunks and single rows, as clustering does.
+    """
+
+    ndim = 2
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        #: (m,) int64, positions in the data set.
+        self.rows = np.flatnonzero(generation.usable).astype(np.int64)
+        self.shape = (len(self.rows), generation.dim)
+
+    def __len__(self) -> int:
+        """M."""
+        return len(self.rows)
+
+    def __getitem__(self, key: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """(k, d) float32 unit rows, those at positions `key` of `rows`."""
+        wanted = self.rows[key]
+        found = np.empty((len(wanted), self.shape[1]), dtype=np.float32)
+        bounds = np.array([start for start, _ in self._generation.units])
+        unit_of = np.searchsorted(bounds, wanted, side="right") - 1
+        for unit in np.unique(unit_of):
+            start, stop = self._generation.units_range(int(unit))
+            here = unit_of == unit
+            rows = self._generation.read(start, stop)[wanted[here] - start]
+            found[here] = unit_rows(rows)[0]
+        return found

@@ -1,0 +1,1 @@
+"""Files that stay whole: atomic writes, checked reads, the lock."""

@@ -1,0 +1,242 @@
+"""The one module that changes anything on the disk of a store (`reading` is its other half).
+
+Every operation is one small step that a test can interrupt, count or fail (`hook`), and every path
+is relative to the store and checked component by component: no `..`, no absolute path, no symlink.
+
+Publishing is always: write to staging, fsync, `os.link` to the final name (which fails if the name
+exists, so nothing published is ever overwritten), fsync the directory. No OSError leaves this
+module: the user gets a StoreIOError with the path and, on a full disk, the bytes needed and free.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+from gradstore.errors import StoreIOError
+from gradstore.storage.reading import ReadFiles
+
+Hook = Callable[[str, Path], None]
+"""Called as `hook(operation, path)` before each change on disk; what it raises is what happens."""
+
+Block: TypeAlias = bytes | memoryview
+"""Contiguous bytes to write."""
+
+STAGING = "staging"
+
+
+def parent_of(relative: str) -> str:
+    """Gives the parent of a store-relative path; "" is the store itself."""
+    return relative.rpartition("/")[0]
+
+
+class StoreFiles(ReadFiles):
+    """Files of one store, to be read and written.
+
+    Args:
+        root: the store's folder. It may itself be reached through a symlink; nothing inside may.
+        hook: called before each change on disk (tests kill, count and fail there).
+    """
+
+    def __init__(self, root: str | Path, hook: Hook | None = None) -> None:
+        super().__init__(root)
+        self._hook = hook
+        self._durable: set[str] = {""}
+        self._own = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._own_fd: int | None = None
+        self._count = 0
+
+    # ---- writing -----------------------------------------------------------------------------
+
+    def make_root(self) -> None:
+        """Creates the store's folder with its parents, each made durable."""
+        with self._translated("look at", self.root):
+            missing = [p for p in (self.root, *self.root.parents) if not p.exists()]
+        for path in reversed(missing):
+            with self._translated("create", path):
+                self._step("mkdir", path)
+                path.mkdir(exist_ok=True)
+            self._sync(path.parent, "fsync_dir")
+        if not self.root.is_dir():
+            raise StoreIOError(f'"{self.root}" is not a folder. Choose another with gradstore=PATH')
+
+    def make_directory(self, relative: str) -> None:
+        """Makes a directory and its ancestors exist and last; cheap when this object did so."""
+        if relative in self._durable:
+            return
+        parent = parent_of(relative)
+        self.make_directory(parent)
+        path = self.path(relative)
+        if self._kind(path) == "nothing":
+            with self._translated("create", path):
+                self._step("mkdir", path)
+                path.mkdir(exist_ok=True)
+        self._check_directory(relative)
+        self.sync_directory(parent)
+        self._durable.add(relative)
+
+    @contextmanager
+    def operation(self, name: str, path: Path) -> Iterator[None]:
+        """Wraps one change on disk made by the caller, so that it counts and fails as ours do."""
+        with self._translated(name, path):
+            self._step(name, path)
+            yield
+
+    def is_in_use(self, staging_name: str) -> bool:
+        """True when a folder in staging belongs to a living writer, this one included."""
+        path = self.path(f"{STAGING}/{staging_name}")
+        if staging_name == self._own or self._kind(path) != "directory":
+            return staging_name == self._own
+        fd = _flocked(path)
+        if fd is not None:
+            os.close(fd)
+        return fd is None
+
+    def close(self) -> None:
+        """Lets others see that this writer's staging is not in use any more."""
+        fd, self._own_fd = self._own_fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def stage(self, buffers: Sequence[Block]) -> str:
+        """Writes a private file of the buffers' bytes, fsynced; gives its path in staging."""
+        folder = f"{STAGING}/{self._own}"
+        self.make_directory(folder)
+        if self._own_fd is None:
+            self._own_fd = _flocked(self.root / folder)
+        self._count += 1
+        staged = f"{folder}/{self._count}"
+        self.write(staged, buffers)
+        return staged
+
+    def write(self, relative: str, buffers: Sequence[Block]) -> None:
+        """Writes and fsyncs one new file under its own name; what fails leaves nothing behind."""
+        path = self.path(relative)
+        needed = sum(memoryview(buffer).nbytes for buffer in buffers)
+        try:
+            with self._translated("write", path, needed_bytes=needed):
+                self._write_new(path, buffers)
+        except StoreIOError:
+            self._remove_quietly(path)
+            raise
+
+    def _write_new(self, path: Path, buffers: Sequence[Block]) -> None:
+        self._step("create", path)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(path, flags, 0o644), "wb", buffering=0, closefd=True) as file:
+            for buffer in buffers:
+                view = memoryview(buffer).cast("B")
+                self._step("write", path)
+                while view:
+                    view = view[file.write(view) :]
+            self._step("fsync", path)
+            os.fsync(file.fileno())
+
+    def link(self, staged: str, relative: str) -> bool:
+        """Gives a staged file its final name; False, and no change, when the name is taken."""
+        path = self.path(relative)
+        with self._translated("link", path):
+            self._step("link", path)
+            try:
+                os.link(self.root / staged, path, follow_symlinks=False)
+            except FileExistsError:
+                return False
+        return True
+
+    def publish(self, relative: str, data: bytes) -> bool:
+        """Puts `data` under a name that is not taken, durably.
+
+        Returns:
+            True when the name now holds `data` (also when it held the same bytes before); False
+            when it holds something else.
+        """
+        self.make_directory(parent_of(relative))
+        staged = self.stage([data])
+        won = self.link(staged, relative)
+        self.remove(staged)
+        same = won or (self.kind(relative) == "file" and self.read(relative) == data)
+        self.sync_directory(parent_of(relative))
+        return same
+
+    def move(self, source: str, target: str) -> None:
+        """Renames a file or directory; the target must not exist."""
+        self.make_directory(parent_of(target))
+        path = self.path(source)
+        with self._translated("move", path):
+            self._step("rename", path)
+            os.rename(path, self.path(target))
+        self._forget(source)
+        self.sync_directory(parent_of(source))
+
+    def remove(self, relative: str) -> None:
+        """Removes one file or symlink; fine if it is gone already."""
+        path = self.path(relative)
+        with self._translated("remove", path):
+            self._step("unlink", path)
+            path.unlink(missing_ok=True)
+
+    def remove_tree(self, relative: str) -> None:
+        """Removes a directory with all it holds, never following a symlink."""
+        kind = self.kind(relative)
+        if kind == "nothing":
+            return
+        if kind == "directory":
+            for path in self._below(relative):
+                with self._translated("remove", path):
+                    self._step("unlink", path)
+                    if path.is_dir() and not path.is_symlink():
+                        path.rmdir()
+                    else:
+                        path.unlink(missing_ok=True)
+            self._forget(relative)
+        else:
+            self.remove(relative)
+        self.sync_directory(parent_of(relative))
+
+    def sync_directory(self, relative: str) -> None:
+        """Makes the names in a directory last through a power loss."""
+        self._sync(self.path(relative), "fsync_dir")
+
+    def _sync(self, path: Path, operation: str) -> None:
+        with self._translated("fsync", path):
+            self._step(operation, path)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    # ---- the private parts -------------------------------------------------------------------
+
+    def _step(self, operation: str, path: Path) -> None:
+        if self._hook is not None:
+            self._hook(operation, path)
+
+    def _forget(self, relative: str) -> None:
+        for known in (self._real, self._durable):
+            known.difference_update(
+                [name for name in known if name == relative or name.startswith(relative + "/")]
+            )
+
+    def _remove_quietly(self, path: Path) -> None:
+        try:
+            self._step("unlink", path)
+            path.unlink(missing_ok=True)
+        except OSError:  # the write error is what the user must hear of
+            return
+
+
+def _flocked(path: Path) -> int | None:
+    """Opens a directory and locks it while the descriptor lives; None if another has it."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd

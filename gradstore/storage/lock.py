@@ -1,0 +1,134 @@
+"""One writer at a time, told kindly.
+
+The lock is a `flock` on `writer.lock`, so a dead writer never blocks anybody. It serves the
+message: what keeps two writers apart when it is bypassed is that nothing published is overwritten.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from datetime import UTC, datetime
+from types import TracebackType
+from weakref import WeakSet
+
+from gradstore.errors import StoreBusy
+from gradstore.format.canonical import canonical_json, parse
+from gradstore.storage.local import StoreFiles
+from gradstore.storage.probes import lacks
+
+logger = logging.getLogger(__name__)
+
+LOCK = "writer.lock"
+_MAX_RECORD_BYTES = 4096
+
+_held: WeakSet[WriterLock] = WeakSet()
+
+
+class WriterLock:
+    """Holds `writer.lock` of a folder; a context manager.
+
+    Args:
+        files: of the folder.
+        what: the folder as the user knows it, for messages.
+        instead: what to do rather than wait, for messages.
+
+    Raises:
+        StoreBusy: another process holds it; names host, process id and since when.
+        StoreIOError: the lock file can't be written.
+    """
+
+    def __init__(
+        self,
+        files: StoreFiles,
+        what: str = "store",
+        instead: str = "choose another store with gradstore=PATH",
+    ) -> None:
+        self._files = files
+        self._what, self._instead = f'{what} "{files.root}"', instead
+        self._fd: int | None = None
+
+    def __enter__(self) -> WriterLock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Takes the lock and writes who holds it; a record left by a dead writer is taken over."""
+        path = self._files.path(LOCK)
+        with self._files.operation("lock", path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(path, flags, 0o644)
+        try:
+            self._flock(fd)
+            left = _holder(fd)
+            if left:
+                logger.warning("stale lock of %s (%s) taken over", self._what, left)
+            with self._files.operation("write", path):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, canonical_json(_myself()), 0)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd = fd
+        _held.add(self)
+
+    def _flock(self, fd: int) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                who = _holder(fd) or "another process"
+                raise StoreBusy(
+                    f"{self._what} is being written by {who}. "
+                    f"Wait until it ends, or {self._instead}"
+                ) from None
+            raise lacks(self._files, "flock", error) from error
+
+    def release(self) -> None:
+        """Clears the record and gives the lock back."""
+        fd, self._fd = self._fd, None
+        _held.discard(self)
+        if fd is None:
+            return
+        try:
+            with self._files.operation("unlock", self._files.path(LOCK)):
+                os.ftruncate(fd, 0)
+        finally:
+            os.close(fd)
+
+
+def _myself() -> dict[str, object]:
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+
+
+def _holder(fd: int) -> str:
+    """Says who wrote the lock's record; "" when nobody, or when it can't be read."""
+    try:
+        record = parse(os.pread(fd, _MAX_RECORD_BYTES, 0))
+    except (OSError, ValueError):
+        return ""
+    return f"host {record.get('host')}, pid {record.get('pid')}, since {record.get('since')}"
+
+
+def _close_in_child() -> None:
+    """A forked data-loader worker must not keep the lock of a parent that was killed."""
+    for lock in list(_held):
+        fd, lock._fd = lock._fd, None
+        if fd is not None:
+            os.close(fd)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

@@ -1,0 +1,204 @@
+"""The reading half of a store's files; nothing here can change a disk.
+
+Every path is relative to the store and checked component by component: no `..`, no absolute path,
+no symlink, no special file. No OSError leaves this module or `files`, StoreIOError does.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gradstore.errors import DamagedFile, Fault, StoreIOError
+
+JSON_LIMIT_BYTES = 1 << 30
+_COMPONENT = re.compile(r"[A-Za-z0-9%][A-Za-z0-9._%+=@-]{0,199}")
+_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class ReadFiles:
+    """Files of one store, to be read.
+
+    Args:
+        root: the store's folder. It may itself be reached through a symlink; nothing inside may.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self._real: set[str] = {""}
+
+    # ---- paths -------------------------------------------------------------------------------
+
+    def path(self, relative: str) -> Path:
+        """Gives the full path, after checking every component's name and every parent's kind.
+
+        Raises:
+            DamagedFile: a name that a store never writes, or a parent that is no real directory.
+        """
+        if not relative:
+            return self.root
+        parent, _, name = relative.rpartition("/")
+        if not _COMPONENT.fullmatch(name) or relative.startswith("/"):
+            raise self._damaged(relative, "a name made by gradstore", repr(name))
+        if parent not in self._real:
+            self.path(parent)
+            self._check_directory(parent)
+        return self.root / relative
+
+    def _check_directory(self, relative: str) -> None:
+        if relative in self._real:
+            return
+        kind = self._kind(self.root / relative)
+        if kind == "directory":
+            self._real.add(relative)
+        elif kind != "nothing":
+            raise self._damaged(relative, "a directory", kind)
+
+    def kind(self, relative: str) -> str:
+        """Says what lies at a path: nothing, file, directory, symlink or special file."""
+        return self._kind(self.path(relative))
+
+    def _kind(self, path: Path) -> str:
+        with self._translated("look at", path):
+            try:
+                mode = os.lstat(path).st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                return "nothing"
+        for test, name in (
+            (stat.S_ISREG, "file"),
+            (stat.S_ISDIR, "directory"),
+            (stat.S_ISLNK, "symlink"),
+        ):
+            if test(mode):
+                return name
+        return "special file"
+
+    # ---- reading -----------------------------------------------------------------------------
+
+    def exists(self, relative: str) -> bool:
+        """True when anything, of whatever kind, has this name."""
+        return self.kind(relative) != "nothing"
+
+    def size(self, relative: str) -> int:
+        """Gives the size of a file in bytes, 0 when there is none."""
+        path = self.path(relative)
+        with self._translated("look at", path):
+            try:
+                return os.lstat(path).st_size
+            except FileNotFoundError:
+                return 0
+
+    def names(self, relative: str) -> list[str]:
+        """Lists a directory, sorted; [] when it does not exist."""
+        path = self.path(relative)
+        self._check_directory(relative)
+        with self._translated("list", path):
+            try:
+                return sorted(os.listdir(path))
+            except FileNotFoundError:
+                return []
+
+    def walk(self, relative: str) -> list[str]:
+        """Lists all files and symlinks below a directory, as store-relative paths, sorted."""
+        self.path(f"{relative}/any")
+        found = [p for p in self._below(relative) if p.is_symlink() or not p.is_dir()]
+        return sorted(p.relative_to(self.root).as_posix() for p in found)
+
+    def read(self, relative: str, *, expected_bytes: int | None = None) -> bytes:
+        """Reads one whole file.
+
+        Raises:
+            DamagedFile: it is missing, no regular file, or not `expected_bytes` long.
+        """
+        fd, size = self._open_to_read(relative, expected_bytes)
+        with self._translated("read", self.root / relative):
+            with open(fd, "rb", buffering=0, closefd=True) as file:
+                data = file.read(size) or b""
+                while len(data) < size and (more := file.read(size - len(data))):
+                    data += more
+        if len(data) != size:
+            raise self._damaged(relative, f"{size:,} bytes", f"{len(data):,} bytes")
+        return data
+
+    def map(self, relative: str, expected_bytes: int) -> mmap.mmap:
+        """Maps one file read-only, after its size was checked (a short map would end in SIGBUS).
+
+        Raises:
+            DamagedFile: it is missing, no regular file, or not `expected_bytes` long.
+        """
+        fd, _ = self._open_to_read(relative, expected_bytes)
+        with self._translated("map", self.root / relative):
+            try:
+                return mmap.mmap(fd, expected_bytes, access=mmap.ACCESS_READ)
+            finally:
+                os.close(fd)
+
+    def _open_to_read(self, relative: str, expected_bytes: int | None) -> tuple[int, int]:
+        path = self.path(relative)
+        expected = "a file" if expected_bytes is None else f"{expected_bytes:,} bytes"
+        kind = self._kind(path)
+        if kind != "file":
+            raise self._damaged(relative, expected, kind if kind != "nothing" else "no file")
+        with self._translated("open", path):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise self._damaged(relative, expected, "no file") from None
+            size = os.fstat(fd).st_size
+        if expected_bytes is None and size > JSON_LIMIT_BYTES:
+            os.close(fd)
+            raise self._damaged(relative, f"at most {JSON_LIMIT_BYTES:,} bytes", f"{size:,} bytes")
+        if expected_bytes is not None and size != expected_bytes:
+            os.close(fd)
+            raise self._damaged(relative, expected, f"{size:,} bytes")
+        return fd, size
+
+    def free_bytes(self) -> int:
+        """Gives the bytes that this user may still write to the store's disk."""
+        path = self.root
+        with self._translated("look at", path):
+            while not path.exists() and path != path.parent:
+                path = path.parent
+            disk = os.statvfs(path)
+        return disk.f_bavail * disk.f_frsize
+
+    # ---- the private parts -------------------------------------------------------------------
+
+    def _below(self, relative: str) -> Iterator[Path]:
+        top = self.root / relative
+        for folder, folders, names in os.walk(top, topdown=False, followlinks=False):
+            for name in (*names, *folders):
+                yield Path(folder, name)
+        yield top
+
+    def _damaged(self, relative: str, expected: str, found: str) -> DamagedFile:
+        return DamagedFile(Fault(relative, expected, found), str(self.root))
+
+    @contextmanager
+    def _translated(self, verb: str, path: Path, needed_bytes: int = 0) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._io_error(verb, path, error, needed_bytes) from error
+
+    def _io_error(self, verb: str, path: Path, error: OSError, needed: int) -> StoreIOError:
+        reason = error.strerror or str(error)
+        if error.errno in _FULL:
+            return StoreIOError(
+                f'cannot {verb} "{path}": {reason}; needs {needed:,} bytes, '
+                f"{self.free_bytes():,} free. Free some space, or choose another disk with "
+                "gradstore=PATH; committed data is untouched"
+            )
+        if error.errno in _NO_PERMISSION:
+            return StoreIOError(
+                f'cannot {verb} "{path}": {reason}. The store must be writable for this user; '
+                "choose another with gradstore=PATH (reading a store needs no write permission)"
+            )
+        return StoreIOError(f'cannot {verb} "{path}": {reason}. Check the disk, then run again')

@@ -1,0 +1,1 @@
+"""The store on disk: reading, writing, verifying and cleaning generations."""

@@ -1,0 +1,193 @@
+"""Which plan a generation gets: one to reuse or resume, a new attempt, or a refusal."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from itertools import chain
+
+from gradstore.errors import BadInput, DamagedFile, ProvenanceMismatch
+from gradstore.format.commits import Commit
+from gradstore.format.layout import GRADIENT, generation_path, plan_path
+from gradstore.format.names import GenerationName, space_run
+from gradstore.format.plans import Plan
+from gradstore.format.provenance import Difference, compare, refuse
+from gradstore.format.records import GenerationRecord, RowSet
+from gradstore.storage.local import StoreFiles
+from gradstore.store.generation_writer import quarantine
+from gradstore.store.reader import Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A plan, and how far it got.
+
+    Attributes:
+        plan: the plan.
+        sha256: its seal.
+        committed: its commit, if it is complete.
+        resumed: True when the plan lay on disk before.
+    """
+
+    plan: Plan
+    sha256: str
+    committed: Commit | None = None
+    resumed: bool = False
+
+
+def choose_plan(
+    files: StoreFiles,
+    store: Store,
+    record: GenerationRecord,
+    rows: RowSet,
+    space: str,
+    provenance_sha256: str,
+    dim: int,
+    dtype: str,
+    unit_rows: int,
+) -> Chosen:
+    """Decides between reuse, resume and a new attempt.
+
+    Args:
+        files: the store's files.
+        store: today's view.
+        record: what makes the generation.
+        rows: its rows, in order.
+        space: name of the space.
+        provenance_sha256: seal of the space's provenance.
+        dim: d.
+        dtype: feature dtype.
+        unit_rows: rows per unit of a new plan.
+
+    Raises:
+        BadInput: d is not the projection's, or the name lacks the prefix of its space.
+        ProvenanceMismatch: other rows, d or dtype than earlier generations, or a name of another
+            run or space.
+    """
+    if record.projection.get("d", dim) != dim:
+        raise BadInput(f"{record.name}: the projection gives d={record.projection['d']}, not {dim}")
+    wanted = Plan(record.name, space, provenance_sha256, record, rows, dim, dtype, unit_rows)
+    _check_prefix(store, wanted)
+    planned = _readable_plans(files, store)
+    _check_shape(store, wanted)
+    _check_rows(store, planned, wanted)
+    base = record.parsed
+    used = [
+        name.attempt
+        for name in map(GenerationName.parse, [*planned, *_ever_committed(store)])
+        if name.base() == base
+    ]
+    current = _current(store, base)
+    if current is not None:
+        commit, plan = current
+        if plan.record.run_id != record.run_id:
+            raise _other_run(store, plan.record, record)
+        if plan.identity() == wanted.identity():
+            return Chosen(plan, commit.plan_sha256, commit, resumed=True)
+    attempt = max(used, default=0)
+    newest = planned.get(str(base.with_attempt(attempt))) if attempt else None
+    if newest is not None:
+        plan, sha = newest
+        if plan.record.run_id == record.run_id and plan.identity() == wanted.identity():
+            return Chosen(plan, sha, resumed=True)
+    name = str(base.with_attempt(attempt + 1))
+    if attempt:
+        logger.warning("%s was made from another state before; now written as %s", base, name)
+    plan = Plan(name, space, provenance_sha256, record, rows, dim, dtype, unit_rows)
+    return Chosen(plan, Plan.from_bytes(plan.to_bytes())[1])
+
+
+def warn_of_libraries(store: Store, plan: Plan) -> None:
+    """Warns when library versions differ from those of the space's newest generation."""
+    for commit in reversed(store.live_commits()):
+        before = store.generation(commit.generation)
+        if before.space == plan.space:
+            for difference in compare(before.record.libraries, plan.record.libraries):
+                logger.warning("%s", difference.line(str(store.path)))
+            return
+
+
+def _ever_committed(store: Store) -> list[str]:
+    return [name for c in store.commits if c.kind == "generation" for name in c.generations]
+
+
+def _current(store: Store, base: GenerationName) -> tuple[Commit, Plan] | None:
+    for commit in reversed(store.live_commits()):
+        if GenerationName.parse(commit.generation).base() == base:
+            return commit, store.generation(commit.generation).plan
+    return None
+
+
+def _readable_plans(files: StoreFiles, store: Store) -> dict[str, tuple[Plan, str]]:
+    """Reads the uncommitted plans; a damaged one is set aside with what was written for it."""
+    plans = {}
+    for name in store.planned():
+        try:
+            plans[name] = Plan.from_bytes(files.read(plan_path(name)))
+        except (ValueError, DamagedFile) as error:
+            logger.warning("the plan of %s is damaged (%s): planned again", name, error)
+            quarantine(files, plan_path(name))
+            if files.exists(generation_path(name)):
+                quarantine(files, generation_path(name))
+    return plans
+
+
+def _check_prefix(store: Store, wanted: Plan) -> None:
+    """Refuses a run prefix that belongs to another space: their generations would share paths."""
+    run, space = wanted.record.run, wanted.space
+    if space != GRADIENT and run != space and not run.endswith(f"+{space}"):
+        raise BadInput(
+            f"{wanted.name!r} can't hold features of space {space!r}: its run must be "
+            f"{space_run(space)!r} or RUN+{space}; build it with gradstore.format.layout.space_run"
+        )
+    for commit in store.live_commits():
+        if GenerationName.parse(commit.generation).run != run:
+            continue
+        found = store.generation(commit.generation).space
+        if found != space:
+            difference = Difference(f"space of {run!r}", found, space)
+            hint = "choose another gradstore_run or space"
+            raise refuse(str(store.path), [difference], hint=hint)
+
+
+def _check_shape(store: Store, wanted: Plan) -> None:
+    for commit in reversed(store.live_commits()):
+        plan = store.generation(commit.generation).plan
+        if plan.space == wanted.space:
+            differences = compare(
+                {"dim": plan.dim, "dtype": plan.dtype}, {"dim": wanted.dim, "dtype": wanted.dtype}
+            )
+            if differences:
+                raise refuse(str(store.path), differences)
+            return
+
+
+def _check_rows(store: Store, planned: dict[str, tuple[Plan, str]], wanted: Plan) -> None:
+    """Refuses other rows than the newest generation of the same role and set, in any space, has."""
+    key = (wanted.record.role, wanted.record.set)
+    committed = (store.generation(c.generation).plan for c in reversed(store.live_commits()))
+    for plan in chain(committed, (plan for plan, _ in reversed(planned.values()))):
+        if (plan.record.role, plan.record.set) != key:
+            continue
+        note = wanted.rows.difference(plan.rows)
+        if note:
+            what = "train.rows" if key[0] == "train" else f"target.{key[1]}.rows"
+            text = f'{note}. Store "{store.path}" has those of generation {plan.name}'
+            raise refuse(
+                str(store.path),
+                [Difference(what, plan.rows.sha256, wanted.rows.sha256, note=text)],
+            )
+        return
+
+
+def _other_run(
+    store: Store, stored: GenerationRecord, current: GenerationRecord
+) -> ProvenanceMismatch:
+    difference = Difference(f"{current.name}: run_id", stored.run_id, current.run_id)
+    return refuse(
+        str(store.path),
+        [difference],
+        hint="keep this run's generations apart with gradstore_run=NAME",
+    )

@@ -1,0 +1,135 @@
+"""Clean-up under the lock: what is removed is first taken out of the commit chain.
+
+A generation that readers could open is retired by a commit before its files go; so a crash between
+the two leaves garbage for the next clean-up and never a promise without data.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from gradstore.errors import BadInput, StoreIOError
+from gradstore.format.commits import Commit
+from gradstore.format.layout import METADATA, generation_path, plan_path
+from gradstore.format.names import GenerationName
+from gradstore.storage.local import STAGING, StoreFiles
+from gradstore.storage.lock import WriterLock
+from gradstore.store.generation_writer import QUARANTINE, publish_commit
+from gradstore.store.reader import Store
+
+INDEX = "index"
+
+
+def remove_dead_staging(files: StoreFiles) -> None:
+    """Removes what dead writers left in staging; quarantined files stay until a clean-up."""
+    for name in files.names(STAGING):
+        if f"{STAGING}/{name}" != QUARANTINE and not files.is_in_use(name):
+            files.remove_tree(f"{STAGING}/{name}")
+
+
+def clean_store(
+    files: StoreFiles, view: Callable[[], Store], keep_generations: int | None
+) -> list[str]:
+    """Removes dead staging, quarantine, abandoned plans, superseded and old generations.
+
+    Args:
+        files: the store's files.
+        view: gives the store as it is now.
+        keep_generations: newest steps to keep of each (run, space, role, set); None keeps all.
+
+    Returns:
+        Full names of the generations removed now.
+    """
+    if keep_generations is not None and keep_generations < 1:
+        raise BadInput(f"keep_generations is {keep_generations}; keep at least 1, or null for all")
+    store = view()
+    retire = _superseded(store) + _too_old(store, keep_generations)
+    if retire:
+        draft = Commit(
+            number=len(store.commits) + 1,
+            store_uuid=store.uuid,
+            parent=None if store.head is None else store.head.sha256,
+            kind="retire",
+            generations=tuple(retire),
+        )
+        publish_commit(files, draft, view)
+        store = view()
+    abandoned = _abandoned(store)
+    _remove_retired(files, store)
+    for name in abandoned:
+        _remove_generation(files, name)
+    remove_dead_staging(files)
+    files.remove_tree(QUARANTINE)
+    return [*retire, *abandoned]
+
+
+def _superseded(store: Store) -> list[str]:
+    newest = {commit.generation for commit in store.live_commits()}
+    every = [commit.generation for commit in store.live_commits(superseded=True)]
+    return [name for name in every if name not in newest]
+
+
+def _too_old(store: Store, keep: int | None) -> list[str]:
+    if keep is None:
+        return []
+    series = defaultdict(list)
+    for commit in store.live_commits():
+        name = GenerationName.parse(commit.generation)
+        series[name.run, name.role, name.set].append((name.step, commit.generation))
+    return [name for each in series.values() for _, name in sorted(each)[:-keep]]
+
+
+def _abandoned(store: Store) -> list[str]:
+    """Planned, never committed, and overtaken by a later attempt."""
+    latest: dict[GenerationName, int] = {}
+    ever = [name for c in store.commits if c.kind == "generation" for name in c.generations]
+    planned = store.planned()
+    for name in map(GenerationName.parse, [*ever, *planned]):
+        latest[name.base()] = max(name.attempt, latest.get(name.base(), 0))
+    parsed = ((name, GenerationName.parse(name)) for name in planned)
+    return [text for text, name in parsed if name.attempt < latest[name.base()]]
+
+
+def _remove_retired(files: StoreFiles, store: Store) -> None:
+    shas = {c.generation: c.sha256 for c in store.commits if c.kind == "generation"}
+    for commit in store.commits:
+        for name in commit.generations if commit.kind == "retire" else ():
+            _remove_generation(files, name)
+            if name in shas and files.exists(f"{INDEX}/{shas[name]}"):
+                files.remove_tree(f"{INDEX}/{shas[name]}")
+
+
+def _remove_generation(files: StoreFiles, name: str) -> None:
+    files.remove_tree(generation_path(name))
+    if files.exists(plan_path(name)):
+        files.remove(plan_path(name))
+
+
+def discard_store(path: Path) -> None:
+    """Remove a store that nobody writes to; a folder that is no store is left alone.
+
+    The folder is renamed under the writer's lock first, so that no reader or writer ever meets a
+    half-removed store.
+
+    Raises:
+        StoreBusy: another process writes to it.
+        StoreIOError: it cannot be renamed or removed.
+    """
+    files = StoreFiles(path)
+    if not path.is_dir() or not files.exists(METADATA):
+        return
+    doomed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.discarded")
+    try:
+        with WriterLock(files):
+            os.rename(path, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise StoreIOError(
+            f'store "{path}" cannot be removed: {error.strerror}. Remove it by hand, or choose '
+            "another output_dir."
+        ) from error

@@ -1,0 +1,126 @@
+"""The documents of a committed generation, each checked against the commit before it counts."""
+
+from __future__ import annotations
+
+import re
+
+from gradstore.errors import BadInput, DamagedFile, Fault
+from gradstore.format.canonical import Json
+from gradstore.format.commits import Commit
+from gradstore.format.layout import (
+    COMMITS,
+    METADATA,
+    array_json,
+    commit_path,
+    generation_path,
+    group_json,
+    group_paths,
+    plan_path,
+    provenance_path,
+)
+from gradstore.format.plans import Plan
+from gradstore.format.provenance import read_provenance
+from gradstore.storage.reading import ReadFiles
+
+
+def metadata(plan: Plan) -> dict[str, bytes]:
+    """Gives path -> bytes of every zarr.json that a generation needs, outermost first."""
+    documents = {f"{path}/{METADATA}": group_json() for path in group_paths(plan.name)}
+    base = generation_path(plan.name)
+    for spec in plan.arrays:
+        documents[f"{base}/{spec.name}/{METADATA}"] = array_json(
+            spec, len(plan.rows), plan.unit_rows
+        )
+    return documents
+
+
+def check_metadata(files: ReadFiles, path: str, expected: bytes) -> None:
+    """Compares a zarr.json with what layout would write; DamagedFile if a byte differs."""
+    found = files.read(path, expected_bytes=len(expected))
+    if found != expected:
+        raise DamagedFile(Fault(path, repr(expected)[1:], repr(found)[1:]), str(files.root))
+
+
+def read_committed_plan(files: ReadFiles, commit: Commit) -> Plan:
+    """Reads the plan that a commit names; DamagedFile if it is not that one."""
+    path = plan_path(commit.generation)
+    try:
+        plan, found = Plan.from_bytes(files.read(path))
+    except (ValueError, BadInput) as error:
+        fault = Fault(path, "the plan that was committed", str(error))
+        raise DamagedFile(fault, str(files.root)) from error
+    for what, want, have in (
+        ("sha256", commit.plan_sha256, found),
+        ("generation", commit.generation, plan.name),
+        ("number of units", len(commit.units), len(plan.units)),
+    ):
+        if want != have:
+            raise DamagedFile(Fault(path, f"{what} {want}", f"{what} {have}"), str(files.root))
+    return plan
+
+
+def read_space(files: ReadFiles, plan: Plan) -> dict[str, Json]:
+    """Reads the provenance that a plan names; DamagedFile if it is not that one."""
+    path = provenance_path(plan.space)
+    try:
+        provenance, found = read_provenance(files.read(path), plan.space)
+    except (ValueError, BadInput) as error:
+        fault = Fault(path, "the provenance that was committed", str(error))
+        raise DamagedFile(fault, str(files.root)) from error
+    if found != plan.provenance_sha256:
+        fault = Fault(path, f"sha256 {plan.provenance_sha256}", f"sha256 {found}")
+        raise DamagedFile(fault, str(files.root))
+    return provenance
+
+
+_NAME = re.compile(r"([1-9][0-9]{0,17})\.json")
+
+
+def read_chain(files: ReadFiles, store_uuid: str, known: tuple[Commit, ...] = ()) -> list[Commit]:
+    """Reads all commits, oldest first, and checks the chain.
+
+    Args:
+        files: the store's files.
+        store_uuid: what every commit must name.
+        known: commits checked before by this process; they are not read again.
+
+    Raises:
+        DamagedFile: a commit is missing, edited, or of another store ("chain broken at N").
+    """
+    numbers = set()
+    for name in files.names(COMMITS):
+        match = _NAME.fullmatch(name)
+        if match is None:
+            fault = Fault(f"{COMMITS}/{name}", "only <N>.json files here", "another name")
+            raise DamagedFile(fault, str(files.root))
+        numbers.add(int(match[1]))
+    chain = list(known)
+    for number in range(len(chain) + 1, max(numbers, default=0) + 1):
+        path = commit_path(number)
+        if number not in numbers:
+            raise _broken(files, path, number, "a commit", "no file")
+        chain.append(_read_one(files, path, number, store_uuid, chain))
+    return chain
+
+
+def _read_one(
+    files: ReadFiles, path: str, number: int, store_uuid: str, chain: list[Commit]
+) -> Commit:
+    try:
+        commit = Commit.from_bytes(files.read(path))
+    except ValueError as error:
+        raise _broken(files, path, number, "the bytes that were committed", str(error)) from error
+    parent = chain[-1].sha256 if chain else None
+    for name, expected, found in (
+        ("number", number, commit.number),
+        ("store", store_uuid, commit.store_uuid),
+        ("parent", parent, commit.parent),
+    ):
+        if expected != found:
+            raise _broken(files, path, number, f"{name} {expected}", f"{name} {found}")
+    return commit
+
+
+def _broken(files: ReadFiles, path: str, number: int, expected: str, found: str) -> DamagedFile:
+    fault = Fault(path, expected, f"{found} (chain broken at {number})")
+    return DamagedFile(fault, str(files.root))

@@ -1,0 +1,285 @@
+"""A committed generation, read row by row or unit by unit; never a byte before it is checked."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from gradstore.errors import BadInput, DamagedFile, Fault
+from gradstore.format.canonical import Json
+from gradstore.format.codec import decode
+from gradstore.format.commits import Commit
+from gradstore.format.layout import CRC_BYTES, ArraySpec, RowStatus, generation_path
+from gradstore.format.names import Role
+from gradstore.format.plans import Plan, UnitRange
+from gradstore.format.records import GenerationRecord
+from gradstore.format.unit_records import UnitRecord
+from gradstore.storage.reading import ReadFiles
+from gradstore.store.documents import check_metadata, metadata, read_committed_plan, read_space
+from gradstore.store.unit_files import check_chunk, read_record
+
+_MAPS_KEPT = 16
+
+
+class Generation:
+    """Features of n rows at one checkpoint, as one commit published them.
+
+    Opening checks the plan, the provenance, every zarr.json and every unit record against the
+    commit. Each chunk's size and crc32c are checked before its first use, once per process.
+
+    Attributes:
+        name: full name, with `.attempt` from the second on.
+        record: what made it.
+        commit: the commit that added it.
+        rows: n.
+        dim: d.
+        dtype: `float16` or `bfloat16` (stored as its bits in uint16).
+        space: name of its space.
+    """
+
+    def __init__(
+        self, files: ReadFiles, commit: Commit, explain: Callable[[str], None] | None = None
+    ) -> None:
+        """Checks everything but the chunks.
+
+        Args:
+            files: the store's files.
+            commit: what it must be.
+            explain: called with the name when a file is not as it should be; may raise what the
+                cause really is (a clean-up after this view was opened).
+        """
+        self._files = files
+        self._explain = explain
+        self.commit = commit
+        self.name = commit.generation
+        self._plan = read_committed_plan(files, commit)
+        self._provenance = read_space(files, self._plan)
+        for path, data in metadata(self._plan).items():
+            check_metadata(files, path, data)
+        self._records = tuple(
+            read_record(files, self._plan, commit.plan_sha256, unit, expected)[0]
+            for unit, expected in zip(self._plan.units, commit.units, strict=True)
+        )
+        self._checked: set[str] = set()
+        self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
+        self.record: GenerationRecord = self._plan.record
+        self.rows = len(self._plan.rows)
+        self.dim = self._plan.dim
+        self.dtype = self._plan.dtype
+        self.space = self._plan.space
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __repr__(self) -> str:
+        return f"<Generation {self.name}: {self.rows:,} x {self.dim:,} {self.dtype}>"
+
+    @property
+    def role(self) -> Role:
+        """Train or target."""
+        return self.record.role
+
+    @property
+    def set(self) -> str:
+        """Name of the target set, "" for train."""
+        return self.record.set
+
+    @property
+    def step(self) -> int:
+        """Optimizer step of the checkpoint."""
+        return self.record.step
+
+    @property
+    def projection(self) -> Mapping[str, Json]:
+        """`ProjectionSpec.to_dict()` with this generation's effective seed."""
+        return self.record.projection
+
+    @property
+    def provenance(self) -> Mapping[str, Json]:
+        """The MUST-EQUAL fields of its space."""
+        return self._provenance
+
+    @property
+    def plan(self) -> Plan:
+        """The plan it fulfils."""
+        return self._plan
+
+    @property
+    def plan_sha(self) -> str:
+        """Seal of the plan."""
+        return self.commit.plan_sha256
+
+    @property
+    def commit_sha(self) -> str:
+        """Seal of the commit; an index belongs to it."""
+        return self.commit.sha256
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all chunks."""
+        return sum(record.chunk_bytes for record in self._records)
+
+    @property
+    def path(self) -> Path:
+        """Folder of the Zarr group."""
+        return self._files.path(generation_path(self.name))
+
+    @property
+    def unit_records(self) -> tuple[UnitRecord, ...]:
+        """What each unit's files must be."""
+        return self._records
+
+    @property
+    def units(self) -> list[tuple[int, int]]:
+        """(start, stop) of every unit, in order, half-open."""
+        return [(unit.start, unit.stop) for unit in self._plan.units]
+
+    @cached_property
+    def status(self) -> np.ndarray:
+        """(n,) uint8, a `RowStatus` per row."""
+        return self._column("status")
+
+    @cached_property
+    def usable(self) -> np.ndarray:
+        """(n,) bool, True where the status is ok."""
+        return np.asarray(self.status == RowStatus.OK)
+
+    @cached_property
+    def scale(self) -> np.ndarray:
+        """(n,) float32, what a stored row is multiplied by; NaN for rows that can't be used."""
+        return self._column("scale")
+
+    @cached_property
+    def norm(self) -> np.ndarray:
+        """(n,) float32, norm of each row's feature before projection, as the exporter gave it."""
+        return self._column("norm")
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """(n,) int32, target tokens per row."""
+        return self._column("tokens")
+
+    @cached_property
+    def row_hash(self) -> np.ndarray:
+        """(n, 16) uint8, hash of each row's token ids and labels."""
+        found = self._column("row_hash")
+        if not np.array_equal(found, self._plan.rows.hashes):
+            path = f"{generation_path(self.name)}/row_hash"
+            raise self._damaged(Fault(path, "the row hashes of the plan", "others"))
+        return found
+
+    def check_values(self) -> None:
+        """Compares the row hashes with the plan, and the statuses with the units' counts.
+
+        Raises:
+            DamagedData: they are not the same.
+        """
+        counts = np.bincount(self.status, minlength=len(RowStatus)).tolist()
+        if len(self.row_hash) != self.rows or counts != list(self.status_counts().values()):
+            path = f"{generation_path(self.name)}/status"
+            raise self._damaged(Fault(path, str(self.status_counts()), str(counts)))
+
+    @property
+    def sources(self) -> tuple[tuple[str, int], ...] | None:
+        """(data set name, index in its file) of each row, if the exporter knew them."""
+        return self._plan.rows.sources
+
+    def status_counts(self) -> dict[str, int]:
+        """Number of rows per status name, zeros included; from the unit records alone."""
+        counts = {status.name.lower(): 0 for status in RowStatus}
+        for record in self._records:
+            for name, count in record.status.items():
+                counts[name] = counts.get(name, 0) + count
+        return counts
+
+    def raw(self, unit: int) -> np.ndarray:
+        """Gives the stored features of one unit, mapped from disk, read-only.
+
+        Args:
+            unit: number of the unit.
+
+        Returns:
+            (rows of the unit, d) in the stored dtype; multiply by `scale` to decode.
+
+        Raises:
+            DamagedData: the chunk's size or crc32c is not the committed one.
+        """
+        if not 0 <= unit < len(self._records):
+            raise BadInput(f"{self.name} has units 0 to {len(self._records) - 1}, not {unit}")
+        start, stop = self.units_range(unit)
+        return self._chunk(self._plan.arrays[0], unit)[: stop - start]
+
+    def units_range(self, unit: int) -> tuple[int, int]:
+        """(start, stop) of one unit."""
+        bounds: UnitRange = self._plan.units[unit]
+        return bounds.start, bounds.stop
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Reads and decodes rows.
+
+        Args:
+            start: first row.
+            stop: one past the last row.
+
+        Returns:
+            (stop - start, d) float32; rows that can't be used are NaN.
+
+        Raises:
+            BadInput: the range is not within 0 to n.
+            DamagedData: a chunk is not the committed one.
+        """
+        if not 0 <= start <= stop <= self.rows:
+            raise BadInput(f"{self.name} has rows 0 to {self.rows}, not {start} to {stop}")
+        out = np.empty((stop - start, self.dim), dtype=np.float32)
+        size = self._plan.unit_rows
+        for unit in range(start // size, -(-stop // size) if stop > start else start // size):
+            first = unit * size
+            low, high = max(start, first), min(stop, first + size)
+            stored = self._chunk(self._plan.arrays[0], unit)[low - first : high - first]
+            out[low - start : high - start] = decode(stored, self.scale[low:high], self.dtype)
+        return out
+
+    def _column(self, name: str) -> np.ndarray:
+        spec = next(each for each in self._plan.arrays if each.name == name)
+        parts = [
+            self._chunk(spec, unit.index, keep=False)[: unit.stop - unit.start]
+            for unit in self._plan.units
+        ]
+        column = np.concatenate(parts)
+        column.flags.writeable = False
+        return column
+
+    def _chunk(self, spec: ArraySpec, unit: int, *, keep: bool = True) -> np.ndarray:
+        """Maps one chunk, without its crc32c; keeps the last few maps for random access."""
+        name = spec.chunk_path(unit)
+        if name in self._maps:
+            self._maps.move_to_end(name)
+            return self._maps[name]
+        expected = self._records[unit].files[name]
+        path = f"{generation_path(self.name)}/{name}"
+        try:
+            mapped = memoryview(self._files.map(path, expected.bytes))
+        except DamagedFile:
+            if self._explain is not None:
+                self._explain(self.name)
+            raise
+        if name not in self._checked:
+            fault = check_chunk(path, mapped, expected)
+            if fault is not None:
+                raise self._damaged(fault)
+            self._checked.add(name)
+        little = np.dtype(spec.dtype).newbyteorder("<")
+        shape = spec.chunk_shape(self._plan.unit_rows)
+        chunk = np.frombuffer(mapped[:-CRC_BYTES], dtype=little).reshape(shape)
+        if keep:
+            self._maps[name] = chunk
+            while len(self._maps) > _MAPS_KEPT:
+                self._maps.popitem(last=False)
+        return chunk
+
+    def _damaged(self, fault: Fault) -> DamagedFile:
+        return DamagedFile(fault, str(self._files.root))

@@ -1,0 +1,262 @@
+"""Reading a store: what was committed, and nothing else.
+
+>>> from gradstore.store.reader import open_store
+>>> from gradstore.errors import BadInput
+>>> try:
+...     open_store("no/such/folder")
+... except BadInput as error:
+...     print(error)
+no store at "no/such/folder": ...
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gradstore.errors import BadInput, DamagedData, DamagedFile, Fault, ProvenanceMismatch
+from gradstore.format.canonical import Json
+from gradstore.format.commits import Commit
+from gradstore.format.layout import (
+    COMMITS,
+    METADATA,
+    PLANS,
+    SCHEMA_VERSION,
+    SPACES,
+    RowStatus,
+    provenance_path,
+    read_root,
+)
+from gradstore.format.names import GenerationName
+from gradstore.format.plans import Plan
+from gradstore.format.provenance import read_provenance
+from gradstore.storage.reading import ReadFiles
+from gradstore.store.documents import read_chain
+from gradstore.store.generation import Generation
+from gradstore.store.unit_files import read_record
+
+
+def open_store(path: str | Path) -> Store:
+    """Opens a store for reading, at its newest commit.
+
+    Args:
+        path: the store's folder.
+
+    Raises:
+        BadInput: there is no store.
+        ProvenanceMismatch: it was written by a newer schema; says which release reads it.
+        DamagedData: its root or a commit is damaged.
+    """
+    return Store(ReadFiles(path))
+
+
+class Store:
+    """A read-only view of the commits that existed when it was opened.
+
+    Attributes:
+        path: the store's folder.
+        uuid: the store's id; checkpoints carry it.
+        schema_version: version of the layout.
+        commits: the chain, oldest first.
+    """
+
+    def __init__(self, files: ReadFiles, earlier: Store | None = None) -> None:
+        self._files = files
+        self.path = files.root
+        self.schema_version, self.uuid = read_identity(files)
+        known = () if earlier is None or earlier.uuid != self.uuid else earlier.commits
+        self.commits: tuple[Commit, ...] = tuple(read_chain(files, self.uuid, known))
+        self._opened: dict[str, Generation] = {} if earlier is None else dict(earlier._opened)
+
+    def __repr__(self) -> str:
+        return f'<Store "{self.path}": {len(self.commits)} commits>'
+
+    def refresh(self) -> Store:
+        """Gives a view of today's commits that keeps what this one has checked already."""
+        return Store(self._files, self)
+
+    @property
+    def head(self) -> Commit | None:
+        """The newest commit, None in an empty store."""
+        return self.commits[-1] if self.commits else None
+
+    def spaces(self) -> list[str]:
+        """Names of the spaces that have a provenance."""
+        return [s for s in self._files.names(SPACES) if self._files.exists(provenance_path(s))]
+
+    def provenance(self, space: str = "gradient") -> dict[str, Json]:
+        """The MUST-EQUAL fields of a space.
+
+        Raises:
+            BadInput: there is no such space.
+            DamagedData: its document was changed.
+        """
+        if space not in self.spaces():
+            raise BadInput(f'store "{self.path}" has no space {space!r}, only {self.spaces()}')
+        path = provenance_path(space)
+        try:
+            return read_provenance(self._files.read(path), space)[0]
+        except ValueError as error:
+            fault = Fault(path, "the provenance that was written", str(error))
+            raise DamagedFile(fault, str(self.path)) from error
+
+    def live_commits(self, *, superseded: bool = False) -> list[Commit]:
+        """Commits whose generations can be read, oldest first.
+
+        Args:
+            superseded: also those for which a later attempt was committed.
+        """
+        retired = {n for c in self.commits if c.kind == "retire" for n in c.generations}
+        live = [c for c in self.commits if c.kind == "generation" and c.generation not in retired]
+        if superseded:
+            return live
+        newest = {str(GenerationName.parse(c.generation).base()): c for c in live}
+        return [commit for commit in live if commit in newest.values()]
+
+    def generations(self, *, superseded: bool = False) -> list[Generation]:
+        """All committed generations, newest last; the newest attempt of each.
+
+        Args:
+            superseded: earlier attempts too, as far as clean-up left them.
+        """
+        return [self._open(commit) for commit in self.live_commits(superseded=superseded)]
+
+    def generation(self, name: str) -> Generation:
+        """Opens one generation: the newest attempt, or exactly `<step>.<attempt>`.
+
+        Raises:
+            BadInput: it was never committed, or was removed by clean-up; lists what there is.
+            DamagedData: it is not as it was committed.
+        """
+        wanted = GenerationName.parse(name)
+        for commit in reversed(self.live_commits(superseded=True)):
+            found = GenerationName.parse(commit.generation)
+            if name == commit.generation or (wanted.attempt == 1 and wanted == found.base()):
+                return self._open(commit)
+        there = ", ".join(c.generation for c in self.live_commits()) or "none"
+        raise BadInput(f'store "{self.path}" has no committed generation {name!r}; it has: {there}')
+
+    def planned(self) -> list[str]:
+        """Names of generations that were planned and never committed; newest attempt last."""
+        committed = {n for c in self.commits for n in c.generations}
+        names = []
+        if self._files.exists(PLANS):
+            for path in self._files.walk(PLANS):
+                name = path.removeprefix(f"{PLANS}/").removesuffix(".json")
+                if name not in committed and _is_name(name):
+                    names.append(name)
+        return sorted(names, key=lambda n: (str(GenerationName.parse(n).base()), len(n), n))
+
+    def info(self) -> dict[str, Json]:
+        """Describes the store: the schema of `gradstore info --json`, and some fields more."""
+        entries = [_describe(generation) for generation in self.generations()]
+        entries += [e for e in (self._describe_planned(name) for name in self.planned()) if e]
+        return {
+            "store_uuid": self.uuid,
+            "schema_version": self.schema_version,
+            "head": None if self.head is None else self.head.sha256,
+            "commits": len(self.commits),
+            "generations": entries,
+        }
+
+    def _describe_planned(self, name: str) -> dict[str, Json] | None:
+        """Describes what is finished of an uncommitted generation; None without a plan."""
+        try:
+            plan, sha = Plan.from_bytes(self._files.read(f"{PLANS}/{name}.json"))
+        except (ValueError, BadInput, DamagedData):
+            return None
+        done = []
+        for unit in plan.units:
+            try:
+                done.append(read_record(self._files, plan, sha, unit)[0])
+            except DamagedData:
+                continue
+        counts = {status.name.lower(): 0 for status in RowStatus}
+        for record in done:
+            for status, count in record.status.items():
+                counts[status] = counts.get(status, 0) + count
+        rows = sum(record.unit.stop - record.unit.start for record in done)
+        size = sum(record.chunk_bytes for record in done)
+        return _entry(plan, counts, size, committed=False) | {"rows_done": rows}
+
+    def _open(self, commit: Commit) -> Generation:
+        opened = self._opened.get(commit.sha256)
+        if opened is None:
+            try:
+                opened = Generation(self._files, commit, self._explain_retired)
+            except DamagedFile:
+                self._explain_retired(commit.generation)
+                raise
+            self._opened[commit.sha256] = opened
+        return opened
+
+    def _explain_retired(self, name: str) -> None:
+        """Raises BadInput if a clean-up took the generation since this view was opened."""
+        for commit in read_chain(self._files, self.uuid, self.commits)[len(self.commits) :]:
+            if commit.kind == "retire" and name in commit.generations:
+                raise BadInput(
+                    f"generation {name} was removed by clean-up (commit {commit.number}) after "
+                    "this store was opened; open the store again"
+                )
+
+
+def read_identity(files: ReadFiles) -> tuple[int, str]:
+    """Reads schema version and uuid from the store's own zarr.json.
+
+    Raises:
+        BadInput: there is no store here.
+        ProvenanceMismatch: its schema is newer than this release.
+        DamagedFile: it is a store, and its zarr.json is damaged.
+    """
+    if files.root.is_file():
+        raise BadInput(f'"{files.root}" is a file, no gradient store: check the path')
+    if not files.exists(METADATA):
+        if files.names(COMMITS):
+            raise DamagedFile(Fault(METADATA, "a file", "no file"), str(files.root))
+        raise BadInput(f'no store at "{files.root}": check the path, or build one first')
+    try:
+        version, uuid, needs = read_root(files.read(METADATA))
+    except ValueError as error:
+        if not files.exists(COMMITS):
+            raise BadInput(f'"{files.root}" is another Zarr group, no gradient store') from error
+        fault = Fault(METADATA, "the bytes gradstore wrote", str(error))
+        raise DamagedFile(fault, str(files.root)) from error
+    if version > SCHEMA_VERSION:
+        raise ProvenanceMismatch(
+            f'store "{files.root}" has schema {version}, this release reads {SCHEMA_VERSION}; '
+            f"it needs {needs!r}. Upgrade, or choose another store with gradstore=PATH",
+            [f"schema_version differs: store has {version}, this release has {SCHEMA_VERSION}"],
+        )
+    return version, uuid
+
+
+def _is_name(name: str) -> bool:
+    try:
+        GenerationName.parse(name)
+    except BadInput:
+        return False
+    return True
+
+
+def _describe(generation: Generation) -> dict[str, Json]:
+    entry = _entry(generation.plan, generation.status_counts(), generation.bytes, committed=True)
+    return entry | {"commit": generation.commit_sha}
+
+
+def _entry(plan: Plan, counts: dict[str, int], size: int, *, committed: bool) -> dict[str, Json]:
+    return {
+        "name": plan.name,
+        "role": plan.record.role,
+        "set": plan.record.set,
+        "step": plan.record.step,
+        "space": plan.space,
+        "rows": len(plan.rows),
+        "usable_rows": counts["ok"],
+        "dim": plan.dim,
+        "dtype": plan.dtype,
+        "feature": plan.record.feature,
+        "projection": dict(plan.record.projection),
+        "committed": committed,
+        "bytes": size,
+        "status": counts,
+        "duplicate_rows": plan.rows.duplicates,
+    }

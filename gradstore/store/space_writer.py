@@ -1,0 +1,209 @@
+"""Writing into one space of a store that `StoreWriter` holds open."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gradstore.errors import DamagedData, DamagedFile, Fault, StoreIOError
+from gradstore.format.canonical import Json, plain
+from gradstore.format.layout import (
+    UNIT_ROWS,
+    check_dtype,
+    generation_bytes,
+    generation_path,
+    plan_path,
+    provenance_path,
+)
+from gradstore.format.names import check_space
+from gradstore.format.provenance import compare, provenance_bytes, read_provenance, refuse
+from gradstore.format.records import GenerationRecord, RowSet
+from gradstore.storage.local import StoreFiles, parent_of
+from gradstore.store.attempts import choose_plan, warn_of_libraries
+from gradstore.store.documents import metadata
+from gradstore.store.generation_writer import GenerationWriter, quarantine
+from gradstore.store.reader import Store
+
+logger = logging.getLogger(__name__)
+
+
+class SpaceFields:
+    """A space and the MUST-EQUAL fields that this run brings to it."""
+
+    def __init__(
+        self, space: str, provenance: Mapping[str, Any], setting_keys: Mapping[str, str] | None
+    ) -> None:
+        """Checks both.
+
+        Args:
+            space: `gradient`, or one per embedding model.
+            provenance: the fields, JSON-like.
+            setting_keys: dotted field -> YAML key that sets it.
+        """
+        self.space = check_space(space)
+        self.fields: dict[str, Json] = plain(provenance, "provenance")
+        self._setting_keys = setting_keys
+
+    def compare(self, files: StoreFiles) -> str | None:
+        """Compares them with the stored ones; gives the seal, None if nothing is stored.
+
+        Raises:
+            ProvenanceMismatch: lists every differing field.
+            DamagedData: what is stored is damaged.
+        """
+        path = provenance_path(self.space)
+        if not files.exists(path):
+            return None
+        try:
+            stored, sha = read_provenance(files.read(path), self.space)
+        except ValueError as error:
+            fault = Fault(path, "the provenance that was written", str(error))
+            raise DamagedFile(fault, str(files.root)) from error
+        differences = compare(stored, self.fields, self._setting_keys)
+        if differences:
+            raise refuse(str(files.root), differences)
+        return sha
+
+    def settle(self, files: StoreFiles, store: Store) -> str:
+        """Compares them, or stores them where there are none yet; gives the seal."""
+        path = provenance_path(self.space)
+        try:
+            sha = self.compare(files)
+        except DamagedData:
+            if store.commits:
+                raise
+            quarantine(files, path)
+            sha = None
+        if sha is None and not files.publish(path, provenance_bytes(self.space, self.fields)):
+            logger.warning("another process wrote the provenance of %s meanwhile", self.space)
+        return sha or self.compare(files) or ""
+
+
+class SpaceWriter:
+    """Plans the generations of one space. `StoreWriter` makes it and holds the lock it works under.
+
+    Attributes:
+        space: name of the space.
+    """
+
+    def __init__(
+        self,
+        files: StoreFiles,
+        view: Callable[[], Store],
+        fields: SpaceFields,
+    ) -> None:
+        """Compares the space's provenance with the stored one, or stores it.
+
+        Args:
+            files: the store's files.
+            view: gives the store as it is now; raises once its lock was given back.
+            fields: the space, and its MUST-EQUAL fields.
+        """
+        self.space = fields.space
+        self._files, self._view = files, view
+        self._seal = fields.settle(files, view())
+
+    @property
+    def store(self) -> Store:
+        """The store as readers see it now, all spaces of it."""
+        return self._view()
+
+    def check_space_for(self, rows: int, dim: int, dtype: str = "float16", count: int = 1) -> None:
+        """Checks that `count` generations of (rows, dim) fit on the disk; nothing is allocated.
+
+        Raises:
+            StoreIOError: they do not; tells the bytes needed and free.
+        """
+        needed = count * generation_bytes(rows, dim, dtype)
+        self._check_free(needed, f"{count} generation(s) of {rows:,} x {dim:,} {dtype}")
+
+    def begin(
+        self,
+        record: GenerationRecord,
+        rows: RowSet,
+        *,
+        dim: int,
+        dtype: str = "float16",
+        unit_rows: int = UNIT_ROWS,
+    ) -> GenerationWriter:
+        """Plans a generation, or takes up an interrupted or finished one.
+
+        A generation of this name that was committed with the same identity comes back complete
+        (`pending` empty); one that was planned and interrupted is resumed; anything else of this
+        run is superseded by a new attempt.
+
+        Args:
+            record: what makes the generation.
+            rows: its n rows, in order.
+            dim: d.
+            dtype: float16 or bfloat16.
+            unit_rows: rows per unit of a new plan; an existing plan wins.
+
+        Raises:
+            BadInput: dim or dtype can't be stored, the name is not one of this space, or the
+                writer was closed.
+            ProvenanceMismatch: other rows, d or dtype than before, or a name of another run or
+                space.
+            StoreIOError: not enough room.
+        """
+        check_dtype(dtype)
+        store = self._view()
+        chosen = choose_plan(
+            self._files, store, record, rows, self.space, self._seal, dim, dtype, unit_rows
+        )
+        plan, committed = chosen.plan, chosen.committed
+        if committed is not None:
+            return GenerationWriter(
+                self._files, plan, chosen.sha256, self._view, committed=committed
+            )
+        warn_of_libraries(store, plan)
+        needed = generation_bytes(len(plan.rows), plan.dim, plan.dtype, plan.unit_rows)
+        if chosen.resumed:
+            done = len(self._files.names(f"{generation_path(plan.name)}/units"))
+            needed -= needed * done // len(plan.units)
+        self._check_free(needed, f"{plan.name} ({len(plan.rows):,} x {plan.dim:,} {plan.dtype})")
+        if not self._files.publish(plan_path(plan.name), plan.to_bytes()):
+            fault = Fault(plan_path(plan.name), "no plan yet", "another writer's plan")
+            raise DamagedFile(fault, str(self._files.root))
+        for path, data in metadata(plan).items():
+            needed_by_others = bool(store.commits) and not path.startswith(
+                generation_path(plan.name)
+            )
+            publish_metadata(self._files, path, data, committed=needed_by_others)
+        self._files.make_directory(f"{generation_path(plan.name)}/units")
+        return GenerationWriter(self._files, plan, chosen.sha256, self._view)
+
+    def _check_free(self, needed: int, what: str) -> None:
+        free = self._files.free_bytes()
+        if needed > free:
+            raise StoreIOError(
+                f"{what} needs {needed:,} bytes, {free:,} free on the disk of store "
+                f'"{self._files.root}". Free some space, choose another disk with gradstore=PATH, '
+                "or fewer dimensions"
+            )
+
+
+def publish_metadata(files: StoreFiles, path: str, data: bytes, *, committed: bool) -> None:
+    """Writes a zarr.json; a damaged one is replaced only where nothing committed needs it.
+
+    Args:
+        files: the store's files.
+        path: where.
+        data: what must be there.
+        committed: whether something committed may need it.
+
+    Raises:
+        DamagedFile: others' bytes are there.
+    """
+    if files.exists(path) and files.kind(path) == "file":
+        if files.read(path) == data:
+            files.make_directory(parent_of(path))
+            files.sync_directory(parent_of(path))
+            return
+        if committed:
+            fault = Fault(path, "the bytes gradstore wrote", "others")
+            raise DamagedFile(fault, str(files.root))
+        quarantine(files, path)
+    if not files.publish(path, data):
+        raise DamagedFile(Fault(path, "the bytes gradstore wrote", "others"), str(files.root))

@@ -1,0 +1,205 @@
+"""Checks every byte of everything committed; lists every fault, does not stop at the first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradstore.errors import DamagedData, DamagedFile, Fault
+from gradstore.format.commits import Commit
+from gradstore.format.layout import (
+    GENERATIONS,
+    METADATA,
+    SPACES,
+    generation_path,
+    group_json,
+    plan_path,
+    provenance_path,
+    unit_path,
+)
+from gradstore.format.plans import Plan
+from gradstore.format.provenance import read_provenance
+from gradstore.storage.reading import ReadFiles
+from gradstore.store.documents import check_metadata, metadata, read_committed_plan, read_space
+from gradstore.store.generation import Generation
+from gradstore.store.reader import Store
+from gradstore.store.unit_files import check_unit, read_record
+
+
+def verify_store(path: str | Path) -> VerifyReport:
+    """Reads the whole store again from disk, trusting nothing that was checked before.
+
+    Checked: the root, the commit chain, each space's provenance, and of every committed generation
+    the plan, each zarr.json, each unit record, and size, crc32c and sha256 of each chunk.
+
+    Args:
+        path: the store's folder.
+
+    Raises:
+        BadInput: there is no store.
+        ProvenanceMismatch: its schema is newer than this release.
+    """
+    files = ReadFiles(path)
+    try:
+        store = Store(files)
+    except DamagedFile as error:
+        return VerifyReport((error.fault,), 1, 0, ())
+    check = _Check(files)
+    check.count(METADATA)
+    check.metadata(f"{GENERATIONS}/{METADATA}", group_json())
+    for commit in store.commits:
+        check.count(f"commits/{commit.number}.json")
+    for space in files.names(SPACES):
+        check.space(space)
+    live = store.live_commits(superseded=True)
+    for commit in live:
+        check.generation(commit)
+    names = tuple(commit.generation for commit in live)
+    return VerifyReport(
+        tuple(check.faults), check.files_seen, check.bytes_seen, names, tuple(store.planned())
+    )
+
+
+class _Check:
+    """Collects faults and counts what was read."""
+
+    def __init__(self, files: ReadFiles) -> None:
+        self._files = files
+        self._counted: set[str] = set()
+        self.faults: list[Fault] = []
+        self.files_seen = 0
+        self.bytes_seen = 0
+
+    def count(self, path: str, size: int | None = None) -> None:
+        """Counts one file, once."""
+        if path in self._counted:
+            return
+        self._counted.add(path)
+        self.files_seen += 1
+        with self._guarded():
+            self.bytes_seen += self._files.size(path) if size is None else size
+
+    def add(self, fault: Fault) -> None:
+        """Keeps a fault, once."""
+        if fault not in self.faults:
+            self.faults.append(fault)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Keeps the fault that ends the block."""
+        try:
+            yield
+        except DamagedFile as error:
+            self.add(error.fault)
+
+    def metadata(self, path: str, expected: bytes) -> None:
+        """Checks one zarr.json."""
+        self.count(path)
+        with self._guarded():
+            check_metadata(self._files, path, expected)
+
+    def space(self, space: str) -> None:
+        """Checks that a space's provenance fits its own seal."""
+        path = provenance_path(space)
+        with self._guarded():
+            if not self._files.exists(path):
+                return
+            self.count(path)
+            try:
+                read_provenance(self._files.read(path), space)
+            except ValueError as error:
+                self.add(Fault(path, "the provenance that was written", str(error)))
+
+    def generation(self, commit: Commit) -> None:
+        """Checks one committed generation, every byte."""
+        self.count(plan_path(commit.generation))
+        try:
+            plan = read_committed_plan(self._files, commit)
+        except DamagedFile as error:
+            self.add(error.fault)
+            return
+        with self._guarded():
+            read_space(self._files, plan)
+        expected = metadata(plan)
+        for path, data in expected.items():
+            self.metadata(path, data)
+        seen = {path for path in expected if path.startswith(f"{generation_path(plan.name)}/")}
+        for unit, sha in zip(plan.units, commit.units, strict=True):
+            seen.add(unit_path(plan.name, unit.index))
+            seen.update(
+                f"{generation_path(plan.name)}/{spec.chunk_path(unit.index)}"
+                for spec in plan.arrays
+            )
+            self.unit(plan, commit, unit.index, sha)
+        with self._guarded():
+            for path in self._files.walk(generation_path(plan.name)):
+                if path not in seen:
+                    self.add(Fault(path, "no file of this name", "one"))
+        self.values(commit)
+
+    def unit(self, plan: Plan, commit: Commit, index: int, sha: str) -> None:
+        """Checks a unit's record and each of its chunks."""
+        self.count(unit_path(plan.name, index))
+        try:
+            record, _ = read_record(self._files, plan, commit.plan_sha256, plan.units[index], sha)
+        except DamagedFile as error:
+            self.add(error.fault)
+            return
+        for name, each in record.files.items():
+            self.count(f"{generation_path(plan.name)}/{name}", each.bytes)
+        for fault in check_unit(self._files, record, deep=True):
+            self.add(fault)
+
+    def values(self, commit: Commit) -> None:
+        """Checks that the row hashes are the plan's, and the statuses those that were counted."""
+        if self.faults:
+            return
+        with self._guarded():
+            Generation(self._files, commit).check_values()
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a check of every byte found.
+
+    Attributes:
+        faults: every fault, in the order of the files checked.
+        files: number of files checked.
+        bytes: number of bytes read and hashed.
+        generations: names of the committed generations that were checked.
+        uncommitted: names of planned generations without a commit; not a fault.
+    """
+
+    faults: tuple[Fault, ...]
+    files: int
+    bytes: int
+    generations: tuple[str, ...]
+    uncommitted: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing is damaged."""
+        return not self.faults
+
+    def raise_if_damaged(self) -> None:
+        """Raises DamagedData (exit 4) that names every fault, if there is one."""
+        if self.faults:
+            raise DamagedData(_summary(self.faults))
+
+    def to_dict(self) -> dict[str, object]:
+        """Gives the report as plain JSON values, for `gradstore verify --json`."""
+        return {
+            "ok": self.ok,
+            "files": self.files,
+            "bytes": self.bytes,
+            "generations": list(self.generations),
+            "uncommitted": list(self.uncommitted),
+            "faults": [vars(fault) for fault in self.faults],
+        }
+
+
+def _summary(faults: Sequence[Fault]) -> str:
+    lines = "\n".join(f"  {fault}" for fault in faults)
+    return f"{len(faults)} damaged file(s):\n{lines}"

@@ -1,0 +1,242 @@
+"""The one writer of a store: creates or opens it, plans generations, cleans up.
+
+```
+with StoreWriter("runs/a/gradstore", provenance={...}) as writer:
+    generation = writer.begin(record, rows, dim=4096)
+    for unit in list(generation.pending):
+        generation.write_unit(unit.index, features, norm, status, tokens)
+    generation.commit()
+    embeddings = writer.with_space("minilm", {...})       # a further space, under the same lock
+    embeddings.begin(embedding_record(...), rows, dim=384)
+```
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gradstore.errors import BadInput, DamagedData
+from gradstore.format.layout import (
+    COMMITS,
+    GENERATIONS,
+    GRADIENT,
+    METADATA,
+    PLANS,
+    SPACES,
+    UNIT_ROWS,
+    group_json,
+    root_json,
+)
+from gradstore.format.records import GenerationRecord, RowSet
+from gradstore.storage.local import STAGING, StoreFiles
+from gradstore.storage.lock import LOCK, WriterLock
+from gradstore.storage.probes import check_zarr, probe
+from gradstore.store.cleaning import clean_store, remove_dead_staging
+from gradstore.store.generation_writer import GenerationWriter, quarantine
+from gradstore.store.reader import Store, read_identity
+from gradstore.store.space_writer import SpaceFields, SpaceWriter, publish_metadata
+
+logger = logging.getLogger(__name__)
+
+_OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, "index"}
+
+
+class StoreWriter:
+    """Opens a store for writing, creating it if need be; holds its lock until `close`.
+
+    Attributes:
+        path: the store's folder.
+        space: the space that `begin` writes into; `with_space` opens further ones.
+
+    Raises:
+        BadInput: the folder holds something else, or zarr is too old.
+        ProvenanceMismatch: the space's features can't be compared with this run's; lists every
+            differing field. Nothing was written.
+        StoreBusy: another process writes to this store.
+        StoreIOError: the disk is full, read-only, or lacks link, rename, fsync or flock.
+        DamagedData: what was committed is damaged.
+    """
+
+    _store: Store
+    _main: SpaceWriter
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        provenance: Mapping[str, Any],
+        space: str = GRADIENT,
+        setting_keys: Mapping[str, str] | None = None,
+        files: StoreFiles | None = None,
+    ) -> None:
+        """Creates or opens the store.
+
+        Args:
+            path: the store's folder.
+            provenance: the MUST-EQUAL fields of the space, JSON-like, nested mappings welcome. A
+                field called `canary` is compared with a tolerance.
+            space: `gradient`, or one per embedding model.
+            setting_keys: dotted field -> YAML key that sets it, for the way out of a refusal.
+            files: the store's files, for tests that interrupt them.
+        """
+        check_zarr(importlib.metadata.version("zarr"))
+        self.path = Path(path)
+        fields = SpaceFields(space, provenance, setting_keys)
+        self.space = fields.space
+        self._files = files or StoreFiles(self.path)
+        if self._files.exists(METADATA):
+            self._check_before_lock(fields)
+        else:
+            self._check_foreign()
+            self._files.make_root()
+        self._closed = False
+        self._lock = WriterLock(self._files)
+        self._lock.acquire()
+        try:
+            self._prepare()
+            self._main = SpaceWriter(self._files, self._view, fields)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the lock back; what is committed stays, what is pending can be resumed."""
+        self._closed = True
+        try:
+            self._lock.release()
+        finally:
+            self._files.close()
+
+    @property
+    def store(self) -> Store:
+        """The store as readers see it now."""
+        self._store = self._store.refresh()
+        return self._store
+
+    def with_space(
+        self,
+        space: str,
+        provenance: Mapping[str, Any],
+        *,
+        setting_keys: Mapping[str, str] | None = None,
+    ) -> SpaceWriter:
+        """Opens a further space under this writer's lock, as long as this writer is open.
+
+        Names of its generations carry the prefix `layout.space_run(space, run)`.
+
+        Args:
+            space: `gradient`, or one per embedding model.
+            provenance: the MUST-EQUAL fields of that space.
+            setting_keys: dotted field -> YAML key that sets it, for the way out of a refusal.
+
+        Raises:
+            BadInput: this writer was closed.
+            ProvenanceMismatch: lists every field in which the space differs; nothing was written.
+            DamagedData: its stored provenance is damaged.
+        """
+        fields = SpaceFields(space, provenance, setting_keys)
+        return SpaceWriter(self._files, self._view, fields)
+
+    def check_space_for(self, rows: int, dim: int, dtype: str = "float16", count: int = 1) -> None:
+        """As `SpaceWriter.check_space_for`."""
+        self._main.check_space_for(rows, dim, dtype, count)
+
+    def begin(
+        self,
+        record: GenerationRecord,
+        rows: RowSet,
+        *,
+        dim: int,
+        dtype: str = "float16",
+        unit_rows: int = UNIT_ROWS,
+    ) -> GenerationWriter:
+        """As `SpaceWriter.begin`, in this writer's own space."""
+        return self._main.begin(record, rows, dim=dim, dtype=dtype, unit_rows=unit_rows)
+
+    def clean(self, keep_generations: int | None = None) -> list[str]:
+        """Removes what nobody needs: dead staging, abandoned plans, superseded attempts.
+
+        Args:
+            keep_generations: keep the newest this many steps of train and of each target set; None
+                keeps them all.
+
+        Returns:
+            Full names of the generations removed.
+        """
+        return clean_store(self._files, lambda: self.store, keep_generations)
+
+    # ---- opening -----------------------------------------------------------------------------
+
+    def _view(self) -> Store:
+        """The store now, for those who write under this writer's lock."""
+        if self._closed:
+            raise BadInput(f'the writer of store "{self.path}" was closed; open it again')
+        return self.store
+
+    def _check_before_lock(self, fields: SpaceFields) -> None:
+        """Refuses what must be refused before a byte is written; damage waits for the lock."""
+        try:
+            read_identity(self._files)
+            fields.compare(self._files)
+        except DamagedData:
+            return
+
+    def _check_foreign(self) -> None:
+        kind = "nothing" if not self.path.exists() else "folder"
+        if kind == "folder" and not self.path.is_dir():
+            raise BadInput(f'"{self.path}" is a file; a store is a folder. Choose gradstore=PATH')
+        foreign = sorted(set(self._files.names("")) - _OURS)
+        if foreign:
+            raise BadInput(
+                f'"{self.path}" is no store and not empty (it holds {foreign[0]!r}). '
+                "Choose another folder with gradstore=PATH"
+            )
+
+    def _prepare(self) -> None:
+        files = self._files
+        files.make_directory(STAGING)
+        remove_dead_staging(files)
+        self._create_if_missing()
+        self._store = Store(files)
+        for folder in (COMMITS, PLANS, SPACES, GENERATIONS):
+            files.make_directory(folder)
+            files.sync_directory(folder)
+        publish_metadata(
+            files, f"{GENERATIONS}/{METADATA}", group_json(), committed=bool(self._store.commits)
+        )
+
+    def _create_if_missing(self) -> None:
+        files = self._files
+        try:
+            read_identity(files)
+        except BadInput:
+            pass
+        except DamagedData:
+            if files.names(COMMITS):
+                raise
+            quarantine(files, METADATA)
+        else:
+            return
+        probe(files)
+        for folder in (COMMITS, PLANS, SPACES, GENERATIONS):
+            files.make_directory(folder)
+        publish_metadata(files, f"{GENERATIONS}/{METADATA}", group_json(), committed=False)
+        if not files.publish(METADATA, root_json(str(uuid.uuid4()))):
+            logger.warning("another process created store %s at the same moment", self.path)
