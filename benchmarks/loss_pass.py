@@ -2,7 +2,7 @@
 
     uv run python benchmarks/loss_pass.py               # about four minutes
 
-*Losses* is `dataflex.scoring.row_losses`, the pass behind the loss selector and every other
+*Losses* is `dataflex.models.passes.row_losses`, the pass behind the loss selector and every other
 strategy that reads losses. *Plain* is what a Trainer's evaluation does with the same collated
 batches: eval mode, no gradients, the model's own loss from its labels. Passes alternate A B A B
 after a warm-up; the ratio is the median over the pairs. Prints one table, appends to
@@ -23,9 +23,8 @@ import torch
 from report import RESULTS, append, machine, tell
 from workloads import Workload, llama, tiny
 
-from dataflex.context import RunContext
-from dataflex.features import token_budget
-from dataflex.scoring import batches, row_losses
+from dataflex.models.passes import batches, row_losses, token_budget
+from dataflex.run.context import RunContext
 
 LIMIT = 1.05
 

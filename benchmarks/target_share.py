@@ -27,7 +27,7 @@ from gradkernels import Accumulator, ProjectionSpec
 from report import RESULTS, append, machine, tell
 from tinyrun import SKILLS, Held, TinyRun, as_stored, gather
 
-from dataflex.features import effective_seed
+from dataflex.features.gradients import effective_seed
 from dataflex.selectors.loss import band_weights, draw, tempered
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataflex import bridge
+from dataflex.bridge import arguments, running
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dataflex.config import load
-from dataflex.data import Rows, RunData
+from dataflex.config.keys import load
+from dataflex.data.rows import Rows, RunData
 from gradstore.export.moments import AdamMoments
 from gradstore.export.units import FeatureRows, plan_batches
 from gradstore.format.codec import decode, encode
@@ -78,9 +78,9 @@ class TinyRun:
             f"output_dir={output_dir}",
             f"seed={seed}",
         ]
-        config = load(CONFIG, overrides, bridge.accepted_keys())
+        config = load(CONFIG, overrides, arguments.accepted_keys())
         with contextlib.redirect_stdout(io.StringIO()):  # LlamaFactory prints an example per set
-            loaded = bridge.load_run(config, None, lambda data, arguments: None)
+            loaded = running.load_run(config, None, lambda data, arguments: None)
         rows = json.loads((TINY / "data" / "train.json").read_text(encoding="utf-8"))
         sources = loaded.data.train.sources or ()
         return TinyRun(

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from dataflex.config import DataFlexConfig, RunConfig
-from dataflex.context import RunContext
-from dataflex.data import IGNORED, Rows, RunData
+from dataflex.config.keys import DataFlexConfig, RunConfig
+from dataflex.data.rows import IGNORED, Rows, RunData
+from dataflex.run.context import RunContext
 
 TOKENS, VOCABULARY = 128, 16384
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import traceback
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dataflex.run.messages import set_up_logging
 from gradstore import cli as gradstore_cli
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ PASSED_THROUGH = {
 @app.command()
 def train(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Train; train_type in CONFIG says what decides about the data (static = LlamaFactory)."""
-    from dataflex.launcher import train as launch
+    from dataflex.launch.train import train as launch
 
     launch(config, overrides or [])
 
@@ -53,7 +53,7 @@ def train(config: Config, overrides: Overrides = None, debug: Debug = False) -> 
 @gradstore_cli.app.command("build")
 def build(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Write the train and target generations of CONFIG's checkpoints, without training."""
-    from dataflex.build import build as run
+    from dataflex.launch.build import build as run
 
     run(config, overrides or [])
 
@@ -61,7 +61,7 @@ def build(config: Config, overrides: Overrides = None, debug: Debug = False) -> 
 @app.command()
 def components(as_json: AsJson = False, debug: Debug = False) -> None:
     """List every strategy with its parameters and defaults."""
-    from dataflex.catalogue import catalogue, show
+    from dataflex.launch.components import catalogue, show
 
     if as_json:
         gradstore_cli.print_json(catalogue())
@@ -77,23 +77,11 @@ def version() -> None:
     typer.echo(f"dataflex-gradstore {__version__}")
 
 
-def set_up_logging() -> None:
-    """Our own messages go to stderr, one line each."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("[dataflex] %(message)s"))
-    for name in ("dataflex", "gradstore", "gradkernels"):
-        logger = logging.getLogger(name)
-        if not logger.handlers:
-            logger.addHandler(handler)
-            logger.setLevel(logging.INFO)
-            logger.propagate = False
-
-
 def main() -> None:
     """Entry point of the console script: a failure is one message and its exit code."""
     arguments = sys.argv[1:]
     if arguments and arguments[0] in PASSED_THROUGH:
-        from dataflex.bridge import passthrough
+        from dataflex.bridge.running import passthrough
 
         passthrough(arguments)
         return
@@ -102,7 +90,7 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    from dataflex.failures import explain
+    from dataflex.run.messages import explain
 
     try:
         code = int(app(arguments, standalone_mode=False) or 0)
@@ -129,7 +117,7 @@ def _run(arguments: list[str]) -> int:
 def _passed_through(name: str, text: str) -> None:
     @app.command(name, help=text, context_settings={"ignore_unknown_options": True})
     def _listed(arguments: Annotated[list[str] | None, typer.Argument()] = None) -> None:
-        from dataflex.bridge import passthrough
+        from dataflex.bridge.running import passthrough
 
         passthrough([name, *(arguments or [])])
 

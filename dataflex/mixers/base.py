@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.context import RunContext, UpdateContext
-from dataflex.strategy import Strategy
+from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.strategy import Strategy
 
 __all__ = ["DomainLosses", "Mixer", "RunContext", "UpdateContext"]
 

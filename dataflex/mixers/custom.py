@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dataflex.config.registry import register
 from dataflex.mixers.base import Mixer
-from dataflex.registry import register
 from gradstore.errors import BadInput
 
 

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.config import RunConfig
-from dataflex.context import RunContext, UpdateContext
+from dataflex.config.keys import RunConfig
+from dataflex.config.registry import register
+from dataflex.data.mixture import domains_of, exponentiated, opening_proportions
 from dataflex.mixers.base import Mixer
-from dataflex.mixture import domains_of, exponentiated, opening_proportions
-from dataflex.registry import register
-from dataflex.weighters.base import LossContributor
-from dataflex.window import MeasuredBatch, WeightContext
+from dataflex.run.context import RunContext, UpdateContext
+from dataflex.weighters.base import LossContributor, MeasuredBatch, WeightContext
 from gradstore.storage.replace import replace_file
 
 FloatArray = npt.NDArray[np.float64]
@@ -76,14 +75,14 @@ class DoremiMixer(Mixer, LossContributor):
 
     def check(self, config: RunConfig) -> list[str]:
         """The reference is named, and there if it is a folder."""
-        from dataflex.reference import reference_faults
+        from dataflex.models.frozen import reference_faults
 
         faults = reference_faults(self.reference_model_path, KEY)
         return [f"{fault} Run 1 of DoReMi (component static) trains it." for fault in faults]
 
     def start(self, run: RunContext) -> None:
         """Load the reference; begin with uniform weights, or go on where the checkpoint was."""
-        from dataflex.reference import Reference
+        from dataflex.models.frozen import Reference
 
         k = len(domains_of(run.data).names)
         self._reference = Reference(run, str(self.reference_model_path), KEY)

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.context import RunContext, UpdateContext
-from dataflex.data import Rows
-from dataflex.events import progress
+from dataflex.config.registry import register
+from dataflex.data.mixture import domains_of, exponentiated, opening_proportions
+from dataflex.data.rows import Rows
 from dataflex.mixers.base import Mixer
-from dataflex.mixture import domains_of, exponentiated, opening_proportions
-from dataflex.registry import register
-from dataflex.strategy import FSDP, ZERO3
+from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.log import progress
+from dataflex.run.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput
 
 FloatArray = npt.NDArray[np.float64]
@@ -69,7 +69,7 @@ class DynamicMoeMixer(Mixer):
 
     def start(self, run: RunContext) -> None:
         """Refuse a model without experts; begin at the opening proportions."""
-        from dataflex.routers import expert_layers
+        from dataflex.models.experts import expert_layers
 
         if not expert_layers(run.model):
             raise BadInput(
@@ -106,7 +106,7 @@ class DynamicMoeMixer(Mixer):
         """(k, L, E) how often this rank's rows went to each expert of each layer."""
         import torch
 
-        from dataflex.routers import counted_choices, expert_count, expert_layers, loads
+        from dataflex.models.experts import counted_choices, expert_count, expert_layers, loads
         from gradstore.capture.losses import model_inputs
         from gradstore.capture.modelstate import borrowed
 

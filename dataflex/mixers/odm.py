@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.config import RunConfig, names
-from dataflex.context import RunContext, UpdateContext
+from dataflex.config.keys import RunConfig, names
+from dataflex.config.registry import register
+from dataflex.data.mixture import as_proportions, domains_of, opening_proportions
 from dataflex.mixers.base import DomainLosses, Mixer
-from dataflex.mixture import as_proportions, domains_of, opening_proportions
-from dataflex.registry import register
+from dataflex.run.context import RunContext, UpdateContext
 from gradstore.errors import BadInput
 
 FloatArray = npt.NDArray[np.float64]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.context import UpdateContext
+from dataflex.config.registry import register
+from dataflex.data.mixture import domains_of
 from dataflex.mixers.base import Mixer
-from dataflex.mixture import domains_of
-from dataflex.registry import register
+from dataflex.run.context import UpdateContext
 
 
 @register("mixer", "random")

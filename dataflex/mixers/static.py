@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.config import RunConfig, names
-from dataflex.context import UpdateContext
+from dataflex.config.keys import RunConfig, names
+from dataflex.config.registry import register
+from dataflex.data.mixture import FIXED_RULES, as_proportions, domains_of
 from dataflex.mixers.base import Mixer
-from dataflex.mixture import FIXED_RULES, as_proportions, domains_of
-from dataflex.registry import register
+from dataflex.run.context import UpdateContext
 from gradstore.errors import BadInput
 
 

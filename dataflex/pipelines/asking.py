@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dataflex.context import UpdateContext
-from dataflex.mixture import domains_of, mixers_answer, opening_proportions
+from dataflex.data.mixture import domains_of, mixers_answer, opening_proportions
 from dataflex.pipelines.planning import (
     FloatArray,
     IntArray,
@@ -21,6 +20,7 @@ from dataflex.pipelines.planning import (
 )
 from dataflex.pipelines.stages import Stage
 from dataflex.reorders.base import Ordering
+from dataflex.run.context import UpdateContext
 from dataflex.selectors.base import Selection
 from dataflex.selectors.base import ask as ask_selector
 from gradstore.errors import BadInput

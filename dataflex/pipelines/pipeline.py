@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.config import RunConfig
-from dataflex.context import RunContext, UpdateContext
-from dataflex.data import RunData
+from dataflex.config.keys import RunConfig
+from dataflex.config.registry import register, target_of
+from dataflex.data.mixture import FIXED_RULES, check_domains
+from dataflex.data.rows import RunData
 from dataflex.mixers.base import DomainLosses
-from dataflex.mixture import FIXED_RULES, check_domains
 from dataflex.pipelines.asking import Part, ask, open_with
 from dataflex.pipelines.planning import IntArray, Timetable, fit, kept_by_filter
 from dataflex.pipelines.stages import Stage, arrange, build_stages
-from dataflex.registry import register, target_of
-from dataflex.schedule import Schedule
-from dataflex.strategy import Strategy
+from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.schedule import Schedule
+from dataflex.run.strategy import Strategy
 from dataflex.weighters.base import LossContributor
 
 

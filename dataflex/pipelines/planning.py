@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.mixture import largest_remainder
-from dataflex.schedule import EventKind, Schedule
+from dataflex.data.mixture import largest_remainder
+from dataflex.run.schedule import EventKind, Schedule
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

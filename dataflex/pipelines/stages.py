@@ -8,8 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from dataflex.config.presets import Component, resolve
+from dataflex.config.registry import KINDS, unknown
 from dataflex.pipelines.planning import Pace
-from dataflex.registry import KINDS, Component, resolve, unknown
 from dataflex.weighters.base import LossContributor
 from gradstore.errors import BadInput
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.context import RunContext, UpdateContext
-from dataflex.data import RawRows
-from dataflex.strategy import Strategy
+from dataflex.data.rows import RawRows
+from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.strategy import Strategy
 
 __all__ = ["Ordering", "RawRows", "Reorder", "RunContext", "UpdateContext"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dataflex.registry import register
+from dataflex.config.registry import register
 from dataflex.reorders.base import Reorder
 from gradstore.errors import BadInput
 

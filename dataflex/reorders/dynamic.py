@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.context import UpdateContext
-from dataflex.registry import register
+from dataflex.config.registry import register
 from dataflex.reorders.base import Ordering
-from dataflex.reorders.scored import FloatArray, IntArray, ScoredReorder, rows_of
+from dataflex.reorders.by_score import FloatArray, IntArray, ScoredReorder, rows_of
+from dataflex.run.context import UpdateContext
 
 _NOTHING: IntArray = np.empty(0, dtype=np.int64)
 

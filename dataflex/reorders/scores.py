@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.context import UpdateContext
-from dataflex.data import RawRows, RunData, as_numbers
+from dataflex.data.rows import RawRows, RunData, as_numbers
+from dataflex.run.context import UpdateContext
 from gradstore.errors import BadInput, ProvenanceMismatch
 
 FloatArray = npt.NDArray[np.float64]
@@ -142,7 +142,7 @@ def model_scores(
     if params.max_samples is not None and len(positions) > params.max_samples:
         generator = np.random.default_rng([seed, context.step])
         scored = np.sort(generator.choice(positions, params.max_samples, replace=False))
-    losses = board.losses(context.run, context.step, scored, max_rows=params.batch_size)
+    losses = board.losses(context.step, scored, max_rows=params.batch_size)
     if not np.isfinite(losses[scored]).any():
         raise BadInput("no training row has a finite loss. Look at the model and the labels.")
     return losses[positions], board.tokens

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dataflex.config import RunConfig
-from dataflex.context import UpdateContext
-from dataflex.data import RawRows, RunData
-from dataflex.registry import register
+from dataflex.config.keys import RunConfig
+from dataflex.config.registry import register
+from dataflex.data.rows import RawRows, RunData
 from dataflex.reorders.base import Ordering
-from dataflex.reorders.scored import FloatArray, IntArray, ScoredReorder, rows_of
+from dataflex.reorders.by_score import FloatArray, IntArray, ScoredReorder, rows_of
 from dataflex.reorders.scores import raw_scores
+from dataflex.run.context import UpdateContext
 
 #: Keys of a configuration, and what they must be where raw rows are put in order.
 RAW_NEEDS = {

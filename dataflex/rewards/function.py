@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dataflex.registry import imported
+from dataflex.config.registry import imported
 from dataflex.rewards.base import Answered, Verdict, shortened
 from gradstore.errors import BadInput
 

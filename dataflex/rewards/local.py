@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dataflex.fixed_model import (
+from dataflex.models.frozen import (
     load_language_model,
     load_model,
     model_path_faults,
     named_faults,
 )
-from dataflex.generate import (
+from dataflex.models.generate import (
     asked_ids,
     continuations,
     groups_of_similar_length,

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from dataflex.registry import unknown
+from dataflex.config.registry import unknown
 
 _log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.context import RunContext, UpdateContext
-from dataflex.data import RunData
-from dataflex.strategy import Strategy
+from dataflex.data.rows import RunData
+from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.strategy import Strategy
 from gradstore.errors import BadInput
 
 __all__ = ["RunContext", "Selection", "Selector", "UpdateContext", "ask"]

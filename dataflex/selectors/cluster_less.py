@@ -14,20 +14,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.config import RunConfig
-from dataflex.context import RunContext, UpdateContext
-from dataflex.data import Rows
-from dataflex.registry import register
-from dataflex.selectors.embedded import is_whole
-from dataflex.selectors.influence import Scored
+from dataflex.config.keys import RunConfig
+from dataflex.config.parameters import is_whole
+from dataflex.config.registry import register
+from dataflex.data.rows import Rows
+from dataflex.run.context import RunContext, UpdateContext
+from dataflex.selectors.by_influence import Scored
 from dataflex.selectors.less import LessSelector
-from gradstore.format.layout import RowStatus
+from gradstore.similarity.rows import ClusterDirections
 
 if TYPE_CHECKING:
-    from dataflex.embeddings import Embedded, EmbeddingService
-    from dataflex.features import CheckpointExport, FeatureService
+    from dataflex.features.embeddings import Embedded, EmbeddingService
+    from dataflex.features.gradients import CheckpointExport, FeatureService
     from gradstore.scoring.comparable import CheckpointFeatures
-    from gradstore.scoring.scan import FeatureSource
 
 Strategy = Literal["random", "nearest", "farthest", "mixed"]
 
@@ -98,8 +97,8 @@ class ClusterLessSelector(LessSelector):
         embedding_layer: int = -1,
         **less: Any,  # noqa: ANN401 - the base's parameters
     ) -> None:
-        from dataflex.clustering import METHODS
-        from dataflex.embedders import EmbeddingSettings
+        from dataflex.features.embedders import EmbeddingSettings
+        from gradstore.similarity.clusters import METHODS
 
         super().__init__(**less)
         if self.scoring != "projected":
@@ -153,7 +152,7 @@ class ClusterLessSelector(LessSelector):
             self.train_set = name_of_sample(run.data.train, self._clusters)
         if self._clusters is not None or self._service is None:
             return
-        from dataflex.embeddings import EmbeddingService
+        from dataflex.features.embeddings import EmbeddingService
 
         service = self._service
         self._embedder = EmbeddingService(run, self.embeddings, lambda: service.writer)
@@ -246,7 +245,7 @@ class ClusterLessSelector(LessSelector):
         return embedded
 
     def _grouped(self, run: RunContext, service: EmbeddingService, made: Embedded) -> RowClusters:
-        from dataflex.clustering import cluster
+        from gradstore.similarity.clusters import cluster
         from gradstore.similarity.rows import UsableRows
 
         rows: Any = UsableRows(service.generation(made.train))
@@ -312,35 +311,3 @@ def representatives(
         far = order[near:][::-1][: per_cluster - near]
         chosen += [order[:near], far]
     return np.sort(np.concatenate(chosen)).astype(np.int64)
-
-
-class ClusterDirections:
-    """Each cluster's direction as a row of features: the mean of its representatives' unit rows."""
-
-    def __init__(self, sample: FeatureSource, owners: npt.NDArray[np.int64], count: int) -> None:
-        """Read the representatives.
-
-        Args:
-            sample: (r, d) features.
-            owners: (r,) cluster of each.
-            count: k.
-        """
-        from gradstore.scoring.scan import BLOCK_ROWS, unit_rows
-
-        self.name = str(getattr(sample, "name", "clusters"))
-        self.space = getattr(sample, "space", None)
-        self.rows, self.dim = count, sample.dim
-        sums = np.zeros((count, sample.dim))
-        for start in range(0, sample.rows, BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, sample.rows)
-            directions, codes = unit_rows(sample.read(start, stop))
-            good = (codes == RowStatus.OK) & sample.usable[start:stop]
-            np.add.at(sums, owners[start:stop][good], directions[good])
-        lengths = np.linalg.norm(sums, axis=1)
-        #: (k,) bool: a representative could be used.
-        self.usable: npt.NDArray[np.bool_] = lengths > 0
-        self._directions = (sums / np.where(lengths > 0, lengths, 1.0)[:, None]).astype(np.float32)
-
-    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Directions [start, stop) as (stop - start, d)."""
-        return self._directions[start:stop]

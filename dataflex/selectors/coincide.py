@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dataflex.context import RunContext, UpdateContext
-from dataflex.coreset import Groups
-from dataflex.pictures import have_pictures
-from dataflex.registry import register
+from dataflex.config.registry import register
+from dataflex.data.images import have_pictures
+from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, Selector
-from dataflex.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput
+from gradstore.similarity.coresets import Groups
 
 if TYPE_CHECKING:
-    from dataflex.config import RunConfig
-    from dataflex.data import RunData
-    from dataflex.embeddings import Embedded, EmbeddingService
+    from dataflex.config.keys import RunConfig
+    from dataflex.data.rows import RunData
+    from dataflex.features.embeddings import Embedded, EmbeddingService
     from gradstore.similarity.rows import UsableRows
 
 _log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class CoincideSelector(Selector):
         keep_generations: int | None = None,
         seed: int = 42,
     ) -> None:
-        from dataflex.vision import VisionSettings
+        from dataflex.features.vision import VisionSettings
 
         for key, value in (
             ("num_clusters", num_clusters),
@@ -167,9 +167,9 @@ class CoincideSelector(Selector):
 
     def start(self, run: RunContext) -> None:
         """Open the store; a fixed model's features are taken now, once."""
-        from dataflex.embedders import EmbeddingSettings
-        from dataflex.embeddings import EmbeddingService
-        from dataflex.vision import FixedVision, VisionInTraining
+        from dataflex.features.embedders import EmbeddingSettings
+        from dataflex.features.embeddings import EmbeddingService
+        from dataflex.features.vision import FixedVision, VisionInTraining
 
         kind = FixedVision if self.fixed else VisionInTraining
         source = kind(run, self.settings)
@@ -255,7 +255,7 @@ class CoincideSelector(Selector):
 
     def _grouped(self, features: UsableRows, device: str) -> Groups:
         """Cluster all usable rows and judge the clusters."""
-        from dataflex.clustering import spherical_kmeans
+        from gradstore.similarity.clusters import spherical_kmeans
 
         wished = round(len(features) / ROWS_PER_CLUSTER)
         clusters = spherical_kmeans(

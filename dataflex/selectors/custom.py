@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dataflex.registry import register
+from dataflex.config.registry import register
 from dataflex.selectors.base import Selector
 from gradstore.errors import BadInput
 

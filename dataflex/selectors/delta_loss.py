@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.context import UpdateContext
-from dataflex.registry import register
+from dataflex.config.registry import register
+from dataflex.run.context import UpdateContext
+from dataflex.run.strategy import FSDP
 from dataflex.selectors.base import Selection, Selector
 from dataflex.selectors.loss import current_losses, draw
-from dataflex.strategy import FSDP
 from gradstore.errors import BadInput
 
 FloatArray = npt.NDArray[np.float64]

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.config import RunConfig
-from dataflex.context import RunContext
-from dataflex.data import RunData
-from dataflex.registry import register
-from dataflex.selectors.influence import InfluenceSelector, is_count
+from dataflex.config.keys import RunConfig
+from dataflex.config.parameters import is_count
+from dataflex.config.registry import register
+from dataflex.data.rows import RunData
+from dataflex.run.context import RunContext
+from dataflex.selectors.by_influence import InfluenceSelector
 from gradstore.errors import BadInput
 
 _log = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.context import UpdateContext
-from dataflex.registry import register
-from dataflex.selectors.influence import InfluenceSelector, Scored
+from dataflex.config.registry import register
+from dataflex.run.context import UpdateContext
+from dataflex.selectors.by_influence import InfluenceSelector, Scored
 
 if TYPE_CHECKING:
     from gradstore.scoring.comparable import CheckpointFeatures

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.context import UpdateContext
-from dataflex.registry import register
+from dataflex.config.registry import register
+from dataflex.run.context import UpdateContext
+from dataflex.run.strategy import FSDP
 from dataflex.selectors.base import Selection, Selector
-from dataflex.strategy import FSDP
 from gradstore.errors import BadInput
 
 FloatArray = npt.NDArray[np.float64]
@@ -98,7 +98,7 @@ def current_losses(
     if board is None:
         raise BadInput("losses are scored during training alone")
     asked = context.candidates if rows is None else rows
-    return board.losses(context.run, context.step, asked, max_rows=max_rows)
+    return board.losses(context.step, asked, max_rows=max_rows)
 
 
 def band_weights(

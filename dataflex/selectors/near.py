@@ -9,21 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.context import UpdateContext
-from dataflex.data import RunData
-from dataflex.registry import register
+from dataflex.config.parameters import is_whole
+from dataflex.config.registry import register
+from dataflex.data.rows import RunData
+from dataflex.run.context import UpdateContext
 from dataflex.selectors.base import Selection
-from dataflex.selectors.embedded import (
-    EmbeddingSelector,
-    Matrix,
-    Neighbours,
-    column_order,
-    growing_order,
-    is_whole,
-    load_offline,
-    rows_of_file,
-)
+from dataflex.selectors.by_embedding import EmbeddingSelector, load_offline, rows_of_file
 from gradstore.errors import BadInput
+from gradstore.similarity.neighbours import Matrix, Neighbours, column_order, growing_order
 
 
 @register("selector", "near")

@@ -13,23 +13,29 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from dataflex.context import RunContext, UpdateContext
-from dataflex.fixed_model import model_path_faults
-from dataflex.policy import Exchange, Policy, SamplingSettings
-from dataflex.registry import register
-from dataflex.rewarded import Baseline, Rewarded, RewardedTargets, answers_of, check_scored
-from dataflex.rewards.api import ApiJudge, ApiSettings
+from dataflex.config.registry import register
+from dataflex.models.frozen import model_path_faults
 from dataflex.rewards.base import Judge, RewardPrompts, Verdict
 from dataflex.rewards.function import FunctionJudge
 from dataflex.rewards.local import LocalJudge
 from dataflex.rewards.older import renamed
+from dataflex.rewards.policy_gradient import (
+    Baseline,
+    Rewarded,
+    RewardedTargets,
+    answers_of,
+    check_scored,
+)
+from dataflex.rewards.responses import Exchange, Policy, SamplingSettings
+from dataflex.rewards.server import ApiJudge, ApiSettings
+from dataflex.run.context import RunContext, UpdateContext
 from dataflex.selectors.base import Selection
 from dataflex.selectors.less import LessSelector
 from gradstore.errors import BadInput
 
 if TYPE_CHECKING:
-    from dataflex.config import RunConfig
-    from dataflex.data import RunData
+    from dataflex.config.keys import RunConfig
+    from dataflex.data.rows import RunData
 
 _log = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataflex.context import UpdateContext
-from dataflex.data import RunData
-from dataflex.registry import register
+from dataflex.config.registry import register
+from dataflex.data.rows import RunData
+from dataflex.run.context import UpdateContext
 from dataflex.selectors.base import Selection, Selector
 from gradstore.errors import BadInput
 

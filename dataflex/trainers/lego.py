@@ -10,22 +10,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.config import RunConfig
-from dataflex.data import Domains, RunData, check_intervals
-from dataflex.mixture import domains_of
+from dataflex.checkpoints.state import RunState
+from dataflex.config.keys import RunConfig
+from dataflex.data.mixture import domains_of
+from dataflex.data.order import BatchShape
+from dataflex.data.rows import Domains, RunData, check_intervals
 from dataflex.pipelines.asking import Part
 from dataflex.pipelines.pipeline import Pipeline, Plan
 from dataflex.pipelines.stages import UNIFORM
-from dataflex.schedule import EventKind, Interval, Schedule
+from dataflex.run.schedule import EventKind, Interval, Schedule
 from dataflex.selectors.base import Selection
-from dataflex.trainers.intervals import BatchShape
-from dataflex.trainers.losses import LossSeam
-from dataflex.trainers.mix import listed, losses_by_domain, told_by_domain
-from dataflex.trainers.samples import SampleStats
-from dataflex.trainers.select import select_schedule, selection_numbers
-from dataflex.trainers.served import ServedSeam
-from dataflex.trainers.state import RunState
+from dataflex.trainers.loss_seam import LossSeam
+from dataflex.trainers.row_seam import ServedSeam, select_schedule
+from dataflex.trainers.telling import listed, selection_numbers, told_by_domain
 from dataflex.trainers.weight import weighted_alone
+from dataflex.trainers.weights import SampleStats, losses_by_domain
 from dataflex.weighters.base import LossContributor
 from gradstore.errors import BadInput
 

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.config import RunConfig
-from dataflex.data import Domains, RunData
-from dataflex.mixers.base import DomainLosses
-from dataflex.mixture import (
+from dataflex.checkpoints.state import RunState
+from dataflex.config.keys import RunConfig
+from dataflex.data.mixture import (
     FIXED_RULES,
     Cursors,
     check_domains,
@@ -22,18 +21,15 @@ from dataflex.mixture import (
     mixers_answer,
     opening_proportions,
 )
-from dataflex.ranks import Ranks
-from dataflex.schedule import EventKind, Interval, Schedule, mix_budget
-from dataflex.trainers.losses import LossSeam
-from dataflex.trainers.samples import SampleStats
-from dataflex.trainers.served import ServedSeam
-from dataflex.trainers.state import RunState
+from dataflex.data.rows import Domains, RunData
+from dataflex.run.schedule import EventKind, Interval, Schedule, mix_budget
+from dataflex.trainers.loss_seam import LossSeam
+from dataflex.trainers.row_seam import ServedSeam
+from dataflex.trainers.telling import listed, told_by_domain
+from dataflex.trainers.weights import SampleStats, losses_by_domain
 from dataflex.weighters.base import LossContributor
 
 _log = logging.getLogger(__name__)
-
-#: Domains that a line on the screen names.
-TOLD = 8
 
 
 class MixSeam(LossSeam, ServedSeam):
@@ -189,33 +185,6 @@ class MixSeam(LossSeam, ServedSeam):
         }
 
 
-def told_by_domain(strategy: object, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """What a mixer has to tell of the domains beside proportions: what -> domain -> value."""
-    tells = getattr(strategy, "by_domain", dict)
-    return {
-        what: dict(zip(names, values.tolist(), strict=True)) for what, values in tells().items()
-    }
-
-
-def losses_by_domain(
-    step: int, seen: SampleStats, rows: npt.NDArray[np.int64], domains: Domains, ranks: Ranks
-) -> DomainLosses:
-    """A step's losses over all ranks; collective.
-
-    Args:
-        step: g, optimizer steps finished before it.
-        seen: this rank's n samples.
-        rows: (n,) their positions.
-        domains: whose rows they are.
-        ranks: this process among the others.
-    """
-    domain, k = domains.of_row[rows], len(domains.names)
-    own = [np.bincount(domain, weights, minlength=k)
-           for weights in (seen.loss_sums, seen.tokens, np.ones(len(rows)))]  # fmt: skip
-    loss_sums, tokens, count = ranks.summed(np.stack(own))
-    return DomainLosses(step, loss_sums, tokens, count)
-
-
 def _steps_asked(config: RunConfig, args: Any) -> int:  # noqa: ANN401 - TrainingArguments
     """`train_step`, or `max_steps` in its place; 0 where neither is given."""
     return config.dataflex.train_step or max(0, int(args.max_steps))
@@ -238,10 +207,3 @@ def _ignored(config: RunConfig) -> list[str]:
             f"{ours.mixture_sample_rule!r}."
         )
     return warnings
-
-
-def listed(values: Mapping[str, float], form: str) -> str:
-    """The largest few, in the order of the domains."""
-    kept = sorted(values, key=lambda name: -values[name])[:TOLD]
-    named = ", ".join(f"{n} {v:{form}}" for n, v in values.items() if n in kept)
-    return named + (f" and {len(values) - TOLD} more" if len(values) > TOLD else "")

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.config import RunConfig
-from dataflex.data import RunData
+from dataflex.config.keys import RunConfig
+from dataflex.data.rows import RunData
 from dataflex.reorders.base import Ordering
-from dataflex.schedule import EventKind, Interval, Schedule
-from dataflex.trainers.select import score_numbers, score_range, select_schedule
-from dataflex.trainers.served import ServedSeam, check_rows_of
-from dataflex.window import as_json
+from dataflex.run.log import as_json
+from dataflex.run.schedule import EventKind, Interval, Schedule
+from dataflex.trainers.row_seam import ServedSeam, check_rows_of, select_schedule
+from dataflex.trainers.telling import score_numbers, score_range
 from gradstore.errors import BadInput
 
 

@@ -17,22 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from dataflex.config import RunConfig
-from dataflex.context import RunContext
-from dataflex.data import RunData
-from dataflex.events import RunLog
-from dataflex.identity import remember_identity
-from dataflex.ranks import Ranks
-from dataflex.registry import RETIRED, target_of
-from dataflex.routers import freeze_routers, load_experts
-from dataflex.schedule import Schedule
-from dataflex.scoreboard import Scoreboard
-from dataflex.strategy import FSDP, ZERO3
-from dataflex.trainers.intervals import BatchShape
-from dataflex.trainers.state import RunState, load_state
-from dataflex.window import as_json
+from dataflex.checkpoints.state import RunState, load_state
+from dataflex.config.keys import RunConfig
+from dataflex.config.presets import RETIRED
+from dataflex.config.registry import target_of
+from dataflex.data.order import BatchShape
+from dataflex.data.rows import RunData
+from dataflex.models.experts import freeze_routers, load_experts
+from dataflex.models.passes import row_losses
+from dataflex.run.board import Scoreboard
+from dataflex.run.context import RunContext
+from dataflex.run.log import RunLog, as_json
+from dataflex.run.output_owner import remember_identity
+from dataflex.run.ranks import Ranks
+from dataflex.run.schedule import Schedule
+from dataflex.run.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput, ProvenanceMismatch
 from gradstore.store.cleaning import discard_store
 
@@ -225,8 +227,14 @@ class Seam:
             autocast=str(self.accelerator.mixed_precision or "no").replace("no", "off"),
             shows_progress=self.ranks.leads and not self.args.disable_tqdm,
             ranks=self.ranks,
-            board=Scoreboard(len(self.run.data.train)),
+            board=Scoreboard(self.run.data.train, self._measured),
         )
+
+    def _measured(
+        self, positions: npt.NDArray[np.int64], *, max_rows: int
+    ) -> npt.NDArray[np.float64]:
+        """(n,) losses of training rows under the present model; what the scoreboard asks."""
+        return row_losses(self.context, positions, max_rows=max_rows)
 
     def _begin(self, *, anew: bool) -> None:
         """The last place for refusals: model and rows are there, nothing was trained."""

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.config import RunConfig
-from dataflex.data import RunData, check_intervals
-from dataflex.events import SelectionEvent
-from dataflex.schedule import EventKind, Interval, Schedule, select_budget
+from dataflex.config.keys import RunConfig
+from dataflex.data.rows import RunData, check_intervals
+from dataflex.run.log import SelectionEvent, as_json
+from dataflex.run.schedule import EventKind, Interval, Schedule
 from dataflex.selectors.base import Selection, ask
-from dataflex.trainers.served import ServedSeam, check_rows_of
-from dataflex.window import as_json
+from dataflex.trainers.row_seam import ServedSeam, check_rows_of, select_schedule
+from dataflex.trainers.telling import _by_set, score_range, selection_numbers
 
 
 class SelectSeam(ServedSeam):
@@ -103,56 +102,3 @@ def warmup_rows(data: RunData, count: int, seed: int, stage: int) -> npt.NDArray
     """Rows with a target, uniform without replacement, another draw in every stage."""
     usable = np.flatnonzero(data.train.target_tokens > 0)
     return np.random.default_rng([seed, stage]).permutation(usable)[:count]
-
-
-def selection_numbers(
-    data: RunData, rows: npt.NDArray[np.int64], selection: Selection
-) -> dict[str, float]:
-    """What the Trainer's log gets of a selection."""
-    return {
-        "kept_share": len(np.unique(rows)) / len(data.train),
-        "skipped": float(sum(selection.skipped.values())),
-        **selection.numbers,
-        **score_numbers(selection.scores),
-    }
-
-
-def score_numbers(scores: npt.NDArray[np.floating[Any]] | None) -> dict[str, float]:
-    """Smallest, mean and largest of the scores that are finite, if any is."""
-    if scores is None or not np.isfinite(scores).any():
-        return {}
-    known = np.asarray(scores, dtype=np.float64)
-    return {
-        "score_min": float(np.nanmin(known)),
-        "score_mean": float(np.nanmean(known)),
-        "score_max": float(np.nanmax(known)),
-    }
-
-
-def _by_set(chosen: Mapping[str, int]) -> str:
-    """Which data sets they came from, where there are several."""
-    if len(chosen) < 2:
-        return ""
-    return f" ({', '.join(f'{name} {count}' for name, count in chosen.items())})"
-
-
-def score_range(numbers: Mapping[str, float]) -> str:
-    """The end of a line about an update, where rows have scores."""
-    if "score_min" not in numbers:
-        return ""
-    return f", scores {numbers['score_min']:.3g} to {numbers['score_max']:.3g}"
-
-
-def select_schedule(config: RunConfig, rows: int, global_batch: int, args: Any) -> Schedule:  # noqa: ANN401
-    """The schedule of a select, reorder or pipeline run; `max_steps` stands in for `train_step`."""
-    ours = config.dataflex
-    budget = select_budget(
-        train_step=ours.train_step or max(0, int(args.max_steps)),
-        epochs=float(args.num_train_epochs),
-        warmup_step=ours.warmup_step,
-        update_step=ours.update_step,
-        update_times=ours.update_times,
-        rows=rows,
-        global_batch=global_batch,
-    )
-    return Schedule(ours.warmup_step, ours.update_step, ours.update_times, budget)

@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dataflex.config import RunConfig
-from dataflex.data import RunData
-from dataflex.schedule import Schedule
-from dataflex.trainers.losses import LossSeam
+from dataflex.config.keys import RunConfig
+from dataflex.data.rows import RunData
+from dataflex.run.schedule import Schedule
+from dataflex.trainers.loss_seam import LossSeam
 from dataflex.weighters.base import LossContributor
 from gradstore.errors import BadInput
 

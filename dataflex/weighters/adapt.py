@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataflex.registry import register
-from dataflex.weighters.targets import TargetWeighter
-from dataflex.window import FloatArray, MeasuredBatch, WeightContext
+from dataflex.config.registry import register
+from dataflex.weighters.base import FloatArray, MeasuredBatch, WeightContext
+from dataflex.weighters.by_target import TargetWeighter
 
 
 @register("weighter", "adapt")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.context import RunContext
-from dataflex.strategy import Strategy
-from dataflex.window import FloatArray, MeasuredBatch, WeightContext
+from dataflex.run.context import RunContext
+from dataflex.run.strategy import Strategy
+
+if TYPE_CHECKING:
+    import torch
+
+    from gradstore.capture.losses import Targets
 
 __all__ = [
     "FloatArray",
@@ -19,6 +25,47 @@ __all__ = [
     "WeightContext",
     "Weighter",
 ]
+
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class MeasuredBatch:
+    """One rank's micro-batch after a forward pass; nothing here carries a gradient.
+
+    Attributes:
+        inputs: what the model got, and `labels` (b, t), on the model's device.
+        targets: the positions that predict a target token.
+        token_losses: (s,) float32, cross-entropy at those positions.
+        hidden: (b, t, h) hidden states of the layer that was asked for, or None.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    targets: Targets
+    token_losses: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class WeightContext:
+    """What is known of the samples that are weighted together, over all ranks.
+
+    Attributes:
+        run: what stays the same.
+        step: g, optimizer steps finished.
+        tokens: (n,) int64 target tokens of each sample.
+        rows: (n,) int64 positions in the training set, or None where the stock loader serves.
+        domains: (n,) int64 domain of each sample, or None where there are no domains.
+        measured: (n, m) float64, what `measure` gave for each sample, or None.
+    """
+
+    run: RunContext
+    step: int
+    tokens: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64] | None = None
+    domains: npt.NDArray[np.int64] | None = None
+    measured: FloatArray | None = None
 
 
 class LossContributor(Strategy):

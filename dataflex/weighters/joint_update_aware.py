@@ -9,9 +9,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from dataflex.registry import register
-from dataflex.weighters.targets import TargetWeighter, unit
-from dataflex.window import FloatArray, WeightContext
+from dataflex.config.registry import register
+from dataflex.weighters.base import FloatArray, WeightContext
+from dataflex.weighters.by_target import TargetWeighter, unit
 from gradstore.export.pooling import Pooling
 
 Objective = Literal["full", "align_only", "diverse_only", "uniform"]

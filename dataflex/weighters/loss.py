@@ -6,9 +6,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from dataflex.registry import register
-from dataflex.weighters.base import Weighter
-from dataflex.window import FloatArray, WeightContext
+from dataflex.config.registry import register
+from dataflex.weighters.base import FloatArray, WeightContext, Weighter
 
 LossStrategy = Literal["linupper", "quadratic", "extremes", "linear", "uniform"]
 

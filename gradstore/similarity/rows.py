@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,9 @@ from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
 from gradstore.scoring.scan import unit_rows
 from gradstore.store.generation import Generation
+
+if TYPE_CHECKING:
+    from gradstore.scoring.scan import FeatureSource
 
 
 @dataclass(frozen=True)
@@ -82,3 +86,35 @@ class UsableRows:
             rows = self._generation.read(start, stop)[wanted[here] - start]
             found[here] = unit_rows(rows)[0]
         return found
+
+
+class ClusterDirections:
+    """Each cluster's direction as a row of features: the mean of its representatives' unit rows."""
+
+    def __init__(self, sample: FeatureSource, owners: npt.NDArray[np.int64], count: int) -> None:
+        """Read the representatives.
+
+        Args:
+            sample: (r, d) features.
+            owners: (r,) cluster of each.
+            count: k.
+        """
+        from gradstore.scoring.scan import BLOCK_ROWS, unit_rows
+
+        self.name = str(getattr(sample, "name", "clusters"))
+        self.space = getattr(sample, "space", None)
+        self.rows, self.dim = count, sample.dim
+        sums = np.zeros((count, sample.dim))
+        for start in range(0, sample.rows, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, sample.rows)
+            directions, codes = unit_rows(sample.read(start, stop))
+            good = (codes == RowStatus.OK) & sample.usable[start:stop]
+            np.add.at(sums, owners[start:stop][good], directions[good])
+        lengths = np.linalg.norm(sums, axis=1)
+        #: (k,) bool: a representative could be used.
+        self.usable: npt.NDArray[np.bool_] = lengths > 0
+        self._directions = (sums / np.where(lengths > 0, lengths, 1.0)[:, None]).astype(np.float32)
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Directions [start, stop) as (stop - start, d)."""
+        return self._directions[start:stop]

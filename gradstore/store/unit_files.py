@@ -15,12 +15,7 @@ import numpy as np
 from gradstore.errors import DamagedFile, Fault
 from gradstore.format.canonical import canonical_json
 from gradstore.format.codec import chunk_values
-from gradstore.format.layout import (
-    CRC_BYTES,
-    RowStatus,
-    generation_path,
-    unit_path,
-)
+from gradstore.format.layout import CRC_BYTES, RowStatus, generation_path, unit_path
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.unit_records import FileSeal, UnitRecord, crc32c
 from gradstore.storage.local import StoreFiles

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex.data import IGNORED, Domains, Rows, RunData
+from dataflex.data.rows import IGNORED, Domains, Rows, RunData
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dataflex import bridge
-from dataflex.config import DataFlexConfig, load
+from dataflex.bridge import arguments
+from dataflex.config.keys import DataFlexConfig, load
+from dataflex.config.presets import resolve
+from dataflex.launch.preflight import check
 from dataflex.pipelines.stages import ACCEPTED
-from dataflex.preflight import check
-from dataflex.registry import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,7 +44,7 @@ def test_the_readmes_keys_are_accepted() -> None:
     lines = [line[1:] for line in diff[1].splitlines()]
     content = yaml.safe_load("\n".join(lines))
     own = set(DataFlexConfig.__dataclass_fields__)
-    assert set(content) <= own | bridge.accepted_keys()
+    assert set(content) <= own | arguments.accepted_keys()
     added = {line[1:].split(":")[0] for line in diff[1].splitlines() if line.startswith("+")}
     assert {key for key in added if not key.startswith(" ")} <= own
     resolve(content["train_type"], content["component_name"], content["component_params"]).build()
@@ -55,7 +55,7 @@ def test_every_example_configuration_passes_its_checks(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    config = load(path, [], bridge.accepted_keys())
+    config = load(path, [], arguments.accepted_keys())
     if (ROOT / str(config.get("model_name_or_path"))).is_dir():  # the real one has to be made first
         check(config)
 
@@ -68,8 +68,8 @@ def test_adding_a_strategy_takes_one_file_one_preset_and_one_test(tmp_path: Path
     touched = re.findall(r"^\+\+\+ b/(\S+)", diff[1], flags=re.M)
     assert touched == [
         "dataflex/selectors/shortest.py",
-        "dataflex/configs/components.yaml",
-        "tests/dataflex_/test_shortest.py",
+        "dataflex/config/components.yaml",
+        "tests/dataflex_/selectors/test_shortest.py",
     ]
     shutil.copytree(ROOT / "dataflex", tmp_path / "dataflex")
     subprocess.run(["git", "apply", "-"], input=diff[1], text=True, check=True, cwd=tmp_path)

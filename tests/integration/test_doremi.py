@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex.trainers.state import load_state
+from dataflex.checkpoints.state import load_state
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_full" / "mixers" / "doremi.py"
 TINY = SCRIPT.parents[2] / "tiny"

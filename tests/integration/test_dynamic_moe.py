@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dataflex.events import read_events
+from dataflex.run.log import read_events
 
 DOMAINS = ("tiny_domain_date", "tiny_domain_sort", "tiny_domain_spell")
 

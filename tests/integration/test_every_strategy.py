@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex.events import read_events
-from dataflex.trainers.state import load_state
+from dataflex.checkpoints.state import load_state
+from dataflex.run.log import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(

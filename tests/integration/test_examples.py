@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dataflex.registry import KINDS, presets_of, strategies
+from dataflex.config.presets import presets_of
+from dataflex.config.registry import KINDS, strategies
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "train_lora" / "selectors").glob("*.yaml"))

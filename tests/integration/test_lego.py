@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from dataflex.events import read_events
-from dataflex.trainers.state import load_state
+from dataflex.checkpoints.state import load_state
+from dataflex.run.log import read_events
 
 ADD, SORT, NOISE = (f"tiny_domain_{name}" for name in ("add", "sort", "noise"))
 

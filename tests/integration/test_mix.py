@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex.events import read_events
-from dataflex.mixture import largest_remainder
-from dataflex.trainers.state import load_state
+from dataflex.checkpoints.state import load_state
+from dataflex.data.mixture import largest_remainder
+from dataflex.run.log import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "examples" / "tiny" / "data"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataflex.events import read_events
+from dataflex.run.log import read_events
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny" / "data"
 SORTED = {"score_params": {"score_field": "difficulty"}}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dataflex.events import read_events
+from dataflex.run.log import read_events
 
 SETS = ("tiny_target", "tiny_target_heldout")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.trainers.state import load_state
+from dataflex.checkpoints.state import load_state
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dataflex.events import read_events
-from dataflex.trainers.state import load_state
+from dataflex.checkpoints.state import load_state
+from dataflex.run.log import read_events
 
 #: A run of the plain trainer: fixture keys that only a selector needs are left out.
 PLAIN: dict[str, Any] = {

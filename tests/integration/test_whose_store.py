@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dataflex.ownership import own_output
+from dataflex.run.output_owner import own_output
 from gradstore import open_store
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -33,11 +33,11 @@ IMPORTED = (
     "zarr",
     "scipy.io",
     "gradkernels.cpu.sums",
-    "dataflex.build",
+    "dataflex.launch.build",
     "dataflex.cli",
-    "dataflex.scoring",
+    "dataflex.features.direct",
     "dataflex.selectors.less",
-    "dataflex.session",
+    "dataflex.launch.session",
     "torchdata.stateful_dataloader",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
@@ -47,7 +47,7 @@ IMPORTED = (
 
 def plant(faults: dict[str, Any]) -> None:
     """Wrap the run's own trainer so that it kills the process, or tells what it serves."""
-    from dataflex import session
+    from dataflex.launch import session
 
     make = session.trainer_class
 
@@ -117,8 +117,8 @@ def run(request: dict[str, Any], rank: int | None = None) -> None:
         if request.get("faults"):
             plant(request["faults"])
         if rank is not None:
-            from dataflex.cli import set_up_logging
-            from dataflex.launcher import worker
+            from dataflex.launch.worker import worker
+            from dataflex.run.messages import set_up_logging
 
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             set_up_logging()

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.context import RunContext, UpdateContext
-from dataflex.mixers.base import DomainLosses, Mixer
+from dataflex.api import DomainLosses, Mixer, RunContext, UpdateContext
 
 
 class ByLoss(Mixer):

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.context import UpdateContext
-from dataflex.reorders.base import Ordering, Reorder
+from dataflex.api import Ordering, Reorder, UpdateContext
 
 
 class EvenBatches(Reorder):

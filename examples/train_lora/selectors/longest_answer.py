@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataflex.context import UpdateContext
-from dataflex.selectors.base import Selection, Selector
+from dataflex.api import Selection, Selector, UpdateContext
 
 
 class LongestAnswer(Selector):

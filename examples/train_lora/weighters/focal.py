@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataflex.weighters.base import Weighter
-from dataflex.window import FloatArray, WeightContext
+from dataflex.api import FloatArray, WeightContext, Weighter
 
 
 class FocalWeighter(Weighter):

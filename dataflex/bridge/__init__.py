@@ -1,0 +1,1 @@
+"""The bridge to LlamaFactory: the only room that imports it."""

@@ -1,0 +1,150 @@
+"""LlamaFactory's arguments: accepted keys, values of a wrong type, and what they raise."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_args, get_type_hints
+
+from gradstore.errors import BadInput
+
+#: LlamaFactory's stages; each has a workflow of its own.
+STAGES = ("pt", "sft", "rm", "dpo", "kto", "ppo")
+
+
+def accepted_keys() -> set[str]:
+    """Every key LlamaFactory's own training arguments know."""
+    return {f.name for cls in _argument_classes() for f in dataclasses.fields(cls) if f.init}
+
+
+def mistyped(args: Mapping[str, Any]) -> list[str]:
+    """One sentence for every value where LlamaFactory's arguments want a number or true/false.
+
+    Its parser takes any value for any key and fails much later, with a TypeError.
+    """
+    faults = []
+    for cls in _argument_classes():
+        for name, hint in get_type_hints(cls).items():
+            value = args.get(name)
+            wanted = set(get_args(hint) or (hint,)) - {type(None)}
+            if value is None or not wanted <= {int, float, bool}:
+                continue
+            if isinstance(value, bool | int | float) and not _unusable(value, wanted):
+                continue
+            number = "a number" if float in wanted else "a whole number"
+            expected = "true or false" if wanted == {bool} else f"{number}, without quotes"
+            faults.append(f"{name} is {value!r}; expected {expected}.")
+    return faults
+
+
+def _unusable(value: float, wanted: set[Any]) -> bool:
+    """A boolean for a number, NaN, or a fraction where a whole number is wanted."""
+    if isinstance(value, bool):
+        return bool not in wanted
+    return math.isnan(value) or not (float in wanted or float(value).is_integer())
+
+
+def _argument_classes() -> tuple[Any, ...]:
+    from llamafactory.hparams import (
+        DataArguments,
+        FinetuningArguments,
+        GeneratingArguments,
+        ModelArguments,
+        TrainingArguments,
+    )
+
+    return (DataArguments, FinetuningArguments, GeneratingArguments, ModelArguments,
+            TrainingArguments)  # fmt: skip
+
+
+def device_count() -> int:
+    """Accelerators LlamaFactory would use; 0 on a machine with a CPU only."""
+    from llamafactory.extras.misc import get_device_count
+
+    return int(get_device_count())
+
+
+#: What LlamaFactory raises for arguments of a wrong type or value, or that need a missing library.
+ARGUMENT_FAULTS = (ValueError, TypeError, ImportError)
+
+
+@contextlib.contextmanager
+def _configuration_faults() -> Iterator[None]:
+    """What LlamaFactory raises for bad arguments, data and models becomes `BadInput`."""
+    from datasets.exceptions import DatasetsError
+    from llamafactory.data import loader
+    from llamafactory.train import tuner
+
+    data_faults = (ValueError, RuntimeError, DatasetsError)
+    places: list[tuple[Any, str, tuple[type[Exception], ...]]] = [
+        (tuner, "get_train_args", ARGUMENT_FAULTS),
+        (loader, "_get_merged_dataset", (*data_faults, KeyError)),
+        (loader, "_get_preprocessed_dataset", data_faults),
+        (loader, "split_dataset", data_faults),
+    ]
+    loaders: list[tuple[Any, str]] = []
+    for stage in STAGES:
+        workflow = importlib.import_module(f"llamafactory.train.{stage}.workflow")
+        places.append((workflow, "get_template_and_fix_tokenizer", (ValueError,)))
+        loaders += [(workflow, name) for name in ("load_tokenizer", "load_model")]
+    with contextlib.ExitStack() as stack:
+        for module, name in loaders:
+            stack.enter_context(_swapped(module, name, _naming_model(getattr(module, name))))
+        for module, name, faults in places:
+            guarded = _as_bad_input(getattr(module, name), faults)
+            stack.enter_context(_swapped(module, name, guarded))
+        yield
+
+
+@contextlib.contextmanager
+def _swapped(module: Any, name: str, replacement: object) -> Iterator[None]:  # noqa: ANN401
+    original = getattr(module, name)
+    setattr(module, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def _as_bad_input(
+    function: Callable[..., Any], faults: tuple[type[Exception], ...] = (ValueError,)
+) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a transparent wrapper
+        try:
+            return function(*args, **kwargs)
+        except StopIteration as error:
+            raise BadInput("a data set is empty: its file holds no row.") from error
+        except faults as error:
+            cause = error.__cause__ or error
+            reason = f"a row has no {cause}" if isinstance(cause, KeyError) else str(cause)
+            raise BadInput(f"LlamaFactory refuses the configuration or data: {reason}") from error
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """LlamaFactory's complaints about data do not say which set they are about."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{what}: {error}") from error
+
+
+def _naming_model(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `load_tokenizer` or `load_model`, whose complaints do not say what was to be loaded."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a transparent wrapper
+        try:
+            return function(*args, **kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            (name,) = (a.model_name_or_path for a in args if hasattr(a, "model_name_or_path"))
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise BadInput(f"model_name_or_path {name!r} cannot be loaded: {reason}") from error
+
+    return wrapped

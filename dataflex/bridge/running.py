@@ -1,0 +1,173 @@
+"""The only file that touches LlamaFactory's internals.
+
+What it relies on, all of LlamaFactory 0.9.5: `train.tuner.run_exp(args: dict)`; the names
+`CustomSeq2SeqTrainer`, `CustomTrainer` and `get_dataset` in the sft and pt workflows; and, to carry
+a row's origin through preprocessing, `load_dataset`, `align_dataset` and `_get_dataset_processor`
+in `data.loader`. A context manager swaps them for one run and puts them back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataflex.bridge.arguments import (
+    ARGUMENT_FAULTS,
+    _as_bad_input,
+    _configuration_faults,
+    _naming_model,
+    _swapped,
+)
+from dataflex.bridge.rows import Arrange, OnData, _dataset_loader, _row_sources
+from dataflex.config.keys import RunConfig, names
+from dataflex.data.rows import (
+    RunData,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+MakeTrainer = Callable[[type], Callable[..., Any]]
+
+
+def run_untouched(args: Mapping[str, Any]) -> None:
+    """LlamaFactory's own training, nothing replaced (`train_type: static`)."""
+    from llamafactory.train.tuner import run_exp
+
+    with _configuration_faults():
+        run_exp(dict(args))
+
+
+def run_replaced(
+    config: RunConfig,
+    args: Mapping[str, Any],
+    make_trainer: MakeTrainer,
+    on_data: OnData,
+    arrange: Arrange | None = None,
+) -> None:
+    """LlamaFactory's training with our trainer in its place.
+
+    Args:
+        config: the whole configuration; its target sets are loaded as training data.
+        args: what LlamaFactory parses.
+        make_trainer: LlamaFactory's trainer class -> what builds the trainer.
+        on_data: called with the processed rows and the TrainingArguments before a model is loaded.
+        arrange: the order to put raw training rows in before they are tokenised.
+    """
+    from llamafactory.train.pt import workflow as pt
+    from llamafactory.train.sft import workflow as sft
+    from llamafactory.train.tuner import run_exp
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_configuration_faults())
+        files = stack.enter_context(_row_sources())
+        stack.enter_context(_whole_log_lines())
+        load = _dataset_loader(config, sft.get_dataset, on_data, files, arrange)
+        for workflow, trainer in ((sft, "CustomSeq2SeqTrainer"), (pt, "CustomTrainer")):
+            stack.enter_context(
+                _swapped(workflow, trainer, make_trainer(getattr(workflow, trainer)))
+            )
+            stack.enter_context(_swapped(workflow, "get_dataset", load))
+        run_exp(dict(args))
+
+
+@contextlib.contextmanager
+def _whole_log_lines() -> Iterator[None]:
+    """`trainer_log.jsonl` gets our numbers too: LlamaFactory writes the keys it knows alone."""
+    from llamafactory.train import tuner
+
+    class WholeLines(tuner.LogCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ANN401
+            ours = {k: v for k, v in state.log_history[-1].items() if k.startswith("dataflex/")}
+
+            def write(output_dir: str, logs: dict[str, Any]) -> None:
+                super(WholeLines, self)._write_log(output_dir, {**logs, **ours})
+
+            # The line is written later, by another thread: it keeps the numbers of now.
+            self._write_log = write
+            super().on_log(args, state, control, **kwargs)
+
+    with _swapped(tuner, "LogCallback", WholeLines):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A model with a trained adapter and the rows to export, outside of training."""
+
+    model: Any
+    data: RunData
+    collate: Any
+    training_args: Any
+
+
+def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> LoadedRun:
+    """Load data and model as a training run would, with a checkpoint's adapter active.
+
+    Args:
+        config: the configuration of the run.
+        checkpoint: a folder with an adapter; None for a fresh one.
+        on_data: as in `run_replaced`: checks the rows before the model is loaded.
+    """
+    from llamafactory.data import (
+        SFTDataCollatorWith4DAttentionMask,
+        get_dataset,
+        get_template_and_fix_tokenizer,
+    )
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_model, load_tokenizer
+
+    args = {**config.llamafactory, "do_train": True, "overwrite_output_dir": True,
+            "resume_from_checkpoint": None}  # fmt: skip
+    if checkpoint is not None:
+        # A merged base adapter stays merged; the checkpoint is the one that trains.
+        merged = names(config.get("adapter_name_or_path"))
+        merged = merged if config.get("create_new_adapter", False) else ()
+        args["adapter_name_or_path"] = ",".join([*merged, str(checkpoint)])
+        args["create_new_adapter"] = False
+    with _configuration_faults(), _row_sources() as files:
+        model_args, data_args, training_args, finetuning_args, _ = _as_bad_input(
+            get_train_args, ARGUMENT_FAULTS
+        )(args)
+        module = _naming_model(load_tokenizer)(model_args)
+        template = _as_bad_input(get_template_and_fix_tokenizer)(module["tokenizer"], data_args)
+        held: list[RunData] = []
+
+        def hold(data: RunData, training_args: object) -> None:
+            on_data(data, training_args)
+            held.append(data)
+
+        load = _dataset_loader(config, get_dataset, hold, files)
+        load(template, model_args, data_args, training_args, stage=finetuning_args.stage, **module)
+        model = _naming_model(load_model)(
+            module["tokenizer"], model_args, finetuning_args, is_trainable=True
+        )
+    if finetuning_args.stage == "pt":
+        from transformers import DataCollatorForLanguageModeling
+
+        collate: Any = DataCollatorForLanguageModeling(tokenizer=module["tokenizer"], mlm=False)
+    else:
+        collate = SFTDataCollatorWith4DAttentionMask(
+            template=template,
+            model=model,
+            pad_to_multiple_of=8,
+            label_pad_token_id=-100,
+            attn_implementation=getattr(model.config, "_attn_implementation", None),
+            compute_dtype=model_args.compute_dtype,
+            **module,
+        )
+    return LoadedRun(model, held[0], collate, training_args)
+
+
+def passthrough(arguments: Sequence[str]) -> None:
+    """Run another llamafactory-cli command exactly as it would run itself."""
+    import sys
+
+    from llamafactory.cli import main
+
+    sys.argv = ["llamafactory-cli", *arguments]
+    main()

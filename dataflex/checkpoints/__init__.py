@@ -1,0 +1,1 @@
+"""Checkpoints of a run: their folders, state and weights."""

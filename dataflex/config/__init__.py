@@ -1,0 +1,1 @@
+"""Configuration: keys, registered strategies, presets and parameters."""

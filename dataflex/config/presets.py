@@ -1,0 +1,188 @@
+"""Presets of components.yaml: a strategy's name in a YAML becomes a class and its parameters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dataflex.config.parameters import mistyped
+from dataflex.config.registry import (
+    KINDS,
+    _constructors,
+    _import_target,
+    _takes_any,
+    parameters,
+    strategies,
+    unknown,
+)
+from gradstore.errors import BadInput
+
+_log = logging.getLogger(__name__)
+
+
+#: Buckets of components.yaml that DataFlex 1.1.0 called otherwise.
+OLD_BUCKETS: Mapping[str, str] = {"reorders": "reorderers"}
+
+
+PACKAGED_PRESETS = Path(__file__).with_name("components.yaml")
+
+
+#: Parameters of DataFlex 1.1.0 that have nothing left to say here, and why; dropped with a warning.
+RETIRED: Mapping[str, str] = {
+    "cache_dir": "features live in the gradient store, selections below output_dir",
+    "save_interval": "the store writes units of 256 rows",
+    "score_num_workers": "rows are already tokenised when they are scored",
+    "clustering_num_workers": "features are kept in the store and read from there",
+}
+
+
+@dataclass(frozen=True)
+class Component:
+    """A strategy's class and its merged parameters, checked but not yet built."""
+
+    kind: str
+    name: str
+    cls: type
+    params: Mapping[str, Any]
+
+    def build(self) -> Any:  # noqa: ANN401 - the kind's protocol types the result at the caller
+        """Construct the strategy; a parameter out of range is `BadInput` naming it."""
+        try:
+            return self.cls(**self.params)
+        except (TypeError, ValueError, BadInput) as error:
+            raise BadInput(f"component {self.name!r}: {error}") from error
+
+
+def resolve(
+    train_type: str,
+    component_name: str | None,
+    component_params: Mapping[str, Any],
+    presets_file: Path | None = None,
+    placeholders: Mapping[str, Any] | None = None,
+) -> Component:
+    """Find the preset, its class and its parameters.
+
+    Args:
+        train_type: picks the bucket of presets.
+        component_name: key of a preset, or of a registered strategy without one.
+        component_params: override the preset's, key by key inside mappings too; `target` names a
+            user's own class.
+        presets_file: a components.yaml of the user's; the packaged one when None.
+        placeholders: the run's keys, which `${key}` in `presets_file` stands for.
+
+    Raises:
+        BadInput: unknown preset, strategy or parameter; lists what is accepted.
+    """
+    bucket, kind = KINDS[train_type]
+    known = strategies(kind)
+    presets = presets_of(bucket, presets_file or PACKAGED_PRESETS, placeholders)
+    if component_name is None:
+        raise BadInput(
+            f"train_type: {train_type} needs component_name. "
+            f"Known {bucket}: {', '.join(sorted({*presets, *known}))}."
+        )
+    if component_name not in presets and component_name not in known:
+        raise BadInput(unknown(f"component_name for {train_type}", [component_name],
+                               {*presets, *known}))  # fmt: skip
+    preset = presets.get(component_name, {"name": component_name})
+    where = f"preset {component_name!r} of {bucket}"
+    if extra := set(preset) - {"name", "params", "target"}:
+        raise BadInput(unknown(f"key in {where}", extra, ("name", "params", "target")))
+    if not isinstance(preset.get("params") or {}, Mapping):
+        raise BadInput(f"params in {where} is {preset['params']!r}; expected a mapping.")
+    params = _over(preset.get("params") or {}, component_params)
+    target = params.pop("target", preset.get("target"))
+    name = preset.get("name", component_name)
+    if kind == "reorder":  # DataFlex 1.1.0 looked these up by `kind`, whatever their name
+        name = params.pop("kind", name)
+    if target is not None:
+        cls = _import_target(str(target))
+    elif name in known:
+        cls = known[name]
+    else:
+        raise BadInput(unknown(f"strategy `name` in {where}", [str(name)], known))
+    for key in set(params) & set(RETIRED) - set(parameters(cls)):
+        _log.warning("component %r: %s is ignored: %s", component_name, key, RETIRED[key])
+        del params[key]
+    if {"components_cfg_file", "placeholders"} <= set(parameters(cls)):
+        # A strategy made of others looks them up where it was found itself.
+        params.setdefault("components_cfg_file", str(presets_file or PACKAGED_PRESETS))
+        params.setdefault("placeholders", placeholders)
+    _check_parameters(component_name, cls, params)
+    return Component(kind, component_name, cls, params)
+
+
+def _over(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset's parameters with those given over them, key by key inside mappings too."""
+    merged = {**preset, **given}
+    for key in set(preset) & set(given):
+        if isinstance(preset[key], Mapping) and isinstance(given[key], Mapping):
+            merged[key] = {**preset[key], **given[key]}
+    return merged
+
+
+def presets_of(
+    bucket: str, path: Path = PACKAGED_PRESETS, placeholders: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Presets of a bucket (selectors, mixers, ...) of a components.yaml: name -> settings.
+
+    Args:
+        bucket: key at the top of the file.
+        path: the file.
+        placeholders: what `${key}` stands for; None leaves it as it is.
+
+    Raises:
+        BadInput: the file cannot be read, names a placeholder that is none, or the bucket is no
+            mapping of mappings.
+    """
+    import yaml
+    from omegaconf import OmegaConf  # reads 1e-5 as a number, as in the run's own YAML
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        loaded = OmegaConf.load(path)
+        if placeholders is None or not OmegaConf.is_dict(loaded):
+            content = OmegaConf.to_container(loaded)
+        else:
+            known = {key: value for key, value in placeholders.items() if key not in loaded}
+            content = OmegaConf.to_container(OmegaConf.merge(known, loaded), resolve=True)
+    except OmegaConfBaseException as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"components_cfg_file {str(path)!r}: {reason}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"components_cfg_file {str(path)!r} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise BadInput(f"components_cfg_file {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"components_cfg_file {str(path)!r} is no mapping of kinds to presets.")
+    presets = content.get(bucket) or content.get(OLD_BUCKETS.get(bucket, bucket)) or {}
+    if not isinstance(presets, dict) or not all(isinstance(p, dict) for p in presets.values()):
+        raise BadInput(f"components_cfg_file {str(path)!r}: {bucket} must map preset -> settings.")
+    if bucket == KINDS["dynamic_lego"][0]:
+        return {key: _pipeline(preset) for key, preset in presets.items()}
+    return presets
+
+
+def _pipeline(preset: Mapping[str, Any]) -> dict[str, Any]:
+    """A pipeline's preset; in DataFlex 1.1.0 its `name` is its own, since there is one kind."""
+    if "target" in preset:
+        return dict(preset)
+    params = preset.get("params", {k: v for k, v in preset.items() if k != "name"})
+    return {"name": "pipeline", "params": params}
+
+
+def _check_parameters(name: str, cls: type, params: Mapping[str, Any]) -> None:
+    accepted = parameters(cls)
+    constructors = _constructors(cls)
+    takes_any = bool(constructors) and _takes_any(constructors[-1])
+    if (extra := set(params) - set(accepted)) and not takes_any:
+        raise BadInput(unknown(f"component_params of {name!r}", extra, accepted))
+    required = {n for n, p in accepted.items() if p.default is p.empty} - set(params)
+    if required:
+        raise BadInput(f"component {name!r} needs component_params: {', '.join(sorted(required))}.")
+    owned = {key: value for key, value in params.items() if key in accepted}
+    if faults := [f for made in constructors for f in mistyped(made, owned)]:
+        raise BadInput("\n".join(f"component {name!r}: {f}." for f in faults))

@@ -1,0 +1,162 @@
+"""(kind, name) -> class: how a strategy's name in a YAML becomes an object.
+
+A strategy is a class decorated with `@register(kind, name)`. A preset in components.yaml names a
+strategy and its parameters; `component_params` of the training YAML overrides them. A user's own
+class needs no registration: `target: package.module:Class`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gradstore.errors import BadInput
+
+C = TypeVar("C", bound=type)
+
+#: train_type -> (bucket of components.yaml, kind in the registry).
+KINDS: Mapping[str, tuple[str, str]] = {
+    "dynamic_select": ("selectors", "selector"),
+    "dynamic_mix": ("mixers", "mixer"),
+    "dynamic_weight": ("weighters", "weighter"),
+    "dynamic_reorder": ("reorders", "reorder"),
+    "dynamic_lego": ("pipelines", "pipeline"),
+}
+
+#: kind -> package whose modules register its strategies, one strategy a file.
+PACKAGES: Mapping[str, str] = {
+    "selector": "dataflex.selectors",
+    "mixer": "dataflex.mixers",
+    "weighter": "dataflex.weighters",
+    "reorder": "dataflex.reorders",
+    "pipeline": "dataflex.pipelines",
+}
+
+#: Entry points by which an installed package adds strategies: each is imported, and registers.
+ENTRY_POINTS = "dataflex.components"
+
+_log = logging.getLogger(__name__)
+_classes: dict[tuple[str, str], type] = {}
+
+
+def register(kind: str, name: str) -> Callable[[C], C]:
+    """Class decorator that makes a strategy known as `name`; a second claim to a name fails."""
+
+    def remember(cls: C) -> C:
+        if (kind, name) in _classes:
+            raise ValueError(f"{kind} {name!r} is already {_classes[kind, name].__qualname__}")
+        _classes[kind, name] = cls
+        return cls
+
+    return remember
+
+
+def strategies(kind: str) -> dict[str, type]:
+    """Every registered strategy of `kind`, by name, sorted."""
+    package = importlib.import_module(PACKAGES[kind])
+    for module in sorted(Path(str(package.__file__)).parent.glob("*.py")):
+        if module.stem not in {"__init__", "base"}:
+            importlib.import_module(f"{package.__name__}.{module.stem}")
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        except Exception as error:  # whatever a stranger's package raises, ours keep working
+            _log.warning(
+                "entry point %s of %s cannot be loaded: %s", entry.name, entry.value, error
+            )
+    return {name: cls for (k, name), cls in sorted(_classes.items()) if k == kind}
+
+
+def unknown(what: str, given: Iterable[str], accepted: Iterable[str]) -> str:
+    """One sentence about unknown names: the nearest match first, then all that is accepted."""
+    names = sorted(accepted)
+    parts = []
+    for name in sorted(given):
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+        parts.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    return f"unknown {what}: {', '.join(parts)}. Accepted: {', '.join(names)}."
+
+
+def parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The keyword parameters a strategy's constructor accepts.
+
+    Its `**rest` stands for the parameters of the constructor it inherits, where there is one.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for constructor in _constructors(cls):
+        # The first parameter is self, whatever its name.
+        for name, p in list(inspect.signature(constructor).parameters.items())[1:]:
+            if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}:
+                found.setdefault(name, p)
+    return found
+
+
+def documentation(cls: type) -> str:
+    """A strategy's docstring, followed by those of the classes whose parameters it takes over."""
+    owners = [c for c in cls.__mro__ if vars(c).get("__init__") in _constructors(cls)]
+    return "\n".join(inspect.getdoc(c) or "" for c in dict.fromkeys((cls, *owners)))
+
+
+def _constructors(cls: type) -> list[Callable[..., None]]:
+    """Constructors that see a strategy's parameters: each `**rest` leads to the next one."""
+    found: list[Callable[..., None]] = []
+    for base in cls.__mro__:
+        constructor = vars(base).get("__init__")
+        if base is object or constructor is None:
+            continue
+        found.append(constructor)
+        if not _takes_any(constructor):
+            break
+    return found
+
+
+def _takes_any(constructor: Callable[..., None]) -> bool:
+    kinds = [p.kind for p in inspect.signature(constructor).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def imported(target: str, key: str, form: str) -> Any:  # noqa: ANN401 - whatever lies there
+    """What `target` names, from an installed package or a file in the current folder.
+
+    Args:
+        target: package.module:name.
+        key: the YAML key it stands under.
+        form: how it should be written.
+
+    Raises:
+        BadInput: it is written otherwise, or cannot be imported.
+    """
+    module, _, name = target.partition(":")
+    if not module or not name:
+        raise BadInput(f"{key} is {target!r}; write it as {form}.")
+    # A user's code usually lies beside the YAML they run, in the current folder.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # the module's own code runs here
+        reason = f"{type(error).__name__}: {error}"
+        raise BadInput(f"{key} {target!r} cannot be imported: {reason}") from error
+
+
+def target_of(cls: type) -> str:
+    """A class as `target` names it."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _import_target(target: str) -> type:
+    found = imported(target, "target", "package.module:Class")
+    if not isinstance(found, type):
+        raise BadInput(f"target {target!r} is a {type(found).__name__}, not a class.")
+    return found
+
+
+#: train_types that need to know each row's domain.
+BY_DOMAIN = ("dynamic_mix", "dynamic_lego")

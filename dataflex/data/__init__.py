@@ -1,0 +1,1 @@
+"""Rows of a run: their order, mixture and images."""

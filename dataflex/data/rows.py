@@ -1,0 +1,256 @@
+"""The rows a run works on: the training set and the target sets, as LlamaFactory processed them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradstore.errors import BadInput
+from gradstore.format.records import RowSet, row_hash
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+IGNORED = -100
+
+#: Columns that carry a row's origin; removed again before a collator can see them.
+SOURCE_SET = "_source_set"
+SOURCE_ROW = "_source_row"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One processed data set.
+
+    Attributes:
+        name: the user's name for it.
+        dataset: n rows with `input_ids` and (except in stage pt) `labels`.
+        sources: (data set name, index in its file) of each row, or None where unknown.
+    """
+
+    name: str
+    dataset: Dataset
+    sources: tuple[tuple[str, int], ...] | None = None
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.dataset)
+
+    @cached_property
+    def _scan(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], RowSet]:
+        """One pass over the rows: lengths (n,), target tokens (n,), hashes (n, 16)."""
+        lengths, targets, hashes = [], [], []
+        has_labels = "labels" in self.dataset.column_names
+        columns = ["input_ids", "labels"] if has_labels else ["input_ids"]
+        for row in self.dataset.select_columns(columns):
+            ids = row["input_ids"]
+            labels = row["labels"] if has_labels else ids
+            lengths.append(len(ids))
+            # The first token is never predicted: its label does not count.
+            targets.append(sum(1 for label in labels[1:] if label != IGNORED))
+            hashes.append(row_hash(ids, labels))
+        flat = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, 16)
+        return (
+            np.asarray(lengths, np.int64),
+            np.asarray(targets, np.int64),
+            RowSet(flat, self.sources),
+        )
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(n,) tokens of each row."""
+        return self._scan[0]
+
+    @property
+    def target_tokens(self) -> npt.NDArray[np.int64]:
+        """(n,) tokens with a label."""
+        return self._scan[1]
+
+    @property
+    def row_set(self) -> RowSet:
+        """Hashes and sources, in dataset order."""
+        return self._scan[2]
+
+
+@dataclass(frozen=True)
+class RawRows:
+    """Rows as their files hold them, before anything was made of them.
+
+    Attributes:
+        sources: (n,) (data set name, index in its file) of each row.
+        files: data set name -> its rows with every column they have.
+    """
+
+    sources: Sequence[tuple[str, int]]
+    files: Mapping[str, Dataset]
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.sources)
+
+    def numbers(self, column: str) -> npt.NDArray[np.float64]:
+        """(n,) a column's values; NaN where a row has none.
+
+        Raises:
+            BadInput: a data set has no such column, or a value that is no number.
+        """
+        found: dict[str, dict[int, float]] = {}
+        for name in {name for name, _ in self.sources}:
+            rows = self.files[name]
+            if column not in rows.column_names:
+                have = sorted(c for c in rows.column_names if not c.startswith("_source"))
+                raise BadInput(
+                    f"data set {name!r} has no column {column!r}; its columns are "
+                    f"{', '.join(have)}."
+                )
+            where = f"data set {name!r}, column {column!r}"
+            found[name] = dict(
+                zip(rows[SOURCE_ROW][:], as_numbers(rows[column][:], where), strict=True)
+            )
+        return np.array([found[name][row] for name, row in self.sources], dtype=np.float64)
+
+
+def as_numbers(values: Sequence[Any], where: str) -> list[float]:
+    """Values of a file as floats; null becomes NaN.
+
+    Raises:
+        BadInput: a value is no number; names the place.
+    """
+    try:
+        return [np.nan if value is None else float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{where}: expected numbers: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Domains:
+    """Which domain each training row belongs to; k domains.
+
+    Attributes:
+        names: (k,) the data sets of `dataset`, in the user's order.
+        of_row: (n,) int64, domain of each training row.
+        held_out: held-out rows of each domain, where there are any.
+    """
+
+    names: tuple[str, ...]
+    of_row: npt.NDArray[np.int64]
+    held_out: Mapping[str, Rows] = field(default_factory=dict)
+
+    @cached_property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """(k,) rows of each domain."""
+        return np.bincount(self.of_row, minlength=len(self.names)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything the data side of a run knows before its model is loaded.
+
+    Attributes:
+        train: the training rows.
+        targets: one entry per target set, in the order the user named them.
+        tokenizer: LlamaFactory's, template applied.
+        template: name of the chat template.
+        data_args: LlamaFactory's DataArguments.
+        stage: "sft" or "pt".
+        domains: of the training rows, where the run mixes them.
+        files: data set name -> its rows before preprocessing, with every column they have; empty
+            where the rows come from `tokenized_path`.
+    """
+
+    train: Rows
+    targets: tuple[Rows, ...]
+    tokenizer: Any
+    template: str
+    data_args: Any
+    stage: str
+    domains: Domains | None = None
+    files: Mapping[str, Dataset] = field(default_factory=dict)
+
+    @property
+    def raw(self) -> RawRows | None:
+        """The training rows as their files hold them; None where their origin is unknown."""
+        sources = self.train.sources
+        return None if sources is None else RawRows(sources, self.files)
+
+
+def check_rows(data: RunData, *, needs_targets: bool, subtask_sizes: Sequence[int] | None) -> None:
+    """Refuse, before a model is loaded, what could only fail later.
+
+    Raises:
+        BadInput: an empty or fully masked set, or sub-task sizes that do not add up.
+    """
+    if len(data.train) == 0 or not data.train.target_tokens.any():
+        raise BadInput(
+            f"the training set has {len(data.train)} rows and none with a target token. "
+            "Look at `dataset`, `template` and `cutoff_len`."
+        )
+    if not needs_targets:
+        return
+    if not data.targets:
+        raise BadInput("no target rows: set target_dataset, eval_dataset or val_size.")
+    for rows in data.targets:
+        if len(rows) == 0:
+            raise BadInput(f"target set {rows.name!r} is empty.")
+        if not rows.target_tokens.any():
+            raise BadInput(
+                f"target set {rows.name!r}: all {len(rows)} rows are masked (no label other than "
+                f"{IGNORED}). Give its rows a response, or raise cutoff_len if prompts fill it."
+            )
+    if subtask_sizes is not None and sum(subtask_sizes) != len(data.targets[0]):
+        raise BadInput(
+            f"target_subtasks adds up to {sum(subtask_sizes)}, but target set "
+            f"{data.targets[0].name!r} has {len(data.targets[0])} rows."
+        )
+
+
+def check_intervals(rows: int, warmup_step: int, update_step: int, global_batch: int) -> None:
+    """W * B and U * B rows must exist (ALGORITHMS 0.4).
+
+    Raises:
+        BadInput: names the key, what it asks for, and the largest value that fits.
+    """
+    for key, steps in (("warmup_step", warmup_step), ("update_step", update_step)):
+        if steps * global_batch > rows:
+            most = rows // global_batch
+            raise BadInput(
+                f"{key} is {steps}: at {global_batch} rows a step it asks for "
+                f"{steps * global_batch} rows, the training set has {rows}. "
+                + (f"Set {key} to at most {most}, or use" if most else "Use")
+                + " a smaller batch."
+            )
+
+
+#: DataArguments fields that change which tokens a row has or which of them are targets.
+ROW_FIELDS = ("cutoff_len", "train_on_prompt", "mask_history")
+
+
+def tokenizer_hash(tokenizer: Any) -> str:  # noqa: ANN401 - a transformers tokenizer
+    """sha256 of the files the tokenizer saves, chat template included, path-free."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        digest = hashlib.sha256()
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                content = path.read_bytes()
+                if path.name == "tokenizer_config.json":
+                    content = _without_paths(content)
+                digest.update(f"{path.name}:{len(content)}:".encode() + content)
+    return digest.hexdigest()
+
+
+def _without_paths(content: bytes) -> bytes:
+    settings: Mapping[str, Any] = json.loads(content)
+    volatile = {"name_or_path", "_name_or_path", "special_tokens_map_file", "tokenizer_file"}
+    return json.dumps(
+        {k: v for k, v in settings.items() if k not in volatile}, sort_keys=True
+    ).encode()

@@ -1,0 +1,1 @@
+"""Features of rows under the current model: gradients and embeddings, in a store or direct."""

@@ -1,0 +1,115 @@
+"""Passes over the rows of a run that leave nothing behind: losses, and exact influence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.data.rows import Rows
+from dataflex.features.settings import FeatureSettings
+from dataflex.features.target_source import TargetFeatures
+from dataflex.models.passes import batches, token_budget, whole_rows
+from dataflex.run.context import UpdateContext
+from dataflex.run.log import progress
+from gradstore.export.direct import direct_cosines, target_directions
+from gradstore.export.moments import AdamMoments
+from gradstore.export.units import check_bad_rows
+from gradstore.format.layout import RowStatus
+
+
+@dataclass(frozen=True)
+class DirectInfluence:
+    """Exact influence of every training row.
+
+    Attributes:
+        cosines: (n, q) float64, NaN where a row cannot be used.
+        skipped: rows that cannot be used, by status.
+        target_rows: usable rows of the target.
+        tokens: tokens of both passes.
+    """
+
+    cosines: npt.NDArray[np.float64]
+    skipped: dict[str, int]
+    target_rows: int
+    tokens: int
+
+
+def direct_influence(
+    context: UpdateContext,
+    settings: FeatureSettings,
+    subtask_sizes: Sequence[int] | None,
+    source: TargetFeatures | None = None,
+) -> DirectInfluence:
+    """Mean cosines to the q sub-tasks without a projection (`scoring: direct`).
+
+    Collective: every rank takes the target's directions, the training rows are shared.
+
+    Raises:
+        BadInput: a sub-task without a usable row; too many rows with a non-finite gradient.
+    """
+    run, data = context.run, context.run.data
+    longest = getattr(run.model.config, "max_position_embeddings", None) or data.train.lengths.max()
+    fitting = np.flatnonzero(data.train.lengths <= longest)
+    status = np.full(len(data.train), RowStatus.TOO_LONG, dtype=np.uint8)
+    moments = None
+    if settings.train_features.needs_moments:
+        moments = AdamMoments.from_optimizer(context.optimizer, run.model)
+    budget = settings.tokens_per_batch or token_budget(run.model)
+    total = len(data.train) + sum(len(rows) for rows in data.targets)
+    with progress(f"exact influence at step {context.step}", total,
+                  shown=run.shows_progress) as advance:  # fmt: skip
+        subtasks = _subtasks(data.targets, subtask_sizes)
+        if source is not None:
+            directions = source.directions(run, subtasks, settings.target_features, budget)
+        else:
+            directions = target_directions(
+                run.model,
+                [
+                    batches(run, rows, positions, budget, advance, whole_rows(run.model))
+                    for rows, positions in subtasks
+                ],
+                settings.target_features,
+            )
+        cosines = direct_cosines(
+            run.model,
+            batches(run, data.train, fitting, budget, advance, shared=True),
+            len(data.train),
+            directions,
+            settings.train_features,
+            moments,
+            status,
+        )
+    cosines, status = _merged(run.ranks.gather(lambda: (cosines, status)))
+    bad = np.flatnonzero(status == RowStatus.NON_FINITE).tolist()
+    check_bad_rows(len(bad), bad, len(data.train), settings.max_bad_fraction)
+    tokens = data.train.lengths.sum() + sum(rows.lengths.sum() for rows in data.targets)
+    counts = Counter(RowStatus(int(s)).name.lower() for s in status if s != RowStatus.OK)
+    return DirectInfluence(
+        cosines.astype(np.float64), dict(counts), sum(directions.rows), int(tokens)
+    )
+
+
+def _merged(
+    parts: Sequence[tuple[npt.NDArray[np.floating[Any]], npt.NDArray[np.uint8]]],
+) -> tuple[npt.NDArray[np.floating[Any]], npt.NDArray[np.uint8]]:
+    """Each row from the rank that took it: on the others it is still TOO_LONG."""
+    cosines, status = parts[0]
+    for other_cosines, other_status in parts[1:]:
+        taken = other_status != RowStatus.TOO_LONG
+        cosines[taken], status[taken] = other_cosines[taken], other_status[taken]
+    return cosines, status
+
+
+def _subtasks(
+    targets: Sequence[Rows], sizes: Sequence[int] | None
+) -> list[tuple[Rows, npt.NDArray[np.int64]]]:
+    """Each target set is a sub-task, or the one set is cut into consecutive `sizes`."""
+    if sizes is None:
+        return [(rows, np.arange(len(rows))) for rows in targets]
+    ends = np.cumsum(sizes)
+    return [(targets[0], np.arange(end - size, end)) for size, end in zip(sizes, ends, strict=True)]

@@ -1,0 +1,240 @@
+"""Who makes embeddings: the model in training, or a text encoder beside it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from dataflex.data.rows import ROW_FIELDS, Rows, tokenizer_hash
+from dataflex.features.fields import named_parameters
+from dataflex.models.encoders import (
+    DTYPES,
+    Encoder,
+    TextEncoder,
+    Texts,
+    find_encoder,
+    looks_local,
+)
+from dataflex.models.passes import token_budget
+from dataflex.run.context import RunContext
+from dataflex.run.log import OnRows
+from gradstore.errors import BadInput
+from gradstore.export.embeddings import compute_embedding_unit
+from gradstore.export.pooling import HiddenStates
+from gradstore.storage.hashing import tensor_hash
+
+if TYPE_CHECKING:
+    from dataflex.config.keys import RunConfig
+    from gradstore.export.units import UnitFeatures
+    from gradstore.format.plans import UnitRange
+
+#: How embeddings are stored.
+STORED = "float16"
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings:
+    """What a user can say about embeddings.
+
+    Attributes:
+        model: `embedding_model_name_or_path`; None takes the model in training.
+        dtype: `embedding_model_dtype`, of an encoder's weights: auto | fp32 | fp16 | bf16.
+        layer: `embedding_layer`, index into the hidden states; -1 is the last layer's output.
+        batch_rows: rows of a batch, at most; batches are bounded by tokens as well.
+    """
+
+    model: str | None = None
+    dtype: str = "auto"
+    layer: int = -1
+    batch_rows: int = 32
+
+    def __post_init__(self) -> None:
+        if self.model is not None and (not isinstance(self.model, str) or not self.model):
+            raise ValueError(
+                f"embedding_model_name_or_path is {self.model!r}; give a folder, a hub id or null"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"embedding_model_dtype is {self.dtype!r}; choose {', '.join(DTYPES)}")
+        if not isinstance(self.layer, int) or isinstance(self.layer, bool):
+            raise ValueError(f"embedding_layer is {self.layer!r}; give a whole number")
+        if not isinstance(self.batch_rows, int) or self.batch_rows < 1:
+            raise ValueError(
+                f"rows of an embedding batch are {self.batch_rows!r}; at least 1 is needed"
+            )
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the embeddings stay the same while the model trains."""
+        return self.model is not None
+
+    def faults(self, config: RunConfig) -> list[str]:
+        """One sentence per fault that shows before anything is loaded."""
+        if self.model is None:
+            return []
+        if not looks_local(self.model):
+            return []  # a hub id is fetched once ranks are there
+        try:
+            encoder = find_encoder(self.model, trust_remote_code=_trusts(config))
+            check_layer(self.layer, encoder.layers)
+        except BadInput as error:
+            return [str(error)]
+        return []
+
+
+def check_layer(layer: int, layers: int) -> None:
+    """Refuse an index into the hidden states that there is not.
+
+    Raises:
+        BadInput: names the range.
+    """
+    if not -layers <= layer < layers:
+        raise BadInput(
+            f"embedding_layer is {layer}; the embedding model has hidden states {-layers} to "
+            f"{layers - 1}."
+        )
+
+
+class Embedder(Protocol):
+    """Where vectors come from: what identifies them, and how a unit is computed."""
+
+    space: str
+    dim: int
+    run_id: str
+
+    def fields(self) -> dict[str, Any]:
+        """The MUST-EQUAL fields of its space."""
+
+    def identity(self) -> dict[str, Any]:
+        """Arguments of `embedding_record` that tell its present state."""
+
+    def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
+        """Embeddings of some rows."""
+
+    def release(self) -> None:
+        """Give back memory until the next unit."""
+
+
+class ModelInTraining:
+    """Hidden states of the model as it is now."""
+
+    def __init__(self, run: RunContext, settings: EmbeddingSettings) -> None:
+        self._run, self._settings = run, settings
+        config: Any = run.model.config
+        text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.dim = int(text.hidden_size)
+        check_layer(settings.layer, int(text.num_hidden_layers) + 1)
+        self.space = f"hidden.layer{settings.layer:+d}"
+        self.run_id = run.run_id
+        self._longest = getattr(text, "max_position_embeddings", None)
+
+    def fields(self) -> dict[str, Any]:
+        """The MUST-EQUAL fields of its space."""
+        data, parameters = self._run.data, named_parameters(self._run.model)
+        return {
+            "dim": self.dim,
+            "dtype": STORED,
+            "pooling": "mean",
+            "layer": self._settings.layer,
+            "base_model": tensor_hash((n, p) for n, p in parameters.items() if not p.requires_grad),
+            "tokenizer": tokenizer_hash(data.tokenizer),
+            "template": data.template,
+            "stage": data.stage,
+            "rows": {field: getattr(data.data_args, field, None) for field in ROW_FIELDS},
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Its state now."""
+        run, parameters = self._run, named_parameters(self._run.model)
+        return {
+            "model_hash": tensor_hash((n, p) for n, p in parameters.items() if p.requires_grad),
+            "autocast": run.autocast,
+            "attention": str(getattr(run.model.config, "_attn_implementation", None)),
+        }
+
+    def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
+        """Embeddings of some rows."""
+        return compute_embedding_unit(
+            HiddenStates(self._run.model, layer=self._settings.layer),
+            rows.dataset,
+            self._run.collate,
+            unit,
+            dim=self.dim,
+            lengths=rows.lengths,
+            token_budget=2 * token_budget(self._run.model),
+            max_rows=self._settings.batch_rows,
+            longest=self._longest,
+            on_rows=advance,
+        )
+
+    def release(self) -> None:
+        """The model stays where it is."""
+
+
+class OwnEncoder:
+    """A text encoder beside the model in training; loaded when a first unit is computed."""
+
+    def __init__(self, run: RunContext, settings: EmbeddingSettings) -> None:
+        self._run, self._settings = run, settings
+        self._trusts = _trusts(run.config)
+        self._encoder: Encoder = find_encoder(str(settings.model), trust_remote_code=self._trusts)
+        check_layer(settings.layer, self._encoder.layers)
+        self.dim = self._encoder.dim
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", self._encoder.folder.resolve().name)[:60].lstrip(
+            "._-"
+        )
+        self.space = f"{name or 'encoder'}.{self._encoder.sha256[:8]}.layer{settings.layer:+d}"
+        #: Whoever runs with this encoder and these rows finds the same vectors again.
+        self.run_id = self._encoder.sha256
+        self._loaded: TextEncoder | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """The MUST-EQUAL fields of its space."""
+        return {
+            "dim": self.dim,
+            "dtype": STORED,
+            "encoder": self._encoder.sha256,
+            "encoder_dtype": self._settings.dtype,
+            "layer": self._settings.layer,
+            # Rows are decoded by it.
+            "tokenizer": tokenizer_hash(self._run.data.tokenizer),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Its state now."""
+        return {"model_hash": self._encoder.sha256}
+
+    def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
+        """Embeddings of some rows."""
+        model = self._run.model
+        if self._loaded is None:
+            self._loaded = TextEncoder(
+                self._encoder,
+                dtype=self._settings.dtype,
+                layer=self._settings.layer,
+                device=next(model.parameters()).device,
+                trust_remote_code=self._trusts,
+            )
+        return compute_embedding_unit(
+            self._loaded.embed,
+            Texts(rows, self._run.data.tokenizer, self._encoder),
+            self._loaded.collate,
+            unit,
+            dim=self.dim,
+            # Of the training tokenizer: near enough to make batches of like rows.
+            lengths=np.minimum(rows.lengths, self._encoder.max_tokens),
+            token_budget=2 * token_budget(model),
+            max_rows=self._settings.batch_rows,
+            tokens_of=TextEncoder.tokens_of,
+            on_rows=advance,
+        )
+
+    def release(self) -> None:
+        """Unload the encoder."""
+        self._loaded = None
+
+
+def _trusts(config: RunConfig) -> bool:
+    return bool(config.get("trust_remote_code", False))

@@ -1,0 +1,301 @@
+"""The gradient-feature service: model + rows -> committed generations, ready to be scored.
+
+LESS in training, `gradstore build` and later strategies share it. It knows how generations are
+named and in what order they are made; taking a gradient and keeping bytes is the work of gradstore.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from gradkernels import ProjectionSpec
+
+from dataflex.data.rows import Rows
+from dataflex.features.fields import adapter_hash, libraries, space_fields
+from dataflex.features.settings import FeatureSettings
+from dataflex.features.shared import export_shared
+from dataflex.features.store_owner import check_owner
+from dataflex.models.passes import token_budget
+from dataflex.run.context import RunContext
+from dataflex.run.log import OnRows
+from gradstore.capture.per_sample import GradientCapture
+from gradstore.errors import BadInput, StoreError
+from gradstore.export.features import FeatureSpec
+from gradstore.export.moments import AdamMoments
+from gradstore.export.projected import compute_unit
+from gradstore.export.units import UnitFeatures
+from gradstore.format.layout import GRADIENT
+from gradstore.format.names import GenerationName, Role
+from gradstore.format.plans import UnitRange
+from gradstore.format.records import GenerationRecord
+from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.scoring.pairing import Which, checkpoint_features
+from gradstore.store.filling import ExportSummary
+from gradstore.store.writer import StoreWriter
+
+if TYPE_CHECKING:
+    from dataflex.features.target_source import TargetFeatures
+    from gradstore.store.reader import Store
+
+
+@dataclass(frozen=True)
+class CheckpointExport:
+    """The generations of one checkpoint, committed.
+
+    Attributes:
+        train: name of the generation of the training rows.
+        targets: one name per target set.
+        target_rows: rows of all target sets.
+        tokens: tokens that went through the model in this pass; 0 where everything was reused.
+        seconds: duration of the passes.
+    """
+
+    train: str
+    targets: tuple[str, ...]
+    target_rows: int
+    tokens: int
+    seconds: float
+
+
+def effective_seed(base: int, step: int) -> int:
+    """Seed of one checkpoint's projection: the noise then averages out over checkpoints."""
+    digest = hashlib.blake2b(f"{base}:{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class FeatureService:
+    """Writes and finds the gradient generations of one run.
+
+    Every rank has one, and shares the passes; rank 0's holds the store and its lock while open.
+    """
+
+    def __init__(self, run: RunContext, settings: FeatureSettings) -> None:
+        """Open the store for writing.
+
+        Raises:
+            ProvenanceMismatch: the store holds features that can't be compared with this run's.
+            StoreBusy: another process writes to it.
+            BadInput: the model has more than one active adapter, or nothing to train.
+        """
+        self.run = run
+        self.settings = settings
+        with GradientCapture(run.model) as capture:
+            self.slots = capture.slots
+        self.projection = ProjectionSpec(
+            settings.proj_method,
+            p=sum(slot.numel for slot in self.slots),
+            d=settings.proj_dim,
+            seed=settings.seed,
+            s=settings.sjlt_s,
+        )
+        self._writer: StoreWriter | None = None
+        run.ranks.decide(self._open)
+
+    def _open(self) -> None:
+        run = self.run
+        fields = space_fields(run.model, run.data, self.slots, self.projection, self.settings.dtype)
+        path = run.config.store_path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = StoreWriter(path, space="gradient", provenance=fields)
+        try:
+            check_owner(self._writer.store, run)
+        except StoreError:
+            self.close()
+            raise
+
+    @property
+    def writer(self) -> StoreWriter:
+        """The store's writer; rank 0 alone holds it."""
+        if self._writer is None:
+            raise RuntimeError("the store is open on rank 0 alone, and until close()")
+        return self._writer
+
+    @property
+    def store(self) -> Store:
+        """The store as it is now; on rank 0."""
+        return self.writer.store
+
+    def close(self) -> None:
+        """Release the store's lock."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def export(
+        self,
+        step: int,
+        learning_rate: float,
+        moments: AdamMoments | None,
+        source: TargetFeatures | None = None,
+        sample: Rows | None = None,
+    ) -> CheckpointExport:
+        """Export every target set, then the training rows, at the model's present state.
+
+        Collective. Generations of an earlier attempt at the same state are reused, finished or
+        half done.
+
+        Args:
+            step: g, names the generations.
+            learning_rate: mean since the previous generation; weights this checkpoint.
+            moments: needed by Adam features.
+            source: of target features; None takes the gradients of the target rows' answers.
+            sample: training rows that stand for all, under a name of their own; None takes all.
+
+        Raises:
+            BadInput: a target set without a usable row, before any training row is taken.
+        """
+        targets, seconds, tokens = [], 0.0, 0
+        for rows in self.run.data.targets:
+            name, summary = self.export_rows(
+                "target", rows, step, self.settings.target_features, source=source
+            )
+            self.run.ranks.decide(lambda rows=rows, name=name: self._check_usable(rows, name))  # type: ignore[misc]
+            targets.append(name)
+            tokens, seconds = tokens + summary.tokens, seconds + summary.seconds
+        train, summary = self.export_rows(
+            "train" if sample is None else "target",
+            self.run.data.train if sample is None else sample,
+            step,
+            self.settings.train_features,
+            moments=moments,
+            learning_rate=learning_rate,
+            is_sample=sample is not None,
+        )
+        return CheckpointExport(
+            train,
+            tuple(targets),
+            target_rows=sum(len(rows) for rows in self.run.data.targets),
+            tokens=tokens + summary.tokens,
+            seconds=seconds + summary.seconds,
+        )
+
+    def steps(self, train_set: str = "") -> list[int]:
+        """Steps of this run's committed training generations, rising; on rank 0.
+
+        Args:
+            train_set: name of a sample that stands for the training rows.
+        """
+        run = self.run.config.dataflex.gradstore_run or ""
+        return sorted(
+            g.step
+            for g in self.store.generations()
+            if g.set == train_set and g.record.run == run and g.space == GRADIENT
+        )
+
+    def checkpoints(self, which: Which, step: int, train_set: str = "") -> list[CheckpointFeatures]:
+        """The checkpoints to combine, none later than `step`, weighted by learning rate; rank 0."""
+        return checkpoint_features(
+            self.store,
+            which,
+            run=self.run.config.dataflex.gradstore_run or "",
+            sets=[rows.name for rows in self.run.data.targets],
+            until=step,
+            fewer=True,
+            train_set=train_set,
+        )
+
+    def export_rows(
+        self,
+        role: Role,
+        rows: Rows,
+        step: int,
+        features: FeatureSpec,
+        *,
+        moments: AdamMoments | None = None,
+        learning_rate: float | None = None,
+        source: TargetFeatures | None = None,
+        is_sample: bool = False,
+    ) -> tuple[str, ExportSummary]:
+        """Make one generation of gradient features; collective.
+
+        Args:
+            role: train or target.
+            rows: any processed rows; a target set is named by them.
+            step: g, names the generation.
+            features: how a gradient becomes a feature.
+            moments: needed by Adam features.
+            learning_rate: of a train generation, see `export`.
+            source: of the features of a target set, see `export`.
+            is_sample: the set is a sample of the training rows.
+
+        Returns:
+            The generation's name in the store (on every rank), and what the pass did.
+        """
+        record = self._record(role, rows, step, features, moments, learning_rate)
+        if source is not None:
+            options = {**record.feature_options, "source": source.options}
+            record = replace(record, feature_options=options)
+        if is_sample:
+            options = {**record.feature_options, "sample_of": "train"}
+            record = replace(record, feature_options=options)
+        projection = self.projection.with_seed(record.effective_seed)
+        budget = self.settings.tokens_per_batch or token_budget(self.run.model)
+
+        def compute(unit: UnitRange, advance: OnRows) -> UnitFeatures:
+            if source is not None:
+                return source.compute(self.run, rows, unit, features, projection, budget, advance)
+            return compute_unit(
+                self.run.model,
+                rows.dataset,
+                self.run.collate,
+                unit,
+                features=features,
+                projection=projection,
+                moments=moments,
+                lengths=rows.lengths,
+                token_budget=budget,
+                longest=getattr(self.run.model.config, "max_position_embeddings", None),
+                on_rows=advance,
+            )
+
+        summary = export_shared(
+            self.run.ranks,
+            f"gradients of {record.name}",
+            lambda: self.writer.begin(
+                record, rows.row_set, dim=projection.d, dtype=self.settings.dtype
+            ),
+            compute,
+            max_bad_fraction=self.settings.max_bad_fraction,
+            shows_progress=self.run.shows_progress,
+        )
+        full_name = self.run.ranks.decide(lambda: self.store.generation(record.name).name)
+        return full_name, summary
+
+    def _record(
+        self,
+        role: Role,
+        rows: Rows,
+        step: int,
+        features: FeatureSpec,
+        moments: AdamMoments | None,
+        learning_rate: float | None,
+    ) -> GenerationRecord:
+        set_name = rows.name if role == "target" else ""
+        run = self.run.config.dataflex.gradstore_run or ""
+        projection = self.projection.with_seed(effective_seed(self.settings.seed, step))
+        return GenerationRecord(
+            name=str(GenerationName(role, step, set_name, run)),
+            role=role,
+            step=step,
+            set=set_name,
+            run_id=self.run.run_id,
+            adapter_hash=adapter_hash(self.run.model, self.slots),
+            optimizer_hash=moments.sha256() if moments is not None else None,
+            effective_seed=projection.seed,
+            autocast=self.run.autocast,
+            attention=str(getattr(self.run.model.config, "_attn_implementation", None)),
+            projection=projection.to_dict(),
+            feature=features.kind,
+            feature_options=asdict(features),
+            learning_rate=learning_rate,
+            libraries=libraries(),
+        )
+
+    def _check_usable(self, rows: Rows, name: str) -> None:
+        if not self.store.generation(name).usable.any():
+            raise BadInput(
+                f"target set {rows.name!r} has no usable row: every gradient is zero, not "
+                "finite, or the row is masked."
+            )

@@ -1,0 +1,1 @@
+"""Launching a run: checks, inputs, the session, and the processes that train."""

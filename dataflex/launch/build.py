@@ -1,0 +1,108 @@
+"""`dataflex-cli gradstore build`: the generations of saved checkpoints, without training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from dataflex.bridge import arguments, running
+from dataflex.checkpoints.folders import find_checkpoints, mean_learning_rate, trainer_state
+from dataflex.checkpoints.weights import check_moments, checkpoint_moments, load_adapter
+from dataflex.config.keys import RunConfig, load
+from dataflex.data.rows import RunData, check_rows
+from dataflex.features.gradients import FeatureService
+from dataflex.features.settings import FeatureSettings
+from dataflex.launch.inputs import check_inputs
+from dataflex.launch.preflight import check_gradients
+from dataflex.models.precision import autocast
+from dataflex.run.context import RunContext
+from dataflex.run.output_owner import output_identity
+from gradstore.errors import BadInput
+
+_log = logging.getLogger(__name__)
+
+
+def build(path: Path, overrides: Sequence[str]) -> None:
+    """Write one train generation and one generation per target set for every checkpoint.
+
+    Checkpoints: `gradstore_checkpoints`, else `resume_from_checkpoint`, else every
+    `output_dir/checkpoint-*` with an adapter. Features that need no optimizer can also be built
+    without any, at the adapter the configuration starts from (step 0).
+
+    Raises:
+        BadInput: see `check_gradients`; no checkpoint for Adam features; no moments in one.
+        ProvenanceMismatch: the store holds features that can't be compared with these.
+    """
+    config = load(path, overrides, arguments.accepted_keys())
+    check_inputs(config)
+    check_gradients(config)
+    settings = feature_settings(config)
+    folders = find_checkpoints(config)
+    if not folders and settings.train_features.needs_moments:
+        raise BadInput(
+            f"gradient_type {settings.gradient_type} needs Adam moments, but "
+            f"{str(config.output_dir)!r} has no checkpoint-<step> with an adapter. Train first, "
+            "name gradstore_checkpoints, or set component_params.gradient_type: sgd or sign."
+        )
+    if settings.train_features.needs_moments:
+        for checkpoint in folders:
+            check_moments(checkpoint)
+    first = folders[0] if folders else None
+
+    def check_data(data: RunData, _: object) -> None:
+        check_rows(data, needs_targets=True, subtask_sizes=config.dataflex.target_subtasks)
+
+    loaded = running.load_run(config, first, check_data)
+    args = loaded.training_args
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "off"
+    run = RunContext(
+        config=config,
+        data=loaded.data,
+        collate=loaded.collate,
+        model=loaded.model,
+        output_dir=config.output_dir,
+        run_id=output_identity(config.output_dir),
+        seed=int(args.seed),
+        autocast=precision,
+    )
+    service = FeatureService(run, settings)
+    try:
+        _export_checkpoints(service, folders)
+    finally:
+        service.close()
+    _log.info("store: %s", config.store_path)
+
+
+def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> None:
+    """One export per checkpoint; without any, one at the model as it is (step 0)."""
+    run, features = service.run, service.settings.train_features
+    step = 0
+    for number, folder in enumerate(folders or (None,)):
+        moments, rate = None, 0.0
+        if folder is not None:
+            if number > 0:  # the first one's adapter came with the model
+                load_adapter(run.model, folder)
+            previous, step = step, int(trainer_state(folder)["global_step"])
+            rate = mean_learning_rate(folder, previous, step)
+            if features.needs_moments:
+                moments = checkpoint_moments(folder, run.model)
+        with autocast(run.model, run.autocast):
+            name = service.export(step, rate, moments).train
+        train = service.store.generation(name)
+        _log.info("%s: %d rows, %d usable", train.name, train.rows, int(train.usable.sum()))
+
+
+def feature_settings(config: RunConfig) -> FeatureSettings:
+    """The settings of the configuration's own component, or of `less` where it has none."""
+    ours = config.dataflex
+    less, name = ("dynamic_select", "less"), (ours.train_type, ours.component_name)
+    component = config.component(
+        *(less if ours.train_type == "static" else name), ours.component_params
+    )
+    settings = getattr(component.build(), "settings", None)
+    if settings is None:
+        settings = config.component(*less, {}).build().settings
+    if not isinstance(settings, FeatureSettings):
+        raise BadInput(f"component {component.name!r} does not say how features are made.")
+    return settings

@@ -1,0 +1,125 @@
+"""What a configuration names is there: model, data sets, folders to write to."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from dataflex.bridge import arguments
+from dataflex.config.keys import RunConfig, names
+from dataflex.config.registry import unknown
+from gradstore.errors import BadInput, StoreIOError
+
+#: Keys of an entry of dataset_info.json that say where the rows of a data set are.
+SOURCES = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Values have the right type, model and data sets are there, results can be written.
+
+    Raises:
+        BadInput: they do not.
+        StoreIOError: they cannot.
+    """
+    if faults := arguments.mistyped(config.llamafactory):
+        raise BadInput("\n".join(f"{config.path}: {fault}" for fault in faults))
+    _check_model(config)
+    _check_datasets(config)
+    _check_writable("output_dir", config.output_dir)
+    if config.dataflex.gradstore is not None:
+        _check_writable("gradstore", config.store_path)
+
+
+def _check_model(config: RunConfig) -> None:
+    name = config.get("model_name_or_path")
+    if name is None:
+        raise BadInput("model_name_or_path is missing: name a model folder or a hub id.")
+    folder = Path(str(name)).expanduser()
+    if not folder.is_dir():
+        looks_local = folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2
+        if looks_local:
+            raise BadInput(f"model_name_or_path {str(name)!r} is not a folder on this machine.")
+        return
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"model_name_or_path {str(name)!r} has no readable config.json: {error}"
+        ) from error
+    if "auto_map" in content and not config.get("trust_remote_code", False):
+        raise BadInput(
+            f"the model in {str(name)!r} brings its own code (auto_map in config.json). If you "
+            "trust it, set trust_remote_code: true; nothing of it was run."
+        )
+
+
+def _check_datasets(config: RunConfig) -> None:
+    """Names of data sets must be in a local dataset_info.json."""
+    wanted = {
+        "dataset": names(config.get("dataset")),
+        "eval_dataset": names(config.get("eval_dataset")),
+        "target_dataset": tuple(config.dataflex.target_dataset or ()),
+        "mixer_eval_dataset": tuple(config.dataflex.mixer_eval_dataset or ()),
+    }
+    folder = config.get("dataset_dir", "data")
+    if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
+        return
+    if config.get("tokenized_path") and not wanted["target_dataset"]:
+        return
+    if config.get("do_train") and not wanted["dataset"]:
+        raise BadInput("dataset is missing: name at least one training data set.")
+    info = Path(folder) / "dataset_info.json"
+    try:
+        known = json.loads(info.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(
+            f"{str(info)!r} does not exist: dataset_dir must hold LlamaFactory's dataset_info.json."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{str(info)!r} cannot be read: {error}") from error
+    if not isinstance(known, dict):
+        raise BadInput(f"{str(info)!r} must map each data set's name to where its rows are.")
+    faults = [
+        f"{key}: {unknown('data set', missing, known)} ({info})"
+        for key, used in wanted.items()
+        if (missing := set(used) - set(known))
+    ]
+    for name in sorted({n for used in wanted.values() for n in used} & set(known)):
+        entry = known[name]
+        if not isinstance(entry, dict) or not SOURCES & set(entry):
+            faults.append(
+                f"data set {name!r}: its entry in {str(info)!r} must be a mapping that says where "
+                f"the rows are: {', '.join(sorted(SOURCES))}."
+            )
+            continue
+        file_name = entry.get("file_name")
+        if isinstance(file_name, str) and "://" not in file_name:
+            path = Path(folder) / file_name
+            if not path.exists():
+                faults.append(f"data set {name!r}: its file {str(path)!r} does not exist.")
+            elif _holds_nothing(path):
+                faults.append(f"data set {name!r}: its file {str(path)!r} is empty: it has no row.")
+    if faults:
+        raise BadInput("\n".join(faults))
+
+
+def _holds_nothing(path: Path) -> bool:
+    """Whether a data file has no byte but blanks, or is an empty JSON list."""
+    if not path.is_file() or path.stat().st_size > 64:
+        return False
+    return path.read_bytes().strip() in (b"", b"[]", b"{}")
+
+
+def _check_writable(key: str, path: Path) -> None:
+    """The nearest existing folder above `path` takes new files."""
+    folder = path.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    reason = ""
+    if not folder.is_dir():
+        reason = f"{str(folder)!r} is a file"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"{str(folder)!r} is read-only for this user"
+    if reason:
+        raise StoreIOError(f"{key} {str(path)!r} cannot be written: {reason}. Choose another.")

@@ -1,0 +1,252 @@
+"""Checks that need no model and no data: they run in the parent, before anything expensive."""
+
+from __future__ import annotations
+
+import logging
+
+from dataflex.config.keys import DataFlexConfig, RunConfig, names
+from dataflex.config.presets import Component
+from dataflex.config.registry import BY_DOMAIN
+from dataflex.launch.inputs import check_inputs
+from dataflex.mixers.faults import domain_faults, rule_faults
+from dataflex.pipelines.pipeline import Pipeline
+from dataflex.run.schedule import Schedule
+from dataflex.run.strategy import FSDP
+from gradstore.errors import BadInput
+
+_log = logging.getLogger(__name__)
+
+#: Stages whose loss is a token cross-entropy over the rows of one data set.
+STAGES = ("sft", "pt")
+
+#: Values of `optim` whose state has exp_avg and exp_avg_sq in the parameter's own shape.
+ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused",
+        "adamw_apex_fused", "adamw_anyprecision", "grokadamw", "stable_adamw")  # fmt: skip
+
+#: LlamaFactory's switches for optimizers that beat `optim`.
+OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+
+#: LlamaFactory's switches for losses of its own.
+OTHER_LOSSES = ("use_dft_loss", "use_asft_loss", "use_eaft_loss")
+
+
+def check(config: RunConfig) -> Component | None:
+    """Everything that can be refused from the configuration alone.
+
+    Returns:
+        The component of a dynamic train_type, resolved; None for `static`.
+
+    Raises:
+        BadInput: every fault found, one per line.
+    """
+    check_inputs(config)
+    if config.dataflex.train_type == "static":
+        if config.dataflex.freeze_gate:
+            raise BadInput(
+                "freeze_gate is true, but train_type static is LlamaFactory itself: use "
+                "dynamic_mix with static_mix: true, or set freeze_gate: false."
+            )
+        return None
+    ours = config.dataflex
+    component = _component(config)
+    strategy = component.build()
+    if ours.train_type != "dynamic_weight" and not _fixed_mix(config):
+        Schedule(ours.warmup_step, ours.update_step, ours.update_times, budget=1)
+    faults = _trainer_faults(config)
+    for part, its_strategy in _parts(component, strategy):
+        faults += _component_faults(config, part, its_strategy)
+        if getattr(its_strategy, "needs_moments", False):
+            faults += _optimizer_faults(config, f"component {part.name!r}")
+    if hasattr(strategy, "check"):
+        faults += strategy.check(config)
+    if ours.train_type in BY_DOMAIN:
+        faults += domain_faults(config)
+    if ours.train_type == "dynamic_mix":
+        faults += rule_faults(config, strategy)
+    if faults:
+        raise BadInput("\n".join(faults))
+    for warning in _unused(config, strategy):
+        _log.warning("%s", warning)
+    return component
+
+
+def _unused(config: RunConfig, strategy: object) -> list[str]:
+    """Keys of ours that are set, and that nothing in this run looks at."""
+    ours, default = config.dataflex, DataFlexConfig()
+    kind = ours.train_type
+    used_by: dict[str, bool] = {
+        "static_mix": kind == "dynamic_mix",
+        "mixture_sample_rule": kind in BY_DOMAIN,
+        "init_mixture_proportions": kind in BY_DOMAIN,
+        "mixer_eval_dataset": kind in BY_DOMAIN,
+        "target_subtasks": bool(getattr(strategy, "needs_targets", False)),
+        "early_stopping_min_delta": config.get("early_stopping_steps") is not None,
+        **dict.fromkeys(("update_step", "update_times"), kind != "dynamic_weight"),
+    }
+    return [
+        f"{key} has no effect here (train_type {kind}, component {ours.component_name})"
+        for key, used in used_by.items()
+        if not used and getattr(ours, key) != getattr(default, key)
+    ]
+
+
+def _parts(component: Component, strategy: object) -> list[tuple[Component, object]]:
+    """The component and its strategy; of a pipeline, those of its stages."""
+    if isinstance(strategy, Pipeline):
+        return [(stage.component, stage.strategy) for stage in strategy.everyone]
+    return [(component, strategy)]
+
+
+def _fixed_mix(config: RunConfig) -> bool:
+    return config.dataflex.train_type == "dynamic_mix" and config.dataflex.static_mix
+
+
+def _component(config: RunConfig) -> Component:
+    """The named component; with `static_mix` nobody is asked, so the static mixer stands in."""
+    ours = config.dataflex
+    if _fixed_mix(config):
+        if ours.component_name is not None:  # its name and parameters are checked all the same
+            config.component(ours.train_type, ours.component_name, ours.component_params)
+        return config.component(ours.train_type, "static", {})
+    return config.component(ours.train_type, ours.component_name, ours.component_params)
+
+
+def check_gradients(config: RunConfig) -> None:
+    """What any gradient export needs of a configuration, training or not."""
+    streaming = ["streaming is on, but gradstore build numbers rows: set streaming: false."]
+    faults = [*(streaming if config.get("streaming", False) else []),
+              *_single_row_faults(config, "gradstore build"), *_lora_faults(config, "the store"),
+              *_target_faults(config, "gradstore build")]  # fmt: skip
+    if faults:
+        raise BadInput("\n".join(faults))
+
+
+def _trainer_faults(config: RunConfig) -> list[str]:
+    faults = [
+        f"{key} is {value}; it must be at least 1."
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
+        if isinstance(value := config.get(key, 1), int) and value < 1
+    ]
+    stage = config.get("stage", "sft")
+    if stage not in STAGES:
+        faults.append(
+            f"stage is {stage!r}; train_type {config.dataflex.train_type} supports "
+            f"{' and '.join(STAGES)}. Use train_type: static for the others."
+        )
+    if config.get("do_train") is not True:
+        faults.append("do_train must be true: without training there is nothing to select for.")
+    if config.get("streaming", False):
+        faults.append(
+            f"streaming is on, but train_type {config.dataflex.train_type} needs to know every row "
+            "before it chooses: set streaming: false."
+        )
+    if config.get("early_stopping_steps") is not None and not (
+        config.get("metric_for_best_model") or config.get("load_best_model_at_end", False)
+    ):
+        faults.append(
+            "early_stopping_steps is set, but nothing says what must improve: set "
+            "load_best_model_at_end: true, or metric_for_best_model."
+        )
+    if config.get("use_ray") or config.get("use_mca") or config.get("use_hyper_parallel"):
+        faults.append("use_ray, use_mca and use_hyper_parallel work with train_type: static only.")
+    return faults
+
+
+def _component_faults(config: RunConfig, component: Component, strategy: object) -> list[str]:
+    name = f"component {component.name!r}"
+    faults = []
+    if getattr(strategy, "needs_single_rows", True):
+        faults += _single_row_faults(config, name)
+    if getattr(strategy, "needs_lora", False):
+        faults += _lora_faults(config, name)
+    if getattr(strategy, "needs_targets", False):
+        faults += _target_faults(config, name)
+    if config.get("fsdp") and FSDP in getattr(strategy, "whole_model", ()):
+        faults.append(
+            f"fsdp is {config.get('fsdp')!r}, but {name} makes passes of its own over the model in "
+            "training, which cannot be made while it lies in pieces: remove fsdp (DDP works)."
+        )
+    faults += _loss_faults(
+        config,
+        name,
+        weights=getattr(strategy, "reads_losses", False),
+        watches=getattr(strategy, "observes", False),
+    )
+    return faults
+
+
+def _loss_faults(config: RunConfig, who: str, *, weights: bool, watches: bool) -> list[str]:
+    """Options that replace the tokens' cross-entropy, or hide the logits it is taken from."""
+    if not (weights or watches):
+        return []
+    # Liger's fused loss hides them where the model gets labels; to weight samples, it gets none.
+    hiding = ("use_unsloth", "enable_liger_kernel") if watches else ("use_unsloth",)
+    return [
+        f"{key} is on, which {does} that {who} works with: set {key}: false."
+        for keys, does in ((OTHER_LOSSES, "replaces the loss"), (hiding, "hides the logits"))
+        for key in keys
+        if config.get(key, False)
+    ]
+
+
+def _single_row_faults(config: RunConfig, who: str) -> list[str]:
+    faults = []
+    packing = config.get("packing", config.get("stage", "sft") == "pt")
+    for key, on in (("packing", packing), ("neat_packing", config.get("neat_packing", False))):
+        if on:
+            faults.append(
+                f"{key} is on, but {who} decides about single rows"
+                f"{'' if key != 'packing' or config.get('packing') else ' (stage pt packs)'}: "
+                f"set {key}: false."
+            )
+    return faults
+
+
+def _lora_faults(config: RunConfig, who: str) -> list[str]:
+    kind = config.get("finetuning_type", "lora")
+    if kind != "lora":
+        return [
+            f"finetuning_type is {kind!r}, but {who} works on per-sample LoRA gradients: "
+            "supported is finetuning_type: lora (with stage sft or pt)."
+        ]
+    adapters = names(config.get("adapter_name_or_path"))
+    if len(adapters) > 1:
+        return [f"adapter_name_or_path names {len(adapters)} adapters; {who} needs at most one."]
+    return []
+
+
+def _optimizer_faults(config: RunConfig, who: str) -> list[str]:
+    way_out = (
+        f"Use one of {', '.join(ADAM)}, or set component_params.gradient_type to sgd or sign, "
+        "which need no moments."
+    )
+    optim = str(config.get("optim", ADAM[0]))
+    if optim not in ADAM:
+        return [f"optim is {optim!r}, which keeps no Adam moments by parameter, but {who} needs "
+                f"them. {way_out}"]  # fmt: skip
+    return [
+        f"{key} is on, which keeps no Adam moments by parameter, but {who} needs them. "
+        f"Set {key}: false, or component_params.gradient_type to sgd or sign."
+        for key in OTHER_OPTIMIZERS
+        if config.get(key, False)
+    ]
+
+
+def _target_faults(config: RunConfig, who: str) -> list[str]:
+    ours = config.dataflex
+    sets = ours.target_dataset or names(config.get("eval_dataset"))
+    if not sets and float(config.get("val_size", 0) or 0) <= 0:
+        return [
+            f"{who} needs target rows: set target_dataset (or eval_dataset, or val_size) to the "
+            "data the model should become good at."
+        ]
+    if len(set(sets)) < len(sets):
+        return [f"target_dataset names a set twice: {', '.join(sets)}."]
+    if ours.target_subtasks and len(sets) > 1:
+        return [
+            f"target_subtasks splits one target set, but {len(sets)} are named "
+            f"({', '.join(sets)}): each name is a sub-task already. Remove target_subtasks."
+        ]
+    if any(size <= 0 for size in ours.target_subtasks or ()):
+        return [f"target_subtasks is {list(ours.target_subtasks or ())}; sizes must be positive."]
+    return []

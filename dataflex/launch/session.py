@@ -1,0 +1,136 @@
+"""One training run: what is decided before LlamaFactory starts, and what it is given."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dataflex.checkpoints.folders import checkpoints, resume_point, run_identity
+from dataflex.config.keys import RunConfig
+from dataflex.config.presets import Component
+from dataflex.data.order import BatchShape
+from dataflex.data.rows import RawRows, RunData, check_rows
+from dataflex.report.picture import draw
+from dataflex.run.log import RunLog
+from dataflex.run.output_owner import own_output
+from dataflex.trainers.seam import Run, Seam, trainer_class
+from gradstore.storage.lock import WriterLock
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+#: train_type -> what goes before LlamaFactory's trainer.
+SEAMS = {
+    "dynamic_select": "dataflex.trainers.select:SelectSeam",
+    "dynamic_mix": "dataflex.trainers.mix:MixSeam",
+    "dynamic_weight": "dataflex.trainers.weight:WeightSeam",
+    "dynamic_reorder": "dataflex.trainers.reorder:ReorderSeam",
+    "dynamic_lego": "dataflex.trainers.lego:LegoSeam",
+}
+
+_log = logging.getLogger(__name__)
+
+
+class TrainSession:
+    """Resume, identity and checks of a run with a dynamic train_type.
+
+    Attributes:
+        args: what LlamaFactory parses, resume decided.
+    """
+
+    def __init__(self, config: RunConfig, component: Component) -> None:
+        self.config = config
+        self.component = component
+        self.strategy = component.build()
+        module, _, name = SEAMS[config.dataflex.train_type].partition(":")
+        self.seam: type[Seam] = getattr(importlib.import_module(module), name)
+        self.checkpoint = resume_point(config)
+        self.args = dict(config.llamafactory)
+        self.args["resume_from_checkpoint"] = str(self.checkpoint) if self.checkpoint else None
+        if self.checkpoint is None and checkpoints(config.output_dir):
+            # Only incomplete or unwanted checkpoints: LlamaFactory must not resume from them.
+            self.args["overwrite_output_dir"] = True
+        self._lock: WriterLock | None = None
+        self._data: RunData | None = None
+        self._log: RunLog | None = None
+
+    @property
+    def arrange(self) -> Callable[[RawRows], npt.NDArray[np.int64]] | None:
+        """The order raw rows are put in before they are tokenised, where the strategy has one."""
+        if not getattr(self.strategy, "orders_raw_rows", False):
+            return None
+        order: Callable[[RawRows], npt.NDArray[np.int64]] = self.strategy.order_raw_rows
+        return order
+
+    def take_data(self, data: RunData, training_args: Any) -> None:  # noqa: ANN401
+        """Check the rows before the model is loaded.
+
+        Args:
+            data: from the bridge.
+            training_args: LlamaFactory's TrainingArguments.
+        """
+        ours = self.config.dataflex
+        check_rows(data, needs_targets=getattr(self.strategy, "needs_targets", False),
+                   subtask_sizes=ours.target_subtasks)  # fmt: skip
+        shape = BatchShape(
+            training_args.per_device_train_batch_size * max(1, training_args.n_gpu),
+            training_args.gradient_accumulation_steps,
+            training_args.world_size,
+        )
+        schedule = self.seam.plan(self.strategy, self.config, data, shape.rows, training_args)
+        if not ours.static_mix and not any(i.update for i in schedule.intervals()):
+            _log.warning("the run of %d steps ends before its first update", schedule.budget)
+        if hasattr(self.strategy, "check_data"):
+            self.strategy.check_data(data, self.config)
+        if training_args.process_index == 0:
+            self._lock = own_output(self.config.output_dir)
+        self._data = data
+
+    def close(self) -> None:
+        """Let another run into the output folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def show(self) -> None:
+        """The table of updates and a picture, after everything LlamaFactory had to say."""
+        if self._log is None:
+            return
+        self._log.table()
+        if (picture := draw(self._log.folder)) is not None:
+            _log.info("picture: %s", picture)
+
+    def trainer_for(self, base: type) -> Callable[..., Any]:
+        """LlamaFactory's trainer class -> a callable that builds ours in its place."""
+
+        def build(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            if self._data is None:
+                raise RuntimeError("the trainer is built before its data were loaded")
+            run = Run(
+                self.config,
+                self._data,
+                self.strategy,
+                self.component.name,
+                self._identity(kwargs["args"]),
+                self.component.params,
+            )
+            trainer = trainer_class(self.seam, base, run)(*args, **kwargs)
+            # Never the trainer itself: kept beyond LlamaFactory's end of the process group, its
+            # DDP wrapper would be destroyed late, which can hang under gloo.
+            self._log = trainer.log_files if trainer.is_world_process_zero() else None
+            return trainer
+
+        return build
+
+    def _identity(self, training_args: Any) -> str:  # noqa: ANN401 - TrainingArguments
+        """Decided on rank 0: every rank must write the same id into a checkpoint."""
+        held = [""]
+        if training_args.process_index == 0:
+            held = [run_identity(self.config, self.checkpoint)]
+        if training_args.world_size > 1:
+            import torch.distributed as dist
+
+            dist.broadcast_object_list(held, src=0)
+        return held[0]

@@ -1,0 +1,66 @@
+"""Faults of a configuration that mixes domains, found before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dataflex.config.keys import RunConfig, names
+from dataflex.data.mixture import FIXED_RULES, HELD_OUT, RULES, as_proportions, domain_of
+from gradstore.errors import BadInput
+
+
+def domain_faults(config: RunConfig) -> list[str]:
+    """What the configuration alone tells of domains that cannot be mixed."""
+    ours, domains = config.dataflex, names(config.get("dataset"))
+    if not domains:
+        return [f"dataset is missing: train_type {ours.train_type} mixes the data sets it names."]
+    faults = []
+    if len(set(domains)) < len(domains):
+        faults.append(f"dataset names a data set twice: {', '.join(domains)}.")
+    strategy = str(config.get("mix_strategy", "concat"))
+    if strategy != "concat":
+        faults.append(
+            f"mix_strategy is {strategy!r}, but train_type {ours.train_type} mixes the data sets "
+            "itself: remove it, and say the opening mixture in init_mixture_proportions."
+        )
+    if ours.mixture_sample_rule not in (None, *RULES):
+        faults.append(
+            f"mixture_sample_rule is {ours.mixture_sample_rule!r}; use one of {', '.join(RULES)}."
+        )
+    if ours.init_mixture_proportions is not None:
+        try:
+            as_proportions(ours.init_mixture_proportions, domains, "init_mixture_proportions")
+        except BadInput as error:
+            faults.append(str(error))
+    return [*faults, *_held_out_faults(config, domains)]
+
+
+def _held_out_faults(config: RunConfig, domains: Sequence[str]) -> list[str]:
+    sets = config.dataflex.mixer_eval_dataset or ()
+    faults = [
+        f"mixer_eval_dataset {name!r} belongs to no data set of `dataset`: its name must be one of "
+        f"{', '.join(domains)}, with or without {HELD_OUT!r}."
+        for name in sets
+        if domain_of(name, domains) is None
+    ]
+    owners = [domain_of(name, domains) for name in sets]
+    if len(set(owners)) < len(owners):
+        faults.append(f"mixer_eval_dataset names two sets for one domain: {', '.join(sets)}.")
+    if sets and float(config.get("val_size", 0) or 0) > 0:
+        faults.append(
+            "mixer_eval_dataset and val_size both say which rows are held out of the domains: "
+            "remove one."
+        )
+    return faults
+
+
+def rule_faults(config: RunConfig, strategy: object) -> list[str]:
+    """A fixed rule would silently discard what a mixer decides."""
+    rule = config.dataflex.mixture_sample_rule
+    if rule not in FIXED_RULES or not getattr(strategy, "dynamic", True):
+        return []
+    return [
+        f"mixture_sample_rule is {rule!r}, which fixes the mixture, but component "
+        f"{config.dataflex.component_name!r} changes it: set mixture_sample_rule: mixture, or "
+        "component_name: static."
+    ]

@@ -1,0 +1,1 @@
+"""Models beside the trainer's loop: passes, frozen references, generation, encoders."""

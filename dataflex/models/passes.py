@@ -1,0 +1,107 @@
+"""Passes over rows under the current model: batches, and each row's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from dataflex.data.rows import Rows
+from dataflex.run.context import RunContext
+from dataflex.run.log import OnRows, progress
+from gradstore.capture.per_sample import batch_losses
+from gradstore.export.units import plan_batches
+
+#: Padded tokens of a gradient batch where the user sets none.
+CPU_TOKENS, GPU_TOKENS = 2048, 16384
+
+
+def token_budget(model: nn.Module) -> int:
+    """Padded tokens of a gradient batch that suit the model's device."""
+    return GPU_TOKENS if next(model.parameters()).device.type == "cuda" else CPU_TOKENS
+
+
+RowBatch = tuple[npt.NDArray[np.int64], dict[str, Any]]
+
+
+def row_losses(
+    run: RunContext,
+    positions: npt.NDArray[np.int64] | None = None,
+    *,
+    rows: Rows | None = None,
+    max_rows: int = 1024,
+) -> npt.NDArray[np.float64]:
+    """Mean token cross-entropy of rows under the current model, in eval mode.
+
+    Collective: the ranks share the batches, each then has every loss.
+
+    Args:
+        run: model, rows and collator.
+        positions: (m,) rows to score; None for all.
+        rows: of which data set; None for the training rows.
+        max_rows: rows of a batch, at most.
+
+    Returns:
+        (n,) float64; NaN for rows not asked for, and for rows without a target token.
+    """
+    rows = run.data.train if rows is None else rows
+    # Twice the budget of a gradient pass: nothing is kept for a backward.
+    budget = 2 * token_budget(run.model)
+    total = len(rows) if positions is None else len(positions)
+
+    def own_part() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        where, found = [np.empty(0, np.int64)], [np.empty(0)]
+        with progress(f"losses of {rows.name}", total, shown=run.shows_progress) as advance:
+
+            def told(done: int) -> None:
+                advance(min(done * run.ranks.world, total))
+
+            for at, batch in batches(run, rows, positions, budget, told, max_rows, shared=True):
+                where.append(at)
+                found.append(batch_losses(run.model, batch).loss.double().cpu().numpy())
+        return np.concatenate(where), np.concatenate(found)
+
+    losses = np.full(len(rows), np.nan)
+    for where, found in run.ranks.gather(own_part):
+        # A batch may come several times, where ranks had to make as many passes.
+        new = ~np.isfinite(losses[where])
+        losses[where[new]] = found[new]
+    return losses
+
+
+def whole_rows(model: nn.Module) -> int:
+    """Rows of a target batch whose whole gradients fit into 1 GiB."""
+    p = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return max(1, (1 << 30) // (4 * max(p, 1)))
+
+
+def batches(
+    run: RunContext,
+    rows: Rows,
+    positions: npt.NDArray[np.int64] | None,
+    budget: int,
+    advance: OnRows,
+    max_rows: int = 1024,
+    *,
+    shared: bool = False,
+) -> Iterator[RowBatch]:
+    """Collated batches on the model's device, longest rows first, with their row positions.
+
+    With `shared` this rank gets its part of the batches alone.
+    """
+    device = next(run.model.parameters()).device
+    chosen = np.arange(len(rows)) if positions is None else positions
+    planned = plan_batches(rows.lengths[chosen], budget, max_rows)
+    if shared:
+        # As many passes on every rank: one that stopped early would leave the others waiting where
+        # parameters are spread over the ranks (ZeRO-3). The shortest batch may come several times.
+        more = planned[-1:] * (-len(planned) % run.ranks.world)
+        planned = list(run.ranks.share([*planned, *more]))
+    for batch_of in planned:
+        where = chosen[batch_of]
+        batch = run.collate([rows.dataset[int(i)] for i in where])
+        yield where, {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+        advance(len(where))

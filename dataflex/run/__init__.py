@@ -1,0 +1,1 @@
+"""A run as its parts see it: context, schedule, ranks, log and messages."""

@@ -1,0 +1,89 @@
+"""What a strategy may look at: the run as a whole, and one boundary of its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.data.rows import RunData
+from dataflex.run.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dataflex.config.keys import RunConfig
+    from dataflex.run.board import Scoreboard
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What stays the same for a whole run.
+
+    Attributes:
+        config: the checked configuration.
+        data: training rows and target sets.
+        collate: rows -> padded batch with `labels` (b, t).
+        model: the model in training, unwrapped.
+        output_dir: the run's folder.
+        run_id: the same after a resume.
+        seed: the run's seed.
+        autocast: dtype name of mixed precision, or "off".
+        shows_progress: whether this process draws bars.
+        ranks: this process among those of the run.
+        board: losses of training rows, taken once per model state; None outside of training.
+    """
+
+    config: RunConfig
+    data: RunData
+    collate: Callable[[list[Any]], Any]
+    model: nn.Module
+    output_dir: Path
+    run_id: str
+    seed: int
+    autocast: str = "off"
+    shows_progress: bool = True
+    ranks: Ranks = field(default_factory=Ranks)
+    board: Scoreboard | None = None
+
+
+@dataclass(frozen=True)
+class UpdateContext:
+    """What is true at one boundary.
+
+    Attributes:
+        run: what stays the same.
+        step: g, optimizer steps finished.
+        update: c, 1-based count of updates in this stage; 0 for a warm-up.
+        updates: T, updates a stage has.
+        learning_rate: mean over the steps since the previous boundary.
+        optimizer: the Trainer's, possibly accelerate's wrapper.
+        pool: (m,) int64, rising positions of the training set that may be chosen from; None for
+            all of them.
+    """
+
+    run: RunContext
+    step: int
+    update: int
+    updates: int
+    learning_rate: float
+    optimizer: Any
+    pool: npt.NDArray[np.int64] | None = None
+
+    @property
+    def candidates(self) -> npt.NDArray[np.int64]:
+        """(m,) int64, the pool's positions that have a target token."""
+        usable = self.run.data.train.target_tokens > 0
+        if self.pool is None:
+            return np.flatnonzero(usable)
+        return self.pool[usable[self.pool]]
+
+    def among_candidates(self, usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """(n,) bool: `usable` rows that are candidates too."""
+        allowed = np.zeros(len(usable), dtype=np.bool_)
+        allowed[self.candidates] = True
+        return allowed & usable

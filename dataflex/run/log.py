@@ -1,0 +1,159 @@
+"""What a run shows and leaves: events.jsonl, selections/step_<g>.json, progress, a table."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradstore.storage.replace import replace_file
+
+OnRows = Callable[[int], None]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SelectionEvent:
+    """A selection's line of events.jsonl. Seconds are wall-clock; tokens are those of all passes.
+
+    `chosen` counts the chosen rows by data set.
+    """
+
+    step: int
+    component: str
+    train_rows: int
+    target_rows: int = 0
+    tokens: int = 0
+    export_seconds: float = 0.0
+    score_seconds: float = 0.0
+    select_seconds: float = 0.0
+    pause_seconds: float = 0.0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    chosen: Mapping[str, int] = field(default_factory=dict)
+
+
+class RunLog:
+    """Writes one run's files under `output_dir/dataflex/`. Rank 0 alone writes."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.folder = output_dir / "dataflex"
+        self._told: list[tuple[int, str, str, float | None]] = []
+
+    def clear(self) -> None:
+        """Forget what an earlier run left here; a new run in the same folder starts clean."""
+        for name in ("selections", "plans"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for name in ("events.jsonl", "picture.png"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def selection(
+        self,
+        step: int,
+        indices: npt.NDArray[np.int64],
+        scores: npt.NDArray[np.floating[Any]] | None,
+        manifest: Mapping[str, Any],
+    ) -> None:
+        """Write `selections/step_<g>.json`; `scores` (k,) in the order of `indices` (k,)."""
+        listed = [] if scores is None else [_finite(s) for s in scores.tolist()]
+        content = {
+            "indices": indices.tolist(),
+            "metric": {"score": listed},
+            "manifest": dict(manifest),
+        }
+        path = self.folder / "selections" / f"step_{step}.json"
+        replace_file(path, json.dumps(content).encode())
+
+    def plan(self, step: int, content: Mapping[str, Any]) -> None:
+        """Write `plans/step_<g>.json`: which rows each stage of a pipeline handed on."""
+        replace_file(self.folder / "plans" / f"step_{step}.json", json.dumps(content).encode())
+
+    def update(
+        self,
+        kind: str,
+        step: int,
+        component: str,
+        told: str,
+        *,
+        in_table: bool = True,
+        **values: Any,  # noqa: ANN401 - JSON values
+    ) -> None:
+        """What one update changed: a line on the screen, in events.jsonl, in the last table.
+
+        Args:
+            kind: select, mix, weight, reorder or pipeline.
+            step: g, optimizer steps finished.
+            component: name of the preset.
+            told: what changed, in a few words.
+            in_table: whether the table at the end has a row for it.
+            **values: the rest of the line in events.jsonl; `pause_seconds` is shown.
+        """
+        _log.info("step %d: %s %s", step, component, told)
+        if in_table:
+            self._told.append((step, component, told, values.get("pause_seconds")))
+        line = {"event": kind, "step": step, "component": component, **values}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def table(self) -> None:
+        """Print what every update of this process did."""
+        from rich.console import Console
+        from rich.table import Table
+
+        if not self._told:
+            return
+        table = Table(title="Updates of this run")
+        for column in ("step", "component", "what changed", "pause"):
+            table.add_column(column, justify="right" if column in ("step", "pause") else "left")
+        for step, component, told, pause in self._told:
+            table.add_row(str(step), component, told, "" if pause is None else f"{pause:.1f} s")
+        console = Console(stderr=True)
+        console.print(table)
+        console.print(f"all of it: {self.folder}", soft_wrap=True)
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """Lines of `events.jsonl`, by step; where a resumed run told a step again, the last one.
+
+    Args:
+        folder: `output_dir/dataflex`.
+    """
+    path = folder / "events.jsonl"
+    if not path.is_file():
+        return []
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut the last line
+            event = json.loads(line)
+            found[event["event"], event["step"]] = event
+    return sorted(found.values(), key=lambda event: int(event["step"]))
+
+
+@contextlib.contextmanager
+def progress(description: str, rows: int, *, shown: bool = True) -> Iterator[OnRows]:
+    """A bar with rows, rows/s and time left, on stderr; yields `advance(rows_done)`."""
+    from tqdm import tqdm
+
+    with tqdm(total=rows, desc=description, unit="row", disable=not shown, leave=False,
+              dynamic_ncols=True) as bar:  # fmt: skip
+        yield lambda done: bar.update(done) and None
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: a row without a score has null."""
+    return value if math.isfinite(value) else None
+
+
+def as_json(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """Finite numbers alone: JSON has no NaN, and a chart no place for it."""
+    return {k: float(v) for k, v in numbers.items() if np.isfinite(v)}

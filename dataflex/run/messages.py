@@ -1,0 +1,58 @@
+"""Which failures are the user's or the machine's, and the exit code each ends with.
+
+A failure may be told by another process than the one it happened in: a worker's by its parent, rank
+0's by every rank. `ToldFailure` carries it there.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+
+from gradstore.errors import BadInput, StoreError, StoreIOError
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One message for stderr and the code the process exits with."""
+
+    code: int
+    message: str
+
+
+class ToldFailure(StoreError):
+    """A failure of another process, with that one's message and exit code."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.exit_code = failure.code  # type: ignore[misc]
+
+
+def explain(error: BaseException) -> Failure | None:
+    """Exit code and message of a failure to tell in one line; None for a bug (a traceback)."""
+    if isinstance(error, StoreError):
+        return Failure(error.exit_code, str(error))
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        kind = BadInput if isinstance(error, FileNotFoundError) else StoreIOError
+        where = f" ({error.filename})" if error.filename else ""
+        return Failure(kind.exit_code, f"{error.strerror}{where}")
+    if isinstance(error, KeyboardInterrupt):
+        return Failure(
+            130,
+            "interrupted. Run the same command again with resume_from_checkpoint=true: it goes on "
+            "from the newest checkpoint. Run it as it was if there is none yet.",
+        )
+    return None
+
+
+def set_up_logging() -> None:
+    """Our own messages go to stderr, one line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("[dataflex] %(message)s"))
+    for name in ("dataflex", "gradstore", "gradkernels"):
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+            logger.propagate = False

@@ -1,0 +1,72 @@
+"""Which run owns an output folder: `dataflex/run.json`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from pathlib import Path
+
+from gradstore.errors import BadInput, StoreIOError
+from gradstore.storage.local import StoreFiles
+from gradstore.storage.lock import WriterLock
+from gradstore.storage.replace import replace_file
+
+_log = logging.getLogger(__name__)
+
+
+def output_identity(output_dir: Path) -> str:
+    """Id of the run that owns `output_dir`, made at first use.
+
+    Raises:
+        BadInput: the file that holds it is damaged.
+    """
+    run_id = known_identity(output_dir)
+    if run_id is None:
+        run_id = uuid.uuid4().hex
+        remember_identity(output_dir, run_id)
+    return run_id
+
+
+def known_identity(output_dir: Path) -> str | None:
+    """Id of the run that owns `output_dir`; None where none has started.
+
+    Raises:
+        BadInput: the file that holds it is damaged.
+    """
+    path = _identity_file(output_dir)
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{str(path)!r} is damaged ({error}); remove it.") from error
+
+
+def remember_identity(output_dir: Path, run_id: str) -> None:
+    """Make `run_id` the owner of `output_dir`."""
+    replace_file(_identity_file(output_dir), json.dumps({"run_id": run_id}).encode())
+
+
+def _identity_file(output_dir: Path) -> Path:
+    return output_dir / "dataflex" / "run.json"
+
+
+def own_output(output_dir: Path) -> WriterLock:
+    """Lock of a run's records and checkpoints, taken; to be released when the run ends.
+
+    A file system without flock lets a run train, with a warning: only a store needs it.
+
+    Raises:
+        StoreBusy: another run is writing there.
+        StoreIOError: the folder cannot be made.
+    """
+    files = StoreFiles(output_dir / "dataflex")
+    files.make_root()
+    lock = WriterLock(files, "the run in", "choose another output_dir")
+    try:
+        lock.acquire()
+    except StoreIOError as error:
+        reason = error.__cause__ or error
+        _log.warning("nothing keeps another run out of %s: no lock there (%s)", output_dir, reason)
+    return lock

@@ -1,0 +1,194 @@
+"""What selectors by embedding share: the service, neighbours of target rows, files made offline.
+
+Letters: n training rows, q target rows, k neighbours, d dimensions.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.config.keys import RunConfig
+from dataflex.config.parameters import is_whole
+from dataflex.data.rows import Rows
+from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.strategy import FSDP, ZERO3
+from dataflex.selectors.base import Selection, Selector
+from gradstore.errors import BadInput
+from gradstore.similarity.neighbours import Neighbours
+
+if TYPE_CHECKING:
+    from dataflex.features.embeddings import Embedded, EmbeddingService
+
+
+class EmbeddingSelector(Selector):
+    """Base: rows are chosen by where their embeddings lie beside the target's.
+
+    Args:
+        embedding_model_name_or_path: a sentence-transformers folder, any encoder's folder, or a hub
+            id: rows are embedded once, as text. null takes the model in training, at every update.
+        embedding_model_dtype: of that encoder's weights: auto, fp32, fp16 or bf16.
+        embedding_layer: index into the hidden states; -1 is the last layer's output.
+        embedding_batch_size: rows of an embedding batch, at most; tokens bound it as well.
+        keep_generations: newest steps kept of the embeddings of the model in training; null keeps
+            all.
+    """
+
+    needs_targets = True
+    distinct = True
+    neutral = frozenset({"embedding_batch_size", "keep_generations"})
+
+    def __init__(
+        self,
+        embedding_model_name_or_path: str | None = None,
+        embedding_model_dtype: str = "auto",
+        embedding_layer: int = -1,
+        embedding_batch_size: int = 32,
+        keep_generations: int | None = None,
+    ) -> None:
+        from dataflex.features.embedders import EmbeddingSettings
+
+        self.embeddings = EmbeddingSettings(
+            embedding_model_name_or_path,
+            embedding_model_dtype,
+            embedding_layer,
+            embedding_batch_size,
+        )
+        if keep_generations is not None and not is_whole(keep_generations):
+            raise ValueError(f"keep_generations is {keep_generations!r}; give a number >= 1")
+        self.keep_generations = keep_generations
+        if embedding_model_name_or_path is None:
+            self.whole_model = frozenset({FSDP, ZERO3})
+        #: A file made offline that stands for embeddings; none are made then.
+        self.file: Path | None = None
+        self._service: EmbeddingService | None = None
+        self._embedded: Embedded | None = None
+        self._neighbours: Neighbours | None = None
+
+    # -- what a strategy decides ------------------------------------------------------------------
+
+    def choose(
+        self, count: int, context: UpdateContext, neighbours: Neighbours | None
+    ) -> Selection:
+        """On rank 0: the rows.
+
+        Args:
+            count: m.
+            context: of the boundary.
+            neighbours: of the present embeddings; None where a file stands for them.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement choose")
+
+    # -- life cycle -------------------------------------------------------------------------------
+
+    def check(self, config: RunConfig) -> list[str]:
+        """The encoder's folder, or the file made offline, is there."""
+        if self.file is None:
+            return self.embeddings.faults(config)
+        return [] if self.file.is_file() else [f"{str(self.file)!r} is not a file here."]
+
+    def start(self, run: RunContext) -> None:
+        """Open the store; an encoder of its own embeds all rows now, once."""
+        if self.file is not None:
+            return
+        from dataflex.features.embeddings import EmbeddingService
+
+        self._service = EmbeddingService(run, self.embeddings)
+        if self._service.frozen:
+            self._embedded = self._service.export(0, run.data.targets)
+
+    def finish(self) -> None:
+        """Release the store."""
+        if self._service is not None:
+            self._service.close()
+            self._service = None
+
+    def select(self, count: int, context: UpdateContext) -> Selection:
+        """Embed what is not embedded yet, then choose."""
+        if self._service is None:
+            return context.run.ranks.decide(lambda: self.choose(count, context, None))
+        service, new = self._service, None
+        if self._embedded is None or not service.frozen:
+            self._neighbours = None
+            self._embedded = new = service.export(context.step, context.run.data.targets)
+        embedded = self._embedded
+        return context.run.ranks.decide(
+            lambda: self._choose(count, context, service, embedded, new)
+        )
+
+    def _choose(
+        self,
+        count: int,
+        context: UpdateContext,
+        service: EmbeddingService,
+        embedded: Embedded,
+        new: Embedded | None,
+    ) -> Selection:
+        from dataclasses import replace
+
+        from gradstore.scoring.selection import check_k
+
+        began = time.perf_counter()
+        train = service.generation(embedded.train)
+        if self._neighbours is None:
+            targets = [service.generation(name) for name in embedded.targets]
+            cache = service.store.path / "index" if service.frozen else None
+            self._neighbours = Neighbours(train, targets, cache)
+        allowed = context.among_candidates(train.usable)
+        check_k(count, int(allowed.sum()), train.rows)
+        chosen = self.choose(count, context, self._neighbours)
+        if self.keep_generations is not None:
+            service.clean(self.keep_generations)
+        return replace(
+            chosen,
+            target_rows=sum(len(rows) for rows in context.run.data.targets),
+            tokens=0 if new is None else new.tokens,
+            export_seconds=0.0 if new is None else new.seconds,
+            select_seconds=time.perf_counter() - began,
+            skipped={k: v for k, v in train.status_counts().items() if v and k != "ok"},
+            manifest={
+                **chosen.manifest,
+                "train": embedded.train,
+                "targets": list(embedded.targets),
+                "commit": train.commit_sha,
+            },
+        )
+
+
+def load_offline(path: Path, key: str) -> npt.NDArray[Any]:
+    """A .npy file made offline, without running anything that is in it.
+
+    Raises:
+        BadInput: it is not one.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"{key} {str(path)!r} is no readable .npy file: {error}") from error
+    if not isinstance(loaded, np.ndarray):
+        raise BadInput(f"{key} {str(path)!r} holds several arrays; give a .npy file of one.")
+    return loaded
+
+
+def rows_of_file(train: Rows, key: str) -> npt.NDArray[np.int64]:
+    """(r,) training row of each row of the file it came from; -1 where that row was dropped.
+
+    Raises:
+        BadInput: the training rows come from several files, which a number can't tell apart.
+    """
+    if train.sources is None:
+        return np.arange(len(train), dtype=np.int64)
+    names = sorted({name for name, _ in train.sources})
+    if len(names) > 1:
+        raise BadInput(
+            f"{key} numbers the rows of one file, but the training rows come from "
+            f"{', '.join(names)}. Leave {key} out: rows are then embedded here."
+        )
+    numbers = np.array([number for _, number in train.sources], dtype=np.int64)
+    rows = np.full(int(numbers.max()) + 1, -1, dtype=np.int64)
+    rows[numbers] = np.arange(len(train))
+    return rows

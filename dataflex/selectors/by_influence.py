@@ -1,0 +1,319 @@
+"""What selectors by gradient influence share: the store, its generations, state, two ways to score.
+
+Letters: n training rows, q sub-tasks of the target.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.config.parameters import is_count
+from dataflex.data.rows import Rows
+from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.strategy import FSDP, ZERO3
+from dataflex.selectors.base import Selection, Selector
+from gradstore.errors import BadInput, ProvenanceMismatch
+
+if TYPE_CHECKING:
+    from dataflex.features.gradients import CheckpointExport, FeatureService
+    from dataflex.features.target_source import TargetFeatures
+    from gradstore.scoring.comparable import CheckpointFeatures
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One score per training row.
+
+    Attributes:
+        values: (n,) float, the larger the better; NaN where the row is not usable.
+        usable: (n,) bool.
+        skipped: number of unusable rows by reason.
+    """
+
+    values: npt.NDArray[np.floating[Any]]
+    usable: npt.NDArray[np.bool_]
+    skipped: Mapping[str, int]
+
+
+class InfluenceSelector(Selector):
+    """Base: a row is worth what its gradient's cosines to the target's gradients say.
+
+    A subclass says in `fold` what a row's influence on the sub-tasks adds up to.
+
+    Args:
+        gradient_type: feature of a training row: adam_marginal (what the row adds to Adam's step),
+            adam (the whole step, as published), sgd, sign.
+        adam_eps_mode: eps inside the square root (published) or outside.
+        bias_correction: correct the moments for their start at zero.
+        proj_method: sjlt, rademacher or gaussian.
+        proj_dim: projected dimensions d.
+        sjlt_s: non-zeros per parameter of sjlt.
+        seed: of the projection.
+        dtype: of stored features, float16 or bfloat16.
+        scoring: projected (through the store) or direct (exact, nothing stored).
+        checkpoints: generations combined, weighted by learning rate: last, all, or a number.
+        tokens_per_batch: padded tokens of a gradient batch; null chooses by device.
+        max_bad_fraction: share of rows with non-finite gradients above which the run stops.
+        keep_generations: newest checkpoints kept in the store; null keeps all.
+    """
+
+    needs_lora = True
+    needs_targets = True
+    whole_model = frozenset({FSDP, ZERO3})
+    distinct = True
+    neutral = frozenset({"tokens_per_batch", "max_bad_fraction", "keep_generations"})
+
+    def __init__(
+        self,
+        gradient_type: Literal["adam_marginal", "adam", "sgd", "sign"] = "adam_marginal",
+        adam_eps_mode: Literal["inside", "outside"] = "inside",
+        bias_correction: bool = False,
+        proj_method: Literal["sjlt", "rademacher", "gaussian"] = "sjlt",
+        proj_dim: int = 8192,
+        sjlt_s: int = 8,
+        seed: int = 42,
+        dtype: str = "float16",
+        scoring: Literal["projected", "direct"] = "projected",
+        checkpoints: Literal["last", "all"] | int = "last",
+        tokens_per_batch: int | None = None,
+        max_bad_fraction: float = 0.01,
+        keep_generations: int | None = None,
+    ) -> None:
+        from dataflex.features.settings import FeatureSettings
+
+        self.settings = FeatureSettings(
+            gradient_type=gradient_type,
+            adam_eps_mode=adam_eps_mode,
+            bias_correction=bias_correction,
+            proj_method=proj_method,
+            proj_dim=proj_dim,
+            sjlt_s=sjlt_s,
+            seed=seed,
+            dtype=dtype,
+            tokens_per_batch=tokens_per_batch,
+            max_bad_fraction=max_bad_fraction,
+        )
+        if scoring not in ("projected", "direct"):
+            raise ValueError(f"scoring is {scoring!r}; choose projected or direct")
+        if checkpoints not in ("last", "all") and not is_count(checkpoints):
+            raise ValueError(f"checkpoints is {checkpoints!r}; choose last, all or a number >= 1")
+        if scoring == "direct" and checkpoints != "last":
+            raise ValueError(
+                f"checkpoints is {checkpoints!r}, but scoring: direct keeps no features of earlier "
+                "checkpoints; use checkpoints: last or scoring: projected"
+            )
+        if keep_generations is not None and not is_count(keep_generations):
+            raise ValueError(f"keep_generations is {keep_generations!r}; give a number >= 1")
+        self.needs_moments = self.settings.train_features.needs_moments
+        if keep_generations is not None and (
+            checkpoints == "all" or keep_generations < (1 if checkpoints == "last" else checkpoints)
+        ):
+            raise ValueError(
+                f"keep_generations is {keep_generations}, fewer than checkpoints: {checkpoints} "
+                "combines; raise it or leave it out"
+            )
+        self.scoring = scoring
+        self.which = checkpoints
+        self.keep_generations = keep_generations
+        #: Name of the sample that stands for the training rows; "" where all are taken.
+        self.train_set = ""
+        self._service: FeatureService | None = None
+        self._restored: Mapping[str, Any] = {}
+        self._generations_saved = 0
+
+    # -- what a strategy decides ------------------------------------------------------------------
+
+    def fold(
+        self,
+        influence: npt.NDArray[np.floating[Any]],
+        candidates: npt.NDArray[np.bool_],
+        count: int,
+    ) -> npt.NDArray[np.floating[Any]]:
+        """A row's influence on each sub-task -> what the row is worth.
+
+        Args:
+            influence: (n, q) mean cosines.
+            candidates: (n,) bool, rows that may be chosen; others may hold anything.
+            count: m, how many will be.
+
+        Returns:
+            (n,) the larger the better.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement fold")
+
+    def subtask_sizes(self, run: RunContext) -> Sequence[int] | None:
+        """Rows of each sub-task where one target set is cut into several; None: a set is one."""
+        return run.config.dataflex.target_subtasks
+
+    def target_source(self) -> TargetFeatures | None:
+        """Where target features come from; None: the gradients of the target rows' answers."""
+        return None
+
+    def sample(self, run: RunContext) -> Rows | None:
+        """Training rows that stand for all of them, named `train_set`; None takes all."""
+        return None
+
+    def score(
+        self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext
+    ) -> Scored:
+        """Scores of all rows from the generations of one or more checkpoints."""
+        from gradstore.scoring.influence import subtask_influence
+
+        found = subtask_influence(checkpoints, subtask_sizes=self.subtask_sizes(context.run))
+        candidates = context.among_candidates(found.usable)
+        return Scored(self.fold(found.values, candidates, count), found.usable, found.skipped)
+
+    def take(
+        self,
+        scores: npt.NDArray[np.floating[Any]],
+        count: int,
+        candidates: npt.NDArray[np.bool_],
+    ) -> npt.NDArray[np.int64]:
+        """(count,) best candidates, best first; ties go to the lower row."""
+        from gradstore.scoring.selection import select_top
+
+        return select_top(scores, count, usable=candidates)
+
+    # -- life cycle -------------------------------------------------------------------------------
+
+    def start(self, run: RunContext) -> None:
+        """Open the store: its refusals come before the first training step."""
+        if self.scoring == "projected":
+            from dataflex.features.gradients import FeatureService
+
+            run.ranks.decide(lambda: self._check_store(run))
+            self._service = FeatureService(run, self.settings)
+
+    def finish(self) -> None:
+        """Release the store."""
+        if self._service is not None:
+            self._service.close()
+            self._service = None
+
+    def state(self) -> dict[str, Any]:
+        """Which store, and how far: a resume refuses another one."""
+        if self._service is None or not self._service.run.ranks.leads:
+            return {}
+        store = self._service.store
+        head = store.head
+        self._generations_saved = len(self._service.steps(self.train_set))
+        return {
+            "store_uuid": store.uuid,
+            "commit": None if head is None else head.sha256,
+            "generations": self._generations_saved,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Remembered until the store is open."""
+        self._restored = state
+        self._generations_saved = int(state.get("generations", 0))
+
+    # -- selecting --------------------------------------------------------------------------------
+
+    def select(self, count: int, context: UpdateContext) -> Selection:
+        """Score every training row against the target, take the best `count`."""
+        if self._service is None:
+            return self._direct(count, context)
+        service = self._service
+        exported = self.export(service, context)
+        return context.run.ranks.decide(lambda: self._choose(count, context, service, exported))
+
+    def export(self, service: FeatureService, context: UpdateContext) -> CheckpointExport:
+        """Commit the generations of this boundary; collective."""
+        from gradstore.export.moments import AdamMoments
+
+        moments = None
+        if self.settings.train_features.needs_moments:
+            moments = AdamMoments.from_optimizer(context.optimizer, context.run.model)
+        return service.export(
+            context.step,
+            context.learning_rate,
+            moments,
+            self.target_source(),
+            self.sample(context.run),
+        )
+
+    def _check_store(self, run: RunContext) -> None:
+        """Refuse, before anything is created, a store that is not the checkpoint's."""
+        from gradstore.store.reader import open_store
+
+        expected = self._restored.get("store_uuid")
+        if expected is None:
+            return
+        path = run.config.store_path
+        try:
+            found = f"holds store {open_store(path).uuid}"
+        except BadInput:
+            found = "holds no store"
+        if found != f"holds store {expected}":
+            raise ProvenanceMismatch(
+                f"the checkpoint belongs to store {expected}, but {path} {found}: not this run's "
+                "store. Bring the run's store back, name it with gradstore=PATH, or start anew "
+                "with overwrite_output_dir: true."
+            )
+
+    def _choose(
+        self,
+        count: int,
+        context: UpdateContext,
+        service: FeatureService,
+        exported: CheckpointExport,
+    ) -> Selection:
+        """On rank 0: scores of what was exported, and the best of them."""
+        clock = [time.perf_counter()]
+        scores = self.score(
+            service.checkpoints(self.which, context.step, self.train_set), count, context
+        )
+        clock.append(time.perf_counter())
+        rows = self.take(scores.values, count, context.among_candidates(scores.usable))
+        clock.append(time.perf_counter())
+        if self.keep_generations is not None:
+            # Those made since the last checkpoint come on top: a resume starts before them and
+            # needs the ones they would push out.
+            since = len(service.steps(self.train_set)) - self._generations_saved
+            service.writer.clean(self.keep_generations + since)
+            self._generations_saved = len(service.steps(self.train_set)) - since
+        train = service.store.generation(exported.train)
+        return Selection(
+            rows,
+            scores.values[rows],
+            target_rows=exported.target_rows,
+            tokens=exported.tokens,
+            export_seconds=exported.seconds,
+            score_seconds=clock[1] - clock[0],
+            select_seconds=clock[2] - clock[1],
+            skipped=scores.skipped,
+            manifest={
+                "train": exported.train,
+                "targets": list(exported.targets),
+                "commit": train.commit_sha,
+                "adapter": train.record.adapter_hash,
+            },
+        )
+
+    def _direct(self, count: int, context: UpdateContext) -> Selection:
+        from dataflex.features.direct import direct_influence
+
+        began = time.perf_counter()
+        sizes = self.subtask_sizes(context.run)
+        found = direct_influence(context, self.settings, sizes, self.target_source())
+        exported = time.perf_counter()
+        candidates = context.among_candidates(np.asarray(np.isfinite(found.cosines).all(axis=1)))
+        scores = self.fold(found.cosines, candidates, count)
+        rows = self.take(scores, count, candidates)
+        return Selection(
+            rows,
+            scores[rows],
+            target_rows=found.target_rows,
+            tokens=found.tokens,
+            export_seconds=exported - began,
+            select_seconds=time.perf_counter() - exported,
+            skipped=found.skipped,
+            manifest={"scoring": "direct", "feature": self.settings.gradient_type},
+        )

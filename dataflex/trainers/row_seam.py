@@ -1,0 +1,206 @@
+"""The place where data change at an exact optimizer step.
+
+`get_batch_samples` is called once per optimizer step; it ignores the stock loader and serves the
+interval that contains `state.global_step`. Samplers would not do: they run ahead of training.
+Nothing here knows what decides about the rows; a subclass says that in `rows_for`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dataflex.checkpoints.state import RunState
+from dataflex.config.keys import RunConfig
+from dataflex.data.order import BatchShape, RowOrder, loader
+from dataflex.run.context import UpdateContext
+from dataflex.run.schedule import EventKind, Interval, Schedule, select_budget
+from dataflex.trainers.seam import Seam, random_states_kept
+from gradstore.errors import BadInput, DamagedData
+
+
+class ServedSeam(Seam):
+    """Serves intervals of rows; a subclass provides `rows_for`."""
+
+    #: Train on an interval's rows in the order given, never shuffled.
+    ordered: bool = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
+        super().__init__(*args, **kwargs)
+        self._interval: Interval | None = None
+        self._rows = np.empty(0, dtype=np.int64)
+        self._order = RowOrder(self._rows, None)
+        self._batches: Iterator[Any] = iter(())
+        self._rate_sum, self._rate_steps = 0.0, 0
+
+    def rows_for(self, interval: Interval, learning_rate: float) -> npt.NDArray[np.int64]:
+        """(k,) rows of an interval that begins now; called on every rank, the same on each."""
+        raise TypeError(f"{type(self).__name__} does not implement rows_for")
+
+    def update_context(self, interval: Interval, learning_rate: float) -> UpdateContext:
+        """What a strategy may look at when `interval` begins."""
+        return UpdateContext(
+            run=self.context,
+            step=interval.start,
+            update=interval.update,
+            updates=self.schedule.updates_per_stage,
+            learning_rate=learning_rate,
+            optimizer=self.optimizer,
+        )
+
+    def served_rows(self, step: int) -> list[npt.NDArray[np.int64]]:
+        """Row positions of this rank's micro-batches in optimizer step `step`."""
+        if self._interval is None:
+            raise RuntimeError("no interval is open")
+        at = step - self._interval.start
+        micro = self._order.micro_batches(at, self.args.process_index, self.batch_shape)
+        return [np.asarray(rows, dtype=np.int64) for rows in micro]
+
+    # -- public Trainer methods -------------------------------------------------------------------
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:  # noqa: ANN401
+        """The schedule's budget is the run; an epoch is a whole number of optimizer steps.
+
+        With the stock numbers an epoch may end inside an accumulation window, and the loop then
+        counts a step short: boundaries would be skipped.
+        """
+        rows, batch = len(self.train_dataset), self.batch_shape.rows
+        steps_per_epoch = max(1, -(-rows // batch))
+        budget = self.schedule.budget
+        epochs = -(-budget // steps_per_epoch)
+        steps_in_epoch = steps_per_epoch * args.gradient_accumulation_steps
+        return epochs, steps_per_epoch, rows, budget * batch, batch, steps_in_epoch, budget
+
+    def get_batch_samples(
+        self,
+        epoch_iterator: Any,  # noqa: ANN401
+        num_batches: int,
+        device: torch.device,
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of the coming step, from the interval it belongs to.
+
+        Leaves every random state as it found it: after a resume the Trainer restores the states
+        behind this call, so a single draw here would make the two runs differ.
+        """
+        step = int(self.state.global_step)
+        if step >= self.state.max_steps:
+            # A run resumed at its last step would train one too many.
+            self.control.should_training_stop = True
+            return [], None
+        with random_states_kept():
+            self._enter(step)
+            window = [next(self._batches) for _ in range(self.batch_shape.accumulation)]
+            self._rate_sum += float(self.lr_scheduler.get_last_lr()[0])
+            self._rate_steps += 1
+            return super().get_batch_samples(iter(window), len(window), device)  # type: ignore[misc, no-any-return]
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def more_state(self) -> Mapping[str, Any]:
+        """The running interval, its rows, and the learning rates since the last update."""
+        return {
+            **super().more_state(),
+            "interval": {} if self._interval is None else asdict(self._interval),
+            "rows": self._rows,
+            "rate_sum": self._rate_sum,
+            "rate_steps": self._rate_steps,
+        }
+
+    def settings(self) -> Mapping[str, Any]:
+        """Whether an interval's rows are shuffled must agree, too."""
+        return {**super().settings(), "in_given_order": self._in_given_order()}
+
+    def restore_more(self, state: RunState) -> None:
+        """Same interval, same rows, same position."""
+        super().restore_more(state)
+        kept = state.more
+        self._rate_sum, self._rate_steps = float(kept["rate_sum"]), int(kept["rate_steps"])
+        if not kept["interval"]:
+            return
+        held = {**kept["interval"], "kind": EventKind(kept["interval"]["kind"])}
+        self._interval = Interval(**held)
+        self._rows = np.asarray(kept["rows"], dtype=np.int64)
+        if self._rows.min() < 0 or self._rows.max() >= len(self.train_dataset):
+            raise DamagedData("the checkpoint's state names rows that do not exist.")
+        if state.step < self._interval.stop:
+            self._serve(self._interval, state.step)
+
+    # -- intervals --------------------------------------------------------------------------------
+
+    def _enter(self, step: int) -> None:
+        """Open the interval of `step` if it is not the one being served."""
+        held = self._interval
+        if held is None or not held.start <= step < held.stop:
+            interval = self.schedule.interval(step)
+            rate = float(self.lr_scheduler.get_last_lr()[0])
+            mean_rate = self._rate_sum / self._rate_steps if self._rate_steps else rate
+            self._rows = self.rows_for(interval, mean_rate)
+            if len(self._rows) == 0:
+                raise BadInput(f"the component chose no row at step {step}.")
+            self._check_agreement(step)
+            self._interval = interval
+            if interval.kind is EventKind.UPDATE:
+                self._rate_sum, self._rate_steps = 0.0, 0
+            self._serve(interval, step)
+
+    def _check_agreement(self, step: int) -> None:
+        """Ranks that train on different decisions would ruin a run without a word."""
+        digest = hashlib.sha256(self._rows.tobytes()).hexdigest()
+        if len(set(self.ranks.gather(lambda: digest))) > 1:
+            raise RuntimeError(f"the ranks disagree about the rows of step {step}: a bug")
+
+    def _serve(self, interval: Interval, step: int) -> None:
+        seed = None if self._in_given_order() else (int(self.args.seed), interval.start)
+        shape: BatchShape = self.batch_shape
+        self._order = RowOrder(self._rows, seed)
+        self._batches = loader(
+            self.train_dataset,
+            self._order,
+            range(step - interval.start, interval.stop - interval.start),
+            self.args.process_index,
+            shape,
+            self.data_collator,
+            workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+
+    def _in_given_order(self) -> bool:
+        finetuning = getattr(self, "finetuning_args", None)
+        return self.ordered or bool(getattr(finetuning, "disable_shuffling", False))
+
+
+def check_rows_of(answer: object, n: int, name: str) -> npt.NDArray[np.int64]:
+    """A component's answer is used as it is: it must be positions of the training set.
+
+    Raises:
+        BadInput: it is not; names the component and what it answered.
+    """
+    rows = np.asarray(answer, dtype=np.int64)
+    if rows.ndim != 1 or len(rows) == 0 or rows.min() < 0 or rows.max() >= n:
+        raise BadInput(
+            f"component {name!r} answered {rows.shape} rows"
+            + (f" between {rows.min()} and {rows.max()}" if rows.size else "")
+            + f"; expected a list of positions between 0 and {n - 1}."
+        )
+    return rows
+
+
+def select_schedule(config: RunConfig, rows: int, global_batch: int, args: Any) -> Schedule:  # noqa: ANN401
+    """The schedule of a select, reorder or pipeline run; `max_steps` stands in for `train_step`."""
+    ours = config.dataflex
+    budget = select_budget(
+        train_step=ours.train_step or max(0, int(args.max_steps)),
+        epochs=float(args.num_train_epochs),
+        warmup_step=ours.warmup_step,
+        update_step=ours.update_step,
+        update_times=ours.update_times,
+        rows=rows,
+        global_batch=global_batch,
+    )
+    return Schedule(ours.warmup_step, ours.update_step, ours.update_times, budget)

@@ -1,0 +1,68 @@
+"""How an update reads in the log and in events.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.data.rows import RunData
+from dataflex.selectors.base import Selection
+
+#: Domains that a line on the screen names.
+TOLD = 8
+
+
+def told_by_domain(strategy: object, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """What a mixer has to tell of the domains beside proportions: what -> domain -> value."""
+    tells = getattr(strategy, "by_domain", dict)
+    return {
+        what: dict(zip(names, values.tolist(), strict=True)) for what, values in tells().items()
+    }
+
+
+def listed(values: Mapping[str, float], form: str) -> str:
+    """The largest few, in the order of the domains."""
+    kept = sorted(values, key=lambda name: -values[name])[:TOLD]
+    named = ", ".join(f"{n} {v:{form}}" for n, v in values.items() if n in kept)
+    return named + (f" and {len(values) - TOLD} more" if len(values) > TOLD else "")
+
+
+def selection_numbers(
+    data: RunData, rows: npt.NDArray[np.int64], selection: Selection
+) -> dict[str, float]:
+    """What the Trainer's log gets of a selection."""
+    return {
+        "kept_share": len(np.unique(rows)) / len(data.train),
+        "skipped": float(sum(selection.skipped.values())),
+        **selection.numbers,
+        **score_numbers(selection.scores),
+    }
+
+
+def score_numbers(scores: npt.NDArray[np.floating[Any]] | None) -> dict[str, float]:
+    """Smallest, mean and largest of the scores that are finite, if any is."""
+    if scores is None or not np.isfinite(scores).any():
+        return {}
+    known = np.asarray(scores, dtype=np.float64)
+    return {
+        "score_min": float(np.nanmin(known)),
+        "score_mean": float(np.nanmean(known)),
+        "score_max": float(np.nanmax(known)),
+    }
+
+
+def _by_set(chosen: Mapping[str, int]) -> str:
+    """Which data sets they came from, where there are several."""
+    if len(chosen) < 2:
+        return ""
+    return f" ({', '.join(f'{name} {count}' for name, count in chosen.items())})"
+
+
+def score_range(numbers: Mapping[str, float]) -> str:
+    """The end of a line about an update, where rows have scores."""
+    if "score_min" not in numbers:
+        return ""
+    return f", scores {numbers['score_min']:.3g} to {numbers['score_max']:.3g}"

@@ -1,0 +1,93 @@
+"""Nearest rows by cosine, column by column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from gradstore.store.generation import Generation
+
+
+Matrix = npt.NDArray[np.int64]
+
+
+class Neighbours:
+    """The training rows nearest to each target row, by cosine."""
+
+    def __init__(
+        self, train: Generation, targets: Sequence[Generation], cache_dir: Path | None
+    ) -> None:
+        """Index the training rows.
+
+        Args:
+            train: embeddings of the training rows.
+            targets: of the target sets; rows that can't be used are left out.
+            cache_dir: the store's folder of indexes, where this one is worth keeping.
+        """
+        from gradstore.similarity.index import FeatureIndex
+        from gradstore.similarity.rows import UsableRows
+
+        self._index = FeatureIndex.build(train, cache_dir)
+        self._train = UsableRows(train)
+        self._queries = np.concatenate([UsableRows(g)[:] for g in targets])
+        self._held: tuple[npt.NDArray[np.float32], Matrix] | None = None
+        #: (n,) bool, rows that may be found.
+        self.usable: npt.NDArray[np.bool_] = train.usable
+
+    def nearest(self, k: int) -> tuple[npt.NDArray[np.float32], Matrix]:
+        """(q, k) cosines, highest first, and (q, k) rows; ties go to the lower row.
+
+        Args:
+            k: at most the usable rows.
+        """
+        if self._held is None or self._held[1].shape[1] < k:
+            self._held = self._index.search(self._queries, k)
+        cosines, rows = self._held
+        return cosines[:, :k], rows[:, :k]
+
+    def around(self, rows: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.float32]:
+        """(len(rows), k) cosines of usable training rows to their nearest, themselves first."""
+        places = np.searchsorted(self._train.rows, rows)
+        return self._index.search(self._train[places], k)[0]
+
+
+def column_order(
+    nearest: Matrix, allowed: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows in the order of their first place when a table is read column by column.
+
+    Args:
+        nearest: (q, k) rows of the training set, nearest first; negative where there is none.
+        allowed: (n,) bool, rows that may be taken.
+
+    Returns:
+        (m,) distinct rows, and (m,) where each stands in the columns laid end to end.
+    """
+    flat = nearest.T.ravel()
+    places = np.flatnonzero((flat >= 0) & allowed[flat])
+    rows, first = np.unique(flat[places], return_index=True)
+    order = np.argsort(first, kind="stable")
+    return rows[order], places[first[order]]
+
+
+def growing_order(
+    neighbours: Neighbours, width: int, count: int, allowed: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """`column_order` of as many neighbours as it takes to name `count` rows.
+
+    Returns:
+        (>= count,) rows, and the cosine each was found with.
+    """
+    most = int(neighbours.usable.sum())
+    width = min(width, most)
+    while True:
+        cosines, nearest = neighbours.nearest(width)
+        rows, places = column_order(nearest, allowed)
+        if len(rows) >= count or width == most:
+            return rows, cosines.T.ravel()[places].astype(np.float64)
+        width = min(2 * width, most)

@@ -1,0 +1,74 @@
+"""What is said of a configuration alone, beside refusals."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from dataflex.bridge import arguments
+from dataflex.config.keys import load
+from dataflex.config.presets import resolve
+from dataflex.launch.preflight import check
+from dataflex.run.strategy import FSDP, ZERO3
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "train_lora"
+
+
+def told(example: str, overrides: list[str], caplog: pytest.LogCaptureFixture) -> str:
+    """What `check` warns of."""
+    config = load(EXAMPLES / f"{example}.yaml", overrides, arguments.accepted_keys())
+    with caplog.at_level(logging.WARNING):
+        check(config)
+    return caplog.text
+
+
+def test_keys_that_nothing_looks_at_are_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parents[1])
+    idle = ["static_mix=true", "init_mixture_proportions=[1,2]", "mixture_sample_rule=uniform",
+            "mixer_eval_dataset=tiny_target", "target_subtasks=[3]",
+            "early_stopping_min_delta=0.5"]  # fmt: skip
+    said = told("selectors/loss", idle, caplog)
+    assert [key for key in idle if f"{key.partition('=')[0]} has no effect here" not in said] == []
+    assert "update_step" not in said
+    caplog.clear()
+    said = told("weighters/loss", ["update_step=5", "update_times=3"], caplog)
+    assert "update_step has no effect" in said
+    assert "update_times has no effect" in said
+
+
+@pytest.mark.parametrize("example", ["selectors/less", "mixers/odm", "weighters/adapt"])
+def test_an_example_has_no_idle_key(
+    example: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parents[1])
+    assert "has no effect" not in told(example, [], caplog)
+
+
+@pytest.mark.parametrize(
+    ("train_type", "name", "params", "refused"),
+    [
+        ("dynamic_select", "random", {}, set()),
+        ("dynamic_select", "loss", {}, {FSDP}),
+        ("dynamic_select", "delta_loss", {}, {FSDP}),
+        ("dynamic_select", "less", {}, {FSDP, ZERO3}),
+        ("dynamic_select", "near", {}, {FSDP, ZERO3}),
+        ("dynamic_select", "near", {"embedding_model_name_or_path": "encoder"}, set()),
+        ("dynamic_select", "coincide", {}, {FSDP, ZERO3}),
+        ("dynamic_mix", "odm", {}, set()),
+        ("dynamic_mix", "dynamic_moe", {}, {FSDP, ZERO3}),
+        ("dynamic_weight", "adapt", {}, {FSDP}),
+        ("dynamic_reorder", "sorting", {}, set()),
+        ("dynamic_reorder", "sorting", {"score_source": "model_loss", "score_params": {}}, {FSDP}),
+        ("dynamic_lego", "pipeline",
+         {"stages": [{"family": "selector", "component": "loss"},
+                     {"family": "mixer", "component": "dynamic_moe"}]}, {FSDP, ZERO3}),
+    ],
+)  # fmt: skip
+def test_what_makes_passes_of_its_own_wants_a_whole_model(
+    train_type: str, name: str, params: dict[str, object], refused: set[str]
+) -> None:
+    assert resolve(train_type, name, params).build().whole_model == refused
