@@ -47,9 +47,7 @@ def run(config: RunConfig, component: Component | None) -> None:
 
     session = TrainSession(config, component)
     with contextlib.closing(session):
-        running.run_replaced(
-            config, session.args, session.trainer_for, session.take_data, session.arrange
-        )
+        running.run_replaced(config, session)
         session.show()
 
 
@@ -107,7 +105,7 @@ def _rendezvous(env: Mapping[str, str]) -> list[str]:
 
 
 def _first_failure(folder: Path, error: Any) -> Failure:  # noqa: ANN401 - a ChildFailedError
-    """What the lowest rank left; a rank that was killed or met a bug leaves nothing."""
+    """Failure of the lowest rank that left one; one that was killed or met a bug leaves none."""
     for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
         try:
             return Failure(**json.loads(path.read_text(encoding="utf-8")))
