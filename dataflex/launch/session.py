@@ -12,6 +12,8 @@ from dataflex.config.keys import RunConfig
 from dataflex.config.presets import Component
 from dataflex.data.order import BatchShape
 from dataflex.data.rows import RawRows, RunData, check_rows
+from dataflex.pipelines.pipeline import build_strategy
+from dataflex.reorders.base import Reorder
 from dataflex.report.picture import draw
 from dataflex.run.log import RunLog
 from dataflex.run.output_owner import own_output
@@ -44,7 +46,7 @@ class TrainSession:
     def __init__(self, config: RunConfig, component: Component) -> None:
         self.config = config
         self.component = component
-        self.strategy = component.build()
+        self.strategy = build_strategy(component)
         module, _, name = SEAMS[config.dataflex.train_type].partition(":")
         self.seam: type[Seam] = getattr(importlib.import_module(module), name)
         self.checkpoint = resume_point(config)
@@ -60,10 +62,9 @@ class TrainSession:
     @property
     def arrange(self) -> Callable[[RawRows], npt.NDArray[np.int64]] | None:
         """The order raw rows are put in before they are tokenised, where the strategy has one."""
-        if not getattr(self.strategy, "orders_raw_rows", False):
-            return None
-        order: Callable[[RawRows], npt.NDArray[np.int64]] = self.strategy.order_raw_rows
-        return order
+        if isinstance(self.strategy, Reorder) and self.strategy.orders_raw_rows:
+            return self.strategy.order_raw_rows
+        return None
 
     def take_data(self, data: RunData, training_args: Any) -> None:  # noqa: ANN401
         """Check the rows before the model is loaded.
@@ -73,7 +74,7 @@ class TrainSession:
             training_args: LlamaFactory's TrainingArguments.
         """
         ours = self.config.dataflex
-        check_rows(data, needs_targets=getattr(self.strategy, "needs_targets", False),
+        check_rows(data, needs_targets=self.strategy.needs_targets,
                    subtask_sizes=ours.target_subtasks)  # fmt: skip
         shape = BatchShape(
             training_args.per_device_train_batch_size * max(1, training_args.n_gpu),
@@ -83,8 +84,7 @@ class TrainSession:
         schedule = self.seam.plan(self.strategy, self.config, data, shape.rows, training_args)
         if not ours.static_mix and not any(i.update for i in schedule.intervals()):
             _log.warning("the run of %d steps ends before its first update", schedule.budget)
-        if hasattr(self.strategy, "check_data"):
-            self.strategy.check_data(data, self.config)
+        self.strategy.check_data(data, self.config)
         if training_args.process_index == 0:
             self._lock = own_output(self.config.output_dir)
         self._data = data

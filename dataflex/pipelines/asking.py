@@ -25,13 +25,13 @@ from dataflex.selectors.base import Selection
 from dataflex.selectors.base import ask as ask_selector
 from gradstore.errors import BadInput
 
-#: What a stage answers: rows with scores, (k,) proportions, or rows in order.
+#: A stage's answer: rows with scores, (k,) proportions, or rows in order.
 Answer = Selection | FloatArray | Ordering
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one stage did at a boundary.
+    """The part of one stage in a plan.
 
     Attributes:
         stage: the stage.
@@ -51,7 +51,7 @@ class Part:
 def ask(
     stage: Stage, count: int, context: UpdateContext, seed: int, *, last: bool
 ) -> tuple[IntArray, Answer]:
-    """What a stage hands on of `context.pool`, and its answer.
+    """Ask a stage; return the rows of `context.pool` it hands on, and its answer.
 
     Args:
         stage: one that decides about rows.
@@ -93,8 +93,8 @@ def open_with(
         pool = draw(pool, of_row, proportions, count, generator)
     if reorder is None:
         return fit(pool, count, arranged=False, generator=generator)
-    strategy, told = reorder.strategy, replace(context, pool=pool)
-    answer = run.ranks.gather(lambda: strategy.warmup(count, told))[0]
+    strategy, own = reorder.strategy, replace(context, pool=pool)
+    answer = run.ranks.gather(lambda: strategy.warmup(count, own))[0]
     return fit(_ordered(answer, pool, reorder), count, arranged=True, generator=generator)
 
 

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 
 from dataflex.config.keys import RunConfig
+from dataflex.config.presets import Component
 from dataflex.config.registry import register, target_of
 from dataflex.data.mixture import FIXED_RULES, check_domains
 from dataflex.data.rows import RunData
-from dataflex.mixers.base import DomainLosses
 from dataflex.pipelines.asking import Part, ask, open_with
 from dataflex.pipelines.planning import IntArray, Timetable, fit, kept_by_filter
-from dataflex.pipelines.stages import Stage, arrange, build_stages
-from dataflex.run.context import RunContext, UpdateContext
+from dataflex.pipelines.stages import BASES, Stage, arrange, build_stages
+from dataflex.run.context import DomainLosses, RunContext, UpdateContext
 from dataflex.run.schedule import Schedule
-from dataflex.run.strategy import Strategy
+from dataflex.run.strategy import Strategy, adapt
+from dataflex.selectors.base import Selector
 from dataflex.weighters.base import LossContributor
 
 
@@ -79,12 +80,14 @@ class Pipeline(Strategy):
         self.seed = seed
         self.save_plans = save_plans
         strategies = [stage.strategy for stage in self.everyone]
-        self.needs_single_rows = any(getattr(s, "needs_single_rows", True) for s in strategies)
-        self.needs_lora = any(getattr(s, "needs_lora", False) for s in strategies)
-        self.needs_targets = any(getattr(s, "needs_targets", False) for s in strategies)
-        self.needs_moments = any(getattr(s, "needs_moments", False) for s in strategies)
-        self.reads_losses = any(getattr(s, "reads_losses", False) for s in strategies)
-        self.whole_model = frozenset().union(*(getattr(s, "whole_model", ()) for s in strategies))
+        self.needs_single_rows = any(s.needs_single_rows for s in strategies)
+        self.needs_lora = any(s.needs_lora for s in strategies)
+        self.needs_targets = any(s.needs_targets for s in strategies)
+        self.needs_moments = any(s.needs_moments for s in strategies)
+        self.reads_losses = any(s.reads_losses for s in strategies)
+        self.observes = any(s.observes for s in strategies)
+        self.whole_model = frozenset().union(*(s.whole_model for s in strategies))
+        self.settings = next((s.settings for s in strategies if s.settings is not None), None)
         #: What each stage of `rows` handed on when it last fired.
         self._handed: list[IntArray | None] = [None] * len(self.rows)
         #: Sum and number of the learning rates since each stage of `rows` last fired.
@@ -109,20 +112,9 @@ class Pipeline(Strategy):
         return next((stage for stage in self.rows if stage.spec.family == "reorder"), None)
 
     @property
-    def observes(self) -> bool:
-        """Whether a stage learns from the training losses of every step."""
-        return any(getattr(stage.strategy, "observes", False) for stage in self.everyone)
-
-    @property
     def keeps_scores(self) -> bool:
         """Whether a loss may be used after the boundary it was taken at."""
         return any(stage.spec.score_max_age > 0 for stage in self.rows)
-
-    @property
-    def settings(self) -> Any:  # noqa: ANN401 - FeatureSettings, for `gradstore build`
-        """How the stage that takes gradients makes features; None where none does."""
-        found = (getattr(stage.strategy, "settings", None) for stage in self.everyone)
-        return next((settings for settings in found if settings is not None), None)
 
     def describe(self) -> str:
         """The stages as they run, for one line on the screen."""
@@ -135,7 +127,7 @@ class Pipeline(Strategy):
         """The stages with all parameters that change an answer, presets included."""
         listed = []
         for stage in self.everyone:
-            neutral: frozenset[str] = getattr(stage.strategy, "neutral", frozenset())
+            neutral = stage.strategy.neutral
             params = {k: v for k, v in stage.component.params.items() if k not in neutral}
             cls = target_of(type(stage.strategy))
             listed.append({**vars(stage.spec), "class": cls, "params": params})
@@ -148,7 +140,6 @@ class Pipeline(Strategy):
         faults = [
             f"{stage.spec.name}: {fault}"
             for stage in self.everyone
-            if hasattr(stage.strategy, "check")
             for fault in stage.strategy.check(config)
         ]
         ours = config.dataflex
@@ -175,8 +166,7 @@ class Pipeline(Strategy):
         if any(stage.spec.family == "mixer" for stage in self.everyone):
             check_domains(data)
         for stage in self.everyone:
-            if hasattr(stage.strategy, "check_data"):
-                stage.strategy.check_data(data, config)
+            stage.strategy.check_data(data, config)
 
     def check_count(self, count: int, data: RunData) -> None:
         """Refuse, before the model is loaded, more rows than the selector can answer.
@@ -187,7 +177,7 @@ class Pipeline(Strategy):
         """
         usable = int((data.train.target_tokens > 0).sum())
         for stage in self.rows:
-            if stage.spec.family == "selector" and hasattr(stage.strategy, "check_count"):
+            if isinstance(stage.strategy, Selector):
                 draws = stage.spec.mode == "draw"
                 wanted = count if draws else kept_by_filter(usable, stage.spec.keep_ratio)
                 stage.strategy.check_count(wanted, data)
@@ -229,7 +219,7 @@ class Pipeline(Strategy):
     def observe(self, losses: DomainLosses) -> None:
         """Hand a step's training losses to the stages that learn from them."""
         for stage in self.everyone:
-            if getattr(stage.strategy, "observes", False):
+            if stage.strategy.observes:
                 stage.strategy.observe(losses)
 
     # -- rows -------------------------------------------------------------------------------------
@@ -247,9 +237,9 @@ class Pipeline(Strategy):
             before, answer = len(pool), None
             handed = self._handed[i]
             if turn:
-                told = replace(self._context_of(i, context, pool), update=turn, updates=total)
+                own = replace(self._context_of(i, context, pool), update=turn, updates=total)
                 last = i == len(self.rows) - 1
-                pool, answer = ask(stage, count, told, self.seed, last=last)
+                pool, answer = ask(stage, count, own, self.seed, last=last)
                 self._handed[i] = pool
             elif handed is not None:
                 pool = handed
@@ -291,3 +281,12 @@ class Pipeline(Strategy):
         steps = context.step - self._planned
         self._planned = context.step
         self._rates = [(s + context.learning_rate * steps, n + steps) for s, n in self._rates]
+
+
+def build_strategy(component: Component) -> Strategy:
+    """Build the strategy of a run: a pipeline, or one of the kinds its stages are of.
+
+    Raises:
+        BadInput: a parameter is out of range, or the class is no strategy of its kind.
+    """
+    return adapt(component.build(), {**BASES, "pipeline": Pipeline}[component.kind])

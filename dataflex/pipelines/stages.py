@@ -1,4 +1,4 @@
-"""What a pipeline's `stages` say: strict keys, a fixed order, one taker of the budget."""
+"""The `stages` of a pipeline: strict keys, a fixed order, one stage that fills the interval."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Any, Literal
 
 from dataflex.config.presets import Component, resolve
 from dataflex.config.registry import KINDS, unknown
+from dataflex.mixers.base import Mixer
 from dataflex.pipelines.planning import Pace
-from dataflex.weighters.base import LossContributor
+from dataflex.reorders.base import Reorder
+from dataflex.run.strategy import Strategy, adapt
+from dataflex.selectors.base import Selector
+from dataflex.weighters.base import LossContributor, Weighter
 from gradstore.errors import BadInput
 
 #: family -> train_type under which its components are registered.
@@ -19,11 +23,19 @@ FAMILIES: Mapping[str, str] = {
     kind: train_type for train_type, (_, kind) in KINDS.items() if kind != "pipeline"
 }
 
+#: family -> the base that its strategies are completed to.
+BASES: Mapping[str, type[Strategy]] = {
+    "selector": Selector,
+    "mixer": Mixer,
+    "reorder": Reorder,
+    "weighter": Weighter,
+}
+
 #: Stages that decide about rows, in the order in which they run: proportions are those of the
 #: rows that are left, and an order holds only if nothing comes after it.
 ROW_FAMILIES = ("selector", "mixer", "reorder")
 
-#: Who takes the budget where no stage does.
+#: Fills the interval where no stage does.
 UNIFORM = "uniform draw"
 
 _COMMON = ("family", "component", "warmup_step", "every", "enabled", "score_max_age",
@@ -52,7 +64,7 @@ class StageSpec:
         params: over the preset's.
         mode: of a selector: filter shrinks the pool, draw chooses the interval.
         keep_ratio: share of the pool that a filter keeps.
-        allow_replacement: of a mixer that takes the budget: repeat rows of a domain that is
+        allow_replacement: of a mixer that fills the interval: repeat rows of a domain that is
             too small.
     """
 
@@ -105,7 +117,7 @@ class Arrangement:
     Attributes:
         rows: at most one selector, mixer and reorder each, in this order.
         loss: those that weight samples, in the order of the YAML.
-        taker: name of what takes the budget.
+        taker: name of the stage that decides the interval's rows, or UNIFORM.
         warnings: what was put right, one sentence each.
     """
 
@@ -236,8 +248,8 @@ def _build(
 ) -> Stage:
     family = FAMILIES[spec.family]
     component = resolve(family, spec.component, spec.params, presets_file, placeholders)
-    strategy = component.build()
-    if hasattr(strategy, "by_index"):
+    strategy = adapt(component.build(), BASES[spec.family])
+    if isinstance(strategy, Reorder):
         # Raw rows are put in order before they are tokenised, where no other stage has a say.
         strategy.by_index()
     return Stage(spec, component, strategy)

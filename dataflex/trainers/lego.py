@@ -15,6 +15,7 @@ from dataflex.config.keys import RunConfig
 from dataflex.data.mixture import domains_of
 from dataflex.data.order import BatchShape
 from dataflex.data.rows import Domains, RunData, check_intervals
+from dataflex.mixers.base import Mixer
 from dataflex.pipelines.asking import Part
 from dataflex.pipelines.pipeline import Pipeline, Plan
 from dataflex.pipelines.stages import UNIFORM
@@ -26,7 +27,6 @@ from dataflex.trainers.telling import listed, selection_numbers, told_by_domain
 from dataflex.trainers.weight import weighted_alone
 from dataflex.trainers.weights import SampleStats, losses_by_domain
 from dataflex.weighters.base import LossContributor
-from gradstore.errors import BadInput
 
 _log = logging.getLogger(__name__)
 
@@ -53,11 +53,6 @@ class LegoSeam(LossSeam, ServedSeam):
         args: Any,  # noqa: ANN401
     ) -> Schedule:
         """As for a selector: W + U·T steps a stage; an interval's rows must exist."""
-        if not isinstance(strategy, Pipeline):
-            raise BadInput(
-                f"component {config.dataflex.component_name!r} is a {type(strategy).__name__}; "
-                "train_type dynamic_lego needs a dataflex.pipelines.pipeline.Pipeline."
-            )
         ours = config.dataflex
         check_intervals(len(data.train), ours.warmup_step, ours.update_step, global_batch)
         strategy.check_count(ours.update_step * global_batch, data)
@@ -127,7 +122,8 @@ class LegoSeam(LossSeam, ServedSeam):
         """What mixers have to tell beside proportions, those that weight the loss too."""
         found: dict[str, dict[str, float]] = {}
         for stage in self.pipeline.everyone:
-            found |= told_by_domain(stage.strategy, self.domains.names)
+            if isinstance(stage.strategy, Mixer):
+                found |= told_by_domain(stage.strategy, self.domains.names)
         self.tell({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
         return found
 

@@ -146,7 +146,7 @@ class MixSeam(LossSeam, ServedSeam):
 
     def observes(self, step: int) -> bool:
         """Where the mixer learns from training losses."""
-        return bool(getattr(self.run.strategy, "observes", False))
+        return bool(self.run.strategy.observes)
 
     def rows_of_step(self, step: int) -> list[npt.NDArray[np.int64]]:
         """Positions of this rank's micro-batches."""

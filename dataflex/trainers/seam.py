@@ -192,7 +192,7 @@ class Seam:
 
     def settings(self) -> Mapping[str, Any]:
         """What a resume must agree on: what is decided with, and what saved weights have to fit."""
-        neutral = {*RETIRED, *getattr(self.run.strategy, "neutral", ())}
+        neutral = {*RETIRED, *self.run.strategy.neutral}
         tuned = getattr(self, "finetuning_args", None)
         return {
             "component_name": self.run.name,
@@ -239,7 +239,7 @@ class Seam:
     def _begin(self, *, anew: bool) -> None:
         """The last place for refusals: model and rows are there, nothing was trained."""
         config = self.run.config
-        if spread := self._spread() & getattr(self.run.strategy, "whole_model", frozenset()):
+        if spread := self._spread() & self.run.strategy.whole_model:
             raise BadInput(
                 f"component {self.run.name!r} makes passes of its own over the model in training, "
                 f"which cannot be made under {' and '.join(sorted(spread))}: use DDP."

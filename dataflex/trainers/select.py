@@ -34,8 +34,7 @@ class SelectSeam(ServedSeam):
         """W + U·T steps a stage; an interval's rows must exist."""
         ours = config.dataflex
         check_intervals(len(data.train), ours.warmup_step, ours.update_step, global_batch)
-        if hasattr(strategy, "check_count"):
-            strategy.check_count(ours.update_step * global_batch, data)
+        strategy.check_count(ours.update_step * global_batch, data)
         return select_schedule(config, len(data.train), global_batch, args)
 
     def rows_for(self, interval: Interval, learning_rate: float) -> npt.NDArray[np.int64]:

@@ -9,17 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.data.rows import RunData
+from dataflex.mixers.base import Mixer
 from dataflex.selectors.base import Selection
 
 #: Domains that a line on the screen names.
 TOLD = 8
 
 
-def told_by_domain(strategy: object, names: Sequence[str]) -> dict[str, dict[str, float]]:
+def told_by_domain(mixer: Mixer, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """What a mixer has to tell of the domains beside proportions: what -> domain -> value."""
-    tells = getattr(strategy, "by_domain", dict)
     return {
-        what: dict(zip(names, values.tolist(), strict=True)) for what, values in tells().items()
+        what: dict(zip(names, values.tolist(), strict=True))
+        for what, values in mixer.by_domain().items()
     }
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from dataflex.data.rows import Domains
-from dataflex.mixers.base import DomainLosses
+from dataflex.run.context import DomainLosses
 from dataflex.run.ranks import Ranks
 from dataflex.weighters.base import FloatArray, LossContributor, MeasuredBatch
 from gradstore.capture.losses import Targets

@@ -23,6 +23,7 @@ from dataflex.data.mixture import (
     opening_proportions,
 )
 from dataflex.data.rows import RunData
+from dataflex.mixers.base import Mixer
 from dataflex.mixers.faults import domain_faults, rule_faults
 from gradstore.errors import BadInput
 
@@ -194,10 +195,10 @@ def test_what_the_configuration_alone_tells(changes: dict[str, Any], says: str) 
 
 
 def test_a_fixed_rule_and_a_mixer_that_changes_its_answer_do_not_go_together() -> None:
-    class Changing:
+    class Changing(Mixer):
         dynamic = True
 
-    class Fixed:
+    class Fixed(Mixer):
         dynamic = False
 
     for rule in ("stratified", "uniform"):
