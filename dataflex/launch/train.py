@@ -20,7 +20,7 @@ from dataflex.bridge import arguments, running
 from dataflex.config.keys import RunConfig, load
 from dataflex.config.presets import Component
 from dataflex.launch.preflight import check
-from dataflex.run.messages import Failure, ToldFailure
+from dataflex.run.messages import Failure, RemoteFailure
 
 #: Environment variable: folder in which each failing rank leaves `<rank>.json`.
 FAILURES = "DATAFLEX_FAILURES"
@@ -82,7 +82,7 @@ def _torchrun(path: Path, overrides: Sequence[str]) -> None:
         try:
             elastic_launch(config, command)(*command_args)
         except ChildFailedError as error:
-            raise ToldFailure(_first_failure(Path(folder), error)) from error
+            raise RemoteFailure(_first_failure(Path(folder), error)) from error
         except SignalException as error:  # torch has stopped the workers by now
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from error

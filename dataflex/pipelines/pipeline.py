@@ -75,7 +75,7 @@ class Pipeline(Strategy):
         presets = None if components_cfg_file is None else Path(components_cfg_file)
         arranged = arrange(build_stages(stages, presets, placeholders))
         self.rows, self.loss = arranged.rows, arranged.loss
-        self.taker, self.warnings = arranged.taker, arranged.warnings
+        self.filled_by, self.warnings = arranged.filled_by, arranged.warnings
         self.score_batch_size = score_batch_size
         self.seed = seed
         self.save_plans = save_plans
@@ -119,7 +119,7 @@ class Pipeline(Strategy):
     def describe(self) -> str:
         """The stages as they run, for one line on the screen."""
         rows = [stage.spec.name for stage in self.rows]
-        chain = " -> ".join(rows if self.taker in rows else [*rows, self.taker])
+        chain = " -> ".join(rows if self.filled_by in rows else [*rows, self.filled_by])
         weights = " x ".join(stage.spec.component for stage in self.loss)
         return chain + (f", samples weighted by {weights}" if weights else "")
 
@@ -244,7 +244,7 @@ class Pipeline(Strategy):
             elif handed is not None:
                 pool = handed
             if turn or handed is not None:
-                arranged = stage.spec.name == self.taker
+                arranged = stage.spec.name == self.filled_by
             parts.append(Part(stage, bool(turn), before, pool, answer))
         generator = np.random.default_rng([self.seed, context.step, len(self.rows)])
         return Plan(fit(pool, count, arranged=arranged, generator=generator), tuple(parts))

@@ -117,13 +117,13 @@ class Arrangement:
     Attributes:
         rows: at most one selector, mixer and reorder each, in this order.
         loss: those that weight samples, in the order of the YAML.
-        taker: name of the stage that decides the interval's rows, or UNIFORM.
+        filled_by: name of the stage that decides the interval's rows, or UNIFORM.
         warnings: what was put right, one sentence each.
     """
 
     rows: tuple[Stage, ...]
     loss: tuple[Stage, ...]
-    taker: str
+    filled_by: str
     warnings: tuple[str, ...]
 
 
@@ -170,11 +170,11 @@ def arrange(stages: Sequence[Stage]) -> Arrangement:
         for earlier, later in pairwise(rows)
         if earlier.spec.allow_replacement
     ]
-    taker = UNIFORM
+    filled_by = UNIFORM
     if rows and (rows[-1].spec.family != "selector" or rows[-1].spec.mode == "draw"):
-        taker = rows[-1].spec.name
+        filled_by = rows[-1].spec.name
     loss = tuple(stage for stage in stages if stage.weights_loss)
-    return Arrangement(tuple(rows), loss, taker, tuple(warnings))
+    return Arrangement(tuple(rows), loss, filled_by, tuple(warnings))
 
 
 def build_stages(

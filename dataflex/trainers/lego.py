@@ -22,8 +22,8 @@ from dataflex.pipelines.stages import UNIFORM
 from dataflex.run.schedule import EventKind, Interval, Schedule
 from dataflex.selectors.base import Selection
 from dataflex.trainers.loss_seam import LossSeam
+from dataflex.trainers.metrics import domain_metrics, largest, selection_metrics
 from dataflex.trainers.row_seam import ServedSeam, select_schedule
-from dataflex.trainers.telling import listed, selection_numbers, told_by_domain
 from dataflex.trainers.weight import weighted_alone
 from dataflex.trainers.weights import SampleStats, losses_by_domain
 from dataflex.weighters.base import LossContributor
@@ -89,11 +89,11 @@ class LegoSeam(LossSeam, ServedSeam):
         for part in plan.parts:
             numbers[f"kept/{part.stage.spec.family}"] = len(part.rows)
             if isinstance(part.answer, Selection):
-                numbers |= selection_numbers(self.run.data, part.answer.indices, part.answer)
+                numbers |= selection_metrics(self.run.data, part.answer.indices, part.answer)
             elif isinstance(part.answer, np.ndarray):
                 proportions = dict(zip(self.domains.names, part.answer.tolist(), strict=True))
-        self.tell({**numbers, **{f"mix/{name}": p for name, p in proportions.items()}})
-        more = self._tell_by_domain()
+        self.add_to_log({**numbers, **{f"mix/{name}": p for name, p in proportions.items()}})
+        more = self._log_by_domain()
         if not self.ranks.leads:
             return
         counts = np.bincount(self.domains.of_row[plan.rows], minlength=len(self.domains.names))
@@ -101,8 +101,8 @@ class LegoSeam(LossSeam, ServedSeam):
             "pipeline",
             step=step,
             component=self.run.name,
-            told=told(plan, self.domains.names)
-            + "".join(f"; {what} {listed(values, '.3g')}" for what, values in more.items()),
+            summary=describe(plan, self.domains.names)
+            + "".join(f"; {what} {largest(values, '.3g')}" for what, values in more.items()),
             fired=[part.stage.spec.name for part in plan.parts if part.fired],
             kept={part.stage.spec.name: len(part.rows) for part in plan.parts},
             proportions=proportions,
@@ -118,13 +118,13 @@ class LegoSeam(LossSeam, ServedSeam):
             ]
             self.log_files.plan(step, {"stages": stages, "rows": plan.rows.tolist()})
 
-    def _tell_by_domain(self) -> dict[str, Any]:
+    def _log_by_domain(self) -> dict[str, Any]:
         """What mixers have to tell beside proportions, those that weight the loss too."""
         found: dict[str, dict[str, float]] = {}
         for stage in self.pipeline.everyone:
             if isinstance(stage.strategy, Mixer):
-                found |= told_by_domain(stage.strategy, self.domains.names)
-        self.tell({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
+                found |= domain_metrics(stage.strategy, self.domains.names)
+        self.add_to_log({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
         return found
 
     def _write_selection(self, step: int, plan: Plan) -> None:
@@ -159,7 +159,7 @@ class LegoSeam(LossSeam, ServedSeam):
 
     def after_step(self, seen: SampleStats, rows: npt.NDArray[np.int64] | None) -> None:
         """Hand a step's losses by domain, over all ranks, to stages that observe."""
-        self._tell_by_domain()
+        self._log_by_domain()
         if self.pipeline.observes:
             assert rows is not None
             step = int(self.state.global_step)
@@ -192,9 +192,9 @@ class LegoSeam(LossSeam, ServedSeam):
         }
 
 
-def told(plan: Plan, domains: Sequence[str]) -> str:
+def describe(plan: Plan, domains: Sequence[str]) -> str:
     """The stages that fired and what they kept, in a few words."""
-    said = [_did(part, domains) for part in plan.parts if part.fired]
+    said = [_describe_part(part, domains) for part in plan.parts if part.fired]
     ready = len(plan.parts[-1].rows) if plan.parts else None
     if not said:
         said.append("no stage fires")
@@ -204,7 +204,7 @@ def told(plan: Plan, domains: Sequence[str]) -> str:
     return "; ".join(said)
 
 
-def _did(part: Part, domains: Sequence[str]) -> str:
+def _describe_part(part: Part, domains: Sequence[str]) -> str:
     spec, kept = part.stage.spec, len(part.rows)
     if spec.family == "selector":
         return (
@@ -214,7 +214,7 @@ def _did(part: Part, domains: Sequence[str]) -> str:
         return f"{spec.component} orders {kept} of {part.pool}"
     assert isinstance(part.answer, np.ndarray)
     shares = dict(zip(domains, part.answer.tolist(), strict=True))
-    return f"{spec.component} mixes {listed(shares, '.2f')}: {kept} of {part.pool}"
+    return f"{spec.component} mixes {largest(shares, '.2f')}: {kept} of {part.pool}"
 
 
 def warnings_of(pipeline: Pipeline, config: RunConfig, shape: BatchShape) -> list[str]:
@@ -225,7 +225,7 @@ def warnings_of(pipeline: Pipeline, config: RunConfig, shape: BatchShape) -> lis
         for stage in pipeline.loss
         if (warning := weighted_alone(stage.strategy, shape.rows, shape.accumulation))
     ]
-    if pipeline.taker != UNIFORM and pipeline.rows[-1].spec.every > ours.update_step:
+    if pipeline.filled_by != UNIFORM and pipeline.rows[-1].spec.every > ours.update_step:
         spec = pipeline.rows[-1].spec
         warnings.append(
             f"{spec.name} fires every {spec.every} steps, update_step is {ours.update_step}: in "
@@ -234,8 +234,9 @@ def warnings_of(pipeline: Pipeline, config: RunConfig, shape: BatchShape) -> lis
         )
     if pipeline.reorder is not None:
         warnings += [
-            f"{stage.spec.name} hands on another pool at every update, so {pipeline.taker} begins "
-            f"its order anew each time: set every: {4 * ours.update_step} or so for the former."
+            f"{stage.spec.name} hands on another pool at every update, so {pipeline.filled_by} "
+            "begins its order anew each time: set every: "
+            f"{4 * ours.update_step} or so for the former."
             for stage in pipeline.rows[:-1]
             if stage.spec.every <= ours.update_step
         ][:1]

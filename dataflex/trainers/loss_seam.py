@@ -52,7 +52,7 @@ class LossSeam(Seam):
         #: What the training passes of this step saw, for `after_step`.
         self._seen: list[SampleStats] = []
         #: Multipliers of all ranks' samples since the last log line.
-        self._untold: list[FloatArray] = []
+        self._pending: list[FloatArray] = []
         self._warned: set[str] = set()
 
     # -- what a subclass decides ------------------------------------------------------------------
@@ -132,10 +132,10 @@ class LossSeam(Seam):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """What samples counted since the last line: on the screen, in events.jsonl, in the log."""
-        if self._untold and "loss" in logs:
-            numbers = summary(np.concatenate(self._untold))
-            self._untold = []
-            self.tell(numbers)
+        if self._pending and "loss" in logs:
+            numbers = summary(np.concatenate(self._pending))
+            self._pending = []
+            self.add_to_log(numbers)
             if numbers and self.ranks.leads:
                 told = (
                     "weights {weight_min:.3g} to {weight_max:.3g}, mean {weight_mean:.3g}, "
@@ -254,7 +254,7 @@ class LossSeam(Seam):
             weights = weights * check_weights(answer, losses, type(contributor).__name__)
         relative = any(c.relative for c in contributors)
         each = multipliers(weights, everyone.tokens, relative=relative)
-        self._untold.append(each[everyone.tokens > 0])
+        self._pending.append(each[everyone.tokens > 0])
         if not each.any():
             self._warn_once("zero", f"step {step}: all weights are 0: these samples teach nothing")
         start = sum(len(part.tokens) for part, _ in held[: self.ranks.rank])
@@ -315,5 +315,5 @@ class LossSeam(Seam):
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned and self.ranks.leads:
-            _log.warning("%s (told once)", message)
+            _log.warning("%s (logged once)", message)
         self._warned.add(kind)

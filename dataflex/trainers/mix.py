@@ -24,8 +24,8 @@ from dataflex.data.mixture import (
 from dataflex.data.rows import Domains, RunData
 from dataflex.run.schedule import EventKind, Interval, Schedule, mix_budget
 from dataflex.trainers.loss_seam import LossSeam
+from dataflex.trainers.metrics import domain_metrics, largest
 from dataflex.trainers.row_seam import ServedSeam
-from dataflex.trainers.telling import listed, told_by_domain
 from dataflex.trainers.weights import SampleStats, losses_by_domain
 from dataflex.weighters.base import LossContributor
 
@@ -108,8 +108,10 @@ class MixSeam(LossSeam, ServedSeam):
     ) -> None:
         """One line on the screen, one in events.jsonl, numbers for the Trainer's log."""
         shares = self._by_domain(proportions)
-        self.tell({**{f"mix/{name}": p for name, p in shares.items()}, "pause_seconds": pause})
-        more = self._tell_by_domain()
+        self.add_to_log(
+            {**{f"mix/{name}": p for name, p in shares.items()}, "pause_seconds": pause}
+        )
+        more = self._log_by_domain()
         if not self.ranks.leads:
             return
         epochs = self._by_domain(self.cursors.epochs)
@@ -118,8 +120,8 @@ class MixSeam(LossSeam, ServedSeam):
             "mix",
             step=interval.start,
             component=self.run.name,
-            told=f"{verb} {listed(shares, '.2f')} (epochs {listed(epochs, '.1f')})"
-            + "".join(f"; {what} {listed(values, '.3g')}" for what, values in more.items()),
+            summary=f"{verb} {largest(shares, '.2f')} (epochs {largest(epochs, '.1f')})"
+            + "".join(f"; {what} {largest(values, '.3g')}" for what, values in more.items()),
             proportions=shares,
             counts=self._by_domain(counts),
             epochs=epochs,
@@ -127,10 +129,10 @@ class MixSeam(LossSeam, ServedSeam):
             **more,
         )
 
-    def _tell_by_domain(self) -> dict[str, Any]:
+    def _log_by_domain(self) -> dict[str, Any]:
         """What the mixer has to tell beside proportions: name -> domain -> value."""
-        found = told_by_domain(self.run.strategy, self.domains.names)
-        self.tell({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
+        found = domain_metrics(self.run.strategy, self.domains.names)
+        self.add_to_log({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
         return found
 
     def _by_domain(self, values: npt.NDArray[Any]) -> dict[str, Any]:
@@ -154,7 +156,7 @@ class MixSeam(LossSeam, ServedSeam):
 
     def after_step(self, seen: SampleStats, rows: npt.NDArray[np.int64] | None) -> None:
         """Hand a step's losses by domain, over all ranks, to a mixer that observes."""
-        self._tell_by_domain()
+        self._log_by_domain()
         step = int(self.state.global_step)
         if not self.observes(step):
             return

@@ -13,8 +13,8 @@ from dataflex.data.rows import RunData
 from dataflex.reorders.base import Ordering
 from dataflex.run.log import as_json
 from dataflex.run.schedule import EventKind, Interval, Schedule
+from dataflex.trainers.metrics import score_metrics, score_range
 from dataflex.trainers.row_seam import ServedSeam, check_rows_of, select_schedule
-from dataflex.trainers.telling import score_numbers, score_range
 from gradstore.errors import BadInput
 
 
@@ -63,8 +63,8 @@ class ReorderSeam(ServedSeam):
         pause: float,
     ) -> None:
         """One line on the screen, one in events.jsonl, the order itself in a file of its own."""
-        numbers = {**ordering.numbers, **score_numbers(ordering.scores)}
-        self.tell({**numbers, "pause_seconds": pause})
+        numbers = {**ordering.numbers, **score_metrics(ordering.scores)}
+        self.add_to_log({**numbers, "pause_seconds": pause})
         if not self.ranks.leads:
             return
         manifest = {
@@ -81,7 +81,7 @@ class ReorderSeam(ServedSeam):
             "reorder",
             step=interval.start,
             component=self.run.name,
-            told=f"{verb} {len(rows)} rows{score_range(numbers)}{share}",
+            summary=f"{verb} {len(rows)} rows{score_range(numbers)}{share}",
             train_rows=len(self.run.data.train),
             served_rows=len(rows),
             tokens=ordering.tokens,

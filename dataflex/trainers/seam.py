@@ -207,7 +207,7 @@ class Seam:
 
     # -- telling ----------------------------------------------------------------------------------
 
-    def tell(self, numbers: Mapping[str, float]) -> None:
+    def add_to_log(self, numbers: Mapping[str, float]) -> None:
         """Hand numbers to the Trainer's next log line, as `dataflex/<name>`."""
         self._numbers |= {f"dataflex/{k}": v for k, v in as_json(numbers).items()}
 

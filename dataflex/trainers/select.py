@@ -15,8 +15,8 @@ from dataflex.data.rows import RunData, check_intervals
 from dataflex.run.log import SelectionEvent, as_json
 from dataflex.run.schedule import EventKind, Interval, Schedule
 from dataflex.selectors.base import Selection, ask
+from dataflex.trainers.metrics import count_by_set, score_range, selection_metrics
 from dataflex.trainers.row_seam import ServedSeam, check_rows_of, select_schedule
-from dataflex.trainers.telling import _by_set, score_range, selection_numbers
 
 
 class SelectSeam(ServedSeam):
@@ -59,8 +59,8 @@ class SelectSeam(ServedSeam):
     def _record(
         self, step: int, rows: npt.NDArray[np.int64], selection: Selection, pause: float
     ) -> None:
-        numbers = selection_numbers(self.run.data, rows, selection)
-        self.tell({**numbers, "pause_seconds": pause})
+        numbers = selection_metrics(self.run.data, rows, selection)
+        self.add_to_log({**numbers, "pause_seconds": pause})
         if not self.ranks.leads:
             return
         train = self.run.data.train
@@ -88,10 +88,10 @@ class SelectSeam(ServedSeam):
             skipped=dict(selection.skipped),
             chosen=dict(Counter(names).most_common(8)),
         )
-        told = f"chose {len(rows)} of {len(train)} rows{_by_set(event.chosen)}"
+        summary = f"chose {len(rows)} of {len(train)} rows{count_by_set(event.chosen)}"
         self.log_files.update(
             "select",
-            told=told + score_range(numbers),
+            summary=summary + score_range(numbers),
             **asdict(event),
             numbers=as_json(numbers),
         )

@@ -1,4 +1,4 @@
-"""What a forward pass tells of the samples it saw, and the weights they are answered."""
+"""Statistics of the samples of a forward pass, and their weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gradstore.errors import BadInput
 
 @dataclass
 class SampleStats:
-    """What one rank knows of the samples of some micro-batches; n samples.
+    """Statistics of one rank's n samples of some micro-batches.
 
     Attributes:
         loss_sums: (n,) float64, summed token losses.
@@ -56,7 +56,7 @@ def statistics(
     token_losses: torch.Tensor,
     contributors: Sequence[LossContributor],
 ) -> SampleStats:
-    """What a forward pass tells of its samples; nothing that carries a gradient."""
+    """Take statistics of a forward pass's samples; nothing that carries a gradient."""
     sums = torch.zeros(targets.grid[0], dtype=torch.float64, device=token_losses.device)
     sums.index_add_(0, targets.rows, token_losses.double())
     measured = []
@@ -126,7 +126,7 @@ def losses_by_domain(
 def multipliers(
     weights: FloatArray, tokens: npt.NDArray[np.int64], *, relative: bool
 ) -> FloatArray:
-    """How many times each sample counts; 1 is what the plain trainer gives it.
+    """Scale weights to how many times each sample counts; 1 as in the plain trainer.
 
     Args:
         weights: (n,) finite, >= 0.

@@ -33,7 +33,7 @@ from dataflex.run.board import Scoreboard
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.schedule import Schedule
 from dataflex.selectors.base import Selection, Selector
-from dataflex.trainers.lego import LegoSeam, told, warnings_of
+from dataflex.trainers.lego import LegoSeam, describe, warnings_of
 from dataflex.weighters.base import LossContributor
 from gradstore.errors import BadInput
 
@@ -311,7 +311,7 @@ def test_a_plan_is_as_long_as_the_interval(m: int, count: int, arranged: bool) -
 
 
 @pytest.mark.parametrize(
-    ("stages", "taker"),
+    ("stages", "filled_by"),
     [
         ([FILTER], UNIFORM),
         ([WEIGHT], UNIFORM),
@@ -323,15 +323,15 @@ def test_a_plan_is_as_long_as_the_interval(m: int, count: int, arranged: bool) -
     ],
 )
 def test_one_stage_takes_the_budget(
-    stages: list[dict[str, Any]], taker: str, run_of: Callable[..., RunContext]
+    stages: list[dict[str, Any]], filled_by: str, run_of: Callable[..., RunContext]
 ) -> None:
     pipeline = Pipeline(stages)
-    assert pipeline.taker == taker
+    assert pipeline.filled_by == filled_by
     (plan,) = plans(pipeline, run_of([30, 30]), [10], 12, Schedule(10, 10, 1, 20))
     assert len(plan.rows) == len(set(plan.rows.tolist())) == 12
 
 
-def test_a_uniform_taker_draws_anew_at_every_boundary(run_of: Callable[..., RunContext]) -> None:
+def test_a_uniform_draw_is_made_anew_at_every_boundary(run_of: Callable[..., RunContext]) -> None:
     found = plans(Pipeline([{**FILTER, "every": 100}]), run_of([60]), [10, 20], 8,
                   Schedule(10, 10, 0, 30))  # fmt: skip
     assert all(row < 30 for plan in found for row in plan.rows)
@@ -475,7 +475,7 @@ def test_a_resume_agrees_on_the_stages_and_not_on_what_changes_no_answer(tmp_pat
 def test_every_preset_of_a_reorder_is_a_stage_that_orders_training_rows(name: str) -> None:
     params = {"score_params": {"cache_path": "x.json"}} if name == "reuse_selector_scores" else {}
     pipeline = Pipeline([FILTER, {"family": "reorder", "component": name, "params": params}])
-    assert pipeline.taker == f"reorder {name}"
+    assert pipeline.filled_by == f"reorder {name}"
     assert not pipeline.rows[1].strategy.orders_raw_rows
 
 
@@ -675,15 +675,15 @@ def test_a_line_names_the_stages_that_fired_and_what_they_kept(
 ) -> None:
     pipeline = Pipeline([{**FILTER, "every": 20}, MIX, ORDER])
     found = plans(pipeline, run_of([40, 20]), [10, 20], 8, Schedule(10, 10, 0, 30))
-    lines = [told(plan, ["a", "b"]) for plan in found]
+    lines = [describe(plan, ["a", "b"]) for plan in found]
     mixed = "shares mixes a 0.50, b 0.50: 8 of 30; onward orders 8 of 8"
     assert lines == [f"head keeps 30 of 60; {mixed}", mixed]
     few = Pipeline([{**FILTER, "keep_ratio": 0.1}])
     (plan,) = plans(few, run_of([40]), [10], 8, Schedule(10, 10, 1, 20))
-    assert told(plan, ["a"]) == "head keeps 4 of 40; 8 served, some again"
+    assert describe(plan, ["a"]) == "head keeps 4 of 40; 8 served, some again"
     late = Pipeline([{**DRAW, "warmup_step": 30}])
     (plan,) = plans(late, run_of([40]), [10], 8, Schedule(10, 10, 0, 20))
-    assert told(plan, ["a"]) == "no stage fires; 8 served"
+    assert describe(plan, ["a"]) == "no stage fires; 8 served"
 
 
 def test_what_has_no_say_is_told() -> None:
