@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def train(path: Path, overrides: Sequence[str]) -> None:
-    """`dataflex-cli train`: check, then train here or under torchrun as LlamaFactory would."""
+    """Check, then train here or under torchrun as LlamaFactory would: `dataflex-cli train`."""
     config = load(path, overrides, arguments.accepted_keys())
     component = check(config)
     if _enabled("FORCE_TORCHRUN") or (arguments.device_count() > 1 and not config.get("use_ray")):
@@ -52,7 +52,7 @@ def run(config: RunConfig, component: Component | None) -> None:
 
 
 def _static(config: RunConfig) -> dict[str, Any]:
-    """LlamaFactory's own keys; of ours `train_step` has a meaning there, as `max_steps`."""
+    """Pass on LlamaFactory's own keys; of ours `train_step` has a meaning there, as `max_steps`."""
     ours, args = config.dataflex, dict(config.llamafactory)
     if ours.train_step > 0:
         args["max_steps"] = ours.train_step
@@ -105,7 +105,7 @@ def _rendezvous(env: Mapping[str, str]) -> list[str]:
 
 
 def _first_failure(folder: Path, error: Any) -> Failure:  # noqa: ANN401 - a ChildFailedError
-    """Failure of the lowest rank that left one; one that was killed or met a bug leaves none."""
+    """Read the lowest rank's failure; a rank that was killed or met a bug leaves none."""
     for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
         try:
             return Failure(**json.loads(path.read_text(encoding="utf-8")))

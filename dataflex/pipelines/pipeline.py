@@ -113,18 +113,18 @@ class Pipeline(Strategy):
 
     @property
     def keeps_scores(self) -> bool:
-        """Whether a loss may be used after the boundary it was taken at."""
+        """True if a loss may be used after the boundary it was taken at."""
         return any(stage.spec.score_max_age > 0 for stage in self.rows)
 
     def describe(self) -> str:
-        """The stages as they run, for one line on the screen."""
+        """Describe the stages as they run, for one line on the screen."""
         rows = [stage.spec.name for stage in self.rows]
         chain = " -> ".join(rows if self.filled_by in rows else [*rows, self.filled_by])
         weights = " x ".join(stage.spec.component for stage in self.loss)
         return chain + (f", samples weighted by {weights}" if weights else "")
 
     def resolved(self) -> list[dict[str, Any]]:
-        """The stages with all parameters that change an answer, presets included."""
+        """List the stages with all parameters that change an answer, presets included."""
         listed = []
         for stage in self.everyone:
             neutral = stage.strategy.neutral
@@ -136,7 +136,7 @@ class Pipeline(Strategy):
     # -- life cycle -------------------------------------------------------------------------------
 
     def check(self, config: RunConfig) -> list[str]:
-        """The faults of all stages, and keys that a pipeline has no use for."""
+        """List the faults of all stages, and keys that a pipeline has no use for."""
         faults = [
             f"{stage.spec.name}: {fault}"
             for stage in self.everyone
@@ -162,7 +162,7 @@ class Pipeline(Strategy):
         return faults
 
     def check_data(self, data: RunData, config: RunConfig) -> None:
-        """Rows that some stage cannot work on."""
+        """Refuse rows that some stage cannot work on."""
         if any(stage.spec.family == "mixer" for stage in self.everyone):
             check_domains(data)
         for stage in self.everyone:
@@ -188,13 +188,13 @@ class Pipeline(Strategy):
             stage.strategy.start(run)
 
     def finish(self) -> None:
-        """Let every stage go, whatever another one raises."""
+        """Finish every stage, whatever another one raises."""
         with contextlib.ExitStack() as stack:
             for stage in self.everyone:
                 stack.callback(stage.strategy.finish)
 
     def state(self) -> dict[str, Any]:
-        """The stages' own states, and what they handed on."""
+        """Collect the stages' own states, and what they handed on."""
         return {
             "stages": [dict(stage.strategy.state()) for stage in self.everyone],
             "handed": list(self._handed),
@@ -203,7 +203,7 @@ class Pipeline(Strategy):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take it back; a stage that does not fire next hands on the same rows again."""
+        """Restore it; a stage that does not fire next hands on the same rows again."""
         for stage, kept in zip(self.everyone, state["stages"], strict=True):
             stage.strategy.restore(kept)
         self._handed = [None if rows is None else np.asarray(rows) for rows in state["handed"]]
@@ -213,7 +213,7 @@ class Pipeline(Strategy):
     # -- loss -------------------------------------------------------------------------------------
 
     def contributors(self, step: int) -> list[LossContributor]:
-        """Who weights the samples of a step: the product of their weights counts."""
+        """List what weights the samples of a step: the product of their weights counts."""
         return [stage.strategy for stage in self.loss if step >= stage.spec.warmup_step]
 
     def observe(self, losses: DomainLosses) -> None:
@@ -225,11 +225,11 @@ class Pipeline(Strategy):
     # -- rows -------------------------------------------------------------------------------------
 
     def timetable(self, schedule: Schedule) -> Timetable:
-        """When the stages of `rows` fire."""
+        """Compute when the stages of `rows` fire."""
         return Timetable.of(schedule, [stage.spec.pace for stage in self.rows])
 
     def plan(self, count: int, context: UpdateContext, timetable: Timetable) -> Plan:
-        """The `count` rows of the interval that begins now; every rank gets the same ones."""
+        """Decide the `count` rows of the interval that begins now, the same on every rank."""
         self._note_rate(context)
         pool, parts, arranged = context.candidates, [], False
         turns = timetable.at(context.step)
@@ -250,7 +250,7 @@ class Pipeline(Strategy):
         return Plan(fit(pool, count, arranged=arranged, generator=generator), tuple(parts))
 
     def warmup(self, count: int, context: UpdateContext, stage: int) -> IntArray:
-        """Rows to train on before the first update of the schedule's `stage`.
+        """Draw rows to train on before the first update of the schedule's `stage`.
 
         With a mixer the opening mixture; of it what a reorder begins with. A stage whose own
         warm-up is not over has no say.
@@ -262,7 +262,7 @@ class Pipeline(Strategy):
         return open_with(mixer, reorder, count, context, [context.run.seed, stage])
 
     def _context_of(self, i: int, context: UpdateContext, pool: IntArray) -> UpdateContext:
-        """What stage i may look at: its pool, its own learning rate, losses as old as it allows."""
+        """Build the view of stage i: its pool, its learning rate, losses as old as it allows."""
         spec = self.rows[i].spec
         total, steps = self._rates[i]
         self._rates[i] = (0.0, 0)
@@ -277,7 +277,7 @@ class Pipeline(Strategy):
         )
 
     def _note_rate(self, context: UpdateContext) -> None:
-        """A stage that fires seldom gets the mean over all steps since it last fired."""
+        """Add the rate; a stage that fires seldom gets the mean since it last fired."""
         steps = context.step - self._planned
         self._planned = context.step
         self._rates = [(s + context.learning_rate * steps, n + steps) for s, n in self._rates]

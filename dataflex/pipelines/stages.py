@@ -106,7 +106,7 @@ class Stage:
 
     @property
     def weights_loss(self) -> bool:
-        """Whether it multiplies the samples' weights; such a mixer (DoReMi) leaves rows alone."""
+        """True if it multiplies the samples' weights; such a mixer (DoReMi) leaves rows alone."""
         return self.spec.family == "weighter" or isinstance(self.strategy, LossContributor)
 
 
@@ -128,7 +128,7 @@ class Arrangement:
 
 
 def arrange(stages: Sequence[Stage]) -> Arrangement:
-    """Rules 1 and 2 of ALGORITHMS 5.
+    """Arrange stages by rules 1 and 2 of ALGORITHMS 5.
 
     Raises:
         BadInput: two stages of one family decide about rows, or a selector draws the interval
@@ -182,7 +182,7 @@ def build_stages(
     presets_file: Path | None,
     placeholders: Mapping[str, Any] | None = None,
 ) -> list[Stage]:
-    """The enabled stages, each with its strategy.
+    """Build the enabled stages, each with its strategy.
 
     Args:
         entries: `stages` of the preset.
@@ -213,7 +213,7 @@ def build_stages(
 
 
 def parse_stage(entry: object) -> StageSpec:
-    """One entry of `stages`, with strict keys.
+    """Parse one entry of `stages`, with strict keys.
 
     Raises:
         BadInput: an unknown key or family, a missing one, or a value out of range.

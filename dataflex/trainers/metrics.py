@@ -17,7 +17,7 @@ SHOWN = 8
 
 
 def domain_metrics(mixer: Mixer, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Numbers of the domains that a mixer reports beside proportions: name -> domain -> value."""
+    """Collect what a mixer reports of domains beside proportions: name -> domain -> value."""
     return {
         what: dict(zip(names, values.tolist(), strict=True))
         for what, values in mixer.by_domain().items()
@@ -34,7 +34,7 @@ def largest(values: Mapping[str, float], form: str) -> str:
 def selection_metrics(
     data: RunData, rows: npt.NDArray[np.int64], selection: Selection
 ) -> dict[str, float]:
-    """Metrics of a selection, for the Trainer's log."""
+    """Collect the metrics of a selection, for the Trainer's log."""
     return {
         "kept_share": len(np.unique(rows)) / len(data.train),
         "skipped": float(sum(selection.skipped.values())),
@@ -44,7 +44,7 @@ def selection_metrics(
 
 
 def score_metrics(scores: npt.NDArray[np.floating[Any]] | None) -> dict[str, float]:
-    """Smallest, mean and largest of the scores that are finite, if any is."""
+    """Take smallest, mean and largest of the scores that are finite, if any is."""
     if scores is None or not np.isfinite(scores).any():
         return {}
     known = np.asarray(scores, dtype=np.float64)
@@ -63,7 +63,7 @@ def count_by_set(chosen: Mapping[str, int]) -> str:
 
 
 def score_range(numbers: Mapping[str, float]) -> str:
-    """The end of a line about an update, where rows have scores."""
+    """Write the end of a line about an update, where rows have scores."""
     if "score_min" not in numbers:
         return ""
     return f", scores {numbers['score_min']:.3g} to {numbers['score_max']:.3g}"

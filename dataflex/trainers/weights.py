@@ -34,7 +34,7 @@ class SampleStats:
 
     @staticmethod
     def joined(parts: Sequence[SampleStats]) -> SampleStats:
-        """Samples of several parts, end to end."""
+        """Join the samples of several parts, end to end."""
         columns = zip(*(part.measured for part in parts), strict=True)
         return SampleStats(
             np.concatenate([part.loss_sums for part in parts]),
@@ -79,14 +79,14 @@ def hidden_option(contributors: Sequence[LossContributor]) -> dict[str, bool]:
 def rows_of(
     inputs: Mapping[str, torch.Tensor], chosen: npt.NDArray[np.bool_]
 ) -> dict[str, torch.Tensor] | None:
-    """The `chosen` (b,) rows of a batch; None if there are none, or the batch can't be cut."""
+    """Take the `chosen` (b,) rows of a batch; None if there are none, or it can't be cut."""
     if not chosen.any() or any(len(value) != len(chosen) for value in inputs.values()):
         return None
     return {key: value[torch.as_tensor(chosen)] for key, value in inputs.items()}
 
 
 def check_weights(answer: object, losses: FloatArray, name: str) -> FloatArray:
-    """(n,) weights as answered, 0 where a sample has no finite loss.
+    """Check weights (n,) as answered; 0 where a sample has no finite loss.
 
     Raises:
         BadInput: another shape, or a weight that is negative or not finite.
@@ -107,7 +107,7 @@ def check_weights(answer: object, losses: FloatArray, name: str) -> FloatArray:
 def losses_by_domain(
     step: int, seen: SampleStats, rows: npt.NDArray[np.int64], domains: Domains, ranks: Ranks
 ) -> DomainLosses:
-    """A step's losses over all ranks; collective.
+    """Sum a step's losses by domain over all ranks; collective.
 
     Args:
         step: g, optimizer steps finished before it.
@@ -156,7 +156,7 @@ def multipliers(
 
 
 def summary(each: FloatArray) -> dict[str, float]:
-    """Of multipliers (n,): smallest, mean, largest, and the share of samples that count.
+    """Summarise multipliers (n,): smallest, mean, largest, and the share of samples that count.
 
     The effective share is (sum w)^2 / (n * sum w^2): 1 where all are equal, 1 / n where one has
     everything, 0 where all are 0.

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataflex.config.keys import DataFlexConfig, RunConfig
-from dataflex.config.presets import presets_of, resolve
+from dataflex.config.presets import Component, presets_of, resolve
 from dataflex.config.registry import _classes
 from dataflex.data.order import BatchShape
 from dataflex.data.rows import RunData
 from dataflex.mixers.base import Mixer
-from dataflex.pipelines.pipeline import Pipeline, Plan
+from dataflex.pipelines.pipeline import Pipeline, Plan, build_strategy
 from dataflex.pipelines.planning import (
     Pace,
     Timetable,
@@ -31,8 +31,10 @@ from dataflex.pipelines.stages import UNIFORM, parse_stage
 from dataflex.reorders.base import Ordering, Reorder
 from dataflex.run.board import Scoreboard
 from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.ranks import Ranks
 from dataflex.run.schedule import Schedule
 from dataflex.selectors.base import Selection, Selector
+from dataflex.trainers.job import Job
 from dataflex.trainers.lego import LegoSeam, describe, warnings_of
 from dataflex.weighters.base import LossContributor
 from gradstore.errors import BadInput
@@ -510,9 +512,15 @@ def test_a_run_of_a_pipeline_asks_whether_its_selector_can_answer(
 ) -> None:
     run = run_of([6, 4], [9], warmup_step=1, update_step=10)
     args = SimpleNamespace(num_train_epochs=1.0, max_steps=20)
-    LegoSeam.plan(Pipeline([FILTER]), run.config, run.data, 1, args)
+
+    def job(stage: dict[str, Any]) -> Job:
+        component = Component("pipeline", "pipeline", Pipeline, {"stages": [stage]})
+        return Job(run.config, component, build_strategy(component), run.data, args,
+                   BatchShape(1, 1, 1), Ranks())  # fmt: skip
+
+    LegoSeam.plan(job(FILTER))
     with pytest.raises(BadInput, match="asked 10, 9 usable, 1 skipped"):
-        LegoSeam.plan(Pipeline([DRAW]), run.config, run.data, 1, args)
+        LegoSeam.plan(job(DRAW))
 
 
 def test_more_rows_than_a_stage_can_answer_are_refused_before_training(
