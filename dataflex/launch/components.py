@@ -1,4 +1,4 @@
-"""What `dataflex-cli components` prints: every registered strategy and its parameters."""
+"""The catalogue of `dataflex-cli components`: every registered strategy and its parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataflex.config.registry import KINDS, PACKAGES, parameters, strategies
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """One entry per strategy: kind, name, summary, paper, presets, parameters with defaults."""
+    """List the strategies: kind, name, summary, paper, presets, parameters with defaults."""
     buckets = {kind: bucket for bucket, kind in KINDS.values()}
     return [
         {
