@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
+
 from gradstore.errors import BadInput
 from gradstore.export.pooling import Pooling, pool
 
@@ -25,8 +27,6 @@ def check_library(folder: Path) -> None:
     Raises:
         BadInput: names the command that installs it.
     """
-    from packaging.version import Version
-
     try:
         installed = importlib.metadata.version(LIBRARY)
     except importlib.metadata.PackageNotFoundError:
