@@ -17,7 +17,7 @@ from gradstore.storage.local import StoreFiles
 from gradstore.store.generation_writer import quarantine
 from gradstore.store.reader import Store
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def choose_plan(
             return Chosen(plan, sha, resumed=True)
     name = str(base.with_attempt(attempt + 1))
     if attempt:
-        logger.warning("%s was made from another state before; now written as %s", base, name)
+        _log.warning("%s was made from another state before; now written as %s", base, name)
     plan = Plan(name, space, provenance_sha256, record, rows, dim, dtype, unit_rows)
     return Chosen(plan, Plan.from_bytes(plan.to_bytes())[1])
 
@@ -105,7 +105,7 @@ def warn_of_libraries(store: Store, plan: Plan) -> None:
         before = store.generation(commit.generation)
         if before.space == plan.space:
             for difference in compare(before.record.libraries, plan.record.libraries):
-                logger.warning("%s", difference.line(str(store.path)))
+                _log.warning("%s", difference.line(str(store.path)))
             return
 
 
@@ -127,7 +127,7 @@ def _readable_plans(files: StoreFiles, store: Store) -> dict[str, tuple[Plan, st
         try:
             plans[name] = Plan.from_bytes(files.read(plan_path(name)))
         except (ValueError, DamagedFile) as error:
-            logger.warning("the plan of %s is damaged (%s): planned again", name, error)
+            _log.warning("the plan of %s is damaged (%s): planned again", name, error)
             quarantine(files, plan_path(name))
             if files.exists(generation_path(name)):
                 quarantine(files, generation_path(name))

@@ -25,7 +25,7 @@ from gradstore.store.documents import metadata
 from gradstore.store.generation_writer import GenerationWriter, quarantine
 from gradstore.store.reader import Store
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class SpaceFields:
@@ -76,7 +76,7 @@ class SpaceFields:
             quarantine(files, path)
             sha = None
         if sha is None and not files.publish(path, provenance_bytes(self.space, self.fields)):
-            logger.warning("another process wrote the provenance of %s meanwhile", self.space)
+            _log.warning("another process wrote the provenance of %s meanwhile", self.space)
         return sha or self.compare(files) or ""
 
 
