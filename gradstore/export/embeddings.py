@@ -8,7 +8,8 @@ Letters: n rows, b batch, t tokens, d hidden size, m rows of a chunk.
 
 ```
 space = writer.with_space("minilm", {"model": model_hash, "pooling": "mean", ...})
-record = embedding_record("train", 0, space="minilm", run_id=run_id, model_hash=model_hash)
+name = GenerationName("train", 0)
+record = embedding_record(name, space="minilm", run_id=run_id, model_hash=model_hash)
 generation = space.begin(record, rows, dim=384)
 export_embeddings(HiddenStates(model), dataset, collate, generation, lengths=lengths)
 generation.commit()

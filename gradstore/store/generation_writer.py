@@ -215,9 +215,7 @@ class GenerationWriter:
                     files.make_directory(parent_of(path))
                     files.sync_directory(parent_of(path))
                 return record, sha
-            _log.warning(
-                "unit %d of %s is damaged (%s): redone", unit.index, self.name, faults[0]
-            )
+            _log.warning("unit %d of %s is damaged (%s): redone", unit.index, self.name, faults[0])
         for path in left:
             quarantine(files, path)
         return None

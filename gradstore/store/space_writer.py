@@ -17,6 +17,7 @@ from gradstore.format.layout import (
     provenance_path,
 )
 from gradstore.format.names import check_space
+from gradstore.format.plans import Plan
 from gradstore.format.provenance import compare, provenance_bytes, read_provenance, refuse
 from gradstore.format.records import GenerationRecord, RowSet
 from gradstore.storage.local import StoreFiles, parent_of
@@ -149,9 +150,8 @@ class SpaceWriter:
         """
         check_dtype(dtype)
         store = self._view()
-        chosen = choose_plan(
-            self._files, store, record, rows, self.space, self._seal, dim, dtype, unit_rows
-        )
+        wanted = Plan(record.name, self.space, self._seal, record, rows, dim, dtype, unit_rows)
+        chosen = choose_plan(self._files, store, wanted)
         plan, committed = chosen.plan, chosen.committed
         if committed is not None:
             return GenerationWriter(

@@ -139,7 +139,7 @@ class StoreWriter:
     ) -> SpaceWriter:
         """Opens a further space under this writer's lock, as long as this writer is open.
 
-        Names of its generations carry the prefix `layout.space_run(space, run)`.
+        Names of its generations carry the prefix `names.space_run(space, run)`.
 
         Args:
             space: `gradient`, or one per embedding model.

@@ -18,6 +18,7 @@ from gradstore.errors import BadInput
 from gradstore.export.embeddings import compute_embedding_unit
 from gradstore.export.pooling import POOLINGS, Embed, HiddenStates, Pooling, pool
 from gradstore.format.layout import RowStatus
+from gradstore.format.names import GenerationName
 from gradstore.format.records import RowSet, embedding_record, row_hash
 from gradstore.similarity.index import FeatureIndex
 from gradstore.similarity.rows import UsableRows, read_unit_rows
@@ -65,7 +66,8 @@ class Task:
 
     def begin(self, space: Any, **changes: Any) -> Any:
         options = {"space": SPACE, "run_id": "run", "model_hash": "ff", **changes}
-        record = embedding_record("train", 5, options={"pooling": "mean"}, **options)
+        name = GenerationName("train", 5)
+        record = embedding_record(name, options={"pooling": "mean"}, **options)
         return space.begin(record, self.hashes, dim=DIM, unit_rows=8)
 
     def run(
