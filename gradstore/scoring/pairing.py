@@ -72,7 +72,7 @@ def checkpoint_features(
 
 
 def _nothing_to_score(store: Store, run: str, space: str) -> BadInput:
-    """The refusal of a store without training rows, which names the spaces that it does have."""
+    """Build the refusal of a store without training rows; it names the spaces that are there."""
     where = f" of run {run!r}" if run else ""
     where += "" if space == GRADIENT else f" in space {space!r}"
     others = sorted({generation.space for generation in store.generations()} - {space})
