@@ -60,7 +60,7 @@ def build(config: Config, overrides: Overrides = None, debug: Debug = False) -> 
 
 @app.command()
 def components(as_json: AsJson = False, debug: Debug = False) -> None:
-    """List every strategy with its parameters and defaults."""
+    """List every strategy with its parameters, their defaults and what they accept."""
     from dataflex.launch.components import catalogue, show
 
     if as_json:

@@ -11,7 +11,6 @@ import numpy as np
 from dataflex.data.rows import ROW_FIELDS, Rows, tokenizer_hash
 from dataflex.features.fields import named_parameters
 from dataflex.models.encoders import (
-    DTYPES,
     Encoder,
     TextEncoder,
     Texts,
@@ -37,7 +36,7 @@ STORED = "float16"
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """What a user can say about embeddings.
+    """How embeddings are made, as the parameters of a selector say it.
 
     Attributes:
         model: `embedding_model_name_or_path`; None takes the model in training.
@@ -50,20 +49,6 @@ class EmbeddingSettings:
     dtype: str = "auto"
     layer: int = -1
     batch_rows: int = 32
-
-    def __post_init__(self) -> None:
-        if self.model is not None and (not isinstance(self.model, str) or not self.model):
-            raise ValueError(
-                f"embedding_model_name_or_path is {self.model!r}; give a folder, a hub id or null"
-            )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"embedding_model_dtype is {self.dtype!r}; choose {', '.join(DTYPES)}")
-        if not isinstance(self.layer, int) or isinstance(self.layer, bool):
-            raise ValueError(f"embedding_layer is {self.layer!r}; give a whole number")
-        if not isinstance(self.batch_rows, int) or self.batch_rows < 1:
-            raise ValueError(
-                f"rows of an embedding batch are {self.batch_rows!r}; at least 1 is needed"
-            )
 
     @property
     def frozen(self) -> bool:

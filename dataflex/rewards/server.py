@@ -80,12 +80,6 @@ class ApiSettings:
                 f"api_key_env names {self.key_env}, but that environment variable is not set: "
                 "export it, or remove api_key_env for a server without keys."
             )
-        if not self.timeout > 0:
-            found.append(f"api_timeout is {self.timeout}; give seconds above 0.")
-        if self.retries < 0:
-            found.append(f"api_retries is {self.retries}; it must be at least 0.")
-        if self.workers < 1:
-            found.append(f"api_workers is {self.workers}; it must be at least 1.")
         return found
 
 

@@ -172,11 +172,11 @@ def test_parameters_out_of_range_are_refused(tmp_path: Path) -> None:
     for params, says in (
         ({"max_K": 0}, "max_K is 0"),
         ({"advance": "no"}, "advance is 'no'"),
-        ({"embedding_model_dtype": "half"}, "choose auto, fp32, fp16, bf16"),
+        ({"embedding_model_dtype": "half"}, "choose auto, fp32, fp16 or bf16"),
         ({"embedding_layer": 1.5}, "embedding_layer is 1.5"),
-        ({"embedding_batch_size": 0}, "embedding batch are 0"),
+        ({"embedding_batch_size": 0}, "embedding_batch_size is 0"),
         ({"keep_generations": 0}, "keep_generations is 0"),
-        ({"embedding_model_name_or_path": ""}, "give a folder"),
+        ({"embedding_model_name_or_path": ""}, "expected a folder or a hub id"),
     ):
         with pytest.raises(ValueError, match=says):
             NearSelector(**params)  # type: ignore[arg-type]
