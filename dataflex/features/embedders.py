@@ -62,7 +62,7 @@ class EmbeddingSettings:
         if not looks_local(self.model):
             return []  # a hub id is fetched once ranks are there
         try:
-            encoder = find_encoder(self.model, trust_remote_code=_trusts(config))
+            encoder = find_encoder(self.model, trust_remote_code=config.known.trust_remote_code)
             check_layer(self.layer, encoder.layers)
         except BadInput as error:
             return [str(error)]
@@ -163,7 +163,7 @@ class OwnEncoder:
 
     def __init__(self, run: RunContext, settings: EmbeddingSettings) -> None:
         self._run, self._settings = run, settings
-        self._trusts = _trusts(run.config)
+        self._trusts = run.config.known.trust_remote_code
         self._encoder: Encoder = find_encoder(str(settings.model), trust_remote_code=self._trusts)
         check_layer(settings.layer, self._encoder.layers)
         self.dim = self._encoder.dim
@@ -219,7 +219,3 @@ class OwnEncoder:
     def release(self) -> None:
         """Unload the encoder."""
         self._loaded = None
-
-
-def _trusts(config: RunConfig) -> bool:
-    return bool(config.get("trust_remote_code", False))

@@ -179,7 +179,7 @@ class EmbeddingService:
             step,
             space=self._source.space,
             set=rows.name if role == "target" else "",
-            run=self.run.config.dataflex.gradstore_run or "",
+            run=self.run.config.store_run,
             run_id=self._source.run_id,
             libraries=libraries(),
             **self._source.identity(),

@@ -177,7 +177,7 @@ class FeatureService:
         Args:
             train_set: name of a sample that stands for the training rows.
         """
-        run = self.run.config.dataflex.gradstore_run or ""
+        run = self.run.config.store_run
         return sorted(
             g.step
             for g in self.store.generations()
@@ -189,7 +189,7 @@ class FeatureService:
         return checkpoint_features(
             self.store,
             which,
-            run=self.run.config.dataflex.gradstore_run or "",
+            run=self.run.config.store_run,
             sets=[rows.name for rows in self.run.data.targets],
             until=step,
             fewer=True,
@@ -273,7 +273,7 @@ class FeatureService:
         learning_rate: float | None,
     ) -> GenerationRecord:
         set_name = rows.name if role == "target" else ""
-        run = self.run.config.dataflex.gradstore_run or ""
+        run = self.run.config.store_run
         projection = self.projection.with_seed(effective_seed(self.settings.seed, step))
         return GenerationRecord(
             name=str(GenerationName(role, step, set_name, run)),

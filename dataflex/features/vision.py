@@ -164,7 +164,7 @@ class FixedVision:
         from transformers import AutoConfig
 
         self._run, self._settings = run, settings
-        self._trusts = bool(run.config.get("trust_remote_code", False))
+        self._trusts = run.config.known.trust_remote_code
         self._folder = find_folder(str(settings.model))
         try:
             config = AutoConfig.from_pretrained(self._folder, trust_remote_code=self._trusts)

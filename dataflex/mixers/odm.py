@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from annotated_types import Ge, Lt
 
-from dataflex.config.keys import RunConfig, names
+from dataflex.config.keys import RunConfig
 from dataflex.config.parameters import Positive
 from dataflex.config.registry import register
 from dataflex.data.mixture import as_proportions, domains_of, opening_proportions
@@ -100,7 +100,7 @@ class OdmMixer(Mixer):
 
     def check(self, config: RunConfig) -> list[str]:
         """The floor must leave something to decide."""
-        domains = names(config.get("dataset"))
+        domains = config.known.dataset
         faults = []
         if domains and self.floor >= 1 / len(domains):
             faults.append(

@@ -152,9 +152,9 @@ class Pipeline(Strategy):
             for fault in stage.strategy.check(config)
         ]
         ours = config.dataflex
-        if float(config.get("val_size", 0) or 0) > 0:
+        if config.known.val_size > 0:
             faults.append(
-                f"val_size is {config.get('val_size')}, but a pipeline decides about whole data "
+                f"val_size is {config.known.val_size}, but a pipeline decides about whole data "
                 "sets: remove it, and name eval_dataset or target_dataset."
             )
         if ours.mixture_sample_rule in FIXED_RULES:

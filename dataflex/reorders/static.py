@@ -61,7 +61,7 @@ class StaticReorder(ScoredReorder):
                 f"{key} is {value!r}, but rows are put in order before they are tokenised: set "
                 f"{key}: {needed}, or component_params.apply_at: index."
                 for key, needed in RAW_NEEDS.items()
-                if (value := config.get(key)) and value != needed
+                if (value := getattr(config.known, key)) and value != needed
             ]
         return faults
 

@@ -121,7 +121,7 @@ class CoincideSelector(Selector):
 
         faults = []
         for key, path in (
-            ("model_name_or_path", config.get("model_name_or_path")),
+            ("model_name_or_path", config.known.model_name_or_path),
             ("embedding_model_name_or_path", self.settings.model),
         ):
             file = Path(str(path)).expanduser() / "config.json"

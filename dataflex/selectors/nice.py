@@ -169,9 +169,9 @@ class NiceSelector(LessSelector):
         """A policy or a judge that is not there, and configurations without prompts."""
         path = self.sampling.model_path
         faults = [] if path is None else model_path_faults("policy_model_path", path)
-        if config.get("stage", "sft") != "sft":
+        if config.known.stage != "sft":
             faults.append("component nice answers prompts, which stage pt has none of: stage: sft.")
-        if config.get("train_on_prompt", False):
+        if config.known.train_on_prompt:
             faults.append(
                 "train_on_prompt is on: component nice cannot tell prompt from answer in the "
                 "target rows. Set train_on_prompt: false."
@@ -194,7 +194,7 @@ class NiceSelector(LessSelector):
 
     def start(self, run: RunContext) -> None:
         """Load or ask the judge, then open the store."""
-        trusted = bool(run.config.get("trust_remote_code", False))
+        trusted = run.config.known.trust_remote_code
         self.sampling = replace(self.sampling, trust_remote_code=trusted)
         self._policy = Policy(run, self.sampling)
         if isinstance(self.judge, LocalJudge):

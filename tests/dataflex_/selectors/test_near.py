@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dataflex.config.known import KnownKeys
 from dataflex.selectors.by_embedding import load_offline, rows_of_file
 from dataflex.selectors.near import NearSelector, next_rows, offline_neighbours
 from gradstore.errors import BadInput
@@ -180,7 +181,7 @@ def test_parameters_out_of_range_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=says):
             NearSelector(**params)  # type: ignore[arg-type]
-    config: Any = SimpleNamespace(get=lambda *_: False)
+    config: Any = SimpleNamespace(known=KnownKeys())
     missing = NearSelector(indices_path=str(tmp_path / "no.npy"))
     assert "is not a file here" in missing.check(config)[0]
     nowhere = NearSelector(embedding_model_name_or_path=str(tmp_path / "no"))
