@@ -68,7 +68,7 @@ def build(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def components(as_json: AsJson = False) -> None:
-    """List every strategy with its parameters and defaults."""
+    """List every strategy with its parameters, their defaults and what they accept."""
     from dataflex.launch.components import catalogue, show
 
     if as_json:

@@ -22,7 +22,7 @@ from dataflex.bridge.arguments import (
     _swapped,
 )
 from dataflex.bridge.rows import Arrange, OnData, _dataset_loader, _row_sources
-from dataflex.config.keys import RunConfig, names
+from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData
 
 
@@ -130,8 +130,8 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Loa
             "resume_from_checkpoint": None}  # fmt: skip
     if checkpoint is not None:
         # A merged base adapter stays merged; the checkpoint is the one that trains.
-        merged = names(config.get("adapter_name_or_path"))
-        merged = merged if config.get("create_new_adapter", False) else ()
+        known = config.known
+        merged = known.adapter_name_or_path if known.create_new_adapter else ()
         args["adapter_name_or_path"] = ",".join([*merged, str(checkpoint)])
         args["create_new_adapter"] = False
     with _configuration_faults(), _row_sources() as files:

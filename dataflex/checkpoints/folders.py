@@ -25,8 +25,8 @@ def find_checkpoints(config: RunConfig) -> list[Path]:
         BadInput: a named folder has none.
     """
     named = [Path(name) for name in config.dataflex.gradstore_checkpoints or ()]
-    resume = config.get("resume_from_checkpoint")
-    if not named and isinstance(resume, str) and resume.lower() not in ("true", "false"):
+    resume = config.known.resume_from_checkpoint
+    if not named and resume and resume.lower() not in ("true", "false"):
         named = [Path(resume)]
     for folder in named:
         if not (folder / "adapter_config.json").is_file():
@@ -95,8 +95,8 @@ def resume_point(config: RunConfig) -> Path | None:
     Raises:
         BadInput: the named checkpoint is incomplete, or none is there to resume from.
     """
-    asked = config.llamafactory.get("resume_from_checkpoint")
-    if asked is True or str(asked).lower() == "true":
+    asked = config.known.resume_from_checkpoint
+    if asked and asked.lower() == "true":
         newest = newest_complete(config.output_dir, known_identity(config.output_dir))
         if newest is None:
             raise BadInput(
@@ -105,13 +105,13 @@ def resume_point(config: RunConfig) -> Path | None:
             )
         check_resumable(newest)
         return newest
-    if asked and str(asked).lower() != "false":
-        if not Path(str(asked)).is_dir():
-            raise BadInput(f"resume_from_checkpoint {str(asked)!r} is not a folder.")
-        load_state(Path(str(asked)))
-        check_resumable(Path(str(asked)))
-        return Path(str(asked))
-    if config.get("overwrite_output_dir", False):
+    if asked and asked.lower() != "false":
+        if not Path(asked).is_dir():
+            raise BadInput(f"resume_from_checkpoint {asked!r} is not a folder.")
+        load_state(Path(asked))
+        check_resumable(Path(asked))
+        return Path(asked)
+    if config.known.overwrite_output_dir:
         return None
     newest = newest_complete(config.output_dir, known_identity(config.output_dir))
     for path in checkpoints(config.output_dir):
@@ -131,7 +131,7 @@ def run_identity(config: RunConfig, checkpoint: Path | None) -> str:
     if checkpoint is not None:
         return run_id_of(checkpoint)
     known = known_identity(config.output_dir)
-    if known is None or config.get("overwrite_output_dir", False):
+    if known is None or config.known.overwrite_output_dir:
         return uuid.uuid4().hex
     return known
 

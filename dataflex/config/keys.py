@@ -9,11 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, doc
+
+from dataflex.config.known import KnownKeys
+from dataflex.config.parameters import converted
 from dataflex.config.presets import PACKAGED_PRESETS, Component, resolve
 from dataflex.config.registry import KINDS, unknown
+from dataflex.config.values import Numbers, Text, Texts, Whole, Wholes
 from gradstore.errors import BadInput
 
 #: train_types that replace the trainer, and the one that leaves LlamaFactory alone.
@@ -24,28 +30,31 @@ TRAIN_TYPES = ("static", *KINDS)
 class DataFlexConfig:
     """The keys DataFlex adds to LlamaFactory's (ALGORITHMS 0.6, DESIGN 3).
 
-    Steps are optimizer steps. `None` means "not given".
+    Steps are optimizer steps. `None` means "not given". `load` checks and converts values as the
+    annotations say.
     """
 
-    train_type: str = "static"
-    components_cfg_file: str = "configs/components.yaml"
-    component_name: str | None = None
-    component_params: Mapping[str, Any] = field(default_factory=dict)
-    warmup_step: int = 0
-    update_step: int = 0
-    update_times: int = 1
-    train_step: int = 0
+    train_type: Text = "static"
+    components_cfg_file: Text = "configs/components.yaml"
+    component_name: Text | None = None
+    component_params: Annotated[Mapping[str, Any], doc("a mapping such as {proj_dim: 4096}")] = (
+        field(default_factory=dict)
+    )
+    warmup_step: Whole = 0
+    update_step: Whole = 0
+    update_times: Whole = 1
+    train_step: Annotated[Whole, Ge(0)] = 0
     static_mix: bool = False
     freeze_gate: bool = False
     early_stopping_min_delta: float = 0.0
-    mixture_sample_rule: str | None = None
-    init_mixture_proportions: Sequence[float] | None = None
-    mixer_eval_dataset: Sequence[str] | None = None
-    gradstore: str | None = None
-    gradstore_run: str | None = None
-    gradstore_checkpoints: Sequence[str] | None = None
-    target_dataset: Sequence[str] | None = None
-    target_subtasks: Sequence[int] | None = None
+    mixture_sample_rule: Text | None = None
+    init_mixture_proportions: Numbers | None = None
+    mixer_eval_dataset: Texts | None = None
+    gradstore: Text | None = None
+    gradstore_run: Text | None = None
+    gradstore_checkpoints: Texts | None = None
+    target_dataset: Texts | None = None
+    target_subtasks: Wholes | None = None
 
     @property
     def presets_file(self) -> Path:
@@ -99,8 +108,21 @@ class RunConfig:
         keys = {**self.llamafactory, **vars(self.dataflex)}
         return resolve(train_type, name, params, self.dataflex.presets_file, keys)
 
+    @property
+    def store_run(self) -> str:
+        """The prefix of this run's generations in the store; "" without one."""
+        return self.dataflex.gradstore_run or ""
+
+    @cached_property
+    def known(self) -> KnownKeys:
+        """LlamaFactory's keys that DataFlex reads, typed, with LlamaFactory's defaults."""
+        return KnownKeys.of(self.llamafactory)
+
     def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - YAML values
-        """A LlamaFactory key as the user wrote it, or `default`."""
+        """Any LlamaFactory key as the user wrote it, or `default`; for strategies of a user's own.
+
+        DataFlex itself reads `known`.
+        """
         value = self.llamafactory.get(key)
         return default if value is None else value
 
@@ -120,25 +142,24 @@ def load(path: Path, overrides: Sequence[str], accepted: Collection[str]) -> Run
     own = {f.name for f in fields(DataFlexConfig)}
     if extra := set(merged) - own - set(accepted):
         raise BadInput(f"{path}: {unknown('key', extra, own | set(accepted))}")
-    faults: list[str] = []
-    ours = _converted({k: v for k, v in merged.items() if k in own}, faults)
+    ours, faults = converted(DataFlexConfig, merged)
     rest = {k: v for k, v in merged.items() if k not in own}
-    _converted({key: rest.get(key) for key in ("dataset", "eval_dataset")}, faults)
+    faults += converted(_DataSets, rest)[1]
     if not isinstance(rest.get("output_dir"), str) or not rest["output_dir"]:
         faults.append("output_dir is missing: say where the run is written.")
     if ours.get("train_type", "static") not in TRAIN_TYPES:
-        faults.append(unknown("train_type", [str(ours["train_type"])], TRAIN_TYPES))
+        faults.append(unknown("train_type", [ours["train_type"]], TRAIN_TYPES))
     if faults:
         raise BadInput("\n".join(f"{path}: {fault}" for fault in faults))
     return RunConfig(DataFlexConfig(**ours), rest, path)
 
 
-def names(value: object) -> tuple[str, ...]:
-    """A list or a comma string of names -> a tuple, blanks removed."""
-    if value is None:
-        return ()
-    parts = value.split(",") if isinstance(value, str) else list(value)  # type: ignore[call-overload]
-    return tuple(str(p).strip() for p in parts if str(p).strip())
+@dataclass(frozen=True)
+class _DataSets:
+    """Keys that LlamaFactory iterates over whatever they are."""
+
+    dataset: Texts | None = None
+    eval_dataset: Texts | None = None
 
 
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -164,104 +185,3 @@ def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     except (yaml.YAMLError, json.JSONDecodeError, OmegaConfBaseException, TypeError) as error:
         raise BadInput(f"{path}: {' '.join(str(error).split())}") from error
     return {str(key): value for key, value in dict(found).items()}  # type: ignore[arg-type]
-
-
-def _converted(given: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
-    """Check and convert values; a null means the default, as it does for LlamaFactory."""
-    values: dict[str, Any] = {}
-    for key, value in given.items():
-        if value is None:
-            continue
-        try:
-            values[key] = _CONVERT[key](value)
-        except (TypeError, ValueError) as error:
-            faults.append(f"{key} is {value!r}; {error}")
-    return values
-
-
-def _integer(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("expected a whole number.")
-    try:
-        number = float(value)
-    except ValueError:
-        raise ValueError("expected a whole number.") from None
-    if not number.is_integer():
-        raise ValueError("expected a whole number.")
-    return int(number)
-
-
-def _count(value: object) -> int:
-    if (number := _integer(value)) < 0:
-        raise ValueError("expected 0 or more.")
-    return number
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("expected a number.")
-    return float(value)
-
-
-def _boolean(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("expected true or false.")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("expected a name or a path.")
-    return value
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("expected a mapping such as {proj_dim: 4096}.")
-    return dict(value)
-
-
-def _listed(value: object) -> list[Any]:
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    if isinstance(value, list):
-        return value
-    return [value]
-
-
-def _name_list(value: object) -> tuple[str, ...]:
-    return tuple(_text(v) for v in _listed(value))
-
-
-def _integer_list(value: object) -> tuple[int, ...]:
-    return tuple(_integer(v) for v in _listed(value))
-
-
-def _number_list(value: object) -> tuple[float, ...]:
-    return tuple(_number(float(v) if isinstance(v, str) else v) for v in _listed(value))
-
-
-_CONVERT: Mapping[str, Any] = {
-    "train_type": _text,
-    "components_cfg_file": _text,
-    "component_name": _text,
-    "component_params": _mapping,
-    "warmup_step": _integer,
-    "update_step": _integer,
-    "update_times": _integer,
-    "train_step": _count,
-    "static_mix": _boolean,
-    "freeze_gate": _boolean,
-    "early_stopping_min_delta": _number,
-    "mixture_sample_rule": _text,
-    "init_mixture_proportions": _number_list,
-    "mixer_eval_dataset": _name_list,
-    "gradstore": _text,
-    "gradstore_run": _text,
-    "gradstore_checkpoints": _name_list,
-    "target_dataset": _name_list,
-    "target_subtasks": _integer_list,
-    # LlamaFactory's, which iterates over whatever they are:
-    "dataset": _name_list,
-    "eval_dataset": _name_list,
-}

@@ -1,15 +1,43 @@
-"""Whether a YAML value is of the type that a constructor's signature asks for.
+"""Parameters as a signature declares them: checked by pydantic, told in words of ours.
 
-Most values are used only when training has begun: a word in the place of a number would end a run
-at its first update, with a TypeError.
+A parameter is declared once, in the constructor: `share: Annotated[float, Gt(0), Le(1)] = 0.5`. Its
+type and limits are checked wherever values arrive, `dataflex-cli components` lists them, and a
+message is made from them. Most values are used only when training has begun: a word in the place of
+a number would end a run at its first update, with a TypeError.
+
+Of an annotation are checked: the types of `EXPECTED`, `Literal`, their unions, and limits on them.
+A parameter that mentions any other type is left to its constructor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args, get_origin, get_type_hints
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-#: What to write for each type that is checked; others are left to the constructor.
+from annotated_types import DocInfo, Ge, Gt, Interval, Le, Lt, MinLen, doc
+from pydantic import AllowInfNan, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from gradstore.errors import BadInput
+
+C = TypeVar("C", bound=type)
+
+#: A number of things, of which there must be one; and one that may be none.
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+#: A part of a whole.
+Share = Annotated[float, Interval(ge=0, le=1)]
+#: A number that is neither 0 nor infinite.
+Positive = Annotated[float, Gt(0), AllowInfNan(False)]
+#: A model beside the one in training, and the type of its weights.
+ModelName = Annotated[str, MinLen(1), doc("a folder or a hub id")]
+ModelDtype = Literal["auto", "fp32", "fp16", "bf16"]
+
+#: Types that are checked, and what to write for them.
 EXPECTED: Mapping[Any, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -19,66 +47,274 @@ EXPECTED: Mapping[Any, str] = {
     Sequence: "a list",
 }
 
+#: A boolean is no number, a whole number is a number, text is no number and no list.
+_STRICT = ConfigDict(strict=True)
 
-def mistyped(constructor: Callable[..., None], values: Mapping[str, Any]) -> list[str]:
-    """One sentence for each value whose type is none of those its parameter is annotated with.
+
+class BadParameter(BadInput, ValueError):
+    """Values that a constructor's signature refuses, one sentence a line."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What an annotation says of a value.
+
+    Attributes:
+        hint: the annotation.
+        adapter: checks values, and converts them where the annotation says how.
+    """
+
+    hint: Any
+    adapter: TypeAdapter[Any]
+
+    @staticmethod
+    def of(hint: Any) -> Declared:  # noqa: ANN401 - an annotation
+        """Read an annotation."""
+        return Declared(hint, TypeAdapter(hint, config=_STRICT))
+
+    def takes(self, value: object) -> bool:
+        """Check a value."""
+        try:
+            self.adapter.validate_python(value)
+        except ValidationError:
+            return False
+        return True
+
+    def fault(self, name: str, value: object) -> str:
+        """Say what is wrong with a value that is not taken, and what to write."""
+        shown = "null" if value is None else repr(value)
+        return f"{name} is {shown}; {_demand(self.hint, value)}"
+
+
+def faults(known: Mapping[str, Declared], values: Mapping[str, Any]) -> list[str]:
+    """One sentence for each value that its declaration refuses; undeclared ones are skipped."""
+    return [
+        known[name].fault(name, value)
+        for name, value in values.items()
+        if name in known and not known[name].takes(value)
+    ]
+
+
+@functools.cache
+def declared(constructor: Callable[..., None]) -> Mapping[str, Declared]:
+    """The parameters of a constructor whose annotations are checked, by name.
+
+    None are where the annotations cannot be read, because they mention a name that does not exist
+    at run time.
+    """
+    hints = _hints(constructor)
+    found = {}
+    for name, p in inspect.signature(constructor).parameters.items():
+        hint = Any if p.kind is p.VAR_KEYWORD else hints.get(name, Any)
+        seed = name == "seed" and hint is int  # NumPy's generators take no other
+        if (narrowed := _checked_part(Natural if seed else hint)) is not Any:
+            found[name] = Declared.of(narrowed)
+    return found
+
+
+def group(constructor: Callable[..., None]) -> type | None:
+    """The class whose parameters a constructor's `**rest` stands for, if it is annotated with one.
+
+    `**features: Annotated[Any, FeatureSettings]` takes the parameters of `FeatureSettings`.
+    """
+    for p in inspect.signature(constructor).parameters.values():
+        if p.kind is p.VAR_KEYWORD:
+            said = get_args(_hints(constructor).get(p.name))
+            return next((part for part in said[1:] if isinstance(part, type)), None)
+    return None
+
+
+@functools.cache
+def _hints(constructor: Callable[..., None]) -> Mapping[str, Any]:
+    try:
+        return get_type_hints(constructor, include_extras=True)
+    except Exception:  # whatever evaluating a user's annotations raises
+        return {}
+
+
+def checked(cls: C) -> C:
+    """Class decorator: the constructor refuses what its own signature does not allow.
+
+    `Strategy` applies it to every subclass, so that a strategy built in Python refuses what one
+    built from a configuration refuses, and its constructor checks only how parameters relate to
+    each other. The signature stays as it is written.
+
+    Raises:
+        BadParameter: by the constructor; every value refused, one a line.
+    """
+    constructor = vars(cls)["__init__"]
+    names = list(inspect.signature(constructor).parameters)
+
+    @functools.wraps(constructor)
+    def construct(self: object, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        given = {**dict(zip(names[1:], args, strict=False)), **kwargs}
+        if found := faults(declared(constructor), given):
+            raise BadParameter("\n".join(found))
+        constructor(self, *args, **kwargs)
+
+    cls.__init__ = construct  # type: ignore[misc]
+    return cls
+
+
+def converted(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Values as the fields of a dataclass declare them; a null means the default.
 
     Args:
-        constructor: its annotations say what is accepted; a name that they mention but that does
-            not exist at run time leaves all of them unchecked.
-        values: keywords for it; others are skipped.
+        cls: annotations of its fields may say how a value is converted (`BeforeValidator`).
+        given: values by field; others are skipped.
+
+    Returns:
+        The converted values, and one sentence for each that was refused.
     """
-    try:
-        hints = get_type_hints(constructor)
-    except NameError:
-        return []
-    faults = []
-    for name, value in values.items():
-        wanted, element = _plain(hints.get(name, Any)), _element(hints.get(name, Any))
-        if wanted and value is not None and not any(_is(value, kind) for kind in wanted):
-            expected = " or ".join(EXPECTED[kind] for kind in wanted)
-            faults.append(f"{name} is {value!r}; expected {expected}")
-        elif element and isinstance(value, list) and not all(_is(v, element) for v in value):
-            faults.append(f"{name} is {value!r}; expected a list, each {EXPECTED[element]}")
-        elif name == "seed" and isinstance(value, int) and value < 0:
-            faults.append(f"seed is {value}; expected 0 or more")
-        elif wanted and value is None and type(None) not in get_args(hints[name]):
-            faults.append(f"{name} is null; expected {EXPECTED[wanted[0]]}")
-    return faults
+    values: dict[str, Any] = {}
+    found = []
+    for name, field in _fields(cls).items():
+        if given.get(name) is None:
+            continue
+        try:
+            values[name] = field.adapter.validate_python(given[name])
+        except (ValidationError, TypeError):
+            found.append(f"{field.fault(name, given[name])}.")
+    return values, found
 
 
-def _plain(hint: object) -> list[Any]:
-    """The types a hint allows beside None; empty where one of them is not checked here."""
-    kinds = [get_origin(option) or option for option in _options(hint)]
-    return kinds if all(kind in EXPECTED for kind in kinds) else []
+@functools.cache
+def _fields(cls: type) -> Mapping[str, Declared]:
+    hints = get_type_hints(cls, include_extras=True)
+    return {name: Declared.of(hint) for name, hint in hints.items()}
 
 
-def _element(hint: object) -> Any:  # noqa: ANN401 - a type
-    """The type of a list's elements; None where the hint says nothing that is checked."""
-    inner = [get_args(o)[0] for o in _options(hint) if get_origin(o) is Sequence and get_args(o)]
-    return inner[0] if len(inner) == 1 and inner[0] in EXPECTED else None
+def _checked_part(hint: Any) -> Any:  # noqa: ANN401 - an annotation
+    """What is checked of an annotation; `Any` where it mentions a type that is not.
+
+    What mappings hold, and lists of anything else, is left to the constructor.
+    """
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        inner = _checked_part(args[0])
+        return Any if inner is Any else Annotated[(inner, *args[1:])]
+    if origin in (Union, UnionType):
+        kinds = tuple(_checked_part(option) for option in args)
+        return Any if Any in kinds else Union[kinds]  # noqa: UP007 - as many as there are
+    if origin is Mapping:
+        return Mapping
+    if origin is Sequence or hint is Sequence:
+        element = _checked_part(args[0]) if args else Any
+        return Annotated[Sequence[element], BeforeValidator(_no_text)]  # type: ignore[valid-type]
+    return hint if origin is Literal or hint is NoneType or hint in EXPECTED else Any
 
 
-def _options(hint: object) -> list[Any]:
-    """The types a hint allows beside None."""
-    union = hint not in EXPECTED and get_origin(hint) not in EXPECTED
-    return [option for option in (get_args(hint) if union else (hint,)) if option is not type(None)]
+def _no_text(value: object) -> object:
+    """Refuse text, which pydantic takes for a sequence where elements may be anything."""
+    if isinstance(value, str | bytes):
+        raise ValueError("text is no list")
+    return value
 
 
-def _is(value: object, kind: type) -> bool:
-    """A boolean is no number, a whole number is a number, a word is no list."""
-    if isinstance(value, bool):
-        return kind is bool
-    if kind is float:
-        return isinstance(value, int | float)
-    return isinstance(value, kind) and not (kind is Sequence and isinstance(value, str))
+# -- words ----------------------------------------------------------------------------------------
 
 
-def is_whole(value: object, least: int = 1) -> bool:
-    """Whether a parameter is a whole number of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def in_words(hint: Any) -> str:  # noqa: ANN401 - an annotation
+    """What an annotation accepts: `a number above 0 and finite`, `last, all or a whole number`.
+
+    Examples:
+        >>> in_words(Literal["last", "all"] | Count), in_words(Positive | None)
+        ('last, all or a whole number of at least 1', 'a number above 0 and finite, or null')
+        >>> in_words(Annotated[Sequence[Count], MinLen(2)])
+        'a list of at least 2, each a whole number of at least 1'
+    """
+    words: list[str] = []
+    null = ""
+    for option, metadata in _options(hint):
+        if option is NoneType:
+            null = ", or null"
+        elif get_origin(option) is Literal:
+            words += [_shown(value) for value in get_args(option)]
+        else:
+            words.append(_noun(option, metadata))
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words) + null
 
 
-def is_count(value: object) -> bool:
-    """Whether a parameter is a whole number of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _demand(hint: Any, value: object) -> str:  # noqa: ANN401 - an annotation
+    """What to write in place of a value that an annotation refuses."""
+    options = list(_options(hint))
+    for option, metadata in options:
+        kind = get_origin(option) or option
+        if kind in (int, float) and Declared.of(kind).takes(value):
+            limits = _limits(metadata)
+            return f"expected {limits}" if limits == _NOT_NEGATIVE else f"it must be {limits}"
+    choice = any(get_origin(option) is Literal for option, _ in options)
+    return f"{'choose' if choice else 'expected'} {in_words(hint)}"
+
+
+def _options(hint: Any) -> Iterator[tuple[Any, list[Any]]]:  # noqa: ANN401 - an annotation
+    """The types that an annotation allows, each with what is said of it."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        outer = list(_each(args[1:]))
+        for option, metadata in _options(args[0]):
+            yield option, [*outer, *metadata]
+    elif origin in (Union, UnionType):
+        for option in args:
+            yield from _options(option)
+    else:
+        yield hint, []
+
+
+def _each(metadata: Iterable[Any]) -> Iterator[Any]:
+    """What an annotation says, one by one: pydantic's `Field` and `Interval` say several things."""
+    for said in metadata:
+        if isinstance(said, FieldInfo):
+            yield from _each(said.metadata)
+        elif isinstance(said, Interval):
+            yield from said
+        else:
+            yield said
+
+
+def _noun(option: Any, metadata: list[Any]) -> str:  # noqa: ANN401 - an annotation
+    """One type and its limits: `a number from 0 to 1`."""
+    if given := [said.documentation for said in metadata if isinstance(said, DocInfo)]:
+        return str(given[0])
+    kind = get_origin(option) or option
+    noun = EXPECTED.get(kind, getattr(kind, "__name__", str(kind)))
+    if limits := _limits(metadata):
+        noun += f" {limits}" if limits.startswith(("above", "below", "from")) else f" of {limits}"
+    if kind is Sequence and get_args(option) not in ((), (Any,)):
+        noun += f", each {in_words(get_args(option)[0])}"
+    return noun
+
+
+_NOT_NEGATIVE = "0 or more"
+
+#: A limit's attribute and its words.
+_VERBS: Mapping[type, tuple[str, str]] = {
+    Gt: ("gt", "above"),
+    Ge: ("ge", "at least"),
+    Lt: ("lt", "below"),
+    Le: ("le", "at most"),
+    MinLen: ("min_length", "at least"),
+}
+
+
+def _limits(metadata: list[Any]) -> str:
+    """Limits of a number, or of a list's length: `above 0 and at most 1`."""
+    found = {
+        kind: getattr(said, attribute)
+        for kind, (attribute, _) in _VERBS.items()
+        for said in metadata
+        if isinstance(said, kind)
+    }
+    if {Ge, Le} <= set(found):
+        words = [f"from {found[Ge]} to {found[Le]}"]
+    elif list(found) == [Ge] and found[Ge] == 0:
+        words = [_NOT_NEGATIVE]
+    else:
+        words = [f"{_VERBS[kind][1]} {limit}" for kind, limit in found.items()]
+    if any(isinstance(said, AllowInfNan) and not said.allow_inf_nan for said in metadata):
+        words.append("finite")
+    return " and ".join(words)
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else repr(value)

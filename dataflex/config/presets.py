@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataflex.config.parameters import mistyped
+from dataflex.config.parameters import faults
 from dataflex.config.registry import (
     KINDS,
     _constructors,
     _import_target,
     _takes_any,
+    declarations,
     parameters,
     strategies,
     unknown,
@@ -175,14 +176,19 @@ def _pipeline(preset: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_parameters(name: str, cls: type, params: Mapping[str, Any]) -> None:
+    """Refuse unknown parameters, missing ones, and values that the signature does not allow.
+
+    Raises:
+        BadInput: every fault found, one per line.
+    """
     accepted = parameters(cls)
     constructors = _constructors(cls)
+    found = []
     takes_any = bool(constructors) and _takes_any(constructors[-1])
     if (extra := set(params) - set(accepted)) and not takes_any:
-        raise BadInput(unknown(f"component_params of {name!r}", extra, accepted))
-    required = {n for n, p in accepted.items() if p.default is p.empty} - set(params)
-    if required:
-        raise BadInput(f"component {name!r} needs component_params: {', '.join(sorted(required))}.")
-    owned = {key: value for key, value in params.items() if key in accepted}
-    if faults := [f for made in constructors for f in mistyped(made, owned)]:
-        raise BadInput("\n".join(f"component {name!r}: {f}." for f in faults))
+        found.append(unknown(f"component_params of {name!r}", extra, accepted))
+    if required := {n for n, p in accepted.items() if p.default is p.empty} - set(params):
+        found.append(f"component {name!r} needs component_params: {', '.join(sorted(required))}.")
+    found += [f"component {name!r}: {fault}." for fault in faults(declarations(cls), params)]
+    if found:
+        raise BadInput("\n".join(found))

@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dataflex.config.parameters import BadParameter, Declared, declared, faults, group
 from gradstore.errors import BadInput
 
 C = TypeVar("C", bound=type)
+G = TypeVar("G")
 
 #: train_type -> (bucket of components.yaml, kind in the registry).
 KINDS: Mapping[str, tuple[str, str]] = {
@@ -84,10 +86,33 @@ def unknown(what: str, given: Iterable[str], accepted: Iterable[str]) -> str:
     return f"unknown {what}: {', '.join(parts)}. Accepted: {', '.join(names)}."
 
 
+def grouped(cls: type[G], key: str, given: Mapping[str, Any]) -> G:
+    """Parameters that a user writes under one key, as a dataclass whose fields declare them.
+
+    Args:
+        cls: the dataclass.
+        key: such as pattern_params, for messages.
+        given: what stands under it.
+
+    Raises:
+        BadParameter: every unknown name and every value refused, one a line.
+    """
+    known = declared(cls.__init__)
+    accepted = list(inspect.signature(cls).parameters)
+    found = []
+    if extra := set(given) - set(accepted):
+        found.append(unknown(key, extra, accepted).removesuffix("."))
+    found += [f"{key}.{fault}" for fault in faults(known, given)]
+    if found:
+        raise BadParameter("\n".join(found))
+    return cls(**given)
+
+
 def parameters(cls: type) -> dict[str, inspect.Parameter]:
     """The keyword parameters a strategy's constructor accepts.
 
-    Its `**rest` stands for the parameters of the constructor it inherits, where there is one.
+    Its `**rest` stands for the parameters of the class it is annotated with, or else of the
+    constructor it inherits, where there is one.
     """
     found: dict[str, inspect.Parameter] = {}
     for constructor in _constructors(cls):
@@ -98,10 +123,20 @@ def parameters(cls: type) -> dict[str, inspect.Parameter]:
     return found
 
 
+def declarations(cls: type) -> dict[str, Declared]:
+    """The parameters of `parameters(cls)` whose annotations are checked."""
+    found: dict[str, Declared] = {}
+    for constructor in reversed(_constructors(cls)):
+        found |= declared(constructor)
+    return found
+
+
 def documentation(cls: type) -> str:
     """A strategy's docstring, followed by those of the classes whose parameters it takes over."""
-    owners = [c for c in cls.__mro__ if vars(c).get("__init__") in _constructors(cls)]
-    return "\n".join(inspect.getdoc(c) or "" for c in dict.fromkeys((cls, *owners)))
+    constructors = _constructors(cls)
+    owners = [c for c in cls.__mro__ if vars(c).get("__init__") in constructors]
+    groups = [c for constructor in constructors if (c := group(constructor))]
+    return "\n".join(inspect.getdoc(c) or "" for c in dict.fromkeys((cls, *owners, *groups)))
 
 
 def _constructors(cls: type) -> list[Callable[..., None]]:
@@ -112,6 +147,8 @@ def _constructors(cls: type) -> list[Callable[..., None]]:
         if base is object or constructor is None:
             continue
         found.append(constructor)
+        if (shared := group(constructor)) is not None:
+            return [*found, *_constructors(shared)]
         if not _takes_any(constructor):
             break
     return found

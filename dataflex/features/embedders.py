@@ -11,7 +11,6 @@ import numpy as np
 from dataflex.data.rows import ROW_FIELDS, Rows, tokenizer_hash
 from dataflex.features.fields import named_parameters
 from dataflex.models.encoders import (
-    DTYPES,
     Encoder,
     TextEncoder,
     Texts,
@@ -38,7 +37,7 @@ STORED = "float16"
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """What a user can say about embeddings.
+    """How embeddings are made, as the parameters of a selector say it.
 
     Attributes:
         model: `embedding_model_name_or_path`; None takes the model in training.
@@ -52,20 +51,6 @@ class EmbeddingSettings:
     layer: int = -1
     batch_rows: int = 32
 
-    def __post_init__(self) -> None:
-        if self.model is not None and (not isinstance(self.model, str) or not self.model):
-            raise ValueError(
-                f"embedding_model_name_or_path is {self.model!r}; give a folder, a hub id or null"
-            )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"embedding_model_dtype is {self.dtype!r}; choose {', '.join(DTYPES)}")
-        if not isinstance(self.layer, int) or isinstance(self.layer, bool):
-            raise ValueError(f"embedding_layer is {self.layer!r}; give a whole number")
-        if not isinstance(self.batch_rows, int) or self.batch_rows < 1:
-            raise ValueError(
-                f"rows of an embedding batch are {self.batch_rows!r}; at least 1 is needed"
-            )
-
     @property
     def frozen(self) -> bool:
         """Whether the embeddings stay the same while the model trains."""
@@ -78,7 +63,7 @@ class EmbeddingSettings:
         if not looks_local(self.model):
             return []  # a hub id is fetched once ranks are there
         try:
-            encoder = find_encoder(self.model, trust_remote_code=_trusts(config))
+            encoder = find_encoder(self.model, trust_remote_code=config.known.trust_remote_code)
             check_layer(self.layer, encoder.layers)
         except BadInput as error:
             return [str(error)]
@@ -177,7 +162,7 @@ class OwnEncoder:
 
     def __init__(self, run: RunContext, settings: EmbeddingSettings) -> None:
         self._run, self._settings = run, settings
-        self._trusts = _trusts(run.config)
+        self._trusts = run.config.known.trust_remote_code
         self._encoder: Encoder = find_encoder(str(settings.model), trust_remote_code=self._trusts)
         check_layer(settings.layer, self._encoder.layers)
         self.dim = self._encoder.dim
@@ -236,7 +221,3 @@ class OwnEncoder:
     def release(self) -> None:
         """Unload the encoder."""
         self._loaded = None
-
-
-def _trusts(config: RunConfig) -> bool:
-    return bool(config.get("trust_remote_code", False))

@@ -175,7 +175,7 @@ class EmbeddingService:
 
     def _record(self, role: Role, rows: Rows, step: int) -> GenerationRecord:
         set_name = rows.name if role == "target" else ""
-        run = self.run.config.dataflex.gradstore_run or ""
+        run = self.run.config.store_run
         return embedding_record(
             GenerationName(role, step, set_name, run),
             space=self._source.space,

@@ -180,7 +180,7 @@ class FeatureService:
         Args:
             train_set: name of a sample that stands for the training rows.
         """
-        run = self.run.config.dataflex.gradstore_run or ""
+        run = self.run.config.store_run
         return sorted(
             g.step
             for g in self.store.generations()
@@ -192,7 +192,7 @@ class FeatureService:
         return checkpoint_features(
             self.store,
             which,
-            run=self.run.config.dataflex.gradstore_run or "",
+            run=self.run.config.store_run,
             sets=[rows.name for rows in self.run.data.targets],
             until=step,
             fewer=True,
@@ -271,7 +271,7 @@ class FeatureService:
         options: Mapping[str, Any],
     ) -> GenerationRecord:
         set_name = rows.name if role == "target" else ""
-        run = self.run.config.dataflex.gradstore_run or ""
+        run = self.run.config.store_run
         moments, projection = recipe.moments, recipe.projection
         return GenerationRecord(
             name=str(GenerationName(role, step, set_name, run)),

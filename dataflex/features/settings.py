@@ -3,59 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
 from gradkernels import ProjectionSpec
 
+from dataflex.config.parameters import Count, Natural, Share, checked
 from gradstore.export.features import FeatureSpec
 
 
+@checked
 @dataclass(frozen=True)
 class FeatureSettings:
-    """What a user can say about gradient features.
+    """How gradient features are made, as a user's parameters say it.
 
-    Attributes:
-        gradient_type: adam_marginal | adam | sgd | sign.
-        adam_eps_mode: inside | outside the square root.
-        bias_correction: divide the moments by 1 - beta ** (t + 1).
-        proj_method: sjlt | rademacher | gaussian.
-        proj_dim: d.
-        sjlt_s: non-zeros per parameter of sjlt.
-        seed: base seed; each checkpoint projects with hash(seed, step).
-        dtype: float16 | bfloat16, how features are stored.
-        tokens_per_batch: padded tokens of a gradient batch; None chooses by device.
-        max_bad_fraction: share of non-finite rows above which an export stops.
+    Args:
+        gradient_type: feature of a training row: adam_marginal (what the row adds to Adam's step),
+            adam (the whole step, as published), sgd, sign.
+        adam_eps_mode: eps inside the square root (published) or outside.
+        bias_correction: correct the moments for their start at zero: divide by 1 - beta ** (t + 1).
+        proj_method: sjlt, rademacher or gaussian.
+        proj_dim: projected dimensions d.
+        sjlt_s: non-zeros per parameter of sjlt, at most proj_dim.
+        seed: of the projection; each checkpoint projects with hash(seed, step).
+        dtype: of stored features, float16 or bfloat16.
+        tokens_per_batch: padded tokens of a gradient batch; null chooses by device.
+        max_bad_fraction: share of rows with non-finite gradients above which the run stops.
+
+    Raises:
+        BadParameter: a value of a wrong type or out of range.
+        ValueError: more non-zeros than dimensions.
     """
 
     gradient_type: Literal["adam_marginal", "adam", "sgd", "sign"] = "adam_marginal"
     adam_eps_mode: Literal["inside", "outside"] = "inside"
     bias_correction: bool = False
     proj_method: Literal["sjlt", "rademacher", "gaussian"] = "sjlt"
-    proj_dim: int = 8192
-    sjlt_s: int = 8
-    seed: int = 42
-    dtype: str = "float16"
-    tokens_per_batch: int | None = None
-    max_bad_fraction: float = 0.01
+    proj_dim: Annotated[int, Interval(ge=1, le=1 << 24)] = 8192
+    sjlt_s: Count = 8
+    seed: Natural = 42
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    tokens_per_batch: Count | None = None
+    max_bad_fraction: Share = 0.01
 
     def __post_init__(self) -> None:
-        """Let the parts that will use the values check them."""
-        if not isinstance(self.bias_correction, bool):
-            raise ValueError(f"bias_correction is {self.bias_correction!r}; give true or false")
-        if not isinstance(self.max_bad_fraction, int | float):
-            raise ValueError(f"max_bad_fraction is {self.max_bad_fraction!r}; give a number")
-        if not isinstance(self.tokens_per_batch, int | None):
-            raise ValueError(
-                f"tokens_per_batch is {self.tokens_per_batch!r}; give a whole number or null"
-            )
-        _ = self.train_features
+        """Let the projection check how its parameters relate to each other."""
         ProjectionSpec(self.proj_method, p=1, d=self.proj_dim, seed=self.seed, s=self.sjlt_s)
-        if self.dtype not in ("float16", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}; choose float16 or bfloat16")
-        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
-            raise ValueError(f"tokens_per_batch is {self.tokens_per_batch}; at least 1 is needed")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction is {self.max_bad_fraction}; give a share of 0 to 1")
 
     @property
     def train_features(self) -> FeatureSpec:

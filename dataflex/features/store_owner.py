@@ -46,7 +46,7 @@ def check_owner(store: Store, run: RunContext, *, space: str = GRADIENT, run_id:
             differences.append(Difference(field, *hashes, note=note))
     same_rows = not differences
     run_id = run_id or run.run_id
-    prefix = space_run(space, run.config.dataflex.gradstore_run or "")
+    prefix = space_run(space, run.config.store_run)
     others = [
         g
         for g in stored

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """What a user can say about the features.
+    """How the features are made, as the parameters of `CoincideSelector` say it.
 
     Attributes:
         model: `embedding_model_name_or_path`; None takes the model in training.
@@ -42,20 +42,6 @@ class VisionSettings:
     dtype: str = "auto"
     layers: tuple[int, ...] | None = None
     batch_rows: int = 8
-
-    def __post_init__(self) -> None:
-        """Refuse what shows without a model."""
-        if self.dtype not in DTYPES:
-            raise ValueError(f"embedding_model_dtype is {self.dtype!r}; choose {', '.join(DTYPES)}")
-        layers = self.layers
-        if layers is not None and (
-            not layers
-            or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in layers)
-            or len(set(layers)) < len(layers)
-        ):
-            raise ValueError(
-                f"embedding_layers is {list(layers)}; give different whole numbers from 0, or null"
-            )
 
 
 @dataclass(frozen=True)
@@ -177,7 +163,7 @@ class FixedVision:
         from transformers import AutoConfig
 
         self._run, self._settings = run, settings
-        self._trusts = bool(run.config.get("trust_remote_code", False))
+        self._trusts = run.config.known.trust_remote_code
         self._folder = find_folder(str(settings.model))
         try:
             config = AutoConfig.from_pretrained(self._folder, trust_remote_code=self._trusts)

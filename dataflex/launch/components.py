@@ -7,12 +7,16 @@ from typing import Any
 
 from rich.markup import escape
 
+from dataflex.config.parameters import in_words
 from dataflex.config.presets import presets_of
-from dataflex.config.registry import KINDS, PACKAGES, parameters, strategies
+from dataflex.config.registry import KINDS, PACKAGES, declarations, parameters, strategies
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """List the strategies: kind, name, summary, paper, presets, parameters with defaults."""
+    """List the strategies: kind, name, summary, paper, presets, parameters with defaults.
+
+    `accepts` says in words what each parameter may be, for those whose annotation is checked.
+    """
     buckets = {kind: bucket for bucket, kind in KINDS.values()}
     return [
         {
@@ -29,6 +33,7 @@ def catalogue() -> list[dict[str, Any]]:
                 key: None if p.default is p.empty else _plain(p.default)
                 for key, p in parameters(cls).items()
             },
+            "accepts": {key: in_words(known.hint) for key, known in declarations(cls).items()},
         }
         for kind in PACKAGES
         for name, cls in strategies(kind).items()
@@ -45,13 +50,17 @@ def show(entries: list[dict[str, Any]]) -> None:
     for kind in PACKAGES:
         table = Table(title=f"train_type: {train_types[kind]}", title_justify="left",
                       show_lines=True)  # fmt: skip
-        for column in ("component_name", "what it does", "component_params and defaults"):
+        for column in ("component_name", "what it does", "component_params"):
             table.add_column(column)
         for entry in (e for e in entries if e["kind"] == kind):
             others = [preset for preset in entry["presets"] if preset != entry["name"]]
             name = entry["name"] + "".join(f"\n  {preset}" for preset in others)
             summary = "\n".join(filter(None, (entry["summary"], entry["paper"])))
-            settings = "\n".join(f"{k}: {v}" for k, v in entry["parameters"].items())
+            settings = "\n".join(
+                f"{key}: {default}" + (f"  # {accepts[key]}" if key in accepts else "")
+                for accepts in [entry["accepts"]]
+                for key, default in entry["parameters"].items()
+            )
             table.add_row(escape(name), escape(summary), escape(settings))
         if table.row_count:
             console.print(table)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from dataflex.bridge import arguments
-from dataflex.config.keys import RunConfig, names
+from dataflex.config.keys import RunConfig
 from dataflex.config.registry import unknown
 from gradstore.errors import BadInput, StoreIOError
 
@@ -32,61 +32,62 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def _check_model(config: RunConfig) -> None:
-    name = config.get("model_name_or_path")
+    name = config.known.model_name_or_path
     if name is None:
         raise BadInput("model_name_or_path is missing: name a model folder or a hub id.")
-    folder = Path(str(name)).expanduser()
+    folder = Path(name).expanduser()
     if not folder.is_dir():
-        looks_local = folder.is_absolute() or str(name).startswith(".") or len(folder.parts) > 2
+        looks_local = folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2
         if looks_local:
-            raise BadInput(f"model_name_or_path {str(name)!r} is not a folder on this machine.")
+            raise BadInput(f"model_name_or_path {name!r} is not a folder on this machine.")
         return
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"model_name_or_path {str(name)!r} has no readable config.json: {error}"
+            f"model_name_or_path {name!r} has no readable config.json: {error}"
         ) from error
-    if "auto_map" in content and not config.get("trust_remote_code", False):
+    if "auto_map" in content and not config.known.trust_remote_code:
         raise BadInput(
-            f"the model in {str(name)!r} brings its own code (auto_map in config.json). If you "
+            f"the model in {name!r} brings its own code (auto_map in config.json). If you "
             "trust it, set trust_remote_code: true; nothing of it was run."
         )
 
 
 def _check_datasets(config: RunConfig) -> None:
     """Names of data sets must be in a local dataset_info.json."""
+    known = config.known
     wanted = {
-        "dataset": names(config.get("dataset")),
-        "eval_dataset": names(config.get("eval_dataset")),
+        "dataset": known.dataset,
+        "eval_dataset": known.eval_dataset,
         "target_dataset": tuple(config.dataflex.target_dataset or ()),
         "mixer_eval_dataset": tuple(config.dataflex.mixer_eval_dataset or ()),
     }
-    folder = config.get("dataset_dir", "data")
+    folder = known.dataset_dir
     if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
         return
-    if config.get("tokenized_path") and not wanted["target_dataset"]:
+    if known.tokenized_path and not wanted["target_dataset"]:
         return
-    if config.get("do_train") and not wanted["dataset"]:
+    if known.do_train and not wanted["dataset"]:
         raise BadInput("dataset is missing: name at least one training data set.")
     info = Path(folder) / "dataset_info.json"
     try:
-        known = json.loads(info.read_text(encoding="utf-8"))
+        listed = json.loads(info.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInput(
             f"{str(info)!r} does not exist: dataset_dir must hold LlamaFactory's dataset_info.json."
         ) from error
     except (OSError, ValueError) as error:
         raise BadInput(f"{str(info)!r} cannot be read: {error}") from error
-    if not isinstance(known, dict):
+    if not isinstance(listed, dict):
         raise BadInput(f"{str(info)!r} must map each data set's name to where its rows are.")
     faults = [
-        f"{key}: {unknown('data set', missing, known)} ({info})"
+        f"{key}: {unknown('data set', missing, listed)} ({info})"
         for key, used in wanted.items()
-        if (missing := set(used) - set(known))
+        if (missing := set(used) - set(listed))
     ]
-    for name in sorted({n for used in wanted.values() for n in used} & set(known)):
-        entry = known[name]
+    for name in sorted({n for used in wanted.values() for n in used} & set(listed)):
+        entry = listed[name]
         if not isinstance(entry, dict) or not SOURCES & set(entry):
             faults.append(
                 f"data set {name!r}: its entry in {str(info)!r} must be a mapping that says where "

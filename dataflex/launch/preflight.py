@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from dataflex.config.keys import DataFlexConfig, RunConfig, names
+from dataflex.config.keys import DataFlexConfig, RunConfig
 from dataflex.config.presets import Component
 from dataflex.config.registry import BY_DOMAIN
 from dataflex.launch.inputs import check_inputs
@@ -80,7 +80,7 @@ def _unused(config: RunConfig, strategy: Strategy) -> list[str]:
         "init_mixture_proportions": kind in BY_DOMAIN,
         "mixer_eval_dataset": kind in BY_DOMAIN,
         "target_subtasks": strategy.needs_targets,
-        "early_stopping_min_delta": config.get("early_stopping_steps") is not None,
+        "early_stopping_min_delta": config.known.early_stopping_steps is not None,
         **dict.fromkeys(("update_step", "update_times"), kind != "dynamic_weight"),
     }
     return [
@@ -114,7 +114,7 @@ def _component(config: RunConfig) -> Component:
 def check_gradients(config: RunConfig) -> None:
     """Check what any gradient export needs of a configuration, training or not."""
     streaming = ["streaming is on, but gradstore build numbers rows: set streaming: false."]
-    faults = [*(streaming if config.get("streaming", False) else []),
+    faults = [*(streaming if config.known.streaming else []),
               *_single_row_faults(config, "gradstore build"), *_lora_faults(config, "the store"),
               *_target_faults(config, "gradstore build")]  # fmt: skip
     if faults:
@@ -122,33 +122,33 @@ def check_gradients(config: RunConfig) -> None:
 
 
 def _trainer_faults(config: RunConfig) -> list[str]:
+    known = config.known
     faults = [
         f"{key} is {value}; it must be at least 1."
         for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
-        if isinstance(value := config.get(key, 1), int) and value < 1
+        if (value := getattr(known, key)) < 1
     ]
-    stage = config.get("stage", "sft")
-    if stage not in STAGES:
+    if known.stage not in STAGES:
         faults.append(
-            f"stage is {stage!r}; train_type {config.dataflex.train_type} supports "
+            f"stage is {known.stage!r}; train_type {config.dataflex.train_type} supports "
             f"{' and '.join(STAGES)}. Use train_type: static for the others."
         )
-    if config.get("do_train") is not True:
+    if not known.do_train:
         faults.append("do_train must be true: without training there is nothing to select for.")
-    if config.get("streaming", False):
+    if known.streaming:
         faults.append(
             f"streaming is on, but train_type {config.dataflex.train_type} needs to know every row "
             "before it chooses: set streaming: false."
         )
-    if config.get("early_stopping_steps") is not None and not (
-        config.get("metric_for_best_model") or config.get("load_best_model_at_end", False)
+    if known.early_stopping_steps is not None and not (
+        known.metric_for_best_model or known.load_best_model_at_end
     ):
         faults.append(
             "early_stopping_steps is set, but nothing says what must improve: set "
             "load_best_model_at_end: true, or metric_for_best_model."
         )
-    if config.get("use_ray") or config.get("use_mca") or config.get("use_hyper_parallel"):
-        faults.append("use_ray, use_mca and use_hyper_parallel work with train_type: static only.")
+    if known.use_mca or known.use_hyper_parallel:
+        faults.append("use_mca and use_hyper_parallel work with train_type: static only.")
     return faults
 
 
@@ -161,9 +161,9 @@ def _component_faults(config: RunConfig, component: Component, strategy: Strateg
         faults += _lora_faults(config, name)
     if strategy.needs_targets:
         faults += _target_faults(config, name)
-    if config.get("fsdp") and FSDP in strategy.whole_model:
+    if config.known.fsdp and FSDP in strategy.whole_model:
         faults.append(
-            f"fsdp is {config.get('fsdp')!r}, but {name} makes passes of its own over the model in "
+            f"fsdp is {config.known.fsdp!r}, but {name} makes passes of its own over the model in "
             "training, which cannot be made while its parameters are sharded: remove fsdp (DDP "
             "works)."
         )
@@ -186,31 +186,30 @@ def _loss_faults(config: RunConfig, who: str, *, weights: bool, watches: bool) -
         f"{key} is on, which {does} that {who} works with: set {key}: false."
         for keys, does in ((OTHER_LOSSES, "replaces the loss"), (hiding, "hides the logits"))
         for key in keys
-        if config.get(key, False)
+        if getattr(config.known, key)
     ]
 
 
 def _single_row_faults(config: RunConfig, who: str) -> list[str]:
-    faults = []
-    packing = config.get("packing", config.get("stage", "sft") == "pt")
-    for key, on in (("packing", packing), ("neat_packing", config.get("neat_packing", False))):
+    faults, known = [], config.known
+    for key, on in (("packing", known.packs), ("neat_packing", known.neat_packing)):
         if on:
             faults.append(
                 f"{key} is on, but {who} decides about single rows"
-                f"{'' if key != 'packing' or config.get('packing') else ' (stage pt packs)'}: "
+                f"{'' if key != 'packing' or known.packing else ' (stage pt packs)'}: "
                 f"set {key}: false."
             )
     return faults
 
 
 def _lora_faults(config: RunConfig, who: str) -> list[str]:
-    kind = config.get("finetuning_type", "lora")
+    kind = config.known.finetuning_type
     if kind != "lora":
         return [
             f"finetuning_type is {kind!r}, but {who} works on per-sample LoRA gradients: "
             "supported is finetuning_type: lora (with stage sft or pt)."
         ]
-    adapters = names(config.get("adapter_name_or_path"))
+    adapters = config.known.adapter_name_or_path
     if len(adapters) > 1:
         return [f"adapter_name_or_path names {len(adapters)} adapters; {who} needs at most one."]
     return []
@@ -221,7 +220,7 @@ def _optimizer_faults(config: RunConfig, who: str) -> list[str]:
         f"Use one of {', '.join(ADAM)}, or set component_params.gradient_type to sgd or sign, "
         "which need no moments."
     )
-    optim = str(config.get("optim", ADAM[0]))
+    optim = config.known.optim
     if optim not in ADAM:
         return [f"optim is {optim!r}, which keeps no Adam moments by parameter, but {who} needs "
                 f"them. {way_out}"]  # fmt: skip
@@ -229,14 +228,14 @@ def _optimizer_faults(config: RunConfig, who: str) -> list[str]:
         f"{key} is on, which keeps no Adam moments by parameter, but {who} needs them. "
         f"Set {key}: false, or component_params.gradient_type to sgd or sign."
         for key in OTHER_OPTIMIZERS
-        if config.get(key, False)
+        if getattr(config.known, key)
     ]
 
 
 def _target_faults(config: RunConfig, who: str) -> list[str]:
     ours = config.dataflex
-    sets = ours.target_dataset or names(config.get("eval_dataset"))
-    if not sets and float(config.get("val_size", 0) or 0) <= 0:
+    sets = ours.target_dataset or config.known.eval_dataset
+    if not sets and config.known.val_size <= 0:
         return [
             f"{who} needs target rows: set target_dataset (or eval_dataset, or val_size) to the "
             "data the model should become good at."

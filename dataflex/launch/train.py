@@ -32,7 +32,7 @@ def train(path: Path, overrides: Sequence[str]) -> None:
     """Check, then train here or under torchrun as LlamaFactory would: `dataflex-cli train`."""
     config = load(path, overrides, arguments.accepted_keys())
     component = check(config)
-    if _enabled("FORCE_TORCHRUN") or (arguments.device_count() > 1 and not config.get("use_ray")):
+    if _enabled("FORCE_TORCHRUN") or arguments.device_count() > 1:
         _torchrun(path, overrides)
     else:
         run(config, component)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.config.keys import RunConfig
+from dataflex.config.parameters import Positive, Share
 from dataflex.config.registry import register
 from dataflex.data.mixture import domains_of, exponentiated, opening_proportions
 from dataflex.mixers.base import Mixer
@@ -53,13 +54,9 @@ class DoremiMixer(Mixer, LossContributor):
     def __init__(
         self,
         reference_model_path: str | None = None,
-        reweight_eta: float = 1.0,
-        reweight_eps: float = 1e-3,
+        reweight_eta: Positive = 1.0,
+        reweight_eps: Share = 1e-3,
     ) -> None:
-        if not (np.isfinite(reweight_eta) and reweight_eta > 0):
-            raise ValueError(f"reweight_eta is {reweight_eta}; it must be above 0")
-        if not 0 <= reweight_eps <= 1:
-            raise ValueError(f"reweight_eps is {reweight_eps}; it must be in [0, 1]")
         self.reference_model_path = reference_model_path
         self.reweight_eta = float(reweight_eta)
         self.reweight_eps = float(reweight_eps)

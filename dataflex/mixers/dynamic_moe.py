@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dataflex.config.parameters import Count, Positive, Share
 from dataflex.config.registry import register
 from dataflex.data.mixture import domains_of, exponentiated, opening_proportions
 from dataflex.data.rows import Rows
@@ -46,24 +47,16 @@ class DynamicMoeMixer(Mixer):
 
     def __init__(
         self,
-        eta: float = 10.0,
-        c: float = 0.05,
-        collect_steps: int = 10,
-        eval_samples: int = 1000,
-        eval_batch_size: int = 32,
+        eta: Positive = 10.0,
+        c: Share = 0.05,
+        collect_steps: Count = 10,
+        eval_samples: Count = 1000,
+        eval_batch_size: Count = 32,
     ) -> None:
-        if not (np.isfinite(eta) and eta > 0):
-            raise ValueError(f"eta is {eta}; it must be above 0")
-        if not 0 <= c <= 1:
-            raise ValueError(f"c is {c}; it must be in [0, 1]")
-        for name, value in (("collect_steps", collect_steps), ("eval_samples", eval_samples),
-                            ("eval_batch_size", eval_batch_size)):  # fmt: skip
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
         self.eta, self.c = float(eta), float(c)
-        self.collect_steps = int(collect_steps)
-        self.eval_samples = int(eval_samples)
-        self.eval_batch_size = int(eval_batch_size)
+        self.collect_steps = collect_steps
+        self.eval_samples = eval_samples
+        self.eval_batch_size = eval_batch_size
         self.proportions = np.empty(0)
         self.distances = np.empty(0)
 

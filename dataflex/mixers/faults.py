@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dataflex.config.keys import RunConfig, names
+from dataflex.config.keys import RunConfig
 from dataflex.data.mixture import FIXED_RULES, HELD_OUT, RULES, as_proportions, domain_of
 from dataflex.mixers.base import Mixer
 from gradstore.errors import BadInput
@@ -12,14 +12,13 @@ from gradstore.errors import BadInput
 
 def domain_faults(config: RunConfig) -> list[str]:
     """What the configuration alone tells of domains that cannot be mixed."""
-    ours, domains = config.dataflex, names(config.get("dataset"))
+    ours, domains = config.dataflex, config.known.dataset
     if not domains:
         return [f"dataset is missing: train_type {ours.train_type} mixes the data sets it names."]
     faults = []
     if len(set(domains)) < len(domains):
         faults.append(f"dataset names a data set twice: {', '.join(domains)}.")
-    strategy = str(config.get("mix_strategy", "concat"))
-    if strategy != "concat":
+    if (strategy := config.known.mix_strategy) != "concat":
         faults.append(
             f"mix_strategy is {strategy!r}, but train_type {ours.train_type} mixes the data sets "
             "itself: remove it, and say the opening mixture in init_mixture_proportions."
@@ -47,7 +46,7 @@ def _held_out_faults(config: RunConfig, domains: Sequence[str]) -> list[str]:
     owners = [domain_of(name, domains) for name in sets]
     if len(set(owners)) < len(owners):
         faults.append(f"mixer_eval_dataset names two sets for one domain: {', '.join(sets)}.")
-    if sets and float(config.get("val_size", 0) or 0) > 0:
+    if sets and config.known.val_size > 0:
         faults.append(
             "mixer_eval_dataset and val_size both say which rows are held out of the domains: "
             "remove one."

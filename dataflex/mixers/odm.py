@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge, Lt
 
-from dataflex.config.keys import RunConfig, names
+from dataflex.config.keys import RunConfig
+from dataflex.config.parameters import Positive
 from dataflex.config.registry import register
 from dataflex.data.mixture import as_proportions, domains_of, opening_proportions
 from dataflex.mixers.base import DomainLosses, Mixer
@@ -81,18 +83,12 @@ class OdmMixer(Mixer):
 
     def __init__(
         self,
-        alpha: float = 0.9,
+        alpha: Annotated[float, Ge(0), Lt(1)] = 0.9,
         warmup_steps: int | None = None,
         initial_proportions: Sequence[float] | None = None,
-        reward_scale: float = 1.0,
-        min_exploration_rate: float = 0.03,
+        reward_scale: Positive = 1.0,
+        min_exploration_rate: Annotated[float, Ge(0)] = 0.03,
     ) -> None:
-        if not 0 <= alpha < 1:
-            raise BadInput(f"alpha is {alpha}; it must be at least 0 and below 1.")
-        if not (math.isfinite(reward_scale) and reward_scale > 0):
-            raise BadInput(f"reward_scale is {reward_scale}; it must be positive.")
-        if not min_exploration_rate >= 0:
-            raise BadInput(f"min_exploration_rate is {min_exploration_rate}; it must be >= 0.")
         self.alpha = alpha
         self.warmup_steps = warmup_steps
         self.initial_proportions = initial_proportions
@@ -104,7 +100,7 @@ class OdmMixer(Mixer):
 
     def check(self, config: RunConfig) -> list[str]:
         """The floor must leave something to decide."""
-        domains = names(config.get("dataset"))
+        domains = config.known.dataset
         faults = []
         if domains and self.floor >= 1 / len(domains):
             faults.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from dataflex.config.parameters import Natural
 from dataflex.config.registry import register
 from dataflex.data.mixture import domains_of
 from dataflex.mixers.base import Mixer
@@ -19,7 +20,7 @@ class RandomMixer(Mixer):
         seed: combined with the step.
     """
 
-    def __init__(self, seed: int = 42) -> None:
+    def __init__(self, seed: Natural = 42) -> None:
         self.seed = seed
 
     def mix(self, context: UpdateContext) -> npt.NDArray[np.float64]:

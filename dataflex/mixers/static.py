@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.config.keys import RunConfig, names
+from dataflex.config.keys import RunConfig
 from dataflex.config.registry import register
 from dataflex.data.mixture import FIXED_RULES, as_proportions, domains_of
 from dataflex.mixers.base import Mixer
@@ -41,7 +41,7 @@ class StaticMixer(Mixer):
                 "component_params.proportions."
             )
         try:
-            as_proportions(self.proportions, names(config.get("dataset")), "proportions")
+            as_proportions(self.proportions, config.known.dataset, "proportions")
         except BadInput as error:
             faults.append(str(error))
         return faults

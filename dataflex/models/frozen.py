@@ -86,7 +86,7 @@ def _adapted(run: RunContext, folder: Path) -> nn.Module:
     from peft import PeftModel
 
     if _is_sharded(run.config):
-        name = str(run.config.get("model_name_or_path"))
+        name = str(run.config.known.model_name_or_path)
         base = _loaded(run, name, name)
     else:
         base = _base_beside(run.model)
@@ -109,7 +109,7 @@ def _loaded(run: RunContext, source: str, shown: str) -> nn.Module:
     """A full model from a folder or the hub, in the precision of the one in training."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {"trust_remote_code": bool(run.config.get("trust_remote_code", False))}
+    options = {"trust_remote_code": run.config.known.trust_remote_code}
     settings = AutoConfig.from_pretrained(source, **options)
     own = _vocabulary(run.model.config)
     if (other := _vocabulary(settings)) != own:
@@ -130,7 +130,7 @@ def _vocabulary(settings: Any) -> int:  # noqa: ANN401 - a PretrainedConfig
 
 def _is_sharded(config: RunConfig) -> bool:
     """Whether the weights in training may lie in pieces on several devices."""
-    return bool(config.get("deepspeed") or config.get("fsdp"))
+    return bool(config.known.deepspeed or config.known.fsdp)
 
 
 @contextmanager

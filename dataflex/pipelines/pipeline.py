@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import MinLen, doc
 
 from dataflex.config.keys import RunConfig
+from dataflex.config.parameters import Count, Natural
 from dataflex.config.presets import Component
 from dataflex.config.registry import register, target_of
 from dataflex.data.mixture import FIXED_RULES, check_domains
@@ -63,15 +65,13 @@ class Pipeline(Strategy):
 
     def __init__(
         self,
-        stages: Sequence[Mapping[str, Any]],
-        score_batch_size: int = 8,
-        seed: int = 42,
+        stages: Annotated[Sequence[Any], MinLen(1), doc("a list of {family, component, ...}")],
+        score_batch_size: Count = 8,
+        seed: Natural = 42,
         save_plans: bool = False,
         components_cfg_file: str | None = None,
         placeholders: Mapping[str, Any] | None = None,
     ) -> None:
-        if score_batch_size < 1:
-            raise ValueError(f"score_batch_size is {score_batch_size}; it must be at least 1")
         presets = None if components_cfg_file is None else Path(components_cfg_file)
         arranged = arrange(build_stages(stages, presets, placeholders))
         self.rows, self.loss = arranged.rows, arranged.loss
@@ -143,9 +143,9 @@ class Pipeline(Strategy):
             for fault in stage.strategy.check(config)
         ]
         ours = config.dataflex
-        if float(config.get("val_size", 0) or 0) > 0:
+        if config.known.val_size > 0:
             faults.append(
-                f"val_size is {config.get('val_size')}, but a pipeline decides about whole data "
+                f"val_size is {config.known.val_size}, but a pipeline decides about whole data "
                 "sets: remove it, and name eval_dataset or target_dataset."
             )
         if ours.mixture_sample_rule in FIXED_RULES:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Gt, Le
+
+from dataflex.config.parameters import Count, Natural, declared, faults
 from dataflex.config.presets import Component, resolve
 from dataflex.config.registry import KINDS, unknown
 from dataflex.mixers.base import Mixer
@@ -70,13 +73,13 @@ class StageSpec:
 
     family: str
     component: str
-    warmup_step: int = 0
-    every: int = 1
+    warmup_step: Natural = 0
+    every: Count = 1
     enabled: bool = True
-    score_max_age: int = 0
+    score_max_age: Natural = 0
     params: Mapping[str, Any] = field(default_factory=dict)
     mode: Literal["filter", "draw"] = "filter"
-    keep_ratio: float = 0.5
+    keep_ratio: Annotated[float, Gt(0), Le(1)] = 0.5
     allow_replacement: bool = False
 
     @property
@@ -178,7 +181,7 @@ def arrange(stages: Sequence[Stage]) -> Arrangement:
 
 
 def build_stages(
-    entries: object,
+    entries: Sequence[object],
     presets_file: Path | None,
     placeholders: Mapping[str, Any] | None = None,
 ) -> list[Stage]:
@@ -190,12 +193,10 @@ def build_stages(
         placeholders: what `${key}` in it stands for.
 
     Raises:
-        BadInput: no stage, unknown keys, values out of range, unknown components or parameters;
-            every fault found, one per line.
+        BadInput: none is enabled, unknown keys, values out of range, unknown components or
+            parameters; every fault found, one per line.
     """
-    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
-        raise BadInput(f"stages is {entries!r}; give a list of {{family, component, ...}}.")
-    stages, faults = [], []
+    stages, found = [], []
     for number, entry in enumerate(entries, start=1):
         where = f"stage {number}"
         try:
@@ -204,11 +205,11 @@ def build_stages(
             if spec.enabled:
                 stages.append(_build(spec, presets_file, placeholders))
         except BadInput as error:
-            faults.append(f"{where}: {error}")
-    if not (stages or faults):
-        faults.append("every stage has enabled: false; enable one.")
-    if faults:
-        raise BadInput("\n".join(faults))
+            found.append(f"{where}: {error}")
+    if not (stages or found):
+        found.append("every stage has enabled: false; enable one.")
+    if found:
+        raise BadInput("\n".join(found))
     return stages
 
 
@@ -233,13 +234,8 @@ def parse_stage(entry: object) -> StageSpec:
         raise BadInput("params and component_params say the same; write one of them.")
     params = given.pop("component_params", given.pop("params", {}))
     values = {**given, "family": family, "component": str(given["component"]), "params": params}
-    faults = [
-        f"{key} is {values[key]!r}; expected {expected}."
-        for key, (holds, expected) in _VALUES.items()
-        if key in values and not holds(values[key])
-    ]
-    if faults:
-        raise BadInput(" ".join(faults))
+    if found := faults(declared(StageSpec.__init__), values):
+        raise BadInput(" ".join(f"{fault}." for fault in found))
     return StageSpec(**values)
 
 
@@ -257,24 +253,3 @@ def _build(
 
 def _chain(stages: Sequence[Stage]) -> str:
     return " -> ".join(stage.spec.family for stage in stages)
-
-
-def _is_count(least: int) -> Callable[[object], bool]:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
-
-
-_FLAG = (lambda value: isinstance(value, bool), "true or false")
-_VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "warmup_step": (_is_count(0), "a whole number of optimizer steps, 0 or more"),
-    "every": (_is_count(1), "a whole number of optimizer steps, 1 or more"),
-    "score_max_age": (_is_count(0), "a whole number of optimizer steps, 0 or more"),
-    "enabled": _FLAG,
-    "allow_replacement": _FLAG,
-    "keep_ratio": (_is_share, "a number above 0, at most 1"),
-    "mode": (lambda value: value in ("filter", "draw"), "filter or draw"),
-    "params": (lambda value: isinstance(value, Mapping), "a mapping of parameters"),
-}

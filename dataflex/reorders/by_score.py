@@ -10,10 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.config.keys import RunConfig
+from dataflex.config.parameters import Natural
 from dataflex.data.rows import RunData
 from dataflex.reorders.base import Ordering, Reorder
-from dataflex.reorders.patterns import make_pattern
-from dataflex.reorders.scores import file_faults, fixed_scores, make_score_params, model_scores
+from dataflex.reorders.patterns import PatternName, Polarity, make_pattern
+from dataflex.reorders.scores import (
+    Source,
+    file_faults,
+    fixed_scores,
+    make_score_params,
+    model_scores,
+)
 from dataflex.run.context import UpdateContext
 from dataflex.run.strategy import FSDP
 from gradstore.errors import BadInput
@@ -45,20 +52,20 @@ class ScoredReorder(Reorder):
 
     def __init__(
         self,
-        pattern: str = "sorting",
-        polarity: str = "higher_later",
+        pattern: PatternName = "sorting",
+        polarity: Polarity = "higher_later",
         ascending: bool = True,
-        window_size: int = 0,
-        seed: int = 42,
+        window_size: Natural = 0,
+        seed: Natural = 42,
         pattern_params: Mapping[str, Any] | None = None,
-        score_source: str = "precomputed",
+        score_source: Source = "precomputed",
         score_params: Mapping[str, Any] | None = None,
     ) -> None:
         self.pattern = make_pattern(
             pattern, polarity, ascending, window_size, seed, pattern_params or {}
         )
         self.seed = seed
-        self.source = score_source
+        self.source: Source = score_source
         if self.pattern.needs_scores and score_source == "model_loss":
             self.whole_model = frozenset({FSDP})
         self.score_params = make_score_params(score_source, score_params or {})

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from dataflex.config.parameters import Count
 from dataflex.config.registry import register
 from dataflex.reorders.base import Ordering
 from dataflex.reorders.by_score import FloatArray, IntArray, ScoredReorder, rows_of
+from dataflex.reorders.scores import Source
 from dataflex.run.context import UpdateContext
 
 _NOTHING: IntArray = np.empty(0, dtype=np.int64)
@@ -32,14 +34,12 @@ class DynamicReorder(ScoredReorder):
 
     def __init__(
         self,
-        reorder_every: int = 1,
+        reorder_every: Count = 1,
         consume_once: bool = True,
-        score_source: str = "model_loss",
+        score_source: Source = "model_loss",
         **rest: Any,  # noqa: ANN401 - ScoredReorder's
     ) -> None:
         super().__init__(score_source=score_source, **rest)
-        if not isinstance(reorder_every, int) or reorder_every < 1:
-            raise ValueError(f"reorder_every is {reorder_every!r}; give a number of updates from 1")
         self.reorder_every = reorder_every
         self.consume_once = consume_once
         self._all = self._left = _NOTHING

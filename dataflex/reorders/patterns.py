@@ -10,25 +10,36 @@ A pattern says which rank of the sorted list is served at which place. It knows 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge, Interval, Lt
+
+from dataflex.config.parameters import Count
+from dataflex.config.registry import grouped
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
-#: Which end of training a high score belongs to; the second pair are other names for the first.
-POLARITIES: Mapping[str, bool] = {
+Polarity = Literal["higher_later", "higher_earlier", "higher_is_better", "lower_is_better"]
+
+#: Whether a high score belongs early; the second pair are other names for the first.
+POLARITIES: Mapping[Polarity, bool] = {
     "higher_later": False,
     "higher_earlier": True,
     "higher_is_better": False,
     "lower_is_better": True,
 }
 
+PatternName = Literal["shuffle", "sorting", "folding", "zigzag", "segment", "stair", "saw"]
+
 #: Names under which the published code knows `layers`.
 LAYERS = ("folding_layer", "zigzag_layer")
+
+
+Percentage = Annotated[float, Interval(ge=0, le=100)]
 
 
 @dataclass(frozen=True)
@@ -45,28 +56,20 @@ class PatternParams:
         back_is_high: whether the tail is taken from the end of the sorted list.
     """
 
-    layers: int | None = None
-    num_sections: int = 2
-    folding_ratio: float = 0.0
-    x_pct: float = 10.0
-    y_pct: float = 10.0
+    layers: Count | None = None
+    num_sections: Count = 2
+    folding_ratio: Annotated[float, Ge(0), Lt(1)] = 0.0
+    x_pct: Percentage = 10.0
+    y_pct: Percentage = 10.0
     front_is_high: bool = False
     back_is_high: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse what no pattern can be made of, whichever pattern it is for."""
-        for name in ("layers", "num_sections"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"pattern_params.{name} is {value!r}; give a whole number from 1")
-        if not 0 <= self.folding_ratio < 1:
-            raise ValueError(
-                f"pattern_params.folding_ratio is {self.folding_ratio}; give a part from 0 to 1"
-            )
-        if self.x_pct < 0 or self.y_pct < 0 or self.x_pct + self.y_pct > 100:
+        """Refuse a head and a tail that overlap, whichever pattern they are for."""
+        if self.x_pct + self.y_pct > 100:
             raise ValueError(
                 f"pattern_params.x_pct is {self.x_pct} and y_pct {self.y_pct}; give two "
-                "percentages of at least 0 and together at most 100"
+                "percentages that are together at most 100"
             )
 
     def check_sections(self) -> None:
@@ -91,7 +94,7 @@ class Pattern:
         params: of the pattern.
     """
 
-    name: str
+    name: PatternName
     descending: bool = False
     window_size: int = 0
     seed: int = 42
@@ -124,8 +127,8 @@ class Pattern:
 
 
 def make_pattern(
-    name: str,
-    polarity: str,
+    name: PatternName,
+    polarity: Polarity,
     ascending: bool,
     window_size: int,
     seed: int,
@@ -134,20 +137,11 @@ def make_pattern(
     """A pattern from what a configuration says.
 
     Raises:
-        ValueError: an unknown name, or a value out of range.
+        ValueError: `params` has an unknown name or a value out of range, or its values do not fit
+            each other.
     """
-    if name not in _PATTERNS:
-        raise ValueError(f"pattern is {name!r}; choose {', '.join(PATTERNS)}")
-    if polarity not in POLARITIES:
-        raise ValueError(f"polarity is {polarity!r}; choose {', '.join(POLARITIES)}")
-    if not isinstance(window_size, int) or window_size < 0:
-        raise ValueError(f"window_size is {window_size!r}; give 0 for none, or a number of rows")
-    known = {"layers" if key in LAYERS else key: value for key, value in params.items()}
-    accepted = [f.name for f in fields(PatternParams)]
-    if extra := sorted(set(known) - set(accepted)):
-        raise ValueError(f"unknown pattern_params: {', '.join(extra)}. "
-                         f"Accepted: {', '.join(accepted)}")  # fmt: skip
-    made = PatternParams(**known)
+    given = {"layers" if key in LAYERS else key: value for key, value in params.items()}
+    made = grouped(PatternParams, "pattern_params", given)
     if name in ("stair", "saw"):
         made.check_sections()
     return Pattern(name, ascending == POLARITIES[polarity], window_size, seed, made)
@@ -215,7 +209,7 @@ def _joined(parts: Sequence[IntArray]) -> IntArray:
     return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
 
-_PATTERNS: Mapping[str, Callable[[int, PatternParams, np.random.Generator], IntArray]] = {
+_PATTERNS: Mapping[PatternName, Callable[[int, PatternParams, np.random.Generator], IntArray]] = {
     "shuffle": lambda n, _, generator: generator.permutation(n),
     "sorting": lambda n, _, __: np.arange(n, dtype=np.int64),
     "folding": lambda n, params, _: folding(n, params.layers or 5),

@@ -5,21 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from dataflex.config.parameters import Count
+from dataflex.config.registry import grouped
 from dataflex.data.rows import RawRows, RunData, as_numbers
 from dataflex.run.context import UpdateContext
 from gradstore.errors import BadInput, ProvenanceMismatch
 
 FloatArray = npt.NDArray[np.float64]
 
-#: Where scores may come from, and the key of `score_params` that names a file there.
-SOURCES: Mapping[str, str | None] = {
+#: Where scores may come from.
+Source = Literal["precomputed", "cached_selection", "model_loss"]
+
+#: The key of `score_params` that names a file there.
+SOURCES: Mapping[Source, str | None] = {
     "precomputed": "score_path",
     "cached_selection": "cache_path",
     "model_loss": None,
@@ -47,40 +52,26 @@ class ScoreParams:
     score_path: str | None = None
     cache_path: str | None = None
     metric_key: str | None = None
-    batch_size: int = 8
-    max_samples: int | None = None
-    num_workers: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that no pass could be made with."""
-        for name in ("batch_size", "max_samples"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"score_params.{name} is {value!r}; give a whole number from 1")
+    batch_size: Count = 8
+    max_samples: Count | None = None
+    num_workers: Any = 0
 
 
-def make_score_params(source: str, params: Mapping[str, Any]) -> ScoreParams:
+def make_score_params(source: Source, params: Mapping[str, Any]) -> ScoreParams:
     """`score_params` as they were configured, checked.
 
     Raises:
-        ValueError: an unknown source or key, or a value out of range.
+        ValueError: an unknown key, a value out of range, or no file where `source` needs one.
     """
-    if source not in SOURCES:
-        raise ValueError(f"score_source is {source!r}; choose {', '.join(SOURCES)}")
-    accepted = [f.name for f in fields(ScoreParams)]
-    if extra := sorted(set(params) - set(accepted)):
-        raise ValueError(
-            f"unknown score_params: {', '.join(extra)}. Accepted: {', '.join(accepted)}"
-        )
     if source == "cached_selection" and not params.get("cache_path"):
         raise ValueError(
             "score_source cached_selection needs score_params.cache_path: "
             "a selections/step_<g>.json of an earlier run"
         )
-    return ScoreParams(**params)
+    return grouped(ScoreParams, "score_params", params)
 
 
-def file_faults(source: str, params: ScoreParams) -> list[str]:
+def file_faults(source: Source, params: ScoreParams) -> list[str]:
     """What is wrong with the file of scores before it is opened."""
     key = SOURCES[source]
     value = getattr(params, key) if key else None
@@ -92,7 +83,7 @@ def file_faults(source: str, params: ScoreParams) -> list[str]:
     return [] if path.is_file() else [f"score_params.{key} {value!r} does not exist."]
 
 
-def fixed_scores(source: str, params: ScoreParams, data: RunData) -> FloatArray:
+def fixed_scores(source: Source, params: ScoreParams, data: RunData) -> FloatArray:
     """(n,) scores of the training rows that need no model; NaN where a row has none.
 
     Raises:

@@ -12,7 +12,7 @@ from dataflex.config.registry import register
 from dataflex.data.rows import RawRows, RunData
 from dataflex.reorders.base import Ordering
 from dataflex.reorders.by_score import FloatArray, IntArray, ScoredReorder, rows_of
-from dataflex.reorders.scores import raw_scores
+from dataflex.reorders.scores import Source, raw_scores
 from dataflex.run.context import UpdateContext
 
 #: Keys of a configuration, and what they must be where raw rows are put in order.
@@ -39,12 +39,10 @@ class StaticReorder(ScoredReorder):
     def __init__(
         self,
         apply_at: Literal["raw", "index"] = "raw",
-        score_source: str = "precomputed",
+        score_source: Source = "precomputed",
         **rest: Any,  # noqa: ANN401 - ScoredReorder's
     ) -> None:
         super().__init__(score_source=score_source, **rest)
-        if apply_at not in ("raw", "index"):
-            raise ValueError(f"apply_at is {apply_at!r}; choose raw or index")
         self.orders_raw_rows = apply_at == "raw" and score_source == "precomputed"
         self.needs_single_rows = not self.orders_raw_rows
         self._order: IntArray = np.empty(0, dtype=np.int64)
@@ -63,7 +61,7 @@ class StaticReorder(ScoredReorder):
                 f"{key} is {value!r}, but rows are put in order before they are tokenised: set "
                 f"{key}: {needed}, or component_params.apply_at: index."
                 for key, needed in RAW_NEEDS.items()
-                if (value := config.get(key)) and value != needed
+                if (value := getattr(config.known, key)) and value != needed
             ]
         return faults
 

@@ -57,16 +57,7 @@ class SamplingSettings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be sampled."""
-        for key in ("mc_samples", "max_new_tokens", "max_prompt_length", "batch_size"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{key} is {value!r}; give a whole number of at least 1")
-        if not isinstance(self.temperature, int | float) or not self.temperature > 0:
-            raise ValueError(
-                f"generation_temperature is {self.temperature!r}; it must be above 0, because "
-                "responses are drawn"
-            )
+        """Refuse a template that cannot be filled, or never shows the prompt."""
         if self.prompt_template is not None:
             try:
                 shown = [in_template(self.prompt_template, text) for text in ("a", "b")]

@@ -74,12 +74,6 @@ class ApiSettings:
             found += _url_faults(self.base_url)
         if self.key_env:
             found += _key_faults(self.key_env)
-        if not self.timeout > 0:
-            found.append(f"api_timeout is {self.timeout}; give seconds above 0.")
-        if self.retries < 0:
-            found.append(f"api_retries is {self.retries}; it must be at least 0.")
-        if self.workers < 1:
-            found.append(f"api_workers is {self.workers}; it must be at least 1.")
         return found
 
 

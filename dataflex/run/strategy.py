@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from dataflex.config.parameters import checked
 from dataflex.config.registry import target_of
 from gradstore.errors import BadInput
 
@@ -23,8 +24,10 @@ FSDP, ZERO3 = "FSDP", "DeepSpeed ZeRO-3"
 class Strategy:
     """Base of selectors, mixers, weighters, reorders and pipelines.
 
-    The constructor's keyword parameters are the accepted `component_params`, its docstring their
-    documentation. Every method but `check` and `state` is called on every rank, so that passes over
+    The constructor's keyword parameters are the accepted `component_params`, its annotations their
+    types and limits, its docstring their documentation. A value that an annotation refuses is
+    refused however the strategy is built; the constructor itself checks only how parameters relate
+    to each other. Every method but `check` and `state` is called on every rank, so that passes over
     the data are shared (`context.run.ranks`); where ranks could differ, rank 0's answer counts.
     `state` is called where a checkpoint is written, which may be rank 0 alone.
     """
@@ -52,6 +55,12 @@ class Strategy:
     neutral: ClassVar[frozenset[str]] = frozenset()
     #: How gradient features are made (`FeatureSettings`), for `gradstore build`; None: not at all.
     settings: Any = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - of other bases
+        """Have the constructor refuse what its signature does not allow."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            checked(cls)
 
     def check(self, config: RunConfig) -> list[str]:
         """One sentence per fault that shows in the configuration alone; nothing is loaded yet."""

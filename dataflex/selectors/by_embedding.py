@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.config.keys import RunConfig
-from dataflex.config.parameters import is_whole
+from dataflex.config.parameters import Count, ModelDtype, ModelName
 from dataflex.data.rows import Rows
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.strategy import FSDP, ZERO3
@@ -45,11 +45,11 @@ class EmbeddingSelector(Selector):
 
     def __init__(
         self,
-        embedding_model_name_or_path: str | None = None,
-        embedding_model_dtype: str = "auto",
+        embedding_model_name_or_path: ModelName | None = None,
+        embedding_model_dtype: ModelDtype = "auto",
         embedding_layer: int = -1,
-        embedding_batch_size: int = 32,
-        keep_generations: int | None = None,
+        embedding_batch_size: Count = 32,
+        keep_generations: Count | None = None,
     ) -> None:
         from dataflex.features.embedders import EmbeddingSettings
 
@@ -59,8 +59,6 @@ class EmbeddingSelector(Selector):
             embedding_layer,
             embedding_batch_size,
         )
-        if keep_generations is not None and not is_whole(keep_generations):
-            raise ValueError(f"keep_generations is {keep_generations!r}; give a number >= 1")
         self.keep_generations = keep_generations
         if embedding_model_name_or_path is None:
             self.whole_model = frozenset({FSDP, ZERO3})

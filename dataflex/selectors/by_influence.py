@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.config.parameters import is_count
+from dataflex.config.parameters import Count
 from dataflex.data.rows import Rows
+from dataflex.features.settings import FeatureSettings
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, Selector
@@ -47,20 +48,10 @@ class InfluenceSelector(Selector):
     A subclass says in `fold` what a row's influence on the sub-tasks adds up to.
 
     Args:
-        gradient_type: feature of a training row: adam_marginal (what the row adds to Adam's step),
-            adam (the whole step, as published), sgd, sign.
-        adam_eps_mode: eps inside the square root (published) or outside.
-        bias_correction: correct the moments for their start at zero.
-        proj_method: sjlt, rademacher or gaussian.
-        proj_dim: projected dimensions d.
-        sjlt_s: non-zeros per parameter of sjlt.
-        seed: of the projection.
-        dtype: of stored features, float16 or bfloat16.
         scoring: projected (through the store) or direct (exact, nothing stored).
         checkpoints: generations combined, weighted by learning rate: last, all, or a number.
-        tokens_per_batch: padded tokens of a gradient batch; null chooses by device.
-        max_bad_fraction: share of rows with non-finite gradients above which the run stops.
         keep_generations: newest checkpoints kept in the store; null keeps all.
+        features: as for `FeatureSettings`.
     """
 
     needs_lora = True
@@ -71,45 +62,17 @@ class InfluenceSelector(Selector):
 
     def __init__(
         self,
-        gradient_type: Literal["adam_marginal", "adam", "sgd", "sign"] = "adam_marginal",
-        adam_eps_mode: Literal["inside", "outside"] = "inside",
-        bias_correction: bool = False,
-        proj_method: Literal["sjlt", "rademacher", "gaussian"] = "sjlt",
-        proj_dim: int = 8192,
-        sjlt_s: int = 8,
-        seed: int = 42,
-        dtype: str = "float16",
         scoring: Literal["projected", "direct"] = "projected",
-        checkpoints: Literal["last", "all"] | int = "last",
-        tokens_per_batch: int | None = None,
-        max_bad_fraction: float = 0.01,
-        keep_generations: int | None = None,
+        checkpoints: Literal["last", "all"] | Count = "last",
+        keep_generations: Count | None = None,
+        **features: Annotated[Any, FeatureSettings],  # noqa: ANN401 - those of that class
     ) -> None:
-        from dataflex.features.settings import FeatureSettings
-
-        self.settings = FeatureSettings(
-            gradient_type=gradient_type,
-            adam_eps_mode=adam_eps_mode,
-            bias_correction=bias_correction,
-            proj_method=proj_method,
-            proj_dim=proj_dim,
-            sjlt_s=sjlt_s,
-            seed=seed,
-            dtype=dtype,
-            tokens_per_batch=tokens_per_batch,
-            max_bad_fraction=max_bad_fraction,
-        )
-        if scoring not in ("projected", "direct"):
-            raise ValueError(f"scoring is {scoring!r}; choose projected or direct")
-        if checkpoints not in ("last", "all") and not is_count(checkpoints):
-            raise ValueError(f"checkpoints is {checkpoints!r}; choose last, all or a number >= 1")
+        self.settings = FeatureSettings(**features)
         if scoring == "direct" and checkpoints != "last":
             raise ValueError(
                 f"checkpoints is {checkpoints!r}, but scoring: direct keeps no features of earlier "
                 "checkpoints; use checkpoints: last or scoring: projected"
             )
-        if keep_generations is not None and not is_count(keep_generations):
-            raise ValueError(f"keep_generations is {keep_generations!r}; give a number >= 1")
         self.needs_moments = self.settings.train_features.needs_moments
         if keep_generations is not None and (
             checkpoints == "all" or keep_generations < (1 if checkpoints == "last" else checkpoints)

@@ -9,18 +9,20 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Interval
 
 from dataflex.config.keys import RunConfig
-from dataflex.config.parameters import is_whole
+from dataflex.config.parameters import Count, ModelDtype, ModelName
 from dataflex.config.registry import register
 from dataflex.data.rows import Rows
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.selectors.by_influence import Scored
 from dataflex.selectors.less import LessSelector
+from gradstore.similarity.clusters import Method
 from gradstore.similarity.rows import ClusterDirections
 
 if TYPE_CHECKING:
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from gradstore.scoring.comparable import CheckpointFeatures
 
 Strategy = Literal["random", "nearest", "farthest", "mixed"]
-
-STRATEGIES = ("random", "nearest", "farthest", "mixed")
 
 
 @dataclass(frozen=True)
@@ -84,48 +84,25 @@ class ClusterLessSelector(LessSelector):
 
     def __init__(
         self,
-        cluster_size: int = 64,
-        num_clusters: int | None = None,
-        samples_per_cluster: int = 3,
-        clustering_batch_size: int = 8,
-        clustering_max_iter: int = 20,
-        assignment_chunk_size: int = 4096,
-        clustering_method: str = "kmeans",
-        lsh_num_bits: int | None = None,
+        cluster_size: Count = 64,
+        num_clusters: Count | None = None,
+        samples_per_cluster: Count = 3,
+        clustering_batch_size: Count = 8,
+        clustering_max_iter: Count = 20,
+        assignment_chunk_size: Count = 4096,
+        clustering_method: Method = "kmeans",
+        lsh_num_bits: Annotated[int, Interval(ge=1, le=62)] | None = None,
         representative_strategy: Strategy = "random",
-        embedding_model_name_or_path: str | None = None,
-        embedding_model_dtype: str = "auto",
+        embedding_model_name_or_path: ModelName | None = None,
+        embedding_model_dtype: ModelDtype = "auto",
         embedding_layer: int = -1,
         **less: Any,  # noqa: ANN401 - the base's parameters
     ) -> None:
         from dataflex.features.embedders import EmbeddingSettings
-        from gradstore.similarity.clusters import METHODS
 
         super().__init__(**less)
         if self.scoring != "projected":
             raise ValueError(f"scoring is {self.scoring!r}; cluster_less scores projected features")
-        for key, value in (
-            ("cluster_size", cluster_size),
-            ("num_clusters", 1 if num_clusters is None else num_clusters),
-            ("samples_per_cluster", samples_per_cluster),
-            ("clustering_batch_size", clustering_batch_size),
-            ("clustering_max_iter", clustering_max_iter),
-            ("assignment_chunk_size", assignment_chunk_size),
-            ("lsh_num_bits", 1 if lsh_num_bits is None else lsh_num_bits),
-        ):
-            if not is_whole(value):
-                raise ValueError(f"{key} is {value!r}; give a whole number of at least 1")
-        if lsh_num_bits is not None and lsh_num_bits > 62:
-            raise ValueError(f"lsh_num_bits is {lsh_num_bits}; choose 1 to 62")
-        if clustering_method not in METHODS:
-            raise ValueError(
-                f"clustering_method is {clustering_method!r}; choose {', '.join(METHODS)}"
-            )
-        if representative_strategy not in STRATEGIES:
-            raise ValueError(
-                f"representative_strategy is {representative_strategy!r}; choose "
-                f"{', '.join(STRATEGIES)}"
-            )
         self.cluster_size, self.num_clusters = cluster_size, num_clusters
         self.samples_per_cluster = samples_per_cluster
         self.max_iter, self.chunk_rows = clustering_max_iter, assignment_chunk_size

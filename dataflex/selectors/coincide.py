@@ -11,10 +11,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Gt, Le, MinLen
 
+from dataflex.config.parameters import Count, ModelDtype, ModelName, Natural
 from dataflex.config.registry import register
 from dataflex.data.images import have_pictures
 from dataflex.run.context import RunContext, UpdateContext
@@ -67,46 +69,25 @@ class CoincideSelector(Selector):
 
     def __init__(
         self,
-        embedding_model_name_or_path: str | None = None,
-        embedding_model_dtype: str = "auto",
-        embedding_layers: Sequence[int] | None = None,
-        num_clusters: int | None = None,
-        clustering_batch_size: int = 8,
+        embedding_model_name_or_path: ModelName | None = None,
+        embedding_model_dtype: ModelDtype = "auto",
+        embedding_layers: Annotated[Sequence[Natural], MinLen(1)] | None = None,
+        num_clusters: Count | None = None,
+        clustering_batch_size: Count = 8,
         clustering_device: Literal["auto", "cpu", "cuda"] = "auto",
-        clustering_max_iter: int = 10,
-        assignment_chunk_size: int = 4096,
-        temperature: float = 0.1,
-        density_chunk_size: int = 2048,
-        single_member_density: float = 1.0,
+        clustering_max_iter: Count = 10,
+        assignment_chunk_size: Count = 4096,
+        temperature: Annotated[float, Gt(0)] = 0.1,
+        density_chunk_size: Count = 2048,
+        single_member_density: Annotated[float, Gt(0), Le(1)] = 1.0,
         advance: bool | None = None,
-        keep_generations: int | None = None,
-        seed: int = 42,
+        keep_generations: Count | None = None,
+        seed: Natural = 42,
     ) -> None:
         from dataflex.features.vision import VisionSettings
 
-        for key, value in (
-            ("num_clusters", num_clusters),
-            ("clustering_batch_size", clustering_batch_size),
-            ("clustering_max_iter", clustering_max_iter),
-            ("assignment_chunk_size", assignment_chunk_size),
-            ("density_chunk_size", density_chunk_size),
-            ("keep_generations", keep_generations),
-        ):
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not whole and not (value is None and key in ("num_clusters", "keep_generations")):
-                raise ValueError(f"{key} is {value!r}; give a whole number of at least 1")
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; it must be above 0")
-        if not 0 < single_member_density <= 1:
-            raise ValueError(
-                f"single_member_density is {single_member_density}; give a number above 0 to 1"
-            )
-        if clustering_device not in ("auto", "cpu", "cuda"):
-            raise ValueError(
-                f"clustering_device is {clustering_device!r}; choose auto, cpu or cuda"
-            )
-        if embedding_layers is not None and not isinstance(embedding_layers, Sequence):
-            raise ValueError(f"embedding_layers is {embedding_layers!r}; give a list or null")
+        if embedding_layers is not None and len(set(embedding_layers)) < len(embedding_layers):
+            raise ValueError(f"embedding_layers is {list(embedding_layers)}; name every layer once")
         self.settings = VisionSettings(
             embedding_model_name_or_path,
             embedding_model_dtype,
@@ -140,7 +121,7 @@ class CoincideSelector(Selector):
 
         faults = []
         for key, path in (
-            ("model_name_or_path", config.get("model_name_or_path")),
+            ("model_name_or_path", config.known.model_name_or_path),
             ("embedding_model_name_or_path", self.settings.model),
         ):
             file = Path(str(path)).expanduser() / "config.json"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Gt, Le
 
+from dataflex.config.parameters import Count, Natural
 from dataflex.config.registry import register
 from dataflex.run.context import UpdateContext
 from dataflex.run.strategy import FSDP
@@ -43,11 +45,12 @@ class DeltaLossSelector(Selector):
     neutral = frozenset({"score_batch_size"})
     whole_model = frozenset({FSDP})
 
-    def __init__(self, window_size: float = 0.2, seed: int = 42, score_batch_size: int = 8) -> None:
-        if not 0 < window_size <= 1:
-            raise ValueError(f"window_size is {window_size}; give a share above 0 and at most 1")
-        if score_batch_size < 1:
-            raise ValueError(f"score_batch_size is {score_batch_size}; it must be at least 1")
+    def __init__(
+        self,
+        window_size: Annotated[float, Gt(0), Le(1)] = 0.2,
+        seed: Natural = 42,
+        score_batch_size: Count = 8,
+    ) -> None:
         self.window_size = float(window_size)
         self.seed = seed
         self.score_batch_size = score_batch_size

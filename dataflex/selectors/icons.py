@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import MinLen
 
 from dataflex.config.keys import RunConfig
-from dataflex.config.parameters import is_count
+from dataflex.config.parameters import Count
 from dataflex.config.registry import register
 from dataflex.data.rows import RunData
 from dataflex.run.context import RunContext
@@ -40,19 +41,10 @@ class IconsSelector(InfluenceSelector):
 
     def __init__(
         self,
-        task_boundaries: Sequence[int] | None = None,
+        task_boundaries: Annotated[Sequence[Count], MinLen(1)] | None = None,
         **influence: Any,  # noqa: ANN401 - the base's parameters
     ) -> None:
         super().__init__(**influence)
-        if task_boundaries is not None and (
-            isinstance(task_boundaries, str | int)
-            or not task_boundaries
-            or not all(is_count(size) for size in task_boundaries)
-        ):
-            raise ValueError(
-                f"task_boundaries is {task_boundaries!r}; give the number of target rows of each "
-                "task, such as [40, 60]"
-            )
         self.task_boundaries = None if task_boundaries is None else tuple(task_boundaries)
 
     def check(self, config: RunConfig) -> list[str]:

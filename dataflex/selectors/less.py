@@ -33,8 +33,6 @@ class LessSelector(InfluenceSelector):
         **influence: Any,  # noqa: ANN401 - the base's parameters
     ) -> None:
         super().__init__(**influence)
-        if aggregation not in ("max", "mean"):
-            raise ValueError(f"aggregation is {aggregation!r}; choose max or mean")
         self.aggregation = aggregation
 
     def score(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Gt
 
+from dataflex.config.parameters import Count, Natural, Positive
 from dataflex.config.registry import register
 from dataflex.run.context import UpdateContext
 from dataflex.run.strategy import FSDP
@@ -38,23 +40,15 @@ class LossSelector(Selector):
     def __init__(
         self,
         focus: Literal["low", "medium", "high"] = "high",
-        focus_weight: float = 5.0,
+        focus_weight: Positive = 5.0,
         quantiles: Sequence[float] = (0.33, 0.66),
-        temperature: float = 1.0,
+        temperature: Annotated[float, Gt(0)] = 1.0,
         replacement: bool = False,
-        seed: int = 42,
-        score_batch_size: int = 8,
+        seed: Natural = 42,
+        score_batch_size: Count = 8,
     ) -> None:
-        if focus not in ("low", "medium", "high"):
-            raise ValueError(f"focus is {focus!r}; choose low, medium or high")
         if len(quantiles) != 2 or not 0 <= quantiles[0] <= quantiles[1] <= 1:
             raise ValueError(f"quantiles are {list(quantiles)}; give two rising numbers in [0, 1]")
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; it must be above 0")
-        if not 0 < focus_weight < np.inf:
-            raise ValueError(f"focus_weight is {focus_weight}; it must be above 0 and finite")
-        if score_batch_size < 1:
-            raise ValueError(f"score_batch_size is {score_batch_size}; it must be at least 1")
         self.focus = focus
         self.focus_weight = float(focus_weight)
         self.quantiles = (float(quantiles[0]), float(quantiles[1]))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.config.parameters import is_whole
+from dataflex.config.parameters import Count
 from dataflex.config.registry import register
 from dataflex.data.rows import RunData
 from dataflex.run.context import UpdateContext
@@ -34,16 +34,12 @@ class NearSelector(EmbeddingSelector):
 
     def __init__(
         self,
-        max_K: int = 1000,
+        max_K: Count = 1000,
         advance: bool = True,
         indices_path: str | None = None,
         **embedding: Any,  # noqa: ANN401 - the base's parameters
     ) -> None:
         super().__init__(**embedding)
-        if not is_whole(max_K):
-            raise ValueError(f"max_K is {max_K!r}; give a whole number of at least 1")
-        if not isinstance(advance, bool):
-            raise ValueError(f"advance is {advance!r}; give true or false")
         self.max_k = max_K
         self.advance = advance
         self.file = None if indices_path is None else Path(indices_path).expanduser()

@@ -9,10 +9,12 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Gt
 
+from dataflex.config.parameters import Count, Natural, Share
 from dataflex.config.registry import register
 from dataflex.models.frozen import model_path_faults
 from dataflex.rewards.base import Judge, RewardPrompts, Verdict
@@ -98,18 +100,18 @@ class NiceSelector(LessSelector):
         api_base_url: str | None = None,
         api_model: str | None = None,
         api_key_env: str | None = None,
-        api_timeout: float = 60.0,
-        api_retries: int = 3,
-        api_workers: int = 8,
-        reward_max_new_tokens: int = 32,
+        api_timeout: Annotated[float, Gt(0)] = 60.0,
+        api_retries: Natural = 3,
+        api_workers: Count = 8,
+        reward_max_new_tokens: Count = 32,
         reward_prompt_with_ref: str | None = None,
         reward_prompt_without_ref: str | None = None,
-        max_unscored: float = 0.1,
-        mc_samples: int = 4,
-        max_new_tokens: int = 512,
-        generation_temperature: float = 0.7,
-        generation_batch_size: int = 32,
-        max_prompt_length: int = 4096,
+        max_unscored: Share = 0.1,
+        mc_samples: Count = 4,
+        max_new_tokens: Count = 512,
+        generation_temperature: Annotated[float, Gt(0)] = 0.7,
+        generation_batch_size: Count = 32,
+        max_prompt_length: Count = 4096,
         prompt_template: str | None = None,
         baseline: Baseline = "loo",
         gold_fallback: bool = False,
@@ -119,18 +121,10 @@ class NiceSelector(LessSelector):
         **influence: Any,  # noqa: ANN401 - the base's parameters
     ) -> None:
         super().__init__(aggregation, **influence)
-        if baseline not in ("loo", "none"):
-            raise ValueError(f"baseline is {baseline!r}; choose loo or none")
         if baseline == "loo" and mc_samples == 1:
             raise ValueError(
                 "mc_samples is 1, but baseline: loo compares a response with the row's others; "
                 "raise mc_samples or set baseline: none"
-            )
-        if not 0 <= max_unscored <= 1:
-            raise ValueError(f"max_unscored is {max_unscored}; give a share of 0 to 1")
-        if reward_max_new_tokens < 1:
-            raise ValueError(
-                f"reward_max_new_tokens is {reward_max_new_tokens}; at least 1 is needed"
             )
         self.sampling = SamplingSettings(
             mc_samples=mc_samples,
@@ -175,9 +169,9 @@ class NiceSelector(LessSelector):
         """A policy or a judge that is not there, and configurations without prompts."""
         path = self.sampling.model_path
         faults = [] if path is None else model_path_faults("policy_model_path", path)
-        if config.get("stage", "sft") != "sft":
+        if config.known.stage != "sft":
             faults.append("component nice answers prompts, which stage pt has none of: stage: sft.")
-        if config.get("train_on_prompt", False):
+        if config.known.train_on_prompt:
             faults.append(
                 "train_on_prompt is on: component nice cannot tell prompt from answer in the "
                 "target rows. Set train_on_prompt: false."
@@ -200,7 +194,7 @@ class NiceSelector(LessSelector):
 
     def start(self, run: RunContext) -> None:
         """Load or ask the judge, then open the store."""
-        trusted = bool(run.config.get("trust_remote_code", False))
+        trusted = run.config.known.trust_remote_code
         self.sampling = replace(self.sampling, trust_remote_code=trusted)
         self._policy = Policy(run, self.sampling)
         if isinstance(self.judge, LocalJudge):
@@ -269,11 +263,7 @@ class NiceSelector(LessSelector):
 def judge_of(
     given: Mapping[str, Any], prompts: RewardPrompts, *, timeout: float, retries: int, workers: int
 ) -> Judge:
-    """The reward backend that is asked for, or that follows from what is given.
-
-    Raises:
-        ValueError: there is no such backend.
-    """
+    """The reward backend that is asked for, or that follows from what is given."""
     guess = "local" if given["reward_model_path"] else "api" if given["api_base_url"] else None
     backend = given["reward_backend"] or guess or "function"
     if backend == "function":
@@ -281,8 +271,6 @@ def judge_of(
     length = given["reward_max_new_tokens"]
     if backend == "local":
         return LocalJudge(given["reward_model_path"], prompts, length)
-    if backend != "api":
-        raise ValueError(f"reward_backend is {backend!r}; choose function, local or api")
     url, model, key = (given[f"api_{name}"] for name in ("base_url", "model", "key_env"))
     settings = ApiSettings(url, model, key, timeout, retries, workers, length)
     return ApiJudge(settings, prompts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dataflex.config.parameters import Natural
 from dataflex.config.registry import register
 from dataflex.data.rows import RunData
 from dataflex.run.context import UpdateContext
@@ -22,7 +23,7 @@ class RandomSelector(Selector):
 
     needs_single_rows = False
 
-    def __init__(self, seed: int = 42, replacement: bool = False) -> None:
+    def __init__(self, seed: Natural = 42, replacement: bool = False) -> None:
         self.seed = seed
         self.replacement = replacement
         self.distinct = not replacement

@@ -8,12 +8,13 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge, Gt
 
-from dataflex.config.parameters import is_whole
+from dataflex.config.parameters import Count, Natural, Share
 from dataflex.config.registry import register
 from dataflex.data.rows import RunData
 from dataflex.run.context import UpdateContext
@@ -57,25 +58,16 @@ class TsdsSelector(EmbeddingSelector):
 
     def __init__(
         self,
-        max_K: int = 5000,
-        kde_K: int = 1000,
-        sigma: float = 0.75,
-        alpha: float = 0.6,
-        C: float = 5.0,
-        seed: int = 42,
+        max_K: Count = 5000,
+        kde_K: Count = 1000,
+        sigma: Annotated[float, Ge(0)] = 0.75,
+        alpha: Share = 0.6,
+        C: Annotated[float, Gt(0)] = 5.0,
+        seed: Natural = 42,
         probs_path: str | None = None,
         **embedding: Any,  # noqa: ANN401 - the base's parameters
     ) -> None:
         super().__init__(**embedding)
-        for name, value in (("max_K", max_K), ("kde_K", kde_K)):
-            if not is_whole(value):
-                raise ValueError(f"{name} is {value!r}; give a whole number of at least 1")
-        if not sigma >= 0:
-            raise ValueError(f"sigma is {sigma}; it must be 0 or more")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha is {alpha}; give a number from 0 to 1")
-        if not C > 0:
-            raise ValueError(f"C is {C}; it must be above 0")
         self.max_k, self.kde_k = max_K, kde_K
         self.sigma, self.alpha, self.scale = float(sigma), float(alpha), float(C)
         self.seed = seed

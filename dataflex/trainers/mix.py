@@ -183,9 +183,9 @@ class MixSeam(LossSeam, ServedSeam):
 def _ignored(config: RunConfig) -> list[str]:
     """List keys that have no effect in this run, one sentence each."""
     ours, warnings = config.dataflex, []
-    steps = ours.train_step > 0 or int(config.get("max_steps", -1)) > 0
+    steps = ours.train_step > 0 or config.known.max_steps > 0
     by_updates = not steps and not ours.static_mix and ours.update_times >= 0
-    if by_updates and config.get("num_train_epochs") is not None:
+    if by_updates and config.known.num_train_epochs is not None:
         warnings.append(
             f"num_train_epochs is ignored: the run has warmup_step + update_step * update_times = "
             f"{ours.warmup_step + ours.update_step * ours.update_times} steps. "

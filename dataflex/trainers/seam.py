@@ -192,7 +192,7 @@ class Seam:
                 f"component {self.run.name!r} makes passes of its own over the model in training, "
                 f"which cannot be made under {' and '.join(sorted(spread))}: use DDP."
             )
-        anew = anew and bool(config.get("overwrite_output_dir", False))
+        anew = anew and config.known.overwrite_output_dir
 
         def discard() -> None:
             if anew and config.owns_store:

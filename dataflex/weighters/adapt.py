@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dataflex.config.parameters import Count, Positive
 from dataflex.config.registry import register
 from dataflex.weighters.base import FloatArray, MeasuredBatch, WeightContext
 from dataflex.weighters.by_target import TargetWeighter
@@ -32,22 +33,13 @@ class AdaptWeighter(TargetWeighter):
 
     def __init__(
         self,
-        tau: float = 1.0,
-        refresh_interval: int = 50,
-        anchor_batch_size: int = 8,
-        clip: float | None = None,
-        eps: float = 1e-8,
+        tau: Positive = 1.0,
+        refresh_interval: Count = 50,
+        anchor_batch_size: Count = 8,
+        clip: Positive | None = None,
+        eps: Positive = 1e-8,
         self_normalize: bool = False,
     ) -> None:
-        for name, value in (("tau", tau), ("clip", clip), ("eps", eps)):
-            if value is not None and not 0 < value < np.inf:
-                raise ValueError(f"{name} is {value}; it must be above 0")
-        for name, count in (
-            ("refresh_interval", refresh_interval),
-            ("anchor_batch_size", anchor_batch_size),
-        ):
-            if count < 1:
-                raise ValueError(f"{name} is {count}; it must be at least 1")
         super().__init__(
             layer=-1,
             pooling="position",

@@ -5,10 +5,13 @@ Letters: n samples of a micro-batch over all ranks, d hidden size.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Le
+from pydantic import AllowInfNan
 
+from dataflex.config.parameters import Count, Positive
 from dataflex.config.registry import register
 from dataflex.weighters.base import FloatArray, WeightContext
 from dataflex.weighters.by_target import TargetWeighter, unit
@@ -54,36 +57,18 @@ class JointUpdateAwareWeighter(TargetWeighter):
 
     def __init__(
         self,
-        beta: float = 0.1,
-        tau: float = 0.05,
-        fixed_point_iters: int = 5,
-        damping: float = 1.0,
-        target_update_step: int = 50,
-        target_batch_size: int = 8,
+        beta: Annotated[float, Ge(0), AllowInfNan(False)] = 0.1,
+        tau: Positive = 0.05,
+        fixed_point_iters: Count = 5,
+        damping: Annotated[float, Gt(0), Le(1)] = 1.0,
+        target_update_step: Count = 50,
+        target_batch_size: Count = 8,
         target_num_batches: int = 0,
         embed_normalize: bool = True,
         pooling: Literal["last_token", "mean_pool"] = "last_token",
         embed_layer: int = -1,
         objective_mode: Objective = "full",
     ) -> None:
-        if not 0 <= beta < np.inf:
-            raise ValueError(f"beta is {beta}; it must be 0 or more")
-        if not 0 < tau < np.inf:
-            raise ValueError(f"tau is {tau}; it must be above 0")
-        if not 0 < damping <= 1:
-            raise ValueError(f"damping is {damping}; it must be above 0 and at most 1")
-        for name, count in (
-            ("fixed_point_iters", fixed_point_iters),
-            ("target_update_step", target_update_step),
-            ("target_batch_size", target_batch_size),
-        ):
-            if count < 1:
-                raise ValueError(f"{name} is {count}; it must be at least 1")
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling is {pooling!r}; choose one of {', '.join(POOLINGS)}")
-        if objective_mode not in get_args(Objective):
-            known = ", ".join(get_args(Objective))
-            raise ValueError(f"objective_mode is {objective_mode!r}; choose one of {known}")
         super().__init__(
             layer=embed_layer,
             pooling=POOLINGS[pooling],

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
+from dataflex.config.parameters import Positive
 from dataflex.config.registry import register
 from dataflex.weighters.base import FloatArray, WeightContext, Weighter
 
@@ -32,15 +33,8 @@ class LossWeighter(Weighter):
     scope = "window"
 
     def __init__(
-        self, strategy: LossStrategy = "linupper", delta: float = 1.0, r: float = 1.0
+        self, strategy: LossStrategy = "linupper", delta: Positive = 1.0, r: Positive = 1.0
     ) -> None:
-        if strategy not in get_args(LossStrategy):
-            raise ValueError(
-                f"strategy is {strategy!r}; choose one of {', '.join(get_args(LossStrategy))}"
-            )
-        for name, value in (("delta", delta), ("r", r)):
-            if not 0 < value < np.inf:
-                raise ValueError(f"{name} is {value}; it must be above 0")
         self.strategy = strategy
         self.delta = float(delta)
         self.r = float(r)

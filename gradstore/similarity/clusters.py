@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -215,8 +216,12 @@ def random_partition(
     return _around_means(reader, labels)
 
 
-#: Every method by the name that `clustering_method` uses.
-METHODS: dict[str, Callable[..., Clusters]] = {
+#: Names that `clustering_method` uses.
+Method = Literal[
+    "kmeans", "spherical_kmeans", "farthest_first", "random_projection_lsh", "random_partition"
+]
+
+METHODS: dict[Method, Callable[..., Clusters]] = {
     "kmeans": kmeans,
     "spherical_kmeans": spherical_kmeans,
     "farthest_first": farthest_first,

@@ -118,7 +118,7 @@ CONFIGURATION = {
         {"component_params": {"max_bad_fraction": float("nan")}},
         ["max_bad_fraction is nan", "0 to 1"],
     ),
-    "d = 0": ({"component_params": {"proj_dim": 0}}, ["d=0", "1.."]),
+    "d = 0": ({"component_params": {"proj_dim": 0}}, ["proj_dim is 0", "from 1 to"]),
     "unknown feature": ({"component_params": {"gradient_type": "adamm"}}, ["adam_marginal"]),
     "no step": ({"num_train_epochs": 0}, ["0 optimizer steps", "train_step"]),
     "half a row": (

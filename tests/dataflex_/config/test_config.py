@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dataflex.config.keys import load, names
+from dataflex.config.keys import load
 from dataflex.config.presets import PACKAGED_PRESETS
+from dataflex.config.values import names
 from gradstore.errors import BadInput
 
 ACCEPTED = {"output_dir", "model_name_or_path", "learning_rate", "cutoff_len"}

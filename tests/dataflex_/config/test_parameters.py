@@ -10,7 +10,7 @@ import pytest
 
 from dataflex.bridge import arguments
 from dataflex.config.keys import load
-from dataflex.config.parameters import mistyped
+from dataflex.config.parameters import declared, faults
 from dataflex.config.presets import presets_of, resolve
 from dataflex.config.registry import KINDS, PACKAGES, _constructors, strategies
 from gradstore.errors import BadInput
@@ -53,8 +53,9 @@ def test_every_strategy_has_annotations_that_can_be_read() -> None:
 
 
 def test_a_whole_number_is_a_number_and_a_boolean_is_none() -> None:
-    assert mistyped(Plain.__init__, {"rows": 3, "rate": 1, "names": 7, "more": "x"}) == []
-    assert len(mistyped(Plain.__init__, {"rows": 2.5, "rate": True})) == 2
+    plain = declared(Plain.__init__)
+    assert faults(plain, {"rows": 3, "rate": 1, "names": 7, "more": "x"}) == []
+    assert len(faults(plain, {"rows": 2.5, "rate": True})) == 2
 
 
 @pytest.mark.parametrize("key", ["dataset", "eval_dataset"])

@@ -23,9 +23,9 @@ from gradstore.store.writer import StoreWriter
 ROWS = RowSet.from_hashes([row_hash([i], [i]) for i in range(4)])
 
 
-def run(run_id: str, rows: RowSet = ROWS, prefix: str | None = None) -> Any:
+def run(run_id: str, rows: RowSet = ROWS, prefix: str = "") -> Any:
     data = SimpleNamespace(train=SimpleNamespace(row_set=rows), targets=[])
-    config = SimpleNamespace(dataflex=SimpleNamespace(gradstore_run=prefix))
+    config = SimpleNamespace(store_run=prefix)
     return SimpleNamespace(run_id=run_id, data=data, config=config)
 
 

@@ -13,7 +13,8 @@ import torch
 
 from dataflex.data.images import Shown, opened, pictures_hash, shown_batch
 from dataflex.data.rows import Rows
-from dataflex.features.vision import Anatomy, VisionSettings
+from dataflex.features.vision import Anatomy
+from dataflex.selectors.coincide import CoincideSelector
 from gradstore.errors import BadInput
 from gradstore.export.visual import VisualStates
 
@@ -136,9 +137,11 @@ def test_a_config_says_layers_and_tokens(llava: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"layers": ()}, "embedding_layers"), ({"layers": (1, 1)}, "embedding_layers"),
-     ({"layers": (-1,)}, "embedding_layers"), ({"dtype": "int8"}, "embedding_model_dtype")],
+    [({"embedding_layers": ()}, "embedding_layers is"),
+     ({"embedding_layers": (1, 1)}, "embedding_layers is"),
+     ({"embedding_layers": (-1,)}, "embedding_layers is"),
+     ({"embedding_model_dtype": "int8"}, "embedding_model_dtype is")],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        VisionSettings(**changes)
+        CoincideSelector(**changes)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from dataflex.config.known import KnownKeys
 from dataflex.features.embedders import EmbeddingSettings
 from dataflex.models.encoders import TextEncoder, Texts, find_encoder, looks_local, read_encoder
 from gradstore.errors import BadInput
@@ -134,7 +135,7 @@ def test_what_a_folder_asks_for_and_is_not_known_is_refused(
 
 
 def test_a_folder_that_is_none_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    config: Any = SimpleNamespace(get=lambda *_: False)
+    config: Any = SimpleNamespace(known=KnownKeys())
     empty = tmp_path / "empty"
     empty.mkdir()
     pickled = folder_of(tmp_path / "pickled")

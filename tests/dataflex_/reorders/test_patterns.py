@@ -15,16 +15,17 @@ from dataflex.reorders.patterns import (
     PATTERNS,
     Pattern,
     PatternParams,
-    make_pattern,
     sorting_order,
     window_shuffled,
 )
+from dataflex.reorders.static import StaticReorder
 
 
 def made(name: str, **changes: Any) -> Pattern:
     options: dict[str, Any] = {"polarity": "higher_later", "ascending": True, "window_size": 0,
                                "seed": 42, "params": {}}  # fmt: skip
-    return make_pattern(name, **{**options, **changes})
+    options |= changes
+    return StaticReorder(pattern=name, pattern_params=options.pop("params"), **options).pattern
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,11 @@ def test_the_published_names_of_layers_are_understood() -> None:
         ("sorting", {"polarity": "up"}, "polarity is 'up'"),
         ("sorting", {"window_size": -1}, "window_size is -1"),
         ("folding", {"params": {"layers": 0}}, "layers is 0"),
-        ("folding", {"params": {"layer": 3}}, "unknown pattern_params: layer"),
+        (
+            "folding",
+            {"params": {"layer": 3}},
+            "unknown pattern_params: 'layer' ",
+        ),
         ("segment", {"params": {"x_pct": 60, "y_pct": 60}}, "together at most 100"),
     ],
 )

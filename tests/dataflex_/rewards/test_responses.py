@@ -189,8 +189,7 @@ def test_a_fixed_policy_and_a_template_change_what_is_asked(tiny: tuple[Any, Any
 
 @pytest.mark.parametrize(
     ("changes", "says"),
-    [({"mc_samples": 0}, "mc_samples is 0"), ({"temperature": 0}, "above 0"),
-     ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"), ({"prompt_template": "Q"}, "never shows"),
+    [({"prompt_template": "Q"}, "never shows"),
      ({"prompt_template": "{question}"}, "cannot be filled")],
 )  # fmt: skip
 def test_bad_sampling_settings_are_refused(changes: dict[str, Any], says: str) -> None:

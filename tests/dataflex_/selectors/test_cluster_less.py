@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataflex.selectors.cluster_less import (
-    STRATEGIES,
     ClusterLessSelector,
     RowClusters,
+    Strategy,
     representatives,
 )
 from gradstore.errors import BadInput
@@ -109,7 +109,7 @@ def test_representatives_by_distance(strategy: Any, expected: list[int]) -> None
 @given(
     labels=st.lists(st.integers(-1, 4), min_size=1, max_size=40),
     per_cluster=st.integers(1, 5),
-    strategy=st.sampled_from(STRATEGIES),
+    strategy=st.sampled_from(get_args(Strategy)),
     seed=st.integers(0, 100),
 )
 def test_every_cluster_is_represented_by_eligible_rows_of_its_own(
@@ -148,8 +148,8 @@ def test_a_resumed_selector_has_the_same_clusters() -> None:
         ({"clustering_max_iter": 0}, "clustering_max_iter is 0"),
         ({"assignment_chunk_size": 0}, "assignment_chunk_size is 0"),
         ({"clustering_method": "kmedoids"}, "choose kmeans, spherical_kmeans, farthest_first"),
-        ({"lsh_num_bits": 63}, "choose 1 to 62"),
-        ({"representative_strategy": "best"}, "choose random, nearest, farthest, mixed"),
+        ({"lsh_num_bits": 63}, "it must be from 1 to 62"),
+        ({"representative_strategy": "best"}, "choose random, nearest, farthest or mixed"),
         ({"scoring": "direct"}, "scoring is 'direct'"),
         ({"embedding_model_dtype": "int4"}, "embedding_model_dtype is 'int4'"),
     ],

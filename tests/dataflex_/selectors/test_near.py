@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dataflex.config.known import KnownKeys
 from dataflex.selectors.by_embedding import load_offline, rows_of_file
 from dataflex.selectors.near import NearSelector, next_rows, offline_neighbours
 from gradstore.errors import BadInput
@@ -172,15 +173,15 @@ def test_parameters_out_of_range_are_refused(tmp_path: Path) -> None:
     for params, says in (
         ({"max_K": 0}, "max_K is 0"),
         ({"advance": "no"}, "advance is 'no'"),
-        ({"embedding_model_dtype": "half"}, "choose auto, fp32, fp16, bf16"),
+        ({"embedding_model_dtype": "half"}, "choose auto, fp32, fp16 or bf16"),
         ({"embedding_layer": 1.5}, "embedding_layer is 1.5"),
-        ({"embedding_batch_size": 0}, "embedding batch are 0"),
+        ({"embedding_batch_size": 0}, "embedding_batch_size is 0"),
         ({"keep_generations": 0}, "keep_generations is 0"),
-        ({"embedding_model_name_or_path": ""}, "give a folder"),
+        ({"embedding_model_name_or_path": ""}, "expected a folder or a hub id"),
     ):
         with pytest.raises(ValueError, match=says):
             NearSelector(**params)  # type: ignore[arg-type]
-    config: Any = SimpleNamespace(get=lambda *_: False)
+    config: Any = SimpleNamespace(known=KnownKeys())
     missing = NearSelector(indices_path=str(tmp_path / "no.npy"))
     assert "is not a file here" in missing.check(config)[0]
     nowhere = NearSelector(embedding_model_name_or_path=str(tmp_path / "no"))

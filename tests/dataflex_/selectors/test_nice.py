@@ -123,8 +123,12 @@ def test_a_judge_may_be_named_as_in_1_1_0() -> None:
 @pytest.mark.parametrize(
     ("params", "says"),
     [({"mc_samples": 1}, "baseline: loo compares"), ({"baseline": "mean"}, "baseline is 'mean'"),
-     ({"reward_backend": "vllm"}, "reward_backend is 'vllm'"), ({"max_unscored": 2}, "a share"),
-     ({"reward_max_new_tokens": 0}, "reward_max_new_tokens is 0")],
+     ({"reward_backend": "vllm"}, "reward_backend is 'vllm'"), ({"max_unscored": 2}, "from 0 to 1"),
+     ({"reward_max_new_tokens": 0}, "reward_max_new_tokens is 0"),
+     ({"mc_samples": 0}, "mc_samples is 0"), ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
+     ({"generation_temperature": 0}, "generation_temperature is 0; it must be above 0"),
+     ({"api_timeout": 0}, "api_timeout is 0"), ({"api_retries": -1}, "api_retries is -1"),
+     ({"api_workers": 0}, "api_workers is 0")],
 )  # fmt: skip
 def test_parameters_that_cannot_work_are_refused(params: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):

@@ -208,7 +208,7 @@ def test_last_token_and_mean_ignore_padding_on_either_side(left: int, right: int
 @pytest.mark.parametrize(
     ("cls", "params", "says"),
     [
-        (LossWeighter, {"strategy": "upper"}, "strategy is 'upper'; choose one of linupper"),
+        (LossWeighter, {"strategy": "upper"}, "strategy is 'upper'; choose linupper, quadratic"),
         (LossWeighter, {"delta": 0}, "delta is 0"),
         (LossWeighter, {"r": -1}, "r is -1"),
         (AdaptWeighter, {"tau": 0}, "tau is 0; it must be above 0"),
@@ -222,7 +222,11 @@ def test_last_token_and_mean_ignore_padding_on_either_side(left: int, right: int
         (JointUpdateAwareWeighter, {"damping": 1.5}, r"damping is 1.5; it must be above 0 and at"),
         (JointUpdateAwareWeighter, {"fixed_point_iters": 0}, "fixed_point_iters is 0"),
         (JointUpdateAwareWeighter, {"target_update_step": 0}, "target_update_step is 0"),
-        (JointUpdateAwareWeighter, {"pooling": "cls"}, "pooling is 'cls'; choose one of last_tok"),
+        (
+            JointUpdateAwareWeighter,
+            {"pooling": "cls"},
+            "pooling is 'cls'; choose last_token or",
+        ),
         (JointUpdateAwareWeighter, {"objective_mode": "both"}, "objective_mode is 'both'"),
     ],
 )

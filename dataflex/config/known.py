@@ -1,0 +1,82 @@
+"""LlamaFactory's keys that DataFlex reads, typed, with LlamaFactory's own defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from dataflex.config.parameters import converted
+from dataflex.config.values import Whole, names
+
+#: LlamaFactory takes whatever is true for a switch, and writes names of any type as text.
+Switch = Annotated[bool, BeforeValidator(bool)]
+Word = Annotated[str, BeforeValidator(str)]
+Names = Annotated[tuple[str, ...], BeforeValidator(names)]
+
+
+@dataclass(frozen=True)
+class KnownKeys:
+    """What a configuration says under the keys of LlamaFactory that DataFlex looks at.
+
+    `None` and `()` mean "not given". A value of a wrong type counts as not given here:
+    `dataflex.bridge.arguments.mistyped` has refused it before anything depends on it.
+    """
+
+    # the run
+    stage: Word = "sft"
+    do_train: Switch = False
+    overwrite_output_dir: Switch = False
+    resume_from_checkpoint: Word | None = None
+    per_device_train_batch_size: Whole = 8
+    gradient_accumulation_steps: Whole = 1
+    max_steps: Whole = -1
+    num_train_epochs: float | None = None
+    optim: Word = "adamw_torch_fused"
+    use_galore: Switch = False
+    use_apollo: Switch = False
+    use_badam: Switch = False
+    use_adam_mini: Switch = False
+    use_muon: Switch = False
+    early_stopping_steps: Whole | None = None
+    load_best_model_at_end: Switch = False
+    metric_for_best_model: Word | None = None
+    deepspeed: Any = None
+    fsdp: Any = None
+    use_mca: Switch = False
+    use_hyper_parallel: Switch = False
+    # the model
+    model_name_or_path: Word | None = None
+    trust_remote_code: Switch = False
+    finetuning_type: Word = "lora"
+    adapter_name_or_path: Names = ()
+    create_new_adapter: Switch = False
+    use_unsloth: Switch = False
+    enable_liger_kernel: Switch = False
+    use_dft_loss: Switch = False
+    use_asft_loss: Switch = False
+    use_eaft_loss: Switch = False
+    # the data
+    dataset: Names = ()
+    eval_dataset: Names = ()
+    dataset_dir: Any = "data"
+    tokenized_path: Word | None = None
+    mix_strategy: Word = "concat"
+    val_size: int | float = 0.0
+    streaming: Switch = False
+    packing: Switch | None = None
+    neat_packing: Switch = False
+    train_on_prompt: Switch = False
+
+    @staticmethod
+    def of(keys: Mapping[str, Any]) -> KnownKeys:
+        """Read a configuration's keys; a null means the default."""
+        values, _ = converted(KnownKeys, keys)
+        return KnownKeys(**values)
+
+    @property
+    def packs(self) -> bool:
+        """Whether several rows share a sequence: stage pt packs unless told otherwise."""
+        return self.stage == "pt" if self.packing is None else self.packing

@@ -1,0 +1,60 @@
+"""Types of YAML values: how what a user may write becomes what a program reads.
+
+A list may be written as one, as a comma string, or as its only element; a whole number as 3, 3.0 or
+"3". What no conversion helps stays as it is, for the type to refuse.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from annotated_types import Predicate, doc
+from pydantic import BeforeValidator
+
+
+def names(value: object) -> tuple[str, ...]:
+    """A list or a comma string of names -> a tuple, blanks removed."""
+    if value is None:
+        return ()
+    parts = value.split(",") if isinstance(value, str) else list(value)  # type: ignore[call-overload]
+    return tuple(str(p).strip() for p in parts if str(p).strip())
+
+
+def as_tuple(value: object) -> tuple[Any, ...]:
+    """A list, a comma string, or a single value -> a tuple."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def as_number(value: object) -> object:
+    """A number in quotes -> a float."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def as_whole(value: object) -> object:
+    """A whole number, written as a fraction or in quotes -> an int."""
+    number = as_number(value)
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def _says_something(text: str) -> bool:
+    return bool(text.strip())
+
+
+Text = Annotated[str, Predicate(_says_something), doc("a name or a path")]
+Whole = Annotated[int, BeforeValidator(as_whole)]
+Number = Annotated[float, BeforeValidator(as_number)]
+
+Texts = Annotated[
+    tuple[Text, ...], BeforeValidator(as_tuple), doc("a name or a path, or a list of them")
+]
+Wholes = Annotated[
+    tuple[Whole, ...], BeforeValidator(as_tuple), doc("a whole number, or a list of them")
+]
+Numbers = Annotated[
+    tuple[Number, ...], BeforeValidator(as_tuple), doc("a number, or a list of them")
+]
