@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,28 @@ def exploration(domains: int, step: int, floor: float) -> float:
     return max(floor, min(1.0 / domains, math.sqrt(math.log(domains) / (domains * step))))
 
 
+def accumulated_rewards(
+    rewards: FloatArray, losses: DomainLosses, proportions: FloatArray, scale: float
+) -> FloatArray:
+    """Add one optimizer step's importance-weighted losses: R_d += scale * share_d * loss_d / pi_d.
+
+    share_d is the domain's part of the step's rows, so that the expected increment is scale *
+    loss_d, as in Exp3. A domain that was not seen adds nothing.
+
+    Args:
+        rewards: (k,) R.
+        losses: sums of the step, over all ranks.
+        proportions: (k,) pi that the step's rows were drawn with.
+        scale: of the losses.
+    """
+    seen = (losses.tokens > 0) & (losses.rows > 0) & (proportions > 0)
+    seen &= np.isfinite(losses.loss_sums)
+    mean = np.divide(losses.loss_sums, losses.tokens, out=np.zeros_like(rewards), where=seen)
+    share = losses.rows / max(float(losses.rows.sum()), 1.0)
+    added = np.divide(share * mean, proportions, out=np.zeros_like(rewards), where=seen)
+    return np.asarray(rewards + scale * added)
+
+
 def averaged_rewards(
     rewards: FloatArray, losses: FloatArray, proportions: FloatArray, alpha: float
 ) -> FloatArray:
@@ -65,11 +87,15 @@ def policy(rewards: FloatArray, exploration_before: float, exploration_now: floa
 class OdmMixer(Mixer):
     """Proportions that follow the domains' training losses.
 
-    The reward of a domain is its mean token loss since the last update, over all ranks, divided by
-    the proportion it was trained on.
+    A domain's reward is the sum over optimizer steps of its mean token loss, over all ranks, times
+    its share of the step's rows over the proportion asked for. The sum grows faster than the
+    exploration rate falls, so that proportions separate where losses stay apart (ALGORITHMS 2.4).
 
     Args:
-        alpha: what an update keeps of the rewards so far, 0 to 1 (exclusive).
+        averaging: none, or moving: a reward is then the moving average of the updates' losses over
+            their proportions. It is bounded, so that proportions tend to equal ones whatever the
+            losses, as in DataFlex 1.1.0.
+        alpha: part of the rewards so far that an update keeps, 0 to 1 (exclusive); of `moving`.
         warmup_steps: of DataFlex 1.1.0; the warm-up is `warmup_step` steps long.
         initial_proportions: the answer as long as nothing was trained on (`warmup_step: 0`); null
             for what the run opens with.
@@ -83,12 +109,14 @@ class OdmMixer(Mixer):
 
     def __init__(
         self,
+        averaging: Literal["none", "moving"] = "none",
         alpha: Annotated[float, Ge(0), Lt(1)] = 0.9,
         warmup_steps: int | None = None,
         initial_proportions: Sequence[float] | None = None,
-        reward_scale: Positive = 1.0,
-        min_exploration_rate: Annotated[float, Ge(0)] = 0.03,
+        reward_scale: Positive = 0.1,
+        min_exploration_rate: Annotated[float, Ge(0)] = 0.0,
     ) -> None:
+        self.averaging = averaging
         self.alpha = alpha
         self.warmup_steps = warmup_steps
         self.initial_proportions = initial_proportions
@@ -127,7 +155,11 @@ class OdmMixer(Mixer):
         self.proportions = opening_proportions(run.config, run.data)
 
     def observe(self, losses: DomainLosses) -> None:
-        """Add up the losses of the running interval."""
+        """Add up the losses of the running interval, and the rewards where they accumulate."""
+        if self.averaging == "none":
+            self.rewards = accumulated_rewards(
+                self.rewards, losses, self.proportions, self.reward_scale
+            )
         self.loss_sums = self.loss_sums + losses.loss_sums
         self.tokens = self.tokens + losses.tokens
 
@@ -140,23 +172,30 @@ class OdmMixer(Mixer):
                 self.initial_proportions, domains, "initial_proportions"
             )
         elif self.tokens.any():
-            losses = np.divide(
-                self.loss_sums, self.tokens, out=np.full(k, np.nan), where=self.tokens > 0
-            )
-            self._learn(self.reward_scale * losses, context.step)
+            self._learn(context.step)
         self.loss_sums, self.tokens = np.zeros(k), np.zeros(k)
         return self.proportions
 
-    def _learn(self, losses: FloatArray, step: int) -> None:
-        """One turn of the bandit; `losses` (k,), NaN where a domain was not seen."""
-        self.rewards = averaged_rewards(self.rewards, losses, self.proportions, self.alpha)
-        now = exploration(len(losses), step, self.floor)
-        self.proportions = policy(self.rewards, self.exploration, now)
-        self.exploration = now
+    def _learn(self, step: int) -> None:
+        """Move the proportions at the end of optimizer step t = `step`."""
+        k = len(self.rewards)
+        if self.averaging == "moving":
+            losses = np.divide(
+                self.loss_sums, self.tokens, out=np.full(k, np.nan), where=self.tokens > 0
+            )
+            self.rewards = averaged_rewards(
+                self.rewards, self.reward_scale * losses, self.proportions, self.alpha
+            )
+            before = self.exploration
+        else:
+            before = exploration(k, step - 1, self.floor)
+        self.exploration = exploration(k, step, self.floor)
+        self.proportions = policy(self.rewards, before, self.exploration)
 
     def state(self) -> dict[str, Any]:
         """Rewards, the mixture in force, and what the running interval has summed up."""
         return {
+            "averaging": self.averaging,
             "rewards": self.rewards,
             "proportions": self.proportions,
             "exploration": self.exploration,
@@ -165,7 +204,17 @@ class OdmMixer(Mixer):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
+        """Take them back.
+
+        Raises:
+            BadInput: the checkpoint's rewards were made in the other way.
+        """
+        made = str(state.get("averaging", "moving"))
+        if made != self.averaging:
+            raise BadInput(
+                f"odm: the checkpoint's rewards were made with averaging {made}, this run has "
+                f"{self.averaging}. Set component_params.averaging: {made}, or start anew."
+            )
         self.rewards = np.asarray(state["rewards"], dtype=np.float64)
         self.proportions = np.asarray(state["proportions"], dtype=np.float64)
         self.exploration = float(state["exploration"])

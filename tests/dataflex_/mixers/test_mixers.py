@@ -91,9 +91,60 @@ def started(data: RunData, **params: Any) -> OdmMixer:
     return mixer
 
 
-def test_e23_rewards_and_proportions_of_three_updates(domain_data: MakeData) -> None:
+def test_e23_rewards_accumulate_and_proportions_follow_the_losses(domain_data: MakeData) -> None:
+    """Every step an update, rows drawn as asked: R = t (.3, .2, .25)."""
     data = domain_data([5, 5, 5])
-    mixer = started(data, min_exploration_rate=0.0)
+    mixer = started(data)
+    expected = {
+        1: [1 / 3] * 3,
+        2: [1 / 3] * 3,
+        3: [1 / 3] * 3,
+        10: [0.347868, 0.319279, 0.332853],
+        100: [0.419153, 0.255733, 0.325114],
+        1000: [0.634675, 0.109867, 0.255458],
+    }
+    for step in range(1, 1001):
+        count = 12.0 * mixer.proportions
+        mixer.observe(DomainLosses(step - 1, np.array([3.0, 2.0, 2.5]) * count, count, count))
+        answer = mixer.mix(context(data, step))
+        np.testing.assert_allclose(mixer.rewards, step * np.array([0.3, 0.2, 0.25]), rtol=1e-9)
+        if step in expected:
+            np.testing.assert_allclose(answer, expected[step], atol=1e-5, err_msg=str(step))
+
+
+def test_e23b_a_step_adds_its_share_of_rows_over_the_proportion(domain_data: MakeData) -> None:
+    mixer = OdmMixer()
+    mixer.start(context(domain_data([5, 5]), 0, init_mixture_proportions=(0.8, 0.2)).run)
+    tokens = np.array([60.0, 14.0])
+    mixer.observe(DomainLosses(0, np.array([2.0, 4.0]) * tokens, tokens, np.array([6.0, 2.0])))
+    np.testing.assert_allclose(mixer.rewards, [0.1875, 0.5], atol=1e-12)
+
+
+def test_steps_of_one_interval_add_up_and_its_length_sets_the_exploration(
+    domain_data: MakeData,
+) -> None:
+    """Ten steps of uniform rows and one update give what E23 gives at t = 10."""
+    data = domain_data([5, 5, 5])
+    mixer = started(data)
+    for step in range(10):
+        mixer.observe(losses(step, (3.0, 2.0, 2.5)))
+    answer = mixer.mix(context(data, 10))
+    np.testing.assert_allclose(answer, [0.347868, 0.319279, 0.332853], atol=1e-5)
+
+
+def test_a_checkpoint_of_averaged_rewards_is_not_gone_on_from_with_accumulated_ones(
+    domain_data: MakeData,
+) -> None:
+    old = started(domain_data([5, 5, 5]), averaging="moving").state()
+    del old["averaging"]  # as version 0.1.0 wrote it
+    with pytest.raises(BadInput, match=r"component_params\.averaging: moving"):
+        OdmMixer().restore(old)
+    OdmMixer(averaging="moving").restore(old)
+
+
+def test_moving_rewards_and_proportions_of_three_updates(domain_data: MakeData) -> None:
+    data = domain_data([5, 5, 5])
+    mixer = started(data, averaging="moving", reward_scale=1.0)
     expected = {
         1: ([0.9, 0.6, 0.75], [1 / 3] * 3),
         2: ([1.71, 1.14, 1.425], [1 / 3] * 3),
@@ -111,7 +162,7 @@ def test_odm_learns_from_the_whole_interval_and_forgets_it_afterwards(
     domain_data: MakeData,
 ) -> None:
     data = domain_data([5, 5, 5])
-    mixer = started(data)
+    mixer = started(data, averaging="moving", reward_scale=1.0)
     mixer.observe(losses(0, (9.0, 2.0, 2.0), (1.0, 1.0, 1.0)))
     mixer.observe(losses(1, (1.0, 2.0, 2.0), (3.0, 1.0, 1.0)))
     mixer.mix(context(data, 2))
@@ -125,7 +176,7 @@ def test_odm_learns_from_the_whole_interval_and_forgets_it_afterwards(
 
 def test_a_domain_that_was_not_seen_keeps_its_reward(domain_data: MakeData) -> None:
     data = domain_data([5, 5, 5])
-    mixer = started(data)
+    mixer = started(data, averaging="moving", reward_scale=1.0)
     mixer.observe(losses(0, (3.0, 2.0, 2.5)))
     mixer.mix(context(data, 1))
     mixer.observe(losses(1, (1.0, 0.0, math.nan), (4.0, 0.0, 4.0)))
@@ -138,7 +189,7 @@ def test_the_floor_and_the_scale_arrive(domain_data: MakeData) -> None:
     data = domain_data([5, 5, 5])
 
     def answer(**params: Any) -> np.ndarray[Any, Any]:
-        mixer = started(data, **params)
+        mixer = started(data, **{"averaging": "moving", "reward_scale": 1.0, **params})
         for step in (1, 10_000):
             mixer.observe(losses(step - 1, (50.0, 1.0, 1.0)))
             mixer.mix(context(data, step))
@@ -158,7 +209,7 @@ def test_odm_asked_at_the_first_step_answers_what_the_run_opens_with(
     mixer = OdmMixer()
     mixer.start(context(data, 0, **opening).run)
     np.testing.assert_allclose(mixer.mix(context(data, 0, **opening)), [0.5, 0.3, 0.2])
-    own = started(data, initial_proportions=[2, 1, 1])
+    own = started(data, initial_proportions=[2, 1, 1], averaging="moving", reward_scale=1.0)
     np.testing.assert_allclose(own.mix(context(data, 0)), [0.5, 0.25, 0.25])
     # What was trained on divides the reward.
     own.observe(losses(0, (3.0, 2.0, 2.5)))
@@ -185,13 +236,14 @@ def test_odm_goes_on_from_its_state_in_mid_interval(domain_data: MakeData) -> No
 @pytest.mark.parametrize(
     ("params", "says"),
     [
+        ({"averaging": "mean"}, "averaging is 'mean'"),
         ({"alpha": 1.0}, "alpha is 1.0"),
         ({"alpha": math.nan}, "alpha is nan"),
         ({"reward_scale": 0.0}, "reward_scale is 0.0"),
         ({"min_exploration_rate": -0.1}, "min_exploration_rate is -0.1"),
     ],
 )
-def test_odm_refuses_parameters_out_of_range(params: dict[str, float], says: str) -> None:
+def test_odm_refuses_parameters_out_of_range(params: dict[str, Any], says: str) -> None:
     with pytest.raises(BadInput, match=says):
         OdmMixer(**params)
 
