@@ -35,9 +35,11 @@ class DoremiMixer(Mixer, LossContributor):
 
     From step W on, every optimizer step moves the weights to domains whose tokens the proxy
     predicts worse than the reference, and weights the loss by them. Rows keep being drawn in the
-    opening proportions. Run 1 trains the reference, run 3 the final model, both with `static_mix`.
-    Results lie in output_dir: `doremi_weights.jsonl`, a line for each step;
-    `doremi_average_weights.json` and `doremi_step3_proportions.txt`, the average (ALGORITHMS 2.3).
+    opening proportions, so a token's factor is its domain's weight over that proportion: the
+    domain's part of the loss is its weight, however often it is drawn. Run 1 trains the reference,
+    run 3 the final model, both with `static_mix`. Results lie in output_dir:
+    `doremi_weights.jsonl`, a line for each step; `doremi_average_weights.json` and
+    `doremi_step3_proportions.txt`, the average (ALGORITHMS 2.3).
 
     Args:
         reference_model_path: the model that run 1 trained: a model folder, a folder with a LoRA
@@ -65,6 +67,7 @@ class DoremiMixer(Mixer, LossContributor):
         self.summed_weights = np.empty(0)
         self.updates = 0
         self.last_step = -1
+        self._shares: FloatArray | None = None
         self._run: RunContext | None = None
         self._reference: Any = None
 
@@ -86,6 +89,7 @@ class DoremiMixer(Mixer, LossContributor):
         if self.updates == 0:
             self.domain_weights = np.full(k, 1.0 / k)
             self.scores, self.summed_weights = np.zeros(k), np.zeros(k)
+        self._shares = opening_proportions(run.config, run.data)
         if run.ranks.leads:
             forget_after(run.output_dir, self.last_step)
         self._run = run
@@ -137,12 +141,12 @@ class DoremiMixer(Mixer, LossContributor):
         return clipped_sums(excess, rows, batch.targets.grid[0])[:, None]
 
     def weights(self, losses: FloatArray, context: WeightContext) -> FloatArray:
-        """(n,) the weight of each sample's domain, moved once per optimizer step."""
+        """(n,) each sample's domain weight over its sampling share; moved once per step."""
         if context.domains is None or context.measured is None:
             raise RuntimeError("DoReMi needs each sample's domain and excess loss")
         if context.step != self.last_step:
             self._update(context.measured[:, 0], context.tokens, context.domains, context.step)
-        return self.domain_weights[context.domains]
+        return loss_factors(self.domain_weights, self._shares)[context.domains]
 
     def _update(
         self,
@@ -164,6 +168,27 @@ class DoremiMixer(Mixer, LossContributor):
 
 
 # -- formulas -------------------------------------------------------------------------------------
+
+
+def loss_factors(domain_weights: FloatArray, shares: FloatArray | None) -> FloatArray:
+    """Factors a_d = alpha_d / (k sigma_d) of the tokens of each domain (ALGORITHMS 2.3).
+
+    Args:
+        domain_weights: (k,) alpha, on the simplex.
+        shares: (k,) sigma, the proportions that rows are drawn in; None for equal ones, which
+            leave alpha as it is. A domain of share 0 is never drawn.
+
+    Returns:
+        (k,) float64.
+
+    Examples:
+        >>> loss_factors(np.array([0.5, 0.5]), np.array([0.8, 0.2]))
+        array([0.3125, 1.25  ])
+    """
+    if shares is None:
+        return domain_weights
+    scaled = len(shares) * shares
+    return np.divide(domain_weights, scaled, out=np.zeros_like(domain_weights), where=scaled > 0)
 
 
 def clipped_sums(excess: FloatArray, rows: npt.NDArray[np.int64], samples: int) -> FloatArray:

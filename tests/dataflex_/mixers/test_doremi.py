@@ -25,6 +25,7 @@ from dataflex.mixers.doremi import (
     clipped_sums,
     domain_scores,
     forget_after,
+    loss_factors,
     tell_step,
 )
 from dataflex.trainers.weights import multipliers
@@ -72,6 +73,20 @@ def test_e22_the_loss_is_weighted_by_tokens() -> None:
     each = multipliers(np.array([0.6, 0.4]), tokens, relative=True)
     loss = (each * np.array([6.0, 4.0])).sum() / tokens.sum()
     assert loss == pytest.approx(2.363636, abs=1e-5)
+
+
+def test_a_domains_part_of_the_loss_is_its_weight_however_often_it_is_drawn() -> None:
+    """Drawn .9 / .1 with weights .5 / .5: without the division the parts would be .9 / .1."""
+    factors = loss_factors(np.array([0.5, 0.5]), np.array([0.9, 0.1]))
+    tokens = np.array([9.0, 1.0])
+    part = factors * tokens / (factors * tokens).sum()
+    np.testing.assert_allclose(part, [0.5, 0.5], atol=1e-12)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=12))
+def test_uniform_sampling_leaves_the_weights_as_they_are(weights: list[float]) -> None:
+    alpha, k = np.array(weights), len(weights)
+    np.testing.assert_array_equal(loss_factors(alpha, np.full(k, 1 / k)), alpha)
 
 
 # -- invariants -----------------------------------------------------------------------------------
@@ -142,6 +157,18 @@ def test_the_gradient_is_that_of_the_written_formula(
     assert one[2] == {0, 1}, "both domains are in the step"
     assert abs(one[0] - other[0]) > 1e-3
     assert (one[1] - other[1]).norm() > 0.1 * one[1].norm()
+
+
+def test_the_gradient_divides_by_the_share_a_domain_is_drawn_in(tmp_path: Path) -> None:
+    shares, weights = (0.75, 0.25), [0.4, 0.6]
+    trainer = trained(tmp_path, weights, 6, 1, shares=shares)
+    rows = np.concatenate(trainer.served_rows(0))
+    alpha = torch.tensor([w / s for w, s in zip(weights, shares, strict=True)], dtype=torch.float64)
+    loss, gradient = written_formula(rows, alpha)
+    assert (trainer.gradient - gradient).norm() / gradient.norm() <= 1e-5
+    assert trainer.logged_loss == pytest.approx(loss, rel=1e-4)
+    undivided = written_formula(rows, torch.tensor(weights, dtype=torch.float64))[1]
+    assert (trainer.gradient - undivided).norm() / gradient.norm() > 1e-2
 
 
 @pytest.mark.parametrize(("accumulation", "smoothing"), [(1, 0.0), (3, 0.0), (1, 0.1), (3, 0.1)])
@@ -338,6 +365,7 @@ def trained(
     vocabulary: int = VOCABULARY,
     reference: str | None = None,
     label_smoothing_factor: float = 0.0,
+    shares: tuple[float, float] | None = None,
 ) -> Any:
     """One optimizer step of the real trainer.
 
@@ -366,7 +394,8 @@ def trained(
     if weights:
         strategy.restore({"domain_weights": weights, "scores": [0, 0], "summed_weights": weights,
                           "updates": 1, "last_step": -1})  # fmt: skip
-    ours = DataFlexConfig(train_type="dynamic_mix", component_name="doremi", update_step=1)
+    ours = DataFlexConfig(train_type="dynamic_mix", component_name="doremi", update_step=1,
+                          init_mixture_proportions=shares)  # fmt: skip
     config = RunConfig(ours, {"output_dir": str(folder / "run"), "dataset": "a,b"}, Path("x.yaml"))
     nothing: Any = None
     rows = Rows("train", Dataset.from_list(rows_of_the_domains()))
