@@ -1,14 +1,19 @@
 """TSDS: rows drawn by an optimal transport from the target's rows to their neighbours.
 
 Letters: n training rows, q target rows, k neighbours.
+
+Where this differs from the authors' code: a row's density is taken over all training rows (beyond
+`DENSITY_SAMPLE` of them over a sample), not over the retrieved neighbours alone; rows are drawn
+without replacement; the search widens to `max_K` where a tenth of the rows leaves mass unplaced.
 """
 
 from __future__ import annotations
 
 import heapq
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +36,17 @@ FIRST_WIDTH = 64
 #: Rows whose density is looked up at once.
 DENSITY_ROWS = 256
 
+#: Rows a density is taken over, at most: a pass over all of them grows with n * n * d.
+DENSITY_SAMPLE = 8192
+
+#: Rows whose distance to their kde_K-th neighbour `sigma: auto` takes the median of.
+SIGMA_ROWS = 512
+
+#: Value of `sigma` that stands for a distance taken from the data.
+AUTO = "auto"
+
+_log = logging.getLogger(__name__)
+
 
 @register("selector", "tsds")
 class TsdsSelector(EmbeddingSelector):
@@ -40,10 +56,10 @@ class TsdsSelector(EmbeddingSelector):
     larger `C`; a row among near-duplicates (a dense place) gets less. Rows are drawn by their mass.
 
     Args:
-        max_K: neighbours a target row's mass may reach; at most a tenth of the rows.
+        max_K: neighbours a target row's mass may reach.
         kde_K: neighbours that count for a row's density; at most a tenth of the rows.
         sigma: Euclidean distance between unit vectors at which a neighbour stops counting; 0
-            leaves density out.
+            leaves density out; auto is the median distance to a row's kde_K-th neighbour.
         alpha: weight of being near the target against being spread out, 0 to 1.
         C: scale of distances against spread, above 0.
         seed: combined with the step.
@@ -60,7 +76,7 @@ class TsdsSelector(EmbeddingSelector):
         self,
         max_K: Count = 5000,
         kde_K: Count = 1000,
-        sigma: Annotated[float, Ge(0)] = 0.75,
+        sigma: Annotated[float, Ge(0)] | Literal["auto"] = 0.75,
         alpha: Share = 0.6,
         C: Annotated[float, Gt(0)] = 5.0,
         seed: Natural = 42,
@@ -69,7 +85,8 @@ class TsdsSelector(EmbeddingSelector):
     ) -> None:
         super().__init__(**embedding)
         self.max_k, self.kde_k = max_K, kde_K
-        self.sigma, self.alpha, self.scale = float(sigma), float(alpha), float(C)
+        self.sigma = None if isinstance(sigma, str) else float(sigma)
+        self.alpha, self.scale = float(alpha), float(C)
         self.seed = seed
         self.file = None if probs_path is None else Path(probs_path).expanduser()
         self.needs_targets = self.file is None
@@ -114,18 +131,30 @@ class TsdsSelector(EmbeddingSelector):
     def _of(self, neighbours: Neighbours, n: int) -> FloatArray:
         """(n,) mass of each row; the same as long as the embeddings are."""
         if self._spread is None or self._spread[0] is not neighbours:
-            most = max(1, int(neighbours.usable.sum()) // 10)
-            mass = transport_mass(
-                neighbours,
-                n,
-                max_k=min(self.max_k, most),
-                kde_k=min(self.kde_k, most),
-                sigma=self.sigma,
-                alpha=self.alpha,
-                scale=self.scale,
+            usable = int(neighbours.usable.sum())
+            kde_k = min(self.kde_k, max(1, usable // 10))
+            sigma = scaled_sigma(neighbours, kde_k) if self.sigma is None else self.sigma
+            density = Density(neighbours, n, kde_k, sigma)
+            mass, found = transport_mass(
+                neighbours, density, min(self.max_k, usable), self.alpha, self.scale
             )
+            if found.cut_short:
+                self._warn(neighbours, density, found)
             self._spread = (neighbours, mass)
         return self._spread[1]
+
+    def _warn(self, neighbours: Neighbours, density: Density, found: Transport) -> None:
+        """Report a transport that ended at the last neighbour, before `alpha` could end it."""
+        q, k = found.mass.shape
+        way_out = "Raise max_K, or alpha."
+        if self.sigma is not None and (auto := scaled_sigma(neighbours, density.kde_k)) < 1:
+            way_out = f"Set component_params.sigma: {AUTO} ({auto:.3g} on these rows), or max_K."
+        _log.warning(
+            "tsds: the mass of %d target rows reached max_K = %d neighbours of each (mean density "
+            "%.3g at sigma %.3g) with %.3g of the cost at which alpha %g would stop it: alpha has "
+            "no effect on this selection. %s",
+            q, k, density.mean, density.sigma, found.reached, self.alpha, way_out,
+        )  # fmt: skip
 
     def _of_file(self, context: UpdateContext) -> FloatArray:
         if self._offline is None:
@@ -142,11 +171,13 @@ class Transport:
         mass: (q, k) share of each neighbour; each row adds up to 1/q.
         level: s, the common level reached.
         cut_short: whether it would have gone on with more neighbours.
+        reached: cost over the one at which `alpha` stops the level; 1 or more unless `cut_short`.
     """
 
     mass: FloatArray
     level: float
     cut_short: bool
+    reached: float
 
 
 def transport(distances: FloatArray, density: FloatArray, alpha: float, scale: float) -> Transport:
@@ -178,50 +209,92 @@ def transport(distances: FloatArray, density: FloatArray, alpha: float, scale: f
     # A neighbour's share grows until it is full, and the next one takes what is left of 1/q.
     full = np.minimum(reach, level) / level
     mass = np.diff(full, axis=1, prepend=0.0) / q
-    return Transport(mass, level, cut_short)
+    wanted = (1.0 - alpha) * q
+    reached = alpha / scale * total / wanted if wanted > 0 else 1.0
+    return Transport(mass, level, cut_short, reached)
+
+
+class Density:
+    """Kernel densities of training rows, each computed when it is first asked for."""
+
+    def __init__(self, neighbours: Neighbours, n: int, kde_k: int, sigma: float) -> None:
+        """Know none yet.
+
+        Args:
+            neighbours: of the n training rows.
+            n: training rows.
+            kde_k: neighbours that count.
+            sigma: distance at which a neighbour stops counting.
+        """
+        self.kde_k, self.sigma = kde_k, sigma
+        self._neighbours = neighbours
+        self._known = np.full(n, np.nan)
+
+    def __getitem__(self, rows: npt.NDArray[np.int64]) -> FloatArray:
+        """Return the densities of rows, in their shape."""
+        unknown = np.unique(rows[np.isnan(self._known[rows])])
+        self._known[unknown] = densities(self._neighbours, unknown, self.kde_k, self.sigma)
+        return np.asarray(self._known[rows])
+
+    @property
+    def mean(self) -> float:
+        """Mean of those that were asked for."""
+        return float(np.nanmean(self._known))
 
 
 def transport_mass(
-    neighbours: Neighbours,
-    n: int,
-    *,
-    max_k: int,
-    kde_k: int,
-    sigma: float,
-    alpha: float,
-    scale: float,
-) -> FloatArray:
-    """(n,) mass of each training row, adding up to 1.
+    neighbours: Neighbours, density: Density, max_k: int, alpha: float, scale: float
+) -> tuple[FloatArray, Transport]:
+    """Compute the mass of each training row, (n,) adding up to 1, and the transport that gave it.
 
     Only as many neighbours are looked at as the transport reaches: the result is that of `max_k`.
     """
-    density = np.full(n, np.nan)
     width = min(FIRST_WIDTH, max_k)
     while True:
         cosines, rows = neighbours.nearest(width)
-        unknown = np.unique(rows[np.isnan(density[rows])])
-        density[unknown] = densities(neighbours, unknown, kde_k, sigma)
         found = transport(distance(cosines), density[rows], alpha, scale)
         if width == max_k or not found.cut_short:
+            n = len(neighbours.usable)
             mass = np.bincount(rows.ravel(), weights=found.mass.ravel(), minlength=n)
-            return np.asarray(mass, dtype=np.float64)
+            return np.asarray(mass, dtype=np.float64), found
         width = min(2 * width, max_k)
+
+
+def scaled_sigma(neighbours: Neighbours, kde_k: int) -> float:
+    """Return the median distance of a row to its `kde_k`-th neighbour, over evenly spaced rows."""
+    usable = np.flatnonzero(neighbours.usable)
+    size = min(SIGMA_ROWS, len(usable))
+    rows = usable[np.arange(size) * len(usable) // size]
+    return float(np.median(distance(neighbours.around(rows, kde_k)[:, -1])))
 
 
 def densities(
     neighbours: Neighbours, rows: npt.NDArray[np.int64], kde_k: int, sigma: float
 ) -> FloatArray:
-    """(len(rows),) kernel density of training rows: the sum of max(0, 1 - d²/σ²) over the nearest.
+    """Compute kernel densities (len(rows),): the sum of max(0, 1 - d²/σ²) over the nearest rows.
 
-    A row is its own first neighbour, so a density is at least 1.
+    A row is its own first neighbour, so a density is at least 1. Beyond `DENSITY_SAMPLE` usable
+    rows the others are estimated from a sample of that size: n * d per row would be n² d in all.
     """
     if sigma == 0:
         return np.ones(len(rows))
-    found = []
+    usable = int(neighbours.usable.sum())
+    found = [np.empty(0)]
     for start in range(0, len(rows), DENSITY_ROWS):
-        near = distance(neighbours.around(rows[start : start + DENSITY_ROWS], kde_k))
-        found.append(np.maximum(0.0, 1.0 - near**2 / sigma**2).sum(axis=1))
-    return np.maximum(1.0, np.concatenate(found)) if found else np.empty(0)
+        chunk = rows[start : start + DENSITY_ROWS]
+        if usable <= DENSITY_SAMPLE:
+            near = neighbours.around(chunk, kde_k)
+            found.append(_kernel(near, sigma))
+        else:
+            thinned = max(1, round(kde_k * DENSITY_SAMPLE / usable))
+            near = neighbours.around_in_sample(chunk, thinned, DENSITY_SAMPLE)
+            found.append(1.0 + _kernel(near, sigma) * usable / DENSITY_SAMPLE)
+    return np.maximum(1.0, np.concatenate(found))
+
+
+def _kernel(cosines: npt.NDArray[np.float32], sigma: float) -> FloatArray:
+    """Sum max(0, 1 - d²/σ²) over the columns (m, k) of cosines: (m,)."""
+    return np.asarray(np.maximum(0.0, 1.0 - distance(cosines) ** 2 / sigma**2).sum(axis=1))
 
 
 def distance(cosines: npt.NDArray[np.floating[Any]]) -> FloatArray:

@@ -36,6 +36,7 @@ class Neighbours:
         self._train = UsableRows(train)
         self._queries = np.concatenate([UsableRows(g)[:] for g in targets])
         self._held: tuple[npt.NDArray[np.float32], Matrix] | None = None
+        self._sample: tuple[Matrix, npt.NDArray[np.float32]] | None = None
         #: (n,) bool, rows that may be found.
         self.usable: npt.NDArray[np.bool_] = train.usable
 
@@ -54,6 +55,28 @@ class Neighbours:
         """(len(rows), k) cosines of usable training rows to their nearest, themselves first."""
         places = np.searchsorted(self._train.rows, rows)
         return self._index.search(self._train[places], k)[0]
+
+    def around_in_sample(
+        self, rows: npt.NDArray[np.int64], k: int, size: int
+    ) -> npt.NDArray[np.float32]:
+        """Return (len(rows), k) cosines to the nearest of a sample of the training rows.
+
+        The sample is evenly spaced, so that it is a function of the rows alone. A row is not
+        counted as its own neighbour.
+
+        Args:
+            rows: usable training rows.
+            k: at most `size`.
+            size: rows of the sample; at most the usable rows.
+        """
+        if self._sample is None or len(self._sample[0]) != size:
+            spaced = np.arange(size, dtype=np.int64) * len(self._train) // size
+            self._sample = spaced, self._train[spaced]
+        spaced, sample = self._sample
+        places = np.searchsorted(self._train.rows, rows)
+        cosines = self._train[places] @ sample.T
+        cosines[places[:, None] == spaced[None, :]] = -1.0
+        return -np.partition(-cosines, k - 1, axis=1)[:, :k]
 
 
 def column_order(

@@ -11,12 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataflex.selectors import tsds as module
 from dataflex.selectors.tsds import (
+    Density,
     TsdsSelector,
     densities,
     distance,
     drawn,
     offline_probabilities,
+    scaled_sigma,
     transport,
     transport_mass,
 )
@@ -113,6 +116,11 @@ class Plane:
     def around(self, rows: np.ndarray, k: int) -> np.ndarray:
         return -np.sort(-self.all[rows], axis=1)[:, :k]
 
+    def around_in_sample(self, rows: np.ndarray, k: int, size: int) -> np.ndarray:
+        sample = np.arange(size) * len(self.all) // size
+        cosines = np.where(rows[:, None] == sample[None], -1.0, self.all[np.ix_(rows, sample)])
+        return -np.sort(-cosines, axis=1)[:, :k]
+
 
 def test_density_counts_near_rows_and_a_row_itself() -> None:
     plane: Any = Plane(30, 3)
@@ -129,10 +137,12 @@ def test_distance_is_of_unit_vectors_and_not_squared() -> None:
 
 
 def test_looking_at_fewer_neighbours_first_changes_nothing() -> None:
-    options: Any = {"max_k": 300, "kde_k": 20, "sigma": 0.75, "scale": 5.0}
+    def mass_of(plane: Any, alpha: float) -> np.ndarray:
+        return transport_mass(plane, Density(plane, 400, 20, 0.75), 300, alpha, 5.0)[0]
+
     for alpha in (0.02, 0.9):
         plane: Any = Plane(400, 5)
-        mass = transport_mass(plane, 400, alpha=alpha, **options)
+        mass = mass_of(plane, alpha)
         cosines, rows = plane.nearest(300)
         density = densities(plane, np.arange(400), 20, 0.75)
         whole = transport(distance(cosines), density[rows], alpha, 5.0)
@@ -140,7 +150,7 @@ def test_looking_at_fewer_neighbours_first_changes_nothing() -> None:
         assert mass.sum() == pytest.approx(1.0)
     assert plane.widest == 300
     lazy: Any = Plane(400, 5)
-    transport_mass(lazy, 400, alpha=0.9, **options)
+    mass_of(lazy, 0.9)
     assert lazy.widest == 64, "a transport that stays near looks at few neighbours"
 
 
@@ -190,10 +200,66 @@ def test_rows_are_drawn_as_often_as_their_mass_says() -> None:
     assert sorted(drawn(mass, 9, np.random.default_rng(0)).tolist()) == [0, 2, 3]
 
 
-def test_clamps_are_a_tenth_of_the_rows() -> None:
-    plane: Any = Plane(100, 2)
-    TsdsSelector(alpha=0.0, max_K=5000).choose(3, boundary(100), plane)
-    assert plane.widest == 10
+def test_the_search_widens_to_max_k_where_mass_is_left() -> None:
+    """Alpha 0 never ends it."""
+    for max_k, widest in ((30, 30), (5000, 100)):
+        plane: Any = Plane(100, 2)
+        TsdsSelector(alpha=0.0, max_K=max_k).choose(3, boundary(100), plane)
+        assert plane.widest == widest
+
+
+class Cone(Plane):
+    """Anisotropic vectors, as hidden states are: every cosine is near 1."""
+
+    def __init__(self, n: int, q: int) -> None:
+        rng = np.random.default_rng(1)
+        rows, queries = (
+            self._unit(np.array([10.0] + [0.0] * 8) + rng.standard_normal((m, 9))) for m in (n, q)
+        )
+        self.cosines, self.all = queries @ rows.T, rows @ rows.T
+        self.usable, self.widest = np.ones(n, dtype=bool), 0
+
+
+def test_alpha_without_effect_is_reported_and_sigma_auto_gives_it_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def masses(**params: Any) -> list[np.ndarray]:
+        found = []
+        for alpha in (0.85, 0.9):
+            cone: Any = Cone(300, 4)
+            selector = TsdsSelector(alpha=alpha, kde_K=30, max_K=60, C=1.0, **params)
+            found.append(selector._of(cone, 300))
+        return found
+
+    wide = masses()
+    np.testing.assert_array_equal(wide[0], wide[1], "the search ended before alpha counted")
+    assert "alpha 0.85 would stop it: alpha has no effect on this selection" in caplog.text
+    assert "component_params.sigma: auto" in caplog.text
+    caplog.clear()
+    scaled = masses(sigma="auto")
+    assert not caplog.records
+    assert np.abs(scaled[0] - scaled[1]).max() > 1e-3
+
+
+def test_sigma_auto_is_the_median_distance_to_the_neighbour_asked_for() -> None:
+    plane: Any = Plane(200, 3)
+    distances = np.sort(distance(plane.all), axis=1)[:, 9]
+    assert scaled_sigma(plane, 10) == pytest.approx(np.median(distances))
+
+
+def test_densities_of_many_rows_are_estimated_from_a_sample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plane: Any = Plane(2000, 2)
+    angles = np.random.default_rng(4).vonmises(0.0, 4.0, 2000)  # dense at 0, thin elsewhere
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    plane.all = points @ points.T
+    rows = np.arange(0, 2000, 7)
+    exact = densities(plane, rows, 400, sigma=0.2)
+    monkeypatch.setattr(module, "DENSITY_SAMPLE", 500)
+    estimated = densities(plane, rows, 400, sigma=0.2)
+    assert np.corrcoef(exact, estimated)[0, 1] > 0.95
+    assert np.mean(estimated / exact) == pytest.approx(1.0, abs=0.1)
 
 
 def rows_named(n: int, sources: list[tuple[str, int]] | None) -> Any:
@@ -232,7 +298,14 @@ def test_what_are_no_probabilities_is_refused(tmp_path: Path, values: Any, says:
 
 
 def test_parameters_out_of_range_are_refused() -> None:
-    for params in ({"max_K": 0}, {"kde_K": -1}, {"sigma": -0.1}, {"alpha": 1.5}, {"C": 0}):
+    for params in (
+        {"max_K": 0},
+        {"kde_K": -1},
+        {"sigma": -0.1},
+        {"sigma": "wide"},
+        {"alpha": 1.5},
+        {"C": 0},
+    ):
         ((name, value),) = params.items()
         with pytest.raises(ValueError, match=f"{name} is {value}"):
             TsdsSelector(**params)  # type: ignore[arg-type]
