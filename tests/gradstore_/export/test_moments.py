@@ -121,6 +121,23 @@ def test_saving_and_loading_gives_the_same_bits(tmp_path: Path) -> None:
         assert loaded.parameters[name].constants == own.constants
 
 
+def test_moments_of_a_file_belong_to_parameters_by_name_whatever_their_order(
+    tmp_path: Path,
+) -> None:
+    """Equal shapes throughout, and a file whose names lie in another order than the model's."""
+    constants = AdamConstants(0.9, 0.999, 1e-8, 3)
+    parts = {
+        name: ParameterMoments(torch.full((2, 2), float(i)), torch.full((2, 2), i + 0.5), constants)
+        for i, name in enumerate(("z.weight", "a.weight", "m.weight"))
+    }
+    path = tmp_path / "moments.safetensors"
+    AdamMoments(parts).save(path)
+    loaded = AdamMoments.load(path)
+    for i, name in enumerate(("z.weight", "a.weight", "m.weight")):
+        assert loaded.parameters[name].m.unique().tolist() == [float(i)]
+        assert loaded.parameters[name].v.unique().tolist() == [i + 0.5]
+
+
 def test_the_hash_depends_on_every_part_but_not_on_the_order() -> None:
     def make(step: int = 1, value: float = 0.0, swap: bool = False) -> str:
         m = torch.tensor([value, 1.0])

@@ -14,6 +14,7 @@ import pytest
 from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch, StoreError
 from gradstore.format.canonical import canonical_json, parse, seal
 from gradstore.format.layout import root_json
+from gradstore.format.unit_records import crc32c
 from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
 
@@ -283,3 +284,51 @@ def test_a_report_tells_every_fault_and_its_exit_code(store: Path) -> None:
     assert report.to_dict()["ok"] is False
     with pytest.raises(DamagedData, match="2 damaged"):
         report.raise_if_damaged()
+
+
+def same_crc32c(data: bytes) -> bytes:
+    """Another text of the same length and crc32c, different in its first 5 bytes.
+
+    The checksum is affine over GF(2): of the 40 single-bit changes, some combination leaves it.
+    """
+
+    def change(bit: int) -> int:
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        return crc32c(bytes(flipped)) ^ crc32c(data)
+
+    basis: dict[int, tuple[int, int]] = {}  # leading bit -> (change of the checksum, bits flipped)
+    for bit in range(40):
+        value, bits = change(bit), 1 << bit
+        while value and value.bit_length() in basis:
+            other, other_bits = basis[value.bit_length()]
+            value, bits = value ^ other, bits ^ other_bits
+        if not value:
+            return bytes(b ^ (bits >> 8 * i & 255) for i, b in enumerate(data[:5])) + data[5:]
+        basis[value.bit_length()] = (value, bits)
+    raise AssertionError("40 changes of a 32-bit checksum are independent")
+
+
+def test_a_chunk_made_to_fit_its_crc32c_is_told_by_its_sha256(store: Path) -> None:
+    file = store / "generations/train/1/features/c/0/0"
+    data = file.read_bytes()
+    forged = same_crc32c(data[:-4]) + data[-4:]
+    assert forged != data
+    assert crc32c(forged[:-4]) == crc32c(data[:-4])
+    file.write_bytes(forged)
+    (fault,) = verify_store(store).faults
+    assert fault.file == "generations/train/1/features/c/0/0"
+    assert fault.expected.startswith("sha256")
+
+
+def test_commits_of_another_store_are_no_commits_of_this_one(
+    kit: StoreKit, store: Path, fast_path: Path
+) -> None:
+    """All of the other store but its identity: each document fits its seal and the chain holds."""
+    other = fast_path / "other"
+    with kit.writer(other):
+        pass
+    for name in ("commits", "plans", "generations", "spaces"):
+        shutil.copytree(store / name, other / name, dirs_exist_ok=True)
+    with pytest.raises(DamagedData, match=r"chain broken at 1.*expected store|store .*chain"):
+        open_store(other)
