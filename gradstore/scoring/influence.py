@@ -192,7 +192,8 @@ def influence_scores(
         on_rows: called with the number of rows just scored.
 
     Returns:
-        Scores in [-1, 1] where the weights sum to 1: above 0 the row helps, below 0 it hurts.
+        Scores in [-1, 1] where the weights sum to 1. Above 0, a step that includes the row lowers
+        the target's loss further than the same step without it, to first order; below 0, less far.
 
     Raises:
         BadInput: no checkpoint, sizes or weights that do not fit, an unknown aggregation, no usable
