@@ -269,7 +269,8 @@ def _summary(train: Generation, scores: Scores) -> str:
     skipped = ", ".join(f"{v} {k}" for k, v in scores.skipped.items() if v) or "none"
     return (
         f"{train.name}: {len(good)} of {train.rows} rows scored, skipped: {skipped}\n"
-        f"score minimum, quartiles, maximum: {quartiles}  (above 0: lowers the target's loss further than a step without the row)"
+        f"score minimum, quartiles, maximum: {quartiles}\n"
+        "above 0: a step with the row lowers the target's loss further than one without it"
     )
 
 
