@@ -120,8 +120,11 @@ class FeatureIndex:
             }
             cache = IndexCache(Path(cache_dir), identity)
         path = None if cache is None else cache.sound_file()
-        if path is not None:
-            return cls(generation, faiss.read_index(str(path)), usable)
+        if cache is not None and path is not None:
+            try:
+                return cls(generation, _opened(faiss, path, generation.dim, usable, large), usable)
+            except ValueError as error:
+                cache.warn(error)
         index = _fill(faiss, generation, usable, large)
         if cache is not None:
             cache.publish(lambda target: faiss.write_index(index, str(target)))
@@ -210,6 +213,66 @@ def _import_faiss() -> ModuleType | None:
         return None
 
 
+def _empty(faiss: ModuleType, dim: int, large: bool) -> Any:  # noqa: ANN401
+    """Make an inner-product index without rows; its codes are float16 if `large`, else float32."""
+    flat = (
+        faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        if large
+        else faiss.IndexFlatIP(dim)
+    )
+    return faiss.IndexIDMap(flat)
+
+
+def _opened(
+    faiss: ModuleType, path: Path, dim: int, usable: npt.NDArray[np.int64], large: bool
+) -> Any:  # noqa: ANN401
+    """Read an index whose every property is the one that `_fill` gives.
+
+    The sha256 in index.json says that the file is what its writer meant, not that it was ours: a
+    foreign index sealed anew would answer with rows that do not exist. Its size is compared before
+    FAISS reads it, since FAISS allocates what the file's header asks for.
+
+    Raises:
+        ValueError: size, kind, d, metric, row numbers or the rows' lengths differ.
+    """
+    n, empty = len(usable), _empty(faiss, dim, large)
+    codes = faiss.downcast_index(empty.index)
+    expected = faiss.serialize_index(empty).size + n * (codes.code_size + 8)
+    found = path.stat().st_size
+    if found != expected:
+        raise ValueError(f"faiss.bin has {found} bytes, not {expected}")
+    try:
+        index = faiss.read_index(str(path))
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError("FAISS cannot read faiss.bin") from error
+    inner = faiss.downcast_index(getattr(index, "index", index))
+    for what, have, want in (
+        ("kind", (type(index), type(inner)), (type(empty), type(codes))),
+        ("d", (index.d, inner.d), (dim, dim)),
+        ("rows", (index.ntotal, inner.ntotal), (n, n)),
+        ("metric", (index.metric_type, inner.metric_type), (faiss.METRIC_INNER_PRODUCT,) * 2),
+        ("row numbers", faiss.vector_to_array(index.id_map).tobytes(), usable.tobytes()),
+        ("code type", getattr(getattr(inner, "sq", None), "qtype", None),
+         faiss.ScalarQuantizer.QT_fp16 if large else None),
+    ):  # fmt: skip
+        if have != want:
+            raise ValueError(f"faiss.bin has another {what} than the generation")
+    if not _all_unit(faiss, inner, large):
+        raise ValueError("faiss.bin has rows that are not of length 1")
+    return index
+
+
+def _all_unit(faiss: ModuleType, inner: Any, large: bool) -> bool:  # noqa: ANN401
+    """Return whether every stored row has length 1, up to the rounding of its type."""
+    stored = faiss.rev_swig_ptr(inner.codes.data(), inner.ntotal * inner.code_size)
+    rows = stored.view(np.float16 if large else np.float32).reshape(inner.ntotal, inner.d)
+    with np.errstate(invalid="ignore", over="ignore"):  # of a damaged code: it is not near 1
+        return all(
+            np.allclose(np.linalg.norm(block.astype(np.float64), axis=1), 1.0, rtol=0, atol=1e-2)
+            for block in np.split(rows, range(BLOCK_ROWS, inner.ntotal, BLOCK_ROWS))
+        )
+
+
 def _fill(
     faiss: ModuleType,
     generation: FeatureSource,
@@ -217,14 +280,7 @@ def _fill(
     large: bool,
 ) -> Any:  # noqa: ANN401
     """A FAISS inner-product index of the unit rows, under their dataset row numbers."""
-    flat = (
-        faiss.IndexScalarQuantizer(
-            generation.dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-        )
-        if large
-        else faiss.IndexFlatIP(generation.dim)
-    )
-    index = faiss.IndexIDMap(flat)
+    index = _empty(faiss, generation.dim, large)
     for start in range(0, generation.rows, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, generation.rows)
         rows = usable[np.searchsorted(usable, start) : np.searchsorted(usable, stop)]

@@ -66,9 +66,13 @@ class IndexCache:
             if found != manifest.get("sha256"):
                 raise ValueError(f"sha256 of faiss.bin is {found}, not {manifest.get('sha256')}")
         except (OSError, ValueError, RecursionError) as error:
-            _log.warning("index %s can't be used, building it again: %s", self._place, error)
+            self.warn(error)
             return None
         return index_path
+
+    def warn(self, reason: Exception) -> None:
+        """Log why the cached index is not used."""
+        _log.warning("index %s can't be used, building it again: %s", self._place, reason)
 
     def publish(self, write: Callable[[Path], None]) -> None:
         """Stores a new index; where that is impossible, says so and leaves it in memory.

@@ -232,6 +232,73 @@ def test_an_unsound_index_is_rebuilt_with_a_warning_and_never_read(
     assert [p.name for p in tmp_path.iterdir()] == [SHA]
 
 
+def resealed(place: Path, content: bytes) -> None:
+    """Put another index there, with an index.json that fits it."""
+    (place / "faiss.bin").write_bytes(content)
+    edit("sha256", index_cache.sha256_of(place / "faiss.bin"))(place)
+
+
+def other_index(kind: str, g: Committed) -> bytes:
+    """An index that FAISS reads without complaint, and that is not the generation's."""
+    rows = np.flatnonzero(g.usable).astype(np.int64)
+    unit = g.features[rows] / np.linalg.norm(g.features[rows], axis=1, keepdims=True)
+    flat = faiss.IndexFlatL2(24) if kind == "metric" else faiss.IndexFlatIP(24)
+    if kind == "d":
+        flat, unit = faiss.IndexFlatIP(12), unit[:, :12]
+    if kind == "lengths":
+        unit = unit * 3
+    if kind == "row numbers":
+        rows = rows[::-1].copy()
+    index = faiss.IndexIDMap(flat)
+    kept = len(rows) - (kind == "rows")
+    index.add_with_ids(np.ascontiguousarray(unit[:kept]), rows[:kept])
+    content = bytes(faiss.serialize_index(index))
+    return content + b"\0" * 9 if kind == "longer" else content
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("d", "bytes, not"), ("rows", "bytes, not"), ("longer", "bytes, not"), ("metric", "another"),
+     ("row numbers", "another row numbers"), ("lengths", "not of length 1")],
+)  # fmt: skip
+def test_another_index_sealed_anew_is_not_searched(
+    kind: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    g = generation()
+    expected = FeatureIndex.build(g, tmp_path).search(np.ones(24), 5)
+    resealed(tmp_path / SHA, other_index(kind, g))
+    built = count_builds(monkeypatch)
+    found = FeatureIndex.build(g, tmp_path).search(np.ones(24), 5)
+    np.testing.assert_array_equal(found, expected)
+    assert built == [1]
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_mutations_of_an_index_sealed_anew_never_name_a_row_outside_the_set(
+    large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Single bytes of header, codes and row numbers, 120 of them."""
+    if large:
+        monkeypatch.setattr(index_module, "FLAT_LIMIT_BYTES", 1000)
+    g = generation(n=40)
+    FeatureIndex.build(g, tmp_path)
+    whole = (tmp_path / SHA / "faiss.bin").read_bytes()
+    draw = np.random.default_rng(0)
+    places = [*range(0, 90, 2), *draw.integers(0, len(whole), 75).tolist()]
+    for at in places:
+        mutated = bytearray(whole)
+        mutated[at] ^= int(draw.integers(1, 256))
+        resealed(tmp_path / SHA, bytes(mutated))
+        scores, rows = FeatureIndex.build(g, tmp_path).search(draw.standard_normal((3, 24)), 9)
+        assert g.usable[rows].all(), at
+        assert (np.abs(scores) < 1.05).all(), at
+
+
 def test_where_nothing_can_be_written_the_index_lives_in_memory(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
