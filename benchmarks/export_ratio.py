@@ -185,12 +185,17 @@ class Bench:
         return sum(w.numel() for w in self.model.parameters() if w.requires_grad)
 
 
-def lora_model(device: torch.device) -> torch.nn.Module:
+def lora_model(device: torch.device, *, random_weights: bool = False) -> torch.nn.Module:
     """SmolLM2-135M with LoRA r=16 on all linear layers, float32."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(str(REAL / "model"), dtype=torch.float32)
+    folder = str(REAL / "model")
+    if random_weights:
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        base = base.to(torch.float32)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, task_type="CAUSAL_LM")
     model: torch.nn.Module = get_peft_model(base, config)
     return model.to(device)
@@ -276,6 +281,9 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=2048, help="tokens of a padded batch")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--random-weights", action="store_true", help="config alone: times do not depend on values"
+    )
     parser.add_argument("--csv", type=Path, default=RESULTS, help="where the figures are appended")
     options = parser.parse_args()
     if not (REAL / "model" / "config.json").is_file():
@@ -286,7 +294,12 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(options.device)
     rows = load_rows(AutoTokenizer.from_pretrained(str(REAL / "model")), options.rows)
-    bench = Bench(lora_model(device), rows, options.token_budget, device)
+    bench = Bench(
+        lora_model(device, random_weights=options.random_weights),
+        rows,
+        options.token_budget,
+        device,
+    )
     bench.train_a_little()
     results = report(bench, measure(bench, options.dim, options.pairs), options.dim)
     append(options.csv, results)

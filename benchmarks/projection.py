@@ -5,7 +5,7 @@ one as the export does. A product with a ready matrix is what projecting cost if
 memory were free: the whole matrix would take 80 GB, so a slice of it serves for all. Measured in
 turns (A B A B), medians; seconds are per row of the whole gradient.
 
-    python benchmarks/projection.py [--repeats 5] [--trak]
+    python benchmarks/projection.py [--repeats 5] [--trak] [--device cuda]
 """
 
 from __future__ import annotations
@@ -45,6 +45,14 @@ CASES = [
     ("rademacher", 16, 8192, 3),
     ("gaussian", 16, 4096, 1),
 ]
+# A GPU wants more rows at a time; TF32 is off, as for the projection.
+GPU_CASES = [
+    ("sjlt", 8, 4096, 30),
+    ("sjlt", 64, 4096, 30),
+    ("rademacher", 8, 4096, 30),
+    ("rademacher", 64, 4096, 30),
+    ("gaussian", 64, 4096, 6),
+]
 COLUMNS = [
     "date", "cpu", "cores", "threads", "load", "torch", "method", "p", "d", "rows",
     "seconds_per_row", "beside", "beside_seconds_per_row", "ratio",
@@ -53,7 +61,7 @@ COLUMNS = [
 
 def project_blocks(spec: ProjectionSpec, blocks: list[torch.Tensor]) -> torch.Tensor:
     """Project blocks (b, p_block), consecutive from parameter 0: (b, d)."""
-    accumulator = Accumulator(spec, len(blocks[0]))
+    accumulator = Accumulator(spec, len(blocks[0]), device=blocks[0].device)
     start = 0
     for block in blocks:
         accumulator.add(block, start)
@@ -62,23 +70,33 @@ def project_blocks(spec: ProjectionSpec, blocks: list[torch.Tensor]) -> torch.Te
 
 
 def seconds(work: Callable[[], torch.Tensor]) -> float:
-    """Time one call and look at its result."""
+    """Time one call, to the end of the device's work, and look at its result."""
+    wait()
     begin = time.perf_counter()
     out = work()
+    wait()
     took = time.perf_counter() - begin
     if not out.isfinite().all() or not out.any():
         raise RuntimeError("the projection returned zeros or non-finite numbers")
     return took
 
 
-def measure(method: str, rows: int, d: int, layers: int, repeats: int) -> tuple[float, float]:
+def wait() -> None:
+    """Wait for a GPU to finish, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(
+    method: str, rows: int, d: int, layers: int, repeats: int, device: str
+) -> tuple[float, float]:
     """Return median seconds per row and whole gradient: ours, and the ready matrix's."""
     spec = ProjectionSpec(method, p=P, d=d)  # type: ignore[arg-type]
-    matrix = torch.randn(SLICE, d)
+    matrix = torch.randn(SLICE, d, device=device)
     ours, ready = [], []
     for turn in range(repeats + 1):
-        blocks = [torch.randn(rows, size) for size in layers * BLOCKS]
-        x = torch.randn(rows, SLICE)
+        blocks = [torch.randn(rows, size, device=device) for size in layers * BLOCKS]
+        x = torch.randn(rows, SLICE, device=device)
         times = seconds(lambda: project_blocks(spec, blocks)), seconds(lambda: x @ matrix)  # noqa: B023
         if turn:  # the first turn warms up
             ours.append(times[0] * LAYERS / layers / rows)
@@ -117,17 +135,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trak", action="store_true", help="also time TRAK's BasicProjector")
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    on_gpu = args.device != "cpu"
+    chip = torch.cuda.get_device_name(args.device) if on_gpu else cpu_name()
     common = [
-        time.strftime("%Y-%m-%d"), cpu_name(), os.cpu_count(), torch.get_num_threads(),
+        time.strftime("%Y-%m-%d"), chip, os.cpu_count(), torch.get_num_threads(),
         round(os.getloadavg()[0], 1), torch.__version__,
     ]  # fmt: skip
     print(f"{common[1]}, {common[2]} cores, {common[3]} threads, torch {common[5]}; p = {P:,}")
     print(f"load of the machine before the start: {common[4]} (above 0.5, expect slower figures)")
     print(f"{'method':<12}{'d':>6}{'rows':>6}{'s/row':>12}{'beside s/row':>14}{'ratio':>9}  beside")
     results: list[tuple[str, int, int, float, float]] = [
-        (method, d, rows, *measure(method, rows, d, layers, args.repeats))
-        for method, rows, d, layers in CASES
+        (method, d, rows, *measure(method, rows, d, layers, args.repeats, args.device))
+        for method, rows, d, layers in (GPU_CASES if on_gpu else CASES)
     ]
     if args.trak:
         trak, ours = measure_trak(params=2000, rows=16, d=4096)
