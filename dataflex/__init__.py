@@ -1,3 +1,3 @@
-"""Trains an LLM while its data changes: select, mix, weight, on top of LlamaFactory."""
+"""LLM training on changing data: selection, mixing and weighting, on top of LlamaFactory."""
 
 __version__ = "0.1.0"

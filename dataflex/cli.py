@@ -86,7 +86,7 @@ def version() -> None:
 
 
 def main() -> None:
-    """Entry point of the console script: a failure is one message and its exit code."""
+    """Run the console script: a failure is one message and its exit code."""
     arguments = sys.argv[1:]
     if arguments and arguments[0] in PASSED_THROUGH:
         from dataflex.bridge.running import passthrough

@@ -206,7 +206,7 @@ def query(
 
 
 def print_json(content: object) -> None:
-    """One JSON document on stdout, nothing else."""
+    """Print one JSON document on stdout, and nothing else."""
     typer.echo(json.dumps(content, indent=1, allow_nan=False))
 
 
@@ -234,7 +234,7 @@ def _score(question: Question) -> tuple[list[CheckpointFeatures], Scores]:
 
 
 def _write_scores(path: Path, train: Generation, scores: Scores) -> None:
-    """Parquet: row, score, usable, best_subtask, source_set, source_row, row_hash."""
+    """Write Parquet: row, score, usable, best_subtask, source_set, source_row, row_hash."""
     import io
 
     import pyarrow as pa

@@ -1,4 +1,4 @@
-"""What can go wrong, and the exit code each failure ends with.
+"""Errors of gradstore, and the exit code of each failure.
 
 Every error a user can cause is a `StoreError` whose message names the value, the limit and the next
 step; the command line prints that message alone and exits with `exit_code`.
@@ -29,7 +29,7 @@ class ProvenanceMismatch(StoreError):
     exit_code = 3
 
     def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
-        """Keeps `differences`, one line per differing field, beside the full message."""
+        """Store `differences`, one line per differing field, beside the full message."""
         super().__init__(message)
         self.differences = tuple(differences)
 
@@ -74,7 +74,7 @@ class DamagedFile(DamagedData):
     """A file whose bytes are not the committed ones; carries the `Fault`."""
 
     def __init__(self, fault: Fault, store: str = "") -> None:
-        """Spells the fault out, with the way on when the store is known."""
+        """Build the message from the fault, the store where it is known, and the next steps."""
         where = f' in store "{store}"' if store else ""
         super().__init__(
             f"damaged data{where}: {fault}. `dataflex-cli gradstore verify` lists every fault; "

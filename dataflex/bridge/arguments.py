@@ -16,12 +16,12 @@ STAGES = ("pt", "sft", "rm", "dpo", "kto", "ppo")
 
 
 def accepted_keys() -> set[str]:
-    """Every key LlamaFactory's own training arguments know."""
+    """Return every key accepted by LlamaFactory's own training arguments."""
     return {f.name for cls in _argument_classes() for f in dataclasses.fields(cls) if f.init}
 
 
 def mistyped(args: Mapping[str, Any]) -> list[str]:
-    """One sentence for every value where LlamaFactory's arguments want a number or true/false.
+    """Return one sentence per bad value where LlamaFactory wants a number or true/false.
 
     Its parser takes any value for any key and fails much later, with a TypeError.
     """
@@ -41,7 +41,7 @@ def mistyped(args: Mapping[str, Any]) -> list[str]:
 
 
 def _unusable(value: float, wanted: set[Any]) -> bool:
-    """A boolean for a number, NaN, or a fraction where a whole number is wanted."""
+    """Return whether a value is a boolean for a number, NaN, or a fraction for a whole number."""
     if isinstance(value, bool):
         return bool not in wanted
     return math.isnan(value) or not (float in wanted or float(value).is_integer())
@@ -61,7 +61,7 @@ def _argument_classes() -> tuple[Any, ...]:
 
 
 def device_count() -> int:
-    """Accelerators LlamaFactory would use; 0 on a machine with a CPU only."""
+    """Return the number of accelerators LlamaFactory would use; 0 on a CPU-only machine."""
     from llamafactory.extras.misc import get_device_count
 
     return int(get_device_count())
@@ -73,7 +73,7 @@ ARGUMENT_FAULTS = (ValueError, TypeError, ImportError)
 
 @contextlib.contextmanager
 def _configuration_faults() -> Iterator[None]:
-    """What LlamaFactory raises for bad arguments, data and models becomes `BadInput`."""
+    """Convert LlamaFactory's errors for bad arguments, data and models to `BadInput`."""
     from datasets.exceptions import DatasetsError
     from llamafactory.data import loader
     from llamafactory.train import tuner
@@ -127,7 +127,7 @@ def _as_bad_input(
 
 @contextlib.contextmanager
 def _naming(what: str) -> Iterator[None]:
-    """LlamaFactory's complaints about data do not say which set they are about."""
+    """Add the data set's name to LlamaFactory's data errors, which do not name it."""
     try:
         yield
     except BadInput as error:

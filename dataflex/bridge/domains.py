@@ -91,7 +91,7 @@ def load_domains(
 
 
 def held_out_rows(domains: Domains) -> Rows:
-    """The held-out rows of all domains, one after the other."""
+    """Concatenate the held-out rows of all domains."""
     from datasets import concatenate_datasets
 
     parts = list(domains.held_out.values())
@@ -106,7 +106,7 @@ def _sources(
     load: Load,
     made_with: Mapping[str, Any],
 ) -> dict[str, Source]:
-    """Every source by name, tokenised now or read from `tokenized_path`."""
+    """Return every source by name, tokenized now or read from `tokenized_path`."""
     names = tuple(data_args.dataset or ())
     if data_args.tokenized_path is None:
         return {name: _one(name, data_args, training_args, load) for name in names}
@@ -121,7 +121,7 @@ def _sources(
 
 
 def _one(name: str, data_args: Any, training_args: Any, load: Load) -> Source:  # noqa: ANN401
-    """One data set by a call of its own, as training data."""
+    """Load one data set by a separate call, as training data."""
     one = copy.copy(data_args)
     one.dataset, one.eval_dataset, one.tokenized_path = [name], None, None
     one.mix_strategy, one.interleave_probs = "concat", None
@@ -152,7 +152,7 @@ def _evaluation(
     load: Load,
     sources: Mapping[str, Source],
 ) -> Any:  # noqa: ANN401 - a Dataset, or one per name
-    """What the Trainer evaluates on: `eval_dataset`, or what `val_size` held out."""
+    """Return the Trainer's evaluation data: `eval_dataset`, or the rows held out by `val_size`."""
     from datasets import concatenate_datasets
 
     if data_args.eval_dataset:

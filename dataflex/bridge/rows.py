@@ -92,7 +92,7 @@ def _load_targets(
     call: Callable[[Any, Any], dict[str, Any]],
     domains: Domains | None,
 ) -> tuple[Rows, ...]:
-    """Each target set by a call of its own, as training data.
+    """Load each target set by a separate call, as training data.
 
     LlamaFactory merges evaluation sets, and under `predict_with_generate` tokenises them without
     their responses: neither would do for gradients.
@@ -207,7 +207,7 @@ class _SourceCarrier:
         self.inner = inner
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """As the inner one, row by row where rows carry an origin and stay single."""
+        """Preprocess like the inner one, row by row if rows carry an origin and are not packed."""
         if SOURCE_ROW not in examples or self.inner.data_args.packing:
             dropped = {SOURCE_ROW, SOURCE_SET}
             return dict(

@@ -81,7 +81,7 @@ def run_replaced(config: RunConfig, session: Session) -> None:
 
 @contextlib.contextmanager
 def _whole_log_lines() -> Iterator[None]:
-    """`trainer_log.jsonl` gets our numbers too: LlamaFactory writes the keys it knows alone."""
+    """Add our numbers to `trainer_log.jsonl`: LlamaFactory writes only the keys it knows."""
     from llamafactory.train import tuner
 
     class WholeLines(tuner.LogCallback):  # type: ignore[misc]

@@ -58,7 +58,7 @@ class TokenisedPath:
             self.manifest["predict_with_generate"] = bool(training_args.predict_with_generate)
 
     def read(self) -> dict[str, dict[str, Dataset]] | None:
-        """The rows of every source, or None where there is no such folder yet.
+        """Read the rows of every source, or return None if there is no such folder yet.
 
         Raises:
             ProvenanceMismatch: the folder holds something else, or rows made otherwise.
@@ -101,7 +101,7 @@ class TokenisedPath:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _manifest(self) -> dict[str, Any]:
-        """What the folder was made with: the same as now."""
+        """Read the folder's manifest, and raise ProvenanceMismatch unless it matches this run."""
         try:
             held = dict(json.loads((self.path / MANIFEST).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def find_checkpoints(config: RunConfig) -> list[Path]:
-    """Checkpoint folders with an adapter, by step.
+    """List the checkpoint folders that have an adapter, by step.
 
     Raises:
         BadInput: a named folder has none.
@@ -42,7 +42,7 @@ def find_checkpoints(config: RunConfig) -> list[Path]:
 
 
 def trainer_state(folder: Path) -> dict[str, Any]:
-    """The Trainer's own state of a checkpoint.
+    """Read the Trainer's own state of a checkpoint.
 
     Raises:
         BadInput: it is missing or damaged: the checkpoint is incomplete.
@@ -57,7 +57,7 @@ def trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def mean_learning_rate(folder: Path, previous: int, step: int) -> float:
-    """Mean of the learning rates logged in (previous, step].
+    """Compute the mean of the learning rates logged in (previous, step].
 
     Where `logging_steps` left that stretch without a line, the one logged nearest to it; 0.0 where
     nothing was logged at all.
@@ -74,7 +74,7 @@ def mean_learning_rate(folder: Path, previous: int, step: int) -> float:
 
 
 def _is_usable(folder: Path, output_dir: Path) -> bool:
-    """Whether a checkpoint found in output_dir is complete and of the run that owns the folder."""
+    """Return whether a checkpoint in output_dir is complete and of the run owning the folder."""
     try:
         trainer_state(folder)
     except BadInput:
@@ -87,7 +87,7 @@ def _is_usable(folder: Path, output_dir: Path) -> bool:
 
 
 def resume_point(config: RunConfig) -> Path | None:
-    """The checkpoint to go on from; None for a run from the start.
+    """Return the checkpoint to resume from; None for a run from the start.
 
     An explicit one must be complete; else the newest complete one of output_dir is taken, as
     LlamaFactory does, unless `overwrite_output_dir` says to start anew.
@@ -124,7 +124,7 @@ def resume_point(config: RunConfig) -> Path | None:
 
 
 def run_identity(config: RunConfig, checkpoint: Path | None) -> str:
-    """Id of this run: the checkpoint's, or output_dir's, or a new one.
+    """Return the id of this run: the checkpoint's, or output_dir's, or a new one.
 
     Not remembered here: a start that is refused later must not disown earlier checkpoints.
     """
@@ -137,7 +137,7 @@ def run_identity(config: RunConfig, checkpoint: Path | None) -> str:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """`checkpoint-<step>` folders, oldest step first, complete or not."""
+    """List the `checkpoint-<step>` folders, oldest step first, complete or not."""
     found = []
     for path in output_dir.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -147,7 +147,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def newest_complete(output_dir: Path, run_id: str | None) -> Path | None:
-    """The checkpoint an automatic resume takes: of this run, where the run is known.
+    """Return the checkpoint an automatic resume takes: of this run, if the run is known.
 
     A run that started anew in an old run's folder must not go on from the old one's checkpoints.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a run whose data changes: `dataflex/state.json` and its arrays.
+"""Checkpoint state of a run whose data changes: `dataflex/state.json` and its arrays.
 
 Arrays lie in `dataflex/arrays.npz`, written first: a state.json that parses has them beside it.
 """
@@ -83,7 +83,7 @@ def load_state(checkpoint: Path) -> RunState:
 
 
 def run_id_of(checkpoint: Path) -> str:
-    """Id of the run that wrote a complete checkpoint."""
+    """Return the id of the run that wrote a complete checkpoint."""
     return str(_content(checkpoint)["run_id"])
 
 
@@ -109,7 +109,7 @@ def _content(checkpoint: Path) -> dict[str, Any]:
 
 
 def _without_arrays(value: Any, name: str, arrays: dict[str, np.ndarray[Any, Any]]) -> Any:  # noqa: ANN401
-    """`value` with every array moved to `arrays` under its path, and named there."""
+    """Return `value` with each array moved to `arrays` under its path, and named there."""
     if isinstance(value, np.ndarray):
         arrays[name] = value
         return {_ARRAY: name}
@@ -133,7 +133,7 @@ def _with_arrays(value: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Any:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether both state files are there and parse: the last thing written is one of them."""
+    """Return whether both state files exist and parse: one of them is the last file written."""
     for name, step in ((TRAINER_STATE, "global_step"), ("dataflex/state.json", "step")):
         try:
             int(json.loads((checkpoint / name).read_text(encoding="utf-8"))[step])

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside its state: adapter weights and Adam moments."""
+"""Checkpoint contents beside the state: adapter weights and Adam moments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 
 
 def check_resumable(folder: Path) -> None:
-    """A complete checkpoint holds whole weights, and what the Trainer goes on with.
+    """Check that a complete checkpoint holds whole weights, and the state the Trainer resumes from.
 
     Without optimizer, scheduler or random states it would begin those anew and say nothing.
 
@@ -44,7 +44,7 @@ def check_resumable(folder: Path) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """A checkpoint's safetensors are there and whole.
+    """Check that a checkpoint's safetensors exist and are complete.
 
     Raises:
         BadInput: there are none.
@@ -65,7 +65,7 @@ def check_weights(folder: Path) -> None:
 
 
 def check_moments(folder: Path) -> None:
-    """A checkpoint keeps moments that can be read, before a model is loaded for them.
+    """Check that a checkpoint holds readable moments, before a model is loaded for them.
 
     Raises:
         BadInput: it does not, or they would run code.
@@ -76,7 +76,7 @@ def check_moments(folder: Path) -> None:
 
 
 def checkpoint_moments(folder: Path, model: Any) -> AdamMoments:  # noqa: ANN401 - a PeftModel
-    """Moments by name: our own file, or LlamaFactory's optimizer.pt without unpickling code.
+    """Load moments by name: our own file, or LlamaFactory's optimizer.pt without unpickling code.
 
     Raises:
         BadInput: neither is there, or they do not fit the model.
@@ -120,7 +120,7 @@ def load_adapter(model: Any, checkpoint: Path) -> None:  # noqa: ANN401 - a Peft
 
 
 def load_optimizer_state(path: Path) -> Mapping[str, Any]:
-    """An optimizer.pt as plain tensors; one that needs full unpickling is refused.
+    """Load an optimizer.pt as plain tensors; one that needs full unpickling is refused.
 
     Raises:
         BadInput: it would run code, or is no optimizer state.
@@ -143,7 +143,7 @@ def load_optimizer_state(path: Path) -> Mapping[str, Any]:
 
 
 def optimizer_order(model: Any) -> list[tuple[str, Any]]:  # noqa: ANN401 - a PreTrainedModel
-    """Trained parameters in the order the Trainer numbers them: decayed ones, then the others."""
+    """List the trained parameters in the Trainer's order: decayed ones, then the others."""
     from transformers import Trainer
 
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]

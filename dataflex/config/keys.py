@@ -84,7 +84,7 @@ class RunConfig:
 
     @property
     def output_dir(self) -> Path:
-        """Where LlamaFactory writes the run."""
+        """Folder to which LlamaFactory writes the run."""
         return Path(str(self.llamafactory["output_dir"])).expanduser()
 
     @property
@@ -96,11 +96,11 @@ class RunConfig:
 
     @property
     def owns_store(self) -> bool:
-        """Whether the store shares output_dir's fate (`overwrite_output_dir` starts it anew)."""
+        """Flag for a store with output_dir's lifetime (`overwrite_output_dir` starts it anew)."""
         return self.dataflex.gradstore is None
 
     def component(self, train_type: str, name: str | None, params: Mapping[str, Any]) -> Component:
-        """A component of the run's presets, in which `${key}` stands for a key of the run.
+        """Resolve a component of the run's presets, with `${key}` replaced by a key of the run.
 
         Raises:
             BadInput: as `dataflex.config.presets.resolve`.

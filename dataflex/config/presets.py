@@ -117,7 +117,7 @@ def resolve(
 
 
 def _over(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The preset's parameters with those given over them, key by key inside mappings too."""
+    """Override the preset's parameters with those given, key by key inside mappings too."""
     merged = {**preset, **given}
     for key in set(preset) & set(given):
         if isinstance(preset[key], Mapping) and isinstance(given[key], Mapping):
@@ -128,7 +128,7 @@ def _over(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 def presets_of(
     bucket: str, path: Path = PACKAGED_PRESETS, placeholders: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Presets of a bucket (selectors, mixers, ...) of a components.yaml: name -> settings.
+    """Read the presets of a bucket (selectors, mixers, ...) of a components.yaml: name -> settings.
 
     Args:
         bucket: key at the top of the file.
@@ -168,7 +168,7 @@ def presets_of(
 
 
 def _pipeline(preset: Mapping[str, Any]) -> dict[str, Any]:
-    """A pipeline's preset; in DataFlex 1.1.0 its `name` is its own, since there is one kind."""
+    """Convert a pipeline's preset; in DataFlex 1.1.0 its `name` is its own (one kind only)."""
     if "target" in preset:
         return dict(preset)
     params = preset.get("params", {k: v for k, v in preset.items() if k != "name"})

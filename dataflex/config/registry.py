@@ -49,7 +49,7 @@ _classes: dict[tuple[str, str], type] = {}
 
 
 def register(kind: str, name: str) -> Callable[[C], C]:
-    """Class decorator that makes a strategy known as `name`; a second claim to a name fails."""
+    """Register a strategy class as `name`, as a decorator; registering a name twice fails."""
 
     def remember(cls: C) -> C:
         if (kind, name) in _classes:
@@ -61,7 +61,7 @@ def register(kind: str, name: str) -> Callable[[C], C]:
 
 
 def strategies(kind: str) -> dict[str, type]:
-    """Every registered strategy of `kind`, by name, sorted."""
+    """List every registered strategy of `kind`, by name, sorted."""
     package = importlib.import_module(PACKAGES[kind])
     for module in sorted(Path(str(package.__file__)).parent.glob("*.py")):
         if module.stem not in {"__init__", "base"}:
@@ -77,7 +77,7 @@ def strategies(kind: str) -> dict[str, type]:
 
 
 def unknown(what: str, given: Iterable[str], accepted: Iterable[str]) -> str:
-    """One sentence about unknown names: the nearest match first, then all that is accepted."""
+    """Describe unknown names in one sentence: the nearest match first, then all accepted ones."""
     names = sorted(accepted)
     parts = []
     for name in sorted(given):
@@ -109,7 +109,7 @@ def grouped(cls: type[G], key: str, given: Mapping[str, Any]) -> G:
 
 
 def parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """The keyword parameters a strategy's constructor accepts.
+    """List the keyword parameters a strategy's constructor accepts.
 
     Its `**rest` stands for the parameters of the class it is annotated with, or else of the
     constructor it inherits, where there is one.
@@ -132,7 +132,7 @@ def declarations(cls: type) -> dict[str, Declared]:
 
 
 def documentation(cls: type) -> str:
-    """A strategy's docstring, followed by those of the classes whose parameters it takes over."""
+    """Join a strategy's docstring with those of the classes whose parameters it inherits."""
     constructors = _constructors(cls)
     owners = [c for c in cls.__mro__ if vars(c).get("__init__") in constructors]
     groups = [c for constructor in constructors if (c := group(constructor))]
@@ -140,7 +140,7 @@ def documentation(cls: type) -> str:
 
 
 def _constructors(cls: type) -> list[Callable[..., None]]:
-    """Constructors that see a strategy's parameters: each `**rest` leads to the next one."""
+    """List the constructors that see a strategy's parameters: each `**rest` leads to the next."""
     found: list[Callable[..., None]] = []
     for base in cls.__mro__:
         constructor = vars(base).get("__init__")
@@ -160,7 +160,7 @@ def _takes_any(constructor: Callable[..., None]) -> bool:
 
 
 def imported(target: str, key: str, form: str) -> Any:  # noqa: ANN401 - whatever lies there
-    """What `target` names, from an installed package or a file in the current folder.
+    """Import the object `target` names, from an installed package or a file in the current folder.
 
     Args:
         target: package.module:name.
@@ -184,7 +184,7 @@ def imported(target: str, key: str, form: str) -> Any:  # noqa: ANN401 - whateve
 
 
 def target_of(cls: type) -> str:
-    """A class as `target` names it."""
+    """Return the `target` notation of a class."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 

@@ -19,7 +19,7 @@ PICTURES = ("images", "videos")
 
 
 def have_pictures(rows: Rows) -> bool:
-    """Whether any row has one."""
+    """Return whether any row has an image."""
     columns = [c for c in PICTURES if c in rows.dataset.column_names]
     return bool(columns) and any(
         row[c] for row in rows.dataset.select_columns(columns) for c in columns
@@ -33,11 +33,11 @@ class Shown(Sequence[tuple[str, list[Any]]]):
         self._rows, self._tokenizer, self._visual_ids = rows, tokenizer, set(visual_ids)
 
     def __len__(self) -> int:
-        """N."""
+        """Return the number of rows, N."""
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - one row at a time
-        """Text without special and image tokens, and the pictures, opened."""
+        """Return the text without special and image tokens, and the opened images."""
         row = self._rows.dataset[int(index)]
         ids = [i for i in row["input_ids"] if i not in self._visual_ids]
         text = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -45,7 +45,7 @@ class Shown(Sequence[tuple[str, list[Any]]]):
 
 
 def shown_batch(processor: Any, items: Sequence[tuple[str, list[Any]]]) -> Batch:  # noqa: ANN401
-    """(text, pictures) of b rows -> the model's inputs, padded on the right."""
+    """Convert (text, pictures) of b rows to the model's inputs, padded on the right."""
     texts = [_asked(processor, text, len(pictures)) for text, pictures in items]
     flat = [picture for _, pictures in items for picture in pictures]
     batch = processor(text=texts, images=flat or None, padding=True, return_tensors="pt")
@@ -53,7 +53,7 @@ def shown_batch(processor: Any, items: Sequence[tuple[str, list[Any]]]) -> Batch
 
 
 def _asked(processor: Any, text: str, pictures: int) -> str:  # noqa: ANN401
-    """One user turn in the model's own form, or image tokens and text where it has none."""
+    """Format one user turn by the chat template, or as image tokens and text if there is none."""
     if getattr(processor, "chat_template", None):
         content = [*({"type": "image"} for _ in range(pictures)), {"type": "text", "text": text}]
         return str(processor.apply_chat_template([{"role": "user", "content": content}]))
@@ -61,7 +61,7 @@ def _asked(processor: Any, text: str, pictures: int) -> str:  # noqa: ANN401
 
 
 def opened(picture: Any) -> Any:  # noqa: ANN401 - a path, bytes, or a picture
-    """A picture as LlamaFactory keeps it, as an RGB image.
+    """Open an image as LlamaFactory stores it, as an RGB image.
 
     Raises:
         BadInput: it cannot be read.
@@ -84,7 +84,7 @@ def opened(picture: Any) -> Any:  # noqa: ANN401 - a path, bytes, or a picture
 
 
 def pictures_hash(rows: Rows) -> str:
-    """sha256 of what is known of all pictures without opening them: names and sizes, in order.
+    """Compute the sha256 of what is known of unopened images: names and sizes, in order.
 
     Rows are hashed by their tokens, which are the same whatever a picture shows.
     """

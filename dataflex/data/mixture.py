@@ -1,4 +1,4 @@
-"""How a mixture becomes rows: proportions checked, rounded to counts, and read from the domains.
+"""Rows of a mixture: proportions checked, rounded to counts, and read from the domains.
 
 Letters: k domains, in the order of `dataset`.
 """
@@ -34,7 +34,7 @@ HELD_OUT = "_eval"
 
 
 def largest_remainder(proportions: FloatArray, total: int) -> IntArray:
-    """Whole counts closest to proportions (ALGORITHMS 0.8).
+    """Round proportions to the closest whole counts (ALGORITHMS 0.8).
 
     Each domain gets the whole part of its quota; what is left goes to the largest remainders, ties
     to the lower index. Quotas are exact fractions of the numbers as they are written, so that ties
@@ -63,7 +63,7 @@ def largest_remainder(proportions: FloatArray, total: int) -> IntArray:
 
 
 def as_proportions(values: object, domains: Sequence[str], what: str) -> FloatArray:
-    """(k,) float64 summing to 1, from numbers >= 0 in any scale.
+    """Normalize numbers >= 0 in any scale to (k,) float64 proportions that sum to 1.
 
     Args:
         values: what the user or a mixer gave.
@@ -90,7 +90,7 @@ def as_proportions(values: object, domains: Sequence[str], what: str) -> FloatAr
 
 
 def mixers_answer(answer: object, domains: Sequence[str], name: str) -> FloatArray:
-    """A mixer's (k,) proportions, checked.
+    """Check and return a mixer's (k,) proportions.
 
     Raises:
         BadInput: they are no proportions; names the component.
@@ -104,7 +104,7 @@ def mixers_answer(answer: object, domains: Sequence[str], name: str) -> FloatArr
 
 
 def exponentiated(weights: FloatArray, scores: FloatArray, eta: float, eps: float) -> FloatArray:
-    """Weights moved by an exponentiated-gradient step, with a share of the uniform ones mixed in.
+    """Apply an exponentiated-gradient step to the weights, and mix in a share of uniform weights.
 
     Args:
         weights: (k,) on the simplex.
@@ -122,7 +122,7 @@ def exponentiated(weights: FloatArray, scores: FloatArray, eta: float, eps: floa
 
 
 def opening_proportions(config: RunConfig, data: RunData) -> FloatArray:
-    """(k,) what a run trains on before a mixer is asked, or throughout under a fixed rule."""
+    """Return (k,) proportions used before a mixer is called, or throughout under a fixed rule."""
     ours, domains = config.dataflex, domains_of(data).names
     if ours.mixture_sample_rule == "stratified":
         return as_proportions(usable_sizes(data), domains, "rows of the domains")
@@ -135,21 +135,21 @@ def opening_proportions(config: RunConfig, data: RunData) -> FloatArray:
 
 
 def domains_of(data: RunData) -> Domains:
-    """The domains of a run that was loaded by domain."""
+    """Return the domains of a run that was loaded by domain."""
     if data.domains is None:
         raise RuntimeError("the rows of this run were loaded without their domains")
     return data.domains
 
 
 def usable_sizes(data: RunData) -> IntArray:
-    """(k,) int64, rows of each domain that have a target token."""
+    """Count the (k,) int64 rows of each domain that have a target token."""
     domains, usable = domains_of(data), data.train.target_tokens > 0
     counts = np.bincount(domains.of_row[usable], minlength=len(domains.names))
     return counts.astype(np.int64)
 
 
 class Cursors:
-    """Where the reading of each domain stands.
+    """Read positions in each domain.
 
     A domain is read in laps, each an order of its own: a row comes a second time only when all
     others of its domain have come. The order is a function of (seed, domain, lap) alone, so the
@@ -180,7 +180,7 @@ class Cursors:
         return np.asarray(self.read / np.asarray(sizes, dtype=np.float64))
 
     def take(self, counts: IntArray) -> IntArray:
-        """The next `counts` (k,) rows of the domains, one domain after the other; they move on."""
+        """Take the next `counts` (k,) rows, domain by domain, and advance the cursors."""
         taken = [
             order.window(int(first), int(count))
             for order, first, count in zip(self._orders, self.read, counts, strict=True)
@@ -191,7 +191,7 @@ class Cursors:
 
 
 def check_domains(data: RunData) -> None:
-    """Every domain has a row to train on.
+    """Raise BadInput unless every domain has a row to train on.
 
     Raises:
         BadInput: one has none; names it.
@@ -209,5 +209,5 @@ def check_domains(data: RunData) -> None:
 
 
 def domain_of(held_out: str, domains: Sequence[str]) -> str | None:
-    """The domain a held-out set belongs to: its own name, or that without `_eval`."""
+    """Return the domain of a held-out set: its own name, or that without `_eval`."""
     return next((n for n in (held_out, held_out.removesuffix(HELD_OUT)) if n in domains), None)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How one optimizer step is cut up.
+    """Partition of one optimizer step into micro-batches across ranks.
 
     Attributes:
         per_device: rows of one micro-batch on one rank.
@@ -56,7 +56,7 @@ class RowOrder:
     seed: tuple[int, ...] | None
 
     def window(self, first: int, count: int) -> npt.NDArray[np.int64]:
-        """`count` rows from position `first`; past the end the rows are read again, reshuffled."""
+        """Return `count` rows from position `first`; past the end, rows repeat, reshuffled."""
         found, at = [], first
         while at < first + count:
             lap, offset = divmod(at, len(self.rows))
@@ -66,7 +66,7 @@ class RowOrder:
         return np.concatenate(found)
 
     def micro_batches(self, step: int, rank: int, shape: BatchShape) -> list[list[int]]:
-        """The micro-batches of one rank in step `step` of the interval (0-based)."""
+        """Return the micro-batches of one rank in step `step` (0-based) of the interval."""
         window = self.window(step * shape.rows, shape.rows)
         grid = window.reshape(shape.accumulation, shape.world, shape.per_device)
         return [micro.tolist() for micro in grid[:, rank]]
@@ -88,7 +88,7 @@ def loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Any]:
-    """Collated micro-batches of one rank for `steps` of an interval, in order."""
+    """Load the collated micro-batches of one rank for `steps` of an interval, in order."""
     import torch
     from torch.utils.data import DataLoader
 

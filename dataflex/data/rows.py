@@ -42,7 +42,7 @@ class Rows:
     sources: tuple[tuple[str, int], ...] | None = None
 
     def __len__(self) -> int:
-        """N."""
+        """Return the number of rows, N."""
         return len(self.dataset)
 
     @cached_property
@@ -94,11 +94,11 @@ class RawRows:
     files: Mapping[str, Dataset]
 
     def __len__(self) -> int:
-        """N."""
+        """Return the number of rows, N."""
         return len(self.sources)
 
     def numbers(self, column: str) -> npt.NDArray[np.float64]:
-        """(n,) a column's values; NaN where a row has none.
+        """Read a column as (n,) float64 values; NaN where a row has none.
 
         Raises:
             BadInput: a data set has no such column, or a value that is no number.
@@ -120,7 +120,7 @@ class RawRows:
 
 
 def as_numbers(values: Sequence[Any], where: str) -> list[float]:
-    """Values of a file as floats; null becomes NaN.
+    """Convert values of a file to floats; null becomes NaN.
 
     Raises:
         BadInput: a value is no number; names the place.
@@ -133,7 +133,7 @@ def as_numbers(values: Sequence[Any], where: str) -> list[float]:
 
 @dataclass(frozen=True)
 class Domains:
-    """Which domain each training row belongs to; k domains.
+    """Assignment of each training row to one of k domains.
 
     Attributes:
         names: (k,) the data sets of `dataset`, in the user's order.
@@ -214,7 +214,7 @@ def check_rows(data: RunData, *, needs_targets: bool, subtask_sizes: Sequence[in
 
 
 def check_intervals(rows: int, warmup_step: int, update_step: int, global_batch: int) -> None:
-    """W * B and U * B rows must exist (ALGORITHMS 0.4).
+    """Raise BadInput unless W * B and U * B rows exist (ALGORITHMS 0.4).
 
     Raises:
         BadInput: names the key, what it asks for, and the largest value that fits.
@@ -235,7 +235,7 @@ ROW_FIELDS = ("cutoff_len", "train_on_prompt", "mask_history")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:  # noqa: ANN401 - a transformers tokenizer
-    """sha256 of the files the tokenizer saves, chat template included, path-free."""
+    """Compute the path-free sha256 of the files a tokenizer saves, chat template included."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         digest = hashlib.sha256()

@@ -46,7 +46,7 @@ def direct_influence(
     subtask_sizes: Sequence[int] | None,
     source: TargetFeatures | None = None,
 ) -> DirectInfluence:
-    """Mean cosines to the q sub-tasks without a projection (`scoring: direct`).
+    """Compute mean cosines to the q sub-tasks without a projection (`scoring: direct`).
 
     Collective: every rank takes the target's directions, the training rows are shared.
 
@@ -104,7 +104,7 @@ def direct_influence(
 def _merged(
     parts: Sequence[tuple[npt.NDArray[np.floating[Any]], npt.NDArray[np.uint8]]],
 ) -> tuple[npt.NDArray[np.floating[Any]], npt.NDArray[np.uint8]]:
-    """Each row from the rank that took it: on the others it is still TOO_LONG."""
+    """Merge each row from the rank that computed it: on the others it is still TOO_LONG."""
     cosines, status = parts[0]
     for other_cosines, other_status in parts[1:]:
         taken = other_status != RowStatus.TOO_LONG
@@ -115,7 +115,7 @@ def _merged(
 def _subtasks(
     targets: Sequence[Rows], sizes: Sequence[int] | None
 ) -> list[tuple[Rows, npt.NDArray[np.int64]]]:
-    """Each target set is a sub-task, or the one set is cut into consecutive `sizes`."""
+    """Make each target set a sub-task, or split the only set into consecutive `sizes`."""
     if sizes is None:
         return [(rows, np.arange(len(rows))) for rows in targets]
     ends = np.cumsum(sizes)

@@ -1,4 +1,4 @@
-"""Who makes embeddings: the model in training, or a text encoder beside it."""
+"""Sources of embeddings: the model in training, or a separate text encoder."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class EmbeddingSettings:
 
     @property
     def frozen(self) -> bool:
-        """Whether the embeddings stay the same while the model trains."""
+        """Flag for embeddings that stay the same while the model trains."""
         return self.model is not None
 
     def faults(self, config: RunConfig) -> list[str]:
-        """One sentence per fault that shows before anything is loaded."""
+        """List the faults that can be found before anything is loaded, one sentence each."""
         if self.model is None:
             return []
         if not looks_local(self.model):
@@ -84,20 +84,20 @@ def check_layer(layer: int, layers: int) -> None:
 
 
 class Embedder(Protocol):
-    """Where vectors come from: what identifies them, and how a unit is computed."""
+    """Source of embeddings: its identity, and the computation of a unit."""
 
     space: str
     dim: int
     run_id: str
 
     def fields(self) -> dict[str, Any]:
-        """The MUST-EQUAL fields of its space."""
+        """Return the MUST-EQUAL fields of its space."""
 
     def identity(self) -> dict[str, Any]:
-        """Arguments of `embedding_record` that tell its present state."""
+        """Return the arguments of `embedding_record` that identify its present state."""
 
     def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
-        """Embeddings of some rows."""
+        """Compute the embeddings of one unit of rows."""
 
     def release(self) -> None:
         """Give back memory until the next unit."""
@@ -117,7 +117,7 @@ class ModelInTraining:
         self._longest = getattr(text, "max_position_embeddings", None)
 
     def fields(self) -> dict[str, Any]:
-        """The MUST-EQUAL fields of its space."""
+        """Return the MUST-EQUAL fields of its space."""
         data, parameters = self._run.data, named_parameters(self._run.model)
         return {
             "dim": self.dim,
@@ -132,7 +132,7 @@ class ModelInTraining:
         }
 
     def identity(self) -> dict[str, Any]:
-        """Its state now."""
+        """Return the arguments of `embedding_record` that identify its present state."""
         run, parameters = self._run, named_parameters(self._run.model)
         return {
             "model_hash": tensor_hash((n, p) for n, p in parameters.items() if p.requires_grad),
@@ -141,7 +141,7 @@ class ModelInTraining:
         }
 
     def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
-        """Embeddings of some rows."""
+        """Compute the embeddings of one unit of rows."""
         batches = Batches(
             rows.dataset,
             self._run.collate,
@@ -154,7 +154,7 @@ class ModelInTraining:
         return compute_embedding_unit(states, batches, unit, advance, dim=self.dim)
 
     def release(self) -> None:
-        """The model stays where it is."""
+        """Do nothing: the model in training stays loaded."""
 
 
 class OwnEncoder:
@@ -175,7 +175,7 @@ class OwnEncoder:
         self._loaded: TextEncoder | None = None
 
     def fields(self) -> dict[str, Any]:
-        """The MUST-EQUAL fields of its space."""
+        """Return the MUST-EQUAL fields of its space."""
         return {
             "dim": self.dim,
             "dtype": STORED,
@@ -187,11 +187,11 @@ class OwnEncoder:
         }
 
     def identity(self) -> dict[str, Any]:
-        """Its state now."""
+        """Return the arguments of `embedding_record` that identify its present state."""
         return {"model_hash": self._encoder.sha256}
 
     def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
-        """Embeddings of some rows."""
+        """Compute the embeddings of one unit of rows."""
         model = self._run.model
         if self._loaded is None:
             self._loaded = TextEncoder(

@@ -112,7 +112,7 @@ class EmbeddingService:
         return self._writer.store
 
     def generation(self, name: str) -> Generation:
-        """A committed generation; on rank 0."""
+        """Return a committed generation; called on rank 0."""
         return self.store.generation(name)
 
     def close(self) -> None:

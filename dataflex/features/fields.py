@@ -1,4 +1,4 @@
-"""What makes this run's features comparable with others: the fields a space must agree on."""
+"""Fields that a space must agree on for this run's features to be comparable with others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def space_fields(
     projection: ProjectionSpec,
     dtype: str,
 ) -> dict[str, Any]:
-    """The MUST-EQUAL fields of the gradient space.
+    """Return the MUST-EQUAL fields of the gradient space.
 
     Args:
         model: the model in training.
@@ -50,18 +50,18 @@ def space_fields(
 
 
 def adapter_hash(model: nn.Module, slots: Sequence[ParameterSlot]) -> str:
-    """sha256 of the trained parameters' names and values."""
+    """Compute the sha256 of the trained parameters' names and values."""
     trained = {slot.name for slot in slots}
     return tensor_hash((n, p) for n, p in named_parameters(model).items() if n in trained)
 
 
 def named_parameters(model: nn.Module) -> dict[str, Any]:
-    """Parameters by the names the store uses (wrappers' prefixes stripped)."""
+    """Return parameters by the names the store uses (wrappers' prefixes stripped)."""
     return {parameter_name(name): p for name, p in model.named_parameters()}
 
 
 def libraries() -> dict[str, str]:
-    """Versions that only warn when they differ."""
+    """Return library and GPU versions; a difference in them only causes a warning."""
     import importlib.metadata as metadata
 
     import torch

@@ -63,7 +63,7 @@ class CheckpointExport:
 
 
 def effective_seed(base: int, step: int) -> int:
-    """Seed of one checkpoint's projection: the noise then averages out over checkpoints."""
+    """Derive the projection seed of one checkpoint, so noise averages out over checkpoints."""
     digest = hashlib.blake2b(f"{base}:{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -175,7 +175,7 @@ class FeatureService:
         )
 
     def steps(self, train_set: str = "") -> list[int]:
-        """Steps of this run's committed training generations, rising; on rank 0.
+        """List the steps of this run's committed training generations, ascending; on rank 0.
 
         Args:
             train_set: name of a sample that stands for the training rows.
@@ -188,7 +188,7 @@ class FeatureService:
         )
 
     def checkpoints(self, which: Which, step: int, train_set: str = "") -> list[CheckpointFeatures]:
-        """The checkpoints to combine, none later than `step`, weighted by learning rate; rank 0."""
+        """Return the checkpoints to combine, up to `step`, weighted by learning rate; on rank 0."""
         return checkpoint_features(
             self.store,
             which,

@@ -1,4 +1,4 @@
-"""How gradient features are made: the parameters that strategies by influence share."""
+"""Settings of gradient features, shared by the influence-based strategies."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class FeatureSettings:
 
     @property
     def train_features(self) -> FeatureSpec:
-        """How a training row's gradient becomes a feature."""
+        """Specification of the feature computed from a training row's gradient."""
         return FeatureSpec(self.gradient_type, self.adam_eps_mode, self.bias_correction)
 
     @property

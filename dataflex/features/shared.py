@@ -21,7 +21,7 @@ Compute = Callable[[UnitRange, OnRows], UnitFeatures]
 
 @dataclass
 class _Writing:
-    """What rank 0 holds while units come in."""
+    """State that rank 0 holds while units arrive."""
 
     writer: GenerationWriter
     sink: UnitSink

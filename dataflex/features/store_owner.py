@@ -1,4 +1,4 @@
-"""Whose store and whose output folder it is: said before anything is trained."""
+"""Checks of store and output folder ownership, made before anything is trained."""
 
 from __future__ import annotations
 

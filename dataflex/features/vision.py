@@ -1,4 +1,4 @@
-"""Who makes COINCIDE's features: the vision-language model in training, or a fixed one."""
+"""Sources of COINCIDE's features: the vision-language model in training, or a fixed one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class VisionSettings:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What a vision-language model's config says.
+    """Architecture of a vision-language model, as its config describes it.
 
     Attributes:
         layers: decoder layers whose outputs are taken.
@@ -106,7 +106,7 @@ class VisionInTraining:
         self.run_id = run.run_id
 
     def fields(self) -> dict[str, Any]:
-        """The MUST-EQUAL fields of its space."""
+        """Return the MUST-EQUAL fields of its space."""
         data, parameters = self._run.data, named_parameters(self._run.model)
         return {
             "dim": self.dim,
@@ -121,7 +121,7 @@ class VisionInTraining:
         }
 
     def identity(self) -> dict[str, Any]:
-        """Its state now."""
+        """Return the arguments of `embedding_record` that identify its present state."""
         run, parameters = self._run, named_parameters(self._run.model)
         return {
             "model_hash": tensor_hash((n, p) for n, p in parameters.items() if p.requires_grad),
@@ -130,7 +130,7 @@ class VisionInTraining:
         }
 
     def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
-        """Features of some rows."""
+        """Compute the features of one unit of rows."""
         model, anatomy = self._run.model, self._anatomy
         batches = Batches(
             rows.dataset,
@@ -144,7 +144,7 @@ class VisionInTraining:
         return compute_embedding_unit(states, batches, unit, advance, dim=self.dim)
 
     def release(self) -> None:
-        """The model stays where it is."""
+        """Do nothing: the model in training stays loaded."""
 
 
 class FixedVision:
@@ -182,7 +182,7 @@ class FixedVision:
         self._loaded: tuple[VisualStates, Any] | None = None
 
     def fields(self) -> dict[str, Any]:
-        """The MUST-EQUAL fields of its space."""
+        """Return the MUST-EQUAL fields of its space."""
         return {
             "dim": self.dim,
             "dtype": STORED,
@@ -195,11 +195,11 @@ class FixedVision:
         }
 
     def identity(self) -> dict[str, Any]:
-        """Its state now."""
+        """Return the arguments of `embedding_record` that identify its present state."""
         return {"model_hash": self._sha256}
 
     def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
-        """Features of some rows."""
+        """Compute the features of one unit of rows."""
         if self._loaded is None:
             self._loaded = self._load()
         states, processor = self._loaded

@@ -76,7 +76,7 @@ def build(path: Path, overrides: Sequence[str]) -> None:
 
 
 def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> None:
-    """One export per checkpoint; without any, one at the model as it is (step 0)."""
+    """Export once per checkpoint; without any, once from the model as it is (step 0)."""
     run, features = service.run, service.settings.train_features
     step = 0
     for number, folder in enumerate(folders or (None,)):
@@ -95,7 +95,7 @@ def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> Non
 
 
 def feature_settings(config: RunConfig) -> FeatureSettings:
-    """The settings of the configuration's own component, or of `less` where it has none."""
+    """Return the settings of the configured component, or of `less` where it has none."""
     ours = config.dataflex
     less, name = ("dynamic_select", "less"), (ours.train_type, ours.component_name)
     component = config.component(

@@ -1,4 +1,4 @@
-"""What a configuration names is there: model, data sets, folders to write to."""
+"""Checks that a configuration's model, data sets and output folders exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOURCES = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", 
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Values have the right type, model and data sets are there, results can be written.
+    """Check that values have the right type, model and data sets exist, results can be written.
 
     Raises:
         BadInput: they do not.
@@ -55,7 +55,7 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_datasets(config: RunConfig) -> None:
-    """Names of data sets must be in a local dataset_info.json."""
+    """Check that the names of data sets are in a local dataset_info.json."""
     known = config.known
     wanted = {
         "dataset": known.dataset,
@@ -106,14 +106,14 @@ def _check_datasets(config: RunConfig) -> None:
 
 
 def _holds_nothing(path: Path) -> bool:
-    """Whether a data file has no byte but blanks, or is an empty JSON list."""
+    """Return whether a data file holds only white space, or an empty JSON list or object."""
     if not path.is_file() or path.stat().st_size > 64:
         return False
     return path.read_bytes().strip() in (b"", b"[]", b"{}")
 
 
 def _check_writable(key: str, path: Path) -> None:
-    """The nearest existing folder above `path` takes new files."""
+    """Check that the nearest existing folder above `path` is writable."""
     folder = path.absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

@@ -32,7 +32,7 @@ OTHER_LOSSES = ("use_dft_loss", "use_asft_loss", "use_eaft_loss")
 
 
 def check(config: RunConfig) -> Component | None:
-    """Everything that can be refused from the configuration alone.
+    """Check everything that can be refused from the configuration alone.
 
     Returns:
         The component of a dynamic train_type, resolved; None for `static`.
@@ -71,7 +71,7 @@ def check(config: RunConfig) -> Component | None:
 
 
 def _unused(config: RunConfig, strategy: Strategy) -> list[str]:
-    """Keys of ours that are set, and that nothing in this run looks at."""
+    """List the DataFlex keys that are set but have no effect in this run."""
     ours, default = config.dataflex, DataFlexConfig()
     kind = ours.train_type
     used_by: dict[str, bool] = {
@@ -91,7 +91,7 @@ def _unused(config: RunConfig, strategy: Strategy) -> list[str]:
 
 
 def _parts(component: Component, strategy: Strategy) -> list[tuple[Component, Strategy]]:
-    """The component and its strategy; of a pipeline, those of its stages."""
+    """Return the component and its strategy; for a pipeline, those of its stages."""
     if isinstance(strategy, Pipeline):
         return [(stage.component, stage.strategy) for stage in strategy.everyone]
     return [(component, strategy)]
@@ -102,7 +102,7 @@ def _fixed_mix(config: RunConfig) -> bool:
 
 
 def _component(config: RunConfig) -> Component:
-    """The named component; with `static_mix` nobody is asked, so the static mixer stands in."""
+    """Return the named component; with `static_mix`, the static mixer in its place."""
     ours = config.dataflex
     if _fixed_mix(config):
         if ours.component_name is not None:  # its name and parameters are checked all the same
@@ -177,7 +177,7 @@ def _component_faults(config: RunConfig, component: Component, strategy: Strateg
 
 
 def _loss_faults(config: RunConfig, who: str, *, weights: bool, watches: bool) -> list[str]:
-    """Options that replace the tokens' cross-entropy, or hide the logits it is taken from."""
+    """List options that replace the tokens' cross-entropy, or hide the logits it needs."""
     if not (weights or watches):
         return []
     # Liger's fused loss hides them where the model gets labels; to weight samples, it gets none.

@@ -27,7 +27,7 @@ class Mixer(Strategy):
     dynamic: ClassVar[bool] = True
 
     def mix(self, context: UpdateContext) -> npt.NDArray[np.float64]:
-        """(k,) proportions >= 0 of the domains, summing to 1, for the next interval.
+        """Compute (k,) proportions >= 0 of the domains, summing to 1, for the next interval.
 
         Called on every rank; rank 0's answer counts.
         """

@@ -74,7 +74,7 @@ class DoremiMixer(Mixer, LossContributor):
     # -- life cycle -------------------------------------------------------------------------------
 
     def check(self, config: RunConfig) -> list[str]:
-        """The reference is named, and there if it is a folder."""
+        """Check that the reference is named, and exists if it is a folder."""
         from dataflex.models.frozen import reference_faults
 
         faults = reference_faults(self.reference_model_path, KEY)
@@ -102,7 +102,7 @@ class DoremiMixer(Mixer, LossContributor):
             write_average(self._run.output_dir, names, self.average, self.updates)
 
     def state(self) -> dict[str, Any]:
-        """Weights, scores, and the sum that the average is taken from."""
+        """Return weights, scores, and the sum that the average is computed from."""
         return {
             "domain_weights": self.domain_weights,
             "scores": self.scores,
@@ -126,15 +126,15 @@ class DoremiMixer(Mixer, LossContributor):
         return np.asarray(self.summed_weights / self.updates)
 
     def mix(self, context: UpdateContext) -> FloatArray:
-        """(k,) the opening proportions: DoReMi weights the loss, not the drawing."""
+        """Return (k,) opening proportions: DoReMi weights the loss, not the sampling."""
         return opening_proportions(context.run.config, context.run.data)
 
     def by_domain(self) -> Mapping[str, FloatArray]:
-        """Weights, and the excess losses that moved them."""
+        """Return the domain weights, and the excess losses that updated them."""
         return {"weights": self.domain_weights, "excess": self.scores}
 
     def measure(self, batch: MeasuredBatch) -> FloatArray:
-        """(b, 1) each sample's excess loss over the reference, clipped per token, summed."""
+        """Compute (b, 1) excess losses over the reference, clipped per token, summed per sample."""
         reference = self._reference.token_losses(batch.inputs, batch.targets)
         excess = (batch.token_losses - reference).double().cpu().numpy()
         rows = batch.targets.rows.cpu().numpy()
@@ -213,7 +213,7 @@ def domain_scores(
     domains: npt.NDArray[np.int64],
     previous: FloatArray,
 ) -> FloatArray:
-    """Mean clipped excess per token of each domain.
+    """Compute the mean clipped excess per token of each domain.
 
     Args:
         excess: (n,) summed clipped excess of each sample of a step, over all ranks.

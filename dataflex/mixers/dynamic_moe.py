@@ -75,7 +75,7 @@ class DynamicMoeMixer(Mixer):
             self.distances = np.zeros(len(self.proportions))
 
     def state(self) -> dict[str, Any]:
-        """The proportions that the next answer starts from."""
+        """Return the proportions that the next update starts from, and the load distances."""
         return {"proportions": self.proportions, "distances": self.distances}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -84,11 +84,11 @@ class DynamicMoeMixer(Mixer):
         self.distances = np.asarray(state["distances"], dtype=np.float64)
 
     def by_domain(self) -> Mapping[str, FloatArray]:
-        """How far each domain's loads lie from the others'."""
+        """Return the distance of each domain's expert loads from those of the others."""
         return {"load_distance": self.distances}
 
     def mix(self, context: UpdateContext) -> FloatArray:
-        """(k,) proportions after a look at the experts' loads; the ranks share the batches."""
+        """Compute (k,) proportions from the experts' loads; the ranks share the batches."""
         run = context.run
         everyone = run.ranks.gather(lambda: self._counts(context))
         self.distances = load_distances(np.sum(everyone, axis=0))
@@ -96,7 +96,7 @@ class DynamicMoeMixer(Mixer):
         return self.proportions
 
     def _counts(self, context: UpdateContext) -> FloatArray:
-        """(k, L, E) how often this rank's rows went to each expert of each layer."""
+        """Count (k, L, E) choices of each expert of each layer by this rank's rows."""
         import torch
 
         from dataflex.models.experts import counted_choices, expert_count, expert_layers, loads
@@ -127,7 +127,7 @@ class DynamicMoeMixer(Mixer):
         return found
 
     def _plan(self, context: UpdateContext) -> list[Batch]:
-        """Batches of all domains, of rows of like length: the same list on every rank."""
+        """Plan batches of rows of similar length for all domains: the same list on every rank."""
         run = context.run
         domains = domains_of(run.data)
         plan: list[Batch] = []
@@ -147,7 +147,7 @@ class DynamicMoeMixer(Mixer):
 
 
 def load_distances(counts: FloatArray) -> FloatArray:
-    """How far each domain's expert loads lie from those of all domains.
+    """Compute the distance of each domain's expert loads from those of all domains.
 
     Args:
         counts: (k, L, E) how often each of E experts in each of L layers was chosen.

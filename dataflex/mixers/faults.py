@@ -11,7 +11,7 @@ from gradstore.errors import BadInput
 
 
 def domain_faults(config: RunConfig) -> list[str]:
-    """What the configuration alone tells of domains that cannot be mixed."""
+    """List the reasons, known from the configuration alone, that domains cannot be mixed."""
     ours, domains = config.dataflex, config.known.dataset
     if not domains:
         return [f"dataset is missing: train_type {ours.train_type} mixes the data sets it names."]
@@ -55,7 +55,7 @@ def _held_out_faults(config: RunConfig, domains: Sequence[str]) -> list[str]:
 
 
 def rule_faults(config: RunConfig, mixer: Mixer) -> list[str]:
-    """A fixed rule would silently discard what a mixer decides."""
+    """Report a fixed rule that would silently discard a mixer's proportions."""
     rule = config.dataflex.mixture_sample_rule
     if rule not in FIXED_RULES or not mixer.dynamic:
         return []

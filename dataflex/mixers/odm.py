@@ -62,7 +62,7 @@ def accumulated_rewards(
 def averaged_rewards(
     rewards: FloatArray, losses: FloatArray, proportions: FloatArray, alpha: float
 ) -> FloatArray:
-    """R_d <- alpha R_d + (1 - alpha) loss_d / pi_d; a domain that was not seen keeps its own.
+    """Compute R_d <- alpha R_d + (1 - alpha) loss_d / pi_d; unseen domains keep their own.
 
     Args:
         rewards: (k,) R.
@@ -76,7 +76,7 @@ def averaged_rewards(
 
 
 def policy(rewards: FloatArray, exploration_before: float, exploration_now: float) -> FloatArray:
-    """(k,) proportions: (1 - K e_t) softmax(e_{t-1} R) + e_t."""
+    """Compute (k,) proportions: (1 - K e_t) softmax(e_{t-1} R) + e_t."""
     scaled = exploration_before * rewards
     grown = np.exp(scaled - scaled.max())
     share = 1.0 - len(rewards) * exploration_now
@@ -127,7 +127,7 @@ class OdmMixer(Mixer):
         self.rewards, self.proportions, self.loss_sums, self.tokens = empty, empty, empty, empty
 
     def check(self, config: RunConfig) -> list[str]:
-        """The floor must leave something to decide."""
+        """Check that the exploration floor is below 1 / k, and the initial proportions."""
         domains = config.known.dataset
         faults = []
         if domains and self.floor >= 1 / len(domains):
@@ -164,7 +164,7 @@ class OdmMixer(Mixer):
         self.tokens = self.tokens + losses.tokens
 
     def mix(self, context: UpdateContext) -> FloatArray:
-        """(k,) proportions from the losses since the last update."""
+        """Compute (k,) proportions from the losses since the last update."""
         k = len(self.rewards)
         if not self.tokens.any() and self.initial_proportions is not None:
             domains = domains_of(context.run.data).names
@@ -193,7 +193,7 @@ class OdmMixer(Mixer):
         self.proportions = policy(self.rewards, before, self.exploration)
 
     def state(self) -> dict[str, Any]:
-        """Rewards, the mixture in force, and what the running interval has summed up."""
+        """Return rewards, the current mixture, and the sums of the running interval."""
         return {
             "averaging": self.averaging,
             "rewards": self.rewards,

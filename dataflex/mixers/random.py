@@ -24,7 +24,7 @@ class RandomMixer(Mixer):
         self.seed = seed
 
     def mix(self, context: UpdateContext) -> npt.NDArray[np.float64]:
-        """(k,) proportions, seeded by (seed, step)."""
+        """Draw (k,) proportions, seeded by (seed, step)."""
         generator = np.random.default_rng([self.seed, context.step])
         numbers = generator.random(len(domains_of(context.run.data).names))
         return np.asarray(numbers / numbers.sum())

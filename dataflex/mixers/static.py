@@ -30,7 +30,7 @@ class StaticMixer(Mixer):
         self.proportions = proportions
 
     def check(self, config: RunConfig) -> list[str]:
-        """As many numbers as domains, and no rule that discards them."""
+        """Check that there is one number per domain, and no rule that discards them."""
         if self.proportions is None:
             return []
         rule = config.dataflex.mixture_sample_rule
@@ -47,7 +47,7 @@ class StaticMixer(Mixer):
         return faults
 
     def mix(self, context: UpdateContext) -> npt.NDArray[np.float64]:
-        """The proportions, normalised."""
+        """Return the proportions, normalized."""
         domains = domains_of(context.run.data).names
         given = np.ones(len(domains)) if self.proportions is None else self.proportions
         return as_proportions(given, domains, "proportions")

@@ -54,7 +54,7 @@ DTYPES = {"auto": "auto", "fp32": "float32", "fp16": "float16", "bf16": "bfloat1
 
 @dataclass(frozen=True)
 class Encoder:
-    """What a folder says about its encoder; no weight is loaded yet.
+    """Description of an encoder, read from its folder; no weight is loaded yet.
 
     Attributes:
         folder: where its config, weights and tokenizer lie.
@@ -95,7 +95,7 @@ def find_encoder(name: str, *, trust_remote_code: bool = False) -> Encoder:
 
 
 def find_folder(name: str) -> Path:
-    """A model's folder, or what was fetched of a hub id.
+    """Return a model's folder, or the folder fetched for a hub id.
 
     Raises:
         BadInput: it is neither.
@@ -109,13 +109,13 @@ def find_folder(name: str) -> Path:
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name can't be an id of the hub."""
+    """Return whether a name can't be a hub id."""
     path = Path(name).expanduser()
     return path.is_absolute() or name.startswith(".") or len(path.parts) != 2
 
 
 def read_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:
-    """What a folder says about its encoder.
+    """Read the description of an encoder from its folder.
 
     Raises:
         BadInput: it is unreadable, needs a module that is unknown here, code that is not trusted,
@@ -167,7 +167,7 @@ def read_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:
 
 
 def _modules(folder: Path) -> tuple[Path, Pooling]:
-    """Where the transformer lies and how its states are pooled, from modules.json."""
+    """Read the transformer's folder and its pooling from modules.json."""
     where, pooling = folder, None
     for module in _json(folder / "modules.json", needed=True):
         kind, path = str(module["type"]).rpartition(".")[2], folder / module["path"]
@@ -200,7 +200,7 @@ def _pooling(path: Path) -> Pooling:
 
 
 def _json(path: Path, *, needed: bool = False) -> Any:  # noqa: ANN401 - a mapping, or a list
-    """A JSON file's content; an empty mapping where it is missing and not needed."""
+    """Read a JSON file; return an empty mapping where it is missing and not needed."""
     if not needed and not path.exists():
         return {}
     try:
@@ -230,11 +230,11 @@ class Texts(Sequence[str]):
         self._rows, self._tokenizer, self._encoder = rows, tokenizer, encoder
 
     def __len__(self) -> int:
-        """N."""
+        """Return the number of rows, N."""
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - one row at a time
-        """The text of row `index`."""
+        """Return the text of row `index`."""
         ids = self._rows.dataset[int(index)]["input_ids"]
         text = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
         return self._encoder.prompt + (text.lower() if self._encoder.lower_case else text)
@@ -276,7 +276,7 @@ class TextEncoder:
         self._max_tokens = encoder.max_tokens
 
     def collate(self, texts: list[str]) -> Batch:
-        """Texts -> padded token ids (b, t), tokenised the encoder's own way."""
+        """Tokenize texts the encoder's own way into padded token ids (b, t)."""
         batch = self._tokenizer(
             texts,
             padding=True,
@@ -288,12 +288,12 @@ class TextEncoder:
         return dict(batch)
 
     def embed(self, batch: Batch) -> torch.Tensor:
-        """(b, d) float32 unit rows."""
+        """Compute (b, d) float32 unit rows."""
         return self._states({k: v for k, v in batch.items() if k != "special_tokens_mask"})
 
     @staticmethod
     def tokens_of(batch: Batch) -> torch.Tensor:
-        """(b,) tokens of the text itself; a row with none says nothing."""
+        """Count (b,) tokens of the text itself; a row with none has no content."""
         return (batch["attention_mask"] * (1 - batch["special_tokens_mask"])).sum(dim=1)
 
 

@@ -30,12 +30,12 @@ ROUTER = re.compile(r"(Router|TopKGating|MoE\w*Gate)$")
 
 
 def expert_layers(model: nn.Module) -> list[nn.Module]:
-    """The experts of each layer, from the first layer to the last."""
+    """List the experts module of each layer, from the first layer to the last."""
     return [module for module in model.modules() if _takes_choices(module)]
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
-    """Every module that decides which experts a token goes to."""
+    """List every module that routes tokens to experts."""
     found = [module for module in model.modules() if ROUTER.search(type(module).__name__)]
     for parent in model.modules():
         children = list(parent.children())
@@ -46,7 +46,7 @@ def routers(model: nn.Module) -> list[nn.Module]:
 
 
 def expert_count(experts: nn.Module) -> int:
-    """How many experts a layer has."""
+    """Return the number of experts of a layer."""
     count = getattr(experts, "num_experts", None)
     return int(next(experts.parameters()).shape[0] if count is None else count)
 
@@ -118,7 +118,7 @@ def counted_choices(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def loads(choices: list[Tensor], mask: Tensor, experts: int) -> Tensor:
-    """How often each expert of each layer was chosen for a token that is no padding.
+    """Count the choices of each expert of each layer, by tokens that are not padding.
 
     Args:
         choices: (b * t, k) int64 of each of the L layers.

@@ -30,7 +30,7 @@ MODEL, ADAPTER = "config.json", "adapter_config.json"
 
 
 def reference_faults(path: object, key: str) -> list[str]:
-    """What can be said against a reference before anything is loaded.
+    """List the faults of a reference that can be found before anything is loaded.
 
     Args:
         path: a model folder, an adapter folder, or a hub id.
@@ -69,7 +69,7 @@ class Reference:
         self._autocast = run.autocast
 
     def token_losses(self, inputs: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        """(s,) float32 cross-entropy at the target positions.
+        """Compute (s,) float32 cross-entropy at the target positions.
 
         Args:
             inputs: a batch (b, t) on the device of the model in training.
@@ -82,7 +82,7 @@ class Reference:
 
 
 def _adapted(run: RunContext, folder: Path) -> nn.Module:
-    """The run's base model with another adapter."""
+    """Load the run's base model with another adapter."""
     from peft import PeftModel
 
     if _is_sharded(run.config):
@@ -95,7 +95,7 @@ def _adapted(run: RunContext, folder: Path) -> nn.Module:
 
 
 def _base_beside(model: nn.Module) -> nn.Module:
-    """The base of a model that is not trained yet, as a module of its own.
+    """Copy the base of a model that is not trained yet into a separate module.
 
     Frozen weights are shared, so that beside a LoRA run it costs no memory; the others are copied.
     """
@@ -106,7 +106,7 @@ def _base_beside(model: nn.Module) -> nn.Module:
 
 
 def _loaded(run: RunContext, source: str, shown: str) -> nn.Module:
-    """A full model from a folder or the hub, in the precision of the one in training."""
+    """Load a full model from a folder or the hub, in the precision of the model in training."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = {"trust_remote_code": run.config.known.trust_remote_code}
@@ -129,13 +129,13 @@ def _vocabulary(settings: Any) -> int:  # noqa: ANN401 - a PretrainedConfig
 
 
 def _is_sharded(config: RunConfig) -> bool:
-    """Whether the weights in training may lie in pieces on several devices."""
+    """Return whether the weights in training may be sharded over several devices."""
     return bool(config.known.deepspeed or config.known.fsdp)
 
 
 @contextmanager
 def _whole_weights() -> Iterator[None]:
-    """Under ZeRO-3 transformers would load a model in pieces that no engine gathers again."""
+    """Prevent transformers from sharding a model under ZeRO-3, as no engine would gather it."""
     from transformers.integrations import deepspeed
 
     held = deepspeed._hf_deepspeed_config_weak_ref
@@ -148,7 +148,7 @@ def _whole_weights() -> Iterator[None]:
 
 @contextmanager
 def _refusals(what: str) -> Iterator[None]:
-    """What loading raises for a folder or hub id that is no model becomes `BadInput`."""
+    """Convert loading errors for a folder or hub id that is not a model to `BadInput`."""
     from safetensors import SafetensorError
 
     faults = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
@@ -162,7 +162,7 @@ def _refusals(what: str) -> Iterator[None]:
 
 
 def load_language_model(path: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A causal language model that is not trained, in eval mode, and its tokenizer.
+    """Load a frozen causal language model, in eval mode, and its tokenizer.
 
     Raises:
         BadInput: it cannot be loaded.
@@ -173,7 +173,7 @@ def load_language_model(path: str, trust_remote_code: bool) -> tuple[Any, Any]:
 
 
 def load_model(path: str, kind: Any, trust_remote_code: bool) -> tuple[Any, Any]:  # noqa: ANN401
-    """A model by its AutoModel class, in eval mode and frozen, and its tokenizer.
+    """Load a model by its AutoModel class, in eval mode and frozen, and its tokenizer.
 
     Raises:
         BadInput: it cannot be loaded.
@@ -189,7 +189,7 @@ def load_model(path: str, kind: Any, trust_remote_code: bool) -> tuple[Any, Any]
 
 @contextmanager
 def named_faults(path: str) -> Iterator[None]:
-    """What transformers raises for a model that cannot be loaded becomes BadInput."""
+    """Convert transformers' errors for a model that cannot be loaded to BadInput."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
@@ -198,7 +198,7 @@ def named_faults(path: str) -> Iterator[None]:
 
 
 def model_path_faults(key: str, path: str) -> list[str]:
-    """What shows of a model's path without loading it: a folder must hold a config.json."""
+    """List faults of a model's path without loading it: a folder must hold a config.json."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         try:

@@ -94,13 +94,13 @@ class InverseTransform:
         prompt_tokens: int,
         device: torch.device,
     ) -> None:
-        """Keeps the numbers; row i, column j draws token j of prompt i."""
+        """Store the uniform numbers; row i, column j draws token j of prompt i."""
         self._uniforms = torch.from_numpy(np.asarray(uniforms, dtype=np.float64)).to(device)
         self._temperature = temperature
         self._prompt_tokens = prompt_tokens
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Maps (b, t) ids and (b, V) logits to logits that are -inf but at one token."""
+        """Map (b, t) ids and (b, V) logits to logits that are -inf except at one token."""
         at = input_ids.shape[1] - self._prompt_tokens
         running = (scores.double() / self._temperature).softmax(dim=-1).cumsum(dim=-1)
         # A product with the last entry, which rounding keeps from being 1.
@@ -116,7 +116,7 @@ def groups_of_similar_length(lengths: Sequence[int], group_rows: int) -> list[np
 
 
 def stop_ids(tokenizer: Any) -> Ids:  # noqa: ANN401 - a transformers tokenizer
-    """What ends a response: the end-of-text token and the template's stop words."""
+    """List the ids that end a response: the end-of-text token and the template's stop words."""
     extra = getattr(tokenizer, "additional_special_tokens_ids", None)
     if not isinstance(extra, list):
         names = [str(token) for token in getattr(tokenizer, "_extra_special_tokens", [])]
@@ -126,7 +126,7 @@ def stop_ids(tokenizer: Any) -> Ids:  # noqa: ANN401 - a transformers tokenizer
 
 
 def asked_ids(tokenizer: Any, text: str, *, for_answer: bool = True) -> Ids:  # noqa: ANN401
-    """A question's tokens in a model's own chat form, or plain where it has none.
+    """Tokenize a question in a model's own chat format, or plain where it has none.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -144,7 +144,7 @@ def asked_ids(tokenizer: Any, text: str, *, for_answer: bool = True) -> Ids:  # 
 
 
 def pad_id(tokenizer: Any) -> int:  # noqa: ANN401 - a transformers tokenizer
-    """What fills prompts; attention leaves it out, so any id will do where there is none."""
+    """Return the padding id; attention masks it, so any id works where there is none."""
     held = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return int(next(i for i in held if i is not None))
 

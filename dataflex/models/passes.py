@@ -20,7 +20,7 @@ CPU_TOKENS, GPU_TOKENS = 2048, 16384
 
 
 def token_budget(model: nn.Module) -> int:
-    """Padded tokens of a gradient batch that suit the model's device."""
+    """Return the number of padded tokens of a gradient batch that suits the model's device."""
     return GPU_TOKENS if next(model.parameters()).device.type == "cuda" else CPU_TOKENS
 
 
@@ -34,7 +34,7 @@ def row_losses(
     rows: Rows | None = None,
     max_rows: int = 1024,
 ) -> npt.NDArray[np.float64]:
-    """Mean token cross-entropy of rows under the current model, in eval mode.
+    """Compute the mean token cross-entropy of rows under the current model, in eval mode.
 
     Collective: the ranks share the batches, each then has every loss.
 
@@ -73,7 +73,7 @@ def row_losses(
 
 
 def whole_rows(model: nn.Module) -> int:
-    """Rows of a target batch whose whole gradients fit into 1 GiB."""
+    """Return the number of rows of a target batch whose full gradients fit into 1 GiB."""
     p = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return max(1, (1 << 30) // (4 * max(p, 1)))
 
@@ -88,7 +88,7 @@ def batches(
     *,
     shared: bool = False,
 ) -> Iterator[RowBatch]:
-    """Collated batches on the model's device, longest rows first, with their row positions.
+    """Yield collated batches on the model's device, longest rows first, with row positions.
 
     With `shared` this rank gets its part of the batches alone.
     """

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextManager[object]:
-    """The autocast that training wraps a model's forward in.
+    """Return the autocast context that training wraps a model's forward in.
 
     Args:
         model: says by its parameters on which device.

@@ -40,7 +40,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Timetable:
-    """When the stages of a pipeline fire: known before the run begins.
+    """Timetable of a pipeline's stages, known before the run begins.
 
     Attributes:
         steps: (b,) int64, rising; the boundaries.

@@ -89,7 +89,7 @@ class StageSpec:
 
     @property
     def pace(self) -> Pace:
-        """When it fires."""
+        """Pace at which the stage fires."""
         return Pace(self.warmup_step, self.every)
 
 

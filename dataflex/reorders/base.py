@@ -46,18 +46,18 @@ class Reorder(Strategy):
     orders_raw_rows: bool = False
 
     def order(self, count: int, context: UpdateContext) -> Ordering:
-        """The next `count` rows, to be trained on in this order; past the end it begins again.
+        """Return the next `count` rows, in training order; past the end it begins again.
 
         Called on every rank; rank 0's answer counts.
         """
         raise TypeError(f"{type(self).__name__} does not implement order(count, context)")
 
     def warmup(self, count: int, context: UpdateContext) -> Ordering:
-        """The `count` rows of a stage's warm-up; unless overridden, the next ones of the order."""
+        """Return the `count` warm-up rows of a stage; by default, the next ones of the order."""
         return self.order(count, context)
 
     def order_raw_rows(self, rows: RawRows) -> npt.NDArray[np.int64]:
-        """(n,) a permutation of the raw rows; asked for where `orders_raw_rows`."""
+        """Return a (n,) permutation of the raw rows; called if `orders_raw_rows` is set."""
         raise TypeError(f"{type(self).__name__} does not implement order_raw_rows(rows)")
 
     def by_index(self) -> None:

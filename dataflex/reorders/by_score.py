@@ -1,4 +1,4 @@
-"""What the reorders by score have in common: a pattern, and where its scores come from."""
+"""Common base of the reorders by score: a pattern, and the source of its scores."""
 
 from __future__ import annotations
 
@@ -73,18 +73,18 @@ class ScoredReorder(Reorder):
         self._tokens, self._seconds = 0, 0.0
 
     def check(self, config: RunConfig) -> list[str]:
-        """A file of scores must be there."""
+        """Check that the file of scores exists."""
         if not self.pattern.needs_scores:
             return []
         return file_faults(self.source, self.score_params)
 
     def check_data(self, data: RunData, config: RunConfig) -> None:
-        """Scores that need no model must be there, one for each row."""
+        """Check that scores that need no model exist, one for each row."""
         if self.pattern.needs_scores and self.source != "model_loss":
             self._fixed = fixed_scores(self.source, self.score_params, data)
 
     def score(self, positions: IntArray, context: UpdateContext) -> FloatArray | None:
-        """(m,) scores of `positions` as they are now; None where the pattern needs none."""
+        """Compute (m,) present scores of `positions`; None where the pattern needs none."""
         if not self.pattern.needs_scores:
             return None
         if self.source == "model_loss":
@@ -98,7 +98,7 @@ class ScoredReorder(Reorder):
         return self._fixed[positions]
 
     def answer(self, rows: IntArray, scores: FloatArray | None, served: int, size: int) -> Ordering:
-        """What is told of the rows served.
+        """Build the answer for the rows served, with the values to report.
 
         Args:
             rows: (k,) in their order.
@@ -111,7 +111,7 @@ class ScoredReorder(Reorder):
 
 
 def rows_of(context: UpdateContext) -> IntArray:
-    """(m,) rising positions of the rows to put in order: the pool's, with a target token.
+    """List (m,) ascending positions of the rows to order: the pool's, with a target token.
 
     Raises:
         BadInput: there is none.

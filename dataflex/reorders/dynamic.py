@@ -19,7 +19,7 @@ _NOTHING: IntArray = np.empty(0, dtype=np.int64)
 
 @register("reorder", "dynamic")
 class DynamicReorder(ScoredReorder):
-    """Score the rows still to come, and serve those whose rank the pattern asks for now.
+    """Reorder that scores the rows still to come and serves the ranks its pattern needs next.
 
     The pattern is laid over a whole pass: after r of n rows its next part is that behind place r,
     read as ranks among the rows left. Scores that never change give the order of static (E31).
@@ -48,7 +48,7 @@ class DynamicReorder(ScoredReorder):
         self._next_scores: FloatArray = np.empty(0)
 
     def warmup(self, count: int, context: UpdateContext) -> Ordering:
-        """A random draw of the rows left, without replacement while they last."""
+        """Draw rows at random from those left, without replacement while they last."""
         self._take_pool(context)
         self._forget_order()
         generator = np.random.default_rng([self.seed, context.step])
@@ -61,7 +61,7 @@ class DynamicReorder(ScoredReorder):
         return self.answer(rows, None, self._served, len(self._all))
 
     def order(self, count: int, context: UpdateContext) -> Ordering:
-        """The next part of the pattern, from the rows left, by their present rank."""
+        """Return the next part of the pattern, from the rows left, by their present rank."""
         self._take_pool(context)
         if self._updates % self.reorder_every == 0:
             self._forget_order()
@@ -89,7 +89,7 @@ class DynamicReorder(ScoredReorder):
         self._next, self._next_scores = self._left[places], known
 
     def _take_pool(self, context: UpdateContext) -> None:
-        """Another pool than before begins a pass of its own."""
+        """Start a new pass if the pool has changed."""
         pool = rows_of(context)
         if not np.array_equal(self._all, pool):
             self._all, self._left, self._served = pool, pool, 0
@@ -105,11 +105,11 @@ class DynamicReorder(ScoredReorder):
             self._left = np.setdiff1d(self._left, rows, assume_unique=True)
 
     def _forget_order(self) -> None:
-        """Nothing is in order: rows are scored before any is served."""
+        """Discard the order, so that rows are scored before any is served."""
         self._next, self._next_scores = _NOTHING, np.empty(0)
 
     def state(self) -> dict[str, Any]:
-        """The pass: its rows, those left, the order they are in, and how far it is."""
+        """Return the state of the pass: all rows, rows left, their order, and the progress."""
         return {
             "all": self._all,
             "left": self._left,

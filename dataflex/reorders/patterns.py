@@ -73,7 +73,7 @@ class PatternParams:
             )
 
     def check_sections(self) -> None:
-        """Stair and saw: the folded parts may not touch each other."""
+        """Check for stair and saw that the folded parts do not touch each other."""
         if self.num_sections > 1 and 2 * self.folding_ratio >= 1 / self.num_sections:
             raise ValueError(
                 f"pattern_params.folding_ratio is {self.folding_ratio}: the folded parts of "
@@ -102,11 +102,11 @@ class Pattern:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the list must be sorted at all."""
+        """Flag for patterns that need a sorted list."""
         return self.name != "shuffle"
 
     def ranks(self, n: int) -> IntArray:
-        """(n,) int64, which rank of the sorted list is served at each place: a permutation."""
+        """Compute (n,) int64 ranks of the sorted list to serve at each place: a permutation."""
         # Another stream than that of the windows, so that the two shuffles are independent.
         order = _PATTERNS[self.name](n, self.params, np.random.default_rng([self.seed, 1]))
         if self.window_size > 1:
@@ -116,13 +116,13 @@ class Pattern:
         return order
 
     def sort(self, positions: IntArray, scores: FloatArray | None) -> IntArray:
-        """(n,) `positions` from the first rank to the last; as they are without scores."""
+        """Sort (n,) `positions` from first to last rank; without scores they stay as they are."""
         if scores is None or not self.needs_scores:
             return positions
         return positions[sorting_order(scores, descending=self.descending)]
 
     def arrange(self, positions: IntArray, scores: FloatArray | None) -> IntArray:
-        """(n,) `positions` in the order they are served; `scores` (n,) are theirs."""
+        """Arrange (n,) `positions` in serving order, by their `scores` (n,)."""
         return self.sort(positions, scores)[self.ranks(len(positions))]
 
 
@@ -134,7 +134,7 @@ def make_pattern(
     seed: int,
     params: Mapping[str, Any],
 ) -> Pattern:
-    """A pattern from what a configuration says.
+    """Build a pattern from configured values.
 
     Raises:
         ValueError: `params` has an unknown name or a value out of range, or its values do not fit
@@ -148,7 +148,7 @@ def make_pattern(
 
 
 def sorting_order(scores: FloatArray, *, descending: bool = False) -> IntArray:
-    """(n,) places of `scores` from the first rank to the last; ties keep their order both ways.
+    """Compute (n,) places of `scores` from first to last rank; ties keep their order both ways.
 
     A score that is not finite counts as the median of those that are.
     """
@@ -158,24 +158,24 @@ def sorting_order(scores: FloatArray, *, descending: bool = False) -> IntArray:
 
 
 def window_shuffled(order: IntArray, size: int, generator: np.random.Generator) -> IntArray:
-    """(n,) `order` with every window of `size` consecutive entries shuffled within itself."""
+    """Shuffle every window of `size` consecutive entries of (n,) `order` within itself."""
     windows = [generator.permutation(order[i : i + size]) for i in range(0, len(order), size)]
     return _joined(windows)
 
 
 def folding(n: int, layers: int) -> IntArray:
-    """(n,) strides of ranks: 0, L, 2L, ...; then 1, L + 1, ...; and so on."""
+    """Build (n,) strides of ranks: 0, L, 2L, ...; then 1, L + 1, ...; and so on."""
     return _joined([np.arange(first, n, layers) for first in range(min(layers, n))])
 
 
 def zigzag(n: int, layers: int) -> IntArray:
-    """(n,) as folding, every second stride backwards: no jump from hard to easy between two."""
+    """Fold (n,) ranks, every second stride reversed: no hard-to-easy jump between strides."""
     strides = [np.arange(first, n, layers) for first in range(min(layers, n))]
     return _joined([stride[::-1] if i % 2 else stride for i, stride in enumerate(strides)])
 
 
 def segment(n: int, params: PatternParams, generator: np.random.Generator) -> IntArray:
-    """(n,) a head and a tail from chosen ends of the sorted list, each part shuffled."""
+    """Build (n,) ranks: head and tail from chosen ends of the sorted list, parts shuffled."""
     front, back = int(n * params.x_pct // 100), int(n * params.y_pct // 100)
     ranks = np.arange(n, dtype=np.int64)
     if params.front_is_high == params.back_is_high:
@@ -192,7 +192,7 @@ def segment(n: int, params: PatternParams, generator: np.random.Generator) -> In
 
 
 def stepped(n: int, params: PatternParams, fold: Callable[[int, int], IntArray]) -> IntArray:
-    """(n,) sorted ranks, folded within a radius of round(rho n) around each section's end."""
+    """Build (n,) sorted ranks, folded within round(rho n) of the end of each section."""
     order = np.arange(n, dtype=np.int64)
     radius, done = round(params.folding_ratio * n), 0
     for i in range(1, params.num_sections):

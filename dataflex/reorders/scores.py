@@ -1,4 +1,4 @@
-"""Where the scores of a reorder come from: a column, a file, an earlier selection, the model."""
+"""Sources of a reorder's scores: a column, a file, an earlier selection, the model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ScoreParams:
 
 
 def make_score_params(source: Source, params: Mapping[str, Any]) -> ScoreParams:
-    """`score_params` as they were configured, checked.
+    """Parse and check the configured `score_params`.
 
     Raises:
         ValueError: an unknown key, a value out of range, or no file where `source` needs one.
@@ -72,7 +72,7 @@ def make_score_params(source: Source, params: Mapping[str, Any]) -> ScoreParams:
 
 
 def file_faults(source: Source, params: ScoreParams) -> list[str]:
-    """What is wrong with the file of scores before it is opened."""
+    """List the faults of the score file that can be found before it is opened."""
     key = SOURCES[source]
     value = getattr(params, key) if key else None
     if key is None or value is None:
@@ -84,7 +84,7 @@ def file_faults(source: Source, params: ScoreParams) -> list[str]:
 
 
 def fixed_scores(source: Source, params: ScoreParams, data: RunData) -> FloatArray:
-    """(n,) scores of the training rows that need no model; NaN where a row has none.
+    """Load (n,) scores of the training rows that need no model; NaN where a row has none.
 
     Raises:
         BadInput: they are missing, no numbers, or of another number of rows.
@@ -103,7 +103,7 @@ def fixed_scores(source: Source, params: ScoreParams, data: RunData) -> FloatArr
 
 
 def raw_scores(params: ScoreParams, rows: RawRows) -> FloatArray:
-    """(n,) scores of rows by their origin: from a file, else the column; NaN where none is."""
+    """Load (n,) scores of rows by origin: from a file, else the column; NaN where missing."""
     if params.score_path is not None:
         return _file_scores(params, len(rows), "rows in the data files")
     return _known(rows.numbers(params.score_field), f"column {params.score_field!r}")
@@ -112,7 +112,7 @@ def raw_scores(params: ScoreParams, rows: RawRows) -> FloatArray:
 def model_scores(
     params: ScoreParams, context: UpdateContext, positions: npt.NDArray[np.int64], seed: int
 ) -> tuple[FloatArray, int]:
-    """Losses of rows under the present model; every rank must ask.
+    """Compute losses of rows under the present model; must be called on every rank.
 
     Args:
         params: how many rows to score, and how many at once.
@@ -157,7 +157,7 @@ def _known(scores: FloatArray, where: str) -> FloatArray:
 
 
 def read_scores(path: Path, field: str) -> FloatArray:
-    """(n,) the scores in a file.
+    """Read the (n,) scores in a file.
 
     Args:
         path: .npy with n numbers; .json with a list of numbers, or of mappings, or a mapping that
@@ -186,7 +186,7 @@ def read_scores(path: Path, field: str) -> FloatArray:
 
 
 def _member(entry: Any, field: str, where: str) -> Any:  # noqa: ANN401 - JSON
-    """What a mapping holds under `field`; anything else as it is."""
+    """Return a mapping's value under `field`; anything else unchanged."""
     if not isinstance(entry, dict):
         return entry
     if field not in entry:
@@ -198,7 +198,7 @@ def _member(entry: Any, field: str, where: str) -> Any:  # noqa: ANN401 - JSON
 
 
 def _selection_scores(params: ScoreParams, data: RunData) -> FloatArray:
-    """The scores of an earlier selection by position; rows that it did not choose have none."""
+    """Load an earlier selection's scores by position; rows that it did not choose have none."""
     path, n = Path(str(params.cache_path)).expanduser(), len(data.train)
     where = f"selection {str(path)!r}"
     try:

@@ -26,7 +26,7 @@ RAW_NEEDS = {
 
 @register("reorder", "static")
 class StaticReorder(ScoredReorder):
-    """Put the rows in one order by score, and go through it again and again.
+    """Reorder that sorts the rows once by score and repeats that order throughout the run.
 
     Args:
         apply_at: raw: rows are put in order before they are tokenised, so that packed rows follow
@@ -54,7 +54,7 @@ class StaticReorder(ScoredReorder):
         self.orders_raw_rows, self.needs_single_rows = False, True
 
     def check(self, config: RunConfig) -> list[str]:
-        """Raw rows are put in order where they are known, all of one list, all trained on."""
+        """Check that the raw rows to order are known, form one list, and are all trained on."""
         faults = super().check(config)
         if self.orders_raw_rows:
             faults += [
@@ -66,19 +66,19 @@ class StaticReorder(ScoredReorder):
         return faults
 
     def check_data(self, data: RunData, config: RunConfig) -> None:
-        """Raw rows lie in order already; what is kept of their scores is for telling alone."""
+        """Load raw rows' scores for reports alone, as the rows are in order; else check scores."""
         if not self.orders_raw_rows:
             super().check_data(data, config)
         elif self.pattern.needs_scores and self.score_params.score_path is None:
             self._fixed = None if data.raw is None else raw_scores(self.score_params, data.raw)
 
     def order_raw_rows(self, rows: RawRows) -> IntArray:
-        """(n,) the pattern over all raw rows."""
+        """Return the (n,) order of all raw rows under the pattern."""
         scores = raw_scores(self.score_params, rows) if self.pattern.needs_scores else None
         return self.pattern.arrange(np.arange(len(rows)), scores)
 
     def order(self, count: int, context: UpdateContext) -> Ordering:
-        """The next rows of the order, from the start again when it ends."""
+        """Return the next rows of the order, from the start again when it ends."""
         self._lay(context)
         at = np.arange(self._served, self._served + count) % len(self._order)
         self._served += count
@@ -86,7 +86,7 @@ class StaticReorder(ScoredReorder):
         return self.answer(self._order[at], scores, self._served, len(self._order))
 
     def _lay(self, context: UpdateContext) -> None:
-        """The order of a pool, when it is another one than before."""
+        """Compute the order of the pool if the pool has changed."""
         pool = rows_of(context)
         if np.array_equal(np.sort(self._order), pool):
             return
@@ -100,7 +100,7 @@ class StaticReorder(ScoredReorder):
         self._order, self._scores = pool[at], None if scores is None else scores[at]
 
     def state(self) -> dict[str, Any]:
-        """The order and the place in it."""
+        """Return the order and the position in it."""
         return {"order": self._order, "scores": self._scores, "served": self._served}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -59,7 +59,7 @@ def draw(folder: Path) -> Path | None:
 
 
 def _panels(events: Events, folder: Path) -> list[Panel]:
-    """What there is to show, from top to bottom."""
+    """List the panels to draw, from top to bottom."""
     panels: list[Panel] = []
     scored = [e for e in events if "score_mean" in e.get("numbers", {})]
     if scored:
@@ -85,7 +85,7 @@ def _panels(events: Events, folder: Path) -> list[Panel]:
 
 
 def _selections(folder: Path) -> list[tuple[int, list[int]]]:
-    """(step, chosen positions) of every selection, by step."""
+    """Read (step, chosen positions) of every selection, sorted by step."""
     found = []
     for path in (folder / "selections").glob("step_*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -94,7 +94,7 @@ def _selections(folder: Path) -> list[tuple[int, list[int]]]:
 
 
 def _band(axis: Axes, events: Events, name: str, inside: str | None) -> None:
-    """A line for the mean and a band from smallest to largest."""
+    """Draw a line for the mean and a band from minimum to maximum."""
     steps = [e["step"] for e in events]
     values = [e[inside] if inside else e for e in events]
     low, mean, high = ([v[f"{name}_{end}"] for v in values] for end in ("min", "mean", "max"))
@@ -119,7 +119,7 @@ def _map(axis: Axes, selections: Sequence[tuple[int, list[int]]]) -> None:
 
 
 def _mixture(axis: Axes, events: Events) -> None:
-    """Proportions as stacked steps: an answer holds until the next one."""
+    """Draw proportions as stacked steps: each answer holds until the next one."""
     names = list(events[0]["proportions"])
     steps = [e["step"] for e in events]
     end = steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)
@@ -133,7 +133,7 @@ def _mixture(axis: Axes, events: Events) -> None:
 
 
 def _lines(axis: Axes, events: Events, key: str) -> None:
-    """One line per entry of a mapping."""
+    """Draw one line per entry of a mapping."""
     for i, name in enumerate(sorted({name for e in events for name in e[key]})):
         points = [(e["step"], e[key][name]) for e in events if name in e[key]]
         axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name,

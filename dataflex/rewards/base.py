@@ -1,4 +1,4 @@
-"""What a judge is asked and what it answers."""
+"""Input and output of a judge."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge made of one response.
+    """Verdict of a judge on one response.
 
     Attributes:
         reward: 0 to 1; NaN where the judge gave none.
@@ -53,25 +53,25 @@ class Judge(Protocol):
     """A reward backend."""
 
     def identity(self) -> Mapping[str, Any]:
-        """What its rewards depend on, JSON-like."""
+        """Return everything its rewards depend on, JSON-like."""
 
     def faults(self) -> list[str]:
-        """One sentence per fault that shows before anything is loaded."""
+        """List the faults that can be found before anything is loaded, one sentence each."""
 
     def start(self, model: nn.Module) -> None:
-        """Called once, before training: load what is needed, and refuse what cannot work.
+        """Load what is needed and refuse what cannot work; called once, before training.
 
         Args:
             model: the model in training, for its device.
         """
 
     def judge(self, answers: Sequence[Answered]) -> list[Verdict]:
-        """One verdict per response, in order."""
+        """Return one verdict per response, in order."""
 
 
 @dataclass(frozen=True)
 class RewardPrompts:
-    """What a judging model reads.
+    """Prompts for a judging model.
 
     Attributes:
         with_reference: used where the target row has an answer.
@@ -85,12 +85,12 @@ class RewardPrompts:
     without_reference: str
 
     def fill(self, answered: Answered) -> str:
-        """The text for one response."""
+        """Build the prompt for one response."""
         template = self.with_reference if answered.reference else self.without_reference
         return filled(template, answered)
 
     def faults(self) -> list[str]:
-        """Templates that cannot be filled, or never show the response."""
+        """List templates that cannot be filled, or never include the response."""
         found = []
         for key, template in (
             ("reward_prompt_with_ref", self.with_reference),
@@ -110,7 +110,7 @@ class RewardPrompts:
 
 
 def filled(template: str, answered: Answered) -> str:
-    """A template with a response's texts in their places."""
+    """Fill a template with a response's texts."""
     return template.format(
         prompt=answered.prompt,
         response=answered.response,
@@ -122,7 +122,7 @@ def filled(template: str, answered: Answered) -> str:
 
 
 def parse_score(text: str) -> float:
-    """The score in a judge's answer, 0 to 1: `0.8`, `8/10`, `80%`, `Score: 0.8`.
+    """Parse the score in a judge's answer, 0 to 1: `0.8`, `8/10`, `80%`, `Score: 0.8`.
 
     A number behind the word score, rating or reward counts (the last one, if there are several);
     without that word there must be exactly one number.
@@ -160,6 +160,6 @@ def refuse_probe(who: str, verdict: Verdict) -> None:
 
 
 def shortened(text: str, limit: int = 200) -> str:
-    """The beginning of what somebody said, on one line."""
+    """Shorten a text to its beginning, on one line."""
     line = " ".join(text.split())
     return line if len(line) <= limit else f"{line[:limit]} ..."

@@ -26,11 +26,11 @@ class FunctionJudge:
         self.target = target
 
     def identity(self) -> Mapping[str, Any]:
-        """The function's name; its code may change without notice."""
+        """Return the function's name; changes of its code are not detected."""
         return {"reward": "function", "function": self.target}
 
     def faults(self) -> list[str]:
-        """Whether it can be imported and called."""
+        """Check that the function can be imported and called."""
         try:
             _ = self._function
         except BadInput as error:
@@ -38,10 +38,10 @@ class FunctionJudge:
         return []
 
     def start(self, model: nn.Module) -> None:
-        """Nothing to load."""
+        """Do nothing: there is nothing to load."""
 
     def judge(self, answers: Sequence[Answered]) -> list[Verdict]:
-        """One call per response."""
+        """Call the function once per response."""
         return [self._one(answered) for answered in answers]
 
     def _one(self, answered: Answered) -> Verdict:

@@ -39,7 +39,7 @@ GROUP_ROWS = 16
 
 
 class LocalJudge:
-    """Loads a model once and keeps it off the accelerator between two updates.
+    """Judge that loads a model once and keeps it off the accelerator between updates.
 
     A causal language model reads the reward prompt and its answer is parsed for a score; a sequence
     classifier's first logit goes through a sigmoid (its last class's probability, if it has several
@@ -69,12 +69,12 @@ class LocalJudge:
         self._device = torch.device("cpu")
 
     def identity(self) -> Mapping[str, Any]:
-        """Where the model is and what it reads."""
+        """Return the model's path and its prompts."""
         prompts = [self.prompts.with_reference, self.prompts.without_reference]
         return {"reward": "local", "model": self.path, "prompts": prompts}
 
     def faults(self) -> list[str]:
-        """A path that is missing, or names no model."""
+        """Check that the path exists and names a model, and check the prompts."""
         found = self.prompts.faults()
         if not self.path:
             return [
@@ -98,7 +98,7 @@ class LocalJudge:
             refuse_probe(f"reward_model_path {self.path!r}", verdict)
 
     def judge(self, answers: Sequence[Answered]) -> list[Verdict]:
-        """Similar lengths together; the model is on the accelerator meanwhile."""
+        """Judge responses of similar length together, with the model on the accelerator."""
         prompts = [self._ids(self.prompts.fill(answered)) for answered in answers]
         found: dict[int, Verdict] = {}
         with self._placed(), torch.no_grad():
@@ -121,7 +121,7 @@ class LocalJudge:
         return [Verdict(parse_score(text), text) for text in said]
 
     def _classified(self, prompt: list[int]) -> float:
-        """One prompt at a time: classifiers without a padding token take no batch."""
+        """Score one prompt at a time: classifiers without a padding token can't take batches."""
         ids = torch.tensor([prompt], device=self._device)
         logits = self._model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         row = logits[0].double()
@@ -129,7 +129,7 @@ class LocalJudge:
         return float(reward)
 
     def _ids(self, text: str) -> list[int]:
-        """The prompt's tokens, in the model's own chat form; the end of what is too long."""
+        """Tokenize the prompt in the model's own chat format; keep the end if it is too long."""
         ids = asked_ids(self._tokenizer, text, for_answer=not self._classifies)
         longest = getattr(self._model.config, "max_position_embeddings", None)
         room = None if longest is None else max(1, longest - self.max_new_tokens)
@@ -145,7 +145,7 @@ class LocalJudge:
 
 
 def load_judge(path: str, trust_remote_code: bool) -> tuple[Any, Any, bool]:
-    """Model, tokenizer, and whether the model is a sequence classifier.
+    """Load model and tokenizer; return with them whether it is a sequence classifier.
 
     Raises:
         BadInput: it cannot be loaded.

@@ -1,4 +1,4 @@
-"""How DataFlex 1.1.0 names a judge's settings, and what they are called here."""
+"""Mapping of DataFlex 1.1.0's judge settings to the present names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SILENT = {
 
 
 def renamed(backend: str, params: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any]:
-    """Parameters of `NiceSelector` from 1.1.0's pair of them.
+    """Convert 1.1.0's pair of judge settings to parameters of `NiceSelector`.
 
     Args:
         backend: `reward_model_backend`.

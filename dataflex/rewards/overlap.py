@@ -25,7 +25,7 @@ def token_f1(prompt: str, response: str, reference: str) -> float:
 
 
 def exact_match(prompt: str, response: str, reference: str) -> float:
-    """1 where response and reference are equal but for case and white space, else 0.
+    """Return 1 where response and reference are equal except for case and white space, else 0.
 
     Examples:
         >>> exact_match("", " New  York", "new york"), exact_match("", "York", "new york")

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 def advantages(rewards: npt.NDArray[np.float64], baseline: Baseline) -> npt.NDArray[np.float64]:
-    """(K,) rewards -> (K,) what each response counts; equal rewards count exactly 0 under `loo`.
+    """Compute (K,) advantages from (K,) rewards; equal rewards give exactly 0 under `loo`.
 
     Args:
         rewards: of one target row's responses; at least two for `loo`.
@@ -46,7 +46,7 @@ def advantages(rewards: npt.NDArray[np.float64], baseline: Baseline) -> npt.NDAr
 
 
 def check_scored(verdicts: Sequence[Verdict], most: float) -> int:
-    """How many responses have no score.
+    """Count the responses without a score.
 
     Raises:
         BadInput: more than the share `most`; tells what the judge said instead.
@@ -75,12 +75,12 @@ class Rewarded:
     rewards: npt.NDArray[np.float64]
 
     def weights(self, baseline: Baseline) -> npt.NDArray[np.float64]:
-        """(K,) what each response's gradient is multiplied by."""
+        """Compute the (K,) factors that multiply the responses' gradients."""
         return advantages(self.rewards, baseline) / max(1, len(self.rewards))
 
 
 def answers_of(sampled: Sampled) -> list[Answered]:
-    """What a judge is asked about one target row."""
+    """Build the judge's inputs for one target row."""
     return [Answered(sampled.prompt_text, text, sampled.reference_text) for text in sampled.texts]
 
 
@@ -120,7 +120,7 @@ class RewardedTargets:
 
     @cached_property
     def numbers(self) -> dict[str, float]:
-        """What a log wants to know."""
+        """Reward and response statistics for the log."""
         rows = [row for held in self.sets.values() for row in held if row.sampled.responses]
         rewards = np.concatenate([row.rewards for row in rows])
         tokens = [len(ids) for row in rows for ids in row.sampled.responses]
@@ -132,7 +132,7 @@ class RewardedTargets:
         }
 
     def weighted(self, name: str, positions: Sequence[int]) -> list[WeightedRow]:
-        """Some rows of a target set as sums of gradients."""
+        """Express some rows of a target set as sums of gradients."""
         return [self._weighted(i, self.sets[name][i]) for i in positions]
 
     def _weighted(self, position: int, row: Rewarded) -> WeightedRow:

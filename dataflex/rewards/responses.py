@@ -32,7 +32,7 @@ from gradstore.errors import BadInput
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What a user can say about sampling.
+    """User settings of sampling.
 
     Attributes:
         mc_samples: K, responses to each prompt.
@@ -70,7 +70,7 @@ class SamplingSettings:
                 raise ValueError("prompt_template never shows the prompt: put {prompt} into it")
 
     def identity(self) -> dict[str, Any]:
-        """What responses depend on, JSON-like."""
+        """Return the settings that responses depend on, JSON-like."""
         kept = {f: getattr(self, f) for f in ("mc_samples", "max_new_tokens", "temperature",
                                               "max_prompt_length", "prompt_template")}  # fmt: skip
         return {**kept, "sampling_seed": self.seed, "policy": self.model_path}
@@ -90,7 +90,7 @@ class Exchange:
 
     @staticmethod
     def of(row: Mapping[str, Any]) -> Exchange:
-        """Of a processed row: in a conversation the last answer counts, what precedes is prompt.
+        """Split a processed row: a conversation's last answer counts, what precedes is prompt.
 
         Both parts are empty where there is no answer, or nothing before it.
         """
@@ -106,7 +106,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a policy answered to one target row, in the tokens of the model in training.
+    """Responses of a policy to one target row, in the tokens of the model in training.
 
     Attributes:
         prompt: token ids that the responses follow.
@@ -125,7 +125,7 @@ class Sampled:
     reference_text: str = ""
 
     def row(self, response: Ids) -> dict[str, Any]:
-        """A training row of prompt and response, for the collator."""
+        """Build a training row of prompt and response, for the collator."""
         ids = [*self.prompt, *response]
         return {
             "input_ids": ids,
@@ -152,7 +152,7 @@ class Policy:
         self._room(run.model, "the model")
 
     def sample(self, sets: Sequence[Rows]) -> list[list[Sampled]]:
-        """Responses to every row of every target set. Collective: the ranks share the rows.
+        """Sample responses to every row of every target set. Collective: the ranks share the rows.
 
         Returns:
             For each set one `Sampled` per row, the same on every rank.
@@ -190,7 +190,7 @@ class Policy:
         return [sampled[a:b] for a, b in pairwise(ends)]
 
     def _asked(self, exchanges: Sequence[Exchange], model: Any, tokenizer: Any) -> list[Ids]:  # noqa: ANN401
-        """What the policy reads for each row, in its own tokens; empty where there is no prompt."""
+        """Build the policy's input for each row, in its own tokens; empty if there is no prompt."""
         room = self._room(model, "the policy")
         template, fixed = self.settings.prompt_template, self.settings.model_path is not None
         found: list[Ids] = []
@@ -212,7 +212,7 @@ class Policy:
         model: Any,  # noqa: ANN401
         tokenizer: Any,  # noqa: ANN401
     ) -> dict[int, list[Ids]]:
-        """K responses to each of some rows, in the policy's tokens."""
+        """Draw K responses to each of some rows, in the policy's tokens."""
         settings = self.settings
         pairs = [(int(i), draw) for i in numbers for draw in range(settings.mc_samples)]
         uniforms = np.stack(
@@ -266,7 +266,7 @@ class Policy:
         )
 
     def _room(self, model: Any, who: str) -> int:  # noqa: ANN401 - a PreTrainedModel
-        """Tokens a prompt may have, so that a response of full length fits behind it."""
+        """Return the most tokens a prompt may have so that a full-length response fits after it."""
         settings = self.settings
         longest = _positions(model)
         if longest is None:
@@ -280,11 +280,11 @@ class Policy:
 
 
 def _positions(model: Any) -> int | None:  # noqa: ANN401 - a PreTrainedModel
-    """Tokens a model can take, where it says so; of the language part, where it has several."""
+    """Return the most tokens a model takes, if stated; the language part's, if it has several."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if longest is None else int(longest)
 
 
 def in_template(template: str, prompt: str) -> str:
-    """The prompt in its template; {instruction} is DataFlex 1.1.0's name for it, {input} empty."""
+    """Fill in the prompt; {instruction} is DataFlex 1.1.0's name for it, {input} stays empty."""
     return template.format(prompt=prompt, instruction=prompt, input="")

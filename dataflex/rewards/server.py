@@ -40,7 +40,7 @@ IDLE_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class ApiSettings:
-    """How to reach the server.
+    """Connection settings of the server.
 
     Attributes:
         base_url: up to and without `/chat/completions`, such as http://127.0.0.1:8000/v1.
@@ -61,7 +61,7 @@ class ApiSettings:
     max_tokens: int = 32
 
     def faults(self) -> list[str]:
-        """One sentence per value that cannot work."""
+        """Return one sentence per value that cannot work."""
         found = [
             f"reward_backend is api, but {key} is missing: {example}."
             for key, value, example in (
@@ -112,7 +112,7 @@ class _Failed(Exception):
 
 
 class ApiJudge:
-    """Asks a chat model for a score.
+    """Judge that asks a chat model for a score.
 
     Args:
         settings: how to reach it.
@@ -131,7 +131,7 @@ class ApiJudge:
         self._sleep = sleep
 
     def identity(self) -> Mapping[str, Any]:
-        """Server, model and the two prompts."""
+        """Return the server, the model and the two prompts."""
         return {
             "reward": "api",
             "url": self.settings.base_url,
@@ -140,7 +140,7 @@ class ApiJudge:
         }
 
     def faults(self) -> list[str]:
-        """Of the settings and of the prompts."""
+        """Return the faults of the settings and of the prompts."""
         return [*self.settings.faults(), *self.prompts.faults()]
 
     def start(self, model: nn.Module) -> None:
@@ -156,7 +156,7 @@ class ApiJudge:
         refuse_probe(self._who, verdict)
 
     def judge(self, answers: Sequence[Answered]) -> list[Verdict]:
-        """One request per response, several under way at once.
+        """Send one request per response, several in flight at once.
 
         Raises:
             StoreIOError: the server cannot be reached, or fails again and again.
@@ -238,7 +238,7 @@ class ApiJudge:
         ).encode()
 
     def _attempt(self, client: httpx.Client, body: bytes) -> str:
-        """One request; gives the text the server answered."""
+        """Send one request and return the text the server answered."""
         import httpx
 
         url = f"{str(self.settings.base_url).rstrip('/')}/chat/completions"
@@ -260,7 +260,7 @@ class ApiJudge:
         raise BadInput(f"{self._who} {told}. Look at api_base_url, api_model and api_key_env.")
 
     def _text_of(self, answer: bytes) -> str:
-        """The message of a chat completion."""
+        """Extract the message of a chat completion."""
         try:
             content = json.loads(answer)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError) as error:

@@ -53,7 +53,7 @@ class Scoreboard:
         max_age: int = 0,
         max_rows: int = 1024,
     ) -> npt.NDArray[np.float64]:
-        """Mean token cross-entropy of rows under the model of `step`, or of a little earlier.
+        """Return mean token cross-entropy of rows under the model of `step`, or of a bit earlier.
 
         Collective: every rank must ask, each then has every loss.
 
@@ -80,7 +80,7 @@ class Scoreboard:
         return found
 
     def view(self, *, max_age: int, max_rows: int | None = None) -> Scoreboard:
-        """The same board for one who accepts losses `max_age` steps old, whatever it asks for.
+        """Return this board for a caller that accepts losses `max_age` steps old in every request.
 
         Args:
             max_age: steps.
@@ -91,7 +91,7 @@ class Scoreboard:
         return found
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint keeps."""
         return {"values": self._values.copy(), "taken": self._taken.copy()}
 
     def restore(self, state: Mapping[str, Any]) -> None:

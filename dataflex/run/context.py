@@ -83,7 +83,7 @@ class UpdateContext:
         return self.pool[usable[self.pool]]
 
     def among_candidates(self, usable: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """(n,) bool: `usable` rows that are candidates too."""
+        """Return (n,) bool: `usable` rows that are candidates too."""
         allowed = np.zeros(len(usable), dtype=np.bool_)
         allowed[self.candidates] = True
         return allowed & usable

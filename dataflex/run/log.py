@@ -43,7 +43,7 @@ class SelectionEvent:
 
 
 class RunLog:
-    """Writes one run's files under `output_dir/dataflex/`. Rank 0 alone writes."""
+    """Writer of one run's files under `output_dir/dataflex/`; rank 0 alone writes."""
 
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / "dataflex"
@@ -141,7 +141,7 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def progress(description: str, rows: int, *, shown: bool = True) -> Iterator[OnRows]:
-    """A bar with rows, rows/s and time left, on stderr; yields `advance(rows_done)`."""
+    """Show a bar with rows, rows/s and time left, on stderr; yield `advance(rows_done)`."""
     from tqdm import tqdm
 
     with tqdm(total=rows, desc=description, unit="row", disable=not shown, leave=False,
@@ -150,10 +150,10 @@ def progress(description: str, rows: int, *, shown: bool = True) -> Iterator[OnR
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no NaN: a row without a score has null."""
+    """Return the value, or None if not finite: JSON has no NaN, a row without a score has null."""
     return value if math.isfinite(value) else None
 
 
 def as_json(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """Finite numbers alone: JSON has no NaN, and a chart no place for it."""
+    """Return the finite numbers alone: JSON has no NaN, and a chart cannot show it."""
     return {k: float(v) for k, v in numbers.items() if np.isfinite(v)}

@@ -1,4 +1,4 @@
-"""Which run owns an output folder: `dataflex/run.json`."""
+"""Ownership of an output folder by a run: `dataflex/run.json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 def output_identity(output_dir: Path) -> str:
-    """Id of the run that owns `output_dir`, made at first use.
+    """Return the id of the run that owns `output_dir`, created at first use.
 
     Raises:
         BadInput: the file that holds it is damaged.
@@ -29,7 +29,7 @@ def output_identity(output_dir: Path) -> str:
 
 
 def known_identity(output_dir: Path) -> str | None:
-    """Id of the run that owns `output_dir`; None where none has started.
+    """Return the id of the run that owns `output_dir`; None where none has started.
 
     Raises:
         BadInput: the file that holds it is damaged.

@@ -38,7 +38,7 @@ class Ranks:
         return self.rank == 0
 
     def share(self, work: Sequence[T]) -> Sequence[T]:
-        """This rank's part of a list of pieces of work: every `world`-th piece."""
+        """Return this rank's part of a list of work items: every `world`-th item."""
         return work[self.rank :: self.world]
 
     def gather(self, work: Callable[[], T]) -> list[T]:
@@ -73,7 +73,7 @@ class Ranks:
         return answers[0]
 
     def collect(self, work: Callable[[], T]) -> list[T]:
-        """As `gather`, for large results: rank 0 alone gets them, the others an empty list."""
+        """Gather large results as `gather` does, but to rank 0 alone; others get an empty list."""
         held: list[T] = []
         self.gather(lambda: held.append(work()))
         if self.world == 1:
@@ -85,13 +85,13 @@ class Ranks:
         return answers or []
 
     def concatenated(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """The float64 vectors of all ranks, end to end; they may differ in length."""
+        """Concatenate the float64 vectors of all ranks; they may differ in length."""
         if self.world == 1:
             return values
         return np.concatenate(self.gather(lambda: values))
 
     def summed(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """The element-wise sum over ranks of arrays of one shape; the same bits on every rank."""
+        """Sum arrays of one shape element-wise over ranks; the same bits on every rank."""
         if self.world == 1:
             return values
         return np.asarray(np.sum(self.gather(lambda: values), axis=0), dtype=np.float64)

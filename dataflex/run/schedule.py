@@ -1,4 +1,4 @@
-"""When the data changes: a pure function of (step, W, U, T, budget), in optimizer steps.
+"""Schedule of data changes: a pure function of (step, W, U, T, budget), in optimizer steps.
 
 A *stage* is W warm-up steps followed by T intervals of U steps; it repeats until the budget is
 spent. With T <= 0 there is one unbounded stage. Nothing here knows a trainer, a model or a clock.
@@ -14,7 +14,7 @@ from gradstore.errors import BadInput
 
 
 class EventKind(StrEnum):
-    """What happens before the first step of an interval."""
+    """Kind of event before the first step of an interval."""
 
     WARMUP = "warmup"
     UPDATE = "update"
@@ -70,7 +70,7 @@ class Schedule:
 
     @property
     def bounded(self) -> bool:
-        """Whether stages end and start again with a warm-up."""
+        """True if stages end and start again with a warm-up."""
         return self.update_times > 0
 
     @property
@@ -86,7 +86,7 @@ class Schedule:
         return max(1, math.ceil((self.budget - self.warmup_step) / self.update_step))
 
     def interval(self, step: int) -> Interval:
-        """The interval that contains optimizer step `step` (0-based: finished steps so far)."""
+        """Return the interval that contains optimizer step `step` (0-based: steps done so far)."""
         if step < 0:
             raise ValueError(f"step is {step}; it must be 0 or more")
         stage, s = divmod(step, self.stage_steps) if self.bounded else (0, step)
@@ -99,7 +99,7 @@ class Schedule:
         return Interval(EventKind.UPDATE, start, start + self.update_step, done + 1, stage)
 
     def intervals(self) -> list[Interval]:
-        """Every interval that starts within the budget, in order."""
+        """List every interval that starts within the budget, in order."""
         found, step = [], 0
         while step < self.budget:
             found.append(self.interval(step))
@@ -117,7 +117,7 @@ def select_budget(
     rows: int,
     global_batch: int,
 ) -> int:
-    """Optimizer steps of a select, reorder or lego run.
+    """Compute the optimizer steps of a select, reorder or lego run.
 
     `train_step` if positive; else `epochs` stages where T > 0; else `epochs` passes over `rows`.
     """
@@ -139,7 +139,7 @@ def mix_budget(
     rows: int,
     global_batch: int,
 ) -> int:
-    """Optimizer steps of a mix run (ALGORITHMS 0.2).
+    """Compute the optimizer steps of a mix run (ALGORITHMS 0.2).
 
     `train_step` if positive; else `epochs` passes over all `rows` with `static_mix` or T < 0; else
     one opening and T updates, whatever `epochs` says.

@@ -63,23 +63,23 @@ class Strategy:
             checked(cls)
 
     def check(self, config: RunConfig) -> list[str]:
-        """One sentence per fault that shows in the configuration alone; nothing is loaded yet."""
+        """Return one sentence per fault in the configuration alone; nothing is loaded yet."""
         return []
 
     def check_data(self, data: RunData, config: RunConfig) -> None:
         """Refuse rows this strategy can't work on (BadInput), before the model is loaded."""
 
     def start(self, run: RunContext) -> None:
-        """Called once before the first step; the place for refusals that need the model."""
+        """Start the strategy, once before the first step; checks that need the model go here."""
 
     def observe(self, losses: DomainLosses) -> None:
         """Take the training losses of a finished step; only where `observes` is true."""
 
     def finish(self) -> None:
-        """Called once after the last step, also when training fails."""
+        """Finish the strategy, once after the last step, also when training fails."""
 
     def state(self) -> dict[str, Any]:
-        """JSON values and NumPy arrays that a checkpoint keeps; restored by `restore`."""
+        """Return JSON values and NumPy arrays that a checkpoint keeps; restored by `restore`."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:

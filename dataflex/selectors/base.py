@@ -52,7 +52,7 @@ class Selection:
 def ask(
     selector: Selector, count: int, context: UpdateContext, name: str, *, exact: bool
 ) -> Selection:
-    """A selector's answer: asked on every rank, so that passes are shared; rank 0's counts.
+    """Ask a selector on every rank, so that passes are shared, and return rank 0's answer.
 
     Args:
         selector: the strategy.

@@ -1,4 +1,4 @@
-"""What selectors by embedding share: the service, neighbours of target rows, files made offline.
+"""Common base of selectors by embedding: service, neighbours of target rows, files made offline.
 
 Letters: n training rows, q target rows, k neighbours, d dimensions.
 """
@@ -73,7 +73,7 @@ class EmbeddingSelector(Selector):
     def choose(
         self, count: int, context: UpdateContext, neighbours: Neighbours | None
     ) -> Selection:
-        """On rank 0: the rows.
+        """Choose the rows; called on rank 0.
 
         Args:
             count: m.
@@ -85,7 +85,7 @@ class EmbeddingSelector(Selector):
     # -- life cycle -------------------------------------------------------------------------------
 
     def check(self, config: RunConfig) -> list[str]:
-        """The encoder's folder, or the file made offline, is there."""
+        """Return a fault if the encoder's folder, or the file made offline, is missing."""
         if self.file is None:
             return self.embeddings.faults(config)
         return [] if self.file.is_file() else [f"{str(self.file)!r} is not a file here."]
@@ -159,7 +159,7 @@ class EmbeddingSelector(Selector):
 
 
 def load_offline(path: Path, key: str) -> npt.NDArray[Any]:
-    """A .npy file made offline, without running anything that is in it.
+    """Load a .npy file made offline, without running anything that is in it.
 
     Raises:
         BadInput: it is not one.
@@ -174,7 +174,7 @@ def load_offline(path: Path, key: str) -> npt.NDArray[Any]:
 
 
 def rows_of_file(train: Rows, key: str) -> npt.NDArray[np.int64]:
-    """(r,) training row of each row of the file it came from; -1 where that row was dropped.
+    """Return (r,) training row of each row of its source file; -1 where that row was dropped.
 
     Raises:
         BadInput: the training rows come from several files, which a number can't tell apart.

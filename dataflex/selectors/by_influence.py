@@ -1,4 +1,4 @@
-"""What selectors by gradient influence share: the store, its generations, state, two ways to score.
+"""Common base of selectors by gradient influence: store, generations, state, two ways to score.
 
 Letters: n training rows, q sub-tasks of the target.
 """
@@ -98,7 +98,7 @@ class InfluenceSelector(Selector):
         candidates: npt.NDArray[np.bool_],
         count: int,
     ) -> npt.NDArray[np.floating[Any]]:
-        """A row's influence on each sub-task -> what the row is worth.
+        """Fold a row's influence on each sub-task into the score of the row.
 
         Args:
             influence: (n, q) mean cosines.
@@ -111,21 +111,21 @@ class InfluenceSelector(Selector):
         raise TypeError(f"{type(self).__name__} does not implement fold")
 
     def subtask_sizes(self, run: RunContext) -> Sequence[int] | None:
-        """Rows of each sub-task where one target set is cut into several; None: a set is one."""
+        """Return the rows of each sub-task if one target set is split into several; None if not."""
         return run.config.dataflex.target_subtasks
 
     def target_source(self) -> TargetFeatures | None:
-        """Where target features come from; None: the gradients of the target rows' answers."""
+        """Return the source of target features; None: gradients of the target rows' answers."""
         return None
 
     def sample(self, run: RunContext) -> Rows | None:
-        """Training rows that stand for all of them, named `train_set`; None takes all."""
+        """Return training rows that represent all of them, named `train_set`; None takes all."""
         return None
 
     def score(
         self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext
     ) -> Scored:
-        """Scores of all rows from the generations of one or more checkpoints."""
+        """Score all rows from the generations of one or more checkpoints."""
         from gradstore.scoring.influence import subtask_influence
 
         found = subtask_influence(checkpoints, subtask_sizes=self.subtask_sizes(context.run))
@@ -138,7 +138,7 @@ class InfluenceSelector(Selector):
         count: int,
         candidates: npt.NDArray[np.bool_],
     ) -> npt.NDArray[np.int64]:
-        """(count,) best candidates, best first; ties go to the lower row."""
+        """Return the (count,) best candidates, best first; ties go to the lower row."""
         from gradstore.scoring.selection import select_top
 
         return select_top(scores, count, usable=candidates)
@@ -160,7 +160,7 @@ class InfluenceSelector(Selector):
             self._service = None
 
     def state(self) -> dict[str, Any]:
-        """Which store, and how far: a resume refuses another one."""
+        """Return the store's identity and progress: a resume refuses another store."""
         if self._service is None or not self._service.run.ranks.leads:
             return {}
         store = self._service.store
@@ -173,7 +173,7 @@ class InfluenceSelector(Selector):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Remembered until the store is open."""
+        """Keep the state until the store is open."""
         self._restored = state
         self._generations_saved = int(state.get("generations", 0))
 
@@ -228,7 +228,7 @@ class InfluenceSelector(Selector):
         service: FeatureService,
         exported: CheckpointExport,
     ) -> Selection:
-        """On rank 0: scores of what was exported, and the best of them."""
+        """Score the exported rows and choose the best of them, on rank 0."""
         clock = [time.perf_counter()]
         scores = self.score(
             service.checkpoints(self.which, context.step, self.train_set), count, context

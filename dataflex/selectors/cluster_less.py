@@ -35,7 +35,7 @@ Strategy = Literal["random", "nearest", "farthest", "mixed"]
 
 @dataclass(frozen=True)
 class RowClusters:
-    """Which rows belong together, and which of them are looked at.
+    """Clusters of rows, and the representatives whose gradients are computed.
 
     Attributes:
         labels: (n,) int64, cluster of each row; -1 where its embedding can't be used.
@@ -55,7 +55,7 @@ class RowClusters:
 
 @register("selector", "cluster_less")
 class ClusterLessSelector(LessSelector):
-    """Take the rows of the clusters whose representatives have the largest influence.
+    """Selector of rows from the clusters whose representatives have the largest influence.
 
     Rows are embedded and clustered once, representatives drawn once; their gradients are taken at
     every update, 1 row in 16 by default. The mean of a cluster's unit gradients is its direction;
@@ -120,7 +120,7 @@ class ClusterLessSelector(LessSelector):
     # -- life cycle -------------------------------------------------------------------------------
 
     def check(self, config: RunConfig) -> list[str]:
-        """The encoder's folder is there."""
+        """Return a fault if the encoder's folder is missing."""
         return [*super().check(config), *self.embeddings.faults(config)]
 
     def start(self, run: RunContext) -> None:
@@ -138,13 +138,13 @@ class ClusterLessSelector(LessSelector):
             self._cluster(run, self._embedder, 0)
 
     def state(self) -> dict[str, Any]:
-        """The store's part, and the clusters once they are made."""
+        """Return the store's part of the state, and the clusters once they are made."""
         made = self._clusters
         clusters = {} if made is None else {"clusters": dict(vars(made))}
         return {**super().state(), **clusters}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """The same clusters and representatives."""
+        """Restore the same clusters and representatives."""
         super().restore(state)
         if "clusters" in state:
             self._clusters = RowClusters(**state["clusters"])
@@ -152,7 +152,7 @@ class ClusterLessSelector(LessSelector):
     # -- selecting --------------------------------------------------------------------------------
 
     def export(self, service: FeatureService, context: UpdateContext) -> CheckpointExport:
-        """Gradients of the target and of the representatives; collective."""
+        """Export gradients of the target and of the representatives; collective."""
         embedded = None
         if self._clusters is None and self._embedder is not None:
             embedded = self._cluster(context.run, self._embedder, context.step)
@@ -166,7 +166,7 @@ class ClusterLessSelector(LessSelector):
         )
 
     def sample(self, run: RunContext) -> Rows | None:
-        """The representatives, as rows of their own."""
+        """Return the representatives as a row set of their own."""
         train, chosen = run.data.train, self._made.representatives
         sources = train.sources
         return Rows(
@@ -178,7 +178,7 @@ class ClusterLessSelector(LessSelector):
     def score(
         self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext
     ) -> Scored:
-        """A row's score is its cluster's."""
+        """Score each row with the score of its cluster."""
         made = self._made
         owners = made.labels[made.representatives]
         of_clusters = super().score(
@@ -201,7 +201,7 @@ class ClusterLessSelector(LessSelector):
         count: int,
         candidates: npt.NDArray[np.bool_],
     ) -> npt.NDArray[np.int64]:
-        """Best clusters first; inside one, the rows nearest to its centroid."""
+        """Take the best clusters first; inside one, the rows nearest to its centroid."""
         from gradstore.scoring.selection import check_k
 
         rows = np.flatnonzero(candidates & ~np.isnan(scores))
@@ -253,7 +253,7 @@ class ClusterLessSelector(LessSelector):
 
 
 def name_of_sample(train: Rows, clusters: RowClusters) -> str:
-    """What the representatives are called in the store: other ones are another set."""
+    """Return the representatives' name in the store: different representatives are another set."""
     hashes = train.row_set.hashes[clusters.representatives]
     return f"representatives-{hashlib.sha256(hashes.tobytes()).hexdigest()[:8]}"
 
@@ -266,7 +266,7 @@ def representatives(
     strategy: Strategy,
     seed: int,
 ) -> npt.NDArray[np.int64]:
-    """(r,) rising rows that stand for their clusters.
+    """Choose (r,) rows that represent their clusters, in rising order.
 
     Args:
         labels: (n,) cluster of each row; -1 for none.

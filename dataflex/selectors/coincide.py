@@ -39,7 +39,7 @@ ROWS_PER_CLUSTER, MOST_CLUSTERS = 64, 10_000
 
 @register("selector", "coincide")
 class CoincideSelector(Selector):
-    """Take rows from every cluster of a vision-language model's features, most where they transfer.
+    """Selector of rows from every cluster of vision-language features, most from transferable ones.
 
     A row's score is the transferability of its cluster.
 
@@ -116,7 +116,7 @@ class CoincideSelector(Selector):
     # -- checks -----------------------------------------------------------------------------------
 
     def check(self, config: RunConfig) -> list[str]:
-        """A model of text alone, where its folder says so."""
+        """Return a fault for a text-only model, where its folder says so."""
         from gradstore.export.visual import VISUAL_KEYS
 
         faults = []
@@ -165,7 +165,7 @@ class CoincideSelector(Selector):
             self._service = None
 
     def state(self) -> dict[str, Any]:
-        """Rows that later updates leave out."""
+        """Return the rows that later updates leave out."""
         return {"served": self._served}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -190,7 +190,7 @@ class CoincideSelector(Selector):
     def _choose(
         self, count: int, context: UpdateContext, service: EmbeddingService, name: str
     ) -> Selection:
-        """On rank 0: the rows of one update."""
+        """Choose the rows of one update, on rank 0."""
         from gradstore.scoring.selection import check_k
         from gradstore.similarity.rows import UsableRows
 
@@ -260,6 +260,6 @@ class CoincideSelector(Selector):
         )  # fmt: skip
 
     def _device(self, run: RunContext) -> str:
-        """Where distances are computed."""
+        """Return the device that distances are computed on."""
         own = next(run.model.parameters()).device
         return str(own) if self.device == "auto" else self.device

@@ -1,4 +1,4 @@
-"""Draw rows by how far their loss fell: a window that slides from fast learners to slow ones."""
+"""Selector by loss decrease: a window that slides from fast learners to slow ones."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class DeltaLossSelector(Selector):
         self._baseline: FloatArray | None = None
 
     def state(self) -> dict[str, Any]:
-        """The baseline, once it is taken."""
+        """Return the baseline, once it is measured."""
         return {} if self._baseline is None else {"baseline": self._baseline.copy()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Deltas go on from the same baseline."""
+        """Restore the baseline, so that deltas continue from the same one."""
         held = state.get("baseline")
         self._baseline = None if held is None else np.array(held, dtype=np.float64)
 
@@ -94,7 +94,7 @@ class DeltaLossSelector(Selector):
         )
 
     def _losses(self, context: UpdateContext) -> tuple[FloatArray, FloatArray, int]:
-        """(n,) baseline, taken the first time; (n,) losses of the candidates; tokens scored."""
+        """Return (n,) baseline, measured the first time; (n,) candidates' losses; tokens scored."""
         board, tokens = context.run.board, 0
         if self._baseline is None:
             # Of every row, whatever the pool is now: a later pool needs its rows' baseline.
@@ -106,7 +106,7 @@ class DeltaLossSelector(Selector):
 
 
 def progress_of(context: UpdateContext) -> float:
-    """X in [0, 1]: how far through its updates a run is; c / T where stages never end."""
+    """Compute x in [0, 1], the run's progress through its updates; c / T where stages never end."""
     if context.run.config.dataflex.update_times <= 0:
         return min(1.0, context.update / context.updates)
     if context.updates == 1:
@@ -115,7 +115,7 @@ def progress_of(context: UpdateContext) -> float:
 
 
 def window_of(deltas: FloatArray, x: float, window_size: float) -> tuple[int, int]:
-    """Positions [start, stop) of the sorted deltas that are preferred.
+    """Compute the positions [start, stop) of the sorted deltas that are preferred.
 
     Args:
         deltas: (n,) how far each loss fell; NaN rows do not count.
@@ -134,7 +134,7 @@ def window_of(deltas: FloatArray, x: float, window_size: float) -> tuple[int, in
 
 
 def window_chances(deltas: FloatArray, window: tuple[int, int]) -> FloatArray:
-    """(n,) probabilities: the window's rows weigh 1, others `OUTSIDE`, NaN rows nothing.
+    """Compute (n,) probabilities: weight 1 in the window, `OUTSIDE` for other rows, 0 for NaN rows.
 
     Args:
         deltas: (n,) sorted from the largest, ties to the lower row.

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 @register("selector", "icons")
 class IconsSelector(InfluenceSelector):
-    """Take the rows that are among the most influential for the most tasks.
+    """Selector of the rows that are among the most influential for the most tasks.
 
     Each task votes for the rows whose influence on it is in the top share of m of n. Equal votes
     are ordered by the mean over tasks of the row's rank, then by the lower row.
@@ -48,13 +48,13 @@ class IconsSelector(InfluenceSelector):
         self.task_boundaries = None if task_boundaries is None else tuple(task_boundaries)
 
     def check(self, config: RunConfig) -> list[str]:
-        """Tasks are named in one way."""
+        """Return a fault if the tasks are defined in two ways."""
         if self.task_boundaries is None or config.dataflex.target_subtasks is None:
             return []
         return ["task_boundaries and target_subtasks both cut the target set: remove one of them."]
 
     def check_data(self, data: RunData, config: RunConfig) -> None:
-        """The tasks' sizes add up to the one target set."""
+        """Raise BadInput unless the tasks' sizes add up to the one target set."""
         if self.task_boundaries is None:
             if len(data.targets) == 1 and not config.dataflex.target_subtasks:
                 _log.warning("icons with a single task chooses as less does; give task_boundaries")
@@ -72,7 +72,7 @@ class IconsSelector(InfluenceSelector):
             )
 
     def subtask_sizes(self, run: RunContext) -> Sequence[int] | None:
-        """The tasks."""
+        """Return the sizes of the tasks."""
         return self.task_boundaries or super().subtask_sizes(run)
 
     def fold(
@@ -81,14 +81,14 @@ class IconsSelector(InfluenceSelector):
         candidates: npt.NDArray[np.bool_],
         count: int,
     ) -> npt.NDArray[np.floating[Any]]:
-        """(n, q) -> (n,) votes plus mean rank."""
+        """Fold (n, q) influence into (n,) votes plus mean rank."""
         scores = np.full(len(influence), np.nan)
         scores[candidates] = consensus(influence[candidates], count)
         return scores
 
 
 def consensus(influence: npt.NDArray[np.floating[Any]], count: int) -> npt.NDArray[np.float64]:
-    """Votes of all tasks, ties parted by rank.
+    """Count the votes of all tasks, ties broken by rank.
 
     Args:
         influence: (n, q), finite.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @register("selector", "less")
 class LessSelector(InfluenceSelector):
-    """Take the rows with the largest cosine influence on the target.
+    """Selector of the rows with the largest cosine influence on the target.
 
     Args:
         aggregation: over sub-tasks of the target, max or mean.
@@ -38,7 +38,7 @@ class LessSelector(InfluenceSelector):
     def score(
         self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext
     ) -> Scored:
-        """As `fold`, without keeping the influence on every sub-task."""
+        """Score as `fold` does, without keeping the influence on every sub-task."""
         from gradstore.scoring.influence import influence_scores
 
         scores = influence_scores(
@@ -54,6 +54,6 @@ class LessSelector(InfluenceSelector):
         candidates: npt.NDArray[np.bool_],
         count: int,
     ) -> npt.NDArray[np.floating[Any]]:
-        """(n, q) -> (n,) the largest, or the mean, over sub-tasks."""
+        """Reduce (n, q) to (n,): the largest, or the mean, over sub-tasks."""
         over = np.max if self.aggregation == "max" else np.mean
         return np.asarray(over(influence, axis=1))

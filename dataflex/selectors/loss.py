@@ -1,4 +1,4 @@
-"""Draw rows by the band their current loss falls in."""
+"""Selector that draws rows by the band that their current loss falls in."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class LossSelector(Selector):
 def current_losses(
     context: UpdateContext, max_rows: int, rows: npt.NDArray[np.int64] | None = None
 ) -> FloatArray:
-    """(n,) mean token losses under the present model; NaN elsewhere.
+    """Return (n,) mean token losses under the current model; NaN elsewhere.
 
     Args:
         context: of the boundary.
@@ -98,7 +98,7 @@ def current_losses(
 def band_weights(
     losses: FloatArray, focus: str, focus_weight: float, quantiles: tuple[float, float]
 ) -> FloatArray:
-    """(n,) weights: `focus_weight` inside the band, 1 outside, 0 without a finite loss."""
+    """Compute (n,) weights: `focus_weight` inside the band, 1 outside, 0 without a finite loss."""
     finite = np.isfinite(losses)
     if not finite.any():
         raise BadInput("loss: no training row has a finite loss. Look at the model and the labels.")
@@ -113,7 +113,7 @@ def band_weights(
 
 
 def tempered(weights: FloatArray, temperature: float) -> FloatArray:
-    """(n,) probabilities weight ** (1 / temperature), normalised.
+    """Compute (n,) probabilities weight ** (1 / temperature), normalised.
 
     A weight of 0 stays exactly 0 (E6); any other keeps a chance, however cold it gets.
     """

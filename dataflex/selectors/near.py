@@ -21,7 +21,7 @@ from gradstore.similarity.neighbours import Matrix, Neighbours, column_order, gr
 
 @register("selector", "near")
 class NearSelector(EmbeddingSelector):
-    """Take each target row's nearest rows: all first neighbours, then all second ones.
+    """Selector of each target row's nearest rows: all first neighbours, then all second ones.
 
     Args:
         max_K: neighbours looked up for each target row; more where they name too few rows.
@@ -48,7 +48,7 @@ class NearSelector(EmbeddingSelector):
         self._served: npt.NDArray[np.bool_] | None = None
 
     def check_count(self, count: int, data: RunData) -> None:
-        """Enough rows are usable, and a file made offline names enough of them."""
+        """Raise BadInput unless enough rows are usable, and a file made offline names enough."""
         if self.file is None:
             super().check_count(count, data)
             return
@@ -62,7 +62,7 @@ class NearSelector(EmbeddingSelector):
             )
 
     def state(self) -> dict[str, Any]:
-        """Rows served since the start of the order."""
+        """Return the rows served since the start of the order."""
         return {} if self._served is None else {"served": self._served.copy()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -73,7 +73,7 @@ class NearSelector(EmbeddingSelector):
     def choose(
         self, count: int, context: UpdateContext, neighbours: Neighbours | None
     ) -> Selection:
-        """The next rows of the order."""
+        """Choose the next rows of the order."""
         n = len(context.run.data.train)
         if neighbours is None:
             allowed = context.among_candidates(np.ones(n, dtype=np.bool_))
@@ -99,7 +99,7 @@ class NearSelector(EmbeddingSelector):
 def next_rows(
     order: npt.NDArray[np.int64], served: npt.NDArray[np.bool_], count: int
 ) -> npt.NDArray[np.int64]:
-    """Positions in `order` of the next rows, from its start again when all were served.
+    """Return positions in `order` of the next rows, from its start again when all were served.
 
     Args:
         order: (m,) distinct rows, m >= count.
@@ -117,7 +117,7 @@ def next_rows(
 
 
 def offline_neighbours(path: Path, data: RunData) -> Matrix:
-    """(q, k) training rows of a file made offline; -1 where a search missed or a row was dropped.
+    """Load (q, k) training rows of an offline file; -1 where a search missed or a row was dropped.
 
     Raises:
         BadInput: the file is no table of row numbers, or numbers rows of several files.

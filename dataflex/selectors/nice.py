@@ -53,7 +53,7 @@ WITHOUT_REFERENCE = JUDGING + "Response to judge:\n{response}\n\nScore:"
 
 @register("selector", "nice")
 class NiceSelector(LessSelector):
-    """Take the rows whose gradients raise the reward of the model's own answers to the target.
+    """Selector of rows whose gradients raise the reward of the model's own answers to the target.
 
     Args:
         policy_model_path: a fixed model that answers the target prompts; null samples from the
@@ -166,7 +166,7 @@ class NiceSelector(LessSelector):
     # -- checks -----------------------------------------------------------------------------------
 
     def check(self, config: RunConfig) -> list[str]:
-        """A policy or a judge that is not there, and configurations without prompts."""
+        """Return faults: a missing policy or judge, and configurations without prompts."""
         path = self.sampling.model_path
         faults = [] if path is None else model_path_faults("policy_model_path", path)
         if config.known.stage != "sft":
@@ -229,11 +229,11 @@ class NiceSelector(LessSelector):
         )
 
     def target_source(self) -> RewardedTargets | None:
-        """Rewarded responses instead of the target rows' own answers."""
+        """Return rewarded responses in place of the target rows' own answers."""
         return self._targets
 
     def _judged(self, run: RunContext) -> RewardedTargets:
-        """Responses and rewards of every target row; collective: the ranks share the rows."""
+        """Compute responses and rewards of every target row; collective: ranks share the rows."""
         assert self._policy is not None  # since start
         sampled = self._policy.sample(run.data.targets)
         flat = [row for rows in sampled for row in rows]
@@ -263,7 +263,7 @@ class NiceSelector(LessSelector):
 def judge_of(
     given: Mapping[str, Any], prompts: RewardPrompts, *, timeout: float, retries: int, workers: int
 ) -> Judge:
-    """The reward backend that is asked for, or that follows from what is given."""
+    """Build the reward backend that is requested, or that follows from the given settings."""
     guess = "local" if given["reward_model_path"] else "api" if given["api_base_url"] else None
     backend = given["reward_backend"] or guess or "function"
     if backend == "function":

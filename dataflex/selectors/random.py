@@ -14,7 +14,7 @@ from gradstore.errors import BadInput
 
 @register("selector", "random")
 class RandomSelector(Selector):
-    """Draw rows uniformly, of those that have a target token.
+    """Selector that draws rows uniformly among those that have a target token.
 
     Args:
         seed: combined with the step, so that every update draws anew.
@@ -29,11 +29,11 @@ class RandomSelector(Selector):
         self.distinct = not replacement
 
     def check_count(self, count: int, data: RunData) -> None:
-        """Without replacement no more rows are drawn than are usable."""
+        """Raise BadInput if, without replacement, more rows are drawn than are usable."""
         self._check(count, int((data.train.target_tokens > 0).sum()))
 
     def select(self, count: int, context: UpdateContext) -> Selection:
-        """The head of a permutation, or independent draws; seeded by seed + step."""
+        """Draw the head of a permutation, or independent rows; seeded by seed + step."""
         usable = context.candidates
         n = len(usable)
         self._check(count, n)

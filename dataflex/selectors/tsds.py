@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 @register("selector", "tsds")
 class TsdsSelector(EmbeddingSelector):
-    """Draw rows that match the target's distribution and are spread out.
+    """Selector that draws rows which match the target's distribution and are spread out.
 
     Every target row spreads its mass over its nearest rows, further the less `alpha` is and the
     larger `C`; a row among near-duplicates (a dense place) gets less. Rows are drawn by their mass.
@@ -94,7 +94,7 @@ class TsdsSelector(EmbeddingSelector):
         self._spread: tuple[Neighbours, FloatArray] | None = None
 
     def check_count(self, count: int, data: RunData) -> None:
-        """Enough rows are usable, and a file made offline gives enough of them a chance."""
+        """Raise BadInput unless enough rows are usable and drawable from a file made offline."""
         if self.file is None:
             super().check_count(count, data)
             return
@@ -129,7 +129,7 @@ class TsdsSelector(EmbeddingSelector):
         return Selection(rows, mass[rows], numbers=numbers)
 
     def _of(self, neighbours: Neighbours, n: int) -> FloatArray:
-        """(n,) mass of each row; the same as long as the embeddings are."""
+        """Compute (n,) mass of each row, kept as long as the embeddings stay the same."""
         if self._spread is None or self._spread[0] is not neighbours:
             usable = int(neighbours.usable.sum())
             kde_k = min(self.kde_k, max(1, usable // 10))
@@ -165,7 +165,7 @@ class TsdsSelector(EmbeddingSelector):
 
 @dataclass(frozen=True)
 class Transport:
-    """How far every target row's mass spreads.
+    """Spread of every target row's mass over its neighbours.
 
     Attributes:
         mass: (q, k) share of each neighbour; each row adds up to 1/q.
@@ -298,19 +298,19 @@ def _kernel(cosines: npt.NDArray[np.float32], sigma: float) -> FloatArray:
 
 
 def distance(cosines: npt.NDArray[np.floating[Any]]) -> FloatArray:
-    """Euclidean distance of unit vectors from their cosine."""
+    """Compute the Euclidean distance of unit vectors from their cosine."""
     return np.asarray(np.sqrt(np.maximum(0.0, 2.0 - 2.0 * cosines.astype(np.float64))))
 
 
 def drawn(mass: FloatArray, count: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
-    """At most `count` distinct rows, drawn one by one with a chance that follows their mass."""
+    """Draw at most `count` distinct rows one by one, with probability proportional to mass."""
     chances = np.flatnonzero(mass > 0)
     keys = np.log(mass[chances]) + generator.gumbel(size=len(chances))
     return chances[np.argsort(-keys, kind="stable")[:count]].astype(np.int64)
 
 
 def offline_probabilities(path: Path, data: RunData) -> FloatArray:
-    """(n,) probability of each training row, from one per row of its file.
+    """Load (n,) probability of each training row, from one per row of its file.
 
     Raises:
         BadInput: the file holds no probabilities, or fewer than the training file has rows.

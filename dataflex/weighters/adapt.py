@@ -1,4 +1,4 @@
-"""Weight samples by how close they lie to the target rows (ADAPT)."""
+"""Weighting of samples by closeness to the target rows (ADAPT)."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ class AdaptWeighter(TargetWeighter):
         self.scope = "window" if self_normalize else "micro"
 
     def measure(self, batch: MeasuredBatch) -> FloatArray:
-        """(b, 1) mean cosine to the anchors: that to their mean, which is not of length 1."""
+        """Compute (b, 1) mean cosine to anchors: that to their mean, which is not of length 1."""
         cosines: FloatArray = super().measure(batch) @ self.mean
         return cosines[:, None]
 
     def weights(self, losses: FloatArray, context: WeightContext) -> FloatArray:
-        """(n,) weights in (0, 1)."""
+        """Compute (n,) weights in (0, 1)."""
         if context.measured is None:
             raise RuntimeError("the samples were not measured")
         return adapt_weights(context.measured[:, 0], self.tau, self.clip)
 
 
 def adapt_weights(cosines: FloatArray, tau: float, clip: float | None) -> FloatArray:
-    """min(sigmoid(s / tau), clip) of mean cosines (n,) (E26)."""
+    """Compute min(sigmoid(s / tau), clip) of mean cosines (n,) (E26)."""
     # tanh does not overflow, however small tau is.
     weights = 0.5 * (1.0 + np.tanh(cosines / (2.0 * tau)))
     return np.asarray(weights if clip is None else np.minimum(weights, clip))

@@ -49,7 +49,7 @@ class MeasuredBatch:
 
 @dataclass(frozen=True)
 class WeightContext:
-    """What is known of the samples that are weighted together, over all ranks.
+    """Known values of the samples that are weighted together, over all ranks.
 
     Attributes:
         run: what stays the same.
@@ -94,14 +94,14 @@ class LossContributor(Strategy):
         """
 
     def measure(self, batch: MeasuredBatch) -> npt.NDArray[np.float64]:
-        """(b, m) of this rank's samples, gathered over ranks into `context.measured`.
+        """Measure (b, m) values of this rank's samples, gathered over ranks in `context.measured`.
 
         Called with the model's outputs, only where `measures` is true.
         """
         raise TypeError(f"{type(self).__name__} does not implement measure(batch)")
 
     def weights(self, losses: FloatArray, context: WeightContext) -> FloatArray:
-        """Weights (n,) >= 0 from mean token losses (n,), NaN where a sample has no target.
+        """Compute weights (n,) >= 0 from mean token losses (n,), NaN where a sample has no target.
 
         Called with the same values on every rank, so it must give the same answer there.
         """

@@ -1,4 +1,4 @@
-"""What weighters have in common that compare samples with the target rows: a mean embedding.
+"""Common base of weighters that compare samples with the target rows: a mean embedding.
 
 Letters: b samples of a rank's micro-batch, m target rows, d hidden size.
 """
@@ -25,7 +25,7 @@ Piece = tuple[Rows, npt.NDArray[np.int64]]
 
 
 class TargetWeighter(Weighter):
-    """Knows the mean embedding of the target rows, taken anew every so many steps.
+    """Weighter with the mean embedding of the target rows, recomputed every so many steps.
 
     Samples are embedded from the hidden states of the forward pass that trains on them.
 
@@ -91,14 +91,14 @@ class TargetWeighter(Weighter):
         self._looked = step
 
     def measure(self, batch: MeasuredBatch) -> FloatArray:
-        """(b, d) embeddings of this rank's samples."""
+        """Compute (b, d) embeddings of this rank's samples."""
         if batch.hidden is None:
             raise RuntimeError("no hidden states were kept")
         mask = batch.inputs["attention_mask"]
         return self._scaled(pool(batch.hidden, mask, self._pooling, unit=False))
 
     def state(self) -> dict[str, Any]:
-        """The mean and when it was taken: a resume goes on with the same."""
+        """Return the mean and the step it was taken at: a resume continues with the same."""
         return {"mean": self._mean, "looked": self._looked}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -106,7 +106,7 @@ class TargetWeighter(Weighter):
         self._mean, self._looked = np.asarray(state["mean"]), int(state["looked"])
 
     def _pieces(self, run: RunContext, step: int) -> list[Piece]:
-        """The target rows of a look, cut into batches; the same on every rank."""
+        """Split the target rows used for the mean into batches; the same on every rank."""
         sets = run.data.targets
         which = np.repeat(np.arange(len(sets)), [len(rows) for rows in sets])
         where = np.concatenate([np.arange(len(rows)) for rows in sets])
@@ -123,7 +123,7 @@ class TargetWeighter(Weighter):
         return pieces
 
     def _summed(self, run: RunContext, embed: HiddenStates, pieces: list[Piece]) -> FloatArray:
-        """(d,) sum of the embeddings of this rank's share of the rows.
+        """Sum the (d,) embeddings of this rank's share of the rows.
 
         Every rank makes as many passes: where the model's parameters are spread over the ranks
         (ZeRO-3), one that stops early would leave the others waiting. The last may count nothing.
@@ -141,12 +141,12 @@ class TargetWeighter(Weighter):
         return total
 
     def _scaled(self, vectors: torch.Tensor) -> FloatArray:
-        """(b, d) float64 rows, of length 1 where lengths are not to count."""
+        """Convert to (b, d) float64 rows, of length 1 where lengths are not to count."""
         found: FloatArray = vectors.double().cpu().numpy()
         return found if self._shortest is None else unit(found, self._shortest)
 
 
 def unit(vectors: FloatArray, shortest: float) -> FloatArray:
-    """Vectors (..., d) divided by their length, or by `shortest` where they are shorter."""
+    """Divide vectors (..., d) by their length, or by `shortest` where they are shorter."""
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.asarray(vectors / np.maximum(lengths, shortest))

@@ -1,4 +1,4 @@
-"""Weight samples so that their common update points to the target and says nothing twice.
+"""Weighting of samples so that their joint update points to the target without redundancy.
 
 Letters: n samples of a micro-batch over all ranks, d hidden size.
 """
@@ -83,7 +83,7 @@ class JointUpdateAwareWeighter(TargetWeighter):
         self.objective_mode: Objective = objective_mode
 
     def weights(self, losses: FloatArray, context: WeightContext) -> FloatArray:
-        """(n,) weights that sum to 1; 0 where a loss is not finite."""
+        """Compute (n,) weights that sum to 1; 0 where a loss is not finite."""
         if context.measured is None:
             raise RuntimeError("the samples were not measured")
         found = np.zeros(len(losses))
@@ -106,7 +106,7 @@ def joint_weights(
     rounds: int = ROUNDS,
     mode: Objective = "full",
 ) -> FloatArray:
-    """Maximises s'w - beta/2 w'G w + tau H(w) on the simplex (E27, E28).
+    """Maximise s'w - beta/2 w'G w + tau H(w) on the simplex (E27, E28).
 
     Args:
         s: (n,) cosines to the target.

@@ -1,4 +1,4 @@
-"""Weight samples by how their loss compares with the others of the step."""
+"""Weighting of samples by comparison of their loss with the others of the step."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class LossWeighter(Weighter):
         self.r = float(r)
 
     def weights(self, losses: FloatArray, context: WeightContext) -> FloatArray:
-        """(n,) weights that sum to 1; 0 where a loss is not finite."""
+        """Compute (n,) weights that sum to 1; 0 where a loss is not finite."""
         return loss_weights(losses, self.strategy, self.delta, self.r)
 
 
 def loss_weights(losses: FloatArray, strategy: LossStrategy, delta: float, r: float) -> FloatArray:
-    """Soft-max over the finite losses (n,) of the strategy's score (E25)."""
+    """Compute the soft-max over the finite losses (n,) of the strategy's score (E25)."""
     found = np.zeros(len(losses))
     finite = np.isfinite(losses)
     if not finite.any():

@@ -1,1 +1,1 @@
-"""How per-sample gradients are taken: hooks, losses, and the way back to the model as it was."""
+"""Capture of per-sample gradients: hooks, losses, and restoring the model's original state."""

@@ -1,4 +1,4 @@
-"""Which adapter a model trains, and which of its matrices hooks can cover.
+"""Detection of the adapter a model trains, and of its matrices that hooks can cover.
 
 Known by names and module types alone: `gradstore` does not import peft.
 """
@@ -18,7 +18,7 @@ _ADAPTER_PARTS = (*_LORA_MATRICES, "lora_embedding_A", "lora_embedding_B")
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Raises BadInput unless every LoRA layer runs exactly one adapter, beside its base."""
+    """Raise BadInput unless every LoRA layer runs exactly one adapter, beside its base."""
     active: set[str] = set()
     for name, module in model.named_modules():
         if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
@@ -45,7 +45,7 @@ def check_adapters(model: nn.Module) -> None:
 def watched_linears(
     model: nn.Module, parameters: Mapping[ParameterSlot, nn.Parameter]
 ) -> list[Watched]:
-    """Finds the LoRA matrices that hooks can cover, leaving out tied ones they cover in part."""
+    """Find the LoRA matrices that hooks can cover, except tied ones that they cover in part."""
     slots = {id(parameter): slot for slot, parameter in parameters.items()}
     found: list[Watched] = []
     elsewhere: set[ParameterSlot] = set()

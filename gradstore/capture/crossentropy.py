@@ -68,7 +68,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
 def weighted_cross_entropy(
     logits: Tensor, tokens: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Computes the weighted sum of token losses, and the losses.
+    """Compute the weighted sum of token losses, and the losses.
 
     Args:
         logits: (s, V), any floating dtype; computed with in float32.

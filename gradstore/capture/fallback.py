@@ -36,7 +36,7 @@ class RowwiseGradients:
     def __call__(
         self, parameters: Sequence[nn.Parameter], batch: Mapping[str, Tensor], targets: Targets
     ) -> tuple[list[Tensor], Tensor]:
-        """Returns one (b, numel) float32 block per parameter, and the rows' losses (b,)."""
+        """Compute one (b, numel) float32 block per parameter, and the rows' losses (b,)."""
         if self._vmap_works and targets.grid[0] > 1:
             try:
                 return self._all_rows(parameters, batch, targets)

@@ -51,16 +51,16 @@ class HookedPass:
         self._ignored: Tensor | None = None
 
     def missed(self, slot: ParameterSlot) -> bool:
-        """Whether hooks can't give this slot: never called, or with inputs mixed across rows."""
+        """Return whether hooks can't cover this slot: never called, or inputs mixed across rows."""
         return slot in self._unfit or not self._expected[slot]
 
     def await_only(self, slots: set[ParameterSlot]) -> None:
-        """Ends the forward: what checkpointed layers compute again later is not counted."""
+        """End the forward; what checkpointed layers recompute later is not counted."""
         self._wanted = slots
         self._forward_is_over = True
 
     def watch(self, watched: Watched, x: Tensor, output: Tensor) -> None:
-        """Keeps one call's input (b, ..., in) and waits for the gradient of its output."""
+        """Keep one call's input (b, ..., in) and wait for the gradient of its output."""
         if x is self._ignored or _is_identity(x):
             # DoRA multiplies its matrices by calling them on an identity, and detaches the result.
             self._ignored = output
@@ -103,7 +103,7 @@ class HookedPass:
         self._sink(slot, block)
 
     def finish(self, parameters: Mapping[ParameterSlot, nn.Parameter]) -> None:
-        """Delivers what some call had no part in the loss of, zeros where none had."""
+        """Emit slots left over: partial sums where some calls affected the loss, zeros if none."""
         for slot in sorted(self._wanted - self._delivered, key=lambda slot: slot.start):
             block = self._partial.pop(slot, None)
             if block is None:
@@ -111,14 +111,14 @@ class HookedPass:
             self._emit(slot, block)
 
     def close(self) -> None:
-        """Lets go of the sink and of unfinished blocks."""
+        """Release the sink and unfinished blocks."""
         self._sink = None
         self._partial.clear()
         self._ignored = None
 
 
 def _row_products(gradient: Tensor, x: Tensor) -> Tensor:
-    """Multiplies gᵀx row by row: (b, t, out), (b, t, in) -> (b, out * in) float32."""
+    """Multiply gᵀx row by row: (b, t, out), (b, t, in) -> (b, out * in) float32."""
     left = gradient.transpose(1, 2)
     if gradient.dtype == torch.float32 == x.dtype:
         product = torch.bmm(left, x)

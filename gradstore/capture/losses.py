@@ -26,7 +26,7 @@ _NOT_MODEL_INPUTS = frozenset({"labels", "shift_labels", "num_items_in_batch", "
 
 @dataclass(frozen=True)
 class BatchStats:
-    """What is known of a batch's rows beside their gradients.
+    """Statistics of a batch's rows other than their gradients.
 
     Attributes:
         loss: (b,) float32, mean over the row's target tokens; nan where it has none.
@@ -57,7 +57,7 @@ class Targets:
 
     @staticmethod
     def of(batch: Mapping[str, Tensor]) -> Targets:
-        """Finds the target positions of `batch["labels"]` (b, t).
+        """Find the target positions of `batch["labels"]` (b, t).
 
         Raises:
             BadInput: There are no labels, or they are not (b, t).
@@ -74,23 +74,23 @@ class Targets:
         return Targets(rows, columns, shifted[rows, columns], chosen.sum(1), grid)
 
     def weights(self) -> Tensor:
-        """Returns (s,) float32: one over the number of target tokens of the position's row."""
+        """Return (s,) float32: one over the number of target tokens of the position's row."""
         return self.counts[self.rows].float().reciprocal()
 
     def row_means(self, token_loss: Tensor) -> Tensor:
-        """Averages (s,) token losses per row: (b,) float32, nan where a row has no target."""
+        """Average (s,) token losses per row: (b,) float32, nan where a row has no target."""
         sums = torch.zeros(self.grid[0], device=token_loss.device)
         sums.index_add_(0, self.rows, token_loss)
         return sums / self.counts  # 0 / 0 is the nan wanted
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves out what is not the model's; with labels it would compute a loss of its own."""
+    """Drop keys that are not model inputs; with labels the model would compute its own loss."""
     return {key: value for key, value in batch.items() if key not in _NOT_MODEL_INPUTS}
 
 
 def logits_of(output: Any) -> Tensor:  # noqa: ANN401 - models return what they like
-    """Finds the logits in a model's output: the output, its `.logits`, or its first part."""
+    """Find the logits in a model's output: the output, its `.logits`, or its first part."""
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)
@@ -101,7 +101,7 @@ def logits_of(output: Any) -> Tensor:  # noqa: ANN401 - models return what they 
 
 
 class RowLoss:
-    """Computes a batch's losses with one forward.
+    """Computation of a batch's losses with one forward.
 
     Args:
         model: A causal language model, its logits (b, t, V).
@@ -115,7 +115,7 @@ class RowLoss:
         self._head = _plain_head(model)
 
     def __call__(self, batch: Mapping[str, Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
-        """Computes the sum of the rows' losses, with its graph, and (s,) token losses without."""
+        """Compute the rows' summed loss, with its graph, and (s,) token losses without a graph."""
         logits = self._gathered_logits(batch, targets)
         if logits is None:
             logits = self._full_logits(batch, targets)
@@ -131,7 +131,7 @@ class RowLoss:
         return logits[targets.rows, targets.columns]  # (s, V)
 
     def _gathered_logits(self, batch: Mapping[str, Tensor], targets: Targets) -> Tensor | None:
-        """Returns (s, V), or None where the output layer can't run on chosen positions alone."""
+        """Return (s, V) logits, or None if the output layer can't run on chosen positions alone."""
         head = self._head
         if head is None or self._verified.get(self._model) is False:
             return None
@@ -159,14 +159,14 @@ class RowLoss:
 
 
 def target_losses(model: nn.Module, batch: Mapping[str, Tensor], targets: Targets) -> Tensor:
-    """Computes (s,) float32 token losses at the targets; mode and autograd are the caller's."""
+    """Compute (s,) float32 token losses at the targets; the caller sets mode and autograd."""
     if len(targets.rows) == 0:
         return torch.zeros(0, device=targets.counts.device)
     return RowLoss(model)(batch, targets)[1]
 
 
 def _plain_head(model: nn.Module) -> nn.Linear | None:
-    """Returns the output layer if it is a plain linear layer, which works position by position."""
+    """Return the output layer if it is a plain linear layer, which works position by position."""
     getter: Callable[[], nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
     if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
@@ -176,7 +176,7 @@ def _plain_head(model: nn.Module) -> nn.Linear | None:
 
 @contextmanager
 def _head_at(head: nn.Module, targets: Targets) -> Iterator[list[Tensor]]:
-    """Feeds the output layer only the target positions, as (1, s, h); yields its outputs."""
+    """Feed the output layer only the target positions, as (1, s, h); yield its outputs."""
     seen: list[Tensor] = []
 
     def gather(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -15,7 +15,7 @@ _SCORING_CONFIG = {"use_cache": False, "output_router_logits": False}
 
 @contextmanager
 def borrowed(model: nn.Module, *, freeze: bool) -> Iterator[None]:
-    """Puts a model into evaluation, optionally frozen, and restores every flag, whatever happens.
+    """Put a model into evaluation mode, optionally frozen, and restore every flag, even on error.
 
     Args:
         model: Any module.
@@ -48,7 +48,7 @@ def borrowed(model: nn.Module, *, freeze: bool) -> Iterator[None]:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """Finds the distinct configs of a model and its parts (a text model has its own in a VLM)."""
+    """Find the distinct configs of a model and its parts (a text model has its own in a VLM)."""
     found: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -58,5 +58,5 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A backward's own context: autocast is for forwards, and would round the hooks' products."""
+    """Disable autocast for a backward: it is for forwards, and would round the hooks' products."""
     return torch.autocast(device.type, enabled=False)

@@ -70,7 +70,7 @@ class GradientCapture:
         self._log_fallback(set(self.slots) - self._hooked)
 
     def __enter__(self) -> Self:
-        """Freezes the model and hooks its LoRA matrices."""
+        """Freeze the model and hook its LoRA matrices."""
         if self._stack is not None:
             raise RuntimeError("this GradientCapture is already entered")
         with ExitStack() as stack:
@@ -87,13 +87,13 @@ class GradientCapture:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Gives the model back as it was."""
+        """Restore the model's original state."""
         stack, self._stack = self._stack, None
         if stack is not None:
             stack.close()
 
     def capture(self, batch: Mapping[str, Tensor], sink: Sink) -> BatchStats:
-        """Hands every slot's gradient block to `sink`, once each, in no particular order.
+        """Pass every slot's gradient block to `sink`, once each, in no particular order.
 
         Args:
             batch: Inputs (b, t) of the model and `labels` (b, t), right-padded, one sample a row.
@@ -121,7 +121,7 @@ class GradientCapture:
         return BatchStats(losses, targets.counts)
 
     def _capture_hooked(self, batch: Mapping[str, Tensor], targets: Targets, sink: Sink) -> Tensor:
-        """One forward and backward of the whole batch; returns the rows' losses (b,)."""
+        """Run one forward and backward of the whole batch; return the rows' losses (b,)."""
         self._pass = current = HookedPass(targets, sink)
         try:
             with torch.enable_grad():
@@ -167,7 +167,7 @@ class GradientCapture:
 
 
 def batch_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> BatchStats:
-    """Computes the rows' losses as `GradientCapture.capture` reports them, without gradients.
+    """Compute the rows' losses as `GradientCapture.capture` reports them, without gradients.
 
     Args:
         model: A causal language model; evaluated in eval mode, given back as it was.

@@ -26,7 +26,7 @@ class ParameterSlot:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the model inside DDP, DataParallel and torch.compile wrappers."""
+    """Return the model inside DDP, DataParallel and torch.compile wrappers."""
     while True:
         if isinstance(model, DistributedDataParallel | DataParallel):
             model = model.module
@@ -37,7 +37,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def parameter_name(name: str) -> str:
-    """Strips leading `module.` and every `_orig_mod.` from a parameter's name.
+    """Strip leading `module.` and every `_orig_mod.` from a parameter's name.
 
     Examples:
         >>> parameter_name("module._orig_mod.layers.0._orig_mod.weight")
@@ -50,7 +50,7 @@ def parameter_name(name: str) -> str:
 
 
 def trainable_slots(model: nn.Module) -> dict[ParameterSlot, nn.Parameter]:
-    """Lists the parameters that require grad, in `named_parameters()` order, tied ones once."""
+    """List the parameters that require grad, in `named_parameters()` order, tied ones once."""
     slots: dict[ParameterSlot, nn.Parameter] = {}
     start = 0
     for name, parameter in model.named_parameters():

@@ -141,7 +141,7 @@ def combined_directions(
     *,
     token_budget: int = 2048,
 ) -> TargetDirections:
-    """Mean unit feature of each sub-task, without a projection.
+    """Compute the mean unit feature of each sub-task, without a projection.
 
     Raises:
         BadInput: a sub-task without a usable row, named by its position.
@@ -165,7 +165,7 @@ def _add_up(
     token_budget: int,
     into: Tensor,
 ) -> None:
-    """Adds every sequence's weighted gradient to its row of `into` (r, p)."""
+    """Add every sequence's weighted gradient to its row of `into` (r, p)."""
     flat = [(at, sequence) for at, each in enumerate(group) for sequence in each.sequences]
     weights = np.array([w for each in group for w in each.weights], dtype=np.float64)
     lengths = [length for each in group for length in each.lengths]
@@ -195,7 +195,7 @@ def _add_up(
 
 
 def _places(owners: npt.NDArray[Any], device: torch.device) -> list[tuple[int, Tensor]]:
-    """(row of the group, places in the batch of its sequences)."""
+    """List pairs of a row of the group and the batch positions of its sequences."""
     return [
         (int(owner), torch.from_numpy(np.flatnonzero(owners == owner)).to(device))
         for owner in np.unique(owners)

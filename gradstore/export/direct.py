@@ -42,7 +42,7 @@ class TargetDirections:
 def target_directions(
     model: nn.Module, subtasks: Sequence[RowBatches], features: FeatureSpec
 ) -> TargetDirections:
-    """One direction per sub-task from its rows' unit gradients.
+    """Compute one direction per sub-task from its rows' unit gradients.
 
     Args:
         model: the model whose gradients are taken.
@@ -66,7 +66,7 @@ def target_directions(
 
 
 def mean_direction(parts: Iterable[tuple[Tensor, Tensor]], number: int) -> tuple[Tensor, int]:
-    """Mean unit row of a sub-task, and how many rows could be used.
+    """Compute the mean unit row of a sub-task, and count its usable rows.
 
     Args:
         parts: whole features (b, p) and their target tokens (b,).
@@ -100,7 +100,7 @@ def direct_cosines(
     moments: AdamMoments | None = None,
     status: npt.NDArray[np.uint8] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Mean cosine of each training row to every sub-task.
+    """Compute the mean cosine of each training row to every sub-task.
 
     Args:
         model: the model whose gradients are taken.

@@ -42,7 +42,7 @@ _ROOT_FLOOR = 1e-27
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Which feature is made of a gradient.
+    """Specification of the feature computed from a gradient.
 
     Attributes:
         kind: adam_marginal | adam | sgd | sign.
@@ -55,7 +55,7 @@ class FeatureSpec:
     bias_correction: bool = False
 
     def __post_init__(self) -> None:
-        """Checks the names.
+        """Raise BadInput unless `kind` and `adam_eps_mode` are among the offered names.
 
         Raises:
             BadInput: A name is not one of those offered.
@@ -66,7 +66,7 @@ class FeatureSpec:
 
     @property
     def needs_moments(self) -> bool:
-        """Whether the feature depends on the optimizer's moments."""
+        """Flag for a feature that depends on the optimizer's moments."""
         return self.kind in ("adam_marginal", "adam")
 
 
@@ -137,7 +137,7 @@ class FeatureMap:
                 self._vectors[slot.name] = self._prepare(moments.of(slot))
 
     def apply_(self, slot: ParameterSlot, grad: Tensor) -> Tensor:
-        """Overwrites a block of gradients with features; what is not finite stays so.
+        """Overwrite a block of gradients with features; non-finite values stay non-finite.
 
         Args:
             slot: Whose gradient it is.
@@ -188,7 +188,7 @@ class FeatureMap:
 
 
 def _step_(block: Tensor, vectors: _AdamVectors, span: slice, root: Tensor, _: Tensor) -> None:
-    """Γ(g) = (a + g) / (√V + outer), in place on (b, w)."""
+    """Compute Γ(g) = (a + g) / (√V + outer), in place on (b, w)."""
     torch.addcmul(vectors.base[span], block, block, value=vectors.curve, out=root)
     root.sqrt_()
     if vectors.outer:
@@ -199,7 +199,7 @@ def _step_(block: Tensor, vectors: _AdamVectors, span: slice, root: Tensor, _: T
 def _marginal_(
     block: Tensor, vectors: _AdamVectors, span: slice, root: Tensor, share: Tensor
 ) -> None:
-    """Γ(g) - Γ(0) without the difference of near equals, in place on (b, w).
+    """Compute Γ(g) - Γ(0) without the difference of nearly equal terms, in place on (b, w).
 
     With the roots s = √V and s₀ = √V(0) and the denominators D = s + outer, D₀ = s₀ + outer:
     Γ(g) - Γ(0) = g/D - a(s - s₀)/(D·D₀), and s - s₀ = curve·g²/(s + s₀), so with

@@ -27,7 +27,7 @@ _WITHOUT_MOMENTS = "take gradient_type `sgd` or `sign`, which need no moments"
 
 @dataclass(frozen=True)
 class AdamConstants:
-    """What Adam's step depends on beside gradient and moments.
+    """Constants that Adam's step depends on, beside gradient and moments.
 
     Attributes:
         beta1: Decay of the first moment.
@@ -63,7 +63,7 @@ class AdamMoments:
 
     @classmethod
     def from_optimizer(cls, optimizer: Any, model: nn.Module) -> Self:  # noqa: ANN401 - wrappers
-        """Copies the moments out of an optimizer; one that has not stepped yet has zeros.
+        """Copy the moments out of an optimizer; zeros if it has not stepped yet.
 
         Args:
             optimizer: A torch optimizer of the Adam family, or accelerate's wrapper of one.
@@ -88,7 +88,7 @@ class AdamMoments:
     def from_state_dict(
         cls, state: Mapping[str, Any], parameters: Sequence[tuple[str, nn.Parameter]]
     ) -> Self:
-        """Reads a saved `optimizer.state_dict()`, whose parameters have numbers, not names.
+        """Read a saved `optimizer.state_dict()`, whose parameters have numbers, not names.
 
         Args:
             state: with `state` and `param_groups`.
@@ -111,7 +111,7 @@ class AdamMoments:
         return cls(found)
 
     def of(self, slot: ParameterSlot) -> ParameterMoments:
-        """Returns a slot's moments.
+        """Return the moments of a slot.
 
         Raises:
             BadInput: There are none for this name, or they have another shape.
@@ -132,7 +132,7 @@ class AdamMoments:
         return moments
 
     def sha256(self) -> str:
-        """Hashes names, shapes, constants and values; the same wherever and however saved."""
+        """Hash names, shapes, constants and values, independent of where and how they are saved."""
         digest = hashlib.sha256()
         for name in sorted(self.parameters):
             moments = self.parameters[name]
@@ -143,7 +143,7 @@ class AdamMoments:
         return digest.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all.
+        """Write a safetensors file atomically.
 
         Raises:
             StoreIOError: The file cannot be written.
@@ -161,7 +161,7 @@ class AdamMoments:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads what `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
             BadInput: There is no such file, or it is no file of moments.

@@ -24,7 +24,7 @@ POOLINGS: tuple[Pooling, ...] = ("mean", "first_token", "last_token", "position"
 
 
 def pool(hidden: Tensor, mask: Tensor, how: Pooling = "mean", *, unit: bool = True) -> Tensor:
-    """Token states -> one vector per row; padding on either side changes nothing.
+    """Pool token states into one vector per row; padding on either side has no effect.
 
     Args:
         hidden: (b, t, d), any floating dtype.
@@ -66,7 +66,7 @@ def pool(hidden: Tensor, mask: Tensor, how: Pooling = "mean", *, unit: bool = Tr
 
 
 def to_unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors (b, d) -> unit rows (b, d) float32 and their lengths (b,) float64; zeros stay zeros.
+    """Normalize vectors (b, d) to float32 unit rows; return float64 lengths (b,); zeros stay zeros.
 
     A row that is not finite keeps a length that is not.
     """
@@ -91,7 +91,7 @@ class HiddenStates:
         pooling: Pooling = "mean",
         unit: bool = True,
     ) -> None:
-        """Keeps what a batch will need.
+        """Store the model and the settings for embedding batches.
 
         Args:
             model: in training or not.
@@ -110,7 +110,7 @@ class HiddenStates:
         self._unit = unit
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Embeds a batch with `input_ids` and `attention_mask` (b, t): (b, d) float32.
+        """Embed a batch with `input_ids` and `attention_mask` (b, t): (b, d) float32.
 
         Raises:
             BadInput: the model has no such layer.
@@ -132,5 +132,5 @@ class HiddenStates:
 
 
 def attention_tokens(batch: Batch) -> Tensor:
-    """Tokens of each row (b,) that the model attends to."""
+    """Count the tokens of each row (b,) that the model attends to."""
     return batch["attention_mask"].sum(dim=1)

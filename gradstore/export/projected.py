@@ -49,7 +49,7 @@ def export_features(
     moments: AdamMoments | None = None,
     buffer_bytes: int = 2 << 30,
 ) -> Generator[FeatureRows, None, None]:
-    """Features of every row of `batches`, in the order they come.
+    """Yield the features of every row of `batches`, in the order of the batches.
 
     The model is frozen and hooked until the generator is exhausted or closed.
 
@@ -176,7 +176,7 @@ class _Exporter:
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """(b, k) float32 -> (b,) float64; a row's own dot product, so one row's NaN stays its own."""
+    """Sum squares per row, (b, k) float32 -> (b,) float64; one row's NaN stays in its own row."""
     norms: Tensor = torch.linalg.vector_norm(x, dim=1)
     return norms.double().square_()
 
@@ -184,7 +184,7 @@ def sum_of_squares(x: Tensor) -> Tensor:
 def finished_rows(
     rows: npt.NDArray[np.int64], projected: Tensor, squares: Tensor, target_tokens: Tensor
 ) -> FeatureRows:
-    """Projected rows (b, d) with squared norms (b,) and target tokens (b,), judged, on the host."""
+    """Build host rows with status from projected (b, d), squared norms (b,), target tokens (b,)."""
     norm = squares.sqrt()
     # A projected row may overflow where its norm does not.
     finite = torch.isfinite(projected).all(dim=1)

@@ -139,7 +139,7 @@ class Batches:
         return int(self._lengths[self._fitting(unit)].sum())
 
     def _fitting(self, unit: UnitRange) -> npt.NDArray[np.int64]:
-        """Rows of the unit that the model can take."""
+        """Return the rows of the unit that the model can take."""
         rows = np.arange(unit.start, unit.stop)
         return rows if self.longest is None else rows[self._lengths[rows] <= self.longest]
 
@@ -180,7 +180,7 @@ def join_unit(
 
 
 def row_status(norm: Tensor, target_tokens: Tensor) -> Tensor:
-    """What a row is worth, from its feature's norm (b,) and its target tokens (b,): (b,) uint8."""
+    """Compute (b,) uint8 row status codes from feature norms (b,) and target tokens (b,)."""
     status = torch.full_like(target_tokens, RowStatus.OK, dtype=torch.uint8)
     status[norm == 0] = RowStatus.ZERO_NORM
     status[~torch.isfinite(norm)] = RowStatus.NON_FINITE

@@ -26,13 +26,13 @@ VISUAL_KEYS = ("image_token_id", "image_token_index", "video_token_id", "video_t
 
 
 def visual_token_ids(config: Any) -> tuple[int, ...]:  # noqa: ANN401 - a model's config
-    """Ids of the tokens that stand for images and videos; none for a model of text alone."""
+    """List the ids of image and video placeholder tokens; empty for a text-only model."""
     found = (getattr(config, key, None) for key in VISUAL_KEYS)
     return tuple(sorted({i for i in found if isinstance(i, int) and i >= 0}))
 
 
 def even_layers(layers: int, count: int = 5) -> tuple[int, ...]:
-    """Numbers of `count` decoder layers spread evenly over `layers`, 0-based; fewer where few are.
+    """Choose `count` decoder layers, 0-based, spread evenly over `layers`; fewer where few exist.
 
     Examples:
         >>> even_layers(24), even_layers(32), even_layers(3)
@@ -42,7 +42,7 @@ def even_layers(layers: int, count: int = 5) -> tuple[int, ...]:
 
 
 def modality_blocks(hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
-    """Unit means of tanh(states) over two kinds of tokens, side by side.
+    """Compute unit means of tanh(states) over two kinds of tokens, side by side.
 
     Args:
         hidden: (b, t, h), any floating dtype.
@@ -67,7 +67,7 @@ class VisualStates:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int], visual_ids: Sequence[int]) -> None:
-        """Keeps what a batch will need.
+        """Store the model, the layers and the visual token ids for embedding batches.
 
         Args:
             model: its forward takes `output_hidden_states` and returns one state per input token.
@@ -83,7 +83,7 @@ class VisualStates:
         self._fewer: dict[str, int] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Embeds a batch with `input_ids`, `attention_mask` (b, t) and pixels: (b, 2·M·h)."""
+        """Embed a batch with `input_ids`, `attention_mask` (b, t) and pixels: (b, 2·M·h)."""
         device = next(self._model.parameters()).device
         inputs: dict[str, Any] = {
             key: value.to(device) if isinstance(value, Tensor) else value

@@ -24,7 +24,7 @@ SEAL = "sha256"
 
 
 def plain(value: object, where: str = "value") -> Json:
-    """Turns tuples, NumPy scalars, arrays and mappings into plain JSON values.
+    """Convert tuples, NumPy scalars, arrays and mappings to plain JSON values.
 
     Args:
         value: what to convert.
@@ -57,7 +57,7 @@ def plain(value: object, where: str = "value") -> Json:
 
 
 def canonical_json(value: object) -> bytes:
-    """Gives the one byte string that stands for `value`.
+    """Return the unique canonical byte string of `value`.
 
     >>> canonical_json({"b": (1, 2), "a": None})
     b'{"a":null,"b":[1,2]}'
@@ -66,7 +66,7 @@ def canonical_json(value: object) -> bytes:
 
 
 def _dump(value: Json) -> bytes:
-    """Spells a value that is plain JSON already."""
+    """Serialize a value that is already plain JSON."""
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True
     )
@@ -74,18 +74,18 @@ def _dump(value: Json) -> bytes:
 
 
 def sha256_json(value: object) -> str:
-    """Gives the sha256, in hex, of the canonical form of `value`."""
+    """Compute the sha256, in hex, of the canonical form of `value`."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def seal(document: Mapping[str, object]) -> dict[str, Json]:
-    """Gives `document` with the sha256 of its other fields added as `sha256`."""
+    """Return `document` with the sha256 of its other fields added as `sha256`."""
     body = {key: value for key, value in plain(document).items() if key != SEAL}
     return {**body, SEAL: _seal_of(body)}
 
 
 def parse(data: bytes) -> dict[str, Json]:
-    """Reads one JSON object.
+    """Read one JSON object.
 
     Raises:
         ValueError: the bytes are not a JSON object, hold NaN or a doubled key, or nest too deeply.
@@ -105,7 +105,7 @@ def parse(data: bytes) -> dict[str, Json]:
 
 
 def unseal(data: bytes) -> dict[str, Json]:
-    """Reads a sealed document and checks that not one byte of it has changed.
+    """Read a sealed document and check that no byte of it has changed.
 
     Raises:
         ValueError: the bytes are not canonical JSON, or the seal does not fit.

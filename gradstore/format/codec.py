@@ -16,7 +16,7 @@ LARGEST = 2.0**127
 
 
 def settle_status(features: np.ndarray, norm: np.ndarray, status: np.ndarray) -> np.ndarray:
-    """Gives the status of each row, where a row called ok must also be usable.
+    """Return the status of each row, where a row with status ok must also be usable.
 
     Args:
         features: (k, d) float32.
@@ -37,7 +37,7 @@ def settle_status(features: np.ndarray, norm: np.ndarray, status: np.ndarray) ->
 
 
 def encode(features: np.ndarray, usable: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and rounds rows for storage.
+    """Scale and round rows for storage.
 
     Args:
         features: (k, d) float32, within `LARGEST` in usable rows.
@@ -63,7 +63,7 @@ def encode(features: np.ndarray, usable: np.ndarray, dtype: str) -> tuple[np.nda
 
 
 def decode(stored: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:
-    """Gives (k, d) float32 features back; rows whose scale is NaN come back as NaN."""
+    """Decode stored values to (k, d) float32 features; rows whose scale is NaN become NaN."""
     if dtype == "bfloat16":
         values = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     else:
@@ -74,14 +74,14 @@ def decode(stored: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Rounds finite float32 to the nearest bfloat16 (ties to even), as uint16 bits."""
+    """Round finite float32 to the nearest bfloat16 (ties to even), as uint16 bits."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
 
 
 def chunk_values(values: np.ndarray, spec: ArraySpec, unit_rows: int) -> np.ndarray:
-    """Pads the values of one unit to a full, contiguous, little-endian chunk."""
+    """Pad the values of one unit to a full, contiguous, little-endian chunk."""
     fill = np.nan if spec.fill == "NaN" else 0
     little = np.dtype(spec.dtype).newbyteorder("<")
     shape = spec.chunk_shape(unit_rows)

@@ -42,12 +42,12 @@ class Commit:
     chunk_bytes: int = 0
 
     def to_dict(self) -> dict[str, Json]:
-        """Gives the sealed document."""
+        """Return the sealed document."""
         body = {each.name: getattr(self, each.name) for each in fields(self)}
         return seal({"schema_version": SCHEMA_VERSION, **body})
 
     def to_bytes(self) -> bytes:
-        """Gives the bytes of its file."""
+        """Return the bytes of the commit's file."""
         return canonical_json(self.to_dict())
 
     @cached_property
@@ -62,7 +62,7 @@ class Commit:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Commit:
-        """Reads a commit; ValueError when the bytes are not exactly one."""
+        """Read a commit; raise ValueError when the bytes are not exactly one."""
         document = unseal(data)
         try:
             commit = cls(

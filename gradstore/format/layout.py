@@ -1,4 +1,4 @@
-"""Where everything of a store lies, what it is called and how long it is; no disk access here.
+"""Paths, names and sizes of everything in a store; no disk access here.
 
 docs/store-format.md walks the tree. What is on disk is compared with what this module would write,
 byte for byte, before any array is opened: so a store can't talk a reader into other codecs, shapes
@@ -39,7 +39,7 @@ EMBEDDING = "embedding"
 
 
 class RowStatus(IntEnum):
-    """What a row is worth; only `OK` rows are ever scored or selected."""
+    """Status of a row; only `OK` rows are ever scored or selected."""
 
     OK = 0
     MASKED = 1
@@ -73,15 +73,15 @@ class ArraySpec:
         return {"uint8": 1, "float16": 2, "uint16": 2, "int32": 4, "float32": 4}[self.dtype]
 
     def chunk_shape(self, unit_rows: int) -> tuple[int, ...]:
-        """Shape of every chunk, the last one too."""
+        """Return the shape of every chunk, including the last one."""
         return (unit_rows,) if self.width is None else (unit_rows, self.width)
 
     def chunk_bytes(self, unit_rows: int) -> int:
-        """Exact size of every chunk's file: the values and 4 bytes of crc32c."""
+        """Return the exact size of every chunk's file: the values and 4 bytes of crc32c."""
         return unit_rows * (self.width or 1) * self.item_bytes + CRC_BYTES
 
     def chunk_path(self, unit: int) -> str:
-        """Path of a chunk relative to the generation."""
+        """Return the path of a chunk relative to the generation."""
         return f"{self.name}/c/{unit}" if self.width is None else f"{self.name}/c/{unit}/0"
 
 
@@ -93,7 +93,7 @@ FEATURE_DTYPES: Mapping[str, tuple[str, Literal["NaN", 0]]] = {
 
 
 def check_dtype(dtype: str) -> str:
-    """Gives `dtype` back if features can be stored in it; BadInput names the choices otherwise."""
+    """Return `dtype` if features can be stored in it; else raise BadInput with the choices."""
     if dtype not in FEATURE_DTYPES:
         raise BadInput(
             f"features can't be stored as {dtype!r}; choose {' or '.join(FEATURE_DTYPES)}"
@@ -102,7 +102,7 @@ def check_dtype(dtype: str) -> str:
 
 
 def arrays(dim: int, dtype: str) -> tuple[ArraySpec, ...]:
-    """Lists the arrays of a generation of (n, dim) features, features first."""
+    """List the arrays of a generation of (n, dim) features, features first."""
     stored, fill = FEATURE_DTYPES[check_dtype(dtype)]
     return (
         ArraySpec("features", stored, dim, fill),
@@ -117,7 +117,7 @@ def arrays(dim: int, dtype: str) -> tuple[ArraySpec, ...]:
 def generation_bytes(
     rows: int, dim: int, dtype: str = "float16", unit_rows: int = UNIT_ROWS
 ) -> int:
-    """Bytes that a generation of `rows` needs on disk, each file rounded up to whole blocks."""
+    """Compute the bytes on disk of a generation of `rows`, each file rounded up to whole blocks."""
     per_unit = [spec.chunk_bytes(unit_rows) for spec in arrays(dim, dtype)]
     blocks = sum(-(-size // BLOCK_BYTES) for size in per_unit)
     record_and_folders = 3
@@ -132,7 +132,7 @@ def generation_bytes(
 
 
 def array_json(spec: ArraySpec, rows: int, unit_rows: int) -> bytes:
-    """Gives the zarr.json of one array: unsharded, uncompressed, checked by crc32c."""
+    """Build the zarr.json of one array: unsharded, uncompressed, checked by crc32c."""
     wide = {"configuration": {"endian": "little"}} if spec.item_bytes > 1 else {}
     shape = [rows] if spec.width is None else [rows, spec.width]
     return canonical_json(
@@ -155,18 +155,18 @@ def array_json(spec: ArraySpec, rows: int, unit_rows: int) -> bytes:
 
 
 def group_json(attributes: Mapping[str, object] | None = None) -> bytes:
-    """Gives the zarr.json of a group."""
+    """Build the zarr.json of a group."""
     return canonical_json({"attributes": attributes or {}, "node_type": "group", "zarr_format": 3})
 
 
 def root_json(store_uuid: str) -> bytes:
-    """Gives the store's own zarr.json."""
+    """Build the store's own zarr.json."""
     body = {"needs": NEEDS, "schema_version": SCHEMA_VERSION, "store_uuid": store_uuid}
     return group_json({**body, "check": sha256_json(body)})
 
 
 def read_root(data: bytes) -> tuple[int, str, str]:
-    """Reads the store's own zarr.json.
+    """Read the store's own zarr.json.
 
     Returns:
         Schema version, store uuid, and the release that reads it.
@@ -192,31 +192,31 @@ def read_root(data: bytes) -> tuple[int, str, str]:
 
 
 def generation_path(name: str) -> str:
-    """Folder of a generation."""
+    """Return the path of a generation's folder."""
     return f"{GENERATIONS}/{name}"
 
 
 def plan_path(name: str) -> str:
-    """File of a generation's plan."""
+    """Return the path of the file of a generation's plan."""
     return f"{PLANS}/{name}.json"
 
 
 def unit_path(name: str, unit: int) -> str:
-    """File of a unit's record."""
+    """Return the path of the file of a unit's record."""
     return f"{GENERATIONS}/{name}/units/{unit}.json"
 
 
 def provenance_path(space: str) -> str:
-    """File of what all generations of a space share."""
+    """Return the path of the provenance file that all generations of a space share."""
     return f"{SPACES}/{space}/provenance.json"
 
 
 def commit_path(number: int) -> str:
-    """File of the commit of this number, from 1."""
+    """Return the path of the file of the commit of this number, from 1."""
     return f"{COMMITS}/{number}.json"
 
 
 def group_paths(name: str) -> list[str]:
-    """Folders above a generation that need a zarr.json, itself included, outermost first."""
+    """List the folders that need a zarr.json: a generation and those above it, outermost first."""
     parts = generation_path(name).split("/")
     return ["/".join(parts[: depth + 1]) for depth in range(len(parts))]

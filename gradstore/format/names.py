@@ -22,7 +22,7 @@ _STEP = re.compile(r"(0|[1-9][0-9]{0,17})(?:\.([1-9][0-9]{0,8}))?")
 
 
 def quote(name: str) -> str:
-    """Gives a run's or data set's name a form that is safe as a folder name, and reversible.
+    """Quote a run's or data set's name in a form that is safe as a folder name, and reversible.
 
     >>> quote("alpaca_en"), quote("org/set one"), quote("..")
     ('alpaca_en', 'org%2Fset%20one', '%2E.')
@@ -69,7 +69,7 @@ class GenerationName:
 
     @classmethod
     def parse(cls, text: str) -> GenerationName:
-        """Reads a name; BadInput when it is not exactly as `str()` gives it."""
+        """Parse a name; raise BadInput when it is not exactly in the form of `str()`."""
         parts = text.split("/")
         step = _STEP.fullmatch(parts[-1])
         try:
@@ -93,23 +93,23 @@ class GenerationName:
         return name
 
     def base(self) -> GenerationName:
-        """The same name without its attempt."""
+        """Return the same name without its attempt."""
         return GenerationName(self.role, self.step, self.set, self.run)
 
     def with_attempt(self, attempt: int) -> GenerationName:
-        """The same name with another attempt."""
+        """Return the same name with another attempt."""
         return GenerationName(self.role, self.step, self.set, self.run, attempt)
 
 
 def check_space(space: str) -> str:
-    """Gives `space` back if it can name a folder; BadInput otherwise."""
+    """Return `space` if it can name a folder; raise BadInput otherwise."""
     if not _PLAIN.fullmatch(space) or len(space) > 100:
         raise BadInput(f"{space!r} can't name a space: letters, digits and ._+=@- only")
     return space
 
 
 def space_run(space: str, run: str = "") -> str:
-    """The run prefix of a space's generations: so that no two spaces share a path.
+    """Return the run prefix of a space's generations, so that no two spaces share a path.
 
     >>> space_run("gradient", "a"), space_run("minilm"), space_run("minilm", "a")
     ('a', 'minilm', 'a+minilm')

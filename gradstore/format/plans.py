@@ -52,7 +52,7 @@ class UnitRange:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one generation will hold.
+    """Planned content of one generation.
 
     Attributes:
         name: full name, with attempt.
@@ -94,7 +94,7 @@ class Plan:
         return arrays(self.dim, self.dtype)
 
     def identity(self) -> dict[str, Json]:
-        """What must be equal for an earlier attempt to be reused or resumed."""
+        """Return the fields that must be equal for an earlier attempt to be reused or resumed."""
         return {
             **self.record.identity(),
             "provenance": self.provenance_sha256,
@@ -105,7 +105,7 @@ class Plan:
         }
 
     def to_bytes(self) -> bytes:
-        """Gives the sealed document."""
+        """Return the bytes of the sealed document."""
         names = sorted({name for name, _ in self.rows.sources or ()})
         return canonical_json(
             seal(
@@ -136,7 +136,7 @@ class Plan:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> tuple[Plan, str]:
-        """Reads a plan and its seal.
+        """Read a plan and its seal.
 
         Raises:
             BadInput: a position is planned twice (or the units leave a gap).

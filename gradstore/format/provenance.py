@@ -1,4 +1,4 @@
-"""What makes features comparable, and how a refusal is told.
+"""Comparison of features by their provenance, and the error message for a mismatch.
 
 A space's MUST-EQUAL fields are a mapping, kept once in `spaces/<space>/provenance.json`. Another
 run's fields are compared with them leaf by leaf; every differing field is listed, with the way out.
@@ -52,7 +52,7 @@ class Difference:
     setting: str = ""
 
     def line(self, store: str) -> str:
-        """Spells the difference as one sentence."""
+        """Format the difference as one sentence."""
         if self.note:
             return f"{self.field} differs: {self.note}"
         return (
@@ -66,7 +66,7 @@ def compare(
     current: Mapping[str, object],
     setting_keys: Mapping[str, str] | None = None,
 ) -> list[Difference]:
-    """Lists every field in which two provenances differ, in the order of the names.
+    """List every field in which two provenances differ, in the order of the names.
 
     A field called `canary` is compared number by number with `CANARY_TOLERANCE`.
 
@@ -114,7 +114,7 @@ def _canary_note(stored: Json, current: Json) -> str:
 
 
 def refuse(store: str, differences: Sequence[Difference], *, hint: str = "") -> ProvenanceMismatch:
-    """Builds the refusal that lists all differences and the way out.
+    """Build the ProvenanceMismatch error that lists all differences and the possible fixes.
 
     Args:
         store: path of the store.
@@ -140,13 +140,13 @@ def refuse(store: str, differences: Sequence[Difference], *, hint: str = "") -> 
 
 
 def provenance_bytes(space: str, provenance: Mapping[str, object]) -> bytes:
-    """Gives the sealed `provenance.json` of a space."""
+    """Build the sealed `provenance.json` of a space."""
     body = {"schema_version": SCHEMA_VERSION, "space": space, "fields": provenance}
     return canonical_json(seal(body))
 
 
 def read_provenance(data: bytes, space: str) -> tuple[dict[str, Json], str]:
-    """Reads a `provenance.json`: its fields and its seal.
+    """Read the fields and the seal of a `provenance.json`.
 
     Raises:
         ValueError: the bytes are not that space's provenance.

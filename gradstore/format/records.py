@@ -1,4 +1,4 @@
-"""What is recorded of a generation (`GenerationRecord`) and of its rows (`RowSet`)."""
+"""Records of a generation (`GenerationRecord`) and of its rows (`RowSet`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOT_IDENTITY = ("name", "run_id", "learning_rate", "libraries")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRecord:
-    """What made one generation of features; kept in its plan.
+    """Record of the inputs that made one generation of features; kept in its plan.
 
     Attributes:
         name: `[run/]train/<step>` or `[run/]target/<set>/<step>`, without attempt.
@@ -85,16 +85,16 @@ class GenerationRecord:
 
     @property
     def is_sample(self) -> bool:
-        """Whether the set is a sample of the training rows: nothing to score others against."""
+        """Flag for a set sampled from the training rows: nothing to score others against."""
         return self.feature_options.get("sample_of") == "train"
 
     def to_dict(self) -> dict[str, Json]:
-        """Gives the record as plain JSON values."""
+        """Return the record as plain JSON values."""
         return {each.name: plain(getattr(self, each.name)) for each in fields(self)}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Json]) -> GenerationRecord:
-        """Reads `to_dict()` back; BadInput when a field is missing or unknown."""
+        """Read the output of `to_dict()`; raise BadInput when a field is missing or unknown."""
         known = {each.name for each in fields(cls)}
         if set(document) != known:
             odd = ", ".join(sorted(set(document) ^ known))
@@ -102,12 +102,12 @@ class GenerationRecord:
         return cls(**document)
 
     def identity(self) -> dict[str, Json]:
-        """What must be equal for features of an earlier attempt to be reused."""
+        """Return the fields that must be equal for features of an earlier attempt to be reused."""
         return {key: value for key, value in self.to_dict().items() if key not in _NOT_IDENTITY}
 
 
 def row_hash(input_ids: Sequence[int], labels: Sequence[int]) -> bytes:
-    """Gives the 16-byte blake2b of one row's token ids and labels.
+    """Compute the 16-byte blake2b of one row's token ids and labels.
 
     Args:
         input_ids: (t,) token ids, without padding.
@@ -146,7 +146,7 @@ class RowSet:
     def from_hashes(
         cls, hashes: Sequence[bytes], sources: Sequence[tuple[str, int]] | None = None
     ) -> RowSet:
-        """Builds a row set from the values of `row_hash`."""
+        """Build a row set from the values of `row_hash`."""
         flat = np.frombuffer(b"".join(hashes), dtype=np.uint8)
         return cls(flat.reshape(-1, HASH_BYTES), None if sources is None else tuple(sources))
 
@@ -164,7 +164,7 @@ class RowSet:
         return len(self) - len(np.unique(_keys(self.hashes)))
 
     def difference(self, stored: RowSet) -> str:
-        """Says how these rows differ from the stored ones; "" when they do not."""
+        """Describe how these rows differ from the stored ones; "" when they do not."""
         if self.sha256 == stored.sha256:
             return ""
         if len(self) == len(stored):
@@ -185,7 +185,7 @@ class RowSet:
 
 
 def _keys(hashes: np.ndarray) -> np.ndarray:
-    """Views (n, 16) uint8 as (n,) 16-byte keys that compare whole."""
+    """View (n, 16) uint8 as (n,) 16-byte keys that compare as a whole."""
     return np.ascontiguousarray(hashes).view(f"S{HASH_BYTES}").reshape(-1)
 
 

@@ -14,13 +14,13 @@ from gradstore.format.plans import UnitRange
 
 
 def crc32c(data: bytes | memoryview) -> int:
-    """Gives the Castagnoli checksum of `data`."""
+    """Compute the Castagnoli checksum of `data`."""
     return int(google_crc32c.value(np.frombuffer(data, dtype=np.uint8)))
 
 
 @dataclass(frozen=True)
 class FileSeal:
-    """What a chunk's file must be.
+    """Expected size and checksums of a chunk's file.
 
     Attributes:
         bytes: its exact size.
@@ -52,7 +52,7 @@ class UnitRecord:
     status: Mapping[str, int]
 
     def to_dict(self) -> dict[str, Json]:
-        """Gives the sealed document."""
+        """Return the sealed document."""
         return seal(
             {
                 "schema_version": SCHEMA_VERSION,
@@ -72,7 +72,7 @@ class UnitRecord:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> tuple[UnitRecord, str]:
-        """Reads a record and its seal; ValueError when the bytes are not exactly one."""
+        """Read a record and its seal; raise ValueError when the bytes are not exactly one."""
         document = unseal(data)
         try:
             record = cls(

@@ -36,7 +36,7 @@ def combine(
     device: torch.device,
     chunk_rows: int,
 ) -> npt.NDArray[np.uint8]:
-    """Similarities of every train row and every sub-task, summed over checkpoints, chunk by chunk.
+    """Sum similarities of every train row and every sub-task over checkpoints, chunk by chunk.
 
     Args:
         checkpoints: checked ones (`check_checkpoints`).
@@ -85,7 +85,7 @@ def combine(
 
 
 def start_codes(sources: Sequence[FeatureSource]) -> npt.NDArray[np.uint8]:
-    """(n,) uint8: OK where every source can use the row, else the first refusal's reason."""
+    """Return (n,) uint8: OK where every source can use the row, else the first failure's reason."""
     codes = np.full(sources[0].rows, RowStatus.OK, dtype=np.uint8)
     for source in sources:
         bad = (codes == RowStatus.OK) & ~np.asarray(source.usable, dtype=bool)

@@ -1,4 +1,4 @@
-"""What may be scored together: the checks before any feature is read."""
+"""Checks that generations may be scored together, made before any feature is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EQUAL_FIELDS = ("adapter_hash", "effective_seed", "autocast", "attention")
 
 @dataclass(frozen=True)
 class CheckpointFeatures:
-    """What one checkpoint knows about the train rows and about the target rows.
+    """Features of the train rows and of the target rows at one checkpoint.
 
     Attributes:
         train: n rows.
@@ -48,7 +48,7 @@ class Recorded(Protocol):
 
 
 def check_comparable(train: Recorded, targets: Sequence[Recorded]) -> None:
-    """Refuses target generations that a train generation cannot be scored against.
+    """Raise ProvenanceMismatch for target generations that a train one cannot be scored against.
 
     Args:
         train: the train generation of one checkpoint.
@@ -78,7 +78,7 @@ def check_comparable(train: Recorded, targets: Sequence[Recorded]) -> None:
 
 
 def _fields(generation: Recorded) -> dict[str, object]:
-    """Field name -> value of everything that must be equal, projection fields dotted."""
+    """Map the name of every field that must be equal to its value, projection fields dotted."""
     record = generation.record
     projection: Mapping[str, object] = record.projection
     return {
@@ -90,7 +90,7 @@ def _fields(generation: Recorded) -> dict[str, object]:
 
 
 def check_checkpoints(checkpoints: Sequence[CheckpointFeatures]) -> None:
-    """Refuses checkpoints that cannot be combined.
+    """Raise BadInput or ProvenanceMismatch unless the checkpoints can be combined.
 
     Raises:
         BadInput: none given, no target set, an empty train set, other target sets at another
@@ -131,7 +131,7 @@ def check_checkpoints(checkpoints: Sequence[CheckpointFeatures]) -> None:
 
 
 def _check_same_rows(source: FeatureSource, reference: FeatureSource, index: int) -> None:
-    """Row i must be the same sample at every checkpoint, or the sum would mix samples."""
+    """Check that row i is the same sample at every checkpoint, or the sum would mix samples."""
     if source is reference:
         return
     name, first_name = source_name(source), source_name(reference)

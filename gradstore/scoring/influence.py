@@ -80,7 +80,7 @@ class SubtaskInfluence:
 
 
 def checkpoint_weights(learning_rates: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Each checkpoint's share: its mean learning rate over the sum of all.
+    """Compute each checkpoint's weight: its mean learning rate over the sum of all.
 
     Args:
         learning_rates: the mean learning rate of the steps before each checkpoint.
@@ -119,7 +119,7 @@ def aggregate(
     *,
     usable_targets: npt.NDArray[np.bool_] | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """Cosines to single target rows -> one score per train row.
+    """Aggregate cosines to single target rows into one score per train row.
 
     Args:
         cosines: (n, m) for m target rows, already summed over checkpoints, in sub-task order.
@@ -160,7 +160,7 @@ def aggregate(
 def _over_subtasks(
     means: npt.NDArray[Any], mode: Aggregation
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """(n, q) sub-task means -> (n,) float32 scores and (n,) int32 best sub-task."""
+    """Reduce (n, q) sub-task means to (n,) float32 scores and (n,) int32 best sub-task."""
     if mode not in ("max", "mean"):
         raise BadInput(f"aggregation is {mode!r}; choose 'max' or 'mean'")
     values = (means.max(axis=1) if mode == "max" else means.mean(axis=1)).astype(np.float32)
@@ -177,7 +177,7 @@ def influence_scores(
     chunk_rows: int = CHUNK_ROWS,
     on_rows: Callable[[int], None] | None = None,
 ) -> Scores:
-    """Scores every train row by its cosine influence on the target sub-tasks.
+    """Score every train row by its cosine influence on the target sub-tasks.
 
     One pass over the train features, in memory that grows only by the 10 bytes kept per row. Scores
     do not depend on `chunk_rows`, and on a CPU equal rows get equal scores, bit for bit.
@@ -226,7 +226,7 @@ def subtask_influence(
     chunk_rows: int = CHUNK_ROWS,
     on_rows: Callable[[int], None] | None = None,
 ) -> SubtaskInfluence:
-    """As `influence_scores`, before anything is aggregated over sub-tasks; keeps 4 q bytes a row.
+    """Compute `influence_scores` before aggregation over sub-tasks, keeping 4 q bytes a row.
 
     Raises:
         BadInput: as for `influence_scores`.

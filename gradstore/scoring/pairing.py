@@ -1,4 +1,4 @@
-"""Which generations are scored together: a checkpoint's training rows with its target sets."""
+"""Pairing of the generations scored together: a checkpoint's training rows and target sets."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _check_kinds(features: Mapping[int, str]) -> None:
 
 
 def parse_which(text: str) -> Which:
-    """`last`, `all` or a positive whole number, as a command line gives it.
+    """Parse `last`, `all` or a positive whole number, as given on a command line.
 
     Raises:
         BadInput: it is none of them.

@@ -1,4 +1,4 @@
-"""Who helped and who hurt one target row.
+"""Query of the train rows that helped and that hurt one target row.
 
 Letters: n train rows.
 """
@@ -21,7 +21,7 @@ from gradstore.scoring.subtasks import Subtask
 
 @dataclass(frozen=True)
 class RowInfluence:
-    """Who helped and who hurt one target row.
+    """Query of the train rows that helped and that hurt one target row.
 
     Attributes:
         values: (n,) float32, each train row's cosines to the target row, summed over checkpoints
@@ -49,7 +49,7 @@ def query_influence(
     chunk_rows: int = CHUNK_ROWS,
     on_rows: Callable[[int], None] | None = None,
 ) -> RowInfluence:
-    """Asks which train rows help one target row and which hurt it.
+    """Find the train rows that help one target row and those that hurt it.
 
     Args:
         checkpoints: as for `influence_scores`.

@@ -53,12 +53,12 @@ class FeatureSource(Protocol):
         """(n,) bool: rows that may be compared."""
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows [start, stop) as (stop - start, d) float32, scale applied; bad rows may be NaN."""
+        """Read rows [start, stop) as (stop - start, d) float32, scaled; bad rows may be NaN."""
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Keeps float32 products in float32 and off the autograd tape.
+    """Keep float32 products in float32 and out of autograd.
 
     A trainer may have switched on TF32, bfloat16 products or autocast around us; each would cost
     three digits of a cosine.
@@ -80,7 +80,7 @@ def exact_float32() -> Iterator[None]:
 
 
 def unit_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
-    """Rows of any scale as unit rows.
+    """Normalize rows of any scale to unit rows.
 
     Args:
         rows: (m, d), any real dtype.
@@ -104,7 +104,7 @@ def unit_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDAr
 
 
 def round_chunk(chunk_rows: int) -> int:
-    """The smallest whole number of blocks, in rows, that holds `chunk_rows`; at least one."""
+    """Round `chunk_rows` up to a whole number of blocks, in rows; at least one block."""
     return max(1, -(-chunk_rows // BLOCK_ROWS)) * BLOCK_ROWS
 
 
@@ -146,7 +146,7 @@ class Scan:
         self._units: Sequence[tuple[int, int]] = cast(Any, source).units if self._raw else ()
 
     def chunk(self, start: int, stop: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
-        """Scores rows [start, stop).
+        """Score rows [start, stop).
 
         Args:
             start: first row; a multiple of `BLOCK_ROWS`.
@@ -182,7 +182,7 @@ class Scan:
         return cosines, codes
 
     def _load(self, offset: int, piece: npt.NDArray[Any]) -> None:
-        """Puts rows into the block buffer, converted to float32.
+        """Load rows into the block buffer, converted to float32.
 
         Args:
             offset: row of the buffer that gets the first row.
@@ -194,7 +194,7 @@ class Scan:
         target.copy_(shared.to(self._device))
 
     def _raw_pieces(self, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """Stored rows of [start, stop), as (first row, view) per unit touched."""
+        """Yield the stored rows of [start, stop), as (first row, view) per unit touched."""
         source = cast(Any, self._source)
         units = self._units
         index = bisect_right(units, start, key=lambda unit: unit[0]) - 1

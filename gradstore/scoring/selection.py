@@ -25,7 +25,7 @@ def select_top(
     *,
     usable: npt.NDArray[np.bool_] | torch.Tensor | None = None,
 ) -> npt.NDArray[np.int64]:
-    """The k rows with the highest scores, best first; ties go to the lower row.
+    """Select the k rows with the highest scores, best first; ties go to the lower row.
 
     The choice is made on the CPU from the exact values, so it is the same for tensors on any
     device. 0.0 and -0.0 tie. A nan score is never chosen.
@@ -65,7 +65,7 @@ def select_top(
 
 
 def check_k(k: object, usable_rows: int, rows: int) -> int:
-    """A checked number of rows to choose.
+    """Check the number of rows to choose and return it.
 
     Args:
         k: what the user asked for.
@@ -88,7 +88,7 @@ def check_k(k: object, usable_rows: int, rows: int) -> int:
 
 
 def rows_for_fraction(fraction: float, usable: int) -> int:
-    """How many rows a fraction of the usable rows is: rounded down, but at least 1.
+    """Compute the number of rows in a fraction of the usable rows: rounded down, but at least 1.
 
     Args:
         fraction: above 0, at most 1.
@@ -117,7 +117,7 @@ def write_selected(
     sources: Sequence[tuple[str, int]] | None = None,
     row_hashes: npt.NDArray[np.uint8] | None = None,
 ) -> None:
-    """Writes the chosen rows as JSON lines, all or nothing.
+    """Write the selected rows as JSON lines, atomically.
 
     One line per row, best first: `{"rank": 1, "row": 17, "score": 0.41, "source": ["alpaca", 23],
     "row_hash": "9f..."}`. `row` is the position in the processed dataset, `source` the data set's
@@ -153,7 +153,7 @@ def write_selected(
 def _vector(
     scores: npt.NDArray[np.floating] | torch.Tensor | Sequence[float],
 ) -> npt.NDArray[np.floating]:
-    """(n,) scores as a NumPy array; bfloat16, which NumPy lacks, becomes float32 (exactly)."""
+    """Convert (n,) scores to a NumPy array; bfloat16, absent from NumPy, becomes exact float32."""
     if isinstance(scores, torch.Tensor):
         kept = scores.detach().cpu()
         values = (kept.float() if kept.dtype == torch.bfloat16 else kept).numpy()

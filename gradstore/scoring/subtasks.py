@@ -28,7 +28,7 @@ class Subtask:
     label: str
 
     def no_usable_row(self) -> BadInput:
-        """The error for a sub-task that nothing can be compared with."""
+        """Build the error for a sub-task without a usable row."""
         return BadInput(
             f"{self.label}: none of its {self.stop - self.start} rows is usable; give it rows with "
             "target tokens and finite, non-zero gradients"
@@ -36,12 +36,12 @@ class Subtask:
 
 
 def source_name(source: FeatureSource) -> str:
-    """What an error message calls a source: a generation's name, if it has one."""
+    """Return the name error messages use for a source: its generation's name, if it has one."""
     return str(getattr(source, "name", "unnamed"))
 
 
 def split_rows(name: str, rows: int, sizes: Sequence[int]) -> list[Subtask]:
-    """Consecutive sub-tasks of one target set.
+    """Split one target set into consecutive sub-tasks.
 
     Args:
         name: of the set, for messages.
@@ -73,7 +73,7 @@ def split_rows(name: str, rows: int, sizes: Sequence[int]) -> list[Subtask]:
 
 
 def subtasks_of(targets: Sequence[FeatureSource], sizes: Sequence[int] | None) -> list[Subtask]:
-    """One sub-task per target set, or a single set cut into `sizes`.
+    """Make each target set a sub-task, or split a single set into `sizes`.
 
     Raises:
         BadInput: `sizes` with several sets, or sizes that do not fit.
@@ -92,7 +92,7 @@ def subtasks_of(targets: Sequence[FeatureSource], sizes: Sequence[int] | None) -
 
 
 def usable_everywhere(sources: Iterable[FeatureSource]) -> npt.NDArray[np.bool_]:
-    """(rows,) bool: rows that every one of the sources can use."""
+    """Return a (rows,) bool mask of the rows that are usable in every source."""
     usable = [np.asarray(source.usable, dtype=bool) for source in sources]
     return np.asarray(np.logical_and.reduce(usable), dtype=bool)
 
@@ -102,7 +102,7 @@ def subtask_queries(
     subtasks: Sequence[Subtask],
     usable: Sequence[npt.NDArray[np.bool_]],
 ) -> npt.NDArray[np.float64]:
-    """The directions of all sub-tasks at one checkpoint.
+    """Compute the directions of all sub-tasks at one checkpoint.
 
     Args:
         targets: the checkpoint's target sets.

@@ -56,7 +56,7 @@ class Clusters:
         return np.bincount(self.labels, minlength=self.count)
 
     def members(self) -> list[npt.NDArray[np.int64]]:
-        """K arrays: the positions of each cluster's rows, rising."""
+        """Return K arrays: the positions of each cluster's rows, ascending."""
         order = np.argsort(self.labels, kind="stable")
         return np.split(order, np.cumsum(self.sizes)[:-1])
 
@@ -100,7 +100,7 @@ def kmeans(
     chunk_rows: int = 4096,
     device: str | torch.device = "cpu",
 ) -> Clusters:
-    """Lloyd's k-means from k-means++ seeds; a cluster that runs empty takes the farthest row.
+    """Run Lloyd's k-means from k-means++ seeds; an emptied cluster takes the farthest row.
 
     Args:
         rows: (n, d) finite floats.
@@ -123,7 +123,7 @@ def spherical_kmeans(
     chunk_rows: int = 4096,
     device: str | torch.device = "cpu",
 ) -> Clusters:
-    """K-means of directions: rows count as unit vectors, centroids are unit vectors.
+    """Run k-means on directions: rows count as unit vectors, centroids are unit vectors.
 
     Arguments as for `kmeans`. The nearest centroid is the one with the largest cosine.
     """
@@ -139,7 +139,7 @@ def farthest_first(
     chunk_rows: int = 4096,
     device: str | torch.device = "cpu",
 ) -> Clusters:
-    """Gonzalez' traversal: a seeded first centre, then always the row farthest from all centres.
+    """Run Gonzalez' traversal: a seeded first centre, then the row farthest from all centres.
 
     Every row belongs to its nearest centre. Reads all rows once for each centre.
     """
@@ -170,7 +170,7 @@ def random_projection_lsh(
     chunk_rows: int = 4096,
     device: str | torch.device = "cpu",
 ) -> Clusters:
-    """Rows on the same side of every random hyperplane through the mean row form a cluster.
+    """Cluster rows that lie on the same side of every random hyperplane through the mean row.
 
     Args:
         rows: (n, d) finite floats.
@@ -206,7 +206,7 @@ def random_partition(
     chunk_rows: int = 4096,
     device: str | torch.device = "cpu",
 ) -> Clusters:
-    """A seeded shuffle cut into k parts whose sizes differ by at most one: the baseline."""
+    """Split a seeded shuffle into k parts whose sizes differ by at most one (the baseline)."""
     reader = RowChunks.of(rows, num_clusters, chunk_rows, device, unit=False)
     n = len(rows)
     labels = np.empty(n, dtype=np.int64)
@@ -231,7 +231,7 @@ METHODS: dict[Method, Callable[..., Clusters]] = {
 
 
 def _first_centroids(reader: RowChunks, k: int, seed: int) -> Tensor:
-    """(<= k, d) rows by k-means++ (Arthur & Vassilvitskii 2007), from a sample of large data."""
+    """Choose (<= k, d) rows by k-means++ (Arthur & Vassilvitskii 2007); large data is sampled."""
     generator = np.random.default_rng([seed, _KMEANS])
     n, d = reader.rows.shape
     size = min(n, max(k, SEEDING_NUMBERS // max(d, 1)))
@@ -250,7 +250,7 @@ def _first_centroids(reader: RowChunks, k: int, seed: int) -> Tensor:
 
 
 def _assign(reader: RowChunks, centroids: Tensor) -> tuple[npt.NDArray[np.int64], Tensor]:
-    """(n,) nearest centroid of every row and (n,) float32 squared distance, on the host."""
+    """Return each row's (n,) nearest centroid and (n,) float32 squared distance, on the host."""
     labels, distances = [], []
     for _, chunk in reader.chunks():
         squared = squared_distances(chunk, centroids)
@@ -261,7 +261,7 @@ def _assign(reader: RowChunks, centroids: Tensor) -> tuple[npt.NDArray[np.int64]
 
 
 def _means(reader: RowChunks, labels: npt.NDArray[np.int64], k: int) -> Tensor:
-    """(k, d) mean row of each cluster; zeros for an empty one."""
+    """Compute the (k, d) mean row of each cluster; zeros for an empty one."""
     sums = torch.zeros((k, reader.rows.shape[1]), device=reader.device)
     for start, chunk in reader.chunks():
         # A product instead of a scatter: its sums have a fixed order on a GPU too.
@@ -293,7 +293,7 @@ def _lloyd(reader: RowChunks, k: int, seed: int, max_iter: int) -> Clusters:
 
 
 def _around_means(reader: RowChunks, labels: npt.NDArray[np.int64]) -> Clusters:
-    """Clusters of given labels, described by their means."""
+    """Build the clusters of given labels, with their means as centroids."""
     means = _means(reader, labels, int(labels.max()) + 1)
     distances = np.empty(len(labels), dtype=np.float32)
     for start, chunk in reader.chunks():

@@ -20,7 +20,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def transferability(centroids: npt.NDArray[Any]) -> FloatArray:
-    """(k,) mean cosine of each centroid to the others; 0 where there is no other.
+    """Compute the (k,) mean cosine of each centroid to the others; 0 if there is no other.
 
     Args:
         centroids: (k, d), of any length above 0.
@@ -32,7 +32,7 @@ def transferability(centroids: npt.NDArray[Any]) -> FloatArray:
 
 
 def density(rows: Tensor, chunk_rows: int = 2048, single: float = 1.0) -> float:
-    """Mean of exp(-|x - y|²) over all pairs of different rows.
+    """Compute the mean of exp(-|x - y|²) over all pairs of different rows.
 
     Args:
         rows: (n, d) of one cluster.
@@ -46,24 +46,24 @@ def density(rows: Tensor, chunk_rows: int = 2048, single: float = 1.0) -> float:
 
 
 def kernel(x: Tensor, y: Tensor) -> Tensor:
-    """(a, b) exp(-|x_i - y_j|²) of (a, d) and (b, d), float64."""
+    """Compute the (a, b) float64 kernel exp(-|x_i - y_j|²) of (a, d) and (b, d)."""
     squared = x.square().sum(1).double()[:, None] + y.square().sum(1).double()[None, :]
     return (2 * (x @ y.T).double() - squared).clamp(max=0).exp()
 
 
 def kernel_sums(rows: Tensor, chunk_rows: int = 2048) -> FloatArray:
-    """(n,) each row's kernel summed over all rows, itself included."""
+    """Compute the (n,) sums of each row's kernel over all rows, itself included."""
     parts = [kernel(part, rows).sum(dim=1).cpu().numpy() for part in rows.split(chunk_rows)]  # type: ignore[no-untyped-call]
     return np.concatenate(parts)
 
 
 def preferences(transfer: FloatArray, densities: FloatArray, temperature: float) -> FloatArray:
-    """(k,) logits of the share of each cluster: S / (τ·D)."""
+    """Compute the (k,) logits of the share of each cluster: S / (τ·D)."""
     return np.asarray(transfer / (temperature * densities))
 
 
 def shares(logits: FloatArray) -> FloatArray:
-    """(k,) softmax."""
+    """Compute the (k,) shares, the softmax of the logits."""
     powers = np.exp(logits - logits.max())
     return np.asarray(powers / powers.sum())
 
@@ -71,7 +71,7 @@ def shares(logits: FloatArray) -> FloatArray:
 def capped_counts(
     logits: FloatArray, sizes: npt.NDArray[np.int64], total: int
 ) -> npt.NDArray[np.int64]:
-    """Rows of each cluster: largest remainder, never more than it has.
+    """Allocate rows to clusters by largest remainder, never more than a cluster has.
 
     In a round every cluster with room gets the whole part of its share of what is left, then one
     more each by falling remainder (ties to the lower cluster) until nothing is left. What full
@@ -116,7 +116,7 @@ def pick_by_mmd(
     allowed: npt.NDArray[np.bool_] | None = None,
     chunk_rows: int = 2048,
 ) -> Picked:
-    """Greedily take the row that brings the picked ones' distribution closest to the cluster's.
+    """Pick rows greedily, each time the one that minimizes the MMD between picked rows and cluster.
 
     MMD² = mean K(C, C) + mean K(C', C') - 2·mean K(C, C'), K(x, y) = exp(-|x - y|²); ties go to the
     lower row.
@@ -213,7 +213,7 @@ class Groups:
         device: str,
         chunk_rows: int,
     ) -> Spread:
-        """Rows of every cluster: how many by its share, which by their likeness to all of it.
+        """Pick rows in every cluster: the number from its share, the rows by MMD to the cluster.
 
         Args:
             rows: (n, d), those that were clustered.

@@ -64,14 +64,14 @@ class FeatureIndex:
         faiss_index: Any,  # noqa: ANN401 - faiss has no types
         rows: npt.NDArray[np.int64],
     ) -> None:
-        """Wraps an open FAISS index, or none; use `build`."""
+        """Wrap an open FAISS index, or none; use `build`."""
         self._generation = generation
         self._faiss = faiss_index
         self.rows = rows
 
     @property
     def backend(self) -> Literal["faiss", "torch"]:
-        """What answers searches up to `FAISS_MAX_K`."""
+        """Backend of searches up to `FAISS_MAX_K`."""
         return "torch" if self._faiss is None else "faiss"
 
     @classmethod
@@ -82,7 +82,7 @@ class FeatureIndex:
         *,
         backend: Backend = "auto",
     ) -> FeatureIndex:
-        """Opens the index of a generation, from the cache where it holds a sound one.
+        """Open the index of a generation, from the cache if it holds a valid one.
 
         A cached index that is damaged, older or of another commit is rebuilt, with a warning; it is
         never searched. Where the cache cannot be written the index lives in memory only.
@@ -133,7 +133,7 @@ class FeatureIndex:
     def search(
         self, queries: npt.ArrayLike, k: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """The k rows with the highest cosine to each query; ties go to the lower row.
+        """Find the k rows with the highest cosine to each query; ties go to the lower row.
 
         Args:
             queries: (q, d) or (d,) float, of any scale.
@@ -167,7 +167,7 @@ class FeatureIndex:
     def _nearest(
         self, directions: npt.NDArray[np.float64], k: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """`search` for a few unit queries."""
+        """Run `search` for a few unit queries."""
         if self._faiss is None or k > FAISS_MAX_K:
             return self._exact(directions, k)
         # One more than asked: a tie across the cut is FAISS's choice, not the lower row's.
@@ -184,7 +184,7 @@ class FeatureIndex:
     def _exact(
         self, directions: npt.NDArray[np.float64], k: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """`search` by a stream over the stored features; any k."""
+        """Run `search` by streaming the stored features; any k."""
         n = self._generation.rows
         cosines = np.empty((n, len(directions)), dtype=np.float32)
         with exact_float32():
@@ -205,7 +205,7 @@ class FeatureIndex:
 
 
 def _import_faiss() -> ModuleType | None:
-    """FAISS, or None where it is not installed; imported late because it takes a while."""
+    """Import FAISS, or return None if it is not installed; lazy because the import is slow."""
     try:
         return importlib.import_module("faiss")
     except ImportError:
@@ -279,7 +279,7 @@ def _fill(
     usable: npt.NDArray[np.int64],
     large: bool,
 ) -> Any:  # noqa: ANN401
-    """A FAISS inner-product index of the unit rows, under their dataset row numbers."""
+    """Build a FAISS inner-product index of the unit rows, keyed by their dataset row numbers."""
     index = _empty(faiss, generation.dim, large)
     for start in range(0, generation.rows, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, generation.rows)

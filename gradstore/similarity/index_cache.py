@@ -48,7 +48,7 @@ class IndexCache:
         self._identity = {"format": FORMAT, **identity}
 
     def sound_file(self) -> Path | None:
-        """faiss.bin if it is there, belongs to this commit and is undamaged; else None.
+        """Return faiss.bin if it exists, belongs to this commit and is undamaged; else None.
 
         Says why in a warning, unless there simply is no index yet.
         """
@@ -75,7 +75,7 @@ class IndexCache:
         _log.warning("index %s can't be used, building it again: %s", self._place, reason)
 
     def publish(self, write: Callable[[Path], None]) -> None:
-        """Stores a new index; where that is impossible, says so and leaves it in memory.
+        """Store a new index; on failure log the reason and keep the index in memory.
 
         Args:
             write: writes the index to the path it is given; may raise OSError or RuntimeError
@@ -108,7 +108,7 @@ class IndexCache:
 
 
 def sha256_of(path: Path) -> str:
-    """Lower-case hex sha256 of a file, read in pieces."""
+    """Compute the lower-case hex sha256 of a file, read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(_READ_BYTES):

@@ -41,7 +41,7 @@ class Neighbours:
         self.usable: npt.NDArray[np.bool_] = train.usable
 
     def nearest(self, k: int) -> tuple[npt.NDArray[np.float32], Matrix]:
-        """(q, k) cosines, highest first, and (q, k) rows; ties go to the lower row.
+        """Return (q, k) cosines, highest first, and (q, k) rows; ties go to the lower row.
 
         Args:
             k: at most the usable rows.
@@ -52,7 +52,7 @@ class Neighbours:
         return cosines[:, :k], rows[:, :k]
 
     def around(self, rows: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.float32]:
-        """(len(rows), k) cosines of usable training rows to their nearest, themselves first."""
+        """Return (len(rows), k) cosines of usable training rows to their nearest, self first."""
         places = np.searchsorted(self._train.rows, rows)
         return self._index.search(self._train[places], k)[0]
 
@@ -82,7 +82,7 @@ class Neighbours:
 def column_order(
     nearest: Matrix, allowed: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows in the order of their first place when a table is read column by column.
+    """Order rows by their first occurrence when the table is read column by column.
 
     Args:
         nearest: (q, k) rows of the training set, nearest first; negative where there is none.
@@ -101,7 +101,7 @@ def column_order(
 def growing_order(
     neighbours: Neighbours, width: int, count: int, allowed: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """`column_order` of as many neighbours as it takes to name `count` rows.
+    """Apply `column_order` to as many neighbours as are needed to reach `count` rows.
 
     Returns:
         (>= count,) rows, and the cosine each was found with.

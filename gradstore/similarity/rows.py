@@ -36,7 +36,7 @@ class UnitRows:
 
 
 def read_unit_rows(generation: Generation, chunk_rows: int = 4096) -> Iterator[UnitRows]:
-    """All rows of a generation, in order, scaled to length 1 again after their storage in 16 bit.
+    """Yield all rows of a generation, in order, rescaled to length 1 after 16-bit storage.
 
     Args:
         generation: of embeddings, or of gradient features.
@@ -71,11 +71,11 @@ class UsableRows:
         self.shape = (len(self.rows), generation.dim)
 
     def __len__(self) -> int:
-        """M."""
+        """Return the number of usable rows, M."""
         return len(self.rows)
 
     def __getitem__(self, key: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """(k, d) float32 unit rows, those at positions `key` of `rows`."""
+        """Return (k, d) float32 unit rows, those at positions `key` of `rows`."""
         wanted = self.rows[key]
         found = np.empty((len(wanted), self.shape[1]), dtype=np.float32)
         bounds = np.array([start for start, _ in self._generation.units])
@@ -116,5 +116,5 @@ class ClusterDirections:
         self._directions = (sums / np.where(lengths > 0, lengths, 1.0)[:, None]).astype(np.float32)
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Directions [start, stop) as (stop - start, d)."""
+        """Return directions [start, stop) as (stop - start, d)."""
         return self._directions[start:stop]

@@ -35,7 +35,7 @@ class FileHashes:
             self._known = _load(self._cache)
 
     def sha256(self, path: str | Path, *, fresh: bool = False) -> str:
-        """Gives the sha256 of one file in hex.
+        """Return the sha256 of one file in hex.
 
         Args:
             path: the file.
@@ -81,14 +81,14 @@ _hashes = FileHashes()
 
 
 def sha256_file(path: str | Path, *, fresh: bool = False) -> str:
-    """Gives the sha256 of one file in hex, hashed once per process unless it changes."""
+    """Return the sha256 of one file in hex, hashed once per process unless it changes."""
     return _hashes.sha256(path, fresh=fresh)
 
 
 def hash_folder_files(
     folder: str | Path, patterns: Sequence[str] = ("*",), *, fresh: bool = False
 ) -> dict[str, str]:
-    """Gives name -> sha256 of the files of a folder (not below it) that match any pattern.
+    """Map name -> sha256 for the files of a folder (not below it) that match any pattern.
 
     Raises:
         BadInput: the folder does not exist.
@@ -101,7 +101,7 @@ def hash_folder_files(
 
 
 def tensor_hash(tensors: Iterable[tuple[str, torch.Tensor | np.ndarray]]) -> str:
-    """Gives the sha256 of named tensors in order: names, dtypes, shapes and values.
+    """Compute the sha256 of named tensors in order: names, dtypes, shapes and values.
 
     Args:
         tensors: (name, tensor of any shape and dtype, on any device) in a fixed order.

@@ -31,7 +31,7 @@ STAGING = "staging"
 
 
 def parent_of(relative: str) -> str:
-    """Gives the parent of a store-relative path; "" is the store itself."""
+    """Return the parent of a store-relative path; "" is the store itself."""
     return relative.rpartition("/")[0]
 
 
@@ -54,7 +54,7 @@ class StoreFiles(ReadFiles):
     # ---- writing -----------------------------------------------------------------------------
 
     def make_root(self) -> None:
-        """Creates the store's folder with its parents, each made durable."""
+        """Create the store's folder with its parents, each made durable."""
         with self._translated("look at", self.root):
             missing = [p for p in (self.root, *self.root.parents) if not p.exists()]
         for path in reversed(missing):
@@ -66,7 +66,7 @@ class StoreFiles(ReadFiles):
             raise StoreIOError(f'"{self.root}" is not a folder. Choose another with gradstore=PATH')
 
     def make_directory(self, relative: str) -> None:
-        """Makes a directory and its ancestors exist and last; cheap when this object did so."""
+        """Create a directory and its ancestors durably; cheap if this object already did so."""
         if relative in self._durable:
             return
         parent = parent_of(relative)
@@ -82,13 +82,13 @@ class StoreFiles(ReadFiles):
 
     @contextmanager
     def operation(self, name: str, path: Path) -> Iterator[None]:
-        """Wraps one change on disk made by the caller, so that it counts and fails as ours do."""
+        """Wrap one disk change made by the caller, so that it counts and fails like our own."""
         with self._translated(name, path):
             self._step(name, path)
             yield
 
     def is_in_use(self, staging_name: str) -> bool:
-        """True when a folder in staging belongs to a living writer, this one included."""
+        """Return whether a staging folder belongs to a live writer, this one included."""
         path = self.path(f"{STAGING}/{staging_name}")
         if staging_name == self._own or self._kind(path) != "directory":
             return staging_name == self._own
@@ -98,13 +98,13 @@ class StoreFiles(ReadFiles):
         return fd is None
 
     def close(self) -> None:
-        """Lets others see that this writer's staging is not in use any more."""
+        """Mark this writer's staging folder as no longer in use, for other writers to see."""
         fd, self._own_fd = self._own_fd, None
         if fd is not None:
             os.close(fd)
 
     def stage(self, buffers: Sequence[Block]) -> str:
-        """Writes a private file of the buffers' bytes, fsynced; gives its path in staging."""
+        """Write the buffers' bytes to a private file, fsynced; return its path in staging."""
         folder = f"{STAGING}/{self._own}"
         self.make_directory(folder)
         if self._own_fd is None:
@@ -115,7 +115,7 @@ class StoreFiles(ReadFiles):
         return staged
 
     def write(self, relative: str, buffers: Sequence[Block]) -> None:
-        """Writes and fsyncs one new file under its own name; what fails leaves nothing behind."""
+        """Write and fsync one new file under its own name; a failed write leaves nothing behind."""
         path = self.path(relative)
         needed = sum(memoryview(buffer).nbytes for buffer in buffers)
         try:
@@ -138,7 +138,7 @@ class StoreFiles(ReadFiles):
             os.fsync(file.fileno())
 
     def link(self, staged: str, relative: str) -> bool:
-        """Gives a staged file its final name; False, and no change, when the name is taken."""
+        """Link a staged file to its final name; False, and no change, when the name is taken."""
         path = self.path(relative)
         with self._translated("link", path):
             self._step("link", path)
@@ -149,7 +149,7 @@ class StoreFiles(ReadFiles):
         return True
 
     def publish(self, relative: str, data: bytes) -> bool:
-        """Puts `data` under a name that is not taken, durably.
+        """Publish `data` durably under a name that is not taken.
 
         Returns:
             True when the name now holds `data` (also when it held the same bytes before); False
@@ -164,7 +164,7 @@ class StoreFiles(ReadFiles):
         return same
 
     def move(self, source: str, target: str) -> None:
-        """Renames a file or directory; the target must not exist."""
+        """Rename a file or directory; the target must not exist."""
         self.make_directory(parent_of(target))
         path = self.path(source)
         with self._translated("move", path):
@@ -174,14 +174,14 @@ class StoreFiles(ReadFiles):
         self.sync_directory(parent_of(source))
 
     def remove(self, relative: str) -> None:
-        """Removes one file or symlink; fine if it is gone already."""
+        """Remove one file or symlink; a missing one is no error."""
         path = self.path(relative)
         with self._translated("remove", path):
             self._step("unlink", path)
             path.unlink(missing_ok=True)
 
     def remove_tree(self, relative: str) -> None:
-        """Removes a directory with all it holds, never following a symlink."""
+        """Remove a directory with all its contents, never following a symlink."""
         kind = self.kind(relative)
         if kind == "nothing":
             return
@@ -199,7 +199,7 @@ class StoreFiles(ReadFiles):
         self.sync_directory(parent_of(relative))
 
     def sync_directory(self, relative: str) -> None:
-        """Makes the names in a directory last through a power loss."""
+        """Make the names in a directory survive a power loss."""
         self._sync(self.path(relative), "fsync_dir")
 
     def _sync(self, path: Path, operation: str) -> None:
@@ -232,7 +232,7 @@ class StoreFiles(ReadFiles):
 
 
 def _flocked(path: Path) -> int | None:
-    """Opens a directory and locks it while the descriptor lives; None if another has it."""
+    """Open a directory and lock it while the descriptor is open; None if another holds it."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

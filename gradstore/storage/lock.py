@@ -64,7 +64,7 @@ class WriterLock:
         self.release()
 
     def acquire(self) -> None:
-        """Takes the lock and writes who holds it; a record left by a dead writer is taken over."""
+        """Acquire the lock and record its holder; a record left by a dead writer is taken over."""
         path = self._files.path(LOCK)
         with self._files.operation("lock", path):
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -96,7 +96,7 @@ class WriterLock:
             raise lacks(self._files, "flock", error) from error
 
     def release(self) -> None:
-        """Clears the record and gives the lock back."""
+        """Clear the record and release the lock."""
         fd, self._fd = self._fd, None
         _held.discard(self)
         if fd is None:
@@ -114,7 +114,7 @@ def _myself() -> dict[str, object]:
 
 
 def _holder(fd: int) -> str:
-    """Says who wrote the lock's record; "" when nobody, or when it can't be read."""
+    """Return the holder in the lock's record; "" when there is none or it can't be read."""
     try:
         record = parse(os.pread(fd, _MAX_RECORD_BYTES, 0))
     except (OSError, ValueError):
@@ -123,7 +123,7 @@ def _holder(fd: int) -> str:
 
 
 def _close_in_child() -> None:
-    """A forked data-loader worker must not keep the lock of a parent that was killed."""
+    """Drop all locks in a forked data-loader worker: it must not keep a killed parent's lock."""
     for lock in list(_held):
         fd, lock._fd = lock._fd, None
         if fd is not None:

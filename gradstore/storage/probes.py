@@ -1,4 +1,4 @@
-"""What a store needs of the machine: link, rename, fsync, flock, and a zarr that tears nothing."""
+"""A store's machine requirements: link, rename, fsync, flock, and a zarr that tears nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OLDEST_ZARR = "3.1.3"
 
 
 def probe(files: StoreFiles) -> None:
-    """Tries fsync, link and rename in staging (flock was just taken by the lock).
+    """Probe fsync, link and rename in staging (the lock has just taken flock).
 
     Raises:
         StoreIOError: the file system lacks one of them; names the probe.
@@ -58,7 +58,7 @@ def _probe_link(files: StoreFiles, staged: str, target: str) -> None:
 
 
 def lacks(files: StoreFiles, operation: str, error: OSError) -> StoreIOError:
-    """Builds the refusal of a file system that failed one of the probes."""
+    """Build the error for a file system that failed one of the probes."""
     return StoreIOError(
         f'the file system of store "{files.root}" failed the {operation} probe '
         f"({error.strerror}); a store needs link, rename, fsync and flock. "
@@ -67,7 +67,7 @@ def lacks(files: StoreFiles, operation: str, error: OSError) -> StoreIOError:
 
 
 def check_zarr(version: str) -> None:
-    """Refuses a zarr that tears chunks on a kill.
+    """Reject a zarr version that tears chunks when killed.
 
     Raises:
         BadInput: it is older than 3.1.3.

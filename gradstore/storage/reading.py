@@ -37,7 +37,7 @@ class ReadFiles:
     # ---- paths -------------------------------------------------------------------------------
 
     def path(self, relative: str) -> Path:
-        """Gives the full path, after checking every component's name and every parent's kind.
+        """Return the full path, after checking every component's name and every parent's kind.
 
         Raises:
             DamagedFile: a name that a store never writes, or a parent that is no real directory.
@@ -62,7 +62,7 @@ class ReadFiles:
             raise self._damaged(relative, "a directory", kind)
 
     def kind(self, relative: str) -> str:
-        """Says what lies at a path: nothing, file, directory, symlink or special file."""
+        """Return the kind of a path: nothing, file, directory, symlink or special file."""
         return self._kind(self.path(relative))
 
     def _kind(self, path: Path) -> str:
@@ -83,11 +83,11 @@ class ReadFiles:
     # ---- reading -----------------------------------------------------------------------------
 
     def exists(self, relative: str) -> bool:
-        """True when anything, of whatever kind, has this name."""
+        """Return whether anything, of any kind, has this name."""
         return self.kind(relative) != "nothing"
 
     def size(self, relative: str) -> int:
-        """Gives the size of a file in bytes, 0 when there is none."""
+        """Return the size of a file in bytes, 0 when there is none."""
         path = self.path(relative)
         with self._translated("look at", path):
             try:
@@ -96,7 +96,7 @@ class ReadFiles:
                 return 0
 
     def names(self, relative: str) -> list[str]:
-        """Lists a directory, sorted; [] when it does not exist."""
+        """List a directory, sorted; [] when it does not exist."""
         path = self.path(relative)
         self._check_directory(relative)
         with self._translated("list", path):
@@ -106,13 +106,13 @@ class ReadFiles:
                 return []
 
     def walk(self, relative: str) -> list[str]:
-        """Lists all files and symlinks below a directory, as store-relative paths, sorted."""
+        """List all files and symlinks below a directory, as store-relative paths, sorted."""
         self.path(f"{relative}/any")
         found = [p for p in self._below(relative) if p.is_symlink() or not p.is_dir()]
         return sorted(p.relative_to(self.root).as_posix() for p in found)
 
     def read(self, relative: str, *, expected_bytes: int | None = None) -> bytes:
-        """Reads one whole file.
+        """Read one whole file.
 
         Raises:
             DamagedFile: it is missing, no regular file, or not `expected_bytes` long.
@@ -128,7 +128,7 @@ class ReadFiles:
         return data
 
     def map(self, relative: str, expected_bytes: int) -> mmap.mmap:
-        """Maps one file read-only, after its size was checked (a short map would end in SIGBUS).
+        """Map one file read-only, after checking its size (a short map would end in SIGBUS).
 
         Raises:
             DamagedFile: it is missing, no regular file, or not `expected_bytes` long.
@@ -161,7 +161,7 @@ class ReadFiles:
         return fd, size
 
     def free_bytes(self) -> int:
-        """Gives the bytes that this user may still write to the store's disk."""
+        """Return the number of bytes that this user may still write to the store's disk."""
         path = self.root
         with self._translated("look at", path):
             while not path.exists() and path != path.parent:

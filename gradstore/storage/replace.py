@@ -11,7 +11,7 @@ from gradstore.errors import StoreIOError
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replaces a file: readers see the old bytes or the new ones, also after a crash.
+    """Replace a file: readers see the old bytes or the new ones, also after a crash.
 
     Its folder is made if need be.
 
@@ -34,7 +34,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Writes a new file (it must not exist) and waits until the disk has it."""
+    """Write a new file (it must not exist) and wait until it is on disk."""
     with path.open("xb") as file:
         file.write(content)
         file.flush()
@@ -42,12 +42,12 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Waits until the disk has a file's bytes, whoever wrote them."""
+    """Wait until a file's bytes are on disk, whichever process wrote them."""
     _sync(path)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames inside a folder survive a power loss."""
+    """Make renames inside a folder survive a power loss."""
     _sync(folder)
 
 

@@ -1,4 +1,4 @@
-"""Which plan a generation gets: one to reuse or resume, a new attempt, or a refusal."""
+"""Choice of a generation's plan: one to reuse or resume, a new attempt, or a refusal."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def choose_plan(files: StoreFiles, store: Store, wanted: Plan) -> Chosen:
 
 
 def warn_of_libraries(store: Store, plan: Plan) -> None:
-    """Warns when library versions differ from those of the space's newest generation."""
+    """Warn when library versions differ from those of the space's newest generation."""
     for commit in reversed(store.live_commits()):
         before = store.generation(commit.generation)
         if before.space == plan.space:
@@ -105,7 +105,7 @@ def _current(store: Store, base: GenerationName) -> tuple[Commit, Plan] | None:
 
 
 def _readable_plans(files: StoreFiles, store: Store) -> dict[str, tuple[Plan, str]]:
-    """Reads the uncommitted plans; a damaged one is set aside with what was written for it."""
+    """Read the uncommitted plans; quarantine a damaged one with what was written for it."""
     plans = {}
     for name in store.planned():
         try:
@@ -119,7 +119,7 @@ def _readable_plans(files: StoreFiles, store: Store) -> dict[str, tuple[Plan, st
 
 
 def _check_prefix(store: Store, wanted: Plan) -> None:
-    """Refuses a run prefix that belongs to another space: their generations would share paths."""
+    """Reject a run prefix that belongs to another space: their generations would share paths."""
     run, space = wanted.record.run, wanted.space
     if space != GRADIENT and run != space and not run.endswith(f"+{space}"):
         raise BadInput(
@@ -149,7 +149,7 @@ def _check_shape(store: Store, wanted: Plan) -> None:
 
 
 def _check_rows(store: Store, planned: dict[str, tuple[Plan, str]], wanted: Plan) -> None:
-    """Refuses other rows than the newest generation of the same role and set, in any space, has."""
+    """Reject rows other than those of the newest generation of the role and set, in any space."""
     key = (wanted.record.role, wanted.record.set)
     committed = (store.generation(c.generation).plan for c in reversed(store.live_commits()))
     for plan in chain(committed, (plan for plan, _ in reversed(planned.values()))):

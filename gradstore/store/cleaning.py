@@ -26,7 +26,7 @@ INDEX = "index"
 
 
 def remove_dead_staging(files: StoreFiles) -> None:
-    """Removes what dead writers left in staging; quarantined files stay until a clean-up."""
+    """Remove staging left by dead writers; quarantined files stay until a clean-up."""
     for name in files.names(STAGING):
         if f"{STAGING}/{name}" != QUARANTINE and not files.is_in_use(name):
             files.remove_tree(f"{STAGING}/{name}")
@@ -35,7 +35,7 @@ def remove_dead_staging(files: StoreFiles) -> None:
 def clean_store(
     files: StoreFiles, view: Callable[[], Store], keep_generations: int | None
 ) -> list[str]:
-    """Removes dead staging, quarantine, abandoned plans, superseded and old generations.
+    """Remove dead staging, quarantine, abandoned plans, superseded and old generations.
 
     Args:
         files: the store's files.
@@ -85,7 +85,7 @@ def _too_old(store: Store, keep: int | None) -> list[str]:
 
 
 def _abandoned(store: Store) -> list[str]:
-    """Planned, never committed, and overtaken by a later attempt."""
+    """List generations planned, never committed, and superseded by a later attempt."""
     latest: dict[GenerationName, int] = {}
     ever = [name for c in store.commits if c.kind == "generation" for name in c.generations]
     planned = store.planned()

@@ -24,7 +24,7 @@ from gradstore.storage.reading import ReadFiles
 
 
 def metadata(plan: Plan) -> dict[str, bytes]:
-    """Gives path -> bytes of every zarr.json that a generation needs, outermost first."""
+    """Map path -> bytes for every zarr.json that a generation needs, outermost first."""
     documents = {f"{path}/{METADATA}": group_json() for path in group_paths(plan.name)}
     base = generation_path(plan.name)
     for spec in plan.arrays:
@@ -35,14 +35,14 @@ def metadata(plan: Plan) -> dict[str, bytes]:
 
 
 def check_metadata(files: ReadFiles, path: str, expected: bytes) -> None:
-    """Compares a zarr.json with what layout would write; DamagedFile if a byte differs."""
+    """Compare a zarr.json with the bytes layout would write; DamagedFile if a byte differs."""
     found = files.read(path, expected_bytes=len(expected))
     if found != expected:
         raise DamagedFile(Fault(path, repr(expected)[1:], repr(found)[1:]), str(files.root))
 
 
 def read_committed_plan(files: ReadFiles, commit: Commit) -> Plan:
-    """Reads the plan that a commit names; DamagedFile if it is not that one."""
+    """Read the plan that a commit names; DamagedFile if it is a different one."""
     path = plan_path(commit.generation)
     try:
         plan, found = Plan.from_bytes(files.read(path))
@@ -60,7 +60,7 @@ def read_committed_plan(files: ReadFiles, commit: Commit) -> Plan:
 
 
 def read_space(files: ReadFiles, plan: Plan) -> dict[str, Json]:
-    """Reads the provenance that a plan names; DamagedFile if it is not that one."""
+    """Read the provenance that a plan names; DamagedFile if it is a different one."""
     path = provenance_path(plan.space)
     try:
         provenance, found = read_provenance(files.read(path), plan.space)
@@ -77,7 +77,7 @@ _NAME = re.compile(r"([1-9][0-9]{0,17})\.json")
 
 
 def read_chain(files: ReadFiles, store_uuid: str, known: tuple[Commit, ...] = ()) -> list[Commit]:
-    """Reads all commits, oldest first, and checks the chain.
+    """Read all commits, oldest first, and check the chain.
 
     Args:
         files: the store's files.

@@ -16,7 +16,7 @@ from gradstore.store.generation_writer import GenerationWriter
 
 @dataclass
 class ExportSummary:
-    """What one pass over a data set did."""
+    """Summary of one pass over a data set."""
 
     rows: int = 0
     tokens: int = 0
@@ -32,7 +32,7 @@ class UnitSink:
     """
 
     def __init__(self, writer: GenerationWriter, *, max_bad_fraction: float = 0.01) -> None:
-        """Begins a pass; does not commit.
+        """Begin a pass; do not commit.
 
         Args:
             writer: from `StoreWriter.begin`.
@@ -47,7 +47,7 @@ class UnitSink:
         self._began = time.perf_counter()
 
     def write(self, done: UnitFeatures) -> None:
-        """Publishes one pending unit; when this returns it survives a crash.
+        """Publish one pending unit; when this returns it survives a crash.
 
         Raises:
             BadInput: more than `max_bad_fraction` of the rows are non-finite, or the unit is not

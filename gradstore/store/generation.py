@@ -44,7 +44,7 @@ class Generation:
     def __init__(
         self, files: ReadFiles, commit: Commit, explain: Callable[[str], None] | None = None
     ) -> None:
-        """Checks everything but the chunks.
+        """Check everything but the chunks.
 
         Args:
             files: the store's files.
@@ -130,7 +130,7 @@ class Generation:
 
     @property
     def unit_records(self) -> tuple[UnitRecord, ...]:
-        """What each unit's files must be."""
+        """Records of the expected files of each unit."""
         return self._records
 
     @property
@@ -173,7 +173,7 @@ class Generation:
         return found
 
     def check_values(self) -> None:
-        """Compares the row hashes with the plan, and the statuses with the units' counts.
+        """Compare the row hashes with the plan, and the statuses with the units' counts.
 
         Raises:
             DamagedData: they are not the same.
@@ -197,7 +197,7 @@ class Generation:
         return counts
 
     def raw(self, unit: int) -> np.ndarray:
-        """Gives the stored features of one unit, mapped from disk, read-only.
+        """Return the stored features of one unit, mapped from disk, read-only.
 
         Args:
             unit: number of the unit.
@@ -214,12 +214,12 @@ class Generation:
         return self._chunk(self._plan.arrays[0], unit)[: stop - start]
 
     def units_range(self, unit: int) -> tuple[int, int]:
-        """(start, stop) of one unit."""
+        """Return (start, stop) of one unit."""
         bounds: UnitRange = self._plan.units[unit]
         return bounds.start, bounds.stop
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Reads and decodes rows.
+        """Read and decode rows.
 
         Args:
             start: first row.
@@ -254,7 +254,7 @@ class Generation:
         return column
 
     def _chunk(self, spec: ArraySpec, unit: int, *, keep: bool = True) -> np.ndarray:
-        """Maps one chunk, without its crc32c; keeps the last few maps for random access."""
+        """Map one chunk, without its crc32c; keep the last few maps for random access."""
         name = spec.chunk_path(unit)
         if name in self._maps:
             self._maps.move_to_end(name)

@@ -28,7 +28,7 @@ QUARANTINE = f"{STAGING}/quarantine"
 
 
 class GenerationWriter:
-    """Fills one planned generation. `StoreWriter.begin` makes it; call from one thread.
+    """Writer of one planned generation, made by `StoreWriter.begin`; for use from one thread.
 
     Attributes:
         plan: what will be written.
@@ -44,7 +44,7 @@ class GenerationWriter:
         *,
         committed: Commit | None = None,
     ) -> None:
-        """Finds what earlier, interrupted writers finished.
+        """Find the units that earlier, interrupted writers finished.
 
         Args:
             files: the store's files.
@@ -95,7 +95,7 @@ class GenerationWriter:
         status: np.ndarray,
         tokens: np.ndarray,
     ) -> None:
-        """Publishes one unit; when this returns it survives a crash.
+        """Publish one unit; when this returns it survives a crash.
 
         Args:
             index: number of a pending unit.
@@ -124,7 +124,7 @@ class GenerationWriter:
         self.pending.remove(unit)
 
     def commit(self) -> Commit:
-        """Checks every unit and makes the generation visible, whole, to readers.
+        """Check every unit and make the generation visible, complete, to readers.
 
         Returns:
             The commit; the existing one if the generation was committed before.
@@ -199,7 +199,7 @@ class GenerationWriter:
         }
 
     def _finished(self, unit: UnitRange) -> tuple[UnitRecord, str] | None:
-        """Gives the record of a unit that is whole on disk; sets anything else of it aside."""
+        """Return the record of a unit that is complete on disk; quarantine other files of it."""
         base, files = generation_path(self.name), self._files
         record_path = unit_path(self.name, unit.index)
         chunks = [f"{base}/{spec.chunk_path(unit.index)}" for spec in self.plan.arrays]
@@ -222,7 +222,7 @@ class GenerationWriter:
 
 
 def quarantine(files: StoreFiles, relative: str) -> None:
-    """Moves an uncommitted file or folder out of the way, into staging, where one can look."""
+    """Move an uncommitted file or folder into quarantine, in staging, for inspection."""
     number = len(files.names(QUARANTINE))
     while files.exists(f"{QUARANTINE}/{number}"):
         number += 1
@@ -230,7 +230,7 @@ def quarantine(files: StoreFiles, relative: str) -> None:
 
 
 def publish_commit(files: StoreFiles, draft: Commit, view: Callable[[], Store]) -> Commit:
-    """Adds one commit to the chain.
+    """Append one commit to the chain.
 
     Returns:
         The commit that is in the chain now.

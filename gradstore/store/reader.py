@@ -36,7 +36,7 @@ from gradstore.store.unit_files import read_record
 
 
 def open_store(path: str | Path) -> Store:
-    """Opens a store for reading, at its newest commit.
+    """Open a store for reading, at its newest commit.
 
     Args:
         path: the store's folder.
@@ -71,7 +71,7 @@ class Store:
         return f'<Store "{self.path}": {len(self.commits)} commits>'
 
     def refresh(self) -> Store:
-        """Gives a view of today's commits that keeps what this one has checked already."""
+        """Return a view of the current commits that keeps what this one has already checked."""
         return Store(self._files, self)
 
     @property
@@ -80,11 +80,11 @@ class Store:
         return self.commits[-1] if self.commits else None
 
     def spaces(self) -> list[str]:
-        """Names of the spaces that have a provenance."""
+        """List the names of the spaces that have a provenance."""
         return [s for s in self._files.names(SPACES) if self._files.exists(provenance_path(s))]
 
     def provenance(self, space: str = "gradient") -> dict[str, Json]:
-        """The MUST-EQUAL fields of a space.
+        """Return the MUST-EQUAL fields of a space.
 
         Raises:
             BadInput: there is no such space.
@@ -100,7 +100,7 @@ class Store:
             raise DamagedFile(fault, str(self.path)) from error
 
     def live_commits(self, *, superseded: bool = False) -> list[Commit]:
-        """Commits whose generations can be read, oldest first.
+        """List the commits whose generations can be read, oldest first.
 
         Args:
             superseded: also those for which a later attempt was committed.
@@ -113,7 +113,7 @@ class Store:
         return [commit for commit in live if commit in newest.values()]
 
     def generations(self, *, superseded: bool = False) -> list[Generation]:
-        """All committed generations, newest last; the newest attempt of each.
+        """Open all committed generations, newest last; the newest attempt of each.
 
         Args:
             superseded: earlier attempts too, as far as clean-up left them.
@@ -121,7 +121,7 @@ class Store:
         return [self._open(commit) for commit in self.live_commits(superseded=superseded)]
 
     def generation(self, name: str) -> Generation:
-        """Opens one generation: the newest attempt, or exactly `<step>.<attempt>`.
+        """Open one generation: the newest attempt, or exactly `<step>.<attempt>`.
 
         Raises:
             BadInput: it was never committed, or was removed by clean-up; lists what there is.
@@ -136,7 +136,7 @@ class Store:
         raise BadInput(f'store "{self.path}" has no committed generation {name!r}; it has: {there}')
 
     def planned(self) -> list[str]:
-        """Names of generations that were planned and never committed; newest attempt last."""
+        """List generations that were planned and never committed; newest attempt last."""
         committed = {n for c in self.commits for n in c.generations}
         names = []
         if self._files.exists(PLANS):
@@ -147,7 +147,7 @@ class Store:
         return sorted(names, key=lambda n: (str(GenerationName.parse(n).base()), len(n), n))
 
     def info(self) -> dict[str, Json]:
-        """Describes the store: the schema of `gradstore info --json`, and some fields more."""
+        """Describe the store: the schema of `gradstore info --json`, plus some more fields."""
         entries = [_describe(generation) for generation in self.generations()]
         entries += [e for e in (self._describe_planned(name) for name in self.planned()) if e]
         return {
@@ -159,7 +159,7 @@ class Store:
         }
 
     def _describe_planned(self, name: str) -> dict[str, Json] | None:
-        """Describes what is finished of an uncommitted generation; None without a plan."""
+        """Describe the finished part of an uncommitted generation; None without a plan."""
         try:
             plan, sha = Plan.from_bytes(self._files.read(f"{PLANS}/{name}.json"))
         except (ValueError, BadInput, DamagedData):
@@ -190,7 +190,7 @@ class Store:
         return opened
 
     def _explain_retired(self, name: str) -> None:
-        """Raises BadInput if a clean-up took the generation since this view was opened."""
+        """Raise BadInput if a clean-up removed the generation since this view was opened."""
         for commit in read_chain(self._files, self.uuid, self.commits)[len(self.commits) :]:
             if commit.kind == "retire" and name in commit.generations:
                 raise BadInput(
@@ -200,7 +200,7 @@ class Store:
 
 
 def read_identity(files: ReadFiles) -> tuple[int, str]:
-    """Reads schema version and uuid from the store's own zarr.json.
+    """Read schema version and uuid from the store's own zarr.json.
 
     Raises:
         BadInput: there is no store here.

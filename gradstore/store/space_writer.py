@@ -35,7 +35,7 @@ class SpaceFields:
     def __init__(
         self, space: str, provenance: Mapping[str, Any], setting_keys: Mapping[str, str] | None
     ) -> None:
-        """Checks both.
+        """Check the space name and the fields.
 
         Args:
             space: `gradient`, or one per embedding model.
@@ -47,7 +47,7 @@ class SpaceFields:
         self._setting_keys = setting_keys
 
     def compare(self, files: StoreFiles) -> str | None:
-        """Compares them with the stored ones; gives the seal, None if nothing is stored.
+        """Compare the fields with the stored ones; return the seal, None if nothing is stored.
 
         Raises:
             ProvenanceMismatch: lists every differing field.
@@ -67,7 +67,7 @@ class SpaceFields:
         return sha
 
     def settle(self, files: StoreFiles, store: Store) -> str:
-        """Compares them, or stores them where there are none yet; gives the seal."""
+        """Compare the fields, or store them if there are none yet; return the seal."""
         path = provenance_path(self.space)
         try:
             sha = self.compare(files)
@@ -82,7 +82,7 @@ class SpaceFields:
 
 
 class SpaceWriter:
-    """Plans the generations of one space. `StoreWriter` makes it and holds the lock it works under.
+    """Planner of one space's generations, made by `StoreWriter`, which holds the lock it needs.
 
     Attributes:
         space: name of the space.
@@ -94,7 +94,7 @@ class SpaceWriter:
         view: Callable[[], Store],
         fields: SpaceFields,
     ) -> None:
-        """Compares the space's provenance with the stored one, or stores it.
+        """Compare the space's provenance with the stored one, or store it.
 
         Args:
             files: the store's files.
@@ -111,7 +111,7 @@ class SpaceWriter:
         return self._view()
 
     def check_space_for(self, rows: int, dim: int, dtype: str = "float16", count: int = 1) -> None:
-        """Checks that `count` generations of (rows, dim) fit on the disk; nothing is allocated.
+        """Check that `count` generations of (rows, dim) fit on the disk; nothing is allocated.
 
         Raises:
             StoreIOError: they do not; tells the bytes needed and free.
@@ -128,7 +128,7 @@ class SpaceWriter:
         dtype: str = "float16",
         unit_rows: int = UNIT_ROWS,
     ) -> GenerationWriter:
-        """Plans a generation, or takes up an interrupted or finished one.
+        """Plan a generation, or take up an interrupted or finished one.
 
         A generation of this name that was committed with the same identity comes back complete
         (`pending` empty); one that was planned and interrupted is resumed; anything else of this
@@ -185,7 +185,7 @@ class SpaceWriter:
 
 
 def publish_metadata(files: StoreFiles, path: str, data: bytes, *, committed: bool) -> None:
-    """Writes a zarr.json; a damaged one is replaced only where nothing committed needs it.
+    """Write a zarr.json; replace a damaged one only if nothing committed needs it.
 
     Args:
         files: the store's files.

@@ -29,7 +29,7 @@ def publish_unit(
     unit: UnitRange,
     values: Mapping[str, np.ndarray],
 ) -> tuple[UnitRecord, str] | None:
-    """Writes every chunk of a unit, then its record; each durable before the next step counts.
+    """Write every chunk of a unit, then its record; each is durable before the next step.
 
     Args:
         files: the store's files.
@@ -72,7 +72,7 @@ def publish_unit(
 def read_record(
     files: ReadFiles, plan: Plan, plan_sha256: str, unit: UnitRange, expected: str | None = None
 ) -> tuple[UnitRecord, str]:
-    """Reads a unit's record and checks it against the plan.
+    """Read a unit's record and check it against the plan.
 
     Args:
         files: the store's files.
@@ -105,7 +105,7 @@ def read_record(
 
 
 def check_unit(files: ReadFiles, record: UnitRecord, *, deep: bool = False) -> list[Fault]:
-    """Checks size and crc32c of every chunk of a unit, and sha256 too when `deep`."""
+    """Check size and crc32c of every chunk of a unit, and sha256 too when `deep`."""
     base = generation_path(record.generation)
     faults = (
         _file_fault(files, f"{base}/{name}", each, deep=deep) for name, each in record.files.items()
@@ -114,7 +114,7 @@ def check_unit(files: ReadFiles, record: UnitRecord, *, deep: bool = False) -> l
 
 
 def check_chunk(path: str, data: bytes | memoryview, expected: FileSeal) -> Fault | None:
-    """Checks the bytes of a chunk's file: the crc32c it ends with, and the recorded one."""
+    """Check the bytes of a chunk's file against its trailing crc32c and the recorded one."""
     view = memoryview(data)
     found = crc32c(view[:-CRC_BYTES])
     written = int.from_bytes(view[-CRC_BYTES:], "little")

@@ -1,4 +1,4 @@
-"""Checks every byte of everything committed; lists every fault, does not stop at the first."""
+"""Check of every byte of all committed data; lists every fault, does not stop at the first."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from gradstore.store.unit_files import check_unit, read_record
 
 
 def verify_store(path: str | Path) -> VerifyReport:
-    """Reads the whole store again from disk, trusting nothing that was checked before.
+    """Read the whole store again from disk, without relying on earlier checks.
 
     Checked: the root, the commit chain, each space's provenance, and of every committed generation
     the plan, each zarr.json, each unit record, and size, crc32c and sha256 of each chunk.
@@ -73,7 +73,7 @@ class _Check:
         self.bytes_seen = 0
 
     def count(self, path: str, size: int | None = None) -> None:
-        """Counts one file, once."""
+        """Count one file, once."""
         if path in self._counted:
             return
         self._counted.add(path)
@@ -82,26 +82,26 @@ class _Check:
             self.bytes_seen += self._files.size(path) if size is None else size
 
     def add(self, fault: Fault) -> None:
-        """Keeps a fault, once."""
+        """Record a fault, once."""
         if fault not in self.faults:
             self.faults.append(fault)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Keeps the fault that ends the block."""
+        """Record the fault that ends the block."""
         try:
             yield
         except DamagedFile as error:
             self.add(error.fault)
 
     def metadata(self, path: str, expected: bytes) -> None:
-        """Checks one zarr.json."""
+        """Check one zarr.json."""
         self.count(path)
         with self._guarded():
             check_metadata(self._files, path, expected)
 
     def space(self, space: str) -> None:
-        """Checks that a space's provenance fits its own seal."""
+        """Check that a space's provenance matches its own seal."""
         path = provenance_path(space)
         with self._guarded():
             if not self._files.exists(path):
@@ -113,7 +113,7 @@ class _Check:
                 self.add(Fault(path, "the provenance that was written", str(error)))
 
     def generation(self, commit: Commit) -> None:
-        """Checks one committed generation, every byte."""
+        """Check one committed generation, every byte."""
         self.count(plan_path(commit.generation))
         try:
             plan = read_committed_plan(self._files, commit)
@@ -140,7 +140,7 @@ class _Check:
         self.values(commit)
 
     def unit(self, plan: Plan, commit: Commit, index: int, sha: str) -> None:
-        """Checks a unit's record and each of its chunks."""
+        """Check a unit's record and each of its chunks."""
         self.count(unit_path(plan.name, index))
         try:
             record, _ = read_record(self._files, plan, commit.plan_sha256, plan.units[index], sha)
@@ -153,7 +153,7 @@ class _Check:
             self.add(fault)
 
     def values(self, commit: Commit) -> None:
-        """Checks that the row hashes are the plan's, and the statuses those that were counted."""
+        """Check that the row hashes match the plan, and the statuses match the unit counts."""
         if self.faults:
             return
         with self._guarded():
@@ -162,7 +162,7 @@ class _Check:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What a check of every byte found.
+    """Result of a check of every byte.
 
     Attributes:
         faults: every fault, in the order of the files checked.
@@ -184,12 +184,12 @@ class VerifyReport:
         return not self.faults
 
     def raise_if_damaged(self) -> None:
-        """Raises DamagedData (exit 4) that names every fault, if there is one."""
+        """Raise DamagedData (exit 4) that names every fault, if there is one."""
         if self.faults:
             raise DamagedData(_summary(self.faults))
 
     def to_dict(self) -> dict[str, object]:
-        """Gives the report as plain JSON values, for `gradstore verify --json`."""
+        """Return the report as plain JSON values, for `gradstore verify --json`."""
         return {
             "ok": self.ok,
             "files": self.files,

@@ -48,7 +48,7 @@ _OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, "index"}
 
 
 class StoreWriter:
-    """Opens a store for writing, creating it if need be; holds its lock until `close`.
+    """Writer of a store, which it opens or, if need be, creates; holds its lock until `close`.
 
     Attributes:
         path: the store's folder.
@@ -75,7 +75,7 @@ class StoreWriter:
         setting_keys: Mapping[str, str] | None = None,
         files: StoreFiles | None = None,
     ) -> None:
-        """Creates or opens the store.
+        """Create or open the store.
 
         Args:
             path: the store's folder.
@@ -117,7 +117,7 @@ class StoreWriter:
         self.close()
 
     def close(self) -> None:
-        """Gives the lock back; what is committed stays, what is pending can be resumed."""
+        """Release the lock; committed data stays, pending data can be resumed."""
         self._closed = True
         try:
             self._lock.release()
@@ -137,7 +137,7 @@ class StoreWriter:
         *,
         setting_keys: Mapping[str, str] | None = None,
     ) -> SpaceWriter:
-        """Opens a further space under this writer's lock, as long as this writer is open.
+        """Open a further space under this writer's lock, valid as long as this writer is open.
 
         Names of its generations carry the prefix `names.space_run(space, run)`.
 
@@ -155,7 +155,7 @@ class StoreWriter:
         return SpaceWriter(self._files, self._view, fields)
 
     def check_space_for(self, rows: int, dim: int, dtype: str = "float16", count: int = 1) -> None:
-        """As `SpaceWriter.check_space_for`."""
+        """Call `SpaceWriter.check_space_for` of this writer's own space."""
         self._main.check_space_for(rows, dim, dtype, count)
 
     def begin(
@@ -167,11 +167,11 @@ class StoreWriter:
         dtype: str = "float16",
         unit_rows: int = UNIT_ROWS,
     ) -> GenerationWriter:
-        """As `SpaceWriter.begin`, in this writer's own space."""
+        """Call `SpaceWriter.begin` of this writer's own space."""
         return self._main.begin(record, rows, dim=dim, dtype=dtype, unit_rows=unit_rows)
 
     def clean(self, keep_generations: int | None = None) -> list[str]:
-        """Removes what nobody needs: dead staging, abandoned plans, superseded attempts.
+        """Remove what is no longer needed: dead staging, abandoned plans, superseded attempts.
 
         Args:
             keep_generations: keep the newest this many steps of train and of each target set; None
@@ -185,13 +185,13 @@ class StoreWriter:
     # ---- opening -----------------------------------------------------------------------------
 
     def _view(self) -> Store:
-        """The store now, for those who write under this writer's lock."""
+        """Return the current store, for code that writes under this writer's lock."""
         if self._closed:
             raise BadInput(f'the writer of store "{self.path}" was closed; open it again')
         return self.store
 
     def _check_before_lock(self, fields: SpaceFields) -> None:
-        """Refuses what must be refused before a byte is written; damage waits for the lock."""
+        """Reject invalid input before a byte is written; damage is handled under the lock."""
         try:
             read_identity(self._files)
             fields.compare(self._files)

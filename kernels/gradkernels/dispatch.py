@@ -24,7 +24,7 @@ class _Sums(Protocol):
 
 
 class Accumulator:
-    """Projects a (b, p) matrix that never exists: its blocks come one by one, in any order.
+    """Projection of a (b, p) matrix that is never built: blocks come one by one, in any order.
 
     Parameters that no block covers count as zeros; blocks that overlap add up. A row's result never
     depends on the other rows. Another order or another cut of the blocks changes it within

@@ -1,4 +1,4 @@
-"""What a projection matrix is: the few numbers that determine every one of its bits."""
+"""Definition of a projection matrix: the few numbers that determine every one of its bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compile each loop once, for one signature, on first use; kept on disk where that is possible.
+"""Compilation of each loop once, for one signature, on first use; cached on disk if possible.
 
 numba keeps machine code beside the file of the function that it was asked to compile, and looks
 again only when *that* file changes: an edit to a function called from there would run the old code,

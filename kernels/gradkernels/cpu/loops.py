@@ -69,7 +69,7 @@ def _word(a: Any, b: Any, c: Any) -> Any:  # noqa: ANN401
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def _load_tile(tile: F32, lanes: int, x: F32, offsets: I64, column: int, n: int) -> None:
-    """tile[c * lanes + r] = x[offsets[r] + column + c] for c < n, r < lanes."""
+    """Load tile[c * lanes + r] = x[offsets[r] + column + c] for c < n, r < lanes."""
     whole = n // 8 * 8
     for half in range(lanes // 8):
         rows = offsets[8 * half : 8 * half + 8]

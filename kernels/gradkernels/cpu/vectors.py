@@ -52,7 +52,7 @@ def add_signed(
     x_offset: Any,  # noqa: ANN401
     sign: Any,  # noqa: ANN401
 ) -> tuple[Any, Callable[..., Any]]:
-    """acc[acc_offset:+8] += x[x_offset:+8], negated when uint32 `sign` is 0x80000000 (else 0)."""
+    """Add x[x_offset:+8] to acc[acc_offset:+8], negated if uint32 `sign` is 0x80000000 (else 0)."""
     signature = types.void(acc, types.int64, x, types.int64, types.uint32)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ANN401
