@@ -3,7 +3,9 @@
     python .ci/refresh_constraints.py
 
 No uv.lock is committed, because it would write a package index's addresses into the repository. The
-pins are what uv resolves today without the old ones; run the tests before committing them.
+pins are what uv resolves today without the old ones. It ends by importing what LlamaFactory's
+commands import: versions that resolve together do not always import together. Run the tests before
+committing them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN = "# BEGIN constraints (made by .ci/refresh_constraints.py)\n"
 END = "# END constraints\n"
+
+#: Modules that LlamaFactory's commands import when they run.
+IMPORTED = (
+    "llamafactory.api.app",
+    "llamafactory.chat.chat_model",
+    "llamafactory.extras.env",
+    "llamafactory.train.tuner",
+    "llamafactory.webui.interface",
+)
 
 
 def resolved(pyproject: str) -> list[str]:
@@ -39,6 +50,9 @@ def main() -> None:
     pins = "".join(f'    "{pin}",' + "\n" for pin in resolved(text))
     block = f"\n{BEGIN}[tool.uv]\nconstraint-dependencies = [\n{pins}]\n{END}"
     path.write_text(text.rstrip("\n") + "\n" + block, encoding="utf-8")
+    subprocess.run(["uv", "sync", "--quiet"], cwd=ROOT, check=True)
+    script = f"import {', '.join(IMPORTED)}"
+    subprocess.run(["uv", "run", "python", "-c", script], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":
