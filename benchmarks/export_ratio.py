@@ -126,14 +126,14 @@ class Bench:
         self.moments = AdamMoments.from_optimizer(optimizer, self.model)
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The batches of one pass, the same ones that the export plans."""
+        """List the batches of one pass, the same ones that the export plans."""
         lengths = [len(row["input_ids"]) for row in self.rows]
         for positions in plan_batches(lengths, self.token_budget):
             batch = collate([self.rows[int(i)] for i in positions])
             yield {key: tensor.to(self.device) for key, tensor in batch.items()}
 
     def synchronize(self) -> None:
-        """Waits for the device, so that the clock sees finished work."""
+        """Wait for the device, so that the clock sees finished work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -238,7 +238,7 @@ def hardware(device: torch.device) -> str:
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Appends rows to a CSV file, with a header if it is new."""
+    """Append rows to a CSV file, with a header if it is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -273,7 +273,7 @@ def report(bench: Bench, found: Pairs, dim: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=64, help="at most 200, the pool")
     parser.add_argument("--pairs", type=int, default=3)

@@ -70,7 +70,7 @@ def measure(workload: Workload, pairs: int, folder: Path) -> dict[str, object]:
 
 
 def main() -> int:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

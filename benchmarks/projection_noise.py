@@ -124,7 +124,7 @@ def at_step(run: TinyRun, step: int, options: argparse.Namespace) -> list[dict[s
 
 
 def main() -> int:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -108,7 +108,7 @@ def train(config: Path, output_dir: Path, options: list[str]) -> dict[str, Any]:
 
 
 def averaged_by_doremi(seed: int, folder: Path) -> list[str]:
-    """Reference and proxy run; the overrides that give the final run their average mixture."""
+    """Run reference and proxy; return the overrides that set the final run's average mixture."""
     reference, proxy = folder / "reference", folder / "proxy"
     train(EXAMPLES / "train_lora/mixers/static.yaml", reference, [*UNIFORM, f"seed={seed}"])
     chosen = [*MIXED, f"seed={seed}", "finetuning_type=lora", "lora_rank=16", "lora_target=all",
@@ -142,7 +142,7 @@ def run(name: str, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def show(lines: list[dict[str, Any]], seeds: list[int]) -> None:
-    """A table each, best first."""
+    """Print a table for each, best first."""
     for table, figure in (("rows", "target_loss"), ("mixtures", "mean_loss"),
                           ("orders", "mean_loss")):  # fmt: skip
         names = {line["strategy"] for line in lines if line["table"] == table}
@@ -156,7 +156,7 @@ def show(lines: list[dict[str, Any]], seeds: list[int]) -> None:
 
 
 def values(lines: list[dict[str, Any]], name: str, figure: str) -> list[float]:
-    """A figure of one strategy, by seed."""
+    """Collect a figure of one strategy, by seed."""
     found = [line for line in lines if line["strategy"] == name]
     return [line[figure] for line in sorted(found, key=lambda line: int(line["seed"]))]
 
@@ -167,7 +167,7 @@ def mean(lines: list[dict[str, Any]], name: str, figure: str) -> float:
 
 
 def claims(lines: list[dict[str, Any]]) -> list[str]:
-    """What the README says and these runs do not show."""
+    """List claims of the README that these runs do not show."""
     known, missed = {line["strategy"] for line in lines}, []
     for name in ("less", "icons", "cluster_less", "near"):
         if {name, "random"} <= known:
@@ -184,7 +184,7 @@ def claims(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> int:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -142,7 +142,7 @@ def share_of_target(scores: FloatArray, skills: npt.NDArray[np.str_]) -> float:
 
 
 def share_of_draws(losses: npt.NDArray[np.float64], focus: str, run: TinyRun) -> float:
-    """The loss selector's share, mean over the targets and over many draws."""
+    """Compute the loss selector's share, mean over the targets and over many draws."""
     chances = tempered(band_weights(losses, focus, 5.0, (0.33, 0.66)), 1.0)
     k = rows_for_fraction(FRACTION, len(losses))
     generator = np.random.default_rng(run.seed)
@@ -175,7 +175,7 @@ def measure(run: TinyRun, step: int, with_dense: bool) -> dict[str, float]:
 
 
 def show(shares: Shares, seeds: list[int]) -> list[dict[str, Any]]:
-    """Prints the table; gives the lines of the CSV."""
+    """Print the table; return the lines of the CSV."""
     methods = list(dict.fromkeys(method for method, _, _ in shares))
     steps = sorted({step for _, step, _ in shares})
     head = "".join(f"{f'step {s}:':>10}{' '.join(map(str, seeds)):>14}   mean" for s in steps)
@@ -199,7 +199,7 @@ def show(shares: Shares, seeds: list[int]) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -119,7 +119,7 @@ class RunConfig:
         return KnownKeys.of(self.llamafactory)
 
     def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - YAML values
-        """Any LlamaFactory key as the user wrote it, or `default`; for strategies of a user's own.
+        """Return any LlamaFactory key as the user wrote it, or `default`; for custom strategies.
 
         DataFlex itself reads `known`.
         """

@@ -81,13 +81,13 @@ class Declared:
         return True
 
     def fault(self, name: str, value: object) -> str:
-        """Say what is wrong with a value that is not taken, and what to write."""
+        """Describe an invalid value and the values allowed."""
         shown = "null" if value is None else repr(value)
         return f"{name} is {shown}; {_demand(self.hint, value)}"
 
 
 def faults(known: Mapping[str, Declared], values: Mapping[str, Any]) -> list[str]:
-    """One sentence for each value that its declaration refuses; undeclared ones are skipped."""
+    """Return a sentence per value that its declaration refuses; undeclared ones are skipped."""
     return [
         known[name].fault(name, value)
         for name, value in values.items()
@@ -97,7 +97,7 @@ def faults(known: Mapping[str, Declared], values: Mapping[str, Any]) -> list[str
 
 @functools.cache
 def declared(constructor: Callable[..., None]) -> Mapping[str, Declared]:
-    """The parameters of a constructor whose annotations are checked, by name.
+    """Return the parameters of a constructor whose annotations are checked, by name.
 
     None are where the annotations cannot be read, because they mention a name that does not exist
     at run time.
@@ -113,7 +113,7 @@ def declared(constructor: Callable[..., None]) -> Mapping[str, Declared]:
 
 
 def group(constructor: Callable[..., None]) -> type | None:
-    """The class whose parameters a constructor's `**rest` stands for, if it is annotated with one.
+    """Return the class whose parameters a constructor's annotated `**rest` stands for, or None.
 
     `**features: Annotated[Any, FeatureSettings]` takes the parameters of `FeatureSettings`.
     """
@@ -133,7 +133,7 @@ def _hints(constructor: Callable[..., None]) -> Mapping[str, Any]:
 
 
 def checked(cls: C) -> C:
-    """Class decorator: the constructor refuses what its own signature does not allow.
+    """Decorate a class: its constructor refuses values that its own signature does not allow.
 
     `Strategy` applies it to every subclass, so that a strategy built in Python refuses what one
     built from a configuration refuses, and its constructor checks only how parameters relate to
@@ -157,7 +157,7 @@ def checked(cls: C) -> C:
 
 
 def converted(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Values as the fields of a dataclass declare them; a null means the default.
+    """Convert values as the fields of a dataclass declare them; a null means the default.
 
     Args:
         cls: annotations of its fields may say how a value is converted (`BeforeValidator`).
@@ -185,7 +185,7 @@ def _fields(cls: type) -> Mapping[str, Declared]:
 
 
 def _checked_part(hint: Any) -> Any:  # noqa: ANN401 - an annotation
-    """What is checked of an annotation; `Any` where it mentions a type that is not.
+    """Return the part of an annotation that is checked; `Any` where it mentions another type.
 
     What mappings hold, and lists of anything else, is left to the constructor.
     """
@@ -215,7 +215,7 @@ def _no_text(value: object) -> object:
 
 
 def in_words(hint: Any) -> str:  # noqa: ANN401 - an annotation
-    """What an annotation accepts: `a number above 0 and finite`, `last, all or a whole number`.
+    """Describe accepted values: `a number above 0 and finite`, `last, all or a whole number`.
 
     Examples:
         >>> in_words(Literal["last", "all"] | Count), in_words(Positive | None)
@@ -236,7 +236,7 @@ def in_words(hint: Any) -> str:  # noqa: ANN401 - an annotation
 
 
 def _demand(hint: Any, value: object) -> str:  # noqa: ANN401 - an annotation
-    """What to write in place of a value that an annotation refuses."""
+    """Describe the values allowed in place of one that an annotation refuses."""
     options = list(_options(hint))
     for option, metadata in options:
         kind = get_origin(option) or option
@@ -248,7 +248,7 @@ def _demand(hint: Any, value: object) -> str:  # noqa: ANN401 - an annotation
 
 
 def _options(hint: Any) -> Iterator[tuple[Any, list[Any]]]:  # noqa: ANN401 - an annotation
-    """The types that an annotation allows, each with what is said of it."""
+    """List the types that an annotation allows, each with its metadata."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         outer = list(_each(args[1:]))
@@ -262,7 +262,7 @@ def _options(hint: Any) -> Iterator[tuple[Any, list[Any]]]:  # noqa: ANN401 - an
 
 
 def _each(metadata: Iterable[Any]) -> Iterator[Any]:
-    """What an annotation says, one by one: pydantic's `Field` and `Interval` say several things."""
+    """Yield single constraints: pydantic's `Field` and `Interval` hold several."""
     for said in metadata:
         if isinstance(said, FieldInfo):
             yield from _each(said.metadata)
@@ -273,7 +273,7 @@ def _each(metadata: Iterable[Any]) -> Iterator[Any]:
 
 
 def _noun(option: Any, metadata: list[Any]) -> str:  # noqa: ANN401 - an annotation
-    """One type and its limits: `a number from 0 to 1`."""
+    """Describe one type and its limits: `a number from 0 to 1`."""
     if given := [said.documentation for said in metadata if isinstance(said, DocInfo)]:
         return str(given[0])
     kind = get_origin(option) or option
@@ -298,7 +298,7 @@ _VERBS: Mapping[type, tuple[str, str]] = {
 
 
 def _limits(metadata: list[Any]) -> str:
-    """Limits of a number, or of a list's length: `above 0 and at most 1`."""
+    """Describe limits of a number, or of a list's length: `above 0 and at most 1`."""
     found = {
         kind: getattr(said, attribute)
         for kind, (attribute, _) in _VERBS.items()

@@ -87,7 +87,7 @@ def unknown(what: str, given: Iterable[str], accepted: Iterable[str]) -> str:
 
 
 def grouped(cls: type[G], key: str, given: Mapping[str, Any]) -> G:
-    """Parameters that a user writes under one key, as a dataclass whose fields declare them.
+    """Convert parameters that a user writes under one key to a dataclass that declares them.
 
     Args:
         cls: the dataclass.
@@ -124,7 +124,7 @@ def parameters(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def declarations(cls: type) -> dict[str, Declared]:
-    """The parameters of `parameters(cls)` whose annotations are checked."""
+    """Return the parameters of `parameters(cls)` whose annotations are checked."""
     found: dict[str, Declared] = {}
     for constructor in reversed(_constructors(cls)):
         found |= declared(constructor)

@@ -37,7 +37,7 @@ STORED = "float16"
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """How embeddings are made, as the parameters of a selector say it.
+    """Settings of the embeddings, from the parameters of a selector.
 
     Attributes:
         model: `embedding_model_name_or_path`; None takes the model in training.

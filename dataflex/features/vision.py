@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """How the features are made, as the parameters of `CoincideSelector` say it.
+    """Settings of the features, from the parameters of `CoincideSelector`.
 
     Attributes:
         model: `embedding_model_name_or_path`; None takes the model in training.

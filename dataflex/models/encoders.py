@@ -276,7 +276,7 @@ class TextEncoder:
         self._max_tokens = encoder.max_tokens
 
     def collate(self, texts: list[str]) -> Batch:
-        """Tokenize texts the encoder's own way into padded token ids (b, t)."""
+        """Tokenize texts with the encoder's own settings into padded token ids (b, t)."""
         batch = self._tokenizer(
             texts,
             padding=True,
@@ -306,7 +306,7 @@ def _load(
     device: torch.device,
     trust_remote_code: bool,
 ) -> tuple[Any, HiddenStates]:
-    """Do as `load_by_library`, with transformers alone."""
+    """Load as `load_by_library` does, with transformers alone."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)

@@ -188,7 +188,7 @@ class Pipeline(Strategy):
             stage.strategy.start(run)
 
     def finish(self) -> None:
-        """Finish every stage, whatever another one raises."""
+        """Finish every stage, even where another one raises."""
         with contextlib.ExitStack() as stack:
             for stage in self.everyone:
                 stack.callback(stage.strategy.finish)

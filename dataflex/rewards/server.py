@@ -174,7 +174,7 @@ class ApiJudge:
         return f"the judge {self.settings.model!r} at {self.settings.base_url}"
 
     def _client(self) -> httpx.Client:
-        """A pool of connections to the server; redirects are not followed: they would take the key.
+        """Open a connection pool; redirects are not followed: they would take the key along.
 
         Raises:
             BadInput: the environment names a proxy that cannot be used.
@@ -269,14 +269,14 @@ class ApiJudge:
         return content if isinstance(content, str) else ""
 
     def _shown(self, answer: bytes) -> str:
-        """The beginning of an answer, for a message: without the key, if the server repeats it."""
+        """Shorten an answer for a message, and remove the key if the server repeats it."""
         said = answer.decode("utf-8", "replace")
         key = os.environ.get(self.settings.key_env or "")
         return shortened(said.replace(key, "***") if key else said)
 
 
 def _beginning(response: httpx.Response) -> bytes:
-    """The first `MOST_BYTES` of an answer; the rest is never read."""
+    """Read the first `MOST_BYTES` of an answer; the rest is never read."""
     found = bytearray()
     for chunk in response.iter_bytes():
         found += chunk

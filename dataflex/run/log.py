@@ -123,7 +123,7 @@ class RunLog:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Lines of `events.jsonl`, by step; where a resumed run logged a step again, the last one.
+    """Read `events.jsonl` by step; of a step that a resumed run logged again, the last line.
 
     Args:
         folder: `output_dir/dataflex`.

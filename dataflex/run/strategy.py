@@ -57,7 +57,7 @@ class Strategy:
     settings: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - of other bases
-        """Have the constructor refuse what its signature does not allow."""
+        """Make the constructor refuse values that its signature does not allow."""
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
             checked(cls)
@@ -87,7 +87,7 @@ class Strategy:
 
 
 def adapt(built: object, base: type[S]) -> S:
-    """Complete a user's object that only looks like a strategy to one of its kind.
+    """Wrap a user's duck-typed object in a strategy with all methods of `base`.
 
     The answer is an instance of `base` that has the object in front: what the object has counts,
     `base` provides the rest. It bears the name of the user's class, which checkpoints keep.

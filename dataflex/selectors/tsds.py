@@ -218,7 +218,7 @@ class Density:
     """Kernel densities of training rows, each computed when it is first asked for."""
 
     def __init__(self, neighbours: Neighbours, n: int, kde_k: int, sigma: float) -> None:
-        """Know none yet.
+        """Start with no density computed.
 
         Args:
             neighbours: of the n training rows.

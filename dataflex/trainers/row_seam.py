@@ -56,7 +56,7 @@ class ServedSeam(Seam):
         return Schedule(ours.warmup_step, ours.update_step, ours.update_times, budget)
 
     def rows_for(self, interval: Interval) -> npt.NDArray[np.int64]:
-        """Decide the rows (k,) of an interval that begins now; on every rank, the same on each."""
+        """Decide the rows (k,) of an interval that begins now, the same on every rank."""
         raise TypeError(f"{type(self).__name__} does not implement rows_for")
 
     def update_context(self, interval: Interval) -> UpdateContext:

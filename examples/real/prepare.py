@@ -60,7 +60,7 @@ def recipe(*sources: str) -> str:
 
 
 def is_ready(folder: Path, made_by: str) -> bool:
-    """True where every file of `folder` has the bytes that its manifest of this recipe lists."""
+    """Check whether every file of `folder` has the bytes that this recipe's manifest lists."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -72,7 +72,7 @@ def is_ready(folder: Path, made_by: str) -> bool:
 
 
 def put_in_place(built: Path, folder: Path, made_by: str) -> None:
-    """Writes the manifest into `built` and renames it to `folder`, whatever was there before."""
+    """Write the manifest into `built` and rename it to `folder`, replacing what was there."""
     files = {path.name: archives.sha256_of(path) for path in sorted(built.iterdir())}
     manifest = {"recipe": made_by, "files": files}
     (built / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -85,7 +85,7 @@ def put_in_place(built: Path, folder: Path, made_by: str) -> None:
 
 
 def prepare_model(folder: Path, temporary: Path, given: Path | None) -> None:
-    """Makes `folder`: the weights of SmolLM2-135M-Instruct as safetensors, with its tokenizer."""
+    """Make `folder`: the weights of SmolLM2-135M-Instruct as safetensors, with its tokenizer."""
     made_by = recipe("weights.py")
     if is_ready(folder, made_by):
         say(f"{folder}: already there and intact")
@@ -107,13 +107,13 @@ def prepare_model(folder: Path, temporary: Path, given: Path | None) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes `content` with one line end at the end."""
+    """Write `content` with one line end at the end."""
     text = json.dumps(content, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def prepare_data(folder: Path, temporary: Path, given: Path | None) -> None:
-    """Makes `folder`: pool, target and held-out rows, `dataset_info.json` and `sources.json`."""
+    """Make `folder`: pool, target and held-out rows, `dataset_info.json` and `sources.json`."""
     made_by = recipe("rows.py", "prepare.py")
     if is_ready(folder, made_by):
         say(f"{folder}: already there and intact")
@@ -141,7 +141,7 @@ def prepare_data(folder: Path, temporary: Path, given: Path | None) -> None:
 
 @contextmanager
 def workspace(parent: Path) -> Iterator[Path]:
-    """A temporary folder beside the results, for one run of this script at a time."""
+    """Make a temporary folder beside the results, for one run of this script at a time."""
     parent.mkdir(parents=True, exist_ok=True)
     with (parent / ".prepare-lock").open("w") as lock:
         try:
@@ -159,7 +159,7 @@ def workspace(parent: Path) -> Iterator[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the script; returns its exit code (0; 2 bad input, 4 wrong bytes, 5 no network/disk)."""
+    """Run the script; return its exit code (0; 2 bad input, 4 wrong bytes, 5 no network/disk)."""
     parser = argparse.ArgumentParser(description="Bring the real example's model and data.")
     parser.add_argument(
         "--archives", type=Path, metavar="DIR", help="folder that holds the two archives already"

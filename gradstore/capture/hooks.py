@@ -103,7 +103,7 @@ class HookedPass:
         self._sink(slot, block)
 
     def finish(self, parameters: Mapping[ParameterSlot, nn.Parameter]) -> None:
-        """Emit slots left over: partial sums where some calls affected the loss, zeros if none."""
+        """Emit the remaining slots: partial sums if some calls affected the loss, zeros if none."""
         for slot in sorted(self._wanted - self._delivered, key=lambda slot: slot.start):
             block = self._partial.pop(slot, None)
             if block is None:

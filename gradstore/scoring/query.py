@@ -21,7 +21,7 @@ from gradstore.scoring.subtasks import Subtask
 
 @dataclass(frozen=True)
 class RowInfluence:
-    """Query of the train rows that helped and that hurt one target row.
+    """Train rows that helped and that hurt one target row.
 
     Attributes:
         values: (n,) float32, each train row's cosines to the target row, summed over checkpoints
