@@ -208,20 +208,20 @@ def median_ratio(pairs: list[tuple[float, float]]) -> float:
 
 def measure(bench: Bench, dim: int, pairs: int) -> Pairs:
     """(plain, export) seconds of each projection: A B A B, after one pass of every kind."""
-    tell(f"warm-up: {bench.plain():.1f} s plain")
+    echo(f"warm-up: {bench.plain():.1f} s plain")
     for method in LIMITS:
-        tell(f"warm-up: {bench.export(method, dim):.1f} s {method}")
+        echo(f"warm-up: {bench.export(method, dim):.1f} s {method}")
     found: Pairs = {method: [] for method in LIMITS}
     for number in range(1, pairs + 1):
         for method, results in found.items():
             results.append((bench.plain(), bench.export(method, dim)))
             plain, export = results[-1]
-            tell(f"pair {number} of {pairs}: plain {plain:.1f} s, {method} {export:.1f} s")
+            echo(f"pair {number} of {pairs}: plain {plain:.1f} s, {method} {export:.1f} s")
     return found
 
 
-def tell(message: str) -> None:
-    """One line for the person who waits."""
+def echo(message: str) -> None:
+    """Print one line and flush it."""
     sys.stdout.write(message + "\n")
     sys.stdout.flush()
 
@@ -303,10 +303,10 @@ def main() -> None:
     bench.train_a_little()
     results = report(bench, measure(bench, options.dim, options.pairs), options.dim)
     append(options.csv, results)
-    tell(f"\n{results[0]['hardware']}; {len(rows)} rows, {results[0]['tokens']} tokens")
-    tell(f"{'projection':<12}{'plain s':>10}{'export s':>10}{'ratio':>8}{'limit':>8}")
+    echo(f"\n{results[0]['hardware']}; {len(rows)} rows, {results[0]['tokens']} tokens")
+    echo(f"{'projection':<12}{'plain s':>10}{'export s':>10}{'ratio':>8}{'limit':>8}")
     for row in results:
-        tell(
+        echo(
             f"{row['projection']:<12}{row['plain_s']:>10.1f}{row['export_s']:>10.1f}"
             f"{row['ratio']:>8.3f}{row['limit']:>8.2f}"
         )

@@ -46,7 +46,7 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def tell(message: str) -> None:
-    """One line for the person who waits."""
+def echo(message: str) -> None:
+    """Print one line and flush it."""
     sys.stdout.write(message + "\n")
     sys.stdout.flush()

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, append, machine, tell
+from report import RESULTS, append, echo, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -137,7 +137,7 @@ def run(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "mean_loss": round(statistics.mean(skills), 4),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    tell(", ".join(f"{key} {value}" for key, value in line.items()))
+    echo(", ".join(f"{key} {value}" for key, value in line.items()))
     return line
 
 
@@ -148,10 +148,10 @@ def show(lines: list[dict[str, Any]], seeds: list[int]) -> None:
         names = {line["strategy"] for line in lines if line["table"] == table}
         if not names:
             continue
-        tell(f"\n{table:26}{'target':>8}{'mean':>8}   {figure} by seed {seeds}")
+        echo(f"\n{table:26}{'target':>8}{'mean':>8}   {figure} by seed {seeds}")
         for name in sorted(names, key=lambda name: mean(lines, name, figure)):
             each = "  ".join(f"{v:.4f}" for v in values(lines, name, figure))
-            tell(f"{name:26}{mean(lines, name, 'target_loss'):8.4f}"
+            echo(f"{name:26}{mean(lines, name, 'target_loss'):8.4f}"
                  f"{mean(lines, name, 'mean_loss'):8.4f}   {each}")  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def main() -> int:
     append(options.csv, [machine() | line for line in lines])
     missed = claims(lines)
     for sentence in missed:
-        tell(sentence)
+        echo(sentence)
     return int(bool(missed))
 
 

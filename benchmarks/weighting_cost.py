@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, append, machine, tell
+from report import RESULTS, append, echo, machine
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from workloads import Workload, llama, tiny
 
@@ -112,7 +112,7 @@ def main() -> int:
         for workload, steps in ((tiny(), 21), (llama(256), 6)):
             for accumulation in (1, 4):
                 lines.append(measure(workload, accumulation, steps, options.rounds, Path(folder)))
-                tell(", ".join(f"{key} {value}" for key, value in lines[-1].items()))
+                echo(", ".join(f"{key} {value}" for key, value in lines[-1].items()))
     append(options.csv, [machine() | line for line in lines])
     return 0
 

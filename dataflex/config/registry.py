@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dataflex.config.parameters import BadParameter, Declared, declared, faults, group
+from dataflex.config.parameters import BadParameter, Declaration, declared, faults, group
 from gradstore.errors import BadInput
 
 C = TypeVar("C", bound=type)
@@ -123,9 +123,9 @@ def parameters(cls: type) -> dict[str, inspect.Parameter]:
     return found
 
 
-def declarations(cls: type) -> dict[str, Declared]:
+def declarations(cls: type) -> dict[str, Declaration]:
     """Return the parameters of `parameters(cls)` whose annotations are checked."""
-    found: dict[str, Declared] = {}
+    found: dict[str, Declaration] = {}
     for constructor in reversed(_constructors(cls)):
         found |= declared(constructor)
     return found

@@ -35,18 +35,18 @@ def as_number(value: object) -> object:
         return value
 
 
-def as_whole(value: object) -> object:
+def as_int(value: object) -> object:
     """Convert a whole number, written as a fraction or in quotes, to an int."""
     number = as_number(value)
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
-def _says_something(text: str) -> bool:
+def _is_not_blank(text: str) -> bool:
     return bool(text.strip())
 
 
-Text = Annotated[str, Predicate(_says_something), doc("a name or a path")]
-Whole = Annotated[int, BeforeValidator(as_whole)]
+Text = Annotated[str, Predicate(_is_not_blank), doc("a name or a path")]
+Whole = Annotated[int, BeforeValidator(as_int)]
 Number = Annotated[float, BeforeValidator(as_number)]
 
 Texts = Annotated[

@@ -103,7 +103,7 @@ class Embedder(Protocol):
         """Give back memory until the next unit."""
 
 
-class ModelInTraining:
+class CurrentModel:
     """Hidden states of the model as it is now."""
 
     def __init__(self, run: RunContext, settings: EmbeddingSettings) -> None:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from dataflex.data.rows import Rows
 from dataflex.features.embedders import (
     STORED,
+    CurrentModel,
     Embedder,
     EmbeddingSettings,
-    ModelInTraining,
     OwnEncoder,
 )
 from dataflex.features.fields import libraries
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddingExport:
     """Generations of embeddings, committed.
 
     Attributes:
@@ -83,7 +83,7 @@ class EmbeddingService:
         """
         self.run = run
         self.frozen = settings.frozen
-        kind = OwnEncoder if settings.frozen else ModelInTraining
+        kind = OwnEncoder if settings.frozen else CurrentModel
         self._source: Embedder = source or kind(run, settings)
         self._own: StoreWriter | None = None
         self._writer: StoreWriter | SpaceWriter | None = None
@@ -126,7 +126,7 @@ class EmbeddingService:
         if self._own is not None:
             self._own.clean(keep)
 
-    def export(self, step: int, targets: Sequence[Rows] = ()) -> Embedded:
+    def export(self, step: int, targets: Sequence[Rows] = ()) -> EmbeddingExport:
         """Embed the training rows and some target sets, as far as they are not; collective.
 
         Args:
@@ -144,7 +144,7 @@ class EmbeddingService:
             names.append(name)
             tokens, seconds = tokens + summary.tokens, seconds + summary.seconds
         self._source.release()
-        return Embedded(names[-1], tuple(names[:-1]), tokens, seconds)
+        return EmbeddingExport(names[-1], tuple(names[:-1]), tokens, seconds)
 
     def _one(self, role: Role, rows: Rows, step: int) -> tuple[str, ExportSummary]:
         record = self._record(role, rows, step)

@@ -95,7 +95,7 @@ class Anatomy:
         return f"layers{'-'.join(map(str, self.layers))}"
 
 
-class VisionInTraining:
+class CurrentVisionModel:
     """Features of the model as it is now."""
 
     def __init__(self, run: RunContext, settings: VisionSettings) -> None:
@@ -147,7 +147,7 @@ class VisionInTraining:
         """Do nothing: the model in training stays loaded."""
 
 
-class FixedVision:
+class FixedVisionModel:
     """A vision-language model beside the one in training, with a processor of its own.
 
     Rows are decoded to text, without the image tokens, and asked anew in the model's own form: all

@@ -80,9 +80,9 @@ class Encoder:
     def sha256(self) -> str:
         """Hash of the files that decide what it answers, whatever the folder is called."""
         files = hash_folder_files(self.folder, DECIDING)
-        said = {"pooling": self.pooling, "max_tokens": self.max_tokens,
+        settings = {"pooling": self.pooling, "max_tokens": self.max_tokens,
                 "lower_case": self.lower_case, "prompt": self.prompt, "files": files}  # fmt: skip
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def find_encoder(name: str, *, trust_remote_code: bool = False) -> Encoder:
@@ -187,10 +187,10 @@ def _modules(folder: Path) -> tuple[Path, Pooling]:
 
 def _pooling(path: Path) -> Pooling:
     settings = _json(path / "config.json", needed=True)
-    said = settings.get("pooling_mode") or [
+    modes = settings.get("pooling_mode") or [
         SWITCHES.get(key, key) for key, on in settings.items() if key.startswith("pooling_") and on
     ]
-    modes = [said] if isinstance(said, str) else said
+    modes = [modes] if isinstance(modes, str) else modes
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise BadInput(
             f"the embedding model pools by {', '.join(modes) or 'nothing'} ({str(path)!r}); known "

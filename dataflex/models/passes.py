@@ -56,10 +56,12 @@ def row_losses(
         where, found = [np.empty(0, np.int64)], [np.empty(0)]
         with progress(f"losses of {rows.name}", total, shown=run.shows_progress) as advance:
 
-            def told(done: int) -> None:
+            def advance_rows(done: int) -> None:
                 advance(min(done * run.ranks.world, total))
 
-            for at, batch in batches(run, rows, positions, budget, told, max_rows, shared=True):
+            for at, batch in batches(
+                run, rows, positions, budget, advance_rows, max_rows, shared=True
+            ):
                 where.append(at)
                 found.append(batch_losses(run.model, batch).loss.double().cpu().numpy())
         return np.concatenate(where), np.concatenate(found)

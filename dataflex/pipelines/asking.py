@@ -151,10 +151,10 @@ def _within(answer: object, pool: IntArray, stage: Stage) -> IntArray:
     """
     rows = np.asarray(answer, dtype=np.int64)
     if rows.ndim != 1 or len(rows) == 0 or not np.isin(rows, pool).all():
-        strangers = np.setdiff1d(rows, pool)[:3].tolist()
+        unknown = np.setdiff1d(rows, pool)[:3].tolist()
         raise BadInput(
             f"{stage.spec.name} answered {rows.shape} rows"
-            + (f", among them {', '.join(map(str, strangers))}" if strangers else "")
+            + (f", among them {', '.join(map(str, unknown))}" if unknown else "")
             + f"; expected a list of some of the {len(pool)} rows of context.pool."
         )
     return rows

@@ -114,12 +114,12 @@ def adapt(built: object, base: type[S]) -> S:
         return built
     own = type(built)
     named = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    completed: Any = type(own.__name__, (_Completed, base), named)
+    completed: Any = type(own.__name__, (_Wrapper, base), named)
     answer: S = completed(built)
     return answer
 
 
-class _Completed:
+class _Wrapper:
     """A user's object, before the base of its kind in the order of look-up.
 
     `__class__` is the object's, too: `isinstance` knows its bases beside that of its kind, such as

