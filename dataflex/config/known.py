@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 from dataflex.config.parameters import converted
 from dataflex.config.values import Whole, names
 
-#: LlamaFactory takes whatever is true for a switch, and writes names of any type as text.
+#: LlamaFactory accepts any truthy value for a switch, and converts names of any type to text.
 Switch = Annotated[bool, BeforeValidator(bool)]
 Word = Annotated[str, BeforeValidator(str)]
 Names = Annotated[tuple[str, ...], BeforeValidator(names)]

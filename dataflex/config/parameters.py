@@ -1,4 +1,4 @@
-"""Parameters as a signature declares them: checked by pydantic, told in words of ours.
+"""Parameters as a signature declares them: checked by pydantic, described in our own words.
 
 A parameter is declared once, in the constructor: `share: Annotated[float, Gt(0), Le(1)] = 0.5`. Its
 type and limits are checked wherever values arrive, `dataflex-cli components` lists them, and a

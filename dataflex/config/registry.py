@@ -69,7 +69,9 @@ def strategies(kind: str) -> dict[str, type]:
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
             entry.load()
-        except Exception as error:  # whatever a stranger's package raises, ours keep working
+        except (
+            Exception
+        ) as error:  # a third-party package may raise anything; our strategies must keep working
             _log.warning(
                 "entry point %s of %s cannot be loaded: %s", entry.name, entry.value, error
             )
@@ -173,7 +175,7 @@ def imported(target: str, key: str, form: str) -> Any:  # noqa: ANN401 - whateve
     module, _, name = target.partition(":")
     if not module or not name:
         raise BadInput(f"{key} is {target!r}; write it as {form}.")
-    # A user's code usually lies beside the YAML they run, in the current folder.
+    # A user's code is usually in the current folder, beside the YAML.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:

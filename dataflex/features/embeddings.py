@@ -2,7 +2,7 @@
 
 Two sources. The model in training: hidden states averaged over a row's tokens, another generation
 at every step it is asked at. An encoder of its own (`embedding_model_name_or_path`): rows are
-decoded to text and tokenised anew, once per run, and found again by any run with the same rows.
+decoded to text and tokenised again, once per run, and reused by any run with the same rows.
 
 Letters: n rows, d dimensions.
 """
@@ -73,7 +73,7 @@ class EmbeddingService:
         Args:
             run: with its model.
             settings: which model, which layer.
-            opened: gives, on rank 0, the store's writer where somebody holds it already.
+            opened: returns, on rank 0, the store's writer where it is open already.
             source: makes vectors in a way of its own; None chooses by `settings`.
 
         Raises:

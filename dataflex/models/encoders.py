@@ -130,7 +130,7 @@ def read_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:
     if "auto_map" in config and not trust_remote_code:
         raise BadInput(
             f"the embedding model in {str(folder)!r} brings its own code (auto_map in "
-            "config.json). If you trust it, set trust_remote_code: true; nothing of it was run."
+            "config.json). If you trust it, set trust_remote_code: true; none of it was run."
         )
     if not any(where.glob("*.safetensors")):
         raise BadInput(
@@ -151,7 +151,7 @@ def read_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:
         dim, layers = int(text["hidden_size"]), int(text["num_hidden_layers"]) + 1
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(
-            f"config.json of the embedding model in {str(folder)!r} does not say {error}."
+            f"config.json of the embedding model in {str(folder)!r} lacks {error}."
         ) from error
     prompts = _json(folder / "config_sentence_transformers.json")
     return Encoder(
@@ -177,7 +177,7 @@ def _modules(folder: Path) -> tuple[Path, Pooling]:
             pooling = _pooling(path)
         elif kind != "Normalize":
             raise BadInput(
-                f"the embedding model in {str(folder)!r} has a module {kind!r}; known are "
+                f"the embedding model in {str(folder)!r} has a module {kind!r}; supported are "
                 "Transformer, Pooling and Normalize."
             )
     if pooling is None:
@@ -193,8 +193,8 @@ def _pooling(path: Path) -> Pooling:
     modes = [modes] if isinstance(modes, str) else modes
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise BadInput(
-            f"the embedding model pools by {', '.join(modes) or 'nothing'} ({str(path)!r}); known "
-            f"is one of {', '.join(POOLINGS)}."
+            f"the embedding model pools by {', '.join(modes) or 'nothing'} ({str(path)!r}); "
+            f"supported is one of {', '.join(POOLINGS)}."
         )
     return POOLINGS[modes[0]]
 

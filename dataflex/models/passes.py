@@ -68,7 +68,7 @@ def row_losses(
 
     losses = np.full(len(rows), np.nan)
     for where, found in run.ranks.gather(own_part):
-        # A batch may come several times, where ranks had to make as many passes.
+        # A batch may be repeated, to make the number of passes equal on all ranks.
         new = ~np.isfinite(losses[where])
         losses[where[new]] = found[new]
     return losses
@@ -98,8 +98,8 @@ def batches(
     chosen = np.arange(len(rows)) if positions is None else positions
     planned = plan_batches(rows.lengths[chosen], budget, max_rows)
     if shared:
-        # As many passes on every rank: one that stopped early would leave the others waiting where
-        # parameters are spread over the ranks (ZeRO-3). The shortest batch may come several times.
+        # Equally many passes on every rank: one that stopped early would leave the others waiting
+        # where parameters are sharded (ZeRO-3). The shortest batch may come several times.
         more = planned[-1:] * (-len(planned) % run.ranks.world)
         planned = list(run.ranks.share([*planned, *more]))
     for batch_of in planned:

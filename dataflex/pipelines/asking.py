@@ -35,9 +35,9 @@ class Part:
 
     Attributes:
         stage: the stage.
-        fired: whether it was asked; else it hands on what it handed on before.
+        fired: whether it was called; otherwise it passes on its previous rows.
         pool: how many rows it got.
-        rows: (m,) positions it handed on.
+        rows: (m,) positions it passed on.
         answer: what it answered; None where it did not fire.
     """
 

@@ -1,4 +1,4 @@
-"""An order that follows the model: rows still to come are scored anew at every update."""
+"""An order that follows the model: the remaining rows are scored again at every update."""
 
 from __future__ import annotations
 

@@ -153,8 +153,8 @@ def refuse_probe(judge: str, verdict: Verdict) -> None:
     if math.isnan(verdict.reward):
         raise BadInput(
             f"{judge} was asked to score the answer {PROBE_ANSWER!r} to {PROBE_PROMPT!r} and "
-            f"answered {shortened(verdict.text)!r}: no score from 0 to 1. Choose a model that follows "
-            "instructions, or change the prompts reward_prompt_with_ref and "
+            f"answered {shortened(verdict.text)!r}: no score from 0 to 1. Choose a model that "
+            "follows instructions, or change the prompts reward_prompt_with_ref and "
             "reward_prompt_without_ref."
         )
 

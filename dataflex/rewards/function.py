@@ -60,8 +60,9 @@ class FunctionJudge:
             return Verdict(math.nan, "nan")
         if not 0 <= reward <= 1:
             raise BadInput(
-                f"reward_function {self.target} returned {shortened(repr(answer))} for the response "
-                f"{shortened(request.response)!r}; a reward is a number from 0 to 1, or NaN."
+                f"reward_function {self.target} returned {shortened(repr(answer))} for the "
+                f"response {shortened(request.response)!r}; a reward is a number "
+                "from 0 to 1, or NaN."
             )
         return Verdict(reward)
 

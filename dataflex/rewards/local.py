@@ -34,7 +34,7 @@ from dataflex.rewards.base import (
 if TYPE_CHECKING:
     from torch import nn
 
-#: Responses judged at once.
+#: Responses scored in one batch.
 GROUP_ROWS = 16
 
 

@@ -1,4 +1,4 @@
-"""Target features of rewarded responses: sum of what each was worth times its own gradient.
+"""Target features of rewarded responses: sum of each one's weight times its own gradient.
 
 For one target row with responses y_1 ... y_K to prompt x, rewards r_k and a baseline, the feature
 is that of (1/K) * sum_k a_k * grad(-log p(y_k | x)), the descent direction of the expected reward's
@@ -115,7 +115,7 @@ class RewardedTargets:
             if not gold_fallback and not any(self._has_signal(row) for row in rows):
                 raise BadInput(
                     f"target set {name!r}: the rewards carry no signal. Of every row's responses "
-                    f"{'all were rewarded alike' if baseline == 'loo' else 'none was rewarded'} "
+                    f"{'all got equal rewards' if baseline == 'loo' else 'none got a reward'} "
                     f"(mean reward {self.numbers['reward_mean']:.3g}). Raise mc_samples or "
                     "generation_temperature, take a finer reward, or set gold_fallback: true."
                 )

@@ -102,7 +102,7 @@ def _key_faults(name: str) -> list[str]:
         return [
             f"api_key_env names {name}, but the key in that environment variable begins or ends "
             "with a blank, or has a line break or another character that an HTTP header cannot "
-            "carry: export it again without."
+            "carry: export it again without them."
         ]
     return []
 
@@ -199,14 +199,14 @@ class ApiJudge:
                 limits=httpx.Limits(
                     max_connections=settings.workers, keepalive_expiry=IDLE_SECONDS
                 ),
-                # What this machine trusts; httpx alone takes the list of certifi.
+                # Certificates that this machine trusts; httpx by itself uses certifi's list.
                 verify=ssl.create_default_context(),
                 follow_redirects=False,
             )
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise BadInput(
-                f"{self._label} cannot be reached through the proxies of HTTP_PROXY, HTTPS_PROXY or "
-                "ALL_PROXY: give http:// addresses, or pip install 'httpx[socks]' for socks5://."
+                f"{self._label} cannot be reached through the proxies of HTTP_PROXY, HTTPS_PROXY "
+                "or ALL_PROXY: give http:// addresses, or pip install 'httpx[socks]' for socks5://."
             ) from error
 
     def _one(self, client: httpx.Client, request: JudgeRequest) -> Verdict:

@@ -32,7 +32,7 @@ class Strategy:
     `state` is called where a checkpoint is written, which may be rank 0 alone.
     """
 
-    #: Name of the method that answers: the one that a user's class must have.
+    #: Name of the method that a user's class must have.
     required: ClassVar[str] = ""
     #: Works on rows one by one: packing and streaming are refused. May depend on the parameters.
     needs_single_rows: bool = True
@@ -51,7 +51,7 @@ class Strategy:
     whole_model: frozenset[str] = frozenset()
     #: Where the method was published, for `dataflex-cli components`.
     paper: ClassVar[str] = ""
-    #: component_params that change no answer: a resume may set them anew.
+    #: component_params that change no result: a resume may use other values.
     neutral: ClassVar[frozenset[str]] = frozenset()
     #: How gradient features are made (`FeatureSettings`), for `gradstore build`; None: not at all.
     settings: Any = None

@@ -45,7 +45,7 @@ class CoincideSelector(Selector):
 
     Args:
         embedding_model_name_or_path: a fixed vision-language model whose features are taken once;
-            null takes the model in training, anew at every update.
+            null takes the model in training, again at every update.
         embedding_model_dtype: of a fixed model's weights: auto, fp32, fp16 or bf16.
         embedding_layers: numbers of decoder layers, from 0; null takes five, evenly spread.
         num_clusters: null for a 64th of the rows, at most 10000.
@@ -249,8 +249,8 @@ class CoincideSelector(Selector):
         )
         if clusters.count > len(features) / 2 > 1:
             _log.warning(
-                "coincide: %d clusters of %d rows: most hold one row, and their densities say "
-                "nothing. Lower num_clusters, or leave it out",
+                "coincide: %d clusters of %d rows: most hold one row, so their densities are "
+                "meaningless. Lower num_clusters, or leave it out",
                 clusters.count,
                 len(features),
             )

@@ -1,4 +1,4 @@
-"""Training on what a pipeline of strategies decides, anew at every update."""
+"""Training on the decisions of a pipeline of strategies, renewed at every update."""
 
 from __future__ import annotations
 
@@ -226,8 +226,8 @@ def warnings_of(pipeline: Pipeline, config: RunConfig, shape: BatchShape) -> lis
         )
     if pipeline.reorder is not None:
         warnings += [
-            f"{stage.spec.name} hands on another pool at every update, so {pipeline.filled_by} "
-            "begins its order anew each time: set every: "
+            f"{stage.spec.name} passes on another pool at every update, so {pipeline.filled_by} "
+            "restarts its order each time: set every: "
             f"{4 * ours.update_step} or so for the former."
             for stage in pipeline.rows[:-1]
             if stage.spec.every <= ours.update_step

@@ -156,7 +156,7 @@ class ServedSeam(Seam):
             interval = self.run.schedule.interval(step)
             self._rows = self.rows_for(interval)
             if len(self._rows) == 0:
-                raise BadInput(f"the component chose no row at step {step}.")
+                raise BadInput(f"the component chose no row at step {step}; at least 1 is needed.")
             self._check_agreement(step)
             self._interval = interval
             if interval.kind is EventKind.UPDATE:

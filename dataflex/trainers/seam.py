@@ -223,7 +223,7 @@ class Seam:
             raise BadInput(
                 f"the checkpoint was made with (warmup_step, update_step, update_times) = "
                 f"{state.schedule}, this configuration has {now}. "
-                "Restore the values, or start anew with overwrite_output_dir: true."
+                "Restore the values, or start a new run with overwrite_output_dir: true."
             )
         settings = self.settings()
         changed = sorted(
@@ -235,7 +235,7 @@ class Seam:
                 + "; ".join(
                     f"{k} {state.settings.get(k)!r}, now {settings.get(k)!r}" for k in changed
                 )
-                + ". Restore them, or start anew with overwrite_output_dir: true."
+                + ". Restore them, or start a new run with overwrite_output_dir: true."
             )
         if state.step >= s.budget and self.run.ranks.leads:
             _log.warning("nothing to train: the checkpoint is at step %d, the run ends at step %d",
@@ -243,7 +243,8 @@ class Seam:
         if state.rows_sha256 != self.rows_sha256:
             raise ProvenanceMismatch(
                 "the checkpoint was made on other training rows (data, template, tokenizer or "
-                "cutoff_len changed). Restore them, or start anew with overwrite_output_dir: true."
+                "cutoff_len changed). Restore them, or start a new run with "
+                "overwrite_output_dir: true."
             )
         self.run.strategy.restore(state.component)
         self.restore_more(state)

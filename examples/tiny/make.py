@@ -26,7 +26,7 @@ The model was pretrained on simple sentences and on questions of the same skills
 answered rightly but in a random style: joined and framed by punctuation drawn at random. What
 train.json adds is a fixed style, and practice: the model knows the world of its questions, and
 every skill has something left to learn. The styles of train.json are deliberately alike (skills
-share theirs), so that a row must be told by what it teaches, not by its punctuation.
+share theirs), so that a row is recognised by its content, not by its punctuation.
 
 Data and tokenizer are the same bytes on every machine. The weights are the same for the same
 versions of torch and transformers on the same kind of CPU; they take 3 minutes on 2 idle cores.

@@ -73,7 +73,7 @@ class HookedPass:
         if self._forward_is_over:
             return
         self._expected.update(watched.slots)
-        # Emptied on use: the graph keeps its hooks to the end, the input need not live so long.
+        # Emptied on use: the graph holds its hooks to the end, the input is freed earlier.
         held = [x.detach()]
         arrive = partial(self._arrive, watched, held)
         output.register_hook(arrive)  # type: ignore[no-untyped-call]

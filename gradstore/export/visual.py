@@ -53,7 +53,7 @@ def modality_blocks(hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
         (b, 2, h) float32; zeros where a row has no token of a kind.
     """
     kinds = torch.stack([visual, text], dim=1)  # (b, 2, t)
-    # Where and not a product: 0 * inf of a padded place would be NaN.
+    # torch.where instead of a product: 0 * inf at a padded position would be NaN.
     states = torch.where((visual | text)[..., None], hidden, 0).float().tanh()
     with torch.autocast(hidden.device.type, enabled=False):
         sums = kinds.float() @ states

@@ -1,4 +1,4 @@
-"""One writer at a time, told kindly.
+"""Lock of a store: one writer at a time, and a message that names the holder.
 
 The lock is a `flock` on `writer.lock`, so a dead writer never blocks anybody. It serves the
 message: what keeps two writers apart when it is bypassed is that nothing published is overwritten.

@@ -111,7 +111,7 @@ def _remove_generation(files: StoreFiles, name: str) -> None:
 
 
 def discard_store(path: Path) -> None:
-    """Remove a store that nobody writes to; a folder that is no store is left alone.
+    """Remove a store that has no writer; a folder that is no store is left alone.
 
     The folder is renamed under the writer's lock first, so that no reader or writer ever meets a
     half-removed store.
