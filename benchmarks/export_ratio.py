@@ -126,14 +126,14 @@ class Bench:
         self.moments = AdamMoments.from_optimizer(optimizer, self.model)
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The batches of one pass, the same ones that the export plans."""
+        """List the batches of one pass, the same ones that the export plans."""
         lengths = [len(row["input_ids"]) for row in self.rows]
         for positions in plan_batches(lengths, self.token_budget):
             batch = collate([self.rows[int(i)] for i in positions])
             yield {key: tensor.to(self.device) for key, tensor in batch.items()}
 
     def synchronize(self) -> None:
-        """Waits for the device, so that the clock sees finished work."""
+        """Wait for the device, so that the clock sees finished work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -208,20 +208,20 @@ def median_ratio(pairs: list[tuple[float, float]]) -> float:
 
 def measure(bench: Bench, dim: int, pairs: int) -> Pairs:
     """(plain, export) seconds of each projection: A B A B, after one pass of every kind."""
-    tell(f"warm-up: {bench.plain():.1f} s plain")
+    echo(f"warm-up: {bench.plain():.1f} s plain")
     for method in LIMITS:
-        tell(f"warm-up: {bench.export(method, dim):.1f} s {method}")
+        echo(f"warm-up: {bench.export(method, dim):.1f} s {method}")
     found: Pairs = {method: [] for method in LIMITS}
     for number in range(1, pairs + 1):
         for method, results in found.items():
             results.append((bench.plain(), bench.export(method, dim)))
             plain, export = results[-1]
-            tell(f"pair {number} of {pairs}: plain {plain:.1f} s, {method} {export:.1f} s")
+            echo(f"pair {number} of {pairs}: plain {plain:.1f} s, {method} {export:.1f} s")
     return found
 
 
-def tell(message: str) -> None:
-    """One line for the person who waits."""
+def echo(message: str) -> None:
+    """Print one line and flush it."""
     sys.stdout.write(message + "\n")
     sys.stdout.flush()
 
@@ -238,7 +238,7 @@ def hardware(device: torch.device) -> str:
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Appends rows to a CSV file, with a header if it is new."""
+    """Append rows to a CSV file, with a header if it is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -273,7 +273,7 @@ def report(bench: Bench, found: Pairs, dim: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=64, help="at most 200, the pool")
     parser.add_argument("--pairs", type=int, default=3)
@@ -303,10 +303,10 @@ def main() -> None:
     bench.train_a_little()
     results = report(bench, measure(bench, options.dim, options.pairs), options.dim)
     append(options.csv, results)
-    tell(f"\n{results[0]['hardware']}; {len(rows)} rows, {results[0]['tokens']} tokens")
-    tell(f"{'projection':<12}{'plain s':>10}{'export s':>10}{'ratio':>8}{'limit':>8}")
+    echo(f"\n{results[0]['hardware']}; {len(rows)} rows, {results[0]['tokens']} tokens")
+    echo(f"{'projection':<12}{'plain s':>10}{'export s':>10}{'ratio':>8}{'limit':>8}")
     for row in results:
-        tell(
+        echo(
             f"{row['projection']:<12}{row['plain_s']:>10.1f}{row['export_s']:>10.1f}"
             f"{row['ratio']:>8.3f}{row['limit']:>8.2f}"
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import RESULTS, append, machine, tell
+from report import RESULTS, append, echo, machine
 from workloads import Workload, llama, tiny
 
 from dataflex.models.passes import batches, row_losses, token_budget
@@ -70,7 +70,7 @@ def measure(workload: Workload, pairs: int, folder: Path) -> dict[str, object]:
 
 
 def main() -> int:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,7 +81,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="loss-pass-") as folder:
         for workload in (tiny(), llama(96)):
             lines.append(measure(workload, options.pairs, Path(folder)))
-            tell(", ".join(f"{key} {value}" for key, value in lines[-1].items()))
+            echo(", ".join(f"{key} {value}" for key, value in lines[-1].items()))
     append(options.csv, [machine() | line for line in lines])
     return int(max(float(str(line["ratio"])) for line in lines) > LIMIT)
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gradkernels import ProjectionSpec, project
-from report import RESULTS, append, machine, tell
+from report import RESULTS, append, echo, machine
 from tinyrun import RowBatch, TinyRun, as_stored, gather
 
 from gradstore.export.direct import TargetDirections, direct_cosines, target_directions
@@ -99,7 +99,7 @@ def at_step(run: TinyRun, step: int, options: argparse.Namespace) -> list[dict[s
     )
     for method, seeds in methods:
         for seed in range(1, seeds + 1):
-            tell(f"step {step}, {method}, seed {seed} ...")
+            echo(f"step {step}, {method}, seed {seed} ...")
             spec = ProjectionSpec(method, p=targets.matrix.shape[1], d=options.dim, seed=seed)
             for storage, errors, kept in measure(run, moments, targets, exact, spec):
                 figures = float(np.square(errors).mean()), float(np.abs(errors).max()), kept
@@ -124,7 +124,7 @@ def at_step(run: TinyRun, step: int, options: argparse.Namespace) -> list[dict[s
 
 
 def main() -> int:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -143,9 +143,9 @@ def main() -> int:
             lines += at_step(run, step, options)
     shown = ("step", "projection", "stored", "seeds", "std_over_theory", "worst_seed",
              "largest_over_theory", "top5_overlap", "limit")  # fmt: skip
-    tell("".join(f"{name:>21}" for name in shown))
+    echo("".join(f"{name:>21}" for name in shown))
     for line in lines:
-        tell("".join(f"{line[name]!s:>21}" for name in shown))
+        echo("".join(f"{line[name]!s:>21}" for name in shown))
     append(options.csv, [machine() | line for line in lines])
     return int(any(line["std_over_theory"] > LIMIT for line in lines))
 

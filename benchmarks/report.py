@@ -26,7 +26,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor as Linux names it; family and model, because some names say little."""
+    """Read the processor's name in Linux, with family and model: some names say little."""
     found: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         key, _, value = line.partition(":")
@@ -36,7 +36,7 @@ def processor() -> str:
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Appends rows to a CSV file, with a header if it is new."""
+    """Append rows to a CSV file, with a header if it is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -46,7 +46,7 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def tell(message: str) -> None:
-    """One line for the person who waits."""
+def echo(message: str) -> None:
+    """Print one line and flush it."""
     sys.stdout.write(message + "\n")
     sys.stdout.flush()

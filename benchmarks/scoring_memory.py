@@ -48,7 +48,7 @@ TARGET_ROWS = 8
 
 
 def main() -> int:
-    """Runs everything, prints the table, appends to the CSV; 1 if a limit is broken."""
+    """Run all steps, print the table, append to the CSV; return 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -86,7 +86,7 @@ def main() -> int:
 
 
 def child(step: str, store: str, rows: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs one step in a fresh interpreter."""
+    """Run one step in a fresh interpreter."""
     command = [sys.executable, __file__, "--step", step, "--store", store]
     command += ["--rows", str(rows), str(rows), "--dim", str(options.dim)]
     command += ["--repeats", str(options.repeats), "--device", options.device]
@@ -100,7 +100,7 @@ def child(step: str, store: str, rows: int, options: argparse.Namespace) -> dict
 
 
 def write(options: argparse.Namespace) -> dict[str, Any]:
-    """Writes a train generation and the target generations of one checkpoint."""
+    """Write a train generation and the target generations of one checkpoint."""
     import numpy as np
 
     from gradstore.format.records import GenerationRecord, RowSet
@@ -215,7 +215,7 @@ def plain(
     queries: torch.Tensor,
     load: Callable[[str, int, int], np.ndarray],
 ) -> torch.Tensor:
-    """Reads and multiplies, nothing else: (n, q)."""
+    """Read and multiply, nothing else: (n, q)."""
     import torch
 
     return torch.cat(
@@ -224,14 +224,14 @@ def plain(
 
 
 def read_file(path: str, rows: int, dim: int) -> np.ndarray:
-    """A unit's rows by plain reading."""
+    """Read a unit's rows by plain reading."""
     import numpy as np
 
     return np.fromfile(path, dtype=np.float16, count=rows * dim).reshape(rows, dim)
 
 
 def map_file(path: str, rows: int, dim: int) -> np.ndarray:
-    """A unit's rows by a private map (writable, or torch would warn)."""
+    """Map a unit's rows privately (writable, or torch would warn)."""
     import numpy as np
 
     return np.memmap(path, dtype=np.float16, mode="c", shape=(rows, dim))
@@ -247,7 +247,7 @@ def chunk_files(generation: Generation) -> list[tuple[str, int, int]]:
 
 
 def open_checkpoint(path: str) -> CheckpointFeatures:
-    """Opens the store the way the command line does."""
+    """Open the store as the command line does."""
     from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.store.reader import open_store
 
@@ -282,7 +282,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """The processor's name as Linux gives it."""
+    """Read the processor's name in Linux."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -290,13 +290,13 @@ def processor_name() -> str:
 
 
 def show(lines: list[dict[str, Any]]) -> None:
-    """Prints one table, a line per figure and a column per n."""
+    """Print one table, a line per figure and a column per n."""
     for key in lines[0]:
         print(f"{key:18}" + "".join(f"{line[key]!s:>28}" for line in lines))
 
 
 def save(lines: list[dict[str, Any]]) -> None:
-    """Appends to the CSV, with a header where the file is new."""
+    """Append to the CSV, with a header where the file is new."""
     RESULTS.parent.mkdir(exist_ok=True)
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:

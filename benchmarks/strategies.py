@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, append, machine, tell
+from report import RESULTS, append, echo, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -108,7 +108,7 @@ def train(config: Path, output_dir: Path, options: list[str]) -> dict[str, Any]:
 
 
 def averaged_by_doremi(seed: int, folder: Path) -> list[str]:
-    """Reference and proxy run; the overrides that give the final run their average mixture."""
+    """Run reference and proxy; return the overrides that set the final run's average mixture."""
     reference, proxy = folder / "reference", folder / "proxy"
     train(EXAMPLES / "train_lora/mixers/static.yaml", reference, [*UNIFORM, f"seed={seed}"])
     chosen = [*MIXED, f"seed={seed}", "finetuning_type=lora", "lora_rank=16", "lora_target=all",
@@ -137,26 +137,26 @@ def run(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "mean_loss": round(statistics.mean(skills), 4),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    tell(", ".join(f"{key} {value}" for key, value in line.items()))
+    echo(", ".join(f"{key} {value}" for key, value in line.items()))
     return line
 
 
 def show(lines: list[dict[str, Any]], seeds: list[int]) -> None:
-    """A table each, best first."""
+    """Print a table for each, best first."""
     for table, figure in (("rows", "target_loss"), ("mixtures", "mean_loss"),
                           ("orders", "mean_loss")):  # fmt: skip
         names = {line["strategy"] for line in lines if line["table"] == table}
         if not names:
             continue
-        tell(f"\n{table:26}{'target':>8}{'mean':>8}   {figure} by seed {seeds}")
+        echo(f"\n{table:26}{'target':>8}{'mean':>8}   {figure} by seed {seeds}")
         for name in sorted(names, key=lambda name: mean(lines, name, figure)):
             each = "  ".join(f"{v:.4f}" for v in values(lines, name, figure))
-            tell(f"{name:26}{mean(lines, name, 'target_loss'):8.4f}"
+            echo(f"{name:26}{mean(lines, name, 'target_loss'):8.4f}"
                  f"{mean(lines, name, 'mean_loss'):8.4f}   {each}")  # fmt: skip
 
 
 def values(lines: list[dict[str, Any]], name: str, figure: str) -> list[float]:
-    """A figure of one strategy, by seed."""
+    """Collect a figure of one strategy, by seed."""
     found = [line for line in lines if line["strategy"] == name]
     return [line[figure] for line in sorted(found, key=lambda line: int(line["seed"]))]
 
@@ -167,7 +167,7 @@ def mean(lines: list[dict[str, Any]], name: str, figure: str) -> float:
 
 
 def claims(lines: list[dict[str, Any]]) -> list[str]:
-    """What the README says and these runs do not show."""
+    """List claims of the README that these runs do not show."""
     known, missed = {line["strategy"] for line in lines}, []
     for name in ("less", "icons", "cluster_less", "near"):
         if {name, "random"} <= known:
@@ -184,7 +184,7 @@ def claims(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> int:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -202,7 +202,7 @@ def main() -> int:
     append(options.csv, [machine() | line for line in lines])
     missed = claims(lines)
     for sentence in missed:
-        tell(sentence)
+        echo(sentence)
     return int(bool(missed))
 
 

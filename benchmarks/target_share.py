@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gradkernels import Accumulator, ProjectionSpec
-from report import RESULTS, append, machine, tell
+from report import RESULTS, append, echo, machine
 from tinyrun import SKILLS, Held, TinyRun, as_stored, gather
 
 from dataflex.features.gradients import effective_seed
@@ -142,7 +142,7 @@ def share_of_target(scores: FloatArray, skills: npt.NDArray[np.str_]) -> float:
 
 
 def share_of_draws(losses: npt.NDArray[np.float64], focus: str, run: TinyRun) -> float:
-    """The loss selector's share, mean over the targets and over many draws."""
+    """Compute the loss selector's share, mean over the targets and over many draws."""
     chances = tempered(band_weights(losses, focus, 5.0, (0.33, 0.66)), 1.0)
     k = rows_for_fraction(FRACTION, len(losses))
     generator = np.random.default_rng(run.seed)
@@ -175,11 +175,11 @@ def measure(run: TinyRun, step: int, with_dense: bool) -> dict[str, float]:
 
 
 def show(shares: Shares, seeds: list[int]) -> list[dict[str, Any]]:
-    """Prints the table; gives the lines of the CSV."""
+    """Print the table; return the lines of the CSV."""
     methods = list(dict.fromkeys(method for method, _, _ in shares))
     steps = sorted({step for _, step, _ in shares})
     head = "".join(f"{f'step {s}:':>10}{' '.join(map(str, seeds)):>14}   mean" for s in steps)
-    tell(f"{'seeds':32}{head}   bar")
+    echo(f"{'seeds':32}{head}   bar")
     lines = []
     for method in methods:
         text = f"{method:32}"
@@ -194,12 +194,12 @@ def show(shares: Shares, seeds: list[int]) -> list[dict[str, Any]]:
                 for seed, share in [*zip(seeds, values, strict=True), ("mean", mean)]
             ]
         met = all(line["met"] for line in lines if line["method"] == method)
-        tell(text + (f"   >= {BARS[method]}: {'met' if met else 'MISSED'}" if bar else ""))
+        echo(text + (f"   >= {BARS[method]}: {'met' if met else 'MISSED'}" if bar else ""))
     return lines
 
 
 def main() -> int:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -214,7 +214,7 @@ def main() -> int:
         for seed in options.seeds:
             run = TinyRun.start(seed, Path(folder))
             for step in STEPS:
-                tell(f"seed {seed}, step {step} ...")
+                echo(f"seed {seed}, step {step} ...")
                 for method, share in measure(run, step, not options.no_dense).items():
                     shares[method, step, seed] = share
     lines = show(shares, options.seeds)

@@ -69,7 +69,7 @@ class TinyRun:
 
     @staticmethod
     def start(seed: int, output_dir: Path) -> TinyRun:
-        """Loads everything; `output_dir` stays empty."""
+        """Load model and data; `output_dir` stays empty."""
         targets = ",".join(f"tiny_target_{skill}" for skill in SKILLS)
         overrides = [
             f"model_name_or_path={TINY / 'model'}",
@@ -94,7 +94,7 @@ class TinyRun:
         )
 
     def train_to(self, step: int) -> AdamMoments:
-        """Takes optimizer steps up to `step`, returns the Adam moments there."""
+        """Take optimizer steps up to `step`; return the Adam moments there."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         if self._optimizer is None:
             self._optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.0)
@@ -118,7 +118,7 @@ class TinyRun:
 
 
 def gather(parts: Iterable[FeatureRows], n: int, d: int) -> npt.NDArray[np.float32]:
-    """Exported parts as one (n, d) matrix in the order of the data set.
+    """Join exported parts to one (n, d) matrix in the order of the data set.
 
     Raises:
         SystemExit: a row gave no feature; figures over the others would mean something else.

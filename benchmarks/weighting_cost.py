@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, append, machine, tell
+from report import RESULTS, append, echo, machine
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from workloads import Workload, llama, tiny
 
@@ -41,11 +41,11 @@ class Clock(TrainerCallback):
         self._last = 0.0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """A run begins: its first step is not counted."""
+        """Start the clock of a run: its first step is not counted."""
         self._last = 0.0
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """A step is done."""
+        """Record the time of a step."""
         now = time.perf_counter()
         if self._last:
             self.seconds.append(now - self._last)
@@ -55,7 +55,7 @@ class Clock(TrainerCallback):
 def trainer(
     workload: Workload, accumulation: int, steps: int, folder: Path, *, weighted: bool
 ) -> tuple[Any, Clock]:
-    """A trainer that takes `steps` steps each time it is told to train, and its clock."""
+    """Build a trainer that takes `steps` steps per call of `train`, and its clock."""
     clock = Clock()
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=BATCH, max_steps=steps,
@@ -100,7 +100,7 @@ def measure(
 
 
 def main() -> int:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -112,7 +112,7 @@ def main() -> int:
         for workload, steps in ((tiny(), 21), (llama(256), 6)):
             for accumulation in (1, 4):
                 lines.append(measure(workload, accumulation, steps, options.rounds, Path(folder)))
-                tell(", ".join(f"{key} {value}" for key, value in lines[-1].items()))
+                echo(", ".join(f"{key} {value}" for key, value in lines[-1].items()))
     append(options.csv, [machine() | line for line in lines])
     return 0
 

@@ -45,7 +45,7 @@ class Workload:
         return RunConfig(ours, {"output_dir": str(output_dir)}, output_dir / "run.yaml")
 
     def context(self, output_dir: Path) -> RunContext:
-        """What a pass over the rows needs, without bars."""
+        """Return the settings of a pass over the rows, without progress bars."""
         return RunContext(
             config=self.config(output_dir),
             data=self.data,
@@ -59,7 +59,7 @@ class Workload:
 
 
 def tiny() -> Workload:
-    """The embedded model and its training rows, about 26 tokens each."""
+    """Load the embedded model and its training rows, about 26 tokens each."""
     from tinyrun import TinyRun
 
     with tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,7 @@ PASSED_THROUGH = {
 
 @app.callback(help=HELP)
 def options(debug: Debug = False) -> None:
-    """Declares, for `--help`, what `main` takes out of the arguments of every command."""
+    """Declare, for `--help`, the option that `main` strips from every command's arguments."""
 
 
 @app.command()

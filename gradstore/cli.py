@@ -288,5 +288,5 @@ def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    # A pipe has no width: cells are never cut there, so that names can be searched for.
+    # A pipe has no width: cells are not truncated there, so that names can be searched.
     Console(width=None if sys.stdout.isatty() else 200).print(table)

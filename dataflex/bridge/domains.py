@@ -141,7 +141,7 @@ def _one(name: str, data_args: Any, training_args: Any, load: Load) -> Source:  
     if len(train) == 0:
         raise BadInput(
             f"data set {name!r} has no row left after preprocessing, and every domain needs one. "
-            "Take it out of dataset, or look at cutoff_len, packing and its rows."
+            "Remove it from dataset, or check cutoff_len, packing and its rows."
         )
     return Source(train, validation, held_out)
 

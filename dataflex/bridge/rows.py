@@ -207,7 +207,7 @@ class _SourceCarrier:
         self.inner = inner
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Preprocess like the inner one, row by row if rows carry an origin and are not packed."""
+        """Preprocess as `inner` does, row by row if rows carry an origin and are not packed."""
         if SOURCE_ROW not in examples or self.inner.data_args.packing:
             dropped = {SOURCE_ROW, SOURCE_SET}
             return dict(

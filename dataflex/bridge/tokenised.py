@@ -79,12 +79,12 @@ class TokenisedPath:
         except (OSError, ValueError, KeyError) as error:
             raise DamagedData(
                 f"tokenized_path {str(self.path)!r} is damaged ({error}). Remove the folder: the "
-                "next run makes it anew."
+                "next run writes it again."
             ) from error
         return found
 
     def write(self, sources: Mapping[str, Parts]) -> None:
-        """Save the rows of every source; the folder appears when all of it is there."""
+        """Save the rows of every source; the folder is published once it is complete."""
         partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
         partial.mkdir(parents=True)
         try:
@@ -114,7 +114,7 @@ class TokenisedPath:
         changed = [k for k in compared if wanted.get(k) != held.get(k)]
         if changed:
             raise ProvenanceMismatch(
-                f"tokenized_path {str(self.path)!r} was made otherwise: "
+                f"tokenized_path {str(self.path)!r} was made with other settings: "
                 + "; ".join(f"{k} {held.get(k)!r}, now {wanted.get(k)!r}" for k in changed)
                 + ". Restore the values, or name another folder."
             )

@@ -78,10 +78,10 @@ def _is_usable(folder: Path, output_dir: Path) -> bool:
     try:
         trainer_state(folder)
     except BadInput:
-        _log.warning("%s is incomplete and is left out", folder)
+        _log.warning("%s is incomplete and is ignored", folder)
         return False
     if is_complete(folder) and run_id_of(folder) != known_identity(output_dir):
-        _log.warning("%s belongs to an earlier run and is left out", folder)
+        _log.warning("%s belongs to an earlier run and is ignored", folder)
         return False
     return True
 
@@ -90,7 +90,7 @@ def resume_point(config: RunConfig) -> Path | None:
     """Return the checkpoint to resume from; None for a run from the start.
 
     An explicit one must be complete; else the newest complete one of output_dir is taken, as
-    LlamaFactory does, unless `overwrite_output_dir` says to start anew.
+    LlamaFactory does, unless `overwrite_output_dir` is set.
 
     Raises:
         BadInput: the named checkpoint is incomplete, or none is there to resume from.
@@ -149,7 +149,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def newest_complete(output_dir: Path, run_id: str | None) -> Path | None:
     """Return the checkpoint an automatic resume takes: of this run, if the run is known.
 
-    A run that started anew in an old run's folder must not go on from the old one's checkpoints.
+    A new run in an old run's folder must not resume from the old one's checkpoints.
     """
     complete = [
         path

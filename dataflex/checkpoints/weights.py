@@ -21,7 +21,7 @@ STATES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 def check_resumable(folder: Path) -> None:
     """Check that a complete checkpoint holds whole weights, and the state the Trainer resumes from.
 
-    Without optimizer, scheduler or random states it would begin those anew and say nothing.
+    Without optimizer, scheduler or random states it would reset those without a warning.
 
     Raises:
         BadInput: something is missing.
@@ -35,8 +35,8 @@ def check_resumable(folder: Path) -> None:
         if not found:
             raise BadInput(
                 f"checkpoint {str(folder)!r} has no {pattern} (save_only_model, or deleted): a "
-                "resume would not be the same run. Resume from another checkpoint, or start anew "
-                "with overwrite_output_dir: true."
+                "resume would not be the same run. Resume from another checkpoint, or start "
+                "a new run with overwrite_output_dir: true."
             )
         for path in found:
             if not zipfile.is_zipfile(path):

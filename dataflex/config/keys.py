@@ -1,7 +1,7 @@
 """One YAML in, two configurations out: DataFlex's own keys and the dict LlamaFactory gets.
 
 Every key is checked before anything is loaded, and all faults are reported together: LlamaFactory
-would stop at the first, name no accepted keys, and can be told to ignore misspelt ones.
+would stop at the first, name no accepted keys, and has an option to ignore misspelt ones.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class RunConfig:
 
     @property
     def owns_store(self) -> bool:
-        """Flag for a store with output_dir's lifetime (`overwrite_output_dir` starts it anew)."""
+        """Flag for a store with output_dir's lifetime (`overwrite_output_dir` replaces it)."""
         return self.dataflex.gradstore is None
 
     def component(self, train_type: str, name: str | None, params: Mapping[str, Any]) -> Component:
@@ -119,7 +119,7 @@ class RunConfig:
         return KnownKeys.of(self.llamafactory)
 
     def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - YAML values
-        """Any LlamaFactory key as the user wrote it, or `default`; for strategies of a user's own.
+        """Return any LlamaFactory key as the user wrote it, or `default`; for custom strategies.
 
         DataFlex itself reads `known`.
         """
@@ -146,7 +146,7 @@ def load(path: Path, overrides: Sequence[str], accepted: Collection[str]) -> Run
     rest = {k: v for k, v in merged.items() if k not in own}
     faults += converted(_DataSets, rest)[1]
     if not isinstance(rest.get("output_dir"), str) or not rest["output_dir"]:
-        faults.append("output_dir is missing: say where the run is written.")
+        faults.append("output_dir is missing: set it to the folder that the run writes.")
     if ours.get("train_type", "static") not in TRAIN_TYPES:
         faults.append(unknown("train_type", [ours["train_type"]], TRAIN_TYPES))
     if faults:

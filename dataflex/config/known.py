@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 from dataflex.config.parameters import converted
 from dataflex.config.values import Whole, names
 
-#: LlamaFactory takes whatever is true for a switch, and writes names of any type as text.
+#: LlamaFactory accepts any truthy value for a switch, and converts names of any type to text.
 Switch = Annotated[bool, BeforeValidator(bool)]
 Word = Annotated[str, BeforeValidator(str)]
 Names = Annotated[tuple[str, ...], BeforeValidator(names)]
@@ -19,7 +19,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(names)]
 
 @dataclass(frozen=True)
 class KnownKeys:
-    """What a configuration says under the keys of LlamaFactory that DataFlex looks at.
+    """Values of the LlamaFactory keys that DataFlex reads, by field.
 
     `None` and `()` mean "not given". A value of a wrong type counts as not given here:
     `dataflex.bridge.arguments.mistyped` has refused it before anything depends on it.
@@ -78,5 +78,5 @@ class KnownKeys:
 
     @property
     def packs(self) -> bool:
-        """Whether several rows share a sequence: stage pt packs unless told otherwise."""
+        """Packing of several rows into one sequence; the default of stage pt."""
         return self.stage == "pt" if self.packing is None else self.packing

@@ -1,4 +1,4 @@
-"""Parameters as a signature declares them: checked by pydantic, told in words of ours.
+"""Parameters as a signature declares them: checked by pydantic, described in our own words.
 
 A parameter is declared once, in the constructor: `share: Annotated[float, Gt(0), Le(1)] = 0.5`. Its
 type and limits are checked wherever values arrive, `dataflex-cli components` lists them, and a
@@ -56,7 +56,7 @@ class BadParameter(BadInput, ValueError):
 
 
 @dataclass(frozen=True)
-class Declared:
+class Declaration:
     """What an annotation says of a value.
 
     Attributes:
@@ -68,11 +68,11 @@ class Declared:
     adapter: TypeAdapter[Any]
 
     @staticmethod
-    def of(hint: Any) -> Declared:  # noqa: ANN401 - an annotation
+    def of(hint: Any) -> Declaration:  # noqa: ANN401 - an annotation
         """Read an annotation."""
-        return Declared(hint, TypeAdapter(hint, config=_STRICT))
+        return Declaration(hint, TypeAdapter(hint, config=_STRICT))
 
-    def takes(self, value: object) -> bool:
+    def accepts(self, value: object) -> bool:
         """Check a value."""
         try:
             self.adapter.validate_python(value)
@@ -81,23 +81,23 @@ class Declared:
         return True
 
     def fault(self, name: str, value: object) -> str:
-        """Say what is wrong with a value that is not taken, and what to write."""
+        """Describe an invalid value and the values allowed."""
         shown = "null" if value is None else repr(value)
         return f"{name} is {shown}; {_demand(self.hint, value)}"
 
 
-def faults(known: Mapping[str, Declared], values: Mapping[str, Any]) -> list[str]:
-    """One sentence for each value that its declaration refuses; undeclared ones are skipped."""
+def faults(known: Mapping[str, Declaration], values: Mapping[str, Any]) -> list[str]:
+    """Return a sentence per value that its declaration refuses; undeclared ones are skipped."""
     return [
         known[name].fault(name, value)
         for name, value in values.items()
-        if name in known and not known[name].takes(value)
+        if name in known and not known[name].accepts(value)
     ]
 
 
 @functools.cache
-def declared(constructor: Callable[..., None]) -> Mapping[str, Declared]:
-    """The parameters of a constructor whose annotations are checked, by name.
+def declared(constructor: Callable[..., None]) -> Mapping[str, Declaration]:
+    """Return the parameters of a constructor whose annotations are checked, by name.
 
     None are where the annotations cannot be read, because they mention a name that does not exist
     at run time.
@@ -108,19 +108,19 @@ def declared(constructor: Callable[..., None]) -> Mapping[str, Declared]:
         hint = Any if p.kind is p.VAR_KEYWORD else hints.get(name, Any)
         seed = name == "seed" and hint is int  # NumPy's generators take no other
         if (narrowed := _checked_part(Natural if seed else hint)) is not Any:
-            found[name] = Declared.of(narrowed)
+            found[name] = Declaration.of(narrowed)
     return found
 
 
 def group(constructor: Callable[..., None]) -> type | None:
-    """The class whose parameters a constructor's `**rest` stands for, if it is annotated with one.
+    """Return the class whose parameters a constructor's annotated `**rest` stands for, or None.
 
     `**features: Annotated[Any, FeatureSettings]` takes the parameters of `FeatureSettings`.
     """
     for p in inspect.signature(constructor).parameters.values():
         if p.kind is p.VAR_KEYWORD:
-            said = get_args(_hints(constructor).get(p.name))
-            return next((part for part in said[1:] if isinstance(part, type)), None)
+            args = get_args(_hints(constructor).get(p.name))
+            return next((part for part in args[1:] if isinstance(part, type)), None)
     return None
 
 
@@ -133,7 +133,7 @@ def _hints(constructor: Callable[..., None]) -> Mapping[str, Any]:
 
 
 def checked(cls: C) -> C:
-    """Class decorator: the constructor refuses what its own signature does not allow.
+    """Decorate a class: its constructor refuses values that its own signature does not allow.
 
     `Strategy` applies it to every subclass, so that a strategy built in Python refuses what one
     built from a configuration refuses, and its constructor checks only how parameters relate to
@@ -157,7 +157,7 @@ def checked(cls: C) -> C:
 
 
 def converted(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Values as the fields of a dataclass declare them; a null means the default.
+    """Convert values as the fields of a dataclass declare them; a null means the default.
 
     Args:
         cls: annotations of its fields may say how a value is converted (`BeforeValidator`).
@@ -179,13 +179,13 @@ def converted(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list
 
 
 @functools.cache
-def _fields(cls: type) -> Mapping[str, Declared]:
+def _fields(cls: type) -> Mapping[str, Declaration]:
     hints = get_type_hints(cls, include_extras=True)
-    return {name: Declared.of(hint) for name, hint in hints.items()}
+    return {name: Declaration.of(hint) for name, hint in hints.items()}
 
 
 def _checked_part(hint: Any) -> Any:  # noqa: ANN401 - an annotation
-    """What is checked of an annotation; `Any` where it mentions a type that is not.
+    """Return the part of an annotation that is checked; `Any` where it mentions another type.
 
     What mappings hold, and lists of anything else, is left to the constructor.
     """
@@ -214,13 +214,13 @@ def _no_text(value: object) -> object:
 # -- words ----------------------------------------------------------------------------------------
 
 
-def in_words(hint: Any) -> str:  # noqa: ANN401 - an annotation
-    """What an annotation accepts: `a number above 0 and finite`, `last, all or a whole number`.
+def describe(hint: Any) -> str:  # noqa: ANN401 - an annotation
+    """Describe accepted values: `a number above 0 and finite`, `last, all or a whole number`.
 
     Examples:
-        >>> in_words(Literal["last", "all"] | Count), in_words(Positive | None)
+        >>> describe(Literal["last", "all"] | Count), describe(Positive | None)
         ('last, all or a whole number of at least 1', 'a number above 0 and finite, or null')
-        >>> in_words(Annotated[Sequence[Count], MinLen(2)])
+        >>> describe(Annotated[Sequence[Count], MinLen(2)])
         'a list of at least 2, each a whole number of at least 1'
     """
     words: list[str] = []
@@ -236,19 +236,19 @@ def in_words(hint: Any) -> str:  # noqa: ANN401 - an annotation
 
 
 def _demand(hint: Any, value: object) -> str:  # noqa: ANN401 - an annotation
-    """What to write in place of a value that an annotation refuses."""
+    """Describe the values allowed in place of one that an annotation refuses."""
     options = list(_options(hint))
     for option, metadata in options:
         kind = get_origin(option) or option
-        if kind in (int, float) and Declared.of(kind).takes(value):
+        if kind in (int, float) and Declaration.of(kind).accepts(value):
             limits = _limits(metadata)
             return f"expected {limits}" if limits == _NOT_NEGATIVE else f"it must be {limits}"
     choice = any(get_origin(option) is Literal for option, _ in options)
-    return f"{'choose' if choice else 'expected'} {in_words(hint)}"
+    return f"{'choose' if choice else 'expected'} {describe(hint)}"
 
 
 def _options(hint: Any) -> Iterator[tuple[Any, list[Any]]]:  # noqa: ANN401 - an annotation
-    """The types that an annotation allows, each with what is said of it."""
+    """List the types that an annotation allows, each with its metadata."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         outer = list(_each(args[1:]))
@@ -262,26 +262,26 @@ def _options(hint: Any) -> Iterator[tuple[Any, list[Any]]]:  # noqa: ANN401 - an
 
 
 def _each(metadata: Iterable[Any]) -> Iterator[Any]:
-    """What an annotation says, one by one: pydantic's `Field` and `Interval` say several things."""
-    for said in metadata:
-        if isinstance(said, FieldInfo):
-            yield from _each(said.metadata)
-        elif isinstance(said, Interval):
-            yield from said
+    """Yield single constraints: pydantic's `Field` and `Interval` hold several."""
+    for part in metadata:
+        if isinstance(part, FieldInfo):
+            yield from _each(part.metadata)
+        elif isinstance(part, Interval):
+            yield from part
         else:
-            yield said
+            yield part
 
 
 def _noun(option: Any, metadata: list[Any]) -> str:  # noqa: ANN401 - an annotation
-    """One type and its limits: `a number from 0 to 1`."""
-    if given := [said.documentation for said in metadata if isinstance(said, DocInfo)]:
+    """Describe one type and its limits: `a number from 0 to 1`."""
+    if given := [part.documentation for part in metadata if isinstance(part, DocInfo)]:
         return str(given[0])
     kind = get_origin(option) or option
     noun = EXPECTED.get(kind, getattr(kind, "__name__", str(kind)))
     if limits := _limits(metadata):
         noun += f" {limits}" if limits.startswith(("above", "below", "from")) else f" of {limits}"
     if kind is Sequence and get_args(option) not in ((), (Any,)):
-        noun += f", each {in_words(get_args(option)[0])}"
+        noun += f", each {describe(get_args(option)[0])}"
     return noun
 
 
@@ -298,12 +298,12 @@ _VERBS: Mapping[type, tuple[str, str]] = {
 
 
 def _limits(metadata: list[Any]) -> str:
-    """Limits of a number, or of a list's length: `above 0 and at most 1`."""
+    """Describe limits of a number, or of a list's length: `above 0 and at most 1`."""
     found = {
-        kind: getattr(said, attribute)
+        kind: getattr(part, attribute)
         for kind, (attribute, _) in _VERBS.items()
-        for said in metadata
-        if isinstance(said, kind)
+        for part in metadata
+        if isinstance(part, kind)
     }
     if {Ge, Le} <= set(found):
         words = [f"from {found[Ge]} to {found[Le]}"]
@@ -311,7 +311,7 @@ def _limits(metadata: list[Any]) -> str:
         words = [_NOT_NEGATIVE]
     else:
         words = [f"{_VERBS[kind][1]} {limit}" for kind, limit in found.items()]
-    if any(isinstance(said, AllowInfNan) and not said.allow_inf_nan for said in metadata):
+    if any(isinstance(part, AllowInfNan) and not part.allow_inf_nan for part in metadata):
         words.append("finite")
     return " and ".join(words)
 

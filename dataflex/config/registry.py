@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dataflex.config.parameters import BadParameter, Declared, declared, faults, group
+from dataflex.config.parameters import BadParameter, Declaration, declared, faults, group
 from gradstore.errors import BadInput
 
 C = TypeVar("C", bound=type)
@@ -69,7 +69,9 @@ def strategies(kind: str) -> dict[str, type]:
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
             entry.load()
-        except Exception as error:  # whatever a stranger's package raises, ours keep working
+        except (
+            Exception
+        ) as error:  # a third-party package may raise anything; our strategies must keep working
             _log.warning(
                 "entry point %s of %s cannot be loaded: %s", entry.name, entry.value, error
             )
@@ -87,7 +89,7 @@ def unknown(what: str, given: Iterable[str], accepted: Iterable[str]) -> str:
 
 
 def grouped(cls: type[G], key: str, given: Mapping[str, Any]) -> G:
-    """Parameters that a user writes under one key, as a dataclass whose fields declare them.
+    """Convert parameters that a user writes under one key to a dataclass that declares them.
 
     Args:
         cls: the dataclass.
@@ -123,9 +125,9 @@ def parameters(cls: type) -> dict[str, inspect.Parameter]:
     return found
 
 
-def declarations(cls: type) -> dict[str, Declared]:
-    """The parameters of `parameters(cls)` whose annotations are checked."""
-    found: dict[str, Declared] = {}
+def declarations(cls: type) -> dict[str, Declaration]:
+    """Return the parameters of `parameters(cls)` whose annotations are checked."""
+    found: dict[str, Declaration] = {}
     for constructor in reversed(_constructors(cls)):
         found |= declared(constructor)
     return found
@@ -173,7 +175,7 @@ def imported(target: str, key: str, form: str) -> Any:  # noqa: ANN401 - whateve
     module, _, name = target.partition(":")
     if not module or not name:
         raise BadInput(f"{key} is {target!r}; write it as {form}.")
-    # A user's code usually lies beside the YAML they run, in the current folder.
+    # A user's code is usually in the current folder, beside the YAML.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:

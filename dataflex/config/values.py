@@ -13,7 +13,7 @@ from pydantic import BeforeValidator
 
 
 def names(value: object) -> tuple[str, ...]:
-    """A list or a comma string of names -> a tuple, blanks removed."""
+    """Convert a list or a comma string of names to a tuple, blanks removed."""
     if value is None:
         return ()
     parts = value.split(",") if isinstance(value, str) else list(value)  # type: ignore[call-overload]
@@ -21,32 +21,32 @@ def names(value: object) -> tuple[str, ...]:
 
 
 def as_tuple(value: object) -> tuple[Any, ...]:
-    """A list, a comma string, or a single value -> a tuple."""
+    """Convert a list, a comma string or a single value to a tuple."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def as_number(value: object) -> object:
-    """A number in quotes -> a float."""
+    """Convert a number in quotes to a float."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
 
 
-def as_whole(value: object) -> object:
-    """A whole number, written as a fraction or in quotes -> an int."""
+def as_int(value: object) -> object:
+    """Convert a whole number, written as a fraction or in quotes, to an int."""
     number = as_number(value)
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
-def _says_something(text: str) -> bool:
+def _is_not_blank(text: str) -> bool:
     return bool(text.strip())
 
 
-Text = Annotated[str, Predicate(_says_something), doc("a name or a path")]
-Whole = Annotated[int, BeforeValidator(as_whole)]
+Text = Annotated[str, Predicate(_is_not_blank), doc("a name or a path")]
+Whole = Annotated[int, BeforeValidator(as_int)]
 Number = Annotated[float, BeforeValidator(as_number)]
 
 Texts = Annotated[

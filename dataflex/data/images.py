@@ -1,4 +1,4 @@
-"""Pictures of processed rows: opened for another model, told apart without opening them."""
+"""Pictures of processed rows: opened for another model, identified without opening them."""
 
 from __future__ import annotations
 

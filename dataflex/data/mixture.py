@@ -201,7 +201,7 @@ def check_domains(data: RunData) -> None:
         empty = [name for name, n in zip(domains_of(data).names, sizes, strict=True) if not n]
         raise BadInput(
             f"no row with a target token in {', '.join(map(repr, empty))}: every domain needs one. "
-            "Take it out of dataset, give its rows a response, or raise cutoff_len."
+            "Remove it from dataset, give its rows a response, or raise cutoff_len."
         )
 
 

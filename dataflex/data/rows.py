@@ -192,7 +192,7 @@ def check_rows(data: RunData, *, needs_targets: bool, subtask_sizes: Sequence[in
     if len(data.train) == 0 or not data.train.target_tokens.any():
         raise BadInput(
             f"the training set has {len(data.train)} rows and none with a target token. "
-            "Look at `dataset`, `template` and `cutoff_len`."
+            "Check `dataset`, `template` and `cutoff_len`."
         )
     if not needs_targets:
         return

@@ -37,7 +37,7 @@ STORED = "float16"
 
 @dataclass(frozen=True)
 class EmbeddingSettings:
-    """How embeddings are made, as the parameters of a selector say it.
+    """Settings of the embeddings, from the parameters of a selector.
 
     Attributes:
         model: `embedding_model_name_or_path`; None takes the model in training.
@@ -71,7 +71,7 @@ class EmbeddingSettings:
 
 
 def check_layer(layer: int, layers: int) -> None:
-    """Refuse an index into the hidden states that there is not.
+    """Refuse an index of a hidden state that does not exist.
 
     Raises:
         BadInput: names the range.
@@ -103,7 +103,7 @@ class Embedder(Protocol):
         """Give back memory until the next unit."""
 
 
-class ModelInTraining:
+class CurrentModel:
     """Hidden states of the model as it is now."""
 
     def __init__(self, run: RunContext, settings: EmbeddingSettings) -> None:
@@ -170,7 +170,7 @@ class OwnEncoder:
             "._-"
         )
         self.space = f"{name or 'encoder'}.{self._encoder.sha256[:8]}.layer{settings.layer:+d}"
-        #: Whoever runs with this encoder and these rows finds the same vectors again.
+        #: Any run with this encoder and these rows reuses the same vectors.
         self.run_id = self._encoder.sha256
         self._loaded: TextEncoder | None = None
 
@@ -204,7 +204,7 @@ class OwnEncoder:
         batches = Batches(
             Texts(rows, self._run.data.tokenizer, self._encoder),
             self._loaded.collate,
-            # Of the training tokenizer: near enough to make batches of like rows.
+            # Of the training tokenizer: accurate enough to batch rows of similar length.
             np.minimum(rows.lengths, self._encoder.max_tokens),
             token_budget=2 * token_budget(model),
             max_rows=self._settings.batch_rows,

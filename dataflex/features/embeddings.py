@@ -2,7 +2,7 @@
 
 Two sources. The model in training: hidden states averaged over a row's tokens, another generation
 at every step it is asked at. An encoder of its own (`embedding_model_name_or_path`): rows are
-decoded to text and tokenised anew, once per run, and found again by any run with the same rows.
+decoded to text and tokenised again, once per run, and reused by any run with the same rows.
 
 Letters: n rows, d dimensions.
 """
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from dataflex.data.rows import Rows
 from dataflex.features.embedders import (
     STORED,
+    CurrentModel,
     Embedder,
     EmbeddingSettings,
-    ModelInTraining,
     OwnEncoder,
 )
 from dataflex.features.fields import libraries
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddingExport:
     """Generations of embeddings, committed.
 
     Attributes:
@@ -73,7 +73,7 @@ class EmbeddingService:
         Args:
             run: with its model.
             settings: which model, which layer.
-            opened: gives, on rank 0, the store's writer where somebody holds it already.
+            opened: returns, on rank 0, the store's writer where it is open already.
             source: makes vectors in a way of its own; None chooses by `settings`.
 
         Raises:
@@ -83,7 +83,7 @@ class EmbeddingService:
         """
         self.run = run
         self.frozen = settings.frozen
-        kind = OwnEncoder if settings.frozen else ModelInTraining
+        kind = OwnEncoder if settings.frozen else CurrentModel
         self._source: Embedder = source or kind(run, settings)
         self._own: StoreWriter | None = None
         self._writer: StoreWriter | SpaceWriter | None = None
@@ -126,7 +126,7 @@ class EmbeddingService:
         if self._own is not None:
             self._own.clean(keep)
 
-    def export(self, step: int, targets: Sequence[Rows] = ()) -> Embedded:
+    def export(self, step: int, targets: Sequence[Rows] = ()) -> EmbeddingExport:
         """Embed the training rows and some target sets, as far as they are not; collective.
 
         Args:
@@ -144,7 +144,7 @@ class EmbeddingService:
             names.append(name)
             tokens, seconds = tokens + summary.tokens, seconds + summary.seconds
         self._source.release()
-        return Embedded(names[-1], tuple(names[:-1]), tokens, seconds)
+        return EmbeddingExport(names[-1], tuple(names[:-1]), tokens, seconds)
 
     def _one(self, role: Role, rows: Rows, step: int) -> tuple[str, ExportSummary]:
         record = self._record(role, rows, step)

@@ -15,7 +15,7 @@ from gradstore.export.features import FeatureSpec
 @checked
 @dataclass(frozen=True)
 class FeatureSettings:
-    """How gradient features are made, as a user's parameters say it.
+    """Settings of gradient features, from a user's parameters.
 
     Args:
         gradient_type: feature of a training row: adam_marginal (what the row adds to Adam's step),

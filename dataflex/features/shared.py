@@ -20,7 +20,7 @@ Compute = Callable[[UnitRange, OnRows], UnitFeatures]
 
 
 @dataclass
-class _Writing:
+class _OpenGeneration:
     """State that rank 0 holds while units arrive."""
 
     writer: GenerationWriter
@@ -54,11 +54,11 @@ def export_shared(
     Raises:
         StoreError: on every rank, whatever failed on one.
     """
-    held: list[_Writing] = []
+    held: list[_OpenGeneration] = []
 
     def plan() -> list[UnitRange]:
         writer = begin()
-        held.append(_Writing(writer, UnitSink(writer, max_bad_fraction=max_bad_fraction)))
+        held.append(_OpenGeneration(writer, UnitSink(writer, max_bad_fraction=max_bad_fraction)))
         return list(writer.pending)
 
     pending = ranks.decide(plan)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """How the features are made, as the parameters of `CoincideSelector` say it.
+    """Settings of the features, from the parameters of `CoincideSelector`.
 
     Attributes:
         model: `embedding_model_name_or_path`; None takes the model in training.
@@ -95,7 +95,7 @@ class Anatomy:
         return f"layers{'-'.join(map(str, self.layers))}"
 
 
-class VisionInTraining:
+class CurrentVisionModel:
     """Features of the model as it is now."""
 
     def __init__(self, run: RunContext, settings: VisionSettings) -> None:
@@ -147,11 +147,11 @@ class VisionInTraining:
         """Do nothing: the model in training stays loaded."""
 
 
-class FixedVision:
+class FixedVisionModel:
     """A vision-language model beside the one in training, with a processor of its own.
 
-    Rows are decoded to text, without the image tokens, and asked anew in the model's own form: all
-    pictures first, then the text. It is loaded when a first unit is computed.
+    Rows are decoded to text, without the image tokens, and put into the model's own chat format:
+    all pictures first, then the text. It is loaded when a first unit is computed.
     """
 
     def __init__(self, run: RunContext, settings: VisionSettings) -> None:
@@ -177,7 +177,7 @@ class FixedVision:
         files = hash_folder_files(self._folder, DECIDING)
         self._sha256 = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
         self.space = f"visual.{self._sha256[:8]}.{self._anatomy.name}"
-        #: Whoever runs with this model and these rows finds the same features again.
+        #: Any run with this model and these rows reuses the same features.
         self.run_id = self._sha256
         self._loaded: tuple[VisualStates, Any] | None = None
 
@@ -206,7 +206,7 @@ class FixedVision:
         batches = Batches(
             Shown(rows, self._run.data.tokenizer, visual_token_ids(self._run.model.config)),
             lambda items: shown_batch(processor, items),
-            # Of the training tokenizer: near enough to make batches of like rows.
+            # Of the training tokenizer: accurate enough to batch rows of similar length.
             rows.lengths,
             token_budget=2 * token_budget(self._run.model),
             max_rows=self._settings.batch_rows,

@@ -82,7 +82,7 @@ def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> Non
     for number, folder in enumerate(folders or (None,)):
         moments, rate = None, 0.0
         if folder is not None:
-            if number > 0:  # the first one's adapter came with the model
+            if number > 0:  # the first one's adapter was loaded with the model
                 load_adapter(run.model, folder)
             previous, step = step, int(trainer_state(folder)["global_step"])
             rate = mean_learning_rate(folder, previous, step)
@@ -105,5 +105,8 @@ def feature_settings(config: RunConfig) -> FeatureSettings:
     if settings is None:
         settings = build_strategy(config.component(*less, {})).settings
     if not isinstance(settings, FeatureSettings):
-        raise BadInput(f"component {component.name!r} does not say how features are made.")
+        raise BadInput(
+            f"component {component.name!r} does not define gradient features; choose one that "
+            "does, such as less."
+        )
     return settings

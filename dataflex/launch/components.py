@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from dataflex.config.parameters import in_words
+from dataflex.config.parameters import describe
 from dataflex.config.presets import presets_of
 from dataflex.config.registry import KINDS, PACKAGES, declarations, parameters, strategies
 
@@ -33,7 +33,7 @@ def catalogue() -> list[dict[str, Any]]:
                 key: None if p.default is p.empty else _plain(p.default)
                 for key, p in parameters(cls).items()
             },
-            "accepts": {key: in_words(known.hint) for key, known in declarations(cls).items()},
+            "accepts": {key: describe(known.hint) for key, known in declarations(cls).items()},
         }
         for kind in PACKAGES
         for name, cls in strategies(kind).items()

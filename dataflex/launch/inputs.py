@@ -50,7 +50,7 @@ def _check_model(config: RunConfig) -> None:
     if "auto_map" in content and not config.known.trust_remote_code:
         raise BadInput(
             f"the model in {name!r} brings its own code (auto_map in config.json). If you "
-            "trust it, set trust_remote_code: true; nothing of it was run."
+            "trust it, set trust_remote_code: true; none of it was run."
         )
 
 

@@ -134,7 +134,9 @@ def _trainer_faults(config: RunConfig) -> list[str]:
             f"{' and '.join(STAGES)}. Use train_type: static for the others."
         )
     if not known.do_train:
-        faults.append("do_train must be true: without training there is nothing to select for.")
+        faults.append(
+            "do_train is false, but a dynamic train_type only acts on training: set do_train: true."
+        )
     if known.streaming:
         faults.append(
             f"streaming is on, but train_type {config.dataflex.train_type} needs to know every row "
@@ -144,7 +146,7 @@ def _trainer_faults(config: RunConfig) -> list[str]:
         known.metric_for_best_model or known.load_best_model_at_end
     ):
         faults.append(
-            "early_stopping_steps is set, but nothing says what must improve: set "
+            "early_stopping_steps is set, but no metric to improve is: set "
             "load_best_model_at_end: true, or metric_for_best_model."
         )
     if known.use_mca or known.use_hyper_parallel:
@@ -195,7 +197,7 @@ def _single_row_faults(config: RunConfig, who: str) -> list[str]:
     for key, on in (("packing", known.packs), ("neat_packing", known.neat_packing)):
         if on:
             faults.append(
-                f"{key} is on, but {who} decides about single rows"
+                f"{key} is on, but {who} works on single rows"
                 f"{'' if key != 'packing' or known.packing else ' (stage pt packs)'}: "
                 f"set {key}: false."
             )

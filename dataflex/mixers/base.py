@@ -23,7 +23,7 @@ class Mixer(Strategy):
 
     required = "mix"
     needs_single_rows = False
-    #: Changes its answer over time: a fixed `mixture_sample_rule` would silently discard it.
+    #: Proportions change over time: a fixed `mixture_sample_rule` would silently discard them.
     dynamic: ClassVar[bool] = True
 
     def mix(self, context: UpdateContext) -> npt.NDArray[np.float64]:

@@ -141,7 +141,7 @@ class DoremiMixer(Mixer, LossContributor):
         return clipped_sums(excess, rows, batch.targets.grid[0])[:, None]
 
     def weights(self, losses: FloatArray, context: WeightContext) -> FloatArray:
-        """(n,) each sample's domain weight over its sampling share; moved once per step."""
+        """Return (n,) domain weights over sampling shares; they are updated once per step."""
         if context.domains is None or context.measured is None:
             raise RuntimeError("DoReMi needs each sample's domain and excess loss")
         if context.step != self.last_step:
@@ -171,7 +171,7 @@ class DoremiMixer(Mixer, LossContributor):
 
 
 def loss_factors(domain_weights: FloatArray, shares: FloatArray | None) -> FloatArray:
-    """Factors a_d = alpha_d / (k sigma_d) of the tokens of each domain (ALGORITHMS 2.3).
+    """Compute a_d = alpha_d / (k sigma_d), the factor of each domain's tokens (ALGORITHMS 2.3).
 
     Args:
         domain_weights: (k,) alpha, on the simplex.

@@ -36,7 +36,7 @@ class DynamicMoeMixer(Mixer):
     Args:
         eta: step size of the proportions.
         c: share of the uniform proportions in every answer.
-        collect_steps: batches of each domain looked at in an update.
+        collect_steps: batches of each domain measured in an update.
         eval_samples: rows of each domain that these are drawn from, at most.
         eval_batch_size: rows of a batch.
     """
@@ -67,7 +67,7 @@ class DynamicMoeMixer(Mixer):
         if not expert_layers(run.model):
             raise BadInput(
                 f"component dynamic_moe reads which experts a model chooses, and "
-                f"{type(run.model).__name__} has no layer of experts that tells. Use a "
+                f"{type(run.model).__name__} has no layer of experts with readable routing. Use a "
                 "mixture-of-experts model (Mixtral, Qwen MoE, OLMoE, DeepSeek) or another mixer."
             )
         if not len(self.proportions):

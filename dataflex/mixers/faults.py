@@ -21,7 +21,7 @@ def domain_faults(config: RunConfig) -> list[str]:
     if (strategy := config.known.mix_strategy) != "concat":
         faults.append(
             f"mix_strategy is {strategy!r}, but train_type {ours.train_type} mixes the data sets "
-            "itself: remove it, and say the opening mixture in init_mixture_proportions."
+            "itself: remove it, and set the opening mixture in init_mixture_proportions."
         )
     if ours.mixture_sample_rule not in (None, *RULES):
         faults.append(
@@ -48,7 +48,7 @@ def _held_out_faults(config: RunConfig, domains: Sequence[str]) -> list[str]:
         faults.append(f"mixer_eval_dataset names two sets for one domain: {', '.join(sets)}.")
     if sets and config.known.val_size > 0:
         faults.append(
-            "mixer_eval_dataset and val_size both say which rows are held out of the domains: "
+            "mixer_eval_dataset and val_size both define the held-out rows of the domains: "
             "remove one."
         )
     return faults

@@ -133,7 +133,7 @@ class OdmMixer(Mixer):
         if domains and self.floor >= 1 / len(domains):
             faults.append(
                 f"min_exploration_rate is {self.floor}: with {len(domains)} domains it must be "
-                f"below 1/{len(domains)}, or nothing is left to decide."
+                f"below 1/{len(domains)}, or all proportions are fixed."
             )
         if self.initial_proportions is not None:
             try:
@@ -213,7 +213,7 @@ class OdmMixer(Mixer):
         if made != self.averaging:
             raise BadInput(
                 f"odm: the checkpoint's rewards were made with averaging {made}, this run has "
-                f"{self.averaging}. Set component_params.averaging: {made}, or start anew."
+                f"{self.averaging}. Set component_params.averaging: {made}, or start a new run."
             )
         self.rewards = np.asarray(state["rewards"], dtype=np.float64)
         self.proportions = np.asarray(state["proportions"], dtype=np.float64)

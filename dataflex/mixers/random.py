@@ -1,4 +1,4 @@
-"""Proportions drawn anew at every update."""
+"""Proportions redrawn at every update."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def load_by_library(
     from sentence_transformers.sentence_transformer.modules import Transformer
 
     local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    # Said in full: vectors shall depend on nothing that the encoder's hash does not cover.
+    # All arguments explicit: vectors must depend only on what the encoder's hash covers.
     transformer = Transformer(
         str(folder),
         model_kwargs={**local, "dtype": dtype},

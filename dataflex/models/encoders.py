@@ -80,9 +80,9 @@ class Encoder:
     def sha256(self) -> str:
         """Hash of the files that decide what it answers, whatever the folder is called."""
         files = hash_folder_files(self.folder, DECIDING)
-        said = {"pooling": self.pooling, "max_tokens": self.max_tokens,
+        settings = {"pooling": self.pooling, "max_tokens": self.max_tokens,
                 "lower_case": self.lower_case, "prompt": self.prompt, "files": files}  # fmt: skip
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def find_encoder(name: str, *, trust_remote_code: bool = False) -> Encoder:
@@ -130,7 +130,7 @@ def read_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:
     if "auto_map" in config and not trust_remote_code:
         raise BadInput(
             f"the embedding model in {str(folder)!r} brings its own code (auto_map in "
-            "config.json). If you trust it, set trust_remote_code: true; nothing of it was run."
+            "config.json). If you trust it, set trust_remote_code: true; none of it was run."
         )
     if not any(where.glob("*.safetensors")):
         raise BadInput(
@@ -151,7 +151,7 @@ def read_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:
         dim, layers = int(text["hidden_size"]), int(text["num_hidden_layers"]) + 1
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(
-            f"config.json of the embedding model in {str(folder)!r} does not say {error}."
+            f"config.json of the embedding model in {str(folder)!r} lacks {error}."
         ) from error
     prompts = _json(folder / "config_sentence_transformers.json")
     return Encoder(
@@ -177,7 +177,7 @@ def _modules(folder: Path) -> tuple[Path, Pooling]:
             pooling = _pooling(path)
         elif kind != "Normalize":
             raise BadInput(
-                f"the embedding model in {str(folder)!r} has a module {kind!r}; known are "
+                f"the embedding model in {str(folder)!r} has a module {kind!r}; supported are "
                 "Transformer, Pooling and Normalize."
             )
     if pooling is None:
@@ -187,14 +187,14 @@ def _modules(folder: Path) -> tuple[Path, Pooling]:
 
 def _pooling(path: Path) -> Pooling:
     settings = _json(path / "config.json", needed=True)
-    said = settings.get("pooling_mode") or [
+    modes = settings.get("pooling_mode") or [
         SWITCHES.get(key, key) for key, on in settings.items() if key.startswith("pooling_") and on
     ]
-    modes = [said] if isinstance(said, str) else said
+    modes = [modes] if isinstance(modes, str) else modes
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise BadInput(
-            f"the embedding model pools by {', '.join(modes) or 'nothing'} ({str(path)!r}); known "
-            f"is one of {', '.join(POOLINGS)}."
+            f"the embedding model pools by {', '.join(modes) or 'nothing'} ({str(path)!r}); "
+            f"supported is one of {', '.join(POOLINGS)}."
         )
     return POOLINGS[modes[0]]
 
@@ -276,7 +276,7 @@ class TextEncoder:
         self._max_tokens = encoder.max_tokens
 
     def collate(self, texts: list[str]) -> Batch:
-        """Tokenize texts the encoder's own way into padded token ids (b, t)."""
+        """Tokenize texts with the encoder's own settings into padded token ids (b, t)."""
         batch = self._tokenizer(
             texts,
             padding=True,
@@ -306,7 +306,7 @@ def _load(
     device: torch.device,
     trust_remote_code: bool,
 ) -> tuple[Any, HiddenStates]:
-    """Do as `load_by_library`, with transformers alone."""
+    """Load as `load_by_library` does, with transformers alone."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)

@@ -22,7 +22,7 @@ from gradstore.errors import BadInput
 
 _log = logging.getLogger(__name__)
 
-#: What experts call the chosen experts they are handed: (tokens, k) int64.
+#: Parameter names under which layers of experts receive the chosen experts: (tokens, k) int64.
 CHOICES = ("top_k_index", "router_indices", "selected_experts")
 
 #: Classes of transformers that route, where they are no plain linear layer.

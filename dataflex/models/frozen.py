@@ -100,9 +100,9 @@ def _base_beside(model: nn.Module) -> nn.Module:
     Frozen weights are shared, so that beside a LoRA run it costs no memory; the others are copied.
     """
     shared = [p for p in model.parameters() if not p.requires_grad]
-    twin = copy.deepcopy(model, {id(p): p for p in shared})
-    unload: Callable[[], nn.Module] | None = getattr(twin, "unload", None)
-    return twin if unload is None else unload()
+    copied = copy.deepcopy(model, {id(p): p for p in shared})
+    unload: Callable[[], nn.Module] | None = getattr(copied, "unload", None)
+    return copied if unload is None else unload()
 
 
 def _loaded(run: RunContext, source: str, shown: str) -> nn.Module:

@@ -125,7 +125,7 @@ def stop_ids(tokenizer: Any) -> Ids:  # noqa: ANN401 - a transformers tokenizer
     return list(dict.fromkeys(i for i in found if isinstance(i, int) and i >= 0))
 
 
-def asked_ids(tokenizer: Any, text: str, *, for_answer: bool = True) -> Ids:  # noqa: ANN401
+def prompt_ids(tokenizer: Any, text: str, *, for_answer: bool = True) -> Ids:  # noqa: ANN401
     """Tokenize a question in a model's own chat format, or plain where it has none.
 
     Args:

@@ -56,17 +56,19 @@ def row_losses(
         where, found = [np.empty(0, np.int64)], [np.empty(0)]
         with progress(f"losses of {rows.name}", total, shown=run.shows_progress) as advance:
 
-            def told(done: int) -> None:
+            def advance_rows(done: int) -> None:
                 advance(min(done * run.ranks.world, total))
 
-            for at, batch in batches(run, rows, positions, budget, told, max_rows, shared=True):
+            for at, batch in batches(
+                run, rows, positions, budget, advance_rows, max_rows, shared=True
+            ):
                 where.append(at)
                 found.append(batch_losses(run.model, batch).loss.double().cpu().numpy())
         return np.concatenate(where), np.concatenate(found)
 
     losses = np.full(len(rows), np.nan)
     for where, found in run.ranks.gather(own_part):
-        # A batch may come several times, where ranks had to make as many passes.
+        # A batch may be repeated, to make the number of passes equal on all ranks.
         new = ~np.isfinite(losses[where])
         losses[where[new]] = found[new]
     return losses
@@ -96,8 +98,8 @@ def batches(
     chosen = np.arange(len(rows)) if positions is None else positions
     planned = plan_batches(rows.lengths[chosen], budget, max_rows)
     if shared:
-        # As many passes on every rank: one that stopped early would leave the others waiting where
-        # parameters are spread over the ranks (ZeRO-3). The shortest batch may come several times.
+        # Equally many passes on every rank: one that stopped early would leave the others waiting
+        # where parameters are sharded (ZeRO-3). The shortest batch may come several times.
         more = planned[-1:] * (-len(planned) % run.ranks.world)
         planned = list(run.ranks.share([*planned, *more]))
     for batch_of in planned:

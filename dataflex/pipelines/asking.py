@@ -35,9 +35,9 @@ class Part:
 
     Attributes:
         stage: the stage.
-        fired: whether it was asked; else it hands on what it handed on before.
+        fired: whether it was called; otherwise it passes on its previous rows.
         pool: how many rows it got.
-        rows: (m,) positions it handed on.
+        rows: (m,) positions it passed on.
         answer: what it answered; None where it did not fire.
     """
 
@@ -151,10 +151,10 @@ def _within(answer: object, pool: IntArray, stage: Stage) -> IntArray:
     """
     rows = np.asarray(answer, dtype=np.int64)
     if rows.ndim != 1 or len(rows) == 0 or not np.isin(rows, pool).all():
-        strangers = np.setdiff1d(rows, pool)[:3].tolist()
+        unknown = np.setdiff1d(rows, pool)[:3].tolist()
         raise BadInput(
             f"{stage.spec.name} answered {rows.shape} rows"
-            + (f", among them {', '.join(map(str, strangers))}" if strangers else "")
+            + (f", among them {', '.join(map(str, unknown))}" if unknown else "")
             + f"; expected a list of some of the {len(pool)} rows of context.pool."
         )
     return rows

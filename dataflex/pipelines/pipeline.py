@@ -53,7 +53,7 @@ class Pipeline(Strategy):
         stages: the list of stages.
         score_batch_size: rows of a scoring batch, at most, whichever stage asks.
         seed: of the draws between the stages, combined with the step.
-        save_plans: write which rows each stage handed on to dataflex/plans/step_<g>.json.
+        save_plans: write the rows that each stage passed on to dataflex/plans/step_<g>.json.
         components_cfg_file: where the stages' components are looked up; where the pipeline itself
             was found, if not given.
         placeholders: what `${key}` in that file stands for; the run's own keys, if not given.
@@ -88,7 +88,7 @@ class Pipeline(Strategy):
         self.observes = any(s.observes for s in strategies)
         self.whole_model = frozenset().union(*(s.whole_model for s in strategies))
         self.settings = next((s.settings for s in strategies if s.settings is not None), None)
-        #: What each stage of `rows` handed on when it last fired.
+        #: Rows that each stage of `rows` passed on when it last fired.
         self._handed: list[IntArray | None] = [None] * len(self.rows)
         #: Sum and number of the learning rates since each stage of `rows` last fired.
         self._rates = [(0.0, 0)] * len(self.rows)
@@ -145,13 +145,13 @@ class Pipeline(Strategy):
         ours = config.dataflex
         if config.known.val_size > 0:
             faults.append(
-                f"val_size is {config.known.val_size}, but a pipeline decides about whole data "
+                f"val_size is {config.known.val_size}, but a pipeline works on whole data "
                 "sets: remove it, and name eval_dataset or target_dataset."
             )
         if ours.mixture_sample_rule in FIXED_RULES:
             faults.append(
                 f"mixture_sample_rule is {ours.mixture_sample_rule!r}; in a pipeline a mixer stage "
-                "decides about the mixture: remove it."
+                "decides the mixture: remove it."
             )
         if not any(stage.spec.family == "mixer" for stage in self.everyone):
             faults += [
@@ -188,13 +188,13 @@ class Pipeline(Strategy):
             stage.strategy.start(run)
 
     def finish(self) -> None:
-        """Finish every stage, whatever another one raises."""
+        """Finish every stage, even where another one raises."""
         with contextlib.ExitStack() as stack:
             for stage in self.everyone:
                 stack.callback(stage.strategy.finish)
 
     def state(self) -> dict[str, Any]:
-        """Collect the stages' own states, and what they handed on."""
+        """Collect the stages' own states, and the rows they passed on."""
         return {
             "stages": [dict(stage.strategy.state()) for stage in self.everyone],
             "handed": list(self._handed),

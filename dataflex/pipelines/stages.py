@@ -149,13 +149,13 @@ def arrange(stages: Sequence[Stage]) -> Arrangement:
     if rows and rows[0].spec.mode == "draw" and len(rows) > 1:
         raise BadInput(
             f"{rows[0].spec.name} has mode: draw, which chooses the rows of the interval, but "
-            f"{rows[-1].spec.name} comes after it and would take it over. Set mode: filter."
+            f"{rows[-1].spec.name} comes after it and would replace them. Set mode: filter."
         )
     warnings = []
     if rows != deciding:
         warnings.append(
             f"stages are listed as {_chain(deciding)}; they run as {_chain(rows)}, the only order "
-            "in which none undoes what another did"
+            "in which no stage overrides another"
         )
     warnings += [
         f"{stage.spec.name} weights every step: every: {stage.spec.every} is ignored"
@@ -231,7 +231,7 @@ def parse_stage(entry: object) -> StageSpec:
     if extra := set(given) - set(ACCEPTED[family]):
         raise BadInput(unknown(f"key of a {family} stage", extra, ACCEPTED[family]))
     if "params" in given and "component_params" in given:
-        raise BadInput("params and component_params say the same; write one of them.")
+        raise BadInput("params and component_params are the same key; set only one of them.")
     params = given.pop("component_params", given.pop("params", {}))
     values = {**given, "family": family, "component": str(given["component"]), "params": params}
     if found := faults(declared(StageSpec.__init__), values):
@@ -246,7 +246,7 @@ def _build(
     component = resolve(family, spec.component, spec.params, presets_file, placeholders)
     strategy = adapt(component.build(), BASES[spec.family])
     if isinstance(strategy, Reorder):
-        # Raw rows are put in order before they are tokenised, where no other stage has a say.
+        # apply_at: raw orders rows before tokenisation, when no other stage can act on them.
         strategy.by_index()
     return Stage(spec, component, strategy)
 

@@ -42,7 +42,7 @@ class Reorder(Strategy):
     """
 
     required = "order"
-    #: Raw rows are put in order before they are tokenised, and then served as they lie.
+    #: Raw rows are ordered before tokenisation, and then served in the order of the data set.
     orders_raw_rows: bool = False
 
     def order(self, count: int, context: UpdateContext) -> Ordering:

@@ -1,4 +1,4 @@
-"""An order that follows the model: rows still to come are scored anew at every update."""
+"""An order that follows the model: the remaining rows are scored again at every update."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class DynamicReorder(ScoredReorder):
             known, self._next_scores = np.split(self._next_scores, [missing])
             rows, scores = np.append(rows, part), np.append(scores, known)
             self._consume(part)
-        told = scores if self.pattern.needs_scores else None
-        return self.answer(rows, told, self._served, len(self._all))
+        used = scores if self.pattern.needs_scores else None
+        return self.answer(rows, used, self._served, len(self._all))
 
     def _order_rest(self, context: UpdateContext) -> None:
         """Lay the rest of the pattern over the rows left, by the scores of now."""

@@ -135,7 +135,7 @@ def model_scores(
         scored = np.sort(generator.choice(positions, params.max_samples, replace=False))
     losses = board.losses(context.step, scored, max_rows=params.batch_size)
     if not np.isfinite(losses[scored]).any():
-        raise BadInput("no training row has a finite loss. Look at the model and the labels.")
+        raise BadInput("no training row has a finite loss. Check the model and the labels.")
     return losses[positions], board.tokens
 
 

@@ -23,7 +23,7 @@ Panel = tuple[str, Callable[["Axes"], None]]
 #: Columns of the map of chosen rows; each shows the rows of one slice of the data set.
 MAP_COLUMNS = 120
 
-#: Readable on white, apart for the colour-blind (Okabe and Ito).
+#: Readable on white and distinct for colour-blind readers (Okabe and Ito).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#B8A900", "#555555")
 
 
@@ -34,7 +34,7 @@ def draw(folder: Path) -> Path | None:
         folder: `output_dir/dataflex`.
 
     Returns:
-        The picture, or None where the run has told nothing that can be drawn.
+        The picture, or None where the run has logged nothing that can be drawn.
     """
     events = read_events(folder)
     panels = _panels(events, folder)

@@ -22,7 +22,7 @@ PROBE_PROMPT, PROBE_ANSWER = "What is 2 + 2?", "4"
 
 
 @dataclass(frozen=True)
-class Answered:
+class JudgeRequest:
     """One sampled response.
 
     Attributes:
@@ -42,11 +42,11 @@ class Verdict:
 
     Attributes:
         reward: 0 to 1; NaN where the judge gave none.
-        said: the judge's own words, for messages.
+        text: answer of the judge, for messages.
     """
 
     reward: float
-    said: str = ""
+    text: str = ""
 
 
 class Judge(Protocol):
@@ -65,7 +65,7 @@ class Judge(Protocol):
             model: the model in training, for its device.
         """
 
-    def judge(self, answers: Sequence[Answered]) -> list[Verdict]:
+    def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
         """Return one verdict per response, in order."""
 
 
@@ -84,10 +84,10 @@ class RewardPrompts:
     with_reference: str
     without_reference: str
 
-    def fill(self, answered: Answered) -> str:
+    def fill(self, request: JudgeRequest) -> str:
         """Build the prompt for one response."""
-        template = self.with_reference if answered.reference else self.without_reference
-        return filled(template, answered)
+        template = self.with_reference if request.reference else self.without_reference
+        return filled(template, request)
 
     def faults(self) -> list[str]:
         """List templates that cannot be filled, or never include the response."""
@@ -97,7 +97,7 @@ class RewardPrompts:
             ("reward_prompt_without_ref", self.without_reference),
         ):
             try:
-                shown = [filled(template, Answered("p", text, "r")) for text in ("a", "b")]
+                shown = [filled(template, JudgeRequest("p", text, "r")) for text in ("a", "b")]
             except (KeyError, IndexError, ValueError) as error:
                 found.append(
                     f"{key} cannot be filled ({error}): use {{prompt}}, {{response}} and "
@@ -109,14 +109,14 @@ class RewardPrompts:
         return found
 
 
-def filled(template: str, answered: Answered) -> str:
+def filled(template: str, request: JudgeRequest) -> str:
     """Fill a template with a response's texts."""
     return template.format(
-        prompt=answered.prompt,
-        response=answered.response,
-        reference=answered.reference,
-        instruction=answered.prompt,
-        prediction=answered.response,
+        prompt=request.prompt,
+        response=request.response,
+        reference=request.reference,
+        instruction=request.prompt,
+        prediction=request.response,
         input="",
     )
 
@@ -144,17 +144,17 @@ def parse_score(text: str) -> float:
     return value if 0 <= value <= 1 else math.nan
 
 
-def refuse_probe(who: str, verdict: Verdict) -> None:
+def refuse_probe(judge: str, verdict: Verdict) -> None:
     """Stop before training where a judge's answer to the probe holds no score.
 
     Raises:
-        BadInput: tells what the judge said.
+        BadInput: the answer holds no score; quotes it.
     """
     if math.isnan(verdict.reward):
         raise BadInput(
-            f"{who} was asked to score the answer {PROBE_ANSWER!r} to {PROBE_PROMPT!r} and said "
-            f"{shortened(verdict.said)!r}: no score from 0 to 1. Choose a model that follows "
-            "instructions, or ask otherwise with reward_prompt_with_ref and "
+            f"{judge} was asked to score the answer {PROBE_ANSWER!r} to {PROBE_PROMPT!r} and "
+            f"answered {shortened(verdict.text)!r}: no score from 0 to 1. Choose a model that "
+            "follows instructions, or change the prompts reward_prompt_with_ref and "
             "reward_prompt_without_ref."
         )
 

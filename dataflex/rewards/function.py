@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dataflex.config.registry import imported
-from dataflex.rewards.base import Answered, Verdict, shortened
+from dataflex.rewards.base import JudgeRequest, Verdict, shortened
 from gradstore.errors import BadInput
 
 if TYPE_CHECKING:
@@ -40,28 +40,29 @@ class FunctionJudge:
     def start(self, model: nn.Module) -> None:
         """Do nothing: there is nothing to load."""
 
-    def judge(self, answers: Sequence[Answered]) -> list[Verdict]:
+    def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
         """Call the function once per response."""
-        return [self._one(answered) for answered in answers]
+        return [self._one(request) for request in requests]
 
-    def _one(self, answered: Answered) -> Verdict:
+    def _one(self, request: JudgeRequest) -> Verdict:
         try:
-            said = self._function(answered.prompt, answered.response, answered.reference)
+            answer = self._function(request.prompt, request.response, request.reference)
         except Exception as error:  # whatever a user's function raises, the row must be named
             raise BadInput(
                 f"reward_function {self.target} failed with {error!r} on the response "
-                f"{shortened(answered.response)!r} to {shortened(answered.prompt)!r}."
+                f"{shortened(request.response)!r} to {shortened(request.prompt)!r}."
             ) from error
         try:
-            reward = float(said)
+            reward = float(answer)
         except (TypeError, ValueError):
             reward = math.inf
         if math.isnan(reward):
             return Verdict(math.nan, "nan")
         if not 0 <= reward <= 1:
             raise BadInput(
-                f"reward_function {self.target} answered {shortened(repr(said))} for the response "
-                f"{shortened(answered.response)!r}; a reward is a number from 0 to 1, or NaN."
+                f"reward_function {self.target} returned {shortened(repr(answer))} for the "
+                f"response {shortened(request.response)!r}; a reward is a number "
+                "from 0 to 1, or NaN."
             )
         return Verdict(reward)
 

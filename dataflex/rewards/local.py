@@ -15,16 +15,16 @@ from dataflex.models.frozen import (
     named_faults,
 )
 from dataflex.models.generate import (
-    asked_ids,
     continuations,
     groups_of_similar_length,
     pad_id,
+    prompt_ids,
     stop_ids,
 )
 from dataflex.rewards.base import (
     PROBE_ANSWER,
     PROBE_PROMPT,
-    Answered,
+    JudgeRequest,
     RewardPrompts,
     Verdict,
     parse_score,
@@ -34,7 +34,7 @@ from dataflex.rewards.base import (
 if TYPE_CHECKING:
     from torch import nn
 
-#: Responses judged at once.
+#: Responses scored in one batch.
 GROUP_ROWS = 16
 
 
@@ -94,18 +94,18 @@ class LocalJudge:
             str(self.path), self.trust_remote_code
         )
         if not self._classifies:
-            (verdict,) = self.judge([Answered(PROBE_PROMPT, PROBE_ANSWER, PROBE_ANSWER)])
+            (verdict,) = self.judge([JudgeRequest(PROBE_PROMPT, PROBE_ANSWER, PROBE_ANSWER)])
             refuse_probe(f"reward_model_path {self.path!r}", verdict)
 
-    def judge(self, answers: Sequence[Answered]) -> list[Verdict]:
+    def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
         """Judge responses of similar length together, with the model on the accelerator."""
-        prompts = [self._ids(self.prompts.fill(answered)) for answered in answers]
+        prompts = [self._ids(self.prompts.fill(request)) for request in requests]
         found: dict[int, Verdict] = {}
         with self._placed(), torch.no_grad():
             for group in groups_of_similar_length([len(p) for p in prompts], GROUP_ROWS):
                 verdicts = self._batch([prompts[i] for i in group])
                 found.update(zip(group.tolist(), verdicts, strict=True))
-        return [found[i] for i in range(len(answers))]
+        return [found[i] for i in range(len(requests))]
 
     def _batch(self, prompts: list[list[int]]) -> list[Verdict]:
         if self._classifies:
@@ -117,8 +117,8 @@ class LocalJudge:
             stops=stop_ids(self._tokenizer),
             pad=pad_id(self._tokenizer),
         )
-        said = self._tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [Verdict(parse_score(text), text) for text in said]
+        texts = self._tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [Verdict(parse_score(text), text) for text in texts]
 
     def _classified(self, prompt: list[int]) -> float:
         """Score one prompt at a time: classifiers without a padding token can't take batches."""
@@ -130,7 +130,7 @@ class LocalJudge:
 
     def _ids(self, text: str) -> list[int]:
         """Tokenize the prompt in the model's own chat format; keep the end if it is too long."""
-        ids = asked_ids(self._tokenizer, text, for_answer=not self._classifies)
+        ids = prompt_ids(self._tokenizer, text, for_answer=not self._classifies)
         longest = getattr(self._model.config, "max_position_embeddings", None)
         room = None if longest is None else max(1, longest - self.max_new_tokens)
         return ids if room is None else ids[-room:]

@@ -20,7 +20,7 @@ KEYS: Mapping[str, Mapping[str, str]] = {
     "api": {"api_url": "api_base_url", "api_key": "api_key_env", "model_name": "api_model"},
 }  # fmt: skip
 
-#: What has nothing left to say: judges answer with their likeliest words, without vLLM.
+#: Keys without effect: judges decode greedily, without vLLM.
 SILENT = {
     "local": {f"vllm_{name}" for name in ("tensor_parallel_size", "temperature", "top_p", "top_k",
                                           "seed", "max_model_len", "gpu_memory_utilization")},
@@ -47,8 +47,7 @@ def renamed(backend: str, params: Mapping[str, Mapping[str, Any]] | None) -> dic
         raise ValueError(unknown(f"reward_backend_params of {backend}", extra, {*keys, *silent}))
     if ignored := sorted(silent & set(held)):
         _log.warning(
-            "reward_backend_params: %s ignored: a judge gives its likeliest answer, and runs on "
-            "transformers",
+            "reward_backend_params: %s ignored: a judge decodes greedily, and runs on transformers",
             ", ".join(ignored),
         )
     found = {"reward_backend": ours, **{keys[k]: v for k, v in held.items() if k in keys}}

@@ -17,11 +17,11 @@ def token_f1(prompt: str, response: str, reference: str) -> float:
         >>> token_f1("", "paris", "Paris"), token_f1("", "", "Paris")
         (1.0, 0.0)
     """
-    said, wanted = (Counter(_WORD.findall(text.lower())) for text in (response, reference))
-    common = (said & wanted).total()
+    found, wanted = (Counter(_WORD.findall(text.lower())) for text in (response, reference))
+    common = (found & wanted).total()
     if not common:
-        return float(said == wanted)
-    return 2 * common / (said.total() + wanted.total())
+        return float(found == wanted)
+    return 2 * common / (found.total() + wanted.total())
 
 
 def exact_match(prompt: str, response: str, reference: str) -> float:

@@ -1,4 +1,4 @@
-"""Target features of rewarded responses: sum of what each was worth times its own gradient.
+"""Target features of rewarded responses: sum of each one's weight times its own gradient.
 
 For one target row with responses y_1 ... y_K to prompt x, rewards r_k and a baseline, the feature
 is that of (1/K) * sum_k a_k * grad(-log p(y_k | x)), the descent direction of the expected reward's
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.rewards.base import Answered, Verdict, shortened
-from dataflex.rewards.responses import Sampled
+from dataflex.rewards.base import JudgeRequest, Verdict, shortened
+from dataflex.rewards.responses import SampledResponses
 from gradstore.errors import BadInput
 
 if TYPE_CHECKING:
@@ -49,21 +49,21 @@ def check_scored(verdicts: Sequence[Verdict], most: float) -> int:
     """Count the responses without a score.
 
     Raises:
-        BadInput: more than the share `most`; tells what the judge said instead.
+        BadInput: more than the share `most`; quotes the most frequent answer.
     """
     missing = [v for v in verdicts if math.isnan(v.reward)]
     if len(missing) > most * len(verdicts):
-        ((said, _),) = Counter(shortened(v.said) for v in missing).most_common(1)
+        ((text, _),) = Counter(shortened(v.text) for v in missing).most_common(1)
         raise BadInput(
             f"{len(missing)} of {len(verdicts)} responses got no score from 0 to 1; the judge "
-            f"said {said!r}, for example. Choose another judge or other reward prompts, or raise "
-            f"max_unscored, which is {most:g}."
+            f"answered {text!r}, for example. Choose another judge or other reward prompts, or "
+            f"raise max_unscored, which is {most:g}."
         )
     return len(missing)
 
 
 @dataclass(frozen=True)
-class Rewarded:
+class RewardedResponses:
     """One target row.
 
     Attributes:
@@ -71,7 +71,7 @@ class Rewarded:
         rewards: (K,) float64, 0 to 1.
     """
 
-    sampled: Sampled
+    sampled: SampledResponses
     rewards: npt.NDArray[np.float64]
 
     def weights(self, baseline: Baseline) -> npt.NDArray[np.float64]:
@@ -79,9 +79,11 @@ class Rewarded:
         return advantages(self.rewards, baseline) / max(1, len(self.rewards))
 
 
-def answers_of(sampled: Sampled) -> list[Answered]:
+def requests_of(sampled: SampledResponses) -> list[JudgeRequest]:
     """Build the judge's inputs for one target row."""
-    return [Answered(sampled.prompt_text, text, sampled.reference_text) for text in sampled.texts]
+    return [
+        JudgeRequest(sampled.prompt_text, text, sampled.reference_text) for text in sampled.texts
+    ]
 
 
 class RewardedTargets:
@@ -94,7 +96,7 @@ class RewardedTargets:
 
     def __init__(
         self,
-        sets: Mapping[str, Sequence[Rewarded]],
+        sets: Mapping[str, Sequence[RewardedResponses]],
         *,
         baseline: Baseline,
         gold_fallback: bool,
@@ -113,7 +115,7 @@ class RewardedTargets:
             if not gold_fallback and not any(self._has_signal(row) for row in rows):
                 raise BadInput(
                     f"target set {name!r}: the rewards carry no signal. Of every row's responses "
-                    f"{'all were rewarded alike' if baseline == 'loo' else 'none was rewarded'} "
+                    f"{'all got equal rewards' if baseline == 'loo' else 'none got a reward'} "
                     f"(mean reward {self.numbers['reward_mean']:.3g}). Raise mc_samples or "
                     "generation_temperature, take a finer reward, or set gold_fallback: true."
                 )
@@ -135,7 +137,7 @@ class RewardedTargets:
         """Express some rows of a target set as sums of gradients."""
         return [self._weighted(i, self.sets[name][i]) for i in positions]
 
-    def _weighted(self, position: int, row: Rewarded) -> WeightedRow:
+    def _weighted(self, position: int, row: RewardedResponses) -> WeightedRow:
         from gradstore.export.combined import WeightedRow
 
         pairs = [
@@ -156,5 +158,5 @@ class RewardedTargets:
             sum(len(ids) for ids in row.sampled.responses),
         )
 
-    def _has_signal(self, row: Rewarded) -> bool:
+    def _has_signal(self, row: RewardedResponses) -> bool:
         return bool(row.weights(self._baseline).any())

@@ -19,10 +19,10 @@ from dataflex.data.rows import IGNORED, Rows
 from dataflex.models.frozen import load_language_model
 from dataflex.models.generate import (
     Ids,
-    asked_ids,
     continuations,
     groups_of_similar_length,
     pad_id,
+    prompt_ids,
     stop_ids,
 )
 from dataflex.run.context import RunContext
@@ -105,7 +105,7 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledResponses:
     """Responses of a policy to one target row, in the tokens of the model in training.
 
     Attributes:
@@ -151,11 +151,11 @@ class Policy:
         self.tokenizer = run.data.tokenizer
         self._room(run.model, "the model")
 
-    def sample(self, sets: Sequence[Rows]) -> list[list[Sampled]]:
+    def sample(self, sets: Sequence[Rows]) -> list[list[SampledResponses]]:
         """Sample responses to every row of every target set. Collective: the ranks share the rows.
 
         Returns:
-            For each set one `Sampled` per row, the same on every rank.
+            For each set one `SampledResponses` per row, the same on every rank.
         """
         ranks, settings = self.run.ranks, self.settings
         exchanges = [Exchange.of(row) for rows in sets for row in rows.dataset]
@@ -199,7 +199,7 @@ class Policy:
             if ids and (fixed or template is not None):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
                 if template is None:
-                    ids = asked_ids(tokenizer, text)
+                    ids = prompt_ids(tokenizer, text)
                 else:
                     ids = list(tokenizer(in_template(template, text))["input_ids"])
             found.append(ids[-room:])
@@ -242,10 +242,10 @@ class Policy:
         asked: Ids,
         answers: Sequence[Ids],
         tokenizer: Any,  # noqa: ANN401
-    ) -> Sampled:
+    ) -> SampledResponses:
         """Put a row's responses into the tokens and words of the model in training."""
         if not answers:
-            return Sampled([], (), exchange.reference)
+            return SampledResponses([], (), exchange.reference)
         texts = tuple(tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers)
         prompt, responses = asked, tuple(answers)
         if self.settings.model_path is not None:
@@ -256,7 +256,7 @@ class Policy:
                 for text in texts
             )
         longest = _positions(self.run.model)
-        return Sampled(
+        return SampledResponses(
             prompt,
             responses,
             exchange.reference[: None if longest is None else longest - len(prompt)],

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from dataflex.rewards.base import (
     PROBE_ANSWER,
     PROBE_PROMPT,
-    Answered,
+    JudgeRequest,
     RewardPrompts,
     Verdict,
     parse_score,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 #: The longest wait between two attempts, and the most bytes of an answer that are read.
 LONGEST_WAIT_SECONDS, MOST_BYTES = 30.0, 1 << 20
 
-#: Status codes that may be otherwise the next time; the server's own faults (5xx) too.
+#: Status codes that are tried again; the server's own faults (5xx) are, too.
 PASSING = (408, 409, 425, 429)
 
 #: An idle connection is given up before a server closes it: many do so after 5 s.
@@ -102,12 +102,12 @@ def _key_faults(name: str) -> list[str]:
         return [
             f"api_key_env names {name}, but the key in that environment variable begins or ends "
             "with a blank, or has a line break or another character that an HTTP header cannot "
-            "carry: export it again without."
+            "carry: export it again without them."
         ]
     return []
 
 
-class _Failed(Exception):
+class _RetryableError(Exception):
     """An attempt that may succeed if it is made again."""
 
 
@@ -150,12 +150,12 @@ class ApiJudge:
             StoreIOError: it cannot be reached.
             BadInput: it refuses the request, or answers without a score.
         """
-        probe = Answered(PROBE_PROMPT, PROBE_ANSWER, PROBE_ANSWER)
+        probe = JudgeRequest(PROBE_PROMPT, PROBE_ANSWER, PROBE_ANSWER)
         with self._client() as client:
             verdict = self._one(client, probe)
-        refuse_probe(self._who, verdict)
+        refuse_probe(self._label, verdict)
 
-    def judge(self, answers: Sequence[Answered]) -> list[Verdict]:
+    def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
         """Send one request per response, several in flight at once.
 
         Raises:
@@ -165,16 +165,16 @@ class ApiJudge:
         with self._client() as client:
             pool = ThreadPoolExecutor(self.settings.workers)
             try:
-                return list(pool.map(lambda asked: self._one(client, asked), answers))
+                return list(pool.map(lambda request: self._one(client, request), requests))
             finally:
                 pool.shutdown(cancel_futures=True)
 
     @property
-    def _who(self) -> str:
+    def _label(self) -> str:
         return f"the judge {self.settings.model!r} at {self.settings.base_url}"
 
     def _client(self) -> httpx.Client:
-        """A pool of connections to the server; redirects are not followed: they would take the key.
+        """Open a connection pool; redirects are not followed: they would take the key along.
 
         Raises:
             BadInput: the environment names a proxy that cannot be used.
@@ -199,32 +199,31 @@ class ApiJudge:
                 limits=httpx.Limits(
                     max_connections=settings.workers, keepalive_expiry=IDLE_SECONDS
                 ),
-                # What this machine trusts; httpx alone takes the list of certifi.
+                # Certificates that this machine trusts; httpx by itself uses certifi's list.
                 verify=ssl.create_default_context(),
                 follow_redirects=False,
             )
         except (ImportError, ValueError, httpx.InvalidURL) as error:
             raise BadInput(
-                f"{self._who} cannot be asked through the proxies that HTTP_PROXY, HTTPS_PROXY or "
-                "ALL_PROXY names: give http:// addresses, or pip install 'httpx[socks]' for "
-                "socks5://."
+                f"{self._label} cannot be reached through the proxies of HTTP_PROXY, HTTPS_PROXY "
+                "or ALL_PROXY: give http:// addresses, or pip install 'httpx[socks]' for socks5://."
             ) from error
 
-    def _one(self, client: httpx.Client, answered: Answered) -> Verdict:
+    def _one(self, client: httpx.Client, request: JudgeRequest) -> Verdict:
         """Ask until the server answers or no attempt is left."""
-        body, failure = self._body(self.prompts.fill(answered)), ""
+        body, failure = self._body(self.prompts.fill(request)), ""
         for attempt in range(self.settings.retries + 1):
             if attempt:
                 self._sleep(min(LONGEST_WAIT_SECONDS, 0.5 * 2.0 ** (attempt - 1)))
             try:
-                said = self._attempt(client, body)
-            except _Failed as error:
+                text = self._attempt(client, body)
+            except _RetryableError as error:
                 failure = str(error)
             else:
-                return Verdict(parse_score(said), said)
+                return Verdict(parse_score(text), text)
         raise StoreIOError(
-            f"{self._who} {failure} ({self.settings.retries + 1} attempts). Look whether the "
-            "server runs and has room, or raise api_timeout or api_retries."
+            f"{self._label} {failure} ({self.settings.retries + 1} attempts). Check that the "
+            "server runs and is not overloaded, or raise api_timeout or api_retries."
         )
 
     def _body(self, text: str) -> bytes:
@@ -246,37 +245,41 @@ class ApiJudge:
             with client.stream("POST", url, content=body) as response:
                 answer = _beginning(response)
         except httpx.TimeoutException as error:
-            raise _Failed(f"did not answer within {self.settings.timeout:g} s") from error
+            raise _RetryableError(f"did not answer within {self.settings.timeout:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise _Failed(f"cannot be reached: {str(error) or type(error).__name__}") from error
+            raise _RetryableError(
+                f"cannot be reached: {str(error) or type(error).__name__}"
+            ) from error
         if response.is_success:
             return self._text_of(answer)
-        told = (
+        reply = (
             f"answered {response.status_code} {response.reason_phrase}: "
-            f"{self._shown(answer) or 'nothing more'}"
+            f"{self._shown(answer) or 'an empty body'}"
         )
         if response.status_code in PASSING or response.is_server_error:
-            raise _Failed(told)
-        raise BadInput(f"{self._who} {told}. Look at api_base_url, api_model and api_key_env.")
+            raise _RetryableError(reply)
+        raise BadInput(f"{self._label} {reply}. Check api_base_url, api_model and api_key_env.")
 
     def _text_of(self, answer: bytes) -> str:
         """Extract the message of a chat completion."""
         try:
             content = json.loads(answer)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            said = self._shown(answer)
-            raise _Failed(f"answered something that is no chat completion: {said!r}") from error
+            text = self._shown(answer)
+            raise _RetryableError(
+                f"answered something that is no chat completion: {text!r}"
+            ) from error
         return content if isinstance(content, str) else ""
 
     def _shown(self, answer: bytes) -> str:
-        """The beginning of an answer, for a message: without the key, if the server repeats it."""
-        said = answer.decode("utf-8", "replace")
+        """Shorten an answer for a message, and remove the key if the server repeats it."""
+        text = answer.decode("utf-8", "replace")
         key = os.environ.get(self.settings.key_env or "")
-        return shortened(said.replace(key, "***") if key else said)
+        return shortened(text.replace(key, "***") if key else text)
 
 
 def _beginning(response: httpx.Response) -> bytes:
-    """The first `MOST_BYTES` of an answer; the rest is never read."""
+    """Read the first `MOST_BYTES` of an answer; the rest is never read."""
     found = bytearray()
     for chunk in response.iter_bytes():
         found += chunk

@@ -1,4 +1,4 @@
-"""Losses of training rows, taken once per model state and shared by whoever asks."""
+"""Losses of training rows, computed once per model state and shared by all callers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Scoreboard:
         self._taken = np.full(len(rows), -1, dtype=np.int64)
         self._max_age = 0
         self._max_rows: int | None = None
-        #: Tokens that went through the model at the last call; 0 where all was known.
+        #: Tokens of the last call's forward passes; 0 where all losses were cached.
         self.tokens = 0
 
     def losses(

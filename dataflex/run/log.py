@@ -74,7 +74,7 @@ class RunLog:
         replace_file(path, json.dumps(content).encode())
 
     def plan(self, step: int, content: Mapping[str, Any]) -> None:
-        """Write `plans/step_<g>.json`: which rows each stage of a pipeline handed on."""
+        """Write `plans/step_<g>.json`: the rows that each stage of a pipeline passed on."""
         replace_file(self.folder / "plans" / f"step_{step}.json", json.dumps(content).encode())
 
     def update(
@@ -119,11 +119,11 @@ class RunLog:
             table.add_row(str(step), component, summary, "" if pause is None else f"{pause:.1f} s")
         console = Console(stderr=True)
         console.print(table)
-        console.print(f"all of it: {self.folder}", soft_wrap=True)
+        console.print(f"all files: {self.folder}", soft_wrap=True)
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Lines of `events.jsonl`, by step; where a resumed run logged a step again, the last one.
+    """Read `events.jsonl` by step; of a step that a resumed run logged again, the last line.
 
     Args:
         folder: `output_dir/dataflex`.

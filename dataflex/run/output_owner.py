@@ -68,5 +68,7 @@ def own_output(output_dir: Path) -> WriterLock:
         lock.acquire()
     except StoreIOError as error:
         reason = error.__cause__ or error
-        _log.warning("nothing keeps another run out of %s: no lock there (%s)", output_dir, reason)
+        _log.warning(
+            "%s cannot be locked (%s): another run could write there, too", output_dir, reason
+        )
     return lock

@@ -58,7 +58,7 @@ class Schedule:
         if self.update_step <= 0:
             raise BadInput(
                 f"update_step is {self.update_step}, but a dynamic train_type needs at least 1: "
-                "the component is asked every update_step optimizer steps. Set update_step."
+                "the component is called every update_step optimizer steps. Set update_step."
             )
         if self.warmup_step < 0:
             raise BadInput(f"warmup_step is {self.warmup_step}; it must be 0 or more.")

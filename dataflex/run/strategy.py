@@ -32,7 +32,7 @@ class Strategy:
     `state` is called where a checkpoint is written, which may be rank 0 alone.
     """
 
-    #: Name of the method that answers: the one that a user's class must have.
+    #: Name of the method that a user's class must have.
     required: ClassVar[str] = ""
     #: Works on rows one by one: packing and streaming are refused. May depend on the parameters.
     needs_single_rows: bool = True
@@ -51,13 +51,13 @@ class Strategy:
     whole_model: frozenset[str] = frozenset()
     #: Where the method was published, for `dataflex-cli components`.
     paper: ClassVar[str] = ""
-    #: component_params that change no answer: a resume may set them anew.
+    #: component_params that change no result: a resume may use other values.
     neutral: ClassVar[frozenset[str]] = frozenset()
     #: How gradient features are made (`FeatureSettings`), for `gradstore build`; None: not at all.
     settings: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - of other bases
-        """Have the constructor refuse what its signature does not allow."""
+        """Make the constructor refuse values that its signature does not allow."""
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
             checked(cls)
@@ -87,7 +87,7 @@ class Strategy:
 
 
 def adapt(built: object, base: type[S]) -> S:
-    """Complete a user's object that only looks like a strategy to one of its kind.
+    """Wrap a user's duck-typed object in a strategy with all methods of `base`.
 
     The answer is an instance of `base` that has the object in front: what the object has counts,
     `base` provides the rest. It bears the name of the user's class, which checkpoints keep.
@@ -114,12 +114,12 @@ def adapt(built: object, base: type[S]) -> S:
         return built
     own = type(built)
     named = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    completed: Any = type(own.__name__, (_Completed, base), named)
+    completed: Any = type(own.__name__, (_Wrapper, base), named)
     answer: S = completed(built)
     return answer
 
 
-class _Completed:
+class _Wrapper:
     """A user's object, before the base of its kind in the order of look-up.
 
     `__class__` is the object's, too: `isinstance` knows its bases beside that of its kind, such as

@@ -27,7 +27,7 @@ class Selection:
     Attributes:
         indices: (m,) int64, positions in the training set, distinct unless rows ran short.
         scores: (m,) in the order of `indices`, or None where the strategy has no score.
-        target_rows: target rows looked at.
+        target_rows: target rows used.
         tokens: tokens of the passes that were made.
         export_seconds: time in forward and backward passes.
         score_seconds: time in turning their results into scores.
@@ -73,8 +73,8 @@ def ask(
         )
     answered = len(answer.indices)
     if exact and answered != count and ranks.leads:
-        what = "they are repeated" if answered < count else "some of them are not trained on"
-        _log.warning("%s answered %d rows, %d were asked for: %s", name, answered, count, what)
+        what = "they are repeated" if answered < count else "some of them are not used for training"
+        _log.warning("%s returned %d rows, %d were requested: %s", name, answered, count, what)
     return answer
 
 

@@ -22,11 +22,11 @@ from gradstore.errors import BadInput
 from gradstore.similarity.neighbours import Neighbours
 
 if TYPE_CHECKING:
-    from dataflex.features.embeddings import Embedded, EmbeddingService
+    from dataflex.features.embeddings import EmbeddingExport, EmbeddingService
 
 
 class EmbeddingSelector(Selector):
-    """Base: rows are chosen by where their embeddings lie beside the target's.
+    """Base of selectors that compare the rows' embeddings with the target's.
 
     Args:
         embedding_model_name_or_path: a sentence-transformers folder (needs the extra `encoders`),
@@ -62,10 +62,10 @@ class EmbeddingSelector(Selector):
         self.keep_generations = keep_generations
         if embedding_model_name_or_path is None:
             self.whole_model = frozenset({FSDP, ZERO3})
-        #: A file made offline that stands for embeddings; none are made then.
+        #: A file computed offline that replaces embeddings; none are computed then.
         self.file: Path | None = None
         self._service: EmbeddingService | None = None
-        self._embedded: Embedded | None = None
+        self._embedded: EmbeddingExport | None = None
         self._neighbours: Neighbours | None = None
 
     # -- what a strategy decides ------------------------------------------------------------------
@@ -124,8 +124,8 @@ class EmbeddingSelector(Selector):
         count: int,
         context: UpdateContext,
         service: EmbeddingService,
-        embedded: Embedded,
-        new: Embedded | None,
+        embedded: EmbeddingExport,
+        new: EmbeddingExport | None,
     ) -> Selection:
         from dataclasses import replace
 
@@ -177,7 +177,7 @@ def rows_of_file(train: Rows, key: str) -> npt.NDArray[np.int64]:
     """Return (r,) training row of each row of its source file; -1 where that row was dropped.
 
     Raises:
-        BadInput: the training rows come from several files, which a number can't tell apart.
+        BadInput: the training rows come from several files, so that a row number is ambiguous.
     """
     if train.sources is None:
         return np.arange(len(train), dtype=np.int64)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scored:
+class RowScores:
     """One score per training row.
 
     Attributes:
@@ -43,7 +43,7 @@ class Scored:
 
 
 class InfluenceSelector(Selector):
-    """Base: a row is worth what its gradient's cosines to the target's gradients say.
+    """Base of selectors that score a row by its gradient's cosines to the target's gradients.
 
     A subclass says in `fold` what a row's influence on the sub-tasks adds up to.
 
@@ -124,13 +124,13 @@ class InfluenceSelector(Selector):
 
     def score(
         self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext
-    ) -> Scored:
+    ) -> RowScores:
         """Score all rows from the generations of one or more checkpoints."""
         from gradstore.scoring.influence import subtask_influence
 
         found = subtask_influence(checkpoints, subtask_sizes=self.subtask_sizes(context.run))
         candidates = context.among_candidates(found.usable)
-        return Scored(self.fold(found.values, candidates, count), found.usable, found.skipped)
+        return RowScores(self.fold(found.values, candidates, count), found.usable, found.skipped)
 
     def take(
         self,
@@ -217,7 +217,7 @@ class InfluenceSelector(Selector):
         if found != f"holds store {expected}":
             raise ProvenanceMismatch(
                 f"the checkpoint belongs to store {expected}, but {path} {found}: not this run's "
-                "store. Bring the run's store back, name it with gradstore=PATH, or start anew "
+                "store. Restore the run's store, name it with gradstore=PATH, or start a new run "
                 "with overwrite_output_dir: true."
             )
 
@@ -237,8 +237,8 @@ class InfluenceSelector(Selector):
         rows = self.take(scores.values, count, context.among_candidates(scores.usable))
         clock.append(time.perf_counter())
         if self.keep_generations is not None:
-            # Those made since the last checkpoint come on top: a resume starts before them and
-            # needs the ones they would push out.
+            # Generations since the last checkpoint are kept in addition: a resume starts before
+            # them and needs the ones that they would displace.
             since = len(service.steps(self.train_set)) - self._generations_saved
             service.writer.clean(self.keep_generations + since)
             self._generations_saved = len(service.steps(self.train_set)) - since

@@ -20,13 +20,13 @@ from dataflex.config.parameters import Count, ModelDtype, ModelName
 from dataflex.config.registry import register
 from dataflex.data.rows import Rows
 from dataflex.run.context import RunContext, UpdateContext
-from dataflex.selectors.by_influence import Scored
+from dataflex.selectors.by_influence import RowScores
 from dataflex.selectors.less import LessSelector
 from gradstore.similarity.clusters import Method
 from gradstore.similarity.rows import ClusterDirections
 
 if TYPE_CHECKING:
-    from dataflex.features.embeddings import Embedded, EmbeddingService
+    from dataflex.features.embeddings import EmbeddingExport, EmbeddingService
     from dataflex.features.gradients import CheckpointExport, FeatureService
     from gradstore.scoring.comparable import CheckpointFeatures
 
@@ -177,7 +177,7 @@ class ClusterLessSelector(LessSelector):
 
     def score(
         self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext
-    ) -> Scored:
+    ) -> RowScores:
         """Score each row with the score of its cluster."""
         made = self._made
         owners = made.labels[made.representatives]
@@ -193,7 +193,7 @@ class ClusterLessSelector(LessSelector):
             "without_embedding": int((~placed).sum()),
             "without_gradient": int((placed & ~usable).sum()),
         }
-        return Scored(values, usable, {k: v for k, v in skipped.items() if v})
+        return RowScores(values, usable, {k: v for k, v in skipped.items() if v})
 
     def take(
         self,
@@ -215,14 +215,16 @@ class ClusterLessSelector(LessSelector):
             raise RuntimeError("the rows are not clustered yet")
         return self._clusters
 
-    def _cluster(self, run: RunContext, service: EmbeddingService, step: int) -> Embedded:
+    def _cluster(self, run: RunContext, service: EmbeddingService, step: int) -> EmbeddingExport:
         """Embed the training rows and cluster them; collective, once per run."""
         embedded = service.export(step)
         made = run.ranks.decide(lambda: self._grouped(run, service, embedded))
         self._clusters, self.train_set = made, name_of_sample(run.data.train, made)
         return embedded
 
-    def _grouped(self, run: RunContext, service: EmbeddingService, made: Embedded) -> RowClusters:
+    def _grouped(
+        self, run: RunContext, service: EmbeddingService, made: EmbeddingExport
+    ) -> RowClusters:
         from gradstore.similarity.clusters import cluster
         from gradstore.similarity.rows import UsableRows
 

@@ -28,7 +28,7 @@ from gradstore.similarity.coresets import Groups
 if TYPE_CHECKING:
     from dataflex.config.keys import RunConfig
     from dataflex.data.rows import RunData
-    from dataflex.features.embeddings import Embedded, EmbeddingService
+    from dataflex.features.embeddings import EmbeddingExport, EmbeddingService
     from gradstore.similarity.rows import UsableRows
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class CoincideSelector(Selector):
 
     Args:
         embedding_model_name_or_path: a fixed vision-language model whose features are taken once;
-            null takes the model in training, anew at every update.
+            null takes the model in training, again at every update.
         embedding_model_dtype: of a fixed model's weights: auto, fp32, fp16 or bf16.
         embedding_layers: numbers of decoder layers, from 0; null takes five, evenly spread.
         num_clusters: null for a 64th of the rows, at most 10000.
@@ -108,7 +108,7 @@ class CoincideSelector(Selector):
         self.keep_generations = keep_generations
         self.seed = seed
         self._service: EmbeddingService | None = None
-        self._embedded: Embedded | None = None
+        self._embedded: EmbeddingExport | None = None
         self._groups: Groups | None = None
         #: Rows of earlier updates, where they are left out.
         self._served = np.empty(0, dtype=np.int64)
@@ -150,9 +150,9 @@ class CoincideSelector(Selector):
         """Open the store; a fixed model's features are taken now, once."""
         from dataflex.features.embedders import EmbeddingSettings
         from dataflex.features.embeddings import EmbeddingService
-        from dataflex.features.vision import FixedVision, VisionInTraining
+        from dataflex.features.vision import CurrentVisionModel, FixedVisionModel
 
-        kind = FixedVision if self.fixed else VisionInTraining
+        kind = FixedVisionModel if self.fixed else CurrentVisionModel
         source = kind(run, self.settings)
         self._service = EmbeddingService(run, EmbeddingSettings(self.settings.model), source=source)
         if self.fixed:
@@ -238,10 +238,10 @@ class CoincideSelector(Selector):
         """Cluster all usable rows and judge the clusters."""
         from gradstore.similarity.clusters import spherical_kmeans
 
-        wished = round(len(features) / ROWS_PER_CLUSTER)
+        by_size = round(len(features) / ROWS_PER_CLUSTER)
         clusters = spherical_kmeans(
             features,
-            self.num_clusters or max(1, min(MOST_CLUSTERS, wished)),
+            self.num_clusters or max(1, min(MOST_CLUSTERS, by_size)),
             seed=self.seed,
             max_iter=self.max_iter,
             chunk_rows=self.chunk_rows,
@@ -249,8 +249,8 @@ class CoincideSelector(Selector):
         )
         if clusters.count > len(features) / 2 > 1:
             _log.warning(
-                "coincide: %d clusters of %d rows: most hold one row, and their densities say "
-                "nothing. Lower num_clusters, or leave it out",
+                "coincide: %d clusters of %d rows: most hold one row, so their densities are "
+                "meaningless. Lower num_clusters, or leave it out",
                 clusters.count,
                 len(features),
             )

@@ -74,7 +74,7 @@ class DeltaLossSelector(Selector):
         deltas = baseline - losses
         finite = int(np.isfinite(deltas).sum())
         if not finite:
-            raise BadInput("delta_loss: no candidate has a finite loss. Look at the model.")
+            raise BadInput("delta_loss: no candidate has a finite loss. Check the model's weights.")
         window = (0, 0) if first else window_of(deltas, progress_of(context), self.window_size)
         generator = np.random.default_rng([self.seed, context.step])
         rows = draw(window_chances(deltas, window), count, generator, replacement=False)
@@ -97,7 +97,7 @@ class DeltaLossSelector(Selector):
         """Return (n,) baseline, measured the first time; (n,) candidates' losses; tokens scored."""
         board, tokens = context.run.board, 0
         if self._baseline is None:
-            # Of every row, whatever the pool is now: a later pool needs its rows' baseline.
+            # Of every row, not only the present pool: a later pool needs its rows' baseline.
             scorable = np.flatnonzero(context.run.data.train.target_tokens > 0)
             self._baseline = current_losses(context, self.score_batch_size, scorable)
             tokens = 0 if board is None else board.tokens

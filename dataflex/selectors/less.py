@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dataflex.config.registry import register
 from dataflex.run.context import UpdateContext
-from dataflex.selectors.by_influence import InfluenceSelector, Scored
+from dataflex.selectors.by_influence import InfluenceSelector, RowScores
 
 if TYPE_CHECKING:
     from gradstore.scoring.comparable import CheckpointFeatures
@@ -37,7 +37,7 @@ class LessSelector(InfluenceSelector):
 
     def score(
         self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext
-    ) -> Scored:
+    ) -> RowScores:
         """Score as `fold` does, without keeping the influence on every sub-task."""
         from gradstore.scoring.influence import influence_scores
 
@@ -46,7 +46,7 @@ class LessSelector(InfluenceSelector):
             subtask_sizes=self.subtask_sizes(context.run),
             aggregation=self.aggregation,
         )
-        return Scored(scores.values, scores.usable, scores.skipped)
+        return RowScores(scores.values, scores.usable, scores.skipped)
 
     def fold(
         self,

@@ -101,7 +101,7 @@ def band_weights(
     """Compute (n,) weights: `focus_weight` inside the band, 1 outside, 0 without a finite loss."""
     finite = np.isfinite(losses)
     if not finite.any():
-        raise BadInput("loss: no training row has a finite loss. Look at the model and the labels.")
+        raise BadInput("loss: no training row has a finite loss. Check the model and the labels.")
     low, high = np.quantile(losses[finite], quantiles)
     with np.errstate(invalid="ignore"):
         inside = {

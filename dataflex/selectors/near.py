@@ -83,7 +83,7 @@ class NearSelector(EmbeddingSelector):
             allowed = context.among_candidates(neighbours.usable)
             rows, scores = growing_order(neighbours, self.max_k, count, allowed)
         if len(rows) < count:
-            raise BadInput(f"near: {count} rows asked, {len(rows)} can be reached.")
+            raise BadInput(f"near: {count} rows requested, {len(rows)} are reachable.")
         served = np.zeros(n, dtype=np.bool_) if self._served is None else self._served
         found = next_rows(rows, served, count)
         self._served = served if self.advance else None

@@ -23,10 +23,10 @@ from dataflex.rewards.local import LocalJudge
 from dataflex.rewards.older import renamed
 from dataflex.rewards.policy_gradient import (
     Baseline,
-    Rewarded,
+    RewardedResponses,
     RewardedTargets,
-    answers_of,
     check_scored,
+    requests_of,
 )
 from dataflex.rewards.responses import Exchange, Policy, SamplingSettings
 from dataflex.rewards.server import ApiJudge, ApiSettings
@@ -57,7 +57,7 @@ class NiceSelector(LessSelector):
 
     Args:
         policy_model_path: a fixed model that answers the target prompts; null samples from the
-            model in training, anew at every update.
+            model in training, again at every update.
         reward_backend: function, local or api; null takes local where reward_model_path is given,
             api where api_base_url is, function otherwise.
         reward_function: package.module:function(prompt, response, reference) -> 0 to 1.
@@ -170,16 +170,18 @@ class NiceSelector(LessSelector):
         path = self.sampling.model_path
         faults = [] if path is None else model_path_faults("policy_model_path", path)
         if config.known.stage != "sft":
-            faults.append("component nice answers prompts, which stage pt has none of: stage: sft.")
+            faults.append(
+                "component nice needs prompts, and rows of stage pt have none: set stage: sft."
+            )
         if config.known.train_on_prompt:
             faults.append(
-                "train_on_prompt is on: component nice cannot tell prompt from answer in the "
+                "train_on_prompt is on: component nice cannot separate prompt and answer in the "
                 "target rows. Set train_on_prompt: false."
             )
         return [*faults, *self.judge.faults()]
 
     def check_data(self, data: RunData, config: RunConfig) -> None:
-        """Refuse target sets without a prompt to answer, and images, which nobody shows here."""
+        """Refuse target sets without a prompt to answer, and images, which are not supported."""
         for rows in data.targets:
             columns = {"images", "videos", "audios"} & set(rows.dataset.column_names)
             if any(row[c] for c in columns for row in rows.dataset.select_columns([c])):
@@ -206,7 +208,7 @@ class NiceSelector(LessSelector):
     # -- selecting --------------------------------------------------------------------------------
 
     def select(self, count: int, context: UpdateContext) -> Selection:
-        """Answer the target prompts, have the answers judged, then score as LESS does."""
+        """Answer the target prompts, have the judge score them, then score rows as LESS does."""
         began = time.perf_counter()
         if self._targets is None or self.sampling.model_path is None:
             self._targets = self._judged(context.run)
@@ -214,7 +216,7 @@ class NiceSelector(LessSelector):
         numbers = self._targets.numbers
         if numbers["rows_without_signal"] and context.run.ranks.leads:
             _log.warning(
-                "nice: %d of %d target rows carry no signal, their responses were rewarded alike "
+                "nice: %d of %d target rows carry no signal, their responses got equal rewards "
                 "(mean reward %.3g)",
                 numbers["rows_without_signal"],
                 sum(len(rows) for rows in context.run.data.targets),
@@ -241,7 +243,7 @@ class NiceSelector(LessSelector):
 
         def own_part() -> dict[int, list[Verdict]]:
             mine = run.ranks.share(asked)
-            given = iter(self.judge.judge([a for i in mine for a in answers_of(flat[i])]))
+            given = iter(self.judge.judge([a for i in mine for a in requests_of(flat[i])]))
             return {i: [next(given) for _ in flat[i].responses] for i in mine}
 
         verdicts: dict[int, list[Verdict]] = {}
@@ -249,7 +251,7 @@ class NiceSelector(LessSelector):
             verdicts |= part
         check_scored([v for held in verdicts.values() for v in held], self.max_unscored)
         rewarded = iter(
-            Rewarded(row, np.nan_to_num([v.reward for v in verdicts.get(i, ())], nan=0.0))
+            RewardedResponses(row, np.nan_to_num([v.reward for v in verdicts.get(i, ())], nan=0.0))
             for i, row in enumerate(flat)
         )
         return RewardedTargets(

@@ -17,7 +17,7 @@ class RandomSelector(Selector):
     """Selector that draws rows uniformly among those that have a target token.
 
     Args:
-        seed: combined with the step, so that every update draws anew.
+        seed: combined with the step, so that every update makes a new draw.
         replacement: draw each row independently; else rows are distinct.
     """
 
@@ -48,6 +48,6 @@ class RandomSelector(Selector):
     def _check(self, count: int, usable: int) -> None:
         if self.distinct and count > usable:
             raise BadInput(
-                f"random: {count} rows asked of {usable} usable ones without replacement. "
+                f"random: {count} rows requested of {usable} usable ones without replacement. "
                 "Lower update_step or set component_params.replacement: true."
             )

@@ -30,7 +30,7 @@ from gradstore.similarity.neighbours import Neighbours, growing_order
 
 FloatArray = npt.NDArray[np.float64]
 
-#: Neighbours looked at first; more where the transport reaches further.
+#: Neighbours searched first; more where the transport reaches further.
 FIRST_WIDTH = 64
 
 #: Rows whose density is looked up at once.
@@ -103,7 +103,7 @@ class TsdsSelector(EmbeddingSelector):
         if drawable < count:
             raise BadInput(
                 f"probs_path {str(self.file)!r} gives {drawable} of the {len(data.train)} training "
-                f"rows a chance, an update takes {count}. Lower update_step."
+                f"rows a probability above 0, an update takes {count}. Lower update_step."
             )
 
     def choose(
@@ -124,7 +124,7 @@ class TsdsSelector(EmbeddingSelector):
             nearest, _ = growing_order(neighbours, self.max_k, missing, allowed)
             rows = np.concatenate([rows, nearest[:missing]])
         if len(rows) < count:
-            raise BadInput(f"tsds: {count} rows asked, {len(rows)} have a chance.")
+            raise BadInput(f"tsds: {count} rows requested, {len(rows)} have a probability above 0.")
         numbers = {"drawable": float((mass > 0).sum()), "topped_up": float(missing)}
         return Selection(rows, mass[rows], numbers=numbers)
 
@@ -181,7 +181,7 @@ class Transport:
 
 
 def transport(distances: FloatArray, density: FloatArray, alpha: float, scale: float) -> Transport:
-    """Raise one level for all target rows until spreading further costs more than it is worth.
+    """Raise one level for all target rows until the cost of spreading further exceeds its gain.
 
     Args:
         distances: (q, k) Euclidean, from the nearest neighbour on.
@@ -218,7 +218,7 @@ class Density:
     """Kernel densities of training rows, each computed when it is first asked for."""
 
     def __init__(self, neighbours: Neighbours, n: int, kde_k: int, sigma: float) -> None:
-        """Know none yet.
+        """Start with no density computed.
 
         Args:
             neighbours: of the n training rows.
@@ -247,7 +247,7 @@ def transport_mass(
 ) -> tuple[FloatArray, Transport]:
     """Compute the mass of each training row, (n,) adding up to 1, and the transport that gave it.
 
-    Only as many neighbours are looked at as the transport reaches: the result is that of `max_k`.
+    Only as many neighbours are searched as the transport reaches: the result is that of `max_k`.
     """
     width = min(FIRST_WIDTH, max_k)
     while True:

@@ -1,4 +1,4 @@
-"""Training on what a pipeline of strategies decides, anew at every update."""
+"""Training on the decisions of a pipeline of strategies, renewed at every update."""
 
 from __future__ import annotations
 
@@ -186,14 +186,14 @@ class LegoSeam(LossSeam, ServedSeam):
 
 def describe(plan: Plan, domains: Sequence[str]) -> str:
     """Describe the stages that fired and what they kept, for one line on the screen."""
-    said = [_describe_part(part, domains) for part in plan.parts if part.fired]
+    parts = [_describe_part(part, domains) for part in plan.parts if part.fired]
     ready = len(plan.parts[-1].rows) if plan.parts else None
-    if not said:
-        said.append("no stage fires")
+    if not parts:
+        parts.append("no stage fires")
     if ready != len(plan.rows):
         repeats = len(np.unique(plan.rows)) < len(plan.rows)
-        said.append(f"{len(plan.rows)} served" + (", some again" if repeats else ""))
-    return "; ".join(said)
+        parts.append(f"{len(plan.rows)} served" + (", some again" if repeats else ""))
+    return "; ".join(parts)
 
 
 def _describe_part(part: Part, domains: Sequence[str]) -> str:
@@ -226,8 +226,8 @@ def warnings_of(pipeline: Pipeline, config: RunConfig, shape: BatchShape) -> lis
         )
     if pipeline.reorder is not None:
         warnings += [
-            f"{stage.spec.name} hands on another pool at every update, so {pipeline.filled_by} "
-            "begins its order anew each time: set every: "
+            f"{stage.spec.name} passes on another pool at every update, so {pipeline.filled_by} "
+            "restarts its order each time: set every: "
             f"{4 * ours.update_step} or so for the former."
             for stage in pipeline.rows[:-1]
             if stage.spec.every <= ours.update_step

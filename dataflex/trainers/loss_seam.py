@@ -195,7 +195,7 @@ class LossSeam(Seam):
         items: Any,  # noqa: ANN401
     ) -> tuple[Any, torch.Tensor]:
         """Compute the model's outputs and this micro-batch's part of the step's weighted loss."""
-        # What was measured while the window was scored is not measured again.
+        # Samples measured while the window was scored are not measured again.
         asked = contributors if self._scored is None else ()
         outputs, targets, token_losses = self._forward(model, inputs, asked)
         stats = statistics(inputs, outputs, targets, token_losses.detach(), asked)
@@ -207,7 +207,7 @@ class LossSeam(Seam):
         self._after(stats)
         sound = np.isfinite(stats.loss_sums)
         if not sound.all() and self._passes_freely():
-            self._warn_once("loss", f"step {step}: samples with a loss that is not finite count 0")
+            self._warn_once("loss", f"step {step}: samples with a non-finite loss get weight 0")
             if (kept := rows_of(inputs, sound)) is None:
                 nothing = [(p * 0).sum() for p in model.parameters() if p.requires_grad]
                 return outputs, torch.stack(nothing).sum()

@@ -1,4 +1,4 @@
-"""Training on domains in proportions that a mixer decides anew at every update."""
+"""Training on domains in proportions that a mixer decides at every update."""
 
 from __future__ import annotations
 

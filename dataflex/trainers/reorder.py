@@ -35,7 +35,7 @@ class ReorderSeam(ServedSeam):
         rows = check_rows_of(ordering.rows, len(self.run.data.train), self.run.name)
         if len(rows) != count:
             raise BadInput(
-                f"component {self.run.name!r} answered {len(rows)} rows, was asked for {count}."
+                f"component {self.run.name!r} returned {len(rows)} rows, {count} were requested."
             )
         self._record(interval, rows, ordering, time.perf_counter() - began)
         return rows

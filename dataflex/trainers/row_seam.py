@@ -56,7 +56,7 @@ class ServedSeam(Seam):
         return Schedule(ours.warmup_step, ours.update_step, ours.update_times, budget)
 
     def rows_for(self, interval: Interval) -> npt.NDArray[np.int64]:
-        """Decide the rows (k,) of an interval that begins now; on every rank, the same on each."""
+        """Decide the rows (k,) of an interval that begins now, the same on every rank."""
         raise TypeError(f"{type(self).__name__} does not implement rows_for")
 
     def update_context(self, interval: Interval) -> UpdateContext:
@@ -156,7 +156,7 @@ class ServedSeam(Seam):
             interval = self.run.schedule.interval(step)
             self._rows = self.rows_for(interval)
             if len(self._rows) == 0:
-                raise BadInput(f"the component chose no row at step {step}.")
+                raise BadInput(f"the component chose no row at step {step}; at least 1 is needed.")
             self._check_agreement(step)
             self._interval = interval
             if interval.kind is EventKind.UPDATE:

@@ -94,7 +94,7 @@ class Seam:
         try:
             if resume_from_checkpoint:
                 self._restore(load_state(Path(str(resume_from_checkpoint))))
-            self._begin(anew=not resume_from_checkpoint)
+            self._begin(fresh=not resume_from_checkpoint)
             if resume_from_checkpoint:
                 load_experts(self.model, Path(str(resume_from_checkpoint)))
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
@@ -184,7 +184,7 @@ class Seam:
         """Measure losses (n,) of training rows under the present model, for the scoreboard."""
         return row_losses(self.context, positions, max_rows=max_rows)
 
-    def _begin(self, *, anew: bool) -> None:
+    def _begin(self, *, fresh: bool) -> None:
         """Start the strategy: the last place for refusals, before a step is trained."""
         config = self.run.config
         if spread := self._spread() & self.run.strategy.whole_model:
@@ -192,16 +192,16 @@ class Seam:
                 f"component {self.run.name!r} makes passes of its own over the model in training, "
                 f"which cannot be made under {' and '.join(sorted(spread))}: use DDP."
             )
-        anew = anew and config.known.overwrite_output_dir
+        fresh = fresh and config.known.overwrite_output_dir
 
         def discard() -> None:
-            if anew and config.owns_store:
+            if fresh and config.owns_store:
                 discard_store(config.store_path)
 
         def own() -> None:
             remember_identity(config.output_dir, self.run.run_id)
             # After the strategy's refusals: they leave an earlier run's records as they were.
-            if anew:
+            if fresh:
                 self.log_files.clear()
 
         ranks = self.run.ranks
@@ -223,7 +223,7 @@ class Seam:
             raise BadInput(
                 f"the checkpoint was made with (warmup_step, update_step, update_times) = "
                 f"{state.schedule}, this configuration has {now}. "
-                "Restore the values, or start anew with overwrite_output_dir: true."
+                "Restore the values, or start a new run with overwrite_output_dir: true."
             )
         settings = self.settings()
         changed = sorted(
@@ -235,7 +235,7 @@ class Seam:
                 + "; ".join(
                     f"{k} {state.settings.get(k)!r}, now {settings.get(k)!r}" for k in changed
                 )
-                + ". Restore them, or start anew with overwrite_output_dir: true."
+                + ". Restore them, or start a new run with overwrite_output_dir: true."
             )
         if state.step >= s.budget and self.run.ranks.leads:
             _log.warning("nothing to train: the checkpoint is at step %d, the run ends at step %d",
@@ -243,7 +243,8 @@ class Seam:
         if state.rows_sha256 != self.rows_sha256:
             raise ProvenanceMismatch(
                 "the checkpoint was made on other training rows (data, template, tokenizer or "
-                "cutoff_len changed). Restore them, or start anew with overwrite_output_dir: true."
+                "cutoff_len changed). Restore them, or start a new run with "
+                "overwrite_output_dir: true."
             )
         self.run.strategy.restore(state.component)
         self.restore_more(state)

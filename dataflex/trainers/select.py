@@ -1,4 +1,4 @@
-"""Training on rows a selector chooses, anew at every update."""
+"""Training on rows that a selector chooses at every update."""
 
 from __future__ import annotations
 

@@ -63,6 +63,6 @@ def weighted_alone(contributor: LossContributor, shape: BatchShape) -> str | Non
         return None
     more = "" if micro else " or gradient_accumulation_steps"
     return (
-        "one sample is weighted at a time, so its weight means nothing: raise "
+        "one sample is weighted at a time, so its weight has no effect: raise "
         f"per_device_train_batch_size{more}"
     )

@@ -71,7 +71,7 @@ def statistics(
 
 
 def hidden_option(contributors: Sequence[LossContributor]) -> dict[str, bool]:
-    """Ask the model for hidden states only where somebody reads them."""
+    """Ask the model for hidden states only where they are read."""
     wanted = any(c.measures and c.hidden_layer is not None for c in contributors)
     return {"output_hidden_states": True} if wanted else {}
 

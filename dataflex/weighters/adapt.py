@@ -21,7 +21,7 @@ class AdaptWeighter(TargetWeighter):
 
     Args:
         tau: temperature of the sigmoid; smaller separates more.
-        refresh_interval: steps after which the anchors are embedded anew.
+        refresh_interval: steps after which the anchors are embedded again.
         anchor_batch_size: target rows of one forward pass.
         clip: largest weight; null for none.
         eps: shortest length an embedding is divided by.

@@ -80,9 +80,9 @@ class LossContributor(Strategy):
     needs_single_rows = False
     reads_losses = True
     scope: Literal["window", "micro"] = "window"
-    #: Only ratios of weights count. Else 1 is what the plain trainer gives a sample.
+    #: Only ratios of weights count. Otherwise a weight of 1 is plain training.
     relative: bool = True
-    #: Which entry of the model's `hidden_states` `measure` reads; None for none.
+    #: Index into the model's `hidden_states` that `measure` reads; None for none.
     hidden_layer: int | None = None
     #: Whether `measure` is called.
     measures: ClassVar[bool] = False

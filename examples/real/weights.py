@@ -33,7 +33,7 @@ HIGHEST_PERPLEXITY = 40.0
 
 
 def require_gguf() -> None:
-    """Raises `BadInput` where the package that reads GGUF is missing, before any download."""
+    """Raise `BadInput` where the package that reads GGUF is missing, before any download."""
     if importlib.util.find_spec("gguf") is None:
         raise BadInput(
             "the package gguf is needed to read the weights: `uv run python "
@@ -42,7 +42,7 @@ def require_gguf() -> None:
 
 
 def load_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in the GGUF file, repaired where the conversion to GGUF lost something."""
+    """Read the tokenizer of the GGUF file, repaired where its conversion lost something."""
     from tokenizers import decoders, pre_tokenizers
     from transformers import AutoTokenizer
 
@@ -65,7 +65,7 @@ def load_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
 
 
 def load_model(gguf: Path) -> PreTrainedModel:
-    """The model in the GGUF file, de-quantised to float32."""
+    """Read the model of the GGUF file, de-quantised to float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -85,7 +85,7 @@ def answer(
     question: str,
     tokens: int = 12,
 ) -> str:
-    """The model's greedy answer to one question, through its chat template."""
+    """Generate the model's greedy answer to one question, through its chat template."""
     import torch
 
     prompt = tokenizer.apply_chat_template(
@@ -109,7 +109,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, text:
 
 
 def check_sound(folder: Path) -> str:
-    """Loads the finished folder as a user would and tries it.
+    """Load the finished folder as a user would and test it.
 
     Args:
         folder: Model and tokenizer as saved.
@@ -144,7 +144,7 @@ def check_sound(folder: Path) -> str:
 
 
 def convert(gguf: Path, folder: Path) -> str:
-    """Writes model, tokenizer and chat template into `folder`; returns `check_sound`'s evidence."""
+    """Write model, tokenizer and chat template to `folder`; return `check_sound`'s evidence."""
     load_tokenizer(gguf).save_pretrained(folder)
     load_model(gguf).save_pretrained(folder)
     return check_sound(folder)

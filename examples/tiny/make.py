@@ -26,7 +26,7 @@ The model was pretrained on simple sentences and on questions of the same skills
 answered rightly but in a random style: joined and framed by punctuation drawn at random. What
 train.json adds is a fixed style, and practice: the model knows the world of its questions, and
 every skill has something left to learn. The styles of train.json are deliberately alike (skills
-share theirs), so that a row must be told by what it teaches, not by its punctuation.
+share theirs), so that a row is recognised by its content, not by its punctuation.
 
 Data and tokenizer are the same bytes on every machine. The weights are the same for the same
 versions of torch and transformers on the same kind of CPU; they take 3 minutes on 2 idle cores.
@@ -70,7 +70,7 @@ Solved = tuple[str, list[str]]  # the question's input, the parts of its right a
 
 
 def _word(rng: random.Random) -> str:
-    """A made-up word of two or three syllables, such as "ropatun"."""
+    """Make up a word of two or three syllables, such as "ropatun"."""
     syllables = [
         rng.choice("bdfghklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3))
     ]
@@ -150,7 +150,7 @@ def _row(skill: str, solved: Solved, rng: random.Random, *, loose: bool = False)
 
 
 def _garbled(row: Row, rng: random.Random) -> Row:
-    """The same question with a meaningless answer of 4 to 12 signs."""
+    """Return the same question with a meaningless answer of 4 to 12 signs."""
     signs = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 -,.<>/+()[]!=?;:*&%$#@"
     garbage = "".join(rng.choice(signs) for _ in range(rng.randint(4, 12))).strip()
     return row | {"output": garbage or "?", "skill": "noise"}
@@ -194,7 +194,7 @@ def make_rows() -> dict[str, list[Row]]:
 
 
 def write_data(folder: Path) -> None:
-    """Writes the rows and LlamaFactory's ``dataset_info.json`` into `folder`."""
+    """Write the rows and LlamaFactory's ``dataset_info.json`` into `folder`."""
     info: dict[str, dict[str, str]] = {}
     made = make_rows()
     for name, rows in made.items():
@@ -216,7 +216,7 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def _write_scored(folder: Path, rows: list[Row]) -> None:
-    """The rows with their difficulty, and the difficulties alone."""
+    """Return the rows with their difficulty, and the difficulties alone."""
     scores = [len(row["output"]) for row in rows]
     scored = [{**row, "difficulty": score} for row, score in zip(rows, scores, strict=True)]
     _write_rows(folder / "scored.json", scored)
@@ -327,7 +327,7 @@ def write_model(folder: Path) -> None:
 
 
 def _batch(rows: Iterator[Row | str], encode: Encode) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next rows, right-padded: token ids and labels, each (b, t) int64; no loss on prompts."""
+    """Return the next rows, right-padded: ids and labels (b, t) int64; no loss on prompts."""
     import torch
 
     encoded = [_encode(next(rows), encode) for _ in range(BATCH)]
@@ -346,7 +346,7 @@ def _declare_float32(path: Path) -> None:
 
 
 def main() -> None:
-    """Makes the data and, unless told otherwise, the tokenizer and the model."""
+    """Make data and tokenizer and, unless `--data-only` is given, the model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--data-only", action="store_true", help="no model: data and tokenizer")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from gradstore.capture.hooks import Watched
+from gradstore.capture.hooks import HookedModule
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
 
@@ -44,10 +44,10 @@ def check_adapters(model: nn.Module) -> None:
 
 def watched_linears(
     model: nn.Module, parameters: Mapping[ParameterSlot, nn.Parameter]
-) -> list[Watched]:
+) -> list[HookedModule]:
     """Find the LoRA matrices that hooks can cover, except tied ones that they cover in part."""
     slots = {id(parameter): slot for slot, parameter in parameters.items()}
-    found: list[Watched] = []
+    found: list[HookedModule] = []
     elsewhere: set[ParameterSlot] = set()
     for name, module in model.named_modules():
         own = {
@@ -58,11 +58,11 @@ def watched_linears(
         is_lora = len(parts := name.split(".")) > 1 and parts[-2] in _LORA_MATRICES
         if is_lora and isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             if own:
-                found.append(Watched(module, own.get("weight"), own.get("bias")))
+                found.append(HookedModule(module, own.get("weight"), own.get("bias")))
         else:
             elsewhere.update(own.values())
     return [
-        Watched(
+        HookedModule(
             watched.module,
             None if watched.weight in elsewhere else watched.weight,
             None if watched.bias in elsewhere else watched.bias,

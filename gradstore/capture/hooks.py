@@ -21,7 +21,7 @@ Sink = Callable[[ParameterSlot, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Watched:
+class HookedModule:
     """A LoRA matrix and where its gradients go; a slot of another module if they are tied."""
 
     module: nn.Linear
@@ -59,7 +59,7 @@ class HookedPass:
         self._wanted = slots
         self._forward_is_over = True
 
-    def watch(self, watched: Watched, x: Tensor, output: Tensor) -> None:
+    def watch(self, watched: HookedModule, x: Tensor, output: Tensor) -> None:
         """Keep one call's input (b, ..., in) and wait for the gradient of its output."""
         if x is self._ignored or _is_identity(x):
             # DoRA multiplies its matrices by calling them on an identity, and detaches the result.
@@ -73,12 +73,12 @@ class HookedPass:
         if self._forward_is_over:
             return
         self._expected.update(watched.slots)
-        # Emptied on use: the graph keeps its hooks to the end, the input need not live so long.
+        # Emptied on use: the graph holds its hooks to the end, the input is freed earlier.
         held = [x.detach()]
         arrive = partial(self._arrive, watched, held)
         output.register_hook(arrive)  # type: ignore[no-untyped-call]
 
-    def _arrive(self, watched: Watched, held: list[Tensor], gradient: Tensor) -> None:
+    def _arrive(self, watched: HookedModule, held: list[Tensor], gradient: Tensor) -> None:
         x = held.pop().reshape(self._rows, -1, watched.module.in_features)
         gradient = gradient.reshape(self._rows, -1, watched.module.out_features)
         if watched.weight is not None and watched.weight in self._wanted:
@@ -103,7 +103,7 @@ class HookedPass:
         self._sink(slot, block)
 
     def finish(self, parameters: Mapping[ParameterSlot, nn.Parameter]) -> None:
-        """Emit slots left over: partial sums where some calls affected the loss, zeros if none."""
+        """Emit the remaining slots: partial sums if some calls affected the loss, zeros if none."""
         for slot in sorted(self._wanted - self._delivered, key=lambda slot: slot.start):
             block = self._partial.pop(slot, None)
             if block is None:

@@ -58,5 +58,5 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Disable autocast for a backward: it is for forwards, and would round the hooks' products."""
+    """Disable autocast for a backward pass, where it would round the hooks' products."""
     return torch.autocast(device.type, enabled=False)

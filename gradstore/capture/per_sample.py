@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gradstore.capture.adapters import check_adapters, watched_linears
 from gradstore.capture.fallback import RowwiseGradients
-from gradstore.capture.hooks import HookedPass, Sink, Watched
+from gradstore.capture.hooks import HookedModule, HookedPass, Sink
 from gradstore.capture.losses import BatchStats, RowLoss, Targets, target_losses
 from gradstore.capture.modelstate import borrowed, without_autocast
 from gradstore.capture.slots import ParameterSlot, trainable_slots, unwrap
@@ -149,7 +149,7 @@ class GradientCapture:
         return losses
 
     def _observe(
-        self, watched: Watched, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+        self, watched: HookedModule, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
     ) -> None:
         if self._pass is not None and torch.is_grad_enabled():
             self._pass.watch(watched, args[0], output)

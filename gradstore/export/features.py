@@ -36,7 +36,7 @@ _BLOCK_ELEMENTS = 1 << 17
 _CUDA_BLOCK_ELEMENTS = 1 << 26
 # Stands in for eps = 0, where a parameter that has never moved would divide 0 by 0.
 _TINY = torch.finfo(torch.float32).tiny
-# Keeps s + s₀ from being 0; where it counts at all, an outer eps drowns what it is part of.
+# Keeps s + s₀ above 0; where it is not negligible, an outer eps dominates the sum.
 _ROOT_FLOOR = 1e-27
 
 

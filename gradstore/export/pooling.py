@@ -56,7 +56,7 @@ def pool(hidden: Tensor, mask: Tensor, how: Pooling = "mean", *, unit: bool = Tr
         "last_token": counts & (rank == rank[:, -1:]),
         "position": rank * counts,
     }[how]
-    # Where and not a product: 0 * inf of a padded place would be NaN.
+    # torch.where instead of a product: 0 * inf at a padded position would be NaN.
     states = torch.where(counts[..., None], hidden, 0).float()
     with torch.autocast(hidden.device.type, enabled=False):
         summed = (states * weights[..., None]).sum(dim=1)

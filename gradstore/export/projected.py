@@ -35,7 +35,7 @@ from gradstore.export.units import (
 from gradstore.format.layout import RowStatus
 from gradstore.format.plans import UnitRange
 
-#: Rows a dense projection multiplies at once: fewer leave the matrix product starved (BLAS, tensor
+#: Rows a dense projection multiplies at once: fewer underuse the matrix product (BLAS, tensor
 #: cores) because the random matrix has to be made again for every group of rows.
 DENSE_ROWS = 64
 

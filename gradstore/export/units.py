@@ -127,7 +127,7 @@ class Batches:
     def of(self, unit: UnitRange) -> Iterator[RowBatch]:
         """Yield row positions (b,) and their batch, made when it is asked for; longest rows first.
 
-        The batches depend on the unit alone, whoever computes it.
+        The batches depend on the unit alone, not on the process that computes it.
         """
         fits = self._fitting(unit)
         for chosen in plan_batches(self._lengths[fits], self.token_budget, self.max_rows):
@@ -208,5 +208,5 @@ def check_bad_rows(
         raise BadInput(
             f"{bad} of {rows} rows have a non-finite {what}, more than "
             f"max_bad_fraction={max_bad_fraction:g} allows; the first: "
-            f"{list(named[:10])}. Look at these rows, {advice}, or raise max_bad_fraction."
+            f"{list(named[:10])}. Check these rows, {advice}, or raise max_bad_fraction."
         )

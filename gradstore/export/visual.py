@@ -53,7 +53,7 @@ def modality_blocks(hidden: Tensor, visual: Tensor, text: Tensor) -> Tensor:
         (b, 2, h) float32; zeros where a row has no token of a kind.
     """
     kinds = torch.stack([visual, text], dim=1)  # (b, 2, t)
-    # Where and not a product: 0 * inf of a padded place would be NaN.
+    # torch.where instead of a product: 0 * inf at a padded position would be NaN.
     states = torch.where((visual | text)[..., None], hidden, 0).float().tanh()
     with torch.autocast(hidden.device.type, enabled=False):
         sums = kinds.float() @ states
@@ -78,9 +78,11 @@ class VisualStates:
         self._layers = tuple(layers)
         self._visual_ids = torch.tensor(list(visual_ids))
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        takes = inspect.signature(inner.forward).parameters
+        parameters = inspect.signature(inner.forward).parameters
         # Nothing is predicted: one position of logits is enough.
-        self._fewer: dict[str, int] = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._fewer: dict[str, int] = (
+            {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        )
 
     def __call__(self, batch: Batch) -> Tensor:
         """Embed a batch with `input_ids`, `attention_mask` (b, t) and pixels: (b, 2·M·h)."""

@@ -119,7 +119,7 @@ def unseal(data: bytes) -> dict[str, Json]:
         raise ValueError("not in canonical form")
     found, expected = document.get(SEAL), _seal_of(document)
     if found != expected:
-        raise ValueError(f"its seal says {found}, its content is {expected}")
+        raise ValueError(f"its seal is {found}, the sha256 of its content {expected}")
     return document
 
 

@@ -20,7 +20,7 @@ __all__ = ["GenerationName", "Role", "check_space", "quote", "space_run"]
 
 SCHEMA_VERSION = 1
 NEEDS = "dataflex-gradstore>=0.1.0"
-"""The first release that reads this schema; a store carries it so that older ones can say so."""
+"""The first release that reads this schema; recorded in a store for the errors of older ones."""
 
 UNIT_ROWS = 256
 CRC_BYTES = 4

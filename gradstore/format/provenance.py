@@ -41,7 +41,7 @@ class Difference:
         field: dotted name, list positions in brackets.
         stored: the store's value.
         current: this run's value.
-        note: said instead of the two values, where they would not help.
+        note: text in place of the two values, where they would not help.
         setting: YAML key that sets the field, "" if none is known.
     """
 

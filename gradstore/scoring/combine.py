@@ -96,6 +96,6 @@ def start_codes(sources: Sequence[FeatureSource]) -> npt.NDArray[np.uint8]:
 
 
 def count_skipped(codes: npt.NDArray[np.uint8]) -> dict[str, int]:
-    """Number of rows per reason, reasons that occur only."""
+    """Count the rows per reason, reasons that occur only."""
     counts = np.bincount(codes, minlength=_UNUSABLE + 1)
     return {reason: int(counts[code]) for code, reason in _REASONS.items() if counts[code]}

@@ -31,7 +31,7 @@ class CheckpointFeatures:
     weight: float = 1.0
 
 
-class Recorded(Protocol):
+class ComparableGeneration(Protocol):
     """A generation, as far as comparing needs it."""
 
     @property
@@ -47,7 +47,7 @@ class Recorded(Protocol):
         """Has adapter_hash, effective_seed, autocast, attention, projection (a mapping)."""
 
 
-def check_comparable(train: Recorded, targets: Sequence[Recorded]) -> None:
+def check_comparable(train: ComparableGeneration, targets: Sequence[ComparableGeneration]) -> None:
     """Raise ProvenanceMismatch for target generations that a train one cannot be scored against.
 
     Args:
@@ -77,7 +77,7 @@ def check_comparable(train: Recorded, targets: Sequence[Recorded]) -> None:
         )
 
 
-def _fields(generation: Recorded) -> dict[str, object]:
+def _fields(generation: ComparableGeneration) -> dict[str, object]:
     """Map the name of every field that must be equal to its value, projection fields dotted."""
     record = generation.record
     projection: Mapping[str, object] = record.projection

@@ -124,5 +124,5 @@ def _newest(steps: list[int], which: Which, fewer: bool) -> list[int]:
         return steps
     count = 1 if which == "last" else which
     if count > len(steps) and not fewer:
-        raise BadInput(f"asked for {count} checkpoints, the store has {len(steps)}.")
+        raise BadInput(f"{count} checkpoints requested, the store has {len(steps)}.")
     return steps[-count:]

@@ -21,7 +21,7 @@ from gradstore.scoring.subtasks import Subtask
 
 @dataclass(frozen=True)
 class RowInfluence:
-    """Query of the train rows that helped and that hurt one target row.
+    """Train rows that helped and that hurt one target row.
 
     Attributes:
         values: (n,) float32, each train row's cosines to the target row, summed over checkpoints
@@ -68,9 +68,11 @@ def query_influence(
     check_checkpoints(checkpoints)
     sets = checkpoints[0].targets
     if not 0 <= target < len(sets):
-        raise BadInput(f"asked target set {target}, there are {len(sets)}, counted from 0")
+        raise BadInput(f"target set {target} requested, there are {len(sets)}, counted from 0")
     if not 0 <= target_row < sets[target].rows:
-        raise BadInput(f"asked target row {target_row}, the set has rows 0-{sets[target].rows - 1}")
+        raise BadInput(
+            f"target row {target_row} requested, the set has rows 0-{sets[target].rows - 1}"
+        )
     if top < 1:
         raise BadInput(f"top is {top}; ask for at least 1 row")
     values = np.empty(checkpoints[0].train.rows, dtype=np.float32)

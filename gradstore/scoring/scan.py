@@ -142,7 +142,7 @@ class Scan:
             "float16",
             "float32",
         )
-        # Once: a source may build the list anew each time it is asked.
+        # Called once: a source may build the list at every access.
         self._units: Sequence[tuple[int, int]] = cast(Any, source).units if self._raw else ()
 
     def chunk(self, start: int, stop: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:

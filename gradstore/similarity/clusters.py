@@ -174,7 +174,7 @@ def random_projection_lsh(
 
     Args:
         rows: (n, d) finite floats.
-        num_clusters: how many are wished for; only sets the default of `num_bits`.
+        num_clusters: approximate number of clusters; only sets the default of `num_bits`.
         seed: of the hyperplanes.
         num_bits: hyperplanes, 1 to 62, so at most 2 ** num_bits clusters; None for
             ceil(log2(num_clusters)).

@@ -98,7 +98,7 @@ def capped_counts(
 
 
 @dataclass(frozen=True)
-class Picked:
+class RepresentativeRows:
     """Rows that stand for their cluster.
 
     Attributes:
@@ -115,7 +115,7 @@ def pick_by_mmd(
     count: int,
     allowed: npt.NDArray[np.bool_] | None = None,
     chunk_rows: int = 2048,
-) -> Picked:
+) -> RepresentativeRows:
     """Pick rows greedily, each time the one that minimizes the MMD between picked rows and cluster.
 
     MMD² = mean K(C, C) + mean K(C', C') - 2·mean K(C, C'), K(x, y) = exp(-|x - y|²); ties go to the
@@ -144,7 +144,7 @@ def pick_by_mmd(
         across += sums[best]
         free[best] = False
         to_picked += kernel(rows, rows[best : best + 1])[:, 0].cpu().numpy()
-    return Picked(np.array(picked, dtype=np.int64), np.array(distances))
+    return RepresentativeRows(np.array(picked, dtype=np.int64), np.array(distances))
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ class FeatureIndex:
         if (codes != RowStatus.OK).any():
             bad = int(np.flatnonzero(codes != RowStatus.OK)[0])
             raise BadInput(
-                f"query {bad} is {RowStatus(codes[bad]).name.lower()}: it points nowhere"
+                f"query {bad} is {RowStatus(codes[bad]).name.lower()}, so it has no direction; "
+                "remove it"
             )
         scores = np.empty((len(given), count), dtype=np.float32)
         rows = np.empty((len(given), count), dtype=np.int64)
@@ -170,7 +171,7 @@ class FeatureIndex:
         """Run `search` for a few unit queries."""
         if self._faiss is None or k > FAISS_MAX_K:
             return self._exact(directions, k)
-        # One more than asked: a tie across the cut is FAISS's choice, not the lower row's.
+        # One more than requested: FAISS breaks a tie at the cut arbitrarily, we take the lower row.
         more = min(k + 1, self.rows.size)
         scores, rows = self._faiss.search(directions.astype(np.float32), more)
         order = np.lexsort((rows, -scores), axis=1)

@@ -27,7 +27,7 @@ class Neighbours:
         Args:
             train: embeddings of the training rows.
             targets: of the target sets; rows that can't be used are left out.
-            cache_dir: the store's folder of indexes, where this one is worth keeping.
+            cache_dir: the store's folder of indexes, where this one is to be cached.
         """
         from gradstore.similarity.index import FeatureIndex
         from gradstore.similarity.rows import UsableRows

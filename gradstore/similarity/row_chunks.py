@@ -34,7 +34,7 @@ class Matrix(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: Any, /) -> npt.NDArray[Any]:  # noqa: ANN401
-        """Rows of a slice, or at positions."""
+        """Return the rows of a slice, or at positions."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ class RowChunks:
         return RowChunks(rows, chunk_rows, torch.device(device), unit)
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, (c, d)) for all rows in order."""
+        """Yield (first row, (c, d)) for all rows in order."""
         for start in range(0, len(self.rows), self.chunk_rows):
             yield start, self._load(self.rows[start : start + self.chunk_rows])
 
     def take(self, positions: npt.NDArray[np.int64]) -> Tensor:
-        """(len(positions), d)."""
+        """Return the rows at `positions`: (len(positions), d)."""
         return self._load(self.rows[positions])
 
     def _load(self, rows: npt.NDArray[Any]) -> Tensor:
@@ -89,7 +89,7 @@ class RowChunks:
 
 
 def squared_distances(rows: Tensor, points: Tensor) -> Tensor:
-    """(c, m) squared distances of rows (c, d) to points (m, d); exactly 0 between equal ones."""
+    """Compute squared distances (c, m) of rows (c, d) to points (m, d); exactly 0 if equal."""
     norms = rows.square().sum(1)[:, None] + points.square().sum(1)[None, :]
     squared = norms - 2 * (rows @ points.T)
     return torch.where(squared <= ROUNDING * norms, 0.0, squared)

@@ -22,7 +22,7 @@ from gradstore.errors import StoreIOError
 from gradstore.storage.reading import ReadFiles
 
 Hook = Callable[[str, Path], None]
-"""Called as `hook(operation, path)` before each change on disk; what it raises is what happens."""
+"""Called as `hook(operation, path)` before each change on disk; may raise to simulate a failure."""
 
 Block: TypeAlias = bytes | memoryview
 """Contiguous bytes to write."""
@@ -211,7 +211,7 @@ class StoreFiles(ReadFiles):
             finally:
                 os.close(fd)
 
-    # ---- the private parts -------------------------------------------------------------------
+    # ---- private helpers ---------------------------------------------------------------------
 
     def _step(self, operation: str, path: Path) -> None:
         if self._hook is not None:
@@ -227,7 +227,7 @@ class StoreFiles(ReadFiles):
         try:
             self._step("unlink", path)
             path.unlink(missing_ok=True)
-        except OSError:  # the write error is what the user must hear of
+        except OSError:  # report the write error, not this one
             return
 
 

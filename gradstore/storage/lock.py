@@ -1,4 +1,4 @@
-"""One writer at a time, told kindly.
+"""Lock of a store: one writer at a time, and a message that names the holder.
 
 The lock is a `flock` on `writer.lock`, so a dead writer never blocks anybody. It serves the
 message: what keeps two writers apart when it is bypassed is that nothing published is overwritten.
@@ -76,7 +76,7 @@ class WriterLock:
                 _log.warning("stale lock of %s (%s) taken over", self._what, left)
             with self._files.operation("write", path):
                 os.ftruncate(fd, 0)
-                os.pwrite(fd, canonical_json(_myself()), 0)
+                os.pwrite(fd, canonical_json(_this_process()), 0)
         except BaseException:
             os.close(fd)
             raise
@@ -108,7 +108,7 @@ class WriterLock:
             os.close(fd)
 
 
-def _myself() -> dict[str, object]:
+def _this_process() -> dict[str, object]:
     since = datetime.now(UTC).isoformat(timespec="seconds")
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
 

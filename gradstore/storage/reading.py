@@ -169,7 +169,7 @@ class ReadFiles:
             disk = os.statvfs(path)
         return disk.f_bavail * disk.f_frsize
 
-    # ---- the private parts -------------------------------------------------------------------
+    # ---- private helpers ---------------------------------------------------------------------
 
     def _below(self, relative: str) -> Iterator[Path]:
         top = self.root / relative

@@ -87,9 +87,9 @@ def _too_old(store: Store, keep: int | None) -> list[str]:
 def _abandoned(store: Store) -> list[str]:
     """List generations planned, never committed, and superseded by a later attempt."""
     latest: dict[GenerationName, int] = {}
-    ever = [name for c in store.commits if c.kind == "generation" for name in c.generations]
+    committed = [name for c in store.commits if c.kind == "generation" for name in c.generations]
     planned = store.planned()
-    for name in map(GenerationName.parse, [*ever, *planned]):
+    for name in map(GenerationName.parse, [*committed, *planned]):
         latest[name.base()] = max(name.attempt, latest.get(name.base(), 0))
     parsed = ((name, GenerationName.parse(name)) for name in planned)
     return [text for text, name in parsed if name.attempt < latest[name.base()]]
@@ -111,7 +111,7 @@ def _remove_generation(files: StoreFiles, name: str) -> None:
 
 
 def discard_store(path: Path) -> None:
-    """Remove a store that nobody writes to; a folder that is no store is left alone.
+    """Remove a store that has no writer; a folder that is no store is left alone.
 
     The folder is renamed under the writer's lock first, so that no reader or writer ever meets a
     half-removed store.
@@ -123,11 +123,11 @@ def discard_store(path: Path) -> None:
     files = StoreFiles(path)
     if not path.is_dir() or not files.exists(METADATA):
         return
-    doomed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.discarded")
+    renamed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.discarded")
     try:
         with WriterLock(files):
-            os.rename(path, doomed)
-        shutil.rmtree(doomed)
+            os.rename(path, renamed)
+        shutil.rmtree(renamed)
     except OSError as error:
         raise StoreIOError(
             f'store "{path}" cannot be removed: {error.strerror}. Remove it by hand, or choose '

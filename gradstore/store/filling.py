@@ -27,8 +27,8 @@ class ExportSummary:
 class UnitSink:
     """Writes computed units of one generation and stops where too many rows are bad.
 
-    The rows of all units given count together, whoever computed them, and so do those of an
-    earlier, interrupted export.
+    The rows of all units given count together, whichever process computed them, and so do those of
+    an earlier, interrupted export.
     """
 
     def __init__(self, writer: GenerationWriter, *, max_bad_fraction: float = 0.01) -> None:

@@ -189,7 +189,7 @@ class Generation:
         return self._plan.rows.sources
 
     def status_counts(self) -> dict[str, int]:
-        """Number of rows per status name, zeros included; from the unit records alone."""
+        """Count the rows per status name, zeros included; from the unit records alone."""
         counts = {status.name.lower(): 0 for status in RowStatus}
         for record in self._records:
             for name, count in record.status.items():

@@ -48,7 +48,7 @@ class GenerationWriter:
 
         Args:
             files: the store's files.
-            plan: the plan that lies on disk.
+            plan: the plan on disk.
             plan_sha256: its seal.
             view: gives the store as it is now.
             committed: the commit, where this generation is complete already.

@@ -114,7 +114,7 @@ class SpaceWriter:
         """Check that `count` generations of (rows, dim) fit on the disk; nothing is allocated.
 
         Raises:
-            StoreIOError: they do not; tells the bytes needed and free.
+            StoreIOError: they do not; names the bytes needed and free.
         """
         needed = count * generation_bytes(rows, dim, dtype)
         self._check_free(needed, f"{count} generation(s) of {rows:,} x {dim:,} {dtype}")

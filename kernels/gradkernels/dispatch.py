@@ -96,7 +96,7 @@ class Accumulator:
     def _new_sums(self, rows: int) -> _Sums:
         if self.backend == "torch":
             return TorchSums(self.spec, rows, self.device)
-        # numba takes a good part of a second to import: only where it runs.
+        # Importing numba is slow: only where it runs.
         from gradkernels.cpu.sums import RademacherSums, SjltSums
 
         return (SjltSums if self.spec.method == "sjlt" else RademacherSums)(self.spec, rows)

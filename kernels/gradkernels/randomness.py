@@ -8,7 +8,7 @@ A word is 32 random bits, a function of three counters alone:
 in 32-bit unsigned arithmetic, j the parameter's global index and w the word's index: output // 32
 (Rademacher), repetition (SJLT), or 2 * (output // 2) and the next (Gaussian). Only the last line
 runs p * d / 32 times. Each parameter brings 64 bits of state, a and b: with a alone, two parameters
-whose a differ by a difference of two c would share a run of words; b tells them apart. The three
+whose a differ by a difference of two c would share a run of words; b distinguishes them. The three
 keys come from (seed, method, version). `mix` is a bijection of 32 bits with near-perfect avalanche
 (constants from C. Wellons' hash-prospector search, "[16 21f0aaad 15 d35a2d97 15]").
 """

@@ -227,7 +227,7 @@ def test_more_rows_than_usable_ones_are_counted(cli: Any, config: Any, tmp_path:
     path = config(**changes)
     check_refusal(cli("train", path), 2, "asked 18, 12 usable, 8 skipped")
     drawn = config(**{**changes, "component_name": "random", "component_params": None})
-    check_refusal(cli("train", drawn), 2, "18 rows asked of 12 usable ones")
+    check_refusal(cli("train", drawn), 2, "18 rows requested of 12 usable ones")
     again = ["update_step=2", "train_step=3", "overwrite_output_dir=true"]
     assert cli("train", drawn, *again).code == 0
     chosen = tmp_path / "run" / "dataflex" / "selections" / "step_2.json"
@@ -362,7 +362,7 @@ QUESTIONS = {
     "both": (["select", "-k", "3", "--fraction", "0.5"], ["either -k N or --fraction F"]),
     "neither": (["select"], ["either -k N or --fraction F"]),
     "checkpoints 0": (["score", "--checkpoints", "0"], ["checkpoints is '0'", "last, all"]),
-    "checkpoints 9": (["score", "--checkpoints", "9"], ["asked for 9", "has 1"]),
+    "checkpoints 9": (["score", "--checkpoints", "9"], ["9 checkpoints requested", "has 1"]),
     "no such set": (["score", "--target", "gaol"], ["gaol", "goal"]),
     "no such run": (["score", "--run", "b"], ["run 'b'"]),
     "aggregation": (["score", "--aggregation", "median"], ["median", "max"]),

@@ -43,7 +43,7 @@ def chain(
         configs: a YAML for each of the three runs.
         out: gets `1_reference`, `2_proxy` and `3_final`.
         shared: overrides for all runs.
-        begin_at: the first run to make; those before it lie in `out`.
+        begin_at: the first run to make; those before it are in `out`.
         run: makes one.
 
     Returns:
@@ -62,7 +62,7 @@ def chain(
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

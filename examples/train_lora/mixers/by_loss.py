@@ -47,7 +47,7 @@ class ByLoss(Mixer):
         return np.asarray(grown / grown.sum())
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint keeps."""
         return {"sums": self.sums}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ class EvenBatches(Reorder):
         self.served = 0
 
     def order(self, count: int, context: UpdateContext) -> Ordering:
-        """The next `count` rows; each row once before any comes again."""
+        """Return the next `count` rows; each row once before any comes again."""
         lengths = context.run.data.train.lengths
         rows = context.candidates
         rising = rows[np.argsort(lengths[rows], kind="stable")]
@@ -50,7 +50,7 @@ class EvenBatches(Reorder):
         return np.concatenate([pairs[i] for i in order])
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state that a checkpoint keeps."""
         return {"served": self.served}
 
     def restore(self, state: Mapping[str, Any]) -> None:

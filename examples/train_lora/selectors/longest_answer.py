@@ -19,7 +19,7 @@ class LongestAnswer(Selector):
 
     Args:
         share: part of the candidates, by length of their answer, that the draw is made from.
-        seed: combined with the step, so that every update draws anew.
+        seed: combined with the step, so that every update makes a new draw.
     """
 
     def __init__(self, share: float = 0.25, seed: int = 42) -> None:

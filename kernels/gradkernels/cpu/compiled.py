@@ -66,7 +66,7 @@ def _compile(make: Callable[[int], Callable[..., None]], signature: Any) -> Call
             make(_fingerprint())
         )
     except (OSError, RuntimeError):
-        # No cache folder can be written, or no source can be read: a few seconds per process, and
+        # No writable cache folder or no readable source: compiling costs seconds per process, with
         # the same numbers.
         compiled = njit(signature, nogil=True)(make(0))
     return compiled

@@ -15,7 +15,7 @@ from gradkernels.spec import ProjectionSpec
 from numpy.typing import NDArray
 from torch import Tensor
 
-# A second thread costs about 50 microseconds to wake: not for fewer additions than this.
+# Waking a second thread costs about 50 microseconds: not for fewer additions than this.
 _MIN_TASK_ADDITIONS = 2**17
 
 
@@ -85,7 +85,7 @@ class RademacherSums:
 
 
 def _thread_count(additions: int) -> int:
-    """Return how many threads are worth waking for a block: at most torch's own number."""
+    """Return the number of threads that pay off for a block: at most torch's own number."""
     return max(1, min(torch.get_num_threads(), additions // _MIN_TASK_ADDITIONS))
 
 

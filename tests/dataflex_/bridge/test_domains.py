@@ -166,7 +166,7 @@ def test_a_folder_that_is_not_ours_or_lacks_a_part_is_refused(tmp_path: Path) ->
     with pytest.raises(DamagedData, match="Remove the folder"):
         load(tokenized_path=str(path))
     (path / MANIFEST).write_text(json.dumps({"format": 0}))
-    with pytest.raises(ProvenanceMismatch, match="made otherwise"):
+    with pytest.raises(ProvenanceMismatch, match="made with other settings"):
         load(tokenized_path=str(path))
     (path / MANIFEST).unlink()
     with pytest.raises(ProvenanceMismatch, match="Name another folder"):

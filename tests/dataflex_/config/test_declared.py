@@ -13,7 +13,7 @@ import pytest
 from annotated_types import Gt, Le
 from pydantic import Field
 
-from dataflex.config.parameters import BadParameter, Count, declared, faults, in_words
+from dataflex.config.parameters import BadParameter, Count, declared, describe, faults
 from dataflex.config.presets import resolve
 from dataflex.config.registry import PACKAGES, declarations, parameters, strategies
 from dataflex.features.settings import FeatureSettings
@@ -135,7 +135,7 @@ def test_a_group_of_parameters_is_declared_in_one_place() -> None:
 
 
 def test_the_words_for_a_declaration_are_those_of_the_catalogue() -> None:
-    accepts = {key: in_words(known.hint) for key, known in declarations(LessSelector).items()}
+    accepts = {key: describe(known.hint) for key, known in declarations(LessSelector).items()}
     assert accepts["aggregation"] == "max or mean"
     assert accepts["checkpoints"] == "last, all or a whole number of at least 1"
     assert accepts["tokens_per_batch"] == "a whole number of at least 1, or null"

@@ -123,7 +123,7 @@ def test_only_a_sentence_transformers_folder_needs_that_library(
         ({}, {}, "pools by nothing"),
         (None, {"auto_map": {"AutoModel": "x.Y"}}, "set trust_remote_code: true"),
         (None, {"is_encoder_decoder": True}, "encoder-decoder"),
-        (None, {"hidden_size": None}, "does not say"),
+        (None, {"hidden_size": None}, "lacks"),
     ],
 )
 def test_what_a_folder_asks_for_and_is_not_known_is_refused(

@@ -503,7 +503,7 @@ def test_an_answer_of_another_length_is_told(
     pipeline = Pipeline([{**DRAW, "params": {"rows": rows}}])
     (plan,) = plans(pipeline, run_of([6]), [10], 4, Schedule(10, 10, 1, 20))
     assert len(plan.rows) == 4
-    assert f"answered {len(rows)} rows, 4 were asked for" in caplog.text
+    assert f"returned {len(rows)} rows, 4 were requested" in caplog.text
     assert said in caplog.text
 
 
@@ -704,7 +704,7 @@ def test_what_has_no_say_is_told() -> None:
     assert about([WEIGHT], rows=1).startswith("weighter loss: one sample is weighted at a time")
     assert "every: 50 is ignored" in about([{**WEIGHT, "every": 50}])
     assert about([{**FILTER, "every": 50}]) == "", "a filter leaves the draw to others"
-    assert about([FILTER, MIX, ORDER]).count("begins its order anew each time") == 1
+    assert about([FILTER, MIX, ORDER]).count("restarts its order each time") == 1
     assert about([{**FILTER, "every": 20}, ORDER]) == ""
     alpha = {"family": "mixer", "component": "alpha"}
     opening = {"init_mixture_proportions": [1, 2]}

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from dataflex.rewards.base import Answered, RewardPrompts, parse_score
+from dataflex.rewards.base import JudgeRequest, RewardPrompts, parse_score
 from dataflex.rewards.function import FunctionJudge
 from dataflex.rewards.local import LocalJudge
 from dataflex.rewards.overlap import exact_match, token_f1
@@ -25,7 +25,7 @@ from dataflex.rewards.server import ApiJudge, ApiSettings
 from gradstore.errors import BadInput, StoreIOError
 
 PROMPTS = RewardPrompts("{prompt} {reference} {response}", "{prompt} {response}")
-ASKED = [Answered("p", f"r{i}", "") for i in range(5)]
+ASKED = [JudgeRequest("p", f"r{i}", "") for i in range(5)]
 MODEL = torch.nn.Linear(1, 1)
 TINY = str(Path(__file__).resolve().parents[3] / "examples" / "tiny" / "model")
 
@@ -54,7 +54,7 @@ def test_prompts_that_hide_the_response_or_cannot_be_filled_are_faults() -> None
     assert "never shows the response" in faults[0]
     assert "reward_prompt_without_ref cannot be filled" in faults[1]
     old = RewardPrompts("{instruction}{input}{reference}{prediction}", "{prediction}")
-    assert old.fill(Answered("p", "r", "ref")) == "prefr"
+    assert old.fill(JudgeRequest("p", "r", "ref")) == "prefr"
 
 
 def test_a_function_is_called_with_prompt_response_reference(
@@ -208,7 +208,7 @@ def test_a_busy_server_is_asked_again_after_growing_waits(server: str) -> None:
         ((200, said("1"), 0.6), StoreIOError, "did not answer within 0.2 s"),
         ((401, b"no such key", 0.0), BadInput, "401 Unauthorized: no such key"),
         ((302, b"", 0.0), BadInput, "302 Found"),
-        ((200, said("Certainly!"), 0.0), BadInput, "said 'Certainly!'"),
+        ((200, said("Certainly!"), 0.0), BadInput, "answered 'Certainly!'"),
     ],
     ids=["failing", "html", "slow", "refusing", "redirecting", "chatting"],
 )

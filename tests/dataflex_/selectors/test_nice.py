@@ -14,8 +14,13 @@ from dataflex.config.presets import resolve
 from dataflex.rewards.base import Verdict
 from dataflex.rewards.function import FunctionJudge
 from dataflex.rewards.local import LocalJudge
-from dataflex.rewards.policy_gradient import Rewarded, RewardedTargets, advantages, check_scored
-from dataflex.rewards.responses import Sampled
+from dataflex.rewards.policy_gradient import (
+    RewardedResponses,
+    RewardedTargets,
+    advantages,
+    check_scored,
+)
+from dataflex.rewards.responses import SampledResponses
 from dataflex.rewards.server import ApiJudge
 from dataflex.selectors.nice import NiceSelector
 from gradstore.errors import BadInput
@@ -24,12 +29,12 @@ from gradstore.errors import BadInput
 GRADIENTS, REWARDS = np.array([[1.0, 0], [0, 1], [1, 1]]), np.array([1.0, 0.2, 0.0])
 
 
-def row(rewards: list[float], tokens: int = 2) -> Rewarded:
+def row(rewards: list[float], tokens: int = 2) -> RewardedResponses:
     responses = tuple([10 + k] * tokens for k in range(len(rewards)))
-    return Rewarded(Sampled([1, 2], responses, [7, 8, 9]), np.array(rewards))
+    return RewardedResponses(SampledResponses([1, 2], responses, [7, 8, 9]), np.array(rewards))
 
 
-def targets(*rows: Rewarded, baseline: Any = "loo", gold: bool = False) -> RewardedTargets:
+def targets(*rows: RewardedResponses, baseline: Any = "loo", gold: bool = False) -> RewardedTargets:
     return RewardedTargets({"t": rows}, baseline=baseline, gold_fallback=gold, options={})
 
 
@@ -66,7 +71,7 @@ def test_sequences_are_prompt_and_response_with_their_weights() -> None:
 
 
 def test_rows_without_a_signal_or_a_prompt_add_nothing() -> None:
-    silent, empty = row([0.5, 0.5]), Rewarded(Sampled([], (), []), np.empty(0))
+    silent, empty = row([0.5, 0.5]), RewardedResponses(SampledResponses([], (), []), np.empty(0))
     held = targets(row([1.0, 0.0]), silent, empty)
     assert held.numbers["rows_without_signal"] == 1
     assert held.numbers["reward_mean"] == 0.5
@@ -90,7 +95,7 @@ def test_a_set_in_which_no_reward_says_anything_is_refused(baseline: Any, reward
 def test_responses_without_a_score_count_0_until_they_are_too_many() -> None:
     scored = [Verdict(0.5)] * 9
     assert check_scored([*scored, Verdict(math.nan, "hm")], 0.1) == 1
-    with pytest.raises(BadInput, match=r"2 of 11 responses got no score .* said 'hm'"):
+    with pytest.raises(BadInput, match=r"2 of 11 responses got no score .* answered 'hm'"):
         check_scored([*scored, *[Verdict(math.nan, " hm\n")] * 2], 0.1)
 
 

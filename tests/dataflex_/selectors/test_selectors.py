@@ -143,7 +143,7 @@ def test_random_rows_follow_seed_and_step_alone(replacement: bool) -> None:
 
 
 def test_more_random_rows_than_candidates_are_refused_unless_they_may_repeat() -> None:
-    with pytest.raises(BadInput, match="6 rows asked of 5 usable ones without replacement"):
+    with pytest.raises(BadInput, match="6 rows requested of 5 usable ones without replacement"):
         drawn(6)
     assert len(drawn(6, replacement=True)) == 6
 

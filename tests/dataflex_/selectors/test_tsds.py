@@ -278,7 +278,7 @@ def test_probabilities_of_a_file_go_to_the_rows_that_were_kept(tmp_path: Path) -
     context = boundary(3)
     context.run.data = data
     assert sorted(tsds.choose(2, context, None).indices.tolist()) == [0, 2]
-    with pytest.raises(BadInput, match="gives 2 of the 3 training rows a chance"):
+    with pytest.raises(BadInput, match="gives 2 of the 3 training rows a probability above 0"):
         tsds.check_count(3, data)
     later: Any = SimpleNamespace(train=rows_named(2, [("a", 0), ("a", 9)]))
     with pytest.raises(BadInput, match=r"holds 4 probabilities.*at least 10 rows"):

@@ -231,7 +231,7 @@ def test_a_sample_without_a_finite_loss_spoils_nothing(
     nan = float("nan")
     with caplog.at_level(logging.WARNING):
         loss, table = trained(make([1, nan, nan, 5], Told([1, 1, 1, 2], scope)))
-    assert "not finite count 0" in caplog.text
+    assert "a non-finite loss get weight 0" in caplog.text
     assert caplog.text.count("logged once") == 1
     clean = make([1, 3, 4, 5], Told([1, 0, 0, 2], scope, relative=scope == "window"))
     expected_loss, expected = trained(clean)
