@@ -22,18 +22,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from gradkernels import ProjectionSpec
 
-from gradstore.export.features import FeatureSpec
+from gradstore.export.features import FeatureSpec, Recipe
 from gradstore.export.moments import AdamMoments
-from gradstore.export.units import plan_batches
+from gradstore.export.projected import compute_unit
+from gradstore.export.units import Batches, plan_batches
 from gradstore.format.records import GenerationRecord, RowSet, row_hash
-from gradstore.store.filling import export_generation
+from gradstore.store.filling import fill
 from gradstore.store.writer import StoreWriter
 
 if TYPE_CHECKING:
@@ -170,17 +171,10 @@ class Bench:
         )
         hashes = [row_hash(row["input_ids"], row["labels"]) for row in self.rows]
         generation = writer.begin(record, RowSet.from_hashes(hashes), dim=dim)
-        summary = export_generation(
-            self.model,
-            self.rows,
-            collate,
-            generation,
-            features=FeatureSpec("adam_marginal"),
-            projection=projection,
-            moments=self.moments,
-            lengths=[len(row["input_ids"]) for row in self.rows],
-            token_budget=self.token_budget,
-        )
+        lengths = [len(row["input_ids"]) for row in self.rows]
+        batches = Batches(self.rows, collate, lengths, self.token_budget)
+        recipe = Recipe(FeatureSpec("adam_marginal"), projection, self.moments)
+        summary = fill(generation, partial(compute_unit, self.model, batches, recipe))
         generation.commit()
         if summary.status_counts != {"ok": len(self.rows)}:
             sys.exit(f"not every row gave a feature: {summary.status_counts}")

@@ -22,7 +22,11 @@ from report import RESULTS, append, machine, tell
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from workloads import Workload, llama, tiny
 
-from dataflex.trainers.seam import Run, trainer_class
+from dataflex.config.presets import Component
+from dataflex.data.order import BatchShape
+from dataflex.run.ranks import Ranks
+from dataflex.trainers.job import Job, Run
+from dataflex.trainers.seam import trainer_class
 from dataflex.trainers.weight import WeightSeam
 from dataflex.weighters.loss import LossWeighter
 
@@ -60,7 +64,10 @@ def trainer(
     )  # fmt: skip
     kind: Any = Trainer
     if weighted:
-        run = Run(workload.config(folder), workload.data, LossWeighter(), "loss", "benchmark", {})
+        component = Component("weighter", "loss", LossWeighter, {})
+        job = Job(workload.config(folder), component, LossWeighter(), workload.data, arguments,
+                  BatchShape.of(arguments), Ranks())  # fmt: skip
+        run = Run(**vars(job), schedule=WeightSeam.plan(job), run_id="benchmark")
         kind = trainer_class(WeightSeam, Trainer, run)
     made = kind(
         model=workload.model, args=arguments, train_dataset=workload.data.train.dataset,

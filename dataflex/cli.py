@@ -12,8 +12,9 @@ import typer
 from dataflex.run.messages import set_up_logging
 from gradstore import cli as gradstore_cli
 
+HELP = "Train an LLM while its data changes: select, mix, weight, on LlamaFactory."
+
 app = typer.Typer(
-    help="Train an LLM while its data changes: select, mix, weight, on LlamaFactory.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,7 +25,9 @@ Config = Annotated[Path, typer.Argument(help="YAML or JSON configuration.", meta
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, over the file's.", metavar="[KEY=VALUE]...")
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for every failure.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show a traceback for every failure; any command takes it.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What Typer answers for Ctrl-C (or raises Abort, by version).
@@ -42,8 +45,13 @@ PASSED_THROUGH = {
 }
 
 
+@app.callback(help=HELP)
+def options(debug: Debug = False) -> None:
+    """Declares, for `--help`, what `main` takes out of the arguments of every command."""
+
+
 @app.command()
-def train(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+def train(config: Config, overrides: Overrides = None) -> None:
     """Train; train_type in CONFIG says what decides about the data (static = LlamaFactory)."""
     from dataflex.launch.train import train as launch
 
@@ -51,7 +59,7 @@ def train(config: Config, overrides: Overrides = None, debug: Debug = False) -> 
 
 
 @gradstore_cli.app.command("build")
-def build(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
+def build(config: Config, overrides: Overrides = None) -> None:
     """Write the train and target generations of CONFIG's checkpoints, without training."""
     from dataflex.launch.build import build as run
 
@@ -59,7 +67,7 @@ def build(config: Config, overrides: Overrides = None, debug: Debug = False) -> 
 
 
 @app.command()
-def components(as_json: AsJson = False, debug: Debug = False) -> None:
+def components(as_json: AsJson = False) -> None:
     """List every strategy with its parameters, their defaults and what they accept."""
     from dataflex.launch.components import catalogue, show
 
@@ -92,8 +100,10 @@ def main() -> None:
 def _run(arguments: list[str]) -> int:
     from dataflex.run.messages import explain
 
+    debug = "--debug" in arguments
     try:
-        code = int(app(arguments, standalone_mode=False) or 0)
+        words = [word for word in arguments if word != "--debug"]
+        code = int(app(words, standalone_mode=False) or 0)
         if code != INTERRUPTED:
             return code
         failure = explain(KeyboardInterrupt())
@@ -106,7 +116,7 @@ def _run(arguments: list[str]) -> int:
         failure = explain(error)
         if failure is None:
             raise
-        if "--debug" in arguments:
+        if debug:
             traceback.print_exception(error)
     if failure is None:
         return 1

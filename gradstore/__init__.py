@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gradstore.capture.per_sample import GradientCapture, batch_losses
-    from gradstore.export.features import FeatureSpec
+    from gradstore.export.embeddings import compute_embedding_unit
+    from gradstore.export.features import FeatureSpec, Recipe
     from gradstore.export.moments import AdamMoments
     from gradstore.export.projected import compute_unit, export_features
+    from gradstore.export.units import Batches
     from gradstore.format.records import GenerationRecord, RowSet, row_hash
     from gradstore.scoring.influence import influence_scores
     from gradstore.scoring.pairing import checkpoint_features
@@ -20,25 +22,27 @@ if TYPE_CHECKING:
     from gradstore.scoring.selection import select_top, write_selected
     from gradstore.similarity.index import FeatureIndex
     from gradstore.similarity.rows import read_unit_rows
-    from gradstore.store.filling import UnitSink, export_embeddings, export_generation
+    from gradstore.store.filling import UnitSink, fill
     from gradstore.store.reader import open_store
     from gradstore.store.writer import StoreWriter
 
 _MODULES = {
     "AdamMoments": "export.moments",
+    "Batches": "export.units",
     "FeatureIndex": "similarity.index",
     "FeatureSpec": "export.features",
     "GenerationRecord": "format.records",
     "GradientCapture": "capture.per_sample",
+    "Recipe": "export.features",
     "RowSet": "format.records",
     "StoreWriter": "store.writer",
     "UnitSink": "store.filling",
     "batch_losses": "capture.per_sample",
     "checkpoint_features": "scoring.pairing",
+    "compute_embedding_unit": "export.embeddings",
     "compute_unit": "export.projected",
-    "export_embeddings": "store.filling",
     "export_features": "export.projected",
-    "export_generation": "store.filling",
+    "fill": "store.filling",
     "influence_scores": "scoring.influence",
     "open_store": "store.reader",
     "query_influence": "scoring.query",
@@ -50,19 +54,21 @@ _MODULES = {
 
 __all__ = [
     "AdamMoments",
+    "Batches",
     "FeatureIndex",
     "FeatureSpec",
     "GenerationRecord",
     "GradientCapture",
+    "Recipe",
     "RowSet",
     "StoreWriter",
     "UnitSink",
     "batch_losses",
     "checkpoint_features",
+    "compute_embedding_unit",
     "compute_unit",
-    "export_embeddings",
     "export_features",
-    "export_generation",
+    "fill",
     "influence_scores",
     "open_store",
     "query_influence",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +24,6 @@ app = typer.Typer(help="Build, inspect and query gradient stores.", no_args_is_h
 
 StorePath = Annotated[Path, typer.Argument(help="Folder of the store.", metavar="STORE")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for every failure.")]
 Checkpoints = Annotated[str, typer.Option(help="Checkpoints to combine: last, all or a number.")]
 Run = Annotated[str, typer.Option(help="Prefix of the generations (gradstore_run).")]
 Targets = Annotated[
@@ -34,8 +35,35 @@ Subtasks = Annotated[
 Aggregation = Annotated[str, typer.Option(help="Over sub-tasks: max or mean.")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """The options of every command that scores training rows."""
+
+    store: StorePath
+    checkpoints: Checkpoints = "last"
+    run: Run = ""
+    target: Targets = None
+    subtasks: Subtasks = ""
+    aggregation: Aggregation = "max"
+
+
+def with_question(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` the options of `Question` in place of its first parameter, `question`."""
+    asked = inspect.signature(Question, eval_str=True).parameters
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+
+    @wraps(command)
+    def run(**options: Any) -> None:  # noqa: ANN401 - what Typer parsed
+        question = Question(**{name: options.pop(name) for name in asked})
+        command(question, **options)
+
+    keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+    run.__signature__ = inspect.Signature([*asked.values(), *keyword])  # type: ignore[attr-defined]
+    return run
+
+
 @app.command()
-def info(store: StorePath, as_json: AsJson = False, debug: Debug = False) -> None:
+def info(store: StorePath, as_json: AsJson = False) -> None:
     """Show what a store holds."""
     from gradstore.store.reader import open_store
 
@@ -55,7 +83,7 @@ def info(store: StorePath, as_json: AsJson = False, debug: Debug = False) -> Non
 
 
 @app.command()
-def verify(store: StorePath, as_json: AsJson = False, debug: Debug = False) -> None:
+def verify(store: StorePath, as_json: AsJson = False) -> None:
     """Check every byte against its checksum; exit 4 if one is wrong."""
     from gradstore.store.reader import open_store
     from gradstore.store.verify import verify_store
@@ -79,19 +107,14 @@ def verify(store: StorePath, as_json: AsJson = False, debug: Debug = False) -> N
 
 
 @app.command()
+@with_question
 def score(
-    store: StorePath,
+    question: Question,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="scores.parquet")] = None,
-    checkpoints: Checkpoints = "last",
-    run: Run = "",
-    target: Targets = None,
-    subtasks: Subtasks = "",
-    aggregation: Aggregation = "max",
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Score every training row by its cosine influence on the target."""
-    pairs, scores = _score(store, checkpoints, run, target, subtasks, aggregation)
+    pairs, scores = _score(question)
     train: Generation = pairs[-1].train  # type: ignore[assignment]
     if output is not None:
         _write_scores(output, train, scores)
@@ -114,17 +137,12 @@ def score(
 
 
 @app.command()
+@with_question
 def select(
-    store: StorePath,
+    question: Question,
     output: Annotated[Path, typer.Option("-o", "--output", help="selected.jsonl")],
     count: Annotated[int | None, typer.Option("-k", help="Rows to take.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the usable rows.")] = None,
-    checkpoints: Checkpoints = "last",
-    run: Run = "",
-    target: Targets = None,
-    subtasks: Subtasks = "",
-    aggregation: Aggregation = "max",
-    debug: Debug = False,
 ) -> None:
     """Write the rows that help the target most, best first."""
     from gradstore.scoring.selection import (
@@ -138,7 +156,7 @@ def select(
         raise BadInput("give either -k N or --fraction F.")
     if fraction is not None:
         rows_for_fraction(fraction, 1)
-    pairs, scores = _score(store, checkpoints, run, target, subtasks, aggregation)
+    pairs, scores = _score(question)
     train: Generation = pairs[-1].train  # type: ignore[assignment]
     usable = int(scores.usable.sum())
     if count is None:
@@ -157,7 +175,6 @@ def query(
     run: Run = "",
     target: Annotated[str, typer.Option(help="Target set; default: the first.")] = "",
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Show who helped and who hurt one target row."""
     from gradstore.scoring.pairing import checkpoint_features, parse_which
@@ -193,29 +210,26 @@ def print_json(content: object) -> None:
     typer.echo(json.dumps(content, indent=1, allow_nan=False))
 
 
-def _score(
-    store: Path,
-    checkpoints: str,
-    run: str,
-    target: Sequence[str] | None,
-    subtasks: str,
-    aggregation: str,
-) -> tuple[list[CheckpointFeatures], Scores]:
+def _score(question: Question) -> tuple[list[CheckpointFeatures], Scores]:
     from gradstore.scoring.influence import influence_scores
     from gradstore.scoring.pairing import checkpoint_features, parse_which
     from gradstore.store.reader import open_store
 
     pairs = checkpoint_features(
-        open_store(store), parse_which(checkpoints), run=run, sets=target or None
+        open_store(question.store),
+        parse_which(question.checkpoints),
+        run=question.run,
+        sets=question.target or None,
     )
+    cut = question.subtasks
     try:
-        sizes = [int(size) for size in subtasks.split(",")] if subtasks else None
+        sizes = [int(size) for size in cut.split(",")] if cut else None
     except ValueError:
-        raise BadInput(f"subtasks is {subtasks!r}; give sizes such as 16,16.") from None
+        raise BadInput(f"subtasks is {cut!r}; give sizes such as 16,16.") from None
     return pairs, influence_scores(
         pairs,
         subtask_sizes=sizes,
-        aggregation=aggregation,  # type: ignore[arg-type]
+        aggregation=question.aggregation,  # type: ignore[arg-type]
     )
 
 

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from dataflex.bridge.arguments import (
     ARGUMENT_FAULTS,
@@ -23,40 +23,45 @@ from dataflex.bridge.arguments import (
 )
 from dataflex.bridge.rows import Arrange, OnData, _dataset_loader, _row_sources
 from dataflex.config.keys import RunConfig
-from dataflex.data.rows import (
-    RunData,
-)
-
-if TYPE_CHECKING:
-    pass
+from dataflex.data.rows import RunData
 
 
-MakeTrainer = Callable[[type], Callable[..., Any]]
+class Session(Protocol):
+    """The part of a training session that LlamaFactory's training is run with."""
+
+    @property
+    def args(self) -> Mapping[str, Any]:
+        """Arguments that LlamaFactory parses."""
+        ...
+
+    @property
+    def arrange(self) -> Arrange | None:
+        """The order to put raw training rows in before they are tokenised, if any."""
+        ...
+
+    def take_data(self, data: RunData, training_args: Any) -> None:  # noqa: ANN401
+        """Take the processed rows and the TrainingArguments, before a model is loaded."""
+        ...
+
+    def trainer_for(self, base: type) -> Callable[..., Any]:
+        """Make the callable that builds the trainer in the place of LlamaFactory's, `base`."""
+        ...
 
 
 def run_untouched(args: Mapping[str, Any]) -> None:
-    """LlamaFactory's own training, nothing replaced (`train_type: static`)."""
+    """Run LlamaFactory's own training, nothing replaced (`train_type: static`)."""
     from llamafactory.train.tuner import run_exp
 
     with _configuration_faults():
         run_exp(dict(args))
 
 
-def run_replaced(
-    config: RunConfig,
-    args: Mapping[str, Any],
-    make_trainer: MakeTrainer,
-    on_data: OnData,
-    arrange: Arrange | None = None,
-) -> None:
-    """LlamaFactory's training with our trainer in its place.
+def run_replaced(config: RunConfig, session: Session) -> None:
+    """Run LlamaFactory's training with our trainer in the place of its own.
 
     Args:
         config: the whole configuration; its target sets are loaded as training data.
-        args: what LlamaFactory parses.
-        make_trainer: LlamaFactory's trainer class -> what builds the trainer.
-        on_data: called with the processed rows and the TrainingArguments before a model is loaded.
-        arrange: the order to put raw training rows in before they are tokenised.
+        session: arguments, trainer, checks of the rows.
     """
     from llamafactory.train.pt import workflow as pt
     from llamafactory.train.sft import workflow as sft
@@ -66,13 +71,12 @@ def run_replaced(
         stack.enter_context(_configuration_faults())
         files = stack.enter_context(_row_sources())
         stack.enter_context(_whole_log_lines())
-        load = _dataset_loader(config, sft.get_dataset, on_data, files, arrange)
+        load = _dataset_loader(config, sft.get_dataset, session.take_data, files, session.arrange)
         for workflow, trainer in ((sft, "CustomSeq2SeqTrainer"), (pt, "CustomTrainer")):
-            stack.enter_context(
-                _swapped(workflow, trainer, make_trainer(getattr(workflow, trainer)))
-            )
+            ours = session.trainer_for(getattr(workflow, trainer))
+            stack.enter_context(_swapped(workflow, trainer, ours))
             stack.enter_context(_swapped(workflow, "get_dataset", load))
-        run_exp(dict(args))
+        run_exp(dict(session.args))
 
 
 @contextlib.contextmanager
@@ -111,7 +115,8 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Loa
     Args:
         config: the configuration of the run.
         checkpoint: a folder with an adapter; None for a fresh one.
-        on_data: as in `run_replaced`: checks the rows before the model is loaded.
+        on_data: called with the processed rows and the TrainingArguments before the model is
+            loaded; the place to refuse rows.
     """
     from llamafactory.data import (
         SFTDataCollatorWith4DAttentionMask,

@@ -28,6 +28,15 @@ class BatchShape:
     accumulation: int
     world: int
 
+    @classmethod
+    def of(cls, args: Any) -> BatchShape:  # noqa: ANN401 - TrainingArguments
+        """Read the shape from transformers' TrainingArguments."""
+        return cls(
+            args.per_device_train_batch_size * max(1, args.n_gpu),
+            args.gradient_accumulation_steps,
+            args.world_size,
+        )
+
     @property
     def rows(self) -> int:
         """B, rows of one optimizer step over all ranks."""

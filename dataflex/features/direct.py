@@ -16,6 +16,7 @@ from dataflex.features.target_source import TargetFeatures
 from dataflex.models.passes import batches, token_budget, whole_rows
 from dataflex.run.context import UpdateContext
 from dataflex.run.log import progress
+from gradstore.export.combined import combined_directions
 from gradstore.export.direct import direct_cosines, target_directions
 from gradstore.export.moments import AdamMoments
 from gradstore.export.units import check_bad_rows
@@ -65,7 +66,13 @@ def direct_influence(
                   shown=run.shows_progress) as advance:  # fmt: skip
         subtasks = _subtasks(data.targets, subtask_sizes)
         if source is not None:
-            directions = source.directions(run, subtasks, settings.target_features, budget)
+            directions = combined_directions(
+                run.model,
+                [source.weighted(rows.name, positions.tolist()) for rows, positions in subtasks],
+                run.collate,
+                settings.target_features,
+                token_budget=budget,
+            )
         else:
             directions = target_directions(
                 run.model,

@@ -23,6 +23,7 @@ from dataflex.run.log import OnRows
 from gradstore.errors import BadInput
 from gradstore.export.embeddings import compute_embedding_unit
 from gradstore.export.pooling import HiddenStates
+from gradstore.export.units import Batches
 from gradstore.storage.hashing import tensor_hash
 
 if TYPE_CHECKING:
@@ -141,18 +142,16 @@ class ModelInTraining:
 
     def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
         """Embeddings of some rows."""
-        return compute_embedding_unit(
-            HiddenStates(self._run.model, layer=self._settings.layer),
+        batches = Batches(
             rows.dataset,
             self._run.collate,
-            unit,
-            dim=self.dim,
-            lengths=rows.lengths,
+            rows.lengths,
             token_budget=2 * token_budget(self._run.model),
-            max_rows=self._settings.batch_rows,
             longest=self._longest,
-            on_rows=advance,
+            max_rows=self._settings.batch_rows,
         )
+        states = HiddenStates(self._run.model, layer=self._settings.layer)
+        return compute_embedding_unit(states, batches, unit, advance, dim=self.dim)
 
     def release(self) -> None:
         """The model stays where it is."""
@@ -202,18 +201,21 @@ class OwnEncoder:
                 device=next(model.parameters()).device,
                 trust_remote_code=self._trusts,
             )
-        return compute_embedding_unit(
-            self._loaded.embed,
+        batches = Batches(
             Texts(rows, self._run.data.tokenizer, self._encoder),
             self._loaded.collate,
-            unit,
-            dim=self.dim,
             # Of the training tokenizer: near enough to make batches of like rows.
-            lengths=np.minimum(rows.lengths, self._encoder.max_tokens),
+            np.minimum(rows.lengths, self._encoder.max_tokens),
             token_budget=2 * token_budget(model),
             max_rows=self._settings.batch_rows,
+        )
+        return compute_embedding_unit(
+            self._loaded.embed,
+            batches,
+            unit,
+            advance,
+            dim=self.dim,
             tokens_of=TextEncoder.tokens_of,
-            on_rows=advance,
         )
 
     def release(self) -> None:

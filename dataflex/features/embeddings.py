@@ -26,7 +26,7 @@ from dataflex.features.shared import export_shared
 from dataflex.features.store_owner import check_owner
 from dataflex.run.context import RunContext
 from gradstore.errors import BadInput, StoreError
-from gradstore.format.names import Role
+from gradstore.format.names import GenerationName, Role
 from gradstore.format.records import embedding_record
 from gradstore.store.writer import StoreWriter
 
@@ -174,12 +174,11 @@ class EmbeddingService:
         return self.run.ranks.decide(check), summary
 
     def _record(self, role: Role, rows: Rows, step: int) -> GenerationRecord:
+        set_name = rows.name if role == "target" else ""
+        run = self.run.config.store_run
         return embedding_record(
-            role,
-            step,
+            GenerationName(role, step, set_name, run),
             space=self._source.space,
-            set=rows.name if role == "target" else "",
-            run=self.run.config.store_run,
             run_id=self._source.run_id,
             libraries=libraries(),
             **self._source.identity(),

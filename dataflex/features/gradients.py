@@ -7,25 +7,28 @@ named and in what order they are made; taking a gradient and keeping bytes is th
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from gradkernels import ProjectionSpec
 
 from dataflex.data.rows import Rows
 from dataflex.features.fields import adapter_hash, libraries, space_fields
 from dataflex.features.settings import FeatureSettings
-from dataflex.features.shared import export_shared
+from dataflex.features.shared import Compute, export_shared
 from dataflex.features.store_owner import check_owner
 from dataflex.models.passes import token_budget
 from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.errors import BadInput, StoreError
-from gradstore.export.features import FeatureSpec
+from gradstore.export.combined import WeightedSums, compute_combined_unit
+from gradstore.export.features import FeatureSpec, Recipe
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
-from gradstore.export.units import UnitFeatures
+from gradstore.export.units import Batches, UnitFeatures
 from gradstore.format.layout import GRADIENT
 from gradstore.format.names import GenerationName, Role
 from gradstore.format.plans import UnitRange
@@ -223,58 +226,53 @@ class FeatureService:
         Returns:
             The generation's name in the store (on every rank), and what the pass did.
         """
-        record = self._record(role, rows, step, features, moments, learning_rate)
-        if source is not None:
-            options = {**record.feature_options, "source": source.options}
-            record = replace(record, feature_options=options)
+        projection = self.projection.with_seed(effective_seed(self.settings.seed, step))
+        recipe = Recipe(features, projection, moments)
+        options: dict[str, Any] = {} if source is None else {"source": source.options}
         if is_sample:
-            options = {**record.feature_options, "sample_of": "train"}
-            record = replace(record, feature_options=options)
-        projection = self.projection.with_seed(record.effective_seed)
-        budget = self.settings.tokens_per_batch or token_budget(self.run.model)
-
-        def compute(unit: UnitRange, advance: OnRows) -> UnitFeatures:
-            if source is not None:
-                return source.compute(self.run, rows, unit, features, projection, budget, advance)
-            return compute_unit(
-                self.run.model,
-                rows.dataset,
-                self.run.collate,
-                unit,
-                features=features,
-                projection=projection,
-                moments=moments,
-                lengths=rows.lengths,
-                token_budget=budget,
-                longest=getattr(self.run.model.config, "max_position_embeddings", None),
-                on_rows=advance,
-            )
-
+            options["sample_of"] = "train"
+        record = self._record(role, rows, step, recipe, learning_rate, options)
         summary = export_shared(
             self.run.ranks,
             f"gradients of {record.name}",
             lambda: self.writer.begin(
                 record, rows.row_set, dim=projection.d, dtype=self.settings.dtype
             ),
-            compute,
+            self._compute(rows, recipe, source),
             max_bad_fraction=self.settings.max_bad_fraction,
             shows_progress=self.run.shows_progress,
         )
         full_name = self.run.ranks.decide(lambda: self.store.generation(record.name).name)
         return full_name, summary
 
+    def _compute(self, rows: Rows, recipe: Recipe, source: TargetFeatures | None) -> Compute:
+        """Give the function that computes a unit of `rows`."""
+        model, collate = self.run.model, self.run.collate
+        budget = self.settings.tokens_per_batch or token_budget(model)
+        if source is None:
+            longest = getattr(model.config, "max_position_embeddings", None)
+            batches = Batches(rows.dataset, collate, rows.lengths, budget, longest)
+            return partial(compute_unit, model, batches, recipe)
+
+        def combined(unit: UnitRange, advance: OnRows) -> UnitFeatures:
+            weighted = source.weighted(rows.name, range(unit.start, unit.stop))
+            sums = WeightedSums(weighted, collate, budget)
+            return compute_combined_unit(model, sums, recipe, unit, advance)
+
+        return combined
+
     def _record(
         self,
         role: Role,
         rows: Rows,
         step: int,
-        features: FeatureSpec,
-        moments: AdamMoments | None,
+        recipe: Recipe,
         learning_rate: float | None,
+        options: Mapping[str, Any],
     ) -> GenerationRecord:
         set_name = rows.name if role == "target" else ""
         run = self.run.config.store_run
-        projection = self.projection.with_seed(effective_seed(self.settings.seed, step))
+        moments, projection = recipe.moments, recipe.projection
         return GenerationRecord(
             name=str(GenerationName(role, step, set_name, run)),
             role=role,
@@ -287,8 +285,8 @@ class FeatureService:
             autocast=self.run.autocast,
             attention=str(getattr(self.run.model.config, "_attn_implementation", None)),
             projection=projection.to_dict(),
-            feature=features.kind,
-            feature_options=asdict(features),
+            feature=recipe.features.kind,
+            feature_options={**asdict(recipe.features), **options},
             learning_rate=learning_rate,
             libraries=libraries(),
         )

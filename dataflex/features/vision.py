@@ -18,6 +18,7 @@ from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows
 from gradstore.errors import BadInput
 from gradstore.export.embeddings import compute_embedding_unit
+from gradstore.export.units import Batches
 from gradstore.export.visual import VISUAL_KEYS, VisualStates, even_layers, visual_token_ids
 from gradstore.storage.hashing import hash_folder_files, tensor_hash
 
@@ -131,18 +132,16 @@ class VisionInTraining:
     def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
         """Features of some rows."""
         model, anatomy = self._run.model, self._anatomy
-        return compute_embedding_unit(
-            VisualStates(model, anatomy.layers, anatomy.visual_ids),
+        batches = Batches(
             rows.dataset,
             self._run.collate,
-            unit,
-            dim=self.dim,
-            lengths=rows.lengths,
+            rows.lengths,
             token_budget=2 * token_budget(model),
-            max_rows=self._settings.batch_rows,
             longest=anatomy.longest,
-            on_rows=advance,
+            max_rows=self._settings.batch_rows,
         )
+        states = VisualStates(model, anatomy.layers, anatomy.visual_ids)
+        return compute_embedding_unit(states, batches, unit, advance, dim=self.dim)
 
     def release(self) -> None:
         """The model stays where it is."""
@@ -204,18 +203,15 @@ class FixedVision:
         if self._loaded is None:
             self._loaded = self._load()
         states, processor = self._loaded
-        return compute_embedding_unit(
-            states,
+        batches = Batches(
             Shown(rows, self._run.data.tokenizer, visual_token_ids(self._run.model.config)),
             lambda items: shown_batch(processor, items),
-            unit,
-            dim=self.dim,
             # Of the training tokenizer: near enough to make batches of like rows.
-            lengths=rows.lengths,
+            rows.lengths,
             token_budget=2 * token_budget(self._run.model),
             max_rows=self._settings.batch_rows,
-            on_rows=advance,
         )
+        return compute_embedding_unit(states, batches, unit, advance, dim=self.dim)
 
     def release(self) -> None:
         """Unload the model."""

@@ -16,6 +16,7 @@ from dataflex.features.settings import FeatureSettings
 from dataflex.launch.inputs import check_inputs
 from dataflex.launch.preflight import check_gradients
 from dataflex.models.precision import autocast
+from dataflex.pipelines.pipeline import build_strategy
 from dataflex.run.context import RunContext
 from dataflex.run.output_owner import output_identity
 from gradstore.errors import BadInput
@@ -100,9 +101,9 @@ def feature_settings(config: RunConfig) -> FeatureSettings:
     component = config.component(
         *(less if ours.train_type == "static" else name), ours.component_params
     )
-    settings = getattr(component.build(), "settings", None)
+    settings = build_strategy(component).settings
     if settings is None:
-        settings = config.component(*less, {}).build().settings
+        settings = build_strategy(config.component(*less, {})).settings
     if not isinstance(settings, FeatureSettings):
         raise BadInput(f"component {component.name!r} does not say how features are made.")
     return settings

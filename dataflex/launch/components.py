@@ -1,4 +1,4 @@
-"""The catalogue that `dataflex-cli components` prints: strategies and their parameters."""
+"""The catalogue of `dataflex-cli components`: every registered strategy and its parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataflex.config.registry import KINDS, PACKAGES, declarations, parameters, 
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """One entry per strategy: kind, name, summary, paper, presets, parameters with defaults.
+    """List the strategies: kind, name, summary, paper, presets, parameters with defaults.
 
     `accepts` says in words what each parameter may be, for those whose annotation is checked.
     """

@@ -8,10 +8,11 @@ from dataflex.config.keys import DataFlexConfig, RunConfig
 from dataflex.config.presets import Component
 from dataflex.config.registry import BY_DOMAIN
 from dataflex.launch.inputs import check_inputs
+from dataflex.mixers.base import Mixer
 from dataflex.mixers.faults import domain_faults, rule_faults
-from dataflex.pipelines.pipeline import Pipeline
+from dataflex.pipelines.pipeline import Pipeline, build_strategy
 from dataflex.run.schedule import Schedule
-from dataflex.run.strategy import FSDP
+from dataflex.run.strategy import FSDP, Strategy
 from gradstore.errors import BadInput
 
 _log = logging.getLogger(__name__)
@@ -49,19 +50,18 @@ def check(config: RunConfig) -> Component | None:
         return None
     ours = config.dataflex
     component = _component(config)
-    strategy = component.build()
+    strategy = build_strategy(component)
     if ours.train_type != "dynamic_weight" and not _fixed_mix(config):
         Schedule(ours.warmup_step, ours.update_step, ours.update_times, budget=1)
     faults = _trainer_faults(config)
     for part, its_strategy in _parts(component, strategy):
         faults += _component_faults(config, part, its_strategy)
-        if getattr(its_strategy, "needs_moments", False):
+        if its_strategy.needs_moments:
             faults += _optimizer_faults(config, f"component {part.name!r}")
-    if hasattr(strategy, "check"):
-        faults += strategy.check(config)
+    faults += strategy.check(config)
     if ours.train_type in BY_DOMAIN:
         faults += domain_faults(config)
-    if ours.train_type == "dynamic_mix":
+    if ours.train_type == "dynamic_mix" and isinstance(strategy, Mixer):
         faults += rule_faults(config, strategy)
     if faults:
         raise BadInput("\n".join(faults))
@@ -70,7 +70,7 @@ def check(config: RunConfig) -> Component | None:
     return component
 
 
-def _unused(config: RunConfig, strategy: object) -> list[str]:
+def _unused(config: RunConfig, strategy: Strategy) -> list[str]:
     """Keys of ours that are set, and that nothing in this run looks at."""
     ours, default = config.dataflex, DataFlexConfig()
     kind = ours.train_type
@@ -79,7 +79,7 @@ def _unused(config: RunConfig, strategy: object) -> list[str]:
         "mixture_sample_rule": kind in BY_DOMAIN,
         "init_mixture_proportions": kind in BY_DOMAIN,
         "mixer_eval_dataset": kind in BY_DOMAIN,
-        "target_subtasks": bool(getattr(strategy, "needs_targets", False)),
+        "target_subtasks": strategy.needs_targets,
         "early_stopping_min_delta": config.known.early_stopping_steps is not None,
         **dict.fromkeys(("update_step", "update_times"), kind != "dynamic_weight"),
     }
@@ -90,7 +90,7 @@ def _unused(config: RunConfig, strategy: object) -> list[str]:
     ]
 
 
-def _parts(component: Component, strategy: object) -> list[tuple[Component, object]]:
+def _parts(component: Component, strategy: Strategy) -> list[tuple[Component, Strategy]]:
     """The component and its strategy; of a pipeline, those of its stages."""
     if isinstance(strategy, Pipeline):
         return [(stage.component, stage.strategy) for stage in strategy.everyone]
@@ -112,7 +112,7 @@ def _component(config: RunConfig) -> Component:
 
 
 def check_gradients(config: RunConfig) -> None:
-    """What any gradient export needs of a configuration, training or not."""
+    """Check what any gradient export needs of a configuration, training or not."""
     streaming = ["streaming is on, but gradstore build numbers rows: set streaming: false."]
     faults = [*(streaming if config.known.streaming else []),
               *_single_row_faults(config, "gradstore build"), *_lora_faults(config, "the store"),
@@ -152,25 +152,26 @@ def _trainer_faults(config: RunConfig) -> list[str]:
     return faults
 
 
-def _component_faults(config: RunConfig, component: Component, strategy: object) -> list[str]:
+def _component_faults(config: RunConfig, component: Component, strategy: Strategy) -> list[str]:
     name = f"component {component.name!r}"
     faults = []
-    if getattr(strategy, "needs_single_rows", True):
+    if strategy.needs_single_rows:
         faults += _single_row_faults(config, name)
-    if getattr(strategy, "needs_lora", False):
+    if strategy.needs_lora:
         faults += _lora_faults(config, name)
-    if getattr(strategy, "needs_targets", False):
+    if strategy.needs_targets:
         faults += _target_faults(config, name)
-    if config.known.fsdp and FSDP in getattr(strategy, "whole_model", ()):
+    if config.known.fsdp and FSDP in strategy.whole_model:
         faults.append(
             f"fsdp is {config.known.fsdp!r}, but {name} makes passes of its own over the model in "
-            "training, which cannot be made while it lies in pieces: remove fsdp (DDP works)."
+            "training, which cannot be made while its parameters are sharded: remove fsdp (DDP "
+            "works)."
         )
     faults += _loss_faults(
         config,
         name,
-        weights=getattr(strategy, "reads_losses", False),
-        watches=getattr(strategy, "observes", False),
+        weights=strategy.reads_losses,
+        watches=strategy.observes,
     )
     return faults
 

@@ -1,4 +1,4 @@
-"""One training run: what is decided before LlamaFactory starts, and what it is given."""
+"""One training run: the decisions before LlamaFactory starts, and its plan once rows are known."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from dataflex.config.keys import RunConfig
 from dataflex.config.presets import Component
 from dataflex.data.order import BatchShape
 from dataflex.data.rows import RawRows, RunData, check_rows
+from dataflex.pipelines.pipeline import build_strategy
+from dataflex.reorders.base import Reorder
 from dataflex.report.picture import draw
 from dataflex.run.log import RunLog
 from dataflex.run.output_owner import own_output
-from dataflex.trainers.seam import Run, Seam, trainer_class
+from dataflex.run.ranks import Ranks
+from dataflex.trainers.job import Job, Run
+from dataflex.trainers.seam import Seam, trainer_class
 from gradstore.storage.lock import WriterLock
 
 if TYPE_CHECKING:
@@ -38,13 +42,13 @@ class TrainSession:
     """Resume, identity and checks of a run with a dynamic train_type.
 
     Attributes:
-        args: what LlamaFactory parses, resume decided.
+        args: those that LlamaFactory parses, resume decided.
     """
 
     def __init__(self, config: RunConfig, component: Component) -> None:
         self.config = config
         self.component = component
-        self.strategy = component.build()
+        self.strategy = build_strategy(component)
         module, _, name = SEAMS[config.dataflex.train_type].partition(":")
         self.seam: type[Seam] = getattr(importlib.import_module(module), name)
         self.checkpoint = resume_point(config)
@@ -54,40 +58,45 @@ class TrainSession:
             # Only incomplete or unwanted checkpoints: LlamaFactory must not resume from them.
             self.args["overwrite_output_dir"] = True
         self._lock: WriterLock | None = None
-        self._data: RunData | None = None
+        self._run: Run | None = None
         self._log: RunLog | None = None
 
     @property
     def arrange(self) -> Callable[[RawRows], npt.NDArray[np.int64]] | None:
         """The order raw rows are put in before they are tokenised, where the strategy has one."""
-        if not getattr(self.strategy, "orders_raw_rows", False):
-            return None
-        order: Callable[[RawRows], npt.NDArray[np.int64]] = self.strategy.order_raw_rows
-        return order
+        if isinstance(self.strategy, Reorder) and self.strategy.orders_raw_rows:
+            return self.strategy.order_raw_rows
+        return None
 
     def take_data(self, data: RunData, training_args: Any) -> None:  # noqa: ANN401
-        """Check the rows before the model is loaded.
+        """Check the rows and plan the run, before the model is loaded.
 
         Args:
             data: from the bridge.
             training_args: LlamaFactory's TrainingArguments.
         """
         ours = self.config.dataflex
-        check_rows(data, needs_targets=getattr(self.strategy, "needs_targets", False),
+        check_rows(data, needs_targets=self.strategy.needs_targets,
                    subtask_sizes=ours.target_subtasks)  # fmt: skip
-        shape = BatchShape(
-            training_args.per_device_train_batch_size * max(1, training_args.n_gpu),
-            training_args.gradient_accumulation_steps,
-            training_args.world_size,
+        job = Job(
+            self.config,
+            self.component,
+            self.strategy,
+            data,
+            training_args,
+            BatchShape.of(training_args),
+            Ranks(int(training_args.process_index), int(training_args.world_size)),
         )
-        schedule = self.seam.plan(self.strategy, self.config, data, shape.rows, training_args)
+        schedule = self.seam.plan(job)
         if not ours.static_mix and not any(i.update for i in schedule.intervals()):
             _log.warning("the run of %d steps ends before its first update", schedule.budget)
-        if hasattr(self.strategy, "check_data"):
-            self.strategy.check_data(data, self.config)
-        if training_args.process_index == 0:
-            self._lock = own_output(self.config.output_dir)
-        self._data = data
+        self.strategy.check_data(data, self.config)
+        self._run = Run(**vars(job), schedule=schedule, run_id=job.ranks.decide(self._own))
+
+    def _own(self) -> str:
+        """Lock the output folder; return the run's id, which every rank writes into checkpoints."""
+        self._lock = own_output(self.config.output_dir)
+        return run_identity(self.config, self.checkpoint)
 
     def close(self) -> None:
         """Let another run into the output folder."""
@@ -95,7 +104,7 @@ class TrainSession:
             self._lock.release()
 
     def show(self) -> None:
-        """The table of updates and a picture, after everything LlamaFactory had to say."""
+        """Print the table of updates and draw a picture, after LlamaFactory's own output."""
         if self._log is None:
             return
         self._log.table()
@@ -103,34 +112,15 @@ class TrainSession:
             _log.info("picture: %s", picture)
 
     def trainer_for(self, base: type) -> Callable[..., Any]:
-        """LlamaFactory's trainer class -> a callable that builds ours in its place."""
+        """Make a callable that builds our trainer in the place of LlamaFactory's class `base`."""
 
         def build(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            if self._data is None:
+            if self._run is None:
                 raise RuntimeError("the trainer is built before its data were loaded")
-            run = Run(
-                self.config,
-                self._data,
-                self.strategy,
-                self.component.name,
-                self._identity(kwargs["args"]),
-                self.component.params,
-            )
-            trainer = trainer_class(self.seam, base, run)(*args, **kwargs)
+            trainer = trainer_class(self.seam, base, self._run)(*args, **kwargs)
             # Never the trainer itself: kept beyond LlamaFactory's end of the process group, its
             # DDP wrapper would be destroyed late, which can hang under gloo.
             self._log = trainer.log_files if trainer.is_world_process_zero() else None
             return trainer
 
         return build
-
-    def _identity(self, training_args: Any) -> str:  # noqa: ANN401 - TrainingArguments
-        """Decided on rank 0: every rank must write the same id into a checkpoint."""
-        held = [""]
-        if training_args.process_index == 0:
-            held = [run_identity(self.config, self.checkpoint)]
-        if training_args.world_size > 1:
-            import torch.distributed as dist
-
-            dist.broadcast_object_list(held, src=0)
-        return held[0]

@@ -20,7 +20,7 @@ from dataflex.bridge import arguments, running
 from dataflex.config.keys import RunConfig, load
 from dataflex.config.presets import Component
 from dataflex.launch.preflight import check
-from dataflex.run.messages import Failure, ToldFailure
+from dataflex.run.messages import Failure, RemoteFailure
 
 #: Environment variable: folder in which each failing rank leaves `<rank>.json`.
 FAILURES = "DATAFLEX_FAILURES"
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def train(path: Path, overrides: Sequence[str]) -> None:
-    """`dataflex-cli train`: check, then train here or under torchrun as LlamaFactory would."""
+    """Check, then train here or under torchrun as LlamaFactory would: `dataflex-cli train`."""
     config = load(path, overrides, arguments.accepted_keys())
     component = check(config)
     if _enabled("FORCE_TORCHRUN") or arguments.device_count() > 1:
@@ -47,14 +47,12 @@ def run(config: RunConfig, component: Component | None) -> None:
 
     session = TrainSession(config, component)
     with contextlib.closing(session):
-        running.run_replaced(
-            config, session.args, session.trainer_for, session.take_data, session.arrange
-        )
+        running.run_replaced(config, session)
         session.show()
 
 
 def _static(config: RunConfig) -> dict[str, Any]:
-    """LlamaFactory's own keys; of ours `train_step` has a meaning there, as `max_steps`."""
+    """Pass on LlamaFactory's own keys; of ours `train_step` has a meaning there, as `max_steps`."""
     ours, args = config.dataflex, dict(config.llamafactory)
     if ours.train_step > 0:
         args["max_steps"] = ours.train_step
@@ -84,7 +82,7 @@ def _torchrun(path: Path, overrides: Sequence[str]) -> None:
         try:
             elastic_launch(config, command)(*command_args)
         except ChildFailedError as error:
-            raise ToldFailure(_first_failure(Path(folder), error)) from error
+            raise RemoteFailure(_first_failure(Path(folder), error)) from error
         except SignalException as error:  # torch has stopped the workers by now
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from error
@@ -107,7 +105,7 @@ def _rendezvous(env: Mapping[str, str]) -> list[str]:
 
 
 def _first_failure(folder: Path, error: Any) -> Failure:  # noqa: ANN401 - a ChildFailedError
-    """What the lowest rank left; a rank that was killed or met a bug leaves nothing."""
+    """Read the lowest rank's failure; a rank that was killed or met a bug leaves none."""
     for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
         try:
             return Failure(**json.loads(path.read_text(encoding="utf-8")))

@@ -17,7 +17,7 @@ from dataflex.run.messages import explain, set_up_logging
 
 
 def worker(arguments: Sequence[str]) -> int:
-    """What each torchrun process runs; returns its exit code."""
+    """Train as one process of torchrun; return its exit code."""
     path, overrides = Path(arguments[0]), list(arguments[1:])
     if not device_count():
         # accelerate would call the device "cpu:0", which torch.load restores no checkpoint to.

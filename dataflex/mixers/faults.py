@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from dataflex.config.keys import RunConfig
 from dataflex.data.mixture import FIXED_RULES, HELD_OUT, RULES, as_proportions, domain_of
+from dataflex.mixers.base import Mixer
 from gradstore.errors import BadInput
 
 
@@ -53,10 +54,10 @@ def _held_out_faults(config: RunConfig, domains: Sequence[str]) -> list[str]:
     return faults
 
 
-def rule_faults(config: RunConfig, strategy: object) -> list[str]:
+def rule_faults(config: RunConfig, mixer: Mixer) -> list[str]:
     """A fixed rule would silently discard what a mixer decides."""
     rule = config.dataflex.mixture_sample_rule
-    if rule not in FIXED_RULES or not getattr(strategy, "dynamic", True):
+    if rule not in FIXED_RULES or not mixer.dynamic:
         return []
     return [
         f"mixture_sample_rule is {rule!r}, which fixes the mixture, but component "

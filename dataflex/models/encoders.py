@@ -1,7 +1,8 @@
 """Text encoders that are not trained: a sentence-transformers folder, or any encoder's.
 
-Such a folder says how its vectors are made (`modules.json`, `1_Pooling/config.json`); that is read
-here and done with transformers alone. Texts are tokenised with the encoder's own tokenizer.
+A sentence-transformers folder says how its vectors are made (`modules.json`,
+`1_Pooling/config.json`) and is run by that library; any other folder is run by transformers, its
+states averaged. Texts are tokenised with the encoder's own tokenizer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataflex.data.rows import Rows
+from dataflex.models.encoder_library import check_library, load_by_library
 from gradstore.errors import BadInput
 from gradstore.export.pooling import HiddenStates, Pooling
 from gradstore.storage.hashing import hash_folder_files
@@ -62,6 +64,7 @@ class Encoder:
         max_tokens: longer texts are cut.
         lower_case: texts are lowered first.
         prompt: put before every text.
+        by_library: whether sentence-transformers runs it.
     """
 
     folder: Path
@@ -71,6 +74,7 @@ class Encoder:
     max_tokens: int
     lower_case: bool
     prompt: str
+    by_library: bool = False
 
     @cached_property
     def sha256(self) -> str:
@@ -114,12 +118,14 @@ def read_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:
     """What a folder says about its encoder.
 
     Raises:
-        BadInput: it is unreadable, needs a module that is unknown here, or code that is not
-            trusted.
+        BadInput: it is unreadable, needs a module that is unknown here, code that is not trusted,
+            or a package that is not installed.
     """
     where, pooling = folder, POOLINGS["mean"]
-    if (folder / "modules.json").exists():
+    by_library = (folder / "modules.json").exists()
+    if by_library:
         where, pooling = _modules(folder)
+        check_library(folder)
     config = _json(where / "config.json", needed=True)
     if "auto_map" in config and not trust_remote_code:
         raise BadInput(
@@ -156,6 +162,7 @@ def read_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:
         max_tokens=min((int(limit) for limit in limits if limit), default=512),
         lower_case=bool(ours.get("do_lower_case", False)),
         prompt=str((prompts.get("prompts") or {}).get(prompts.get("default_prompt_name")) or ""),
+        by_library=by_library,
     )
 
 
@@ -250,23 +257,22 @@ class TextEncoder:
         Raises:
             BadInput: they can't be.
         """
-        from transformers import AutoModel, AutoTokenizer
-
-        folder = str(encoder.folder)
+        load = load_by_library if encoder.by_library else _load
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=trust_remote_code
-            )
-            model = AutoModel.from_pretrained(
-                folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+            self._tokenizer, self._states = load(
+                encoder.folder,
+                dtype=DTYPES[dtype],
+                layer=layer,
+                pooling=encoder.pooling,
+                device=device,
+                trust_remote_code=trust_remote_code,
             )
         except (OSError, ValueError, ImportError) as error:
             raise BadInput(
-                f"the embedding model in {folder!r} cannot be loaded: {error}"
+                f"the embedding model in {str(encoder.folder)!r} cannot be loaded: {error}"
             ) from error
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._states = HiddenStates(model.to(device), layer=layer, pooling=encoder.pooling)
         self._max_tokens = encoder.max_tokens
 
     def collate(self, texts: list[str]) -> Batch:
@@ -289,3 +295,20 @@ class TextEncoder:
     def tokens_of(batch: Batch) -> torch.Tensor:
         """(b,) tokens of the text itself; a row with none says nothing."""
         return (batch["attention_mask"] * (1 - batch["special_tokens_mask"])).sum(dim=1)
+
+
+def _load(
+    folder: Path,
+    *,
+    dtype: str,
+    layer: int,
+    pooling: Pooling,
+    device: torch.device,
+    trust_remote_code: bool,
+) -> tuple[Any, HiddenStates]:
+    """Do as `load_by_library`, with transformers alone."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    model = AutoModel.from_pretrained(str(folder), dtype=dtype, trust_remote_code=trust_remote_code)
+    return tokenizer, HiddenStates(model.to(device), layer=layer, pooling=pooling)

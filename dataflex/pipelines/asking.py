@@ -25,13 +25,13 @@ from dataflex.selectors.base import Selection
 from dataflex.selectors.base import ask as ask_selector
 from gradstore.errors import BadInput
 
-#: What a stage answers: rows with scores, (k,) proportions, or rows in order.
+#: A stage's answer: rows with scores, (k,) proportions, or rows in order.
 Answer = Selection | FloatArray | Ordering
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one stage did at a boundary.
+    """The part of one stage in a plan.
 
     Attributes:
         stage: the stage.
@@ -51,7 +51,7 @@ class Part:
 def ask(
     stage: Stage, count: int, context: UpdateContext, seed: int, *, last: bool
 ) -> tuple[IntArray, Answer]:
-    """What a stage hands on of `context.pool`, and its answer.
+    """Ask a stage; return the rows of `context.pool` it hands on, and its answer.
 
     Args:
         stage: one that decides about rows.
@@ -76,7 +76,7 @@ def ask(
 def open_with(
     mixer: Stage | None, reorder: Stage | None, count: int, context: UpdateContext, seed: list[int]
 ) -> IntArray:
-    """Rows to train on before the first update of a stage of the schedule.
+    """Draw rows to train on before the first update of a stage of the schedule.
 
     Args:
         mixer: has them opened in the opening mixture, if it is there.
@@ -93,8 +93,8 @@ def open_with(
         pool = draw(pool, of_row, proportions, count, generator)
     if reorder is None:
         return fit(pool, count, arranged=False, generator=generator)
-    strategy, told = reorder.strategy, replace(context, pool=pool)
-    answer = run.ranks.gather(lambda: strategy.warmup(count, told))[0]
+    strategy, own = reorder.strategy, replace(context, pool=pool)
+    answer = run.ranks.gather(lambda: strategy.warmup(count, own))[0]
     return fit(_ordered(answer, pool, reorder), count, arranged=True, generator=generator)
 
 
@@ -110,7 +110,7 @@ def _select(stage: Stage, count: int, context: UpdateContext) -> tuple[IntArray,
 def _mix(
     stage: Stage, count: int, context: UpdateContext, generator: np.random.Generator, *, last: bool
 ) -> tuple[IntArray, FloatArray]:
-    """Rows of the interval, or the largest mixture of the pool for a reorder that follows."""
+    """Draw rows of the interval, or the largest mixture of the pool for a reorder that follows."""
     strategy, pool, domains = stage.strategy, context.candidates, domains_of(context.run.data)
     answer = context.run.ranks.gather(lambda: strategy.mix(context))[0]
     proportions = mixers_answer(answer, domains.names, stage.spec.component)
@@ -128,7 +128,7 @@ def largest_mixture(
     count: int,
     generator: np.random.Generator,
 ) -> IntArray:
-    """The largest mixture that a pool holds, of `count` rows at least; rising positions."""
+    """Draw the largest mixture that a pool holds, of `count` rows at least; rising positions."""
     sizes = np.bincount(of_row[pool], minlength=len(proportions))
     target = target_of_mixture(sizes, proportions, count)
     return np.sort(draw_mixture(pool, of_row, proportions, target, generator))
@@ -144,7 +144,7 @@ def _ordered(answer: object, pool: IntArray, stage: Stage) -> IntArray:
 
 
 def _within(answer: object, pool: IntArray, stage: Stage) -> IntArray:
-    """An answer's positions, which must be of the pool (m,).
+    """Check that an answer's positions are of the pool (m,).
 
     Raises:
         BadInput: one is not, or there is none; names the stage.

@@ -13,16 +13,17 @@ from annotated_types import MinLen, doc
 
 from dataflex.config.keys import RunConfig
 from dataflex.config.parameters import Count, Natural
+from dataflex.config.presets import Component
 from dataflex.config.registry import register, target_of
 from dataflex.data.mixture import FIXED_RULES, check_domains
 from dataflex.data.rows import RunData
-from dataflex.mixers.base import DomainLosses
 from dataflex.pipelines.asking import Part, ask, open_with
 from dataflex.pipelines.planning import IntArray, Timetable, fit, kept_by_filter
-from dataflex.pipelines.stages import Stage, arrange, build_stages
-from dataflex.run.context import RunContext, UpdateContext
+from dataflex.pipelines.stages import BASES, Stage, arrange, build_stages
+from dataflex.run.context import DomainLosses, RunContext, UpdateContext
 from dataflex.run.schedule import Schedule
-from dataflex.run.strategy import Strategy
+from dataflex.run.strategy import Strategy, adapt
+from dataflex.selectors.base import Selector
 from dataflex.weighters.base import LossContributor
 
 
@@ -74,17 +75,19 @@ class Pipeline(Strategy):
         presets = None if components_cfg_file is None else Path(components_cfg_file)
         arranged = arrange(build_stages(stages, presets, placeholders))
         self.rows, self.loss = arranged.rows, arranged.loss
-        self.taker, self.warnings = arranged.taker, arranged.warnings
+        self.filled_by, self.warnings = arranged.filled_by, arranged.warnings
         self.score_batch_size = score_batch_size
         self.seed = seed
         self.save_plans = save_plans
         strategies = [stage.strategy for stage in self.everyone]
-        self.needs_single_rows = any(getattr(s, "needs_single_rows", True) for s in strategies)
-        self.needs_lora = any(getattr(s, "needs_lora", False) for s in strategies)
-        self.needs_targets = any(getattr(s, "needs_targets", False) for s in strategies)
-        self.needs_moments = any(getattr(s, "needs_moments", False) for s in strategies)
-        self.reads_losses = any(getattr(s, "reads_losses", False) for s in strategies)
-        self.whole_model = frozenset().union(*(getattr(s, "whole_model", ()) for s in strategies))
+        self.needs_single_rows = any(s.needs_single_rows for s in strategies)
+        self.needs_lora = any(s.needs_lora for s in strategies)
+        self.needs_targets = any(s.needs_targets for s in strategies)
+        self.needs_moments = any(s.needs_moments for s in strategies)
+        self.reads_losses = any(s.reads_losses for s in strategies)
+        self.observes = any(s.observes for s in strategies)
+        self.whole_model = frozenset().union(*(s.whole_model for s in strategies))
+        self.settings = next((s.settings for s in strategies if s.settings is not None), None)
         #: What each stage of `rows` handed on when it last fired.
         self._handed: list[IntArray | None] = [None] * len(self.rows)
         #: Sum and number of the learning rates since each stage of `rows` last fired.
@@ -109,33 +112,22 @@ class Pipeline(Strategy):
         return next((stage for stage in self.rows if stage.spec.family == "reorder"), None)
 
     @property
-    def observes(self) -> bool:
-        """Whether a stage learns from the training losses of every step."""
-        return any(getattr(stage.strategy, "observes", False) for stage in self.everyone)
-
-    @property
     def keeps_scores(self) -> bool:
-        """Whether a loss may be used after the boundary it was taken at."""
+        """True if a loss may be used after the boundary it was taken at."""
         return any(stage.spec.score_max_age > 0 for stage in self.rows)
 
-    @property
-    def settings(self) -> Any:  # noqa: ANN401 - FeatureSettings, for `gradstore build`
-        """How the stage that takes gradients makes features; None where none does."""
-        found = (getattr(stage.strategy, "settings", None) for stage in self.everyone)
-        return next((settings for settings in found if settings is not None), None)
-
     def describe(self) -> str:
-        """The stages as they run, for one line on the screen."""
+        """Describe the stages as they run, for one line on the screen."""
         rows = [stage.spec.name for stage in self.rows]
-        chain = " -> ".join(rows if self.taker in rows else [*rows, self.taker])
+        chain = " -> ".join(rows if self.filled_by in rows else [*rows, self.filled_by])
         weights = " x ".join(stage.spec.component for stage in self.loss)
         return chain + (f", samples weighted by {weights}" if weights else "")
 
     def resolved(self) -> list[dict[str, Any]]:
-        """The stages with all parameters that change an answer, presets included."""
+        """List the stages with all parameters that change an answer, presets included."""
         listed = []
         for stage in self.everyone:
-            neutral: frozenset[str] = getattr(stage.strategy, "neutral", frozenset())
+            neutral = stage.strategy.neutral
             params = {k: v for k, v in stage.component.params.items() if k not in neutral}
             cls = target_of(type(stage.strategy))
             listed.append({**vars(stage.spec), "class": cls, "params": params})
@@ -144,11 +136,10 @@ class Pipeline(Strategy):
     # -- life cycle -------------------------------------------------------------------------------
 
     def check(self, config: RunConfig) -> list[str]:
-        """The faults of all stages, and keys that a pipeline has no use for."""
+        """List the faults of all stages, and keys that a pipeline has no use for."""
         faults = [
             f"{stage.spec.name}: {fault}"
             for stage in self.everyone
-            if hasattr(stage.strategy, "check")
             for fault in stage.strategy.check(config)
         ]
         ours = config.dataflex
@@ -171,12 +162,11 @@ class Pipeline(Strategy):
         return faults
 
     def check_data(self, data: RunData, config: RunConfig) -> None:
-        """Rows that some stage cannot work on."""
+        """Refuse rows that some stage cannot work on."""
         if any(stage.spec.family == "mixer" for stage in self.everyone):
             check_domains(data)
         for stage in self.everyone:
-            if hasattr(stage.strategy, "check_data"):
-                stage.strategy.check_data(data, config)
+            stage.strategy.check_data(data, config)
 
     def check_count(self, count: int, data: RunData) -> None:
         """Refuse, before the model is loaded, more rows than the selector can answer.
@@ -187,7 +177,7 @@ class Pipeline(Strategy):
         """
         usable = int((data.train.target_tokens > 0).sum())
         for stage in self.rows:
-            if stage.spec.family == "selector" and hasattr(stage.strategy, "check_count"):
+            if isinstance(stage.strategy, Selector):
                 draws = stage.spec.mode == "draw"
                 wanted = count if draws else kept_by_filter(usable, stage.spec.keep_ratio)
                 stage.strategy.check_count(wanted, data)
@@ -198,13 +188,13 @@ class Pipeline(Strategy):
             stage.strategy.start(run)
 
     def finish(self) -> None:
-        """Let every stage go, whatever another one raises."""
+        """Finish every stage, whatever another one raises."""
         with contextlib.ExitStack() as stack:
             for stage in self.everyone:
                 stack.callback(stage.strategy.finish)
 
     def state(self) -> dict[str, Any]:
-        """The stages' own states, and what they handed on."""
+        """Collect the stages' own states, and what they handed on."""
         return {
             "stages": [dict(stage.strategy.state()) for stage in self.everyone],
             "handed": list(self._handed),
@@ -213,7 +203,7 @@ class Pipeline(Strategy):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take it back; a stage that does not fire next hands on the same rows again."""
+        """Restore it; a stage that does not fire next hands on the same rows again."""
         for stage, kept in zip(self.everyone, state["stages"], strict=True):
             stage.strategy.restore(kept)
         self._handed = [None if rows is None else np.asarray(rows) for rows in state["handed"]]
@@ -223,23 +213,23 @@ class Pipeline(Strategy):
     # -- loss -------------------------------------------------------------------------------------
 
     def contributors(self, step: int) -> list[LossContributor]:
-        """Who weights the samples of a step: the product of their weights counts."""
+        """List what weights the samples of a step: the product of their weights counts."""
         return [stage.strategy for stage in self.loss if step >= stage.spec.warmup_step]
 
     def observe(self, losses: DomainLosses) -> None:
         """Hand a step's training losses to the stages that learn from them."""
         for stage in self.everyone:
-            if getattr(stage.strategy, "observes", False):
+            if stage.strategy.observes:
                 stage.strategy.observe(losses)
 
     # -- rows -------------------------------------------------------------------------------------
 
     def timetable(self, schedule: Schedule) -> Timetable:
-        """When the stages of `rows` fire."""
+        """Compute when the stages of `rows` fire."""
         return Timetable.of(schedule, [stage.spec.pace for stage in self.rows])
 
     def plan(self, count: int, context: UpdateContext, timetable: Timetable) -> Plan:
-        """The `count` rows of the interval that begins now; every rank gets the same ones."""
+        """Decide the `count` rows of the interval that begins now, the same on every rank."""
         self._note_rate(context)
         pool, parts, arranged = context.candidates, [], False
         turns = timetable.at(context.step)
@@ -247,20 +237,20 @@ class Pipeline(Strategy):
             before, answer = len(pool), None
             handed = self._handed[i]
             if turn:
-                told = replace(self._context_of(i, context, pool), update=turn, updates=total)
+                own = replace(self._context_of(i, context, pool), update=turn, updates=total)
                 last = i == len(self.rows) - 1
-                pool, answer = ask(stage, count, told, self.seed, last=last)
+                pool, answer = ask(stage, count, own, self.seed, last=last)
                 self._handed[i] = pool
             elif handed is not None:
                 pool = handed
             if turn or handed is not None:
-                arranged = stage.spec.name == self.taker
+                arranged = stage.spec.name == self.filled_by
             parts.append(Part(stage, bool(turn), before, pool, answer))
         generator = np.random.default_rng([self.seed, context.step, len(self.rows)])
         return Plan(fit(pool, count, arranged=arranged, generator=generator), tuple(parts))
 
     def warmup(self, count: int, context: UpdateContext, stage: int) -> IntArray:
-        """Rows to train on before the first update of the schedule's `stage`.
+        """Draw rows to train on before the first update of the schedule's `stage`.
 
         With a mixer the opening mixture; of it what a reorder begins with. A stage whose own
         warm-up is not over has no say.
@@ -272,7 +262,7 @@ class Pipeline(Strategy):
         return open_with(mixer, reorder, count, context, [context.run.seed, stage])
 
     def _context_of(self, i: int, context: UpdateContext, pool: IntArray) -> UpdateContext:
-        """What stage i may look at: its pool, its own learning rate, losses as old as it allows."""
+        """Build the view of stage i: its pool, its learning rate, losses as old as it allows."""
         spec = self.rows[i].spec
         total, steps = self._rates[i]
         self._rates[i] = (0.0, 0)
@@ -287,7 +277,16 @@ class Pipeline(Strategy):
         )
 
     def _note_rate(self, context: UpdateContext) -> None:
-        """A stage that fires seldom gets the mean over all steps since it last fired."""
+        """Add the rate; a stage that fires seldom gets the mean since it last fired."""
         steps = context.step - self._planned
         self._planned = context.step
         self._rates = [(s + context.learning_rate * steps, n + steps) for s, n in self._rates]
+
+
+def build_strategy(component: Component) -> Strategy:
+    """Build the strategy of a run: a pipeline, or one of the kinds its stages are of.
+
+    Raises:
+        BadInput: a parameter is out of range, or the class is no strategy of its kind.
+    """
+    return adapt(component.build(), {**BASES, "pipeline": Pipeline}[component.kind])

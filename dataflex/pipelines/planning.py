@@ -27,7 +27,7 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Pace:
-    """How often a stage wants to fire, in optimizer steps.
+    """The times at which a stage wants to fire, in optimizer steps.
 
     Attributes:
         warmup_step: before this step it passes its pool through.
@@ -84,13 +84,13 @@ class Timetable:
         return cls(np.asarray(steps, dtype=np.int64), table, totals)
 
     def at(self, step: int) -> list[tuple[int, int]]:
-        """(turn, total) of each stage at a boundary; turn 0 where it does not fire."""
+        """Look up (turn, total) of each stage at a boundary; turn 0 where it does not fire."""
         (where,) = np.flatnonzero(self.steps == step)
         return list(zip(self.turns[where].tolist(), self.totals[where].tolist(), strict=True))
 
 
 def _boundaries(schedule: Schedule) -> list[tuple[int, int]]:
-    """(step, stage) of every update, up to the end of the stage in which the budget ends."""
+    """List (step, stage) of every update, to the end of the stage in which the budget ends."""
     end = schedule.budget
     if schedule.bounded:
         end = -(-end // schedule.stage_steps) * schedule.stage_steps
@@ -107,7 +107,7 @@ def _boundaries(schedule: Schedule) -> list[tuple[int, int]]:
 
 
 def kept_by_filter(pool: int, keep_ratio: float) -> int:
-    """Rows that a filter keeps of a pool (rule 3).
+    """Count the rows that a filter keeps of a pool (rule 3).
 
     Examples:
         >>> kept_by_filter(7, 0.5), kept_by_filter(3, 0.1), kept_by_filter(10, 0.3)
@@ -117,7 +117,7 @@ def kept_by_filter(pool: int, keep_ratio: float) -> int:
 
 
 def target_of_mixture(sizes: IntArray, proportions: FloatArray, interval: int) -> int:
-    """Rows of the largest mixture that a pool holds without taking a row twice (rule 3).
+    """Count rows of the largest mixture that a pool holds, none taken twice (rule 3).
 
     A mixture that is put in order afterwards must not shrink to one interval: the order would
     then never reach beyond it. The scarcest domain for its proportion decides.
@@ -177,7 +177,7 @@ def draw_mixture(
 
 
 def fit(rows: IntArray, count: int, *, arranged: bool, generator: np.random.Generator) -> IntArray:
-    """Exactly `count` rows (rule 5): the head of too many, too few over and over again.
+    """Serve exactly `count` rows (rule 5): the head of too many, too few again and again.
 
     Args:
         rows: (m,) positions, m >= 1.

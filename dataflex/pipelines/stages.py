@@ -1,4 +1,4 @@
-"""What a pipeline's `stages` say: strict keys, a fixed order, one taker of the budget."""
+"""The `stages` of a pipeline: strict keys, a fixed order, one stage that fills the interval."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from annotated_types import Gt, Le
 from dataflex.config.parameters import Count, Natural, declared, faults
 from dataflex.config.presets import Component, resolve
 from dataflex.config.registry import KINDS, unknown
+from dataflex.mixers.base import Mixer
 from dataflex.pipelines.planning import Pace
-from dataflex.weighters.base import LossContributor
+from dataflex.reorders.base import Reorder
+from dataflex.run.strategy import Strategy, adapt
+from dataflex.selectors.base import Selector
+from dataflex.weighters.base import LossContributor, Weighter
 from gradstore.errors import BadInput
 
 #: family -> train_type under which its components are registered.
@@ -22,11 +26,19 @@ FAMILIES: Mapping[str, str] = {
     kind: train_type for train_type, (_, kind) in KINDS.items() if kind != "pipeline"
 }
 
+#: family -> the base that its strategies are completed to.
+BASES: Mapping[str, type[Strategy]] = {
+    "selector": Selector,
+    "mixer": Mixer,
+    "reorder": Reorder,
+    "weighter": Weighter,
+}
+
 #: Stages that decide about rows, in the order in which they run: proportions are those of the
 #: rows that are left, and an order holds only if nothing comes after it.
 ROW_FAMILIES = ("selector", "mixer", "reorder")
 
-#: Who takes the budget where no stage does.
+#: Fills the interval where no stage does.
 UNIFORM = "uniform draw"
 
 _COMMON = ("family", "component", "warmup_step", "every", "enabled", "score_max_age",
@@ -55,7 +67,7 @@ class StageSpec:
         params: over the preset's.
         mode: of a selector: filter shrinks the pool, draw chooses the interval.
         keep_ratio: share of the pool that a filter keeps.
-        allow_replacement: of a mixer that takes the budget: repeat rows of a domain that is
+        allow_replacement: of a mixer that fills the interval: repeat rows of a domain that is
             too small.
     """
 
@@ -97,7 +109,7 @@ class Stage:
 
     @property
     def weights_loss(self) -> bool:
-        """Whether it multiplies the samples' weights; such a mixer (DoReMi) leaves rows alone."""
+        """True if it multiplies the samples' weights; such a mixer (DoReMi) leaves rows alone."""
         return self.spec.family == "weighter" or isinstance(self.strategy, LossContributor)
 
 
@@ -108,18 +120,18 @@ class Arrangement:
     Attributes:
         rows: at most one selector, mixer and reorder each, in this order.
         loss: those that weight samples, in the order of the YAML.
-        taker: name of what takes the budget.
+        filled_by: name of the stage that decides the interval's rows, or UNIFORM.
         warnings: what was put right, one sentence each.
     """
 
     rows: tuple[Stage, ...]
     loss: tuple[Stage, ...]
-    taker: str
+    filled_by: str
     warnings: tuple[str, ...]
 
 
 def arrange(stages: Sequence[Stage]) -> Arrangement:
-    """Rules 1 and 2 of ALGORITHMS 5.
+    """Arrange stages by rules 1 and 2 of ALGORITHMS 5.
 
     Raises:
         BadInput: two stages of one family decide about rows, or a selector draws the interval
@@ -161,11 +173,11 @@ def arrange(stages: Sequence[Stage]) -> Arrangement:
         for earlier, later in pairwise(rows)
         if earlier.spec.allow_replacement
     ]
-    taker = UNIFORM
+    filled_by = UNIFORM
     if rows and (rows[-1].spec.family != "selector" or rows[-1].spec.mode == "draw"):
-        taker = rows[-1].spec.name
+        filled_by = rows[-1].spec.name
     loss = tuple(stage for stage in stages if stage.weights_loss)
-    return Arrangement(tuple(rows), loss, taker, tuple(warnings))
+    return Arrangement(tuple(rows), loss, filled_by, tuple(warnings))
 
 
 def build_stages(
@@ -173,7 +185,7 @@ def build_stages(
     presets_file: Path | None,
     placeholders: Mapping[str, Any] | None = None,
 ) -> list[Stage]:
-    """The enabled stages, each with its strategy.
+    """Build the enabled stages, each with its strategy.
 
     Args:
         entries: `stages` of the preset.
@@ -202,7 +214,7 @@ def build_stages(
 
 
 def parse_stage(entry: object) -> StageSpec:
-    """One entry of `stages`, with strict keys.
+    """Parse one entry of `stages`, with strict keys.
 
     Raises:
         BadInput: an unknown key or family, a missing one, or a value out of range.
@@ -232,8 +244,8 @@ def _build(
 ) -> Stage:
     family = FAMILIES[spec.family]
     component = resolve(family, spec.component, spec.params, presets_file, placeholders)
-    strategy = component.build()
-    if hasattr(strategy, "by_index"):
+    strategy = adapt(component.build(), BASES[spec.family])
+    if isinstance(strategy, Reorder):
         # Raw rows are put in order before they are tokenised, where no other stage has a say.
         strategy.by_index()
     return Stage(spec, component, strategy)

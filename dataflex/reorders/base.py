@@ -1,4 +1,4 @@
-"""What a reorder is: an order in which every row is served once before any is served again."""
+"""The contract of reorders: an order that serves every row once before any again."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class Reorder(Strategy):
     own; the same pool goes on where the last answer ended.
     """
 
+    required = "order"
     #: Raw rows are put in order before they are tokenised, and then served as they lie.
     orders_raw_rows: bool = False
 

@@ -23,16 +23,7 @@ from dataflex.rewards.responses import Sampled
 from gradstore.errors import BadInput
 
 if TYPE_CHECKING:
-    from gradkernels import ProjectionSpec
-
-    from dataflex.data.rows import Rows
-    from dataflex.run.context import RunContext
-    from dataflex.run.log import OnRows
     from gradstore.export.combined import WeightedRow
-    from gradstore.export.direct import TargetDirections
-    from gradstore.export.features import FeatureSpec
-    from gradstore.export.units import UnitFeatures
-    from gradstore.format.plans import UnitRange
 
 Baseline = Literal["loo", "none"]
 
@@ -139,48 +130,6 @@ class RewardedTargets:
             "rows_without_signal": float(sum(not self._has_signal(row) for row in rows)),
             "response_tokens_mean": float(np.mean(tokens)),
         }
-
-    def compute(
-        self,
-        run: RunContext,
-        rows: Rows,
-        unit: UnitRange,
-        features: FeatureSpec,
-        projection: ProjectionSpec,
-        token_budget: int,
-        advance: OnRows,
-    ) -> UnitFeatures:
-        """Projected features of one unit of a target set."""
-        from gradstore.export.combined import compute_combined_unit
-
-        return compute_combined_unit(
-            run.model,
-            self.weighted(rows.name, range(unit.start, unit.stop)),
-            run.collate,
-            unit,
-            features=features,
-            projection=projection,
-            token_budget=token_budget,
-            on_rows=advance,
-        )
-
-    def directions(
-        self,
-        run: RunContext,
-        subtasks: Sequence[tuple[Rows, npt.NDArray[np.int64]]],
-        features: FeatureSpec,
-        token_budget: int,
-    ) -> TargetDirections:
-        """Mean unit feature of each sub-task, without a projection."""
-        from gradstore.export.combined import combined_directions
-
-        return combined_directions(
-            run.model,
-            [self.weighted(rows.name, positions.tolist()) for rows, positions in subtasks],
-            run.collate,
-            features,
-            token_budget=token_budget,
-        )
 
     def weighted(self, name: str, positions: Sequence[int]) -> list[WeightedRow]:
         """Some rows of a target set as sums of gradients."""

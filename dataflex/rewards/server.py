@@ -1,18 +1,16 @@
-"""A reward asked of a server that speaks OpenAI's chat completions, with the standard library."""
+"""A reward asked of a server that speaks OpenAI's chat completions, through httpx."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
+import ssl
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from dataflex.rewards.base import (
     PROBE_ANSWER,
@@ -27,6 +25,7 @@ from dataflex.rewards.base import (
 from gradstore.errors import BadInput, StoreIOError
 
 if TYPE_CHECKING:
+    import httpx
     from torch import nn
 
 #: The longest wait between two attempts, and the most bytes of an answer that are read.
@@ -34,6 +33,9 @@ LONGEST_WAIT_SECONDS, MOST_BYTES = 30.0, 1 << 20
 
 #: Status codes that may be otherwise the next time; the server's own faults (5xx) too.
 PASSING = (408, 409, 425, 429)
+
+#: An idle connection is given up before a server closes it: many do so after 5 s.
+IDLE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,40 @@ class ApiSettings:
             if not value
         ]
         if self.base_url:
-            parts = urllib.parse.urlsplit(self.base_url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                found.append(
-                    f"api_base_url is {self.base_url!r}; give a URL such as "
-                    "http://127.0.0.1:8000/v1."
-                )
-        if self.key_env and not os.environ.get(self.key_env):
-            found.append(
-                f"api_key_env names {self.key_env}, but that environment variable is not set: "
-                "export it, or remove api_key_env for a server without keys."
-            )
+            found += _url_faults(self.base_url)
+        if self.key_env:
+            found += _key_faults(self.key_env)
         return found
+
+
+def _url_faults(url: str) -> list[str]:
+    """Refuse a URL that names no server, or that would show a password in every message."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        return [
+            "api_base_url holds a user name or a password: remove them, and name the environment "
+            "variable of a key in api_key_env."
+        ]
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return [f"api_base_url is {url!r}; give a URL such as http://127.0.0.1:8000/v1."]
+    return []
+
+
+def _key_faults(name: str) -> list[str]:
+    """Refuse a key that is missing, or that no header can carry; the key itself is not shown."""
+    key = os.environ.get(name)
+    if not key:
+        return [
+            f"api_key_env names {name}, but that environment variable is not set: export it, or "
+            "remove api_key_env for a server without keys."
+        ]
+    if not (key.isascii() and key.isprintable()) or key != key.strip():
+        return [
+            f"api_key_env names {name}, but the key in that environment variable begins or ends "
+            "with a blank, or has a line break or another character that an HTTP header cannot "
+            "carry: export it again without."
+        ]
+    return []
 
 
 class _Failed(Exception):
@@ -105,8 +129,6 @@ class ApiJudge:
         self.settings = settings
         self.prompts = prompts
         self._sleep = sleep
-        # A redirect would carry the key to another host.
-        self._opener = urllib.request.build_opener(_NoRedirect)
 
     def identity(self) -> Mapping[str, Any]:
         """Server, model and the two prompts."""
@@ -129,7 +151,9 @@ class ApiJudge:
             BadInput: it refuses the request, or answers without a score.
         """
         probe = Answered(PROBE_PROMPT, PROBE_ANSWER, PROBE_ANSWER)
-        refuse_probe(self._who, self._one(probe))
+        with self._client() as client:
+            verdict = self._one(client, probe)
+        refuse_probe(self._who, verdict)
 
     def judge(self, answers: Sequence[Answered]) -> list[Verdict]:
         """One request per response, several under way at once.
@@ -138,24 +162,62 @@ class ApiJudge:
             StoreIOError: the server cannot be reached, or fails again and again.
             BadInput: it refuses the request.
         """
-        pool = ThreadPoolExecutor(self.settings.workers)
-        try:
-            return list(pool.map(self._one, answers))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with self._client() as client:
+            pool = ThreadPoolExecutor(self.settings.workers)
+            try:
+                return list(pool.map(lambda asked: self._one(client, asked), answers))
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     @property
     def _who(self) -> str:
         return f"the judge {self.settings.model!r} at {self.settings.base_url}"
 
-    def _one(self, answered: Answered) -> Verdict:
+    def _client(self) -> httpx.Client:
+        """A pool of connections to the server; redirects are not followed: they would take the key.
+
+        Raises:
+            BadInput: the environment names a proxy that cannot be used.
+        """
+        import httpx
+
+        settings = self.settings
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",
+        }
+        if settings.key_env:
+            faults = _key_faults(settings.key_env)
+            if faults:
+                raise BadInput(faults[0])
+            headers["Authorization"] = f"Bearer {os.environ[settings.key_env]}"
+        try:
+            return httpx.Client(
+                headers=headers,
+                timeout=httpx.Timeout(settings.timeout, pool=None),
+                limits=httpx.Limits(
+                    max_connections=settings.workers, keepalive_expiry=IDLE_SECONDS
+                ),
+                # What this machine trusts; httpx alone takes the list of certifi.
+                verify=ssl.create_default_context(),
+                follow_redirects=False,
+            )
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            raise BadInput(
+                f"{self._who} cannot be asked through the proxies that HTTP_PROXY, HTTPS_PROXY or "
+                "ALL_PROXY names: give http:// addresses, or pip install 'httpx[socks]' for "
+                "socks5://."
+            ) from error
+
+    def _one(self, client: httpx.Client, answered: Answered) -> Verdict:
         """Ask until the server answers or no attempt is left."""
         body, failure = self._body(self.prompts.fill(answered)), ""
         for attempt in range(self.settings.retries + 1):
             if attempt:
                 self._sleep(min(LONGEST_WAIT_SECONDS, 0.5 * 2.0 ** (attempt - 1)))
             try:
-                said = self._attempt(body)
+                said = self._attempt(client, body)
             except _Failed as error:
                 failure = str(error)
             else:
@@ -175,45 +237,49 @@ class ApiJudge:
             }
         ).encode()
 
-    def _attempt(self, body: bytes) -> str:
+    def _attempt(self, client: httpx.Client, body: bytes) -> str:
         """One request; gives the text the server answered."""
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self.settings.key_env:
-            headers["Authorization"] = f"Bearer {os.environ.get(self.settings.key_env, '')}"
+        import httpx
+
         url = f"{str(self.settings.base_url).rstrip('/')}/chat/completions"
-        request = urllib.request.Request(url, data=body, headers=headers, method="POST")
         try:
-            with self._opener.open(request, timeout=self.settings.timeout) as response:
-                answer = response.read(MOST_BYTES)
-        except urllib.error.HTTPError as error:
-            with error:
-                detail = shortened(error.read(MOST_BYTES).decode("utf-8", "replace"))
-            told = f"answered {error.code} {error.reason}: {detail or 'nothing more'}"
-            if error.code in PASSING or error.code >= 500:
-                raise _Failed(told) from error
-            raise BadInput(
-                f"{self._who} {told}. Look at api_base_url, api_model and api_key_env."
-            ) from error
-        except TimeoutError as error:
+            with client.stream("POST", url, content=body) as response:
+                answer = _beginning(response)
+        except httpx.TimeoutException as error:
             raise _Failed(f"did not answer within {self.settings.timeout:g} s") from error
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            reason = getattr(error, "reason", None) or error
-            if isinstance(reason, TimeoutError):
-                raise _Failed(f"did not answer within {self.settings.timeout:g} s") from error
-            raise _Failed(f"cannot be reached: {reason}") from error
-        return _text_of(answer)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise _Failed(f"cannot be reached: {str(error) or type(error).__name__}") from error
+        if response.is_success:
+            return self._text_of(answer)
+        told = (
+            f"answered {response.status_code} {response.reason_phrase}: "
+            f"{self._shown(answer) or 'nothing more'}"
+        )
+        if response.status_code in PASSING or response.is_server_error:
+            raise _Failed(told)
+        raise BadInput(f"{self._who} {told}. Look at api_base_url, api_model and api_key_env.")
+
+    def _text_of(self, answer: bytes) -> str:
+        """The message of a chat completion."""
+        try:
+            content = json.loads(answer)["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            said = self._shown(answer)
+            raise _Failed(f"answered something that is no chat completion: {said!r}") from error
+        return content if isinstance(content, str) else ""
+
+    def _shown(self, answer: bytes) -> str:
+        """The beginning of an answer, for a message: without the key, if the server repeats it."""
+        said = answer.decode("utf-8", "replace")
+        key = os.environ.get(self.settings.key_env or "")
+        return shortened(said.replace(key, "***") if key else said)
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Never follow: the answer becomes an error with the redirect's status."""
-
-
-def _text_of(answer: bytes) -> str:
-    """The message of a chat completion."""
-    try:
-        content = json.loads(answer)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        said = shortened(answer.decode("utf-8", "replace"))
-        raise _Failed(f"answered something that is no chat completion: {said!r}") from error
-    return content if isinstance(content, str) else ""
+def _beginning(response: httpx.Response) -> bytes:
+    """The first `MOST_BYTES` of an answer; the rest is never read."""
+    found = bytearray()
+    for chunk in response.iter_bytes():
+        found += chunk
+        if len(found) >= MOST_BYTES:
+            break
+    return bytes(found[:MOST_BYTES])

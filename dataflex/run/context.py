@@ -1,4 +1,4 @@
-"""What a strategy may look at: the run as a whole, and one boundary of its schedule."""
+"""The view that strategies have of a run: the whole of it, a boundary, a step's losses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What stays the same for a whole run.
+    """The facts that stay the same for a whole run.
 
     Attributes:
         config: the checked configuration.
@@ -53,7 +53,7 @@ class RunContext:
 
 @dataclass(frozen=True)
 class UpdateContext:
-    """What is true at one boundary.
+    """The facts of one boundary.
 
     Attributes:
         run: what stays the same.
@@ -87,3 +87,20 @@ class UpdateContext:
         allowed = np.zeros(len(usable), dtype=np.bool_)
         allowed[self.candidates] = True
         return allowed & usable
+
+
+@dataclass(frozen=True)
+class DomainLosses:
+    """Training losses of one optimizer step by domain, over all ranks and micro-batches.
+
+    Attributes:
+        step: g, optimizer steps finished before it.
+        loss_sums: (k,) float64, sum of token losses; 0 where the step had no row of the domain.
+        tokens: (k,) float64, target tokens.
+        rows: (k,) float64, samples.
+    """
+
+    step: int
+    loss_sums: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.float64]
+    rows: npt.NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""What a run shows and leaves: events.jsonl, selections/step_<g>.json, progress, a table."""
+"""The records of a run: events.jsonl, selections/step_<g>.json, progress, a table."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RunLog:
 
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / "dataflex"
-        self._told: list[tuple[int, str, str, float | None]] = []
+        self._updates: list[tuple[int, str, str, float | None]] = []
 
     def clear(self) -> None:
         """Forget what an earlier run left here; a new run in the same folder starts clean."""
@@ -82,24 +82,24 @@ class RunLog:
         kind: str,
         step: int,
         component: str,
-        told: str,
+        summary: str,
         *,
         in_table: bool = True,
         **values: Any,  # noqa: ANN401 - JSON values
     ) -> None:
-        """What one update changed: a line on the screen, in events.jsonl, in the last table.
+        """Log one update: a line on the screen, in events.jsonl, in the last table.
 
         Args:
             kind: select, mix, weight, reorder or pipeline.
             step: g, optimizer steps finished.
             component: name of the preset.
-            told: what changed, in a few words.
+            summary: what changed, in a few words.
             in_table: whether the table at the end has a row for it.
             **values: the rest of the line in events.jsonl; `pause_seconds` is shown.
         """
-        _log.info("step %d: %s %s", step, component, told)
+        _log.info("step %d: %s %s", step, component, summary)
         if in_table:
-            self._told.append((step, component, told, values.get("pause_seconds")))
+            self._updates.append((step, component, summary, values.get("pause_seconds")))
         line = {"event": kind, "step": step, "component": component, **values}
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
@@ -110,20 +110,20 @@ class RunLog:
         from rich.console import Console
         from rich.table import Table
 
-        if not self._told:
+        if not self._updates:
             return
         table = Table(title="Updates of this run")
         for column in ("step", "component", "what changed", "pause"):
             table.add_column(column, justify="right" if column in ("step", "pause") else "left")
-        for step, component, told, pause in self._told:
-            table.add_row(str(step), component, told, "" if pause is None else f"{pause:.1f} s")
+        for step, component, summary, pause in self._updates:
+            table.add_row(str(step), component, summary, "" if pause is None else f"{pause:.1f} s")
         console = Console(stderr=True)
         console.print(table)
         console.print(f"all of it: {self.folder}", soft_wrap=True)
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """Lines of `events.jsonl`, by step; where a resumed run told a step again, the last one.
+    """Lines of `events.jsonl`, by step; where a resumed run logged a step again, the last one.
 
     Args:
         folder: `output_dir/dataflex`.

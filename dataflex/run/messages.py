@@ -1,7 +1,7 @@
-"""Which failures are the user's or the machine's, and the exit code each ends with.
+"""Failures of the user's or the machine's making, and the exit code each ends with.
 
-A failure may be told by another process than the one it happened in: a worker's by its parent, rank
-0's by every rank. `ToldFailure` carries it there.
+A failure may be reported by another process than the one it happened in: a worker's by its parent,
+rank 0's by every rank. `RemoteFailure` carries it there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Failure:
     message: str
 
 
-class ToldFailure(StoreError):
+class RemoteFailure(StoreError):
     """A failure of another process, with that one's message and exit code."""
 
     def __init__(self, failure: Failure) -> None:
@@ -30,7 +30,7 @@ class ToldFailure(StoreError):
 
 
 def explain(error: BaseException) -> Failure | None:
-    """Exit code and message of a failure to tell in one line; None for a bug (a traceback)."""
+    """Exit code and message of a failure to report in one line; None for a bug (a traceback)."""
     if isinstance(error, StoreError):
         return Failure(error.exit_code, str(error))
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
@@ -47,7 +47,7 @@ def explain(error: BaseException) -> Failure | None:
 
 
 def set_up_logging() -> None:
-    """Our own messages go to stderr, one line each."""
+    """Send our own messages to stderr, one line each."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("[dataflex] %(message)s"))
     for name in ("dataflex", "gradstore", "gradkernels"):

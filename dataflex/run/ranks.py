@@ -1,8 +1,8 @@
-"""What the processes of one run do together: share work, agree on answers, fail as one.
+"""Collective operations of a run's processes: share work, agree on answers, fail as one.
 
 Every method is collective: each rank must call it, in the same order. Alone (world 1) nothing is
-communicated. A failure that can be told in one message (`failures.explain`) is raised on all ranks,
-so that none waits for a dead one; any other ends its process, and torchrun ends the rest.
+communicated. A failure with a message of one line (`messages.explain`) is raised on all ranks, so
+that none waits for a dead one; any other ends its process, and torchrun ends the rest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.run.messages import Failure, ToldFailure, explain
+from dataflex.run.messages import Failure, RemoteFailure, explain
 from gradstore.errors import StoreError
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that decides, writes and tells."""
+        """True for the process that decides, writes and logs."""
         return self.rank == 0
 
     def share(self, work: Sequence[T]) -> Sequence[T]:
@@ -64,7 +64,7 @@ class Ranks:
         dist.all_gather_object(answers, answer)
         failed = next((a for a in answers if isinstance(a, Failure)), None)
         if failed is not None:
-            raise own or ToldFailure(failed)
+            raise own or RemoteFailure(failed)
         return answers
 
     def decide(self, choose: Callable[[], T]) -> T:

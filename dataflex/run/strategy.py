@@ -1,17 +1,21 @@
-"""What every strategy has in common, whatever it decides: checks, life cycle, state, a paper."""
+"""The contract of every strategy, whatever it decides: needs, checks, life cycle, state."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from dataflex.config.parameters import checked
+from dataflex.config.registry import target_of
+from gradstore.errors import BadInput
 
 if TYPE_CHECKING:
     from dataflex.config.keys import RunConfig
     from dataflex.data.rows import RunData
-    from dataflex.run.context import RunContext
+    from dataflex.run.context import DomainLosses, RunContext
 
+S = TypeVar("S", bound="Strategy")
 
 #: Ways to spread a model over devices, members of `Strategy.whole_model`.
 FSDP, ZERO3 = "FSDP", "DeepSpeed ZeRO-3"
@@ -28,6 +32,8 @@ class Strategy:
     `state` is called where a checkpoint is written, which may be rank 0 alone.
     """
 
+    #: Name of the method that answers: the one that a user's class must have.
+    required: ClassVar[str] = ""
     #: Works on rows one by one: packing and streaming are refused. May depend on the parameters.
     needs_single_rows: bool = True
     #: Takes LoRA gradients.
@@ -38,13 +44,17 @@ class Strategy:
     needs_moments: bool = False
     #: Weights the losses of training: options that replace them are refused.
     reads_losses: bool = False
-    #: How a model may be spread over devices (FSDP, ZERO3) that this strategy's own passes over it
-    #: cannot be made under: refused.
+    #: Gets the training losses of every step (`observe`).
+    observes: bool = False
+    #: Ways to spread a model over devices (FSDP, ZERO3) under which this strategy's own passes over
+    #: it are impossible: refused.
     whole_model: frozenset[str] = frozenset()
     #: Where the method was published, for `dataflex-cli components`.
     paper: ClassVar[str] = ""
     #: component_params that change no answer: a resume may set them anew.
     neutral: ClassVar[frozenset[str]] = frozenset()
+    #: How gradient features are made (`FeatureSettings`), for `gradstore build`; None: not at all.
+    settings: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - of other bases
         """Have the constructor refuse what its signature does not allow."""
@@ -62,6 +72,9 @@ class Strategy:
     def start(self, run: RunContext) -> None:
         """Called once before the first step; the place for refusals that need the model."""
 
+    def observe(self, losses: DomainLosses) -> None:
+        """Take the training losses of a finished step; only where `observes` is true."""
+
     def finish(self) -> None:
         """Called once after the last step, also when training fails."""
 
@@ -71,3 +84,71 @@ class Strategy:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` gave; called before `start`."""
+
+
+def adapt(built: object, base: type[S]) -> S:
+    """Complete a user's object that only looks like a strategy to one of its kind.
+
+    The answer is an instance of `base` that has the object in front: what the object has counts,
+    `base` provides the rest. It bears the name of the user's class, which checkpoints keep.
+
+    Args:
+        built: the object; returned as it is where it is an instance of `base`.
+        base: of its kind: Selector, Mixer, Weighter, Reorder or Pipeline.
+
+    Raises:
+        BadInput: it lacks the method that answers, or `base` has to be subclassed.
+
+    Examples:
+        >>> from dataflex.api import Selector
+        >>> class Mine:
+        ...     needs_targets = True
+        ...     def select(self, count, context):
+        ...         return count
+        >>> adapted = adapt(Mine(), Selector)
+        >>> adapted.select(2, None), adapted.needs_targets, adapted.needs_lora, adapted.state()
+        (2, True, False, {})
+    """
+    _check_answers(built, base)
+    if isinstance(built, base):
+        return built
+    own = type(built)
+    named = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    completed: Any = type(own.__name__, (_Completed, base), named)
+    answer: S = completed(built)
+    return answer
+
+
+class _Completed:
+    """A user's object, before the base of its kind in the order of look-up.
+
+    `__class__` is the object's, too: `isinstance` knows its bases beside that of its kind, such as
+    a mixer's LossContributor.
+    """
+
+    def __init__(self, own: object) -> None:
+        self._own = own
+
+    def __getattribute__(self, name: str) -> Any:  # noqa: ANN401 - whatever the object has
+        own = object.__getattribute__(self, "_own")
+        try:
+            return getattr(own, name)
+        except AttributeError:
+            return object.__getattribute__(self, name)
+
+
+def _check_answers(built: object, base: type[Strategy]) -> None:
+    """Refuse what has no answer of its own to give (BadInput)."""
+    own = target_of(type(built))
+    if not base.required:
+        if not isinstance(built, base):
+            raise BadInput(f"{own} is no {base.__name__}: subclass {target_of(base)}.")
+        return
+    promised, method = getattr(base, base.required), getattr(built, base.required, None)
+    if callable(method) and getattr(method, "__func__", method) is not promised:
+        return
+    arguments = ", ".join([*inspect.signature(promised).parameters][1:])
+    raise BadInput(
+        f"{own} has no method {base.required}({arguments}), which every {base.__name__} needs: "
+        "see docs/add-a-strategy.md."
+    )

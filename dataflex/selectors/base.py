@@ -1,4 +1,4 @@
-"""What a selector is: it chooses the rows of the next interval."""
+"""The contract of selectors: the rows of the next interval."""
 
 from __future__ import annotations
 
@@ -81,6 +81,7 @@ def ask(
 class Selector(Strategy):
     """Base of all selectors; a user's own class may subclass it or just look like it."""
 
+    required = "select"
     #: Never answers a row twice: asked for more rows than are usable, a run is refused.
     distinct: bool = False
 

@@ -29,8 +29,9 @@ class EmbeddingSelector(Selector):
     """Base: rows are chosen by where their embeddings lie beside the target's.
 
     Args:
-        embedding_model_name_or_path: a sentence-transformers folder, any encoder's folder, or a hub
-            id: rows are embedded once, as text. null takes the model in training, at every update.
+        embedding_model_name_or_path: a sentence-transformers folder (needs the extra `encoders`),
+            any encoder's folder, or a hub id: rows are embedded once, as text. null takes the model
+            in training, at every update.
         embedding_model_dtype: of that encoder's weights: auto, fp32, fp16 or bf16.
         embedding_layer: index into the hidden states; -1 is the last layer's output.
         embedding_batch_size: rows of an embedding batch, at most; tokens bound it as well.

@@ -72,8 +72,9 @@ class ClusterLessSelector(LessSelector):
             random_partition.
         lsh_num_bits: hyperplanes of random_projection_lsh; null follows the number of clusters.
         representative_strategy: random, nearest or farthest to the centroid, or mixed (both).
-        embedding_model_name_or_path: a sentence-transformers folder, any encoder's folder, or a hub
-            id; null takes the model in training, at the first update.
+        embedding_model_name_or_path: a sentence-transformers folder (needs the extra `encoders`),
+            any encoder's folder, or a hub id; null takes the model in training, at the first
+            update.
         embedding_model_dtype: of that encoder's weights: auto, fp32, fp16 or bf16.
         embedding_layer: index into the hidden states; -1 is the last layer's output.
         less: as for `LessSelector`; `seed` is also that of clusters and representatives.

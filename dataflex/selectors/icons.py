@@ -98,16 +98,11 @@ def consensus(influence: npt.NDArray[np.floating[Any]], count: int) -> npt.NDArr
         (n,) whole votes plus the mean over tasks of the row's rank, from 0 (least) to 1; equal
         influences share a rank. A mean rank of 1 has every vote, so it never passes for one more.
     """
+    from scipy.stats import rankdata
+
     values = np.asarray(influence, dtype=np.float64)
     n = len(values)
     thresholds = np.quantile(values, max(0.0, 1.0 - count / n), axis=0)
     votes = (values >= thresholds).sum(axis=1)
-    ranks = np.stack([_ranks(column) for column in values.T], axis=1)
+    ranks = rankdata(values, axis=0) - 1
     return np.asarray(votes + ranks.mean(axis=1) / max(n - 1, 1))
-
-
-def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """(n,) how many values are smaller, equal ones sharing the mean of their places."""
-    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    stops = np.cumsum(sizes)
-    return np.asarray((stops - (sizes + 1) / 2)[group])

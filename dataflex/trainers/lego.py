@@ -14,19 +14,20 @@ from dataflex.checkpoints.state import RunState
 from dataflex.config.keys import RunConfig
 from dataflex.data.mixture import domains_of
 from dataflex.data.order import BatchShape
-from dataflex.data.rows import Domains, RunData, check_intervals
+from dataflex.data.rows import Domains
+from dataflex.mixers.base import Mixer
 from dataflex.pipelines.asking import Part
 from dataflex.pipelines.pipeline import Pipeline, Plan
 from dataflex.pipelines.stages import UNIFORM
 from dataflex.run.schedule import EventKind, Interval, Schedule
 from dataflex.selectors.base import Selection
+from dataflex.trainers.job import Job
 from dataflex.trainers.loss_seam import LossSeam
-from dataflex.trainers.row_seam import ServedSeam, select_schedule
-from dataflex.trainers.telling import listed, selection_numbers, told_by_domain
+from dataflex.trainers.metrics import domain_metrics, largest, selection_metrics
+from dataflex.trainers.row_seam import ServedSeam, check_rows_suffice
 from dataflex.trainers.weight import weighted_alone
 from dataflex.trainers.weights import SampleStats, losses_by_domain
 from dataflex.weighters.base import LossContributor
-from gradstore.errors import BadInput
 
 _log = logging.getLogger(__name__)
 
@@ -37,31 +38,17 @@ class LegoSeam(LossSeam, ServedSeam):
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
         super().__init__(*args, **kwargs)
         self.ordered = self.pipeline.reorder is not None
-        self.timetable = self.pipeline.timetable(self.schedule)
-        if self.ranks.leads:
+        self.timetable = self.pipeline.timetable(self.run.schedule)
+        if self.run.ranks.leads:
             _log.info("pipeline: %s", self.pipeline.describe())
-            for warning in warnings_of(self.pipeline, self.run.config, self.batch_shape):
+            for warning in warnings_of(self.pipeline, self.run.config, self.run.shape):
                 _log.warning("%s", warning)
 
     @classmethod
-    def plan(
-        cls,
-        strategy: Any,  # noqa: ANN401
-        config: RunConfig,
-        data: RunData,
-        global_batch: int,
-        args: Any,  # noqa: ANN401
-    ) -> Schedule:
-        """As for a selector: W + U·T steps a stage; an interval's rows must exist."""
-        if not isinstance(strategy, Pipeline):
-            raise BadInput(
-                f"component {config.dataflex.component_name!r} is a {type(strategy).__name__}; "
-                "train_type dynamic_lego needs a dataflex.pipelines.pipeline.Pipeline."
-            )
-        ours = config.dataflex
-        check_intervals(len(data.train), ours.warmup_step, ours.update_step, global_batch)
-        strategy.check_count(ours.update_step * global_batch, data)
-        return select_schedule(config, len(data.train), global_batch, args)
+    def plan(cls, job: Job) -> Schedule:
+        """Plan as for a selector: W + U * T steps a stage; an interval's rows must exist."""
+        check_rows_suffice(job)
+        return super().plan(job)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -71,16 +58,16 @@ class LegoSeam(LossSeam, ServedSeam):
 
     @property
     def domains(self) -> Domains:
-        """Whose rows are whose."""
+        """The domains of the rows."""
         return domains_of(self.run.data)
 
     # -- rows -------------------------------------------------------------------------------------
 
-    def rows_for(self, interval: Interval, learning_rate: float) -> npt.NDArray[np.int64]:
-        """What a stage begins with, or the pipeline's plan."""
+    def rows_for(self, interval: Interval) -> npt.NDArray[np.int64]:
+        """Open with the pipeline's warm-up, or follow its plan."""
         began = time.perf_counter()
-        count = interval.steps * self.batch_shape.rows
-        context = self.update_context(interval, learning_rate)
+        count = interval.steps * self.run.shape.rows
+        context = self.update_context(interval)
         if interval.kind is EventKind.WARMUP:
             return self.pipeline.warmup(count, context, interval.stage)
         plan = self.pipeline.plan(count, context, self.timetable)
@@ -88,26 +75,26 @@ class LegoSeam(LossSeam, ServedSeam):
         return plan.rows
 
     def _record(self, step: int, plan: Plan, pause: float) -> None:
-        """One line on the screen, one in events.jsonl, numbers for the Trainer's log."""
+        """Log one line on the screen, one in events.jsonl, metrics for the Trainer's log."""
         numbers: dict[str, float] = {"pause_seconds": pause}
         proportions: dict[str, float] = {}
         for part in plan.parts:
             numbers[f"kept/{part.stage.spec.family}"] = len(part.rows)
             if isinstance(part.answer, Selection):
-                numbers |= selection_numbers(self.run.data, part.answer.indices, part.answer)
+                numbers |= selection_metrics(self.run.data, part.answer.indices, part.answer)
             elif isinstance(part.answer, np.ndarray):
                 proportions = dict(zip(self.domains.names, part.answer.tolist(), strict=True))
-        self.tell({**numbers, **{f"mix/{name}": p for name, p in proportions.items()}})
-        more = self._tell_by_domain()
-        if not self.ranks.leads:
+        self.add_to_log({**numbers, **{f"mix/{name}": p for name, p in proportions.items()}})
+        more = self._log_by_domain()
+        if not self.run.ranks.leads:
             return
         counts = np.bincount(self.domains.of_row[plan.rows], minlength=len(self.domains.names))
         self.log_files.update(
             "pipeline",
             step=step,
             component=self.run.name,
-            told=told(plan, self.domains.names)
-            + "".join(f"; {what} {listed(values, '.3g')}" for what, values in more.items()),
+            summary=describe(plan, self.domains.names)
+            + "".join(f"; {what} {largest(values, '.3g')}" for what, values in more.items()),
             fired=[part.stage.spec.name for part in plan.parts if part.fired],
             kept={part.stage.spec.name: len(part.rows) for part in plan.parts},
             proportions=proportions,
@@ -123,16 +110,17 @@ class LegoSeam(LossSeam, ServedSeam):
             ]
             self.log_files.plan(step, {"stages": stages, "rows": plan.rows.tolist()})
 
-    def _tell_by_domain(self) -> dict[str, Any]:
-        """What mixers have to tell beside proportions, those that weight the loss too."""
+    def _log_by_domain(self) -> dict[str, Any]:
+        """Log the mixers' numbers beside proportions, also of those that weight the loss."""
         found: dict[str, dict[str, float]] = {}
         for stage in self.pipeline.everyone:
-            found |= told_by_domain(stage.strategy, self.domains.names)
-        self.tell({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
+            if isinstance(stage.strategy, Mixer):
+                found |= domain_metrics(stage.strategy, self.domains.names)
+        self.add_to_log({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
         return found
 
     def _write_selection(self, step: int, plan: Plan) -> None:
-        """A selector's answer, as `dynamic_select` leaves it."""
+        """Write a selector's answer as `dynamic_select` does."""
         for part in plan.parts:
             if isinstance(part.answer, Selection):
                 manifest = {
@@ -150,41 +138,41 @@ class LegoSeam(LossSeam, ServedSeam):
     # -- losses -----------------------------------------------------------------------------------
 
     def contributors(self, step: int) -> Sequence[LossContributor]:
-        """The stages that weight samples, from step W and from their own warm-up on."""
-        return () if step < self.schedule.warmup_step else self.pipeline.contributors(step)
+        """List the stages that weight samples, from step W and from their own warm-up on."""
+        return () if step < self.run.schedule.warmup_step else self.pipeline.contributors(step)
 
     def observes(self, step: int) -> bool:
-        """Where a stage learns from training losses."""
+        """Return true where a stage learns from training losses."""
         return self.pipeline.observes
 
     def rows_of_step(self, step: int) -> list[npt.NDArray[np.int64]]:
-        """Positions of this rank's micro-batches."""
+        """Return the positions of this rank's micro-batches."""
         return self.served_rows(step)
 
     def after_step(self, seen: SampleStats, rows: npt.NDArray[np.int64] | None) -> None:
         """Hand a step's losses by domain, over all ranks, to stages that observe."""
-        self._tell_by_domain()
+        self._log_by_domain()
         if self.pipeline.observes:
             assert rows is not None
             step = int(self.state.global_step)
-            self.pipeline.observe(losses_by_domain(step, seen, rows, self.domains, self.ranks))
+            self.pipeline.observe(losses_by_domain(step, seen, rows, self.domains, self.run.ranks))
 
     # -- state ------------------------------------------------------------------------------------
 
     def more_state(self) -> Mapping[str, Any]:
-        """Losses that a later boundary may use."""
+        """Keep losses that a later boundary may use."""
         board = self.context.board
         kept = board.state() if board is not None and self.pipeline.keeps_scores else {}
         return {**super().more_state(), "board": kept}
 
     def restore_more(self, state: RunState) -> None:
-        """Take them back."""
+        """Restore them."""
         super().restore_more(state)
         if state.more["board"] and self.context.board is not None:
             self.context.board.restore(state.more["board"])
 
     def settings(self) -> Mapping[str, Any]:
-        """The stages' own parameters, the domains and the opening mixture must agree, too."""
+        """Add the stages' parameters, the domains and the opening mixture, which must agree too."""
         opening = self.run.config.dataflex.init_mixture_proportions
         return {
             **super().settings(),
@@ -196,9 +184,9 @@ class LegoSeam(LossSeam, ServedSeam):
         }
 
 
-def told(plan: Plan, domains: Sequence[str]) -> str:
-    """The stages that fired and what they kept, in a few words."""
-    said = [_did(part, domains) for part in plan.parts if part.fired]
+def describe(plan: Plan, domains: Sequence[str]) -> str:
+    """Describe the stages that fired and what they kept, for one line on the screen."""
+    said = [_describe_part(part, domains) for part in plan.parts if part.fired]
     ready = len(plan.parts[-1].rows) if plan.parts else None
     if not said:
         said.append("no stage fires")
@@ -208,7 +196,7 @@ def told(plan: Plan, domains: Sequence[str]) -> str:
     return "; ".join(said)
 
 
-def _did(part: Part, domains: Sequence[str]) -> str:
+def _describe_part(part: Part, domains: Sequence[str]) -> str:
     spec, kept = part.stage.spec, len(part.rows)
     if spec.family == "selector":
         return (
@@ -218,18 +206,18 @@ def _did(part: Part, domains: Sequence[str]) -> str:
         return f"{spec.component} orders {kept} of {part.pool}"
     assert isinstance(part.answer, np.ndarray)
     shares = dict(zip(domains, part.answer.tolist(), strict=True))
-    return f"{spec.component} mixes {listed(shares, '.2f')}: {kept} of {part.pool}"
+    return f"{spec.component} mixes {largest(shares, '.2f')}: {kept} of {part.pool}"
 
 
 def warnings_of(pipeline: Pipeline, config: RunConfig, shape: BatchShape) -> list[str]:
-    """What the user wrote that has no say, or serves the same rows again."""
+    """List keys that have no effect, and stages that serve the same rows again."""
     ours, warnings = config.dataflex, list(pipeline.warnings)
     warnings += [
         f"{stage.spec.name}: {warning}"
         for stage in pipeline.loss
-        if (warning := weighted_alone(stage.strategy, shape.rows, shape.accumulation))
+        if (warning := weighted_alone(stage.strategy, shape))
     ]
-    if pipeline.taker != UNIFORM and pipeline.rows[-1].spec.every > ours.update_step:
+    if pipeline.filled_by != UNIFORM and pipeline.rows[-1].spec.every > ours.update_step:
         spec = pipeline.rows[-1].spec
         warnings.append(
             f"{spec.name} fires every {spec.every} steps, update_step is {ours.update_step}: in "
@@ -238,8 +226,9 @@ def warnings_of(pipeline: Pipeline, config: RunConfig, shape: BatchShape) -> lis
         )
     if pipeline.reorder is not None:
         warnings += [
-            f"{stage.spec.name} hands on another pool at every update, so {pipeline.taker} begins "
-            f"its order anew each time: set every: {4 * ours.update_step} or so for the former."
+            f"{stage.spec.name} hands on another pool at every update, so {pipeline.filled_by} "
+            "begins its order anew each time: set every: "
+            f"{4 * ours.update_step} or so for the former."
             for stage in pipeline.rows[:-1]
             if stage.spec.every <= ours.update_step
         ][:1]

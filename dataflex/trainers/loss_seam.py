@@ -52,25 +52,25 @@ class LossSeam(Seam):
         #: What the training passes of this step saw, for `after_step`.
         self._seen: list[SampleStats] = []
         #: Multipliers of all ranks' samples since the last log line.
-        self._untold: list[FloatArray] = []
+        self._pending: list[FloatArray] = []
         self._warned: set[str] = set()
 
     # -- what a subclass decides ------------------------------------------------------------------
 
     def contributors(self, step: int) -> Sequence[LossContributor]:
-        """Who weights the samples of a step; empty: the plain loss."""
+        """List what weights the samples of a step; empty: the plain loss."""
         return ()
 
     def observes(self, step: int) -> bool:
-        """Whether `after_step` wants the losses of a step that nobody weights."""
+        """Return true if `after_step` needs the losses of a step that nothing weights."""
         return False
 
     def rows_of_step(self, step: int) -> list[npt.NDArray[np.int64]] | None:
-        """Positions of this rank's micro-batches, None where the stock loader serves."""
+        """Return positions of this rank's micro-batches, None where the stock loader serves."""
         return None
 
     def after_step(self, seen: SampleStats, rows: npt.NDArray[np.int64] | None) -> None:
-        """Called on every rank when all micro-batches of a step have been through the model.
+        """Look at a step whose micro-batches have all been through the model; called on every rank.
 
         Args:
             seen: this rank's samples, in the order they were trained on.
@@ -108,7 +108,7 @@ class LossSeam(Seam):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """The weighted loss of a micro-batch in training; evaluation keeps the plain one."""
+        """Weight the loss of a micro-batch in training; evaluation keeps the plain one."""
         step = int(self.state.global_step)
         contributors = self.contributors(step) if model.training else ()
         if contributors:
@@ -131,31 +131,31 @@ class LossSeam(Seam):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """What samples counted since the last line: on the screen, in events.jsonl, in the log."""
-        if self._untold and "loss" in logs:
-            numbers = summary(np.concatenate(self._untold))
-            self._untold = []
-            self.tell(numbers)
-            if numbers and self.ranks.leads:
-                told = (
+        """Add the weights since the last line: to the screen, events.jsonl and the log."""
+        if self._pending and "loss" in logs:
+            numbers = summary(np.concatenate(self._pending))
+            self._pending = []
+            self.add_to_log(numbers)
+            if numbers and self.run.ranks.leads:
+                text = (
                     "weights {weight_min:.3g} to {weight_max:.3g}, mean {weight_mean:.3g}, "
                     "effective share {effective_share:.0%}"
                 ).format(**numbers)
-                self.log_files.update("weight", int(self.state.global_step), self.run.name, told,
+                self.log_files.update("weight", int(self.state.global_step), self.run.name, text,
                                       in_table=False, **numbers)  # fmt: skip
         super().log(logs, *args, **kwargs)
 
     # -- the parts --------------------------------------------------------------------------------
 
     def _count(self, batches: Sequence[Mapping[str, torch.Tensor]], items: Any) -> float:  # noqa: ANN401
-        """The plain trainer's denominator: labels of the step over all ranks.
+        """Count the plain trainer's denominator: labels of the step over all ranks.
 
         It counts a label at the first position too, though nothing predicts it.
         """
         if items is not None and self.args.average_tokens_across_devices:
             return float(items)
         own = sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches)
-        return float(self.ranks.summed(np.array([own], dtype=np.float64))[0])
+        return float(self.run.ranks.summed(np.array([own], dtype=np.float64))[0])
 
     def _score(
         self,
@@ -163,7 +163,7 @@ class LossSeam(Seam):
         contributors: Sequence[LossContributor],
         step: int,
     ) -> list[FloatArray]:
-        """Multipliers of every micro-batch, from one pass in eval mode over all of them."""
+        """Compute multipliers of every micro-batch from one pass in eval mode over all of them."""
         parts = []
         with borrowed(self.model, freeze=False), torch.no_grad():
             for batch in batches:
@@ -177,7 +177,7 @@ class LossSeam(Seam):
     def _scored_samples(
         self, inputs: Mapping[str, Any], contributors: Sequence[LossContributor]
     ) -> SampleStats:
-        """Of one micro-batch; where no hidden states are read, the head runs on targets alone."""
+        """Measure one micro-batch; where no hidden state is read, the head runs on targets only."""
         if hidden_option(contributors):
             return statistics(
                 inputs, *self._forward(self.model, inputs, contributors), contributors
@@ -194,7 +194,7 @@ class LossSeam(Seam):
         step: int,
         items: Any,  # noqa: ANN401
     ) -> tuple[Any, torch.Tensor]:
-        """The model's outputs and this micro-batch's part of the step's weighted loss."""
+        """Compute the model's outputs and this micro-batch's part of the step's weighted loss."""
         # What was measured while the window was scored is not measured again.
         asked = contributors if self._scored is None else ()
         outputs, targets, token_losses = self._forward(model, inputs, asked)
@@ -221,7 +221,7 @@ class LossSeam(Seam):
         loss = (of_row[targets.rows] * token_losses).sum() / self._step_tokens
         # The Trainer's own factors: DDP takes the mean over ranks; without a count of items the
         # micro-batches' losses are averaged.
-        world = self.ranks.world
+        world = self.run.ranks.world
         if self._counts_items(items):
             return outputs, (loss + self._auxiliary(outputs)) * world
         steps = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
@@ -234,8 +234,8 @@ class LossSeam(Seam):
         step: int,
         rows: npt.NDArray[np.int64] | None,
     ) -> FloatArray:
-        """(n,) multipliers of this rank's samples, weighted together with those of all ranks."""
-        held = self.ranks.gather(lambda: (stats, rows))
+        """Weight this rank's samples together with those of all ranks; (n,) multipliers."""
+        held = self.run.ranks.gather(lambda: (stats, rows))
         everyone = SampleStats.joined([part for part, _ in held])
         positions = None if rows is None else np.concatenate([r for _, r in held if r is not None])
         losses = everyone.losses
@@ -254,10 +254,10 @@ class LossSeam(Seam):
             weights = weights * check_weights(answer, losses, type(contributor).__name__)
         relative = any(c.relative for c in contributors)
         each = multipliers(weights, everyone.tokens, relative=relative)
-        self._untold.append(each[everyone.tokens > 0])
+        self._pending.append(each[everyone.tokens > 0])
         if not each.any():
-            self._warn_once("zero", f"step {step}: all weights are 0: these samples teach nothing")
-        start = sum(len(part.tokens) for part, _ in held[: self.ranks.rank])
+            self._warn_once("zero", f"step {step}: all weights are 0: no gradient from these")
+        start = sum(len(part.tokens) for part, _ in held[: self.run.ranks.rank])
         return each[start : start + len(stats.tokens)]
 
     def _forward(
@@ -266,7 +266,7 @@ class LossSeam(Seam):
         inputs: Mapping[str, Any],
         contributors: Sequence[LossContributor],
     ) -> tuple[Any, Targets, torch.Tensor]:
-        """Outputs of a pass without the model's own loss, targets, and token losses (s,)."""
+        """Pass without the model's own loss; outputs, targets, and token losses (s,)."""
         outputs = model(**model_inputs(inputs), **hidden_option(contributors))
         targets = Targets.of(inputs)
         return outputs, targets, self._token_losses(outputs, targets)
@@ -277,7 +277,7 @@ class LossSeam(Seam):
         targets: Targets,
         smoothing: float = 0.0,
     ) -> torch.Tensor:
-        """(s,) float32 cross-entropy at the target positions.
+        """Compute (s,) float32 cross-entropy at the target positions.
 
         Samples are compared by the plain one; labels are smoothed in what is trained on alone.
         """
@@ -287,17 +287,17 @@ class LossSeam(Seam):
         )
 
     def _passes_freely(self) -> bool:
-        """Whether one rank alone can make a pass: not where parameters are spread over ranks."""
+        """Return true if one rank alone can make a pass: not where parameters are sharded."""
         return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)  # type: ignore[attr-defined]
 
     def _auxiliary(self, outputs: Any) -> Any:  # noqa: ANN401
-        """What a mixture-of-experts model adds to its own loss; 0 for the others."""
+        """Return the loss that balances a mixture of experts; 0 for other models."""
         if (loss := getattr(outputs, "aux_loss", None)) is None:
             return 0.0
         return loss * float(getattr(self.model.config, "router_aux_loss_coef", 0.0))
 
     def _counts_items(self, items: Any) -> bool:  # noqa: ANN401
-        """Whether the plain loss is a sum over tokens divided by the step's count of them."""
+        """Return true if the plain loss is a sum over tokens divided by the step's count."""
         accepts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None  # type: ignore[attr-defined]
         return bool(accepts and items is not None)
 
@@ -314,6 +314,6 @@ class LossSeam(Seam):
         return None if rows is None or domains is None else domains.of_row[rows]
 
     def _warn_once(self, kind: str, message: str) -> None:
-        if kind not in self._warned and self.ranks.leads:
-            _log.warning("%s (told once)", message)
+        if kind not in self._warned and self.run.ranks.leads:
+            _log.warning("%s (logged once)", message)
         self._warned.add(kind)

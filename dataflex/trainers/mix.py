@@ -21,11 +21,12 @@ from dataflex.data.mixture import (
     mixers_answer,
     opening_proportions,
 )
-from dataflex.data.rows import Domains, RunData
+from dataflex.data.rows import Domains
 from dataflex.run.schedule import EventKind, Interval, Schedule, mix_budget
+from dataflex.trainers.job import Job
 from dataflex.trainers.loss_seam import LossSeam
+from dataflex.trainers.metrics import domain_metrics, largest
 from dataflex.trainers.row_seam import ServedSeam
-from dataflex.trainers.telling import listed, told_by_domain
 from dataflex.trainers.weights import SampleStats, losses_by_domain
 from dataflex.weighters.base import LossContributor
 
@@ -41,32 +42,25 @@ class MixSeam(LossSeam, ServedSeam):
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
         super().__init__(*args, **kwargs)
         self.cursors = Cursors(self.run.data, int(self.args.seed))
-        if self.ranks.leads:
+        if self.run.ranks.leads:
             for warning in _ignored(self.run.config):
                 _log.warning("%s", warning)
 
     @classmethod
-    def plan(
-        cls,
-        strategy: Any,  # noqa: ANN401
-        config: RunConfig,
-        data: RunData,
-        global_batch: int,
-        args: Any,  # noqa: ANN401
-    ) -> Schedule:
-        """W steps, then intervals of U without end; with `static_mix` one interval is the run."""
-        check_domains(data)
-        opening_proportions(config, data)
-        ours = config.dataflex
+    def plan(cls, job: Job) -> Schedule:
+        """Plan W steps, then intervals of U without end; with `static_mix` a single interval."""
+        check_domains(job.data)
+        opening_proportions(job.config, job.data)
+        ours = job.config.dataflex
         budget = mix_budget(
-            train_step=_steps_asked(config, args),
-            epochs=float(args.num_train_epochs),
+            train_step=ours.train_step or max(0, int(job.args.max_steps)),
+            epochs=float(job.args.num_train_epochs),
             warmup_step=ours.warmup_step,
             update_step=ours.update_step,
             update_times=ours.update_times,
             static_mix=ours.static_mix,
-            rows=len(data.train),
-            global_batch=global_batch,
+            rows=len(job.data.train),
+            global_batch=job.shape.rows,
         )
         if ours.static_mix:
             return Schedule(max(0, budget), update_step=1, update_times=0, budget=budget)
@@ -74,29 +68,29 @@ class MixSeam(LossSeam, ServedSeam):
 
     @property
     def domains(self) -> Domains:
-        """Whose proportions are mixed."""
+        """The domains that are mixed."""
         return domains_of(self.run.data)
 
     # -- proportions to rows ----------------------------------------------------------------------
 
-    def rows_for(self, interval: Interval, learning_rate: float) -> npt.NDArray[np.int64]:
-        """The interval's rows: counts of the largest remainder, read on in each domain."""
+    def rows_for(self, interval: Interval) -> npt.NDArray[np.int64]:
+        """Take counts of the largest remainder, read on in each domain."""
         began = time.perf_counter()
         opens = interval.kind is EventKind.WARMUP
         if opens or self.run.config.dataflex.mixture_sample_rule in FIXED_RULES:
             proportions = opening_proportions(self.run.config, self.run.data)
         else:
-            proportions = self._ask(interval, learning_rate)
-        counts = largest_remainder(proportions, interval.steps * self.batch_shape.rows)
+            proportions = self._ask(interval)
+        counts = largest_remainder(proportions, interval.steps * self.run.shape.rows)
         rows = self.cursors.take(counts)
         generator = np.random.default_rng([int(self.args.seed), interval.start])
         self._record(interval, proportions, counts, time.perf_counter() - began)
         return generator.permutation(rows)
 
-    def _ask(self, interval: Interval, learning_rate: float) -> npt.NDArray[np.float64]:
+    def _ask(self, interval: Interval) -> npt.NDArray[np.float64]:
         """Ask on every rank, so that passes are shared; rank 0's answer is everyone's."""
-        context = self.update_context(interval, learning_rate)
-        answer = self.ranks.gather(lambda: self.run.strategy.mix(context))[0]
+        context = self.update_context(interval)
+        answer = self.run.ranks.gather(lambda: self.run.strategy.mix(context))[0]
         return mixers_answer(answer, self.domains.names, self.run.name)
 
     def _record(
@@ -106,11 +100,12 @@ class MixSeam(LossSeam, ServedSeam):
         counts: npt.NDArray[np.int64],
         pause: float,
     ) -> None:
-        """One line on the screen, one in events.jsonl, numbers for the Trainer's log."""
+        """Log one line on the screen, one in events.jsonl, metrics for the Trainer's log."""
         shares = self._by_domain(proportions)
-        self.tell({**{f"mix/{name}": p for name, p in shares.items()}, "pause_seconds": pause})
-        more = self._tell_by_domain()
-        if not self.ranks.leads:
+        mixture = {f"mix/{name}": share for name, share in shares.items()}
+        self.add_to_log({**mixture, "pause_seconds": pause})
+        more = self._log_by_domain()
+        if not self.run.ranks.leads:
             return
         epochs = self._by_domain(self.cursors.epochs)
         verb = "opens with" if interval.kind is EventKind.WARMUP else "mixes"
@@ -118,8 +113,8 @@ class MixSeam(LossSeam, ServedSeam):
             "mix",
             step=interval.start,
             component=self.run.name,
-            told=f"{verb} {listed(shares, '.2f')} (epochs {listed(epochs, '.1f')})"
-            + "".join(f"; {what} {listed(values, '.3g')}" for what, values in more.items()),
+            summary=f"{verb} {largest(shares, '.2f')} (epochs {largest(epochs, '.1f')})"
+            + "".join(f"; {what} {largest(values, '.3g')}" for what, values in more.items()),
             proportions=shares,
             counts=self._by_domain(counts),
             epochs=epochs,
@@ -127,10 +122,10 @@ class MixSeam(LossSeam, ServedSeam):
             **more,
         )
 
-    def _tell_by_domain(self) -> dict[str, Any]:
-        """What the mixer has to tell beside proportions: name -> domain -> value."""
-        found = told_by_domain(self.run.strategy, self.domains.names)
-        self.tell({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
+    def _log_by_domain(self) -> dict[str, Any]:
+        """Log the mixer's numbers beside proportions: name -> domain -> value."""
+        found = domain_metrics(self.run.strategy, self.domains.names)
+        self.add_to_log({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
         return found
 
     def _by_domain(self, values: npt.NDArray[Any]) -> dict[str, Any]:
@@ -139,32 +134,32 @@ class MixSeam(LossSeam, ServedSeam):
     # -- losses -----------------------------------------------------------------------------------
 
     def contributors(self, step: int) -> Sequence[LossContributor]:
-        """A mixer that weights the loss too, from step W on."""
+        """List the mixer if it weights the loss too, from step W on."""
         strategy = self.run.strategy
-        weights = isinstance(strategy, LossContributor) and step >= self.schedule.warmup_step
+        weights = isinstance(strategy, LossContributor) and step >= self.run.schedule.warmup_step
         return (strategy,) if weights else ()
 
     def observes(self, step: int) -> bool:
-        """Where the mixer learns from training losses."""
-        return bool(getattr(self.run.strategy, "observes", False))
+        """Return true where the mixer learns from training losses."""
+        return bool(self.run.strategy.observes)
 
     def rows_of_step(self, step: int) -> list[npt.NDArray[np.int64]]:
-        """Positions of this rank's micro-batches."""
+        """Return the positions of this rank's micro-batches."""
         return self.served_rows(step)
 
     def after_step(self, seen: SampleStats, rows: npt.NDArray[np.int64] | None) -> None:
         """Hand a step's losses by domain, over all ranks, to a mixer that observes."""
-        self._tell_by_domain()
+        self._log_by_domain()
         step = int(self.state.global_step)
         if not self.observes(step):
             return
         assert rows is not None
-        self.run.strategy.observe(losses_by_domain(step, seen, rows, self.domains, self.ranks))
+        self.run.strategy.observe(losses_by_domain(step, seen, rows, self.domains, self.run.ranks))
 
     # -- state ------------------------------------------------------------------------------------
 
     def more_state(self) -> Mapping[str, Any]:
-        """How far each domain has been read."""
+        """Keep the positions read up to in each domain."""
         return {**super().more_state(), "read": self.cursors.read}
 
     def restore_more(self, state: RunState) -> None:
@@ -173,7 +168,7 @@ class MixSeam(LossSeam, ServedSeam):
         self.cursors.read = np.asarray(state.more["read"], dtype=np.int64)
 
     def settings(self) -> Mapping[str, Any]:
-        """The rows of a domain and the opening mixture must agree, too."""
+        """Add the rows of a domain and the opening mixture, which must agree too."""
         ours = self.run.config.dataflex
         opening = ours.init_mixture_proportions
         return {
@@ -185,13 +180,8 @@ class MixSeam(LossSeam, ServedSeam):
         }
 
 
-def _steps_asked(config: RunConfig, args: Any) -> int:  # noqa: ANN401 - TrainingArguments
-    """`train_step`, or `max_steps` in its place; 0 where neither is given."""
-    return config.dataflex.train_step or max(0, int(args.max_steps))
-
-
 def _ignored(config: RunConfig) -> list[str]:
-    """Keys the user wrote that have no say in this run."""
+    """List keys that have no effect in this run, one sentence each."""
     ours, warnings = config.dataflex, []
     steps = ours.train_step > 0 or config.known.max_steps > 0
     by_updates = not steps and not ours.static_mix and ours.update_times >= 0

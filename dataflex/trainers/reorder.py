@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.config.keys import RunConfig
-from dataflex.data.rows import RunData
 from dataflex.reorders.base import Ordering
 from dataflex.run.log import as_json
-from dataflex.run.schedule import EventKind, Interval, Schedule
-from dataflex.trainers.row_seam import ServedSeam, check_rows_of, select_schedule
-from dataflex.trainers.telling import score_numbers, score_range
+from dataflex.run.schedule import EventKind, Interval
+from dataflex.trainers.metrics import score_metrics, score_range
+from dataflex.trainers.row_seam import ServedSeam, check_rows_of
 from gradstore.errors import BadInput
 
 
@@ -23,25 +20,13 @@ class ReorderSeam(ServedSeam):
 
     ordered = True
 
-    @classmethod
-    def plan(
-        cls,
-        strategy: Any,  # noqa: ANN401
-        config: RunConfig,
-        data: RunData,
-        global_batch: int,
-        args: Any,  # noqa: ANN401
-    ) -> Schedule:
-        """W + U·T steps a stage, as for select."""
-        return select_schedule(config, len(data.train), global_batch, args)
-
-    def rows_for(self, interval: Interval, learning_rate: float) -> npt.NDArray[np.int64]:
+    def rows_for(self, interval: Interval) -> npt.NDArray[np.int64]:
         """Ask on every rank, so that passes are shared; rank 0's answer is everyone's."""
         began = time.perf_counter()
-        strategy, context = self.run.strategy, self.update_context(interval, learning_rate)
+        strategy, context = self.run.strategy, self.update_context(interval)
         ask = strategy.warmup if interval.kind is EventKind.WARMUP else strategy.order
-        count = interval.steps * self.batch_shape.rows
-        ordering = self.ranks.gather(lambda: ask(count, context))[0]
+        count = interval.steps * self.run.shape.rows
+        ordering = self.run.ranks.gather(lambda: ask(count, context))[0]
         if not isinstance(ordering, Ordering):
             raise BadInput(
                 f"component {self.run.name!r} answered a {type(ordering).__name__}; "
@@ -62,10 +47,10 @@ class ReorderSeam(ServedSeam):
         ordering: Ordering,
         pause: float,
     ) -> None:
-        """One line on the screen, one in events.jsonl, the order itself in a file of its own."""
-        numbers = {**ordering.numbers, **score_numbers(ordering.scores)}
-        self.tell({**numbers, "pause_seconds": pause})
-        if not self.ranks.leads:
+        """Log one line on the screen, one in events.jsonl; write the order into its own file."""
+        numbers = {**ordering.numbers, **score_metrics(ordering.scores)}
+        self.add_to_log({**numbers, "pause_seconds": pause})
+        if not self.run.ranks.leads:
             return
         manifest = {
             "component": self.run.name,
@@ -81,7 +66,7 @@ class ReorderSeam(ServedSeam):
             "reorder",
             step=interval.start,
             component=self.run.name,
-            told=f"{verb} {len(rows)} rows{score_range(numbers)}{share}",
+            summary=f"{verb} {len(rows)} rows{score_range(numbers)}{share}",
             train_rows=len(self.run.data.train),
             served_rows=len(rows),
             tokens=ordering.tokens,

@@ -1,4 +1,4 @@
-"""The place where data change at an exact optimizer step.
+"""Intervals of rows, changed at exact optimizer steps.
 
 `get_batch_samples` is called once per optimizer step; it ignores the stock loader and serves the
 interval that contains `state.global_step`. Samplers would not do: they run ahead of training.
@@ -17,10 +17,11 @@ import numpy.typing as npt
 import torch
 
 from dataflex.checkpoints.state import RunState
-from dataflex.config.keys import RunConfig
-from dataflex.data.order import BatchShape, RowOrder, loader
+from dataflex.data.order import RowOrder, loader
+from dataflex.data.rows import check_intervals
 from dataflex.run.context import UpdateContext
 from dataflex.run.schedule import EventKind, Interval, Schedule, select_budget
+from dataflex.trainers.job import Job
 from dataflex.trainers.seam import Seam, random_states_kept
 from gradstore.errors import BadInput, DamagedData
 
@@ -39,40 +40,55 @@ class ServedSeam(Seam):
         self._batches: Iterator[Any] = iter(())
         self._rate_sum, self._rate_steps = 0.0, 0
 
-    def rows_for(self, interval: Interval, learning_rate: float) -> npt.NDArray[np.int64]:
-        """(k,) rows of an interval that begins now; called on every rank, the same on each."""
+    @classmethod
+    def plan(cls, job: Job) -> Schedule:
+        """Plan W + U * T steps a stage; `max_steps` stands in for `train_step`."""
+        ours = job.config.dataflex
+        budget = select_budget(
+            train_step=ours.train_step or max(0, int(job.args.max_steps)),
+            epochs=float(job.args.num_train_epochs),
+            warmup_step=ours.warmup_step,
+            update_step=ours.update_step,
+            update_times=ours.update_times,
+            rows=len(job.data.train),
+            global_batch=job.shape.rows,
+        )
+        return Schedule(ours.warmup_step, ours.update_step, ours.update_times, budget)
+
+    def rows_for(self, interval: Interval) -> npt.NDArray[np.int64]:
+        """Decide the rows (k,) of an interval that begins now; on every rank, the same on each."""
         raise TypeError(f"{type(self).__name__} does not implement rows_for")
 
-    def update_context(self, interval: Interval, learning_rate: float) -> UpdateContext:
-        """What a strategy may look at when `interval` begins."""
+    def update_context(self, interval: Interval) -> UpdateContext:
+        """Build the view that a strategy has when `interval` begins."""
         return UpdateContext(
             run=self.context,
             step=interval.start,
             update=interval.update,
-            updates=self.schedule.updates_per_stage,
-            learning_rate=learning_rate,
+            updates=self.run.schedule.updates_per_stage,
+            learning_rate=self._mean_rate(),
             optimizer=self.optimizer,
         )
 
     def served_rows(self, step: int) -> list[npt.NDArray[np.int64]]:
-        """Row positions of this rank's micro-batches in optimizer step `step`."""
+        """Return the row positions of this rank's micro-batches in optimizer step `step`."""
         if self._interval is None:
             raise RuntimeError("no interval is open")
         at = step - self._interval.start
-        micro = self._order.micro_batches(at, self.args.process_index, self.batch_shape)
+        micro = self._order.micro_batches(at, self.args.process_index, self.run.shape)
         return [np.asarray(rows, dtype=np.int64) for rows in micro]
 
     # -- public Trainer methods -------------------------------------------------------------------
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:  # noqa: ANN401
-        """The schedule's budget is the run; an epoch is a whole number of optimizer steps.
+        """Make the schedule's budget the run, and an epoch a whole number of optimizer steps.
 
         With the stock numbers an epoch may end inside an accumulation window, and the loop then
         counts a step short: boundaries would be skipped.
         """
-        rows, batch = len(self.train_dataset), self.batch_shape.rows
+        rows, batch = len(self.train_dataset), self.run.shape.rows
         steps_per_epoch = max(1, -(-rows // batch))
-        budget = self.schedule.budget
+        budget = self.run.schedule.budget
         epochs = -(-budget // steps_per_epoch)
         steps_in_epoch = steps_per_epoch * args.gradient_accumulation_steps
         return epochs, steps_per_epoch, rows, budget * batch, batch, steps_in_epoch, budget
@@ -83,7 +99,7 @@ class ServedSeam(Seam):
         num_batches: int,
         device: torch.device,
     ) -> tuple[list[Any], Any]:
-        """The micro-batches of the coming step, from the interval it belongs to.
+        """Take the micro-batches of the coming step from the interval it belongs to.
 
         Leaves every random state as it found it: after a resume the Trainer restores the states
         behind this call, so a single draw here would make the two runs differ.
@@ -95,7 +111,7 @@ class ServedSeam(Seam):
             return [], None
         with random_states_kept():
             self._enter(step)
-            window = [next(self._batches) for _ in range(self.batch_shape.accumulation)]
+            window = [next(self._batches) for _ in range(self.run.shape.accumulation)]
             self._rate_sum += float(self.lr_scheduler.get_last_lr()[0])
             self._rate_steps += 1
             return super().get_batch_samples(iter(window), len(window), device)  # type: ignore[misc, no-any-return]
@@ -103,7 +119,7 @@ class ServedSeam(Seam):
     # -- state ------------------------------------------------------------------------------------
 
     def more_state(self) -> Mapping[str, Any]:
-        """The running interval, its rows, and the learning rates since the last update."""
+        """Keep the running interval, its rows, and the learning rates since the last update."""
         return {
             **super().more_state(),
             "interval": {} if self._interval is None else asdict(self._interval),
@@ -113,11 +129,11 @@ class ServedSeam(Seam):
         }
 
     def settings(self) -> Mapping[str, Any]:
-        """Whether an interval's rows are shuffled must agree, too."""
+        """Add the shuffling of an interval's rows, which must agree too."""
         return {**super().settings(), "in_given_order": self._in_given_order()}
 
     def restore_more(self, state: RunState) -> None:
-        """Same interval, same rows, same position."""
+        """Restore the same interval, the same rows, the same position."""
         super().restore_more(state)
         kept = state.more
         self._rate_sum, self._rate_steps = float(kept["rate_sum"]), int(kept["rate_steps"])
@@ -137,10 +153,8 @@ class ServedSeam(Seam):
         """Open the interval of `step` if it is not the one being served."""
         held = self._interval
         if held is None or not held.start <= step < held.stop:
-            interval = self.schedule.interval(step)
-            rate = float(self.lr_scheduler.get_last_lr()[0])
-            mean_rate = self._rate_sum / self._rate_steps if self._rate_steps else rate
-            self._rows = self.rows_for(interval, mean_rate)
+            interval = self.run.schedule.interval(step)
+            self._rows = self.rows_for(interval)
             if len(self._rows) == 0:
                 raise BadInput(f"the component chose no row at step {step}.")
             self._check_agreement(step)
@@ -149,22 +163,27 @@ class ServedSeam(Seam):
                 self._rate_sum, self._rate_steps = 0.0, 0
             self._serve(interval, step)
 
+    def _mean_rate(self) -> float:
+        """Average the learning rate since the last update; before any step, the present one."""
+        if not self._rate_steps:
+            return float(self.lr_scheduler.get_last_lr()[0])
+        return self._rate_sum / self._rate_steps
+
     def _check_agreement(self, step: int) -> None:
-        """Ranks that train on different decisions would ruin a run without a word."""
+        """Stop ranks that disagree: training on different rows would ruin the run silently."""
         digest = hashlib.sha256(self._rows.tobytes()).hexdigest()
-        if len(set(self.ranks.gather(lambda: digest))) > 1:
+        if len(set(self.run.ranks.gather(lambda: digest))) > 1:
             raise RuntimeError(f"the ranks disagree about the rows of step {step}: a bug")
 
     def _serve(self, interval: Interval, step: int) -> None:
         seed = None if self._in_given_order() else (int(self.args.seed), interval.start)
-        shape: BatchShape = self.batch_shape
         self._order = RowOrder(self._rows, seed)
         self._batches = loader(
             self.train_dataset,
             self._order,
             range(step - interval.start, interval.stop - interval.start),
             self.args.process_index,
-            shape,
+            self.run.shape,
             self.data_collator,
             workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
@@ -176,7 +195,7 @@ class ServedSeam(Seam):
 
 
 def check_rows_of(answer: object, n: int, name: str) -> npt.NDArray[np.int64]:
-    """A component's answer is used as it is: it must be positions of the training set.
+    """Check that a component's answer, used as it is, is positions of the training set.
 
     Raises:
         BadInput: it is not; names the component and what it answered.
@@ -191,16 +210,12 @@ def check_rows_of(answer: object, n: int, name: str) -> npt.NDArray[np.int64]:
     return rows
 
 
-def select_schedule(config: RunConfig, rows: int, global_batch: int, args: Any) -> Schedule:  # noqa: ANN401
-    """The schedule of a select, reorder or pipeline run; `max_steps` stands in for `train_step`."""
-    ours = config.dataflex
-    budget = select_budget(
-        train_step=ours.train_step or max(0, int(args.max_steps)),
-        epochs=float(args.num_train_epochs),
-        warmup_step=ours.warmup_step,
-        update_step=ours.update_step,
-        update_times=ours.update_times,
-        rows=rows,
-        global_batch=global_batch,
-    )
-    return Schedule(ours.warmup_step, ours.update_step, ours.update_times, budget)
+def check_rows_suffice(job: Job) -> None:
+    """Refuse intervals that need more rows than there are, or than the strategy can choose.
+
+    Raises:
+        BadInput: names both numbers.
+    """
+    ours, rows = job.config.dataflex, job.shape.rows
+    check_intervals(len(job.data.train), ours.warmup_step, ours.update_step, rows)
+    job.strategy.check_count(ours.update_step * rows, job.data)

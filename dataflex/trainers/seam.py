@@ -1,7 +1,7 @@
-"""What every trainer of ours has in common: life cycle, checkpointed state, what a user is told.
+"""The base of our trainers: life cycle, checkpointed state, log.
 
-A mixin over public Trainer methods; it changes nothing about data or loss. `served.py` adds the
-data of exact steps, `losses.py` the weights of samples; a trainer of one kind is thin over them.
+A mixin over public Trainer methods; it changes nothing about data or loss. `row_seam.py` adds the
+data of exact steps, `loss_seam.py` the weights of samples; a trainer of one kind is thin over them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import logging
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,45 +20,21 @@ import numpy.typing as npt
 import torch
 
 from dataflex.checkpoints.state import RunState, load_state
-from dataflex.config.keys import RunConfig
 from dataflex.config.presets import RETIRED
 from dataflex.config.registry import target_of
-from dataflex.data.order import BatchShape
-from dataflex.data.rows import RunData
 from dataflex.models.experts import freeze_routers, load_experts
 from dataflex.models.passes import row_losses
 from dataflex.run.board import Scoreboard
 from dataflex.run.context import RunContext
 from dataflex.run.log import RunLog, as_json
 from dataflex.run.output_owner import remember_identity
-from dataflex.run.ranks import Ranks
 from dataflex.run.schedule import Schedule
 from dataflex.run.strategy import FSDP, ZERO3
+from dataflex.trainers.job import Job, Run
 from gradstore.errors import BadInput, ProvenanceMismatch
 from gradstore.store.cleaning import discard_store
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a session hands to its trainer.
-
-    Attributes:
-        config: the checked configuration.
-        data: the rows.
-        strategy: the component, built.
-        name: its preset's name, for messages.
-        run_id: the same for a run and its resumes.
-        params: the preset's parameters with `component_params` over them.
-    """
-
-    config: RunConfig
-    data: RunData
-    strategy: Any
-    name: str
-    run_id: str
-    params: Mapping[str, Any]
 
 
 #: Keys that say which parameters are trained, and thus what a checkpoint holds.
@@ -87,10 +62,6 @@ class Seam:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
         super().__init__(*args, **kwargs)
-        self.ranks = Ranks(int(self.args.process_index), int(self.args.world_size))
-        self.schedule = self.plan(
-            self.run.strategy, self.run.config, self.run.data, self.batch_shape.rows, self.args
-        )
         self.rows_sha256 = hashlib.sha256(self.run.data.train.row_set.hashes.tobytes()).hexdigest()
         self.log_files = RunLog(Path(self.args.output_dir))
         self._numbers: dict[str, float] = {}
@@ -101,22 +72,8 @@ class Seam:
     # -- what a kind of trainer decides -----------------------------------------------------------
 
     @classmethod
-    def plan(
-        cls,
-        strategy: Any,  # noqa: ANN401 - of any kind
-        config: RunConfig,
-        data: RunData,
-        global_batch: int,
-        args: Any,  # noqa: ANN401
-    ) -> Schedule:
-        """The schedule of a run; refusals come before the model is loaded.
-
-        Args:
-            strategy: the component, built but not started.
-            config: the checked configuration.
-            data: rows, as processed.
-            global_batch: B, rows of one optimizer step over all ranks.
-            args: LlamaFactory's TrainingArguments.
+    def plan(cls, job: Job) -> Schedule:
+        """Plan the schedule of a run; refusals come before the model is loaded.
 
         Raises:
             BadInput: the rows do not suffice for an interval, or W, U, T make no schedule.
@@ -124,25 +81,16 @@ class Seam:
         raise TypeError(f"{cls.__name__} does not implement plan")
 
     def more_state(self) -> Mapping[str, Any]:
-        """What a checkpoint keeps beside the strategy's state: JSON values and arrays."""
+        """Give what a checkpoint keeps beside the strategy's state: JSON values and arrays."""
         return {}
 
     def restore_more(self, state: RunState) -> None:
-        """Take back what this kind of trainer put into a checkpoint."""
+        """Restore what `more_state` gave."""
 
     # -- public Trainer methods -------------------------------------------------------------------
 
-    @property
-    def batch_shape(self) -> BatchShape:
-        """How one optimizer step is cut up over ranks and micro-batches."""
-        return BatchShape(
-            self.args.per_device_train_batch_size * max(1, self.args.n_gpu),
-            self.args.gradient_accumulation_steps,
-            self.args.world_size,
-        )
-
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Restore what `state.json` keeps, start the strategy, train, and let it go."""
+        """Restore what `state.json` keeps, start the strategy, train, finish it."""
         try:
             if resume_from_checkpoint:
                 self._restore(load_state(Path(str(resume_from_checkpoint))))
@@ -154,12 +102,12 @@ class Seam:
             self.run.strategy.finish()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """The Trainer's own log lines carry what the strategy told since the last one."""
-        told, self._numbers = self._numbers, {}
-        super().log({**logs, **told}, *args, **kwargs)  # type: ignore[misc]
+        """Add the numbers since the last line to the Trainer's own."""
+        added, self._numbers = self._numbers, {}
+        super().log({**logs, **added}, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A checkpoint's state goes in before trainer_state.json, which completes it."""
+        """Save; a checkpoint's state goes in before trainer_state.json, which completes it."""
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
         is_checkpoint = output_dir is not None and Path(output_dir) != Path(self.args.output_dir)
         if is_checkpoint and _internal_call and self.args.should_save:
@@ -178,8 +126,8 @@ class Seam:
         self.present_state().save(checkpoint)
 
     def present_state(self) -> RunState:
-        """The state between two optimizer steps."""
-        s = self.schedule
+        """Take the state between two optimizer steps."""
+        s = self.run.schedule
         return RunState(
             step=int(self.state.global_step),
             run_id=self.run.run_id,
@@ -191,31 +139,31 @@ class Seam:
         )
 
     def settings(self) -> Mapping[str, Any]:
-        """What a resume must agree on: what is decided with, and what saved weights have to fit."""
-        neutral = {*RETIRED, *getattr(self.run.strategy, "neutral", ())}
+        """List what a resume must agree on: settings of decisions and of the saved weights."""
+        neutral = {*RETIRED, *self.run.strategy.neutral}
         tuned = getattr(self, "finetuning_args", None)
         return {
             "component_name": self.run.name,
             "class": target_of(type(self.run.strategy)),
             "component_params": {k: v for k, v in self.run.params.items() if k not in neutral},
-            "rows_per_step": self.batch_shape.rows,
+            "rows_per_step": self.run.shape.rows,
             "seed": int(self.args.seed),
             "targets": {t.name: t.row_set.sha256 for t in self.run.data.targets},
             "optim": str(self.args.optim),
             **{key: getattr(tuned, key) for key in FINETUNING if hasattr(tuned, key)},
         }
 
-    # -- telling ----------------------------------------------------------------------------------
+    # -- log --------------------------------------------------------------------------------------
 
-    def tell(self, numbers: Mapping[str, float]) -> None:
-        """Hand numbers to the Trainer's next log line, as `dataflex/<name>`."""
+    def add_to_log(self, numbers: Mapping[str, float]) -> None:
+        """Add numbers to the Trainer's next log line, as `dataflex/<name>`."""
         self._numbers |= {f"dataflex/{k}": v for k, v in as_json(numbers).items()}
 
     # -- life cycle -------------------------------------------------------------------------------
 
     @cached_property
     def context(self) -> RunContext:
-        """What strategies may look at."""
+        """The view that strategies have of the run."""
         return RunContext(
             config=self.run.config,
             data=self.run.data,
@@ -225,21 +173,21 @@ class Seam:
             run_id=self.run.run_id,
             seed=int(self.args.seed),
             autocast=str(self.accelerator.mixed_precision or "no").replace("no", "off"),
-            shows_progress=self.ranks.leads and not self.args.disable_tqdm,
-            ranks=self.ranks,
+            shows_progress=self.run.ranks.leads and not self.args.disable_tqdm,
+            ranks=self.run.ranks,
             board=Scoreboard(self.run.data.train, self._measured),
         )
 
     def _measured(
         self, positions: npt.NDArray[np.int64], *, max_rows: int
     ) -> npt.NDArray[np.float64]:
-        """(n,) losses of training rows under the present model; what the scoreboard asks."""
+        """Measure losses (n,) of training rows under the present model, for the scoreboard."""
         return row_losses(self.context, positions, max_rows=max_rows)
 
     def _begin(self, *, anew: bool) -> None:
-        """The last place for refusals: model and rows are there, nothing was trained."""
+        """Start the strategy: the last place for refusals, before a step is trained."""
         config = self.run.config
-        if spread := self._spread() & getattr(self.run.strategy, "whole_model", frozenset()):
+        if spread := self._spread() & self.run.strategy.whole_model:
             raise BadInput(
                 f"component {self.run.name!r} makes passes of its own over the model in training, "
                 f"which cannot be made under {' and '.join(sorted(spread))}: use DDP."
@@ -256,20 +204,21 @@ class Seam:
             if anew:
                 self.log_files.clear()
 
-        self.ranks.decide(discard)
+        ranks = self.run.ranks
+        ranks.decide(discard)
         with random_states_kept():
-            self.ranks.gather(lambda: self.run.strategy.start(self.context))
-        self.ranks.decide(own)
+            ranks.gather(lambda: self.run.strategy.start(self.context))
+        ranks.decide(own)
 
     def _spread(self) -> set[str]:
-        """How the model lies on the devices, where not whole on each."""
+        """Name how the model is sharded over devices; empty where each has all of it."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         found = {FSDP} if getattr(self, "is_fsdp_enabled", False) else set()
         return found | ({ZERO3} if plugin is not None and plugin.zero_stage == 3 else set())
 
     def _restore(self, state: RunState) -> None:
         """Go on where the checkpoint was: same rows, same position, same component."""
-        s = self.schedule
+        s = self.run.schedule
         if state.schedule != (now := (s.warmup_step, s.update_step, s.update_times)):
             raise BadInput(
                 f"the checkpoint was made with (warmup_step, update_step, update_times) = "
@@ -288,7 +237,7 @@ class Seam:
                 )
                 + ". Restore them, or start anew with overwrite_output_dir: true."
             )
-        if state.step >= s.budget and self.ranks.leads:
+        if state.step >= s.budget and self.run.ranks.leads:
             _log.warning("nothing to train: the checkpoint is at step %d, the run ends at step %d",
                          state.step, s.budget)  # fmt: skip
         if state.rows_sha256 != self.rows_sha256:
@@ -301,12 +250,12 @@ class Seam:
 
 
 def trainer_class(seam: type[Seam], base: type, run: Run) -> type:
-    """LlamaFactory's trainer class with `seam` before it, for one run."""
+    """Derive a trainer class from LlamaFactory's, with `seam` before it, for one run."""
     return type(f"{seam.__name__.removesuffix('Seam')}{base.__name__}", (seam, base), {"run": run})
 
 
 def keeps_moments(optimizer: Any) -> bool:  # noqa: ANN401 - an optimizer or accelerate's wrapper
-    """Whether an optimizer is of the Adam family; true also before its first step."""
+    """Return true for an optimizer of the Adam family, also before its first step."""
     inner = getattr(optimizer, "optimizer", optimizer)
     states = [state for state in inner.state.values() if state]
     if states:
@@ -325,7 +274,7 @@ def _set_early_stopping(trainer: Any, min_delta: float) -> None:  # noqa: ANN401
 
 @contextlib.contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Python's, NumPy's, torch's CPU and CUDA random states come out as they went in."""
+    """Keep Python's, NumPy's, torch's CPU and CUDA random states as they are."""
     python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:

@@ -5,52 +5,39 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.config.keys import RunConfig
-from dataflex.data.rows import RunData, check_intervals
+from dataflex.data.rows import RunData
 from dataflex.run.log import SelectionEvent, as_json
 from dataflex.run.schedule import EventKind, Interval, Schedule
 from dataflex.selectors.base import Selection, ask
-from dataflex.trainers.row_seam import ServedSeam, check_rows_of, select_schedule
-from dataflex.trainers.telling import _by_set, score_range, selection_numbers
+from dataflex.trainers.job import Job
+from dataflex.trainers.metrics import count_by_set, score_range, selection_metrics
+from dataflex.trainers.row_seam import ServedSeam, check_rows_of, check_rows_suffice
 
 
 class SelectSeam(ServedSeam):
     """Warm-up draws, then the selector's answer at every update."""
 
     @classmethod
-    def plan(
-        cls,
-        strategy: Any,  # noqa: ANN401
-        config: RunConfig,
-        data: RunData,
-        global_batch: int,
-        args: Any,  # noqa: ANN401
-    ) -> Schedule:
-        """W + U·T steps a stage; an interval's rows must exist."""
-        ours = config.dataflex
-        check_intervals(len(data.train), ours.warmup_step, ours.update_step, global_batch)
-        if hasattr(strategy, "check_count"):
-            strategy.check_count(ours.update_step * global_batch, data)
-        return select_schedule(config, len(data.train), global_batch, args)
+    def plan(cls, job: Job) -> Schedule:
+        """Plan W + U * T steps a stage; an interval's rows must exist."""
+        check_rows_suffice(job)
+        return super().plan(job)
 
-    def rows_for(self, interval: Interval, learning_rate: float) -> npt.NDArray[np.int64]:
-        """A warm-up draw, or the selector's choice."""
-        count = interval.steps * self.batch_shape.rows
+    def rows_for(self, interval: Interval) -> npt.NDArray[np.int64]:
+        """Draw rows for a warm-up, or let the selector choose."""
+        count = interval.steps * self.run.shape.rows
         if interval.kind is EventKind.WARMUP:
             return warmup_rows(self.run.data, count, int(self.args.seed), interval.stage)
-        return self._select(count, interval, learning_rate)
+        return self._select(count, interval)
 
-    def _select(
-        self, count: int, interval: Interval, learning_rate: float
-    ) -> npt.NDArray[np.int64]:
-        """The selector's answer, told and written."""
+    def _select(self, count: int, interval: Interval) -> npt.NDArray[np.int64]:
+        """Ask the selector; log and write its answer."""
         began = time.perf_counter()
-        context = self.update_context(interval, learning_rate)
+        context = self.update_context(interval)
         name = f"component {self.run.name!r}"
         selection = ask(self.run.strategy, count, context, name, exact=True)
         rows = check_rows_of(selection.indices, len(self.run.data.train), self.run.name)
@@ -60,9 +47,9 @@ class SelectSeam(ServedSeam):
     def _record(
         self, step: int, rows: npt.NDArray[np.int64], selection: Selection, pause: float
     ) -> None:
-        numbers = selection_numbers(self.run.data, rows, selection)
-        self.tell({**numbers, "pause_seconds": pause})
-        if not self.ranks.leads:
+        numbers = selection_metrics(self.run.data, rows, selection)
+        self.add_to_log({**numbers, "pause_seconds": pause})
+        if not self.run.ranks.leads:
             return
         train = self.run.data.train
         sources = train.sources
@@ -89,16 +76,16 @@ class SelectSeam(ServedSeam):
             skipped=dict(selection.skipped),
             chosen=dict(Counter(names).most_common(8)),
         )
-        told = f"chose {len(rows)} of {len(train)} rows{_by_set(event.chosen)}"
+        summary = f"chose {len(rows)} of {len(train)} rows{count_by_set(event.chosen)}"
         self.log_files.update(
             "select",
-            told=told + score_range(numbers),
+            summary=summary + score_range(numbers),
             **asdict(event),
             numbers=as_json(numbers),
         )
 
 
 def warmup_rows(data: RunData, count: int, seed: int, stage: int) -> npt.NDArray[np.int64]:
-    """Rows with a target, uniform without replacement, another draw in every stage."""
+    """Draw rows with a target, uniform without replacement, another draw in every stage."""
     usable = np.flatnonzero(data.train.target_tokens > 0)
     return np.random.default_rng([seed, stage]).permutation(usable)[:count]

@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dataflex.config.keys import RunConfig
-from dataflex.data.rows import RunData
+from dataflex.data.order import BatchShape
 from dataflex.run.schedule import Schedule
+from dataflex.trainers.job import Job
 from dataflex.trainers.loss_seam import LossSeam
 from dataflex.weighters.base import LossContributor
 from gradstore.errors import BadInput
@@ -26,16 +26,9 @@ class WeightSeam(LossSeam):
             self.args.max_steps = steps
 
     @classmethod
-    def plan(
-        cls,
-        strategy: Any,  # noqa: ANN401
-        config: RunConfig,
-        data: RunData,
-        global_batch: int,
-        args: Any,  # noqa: ANN401
-    ) -> Schedule:
-        """The plain loss before step W, and the budget that LlamaFactory would train for."""
-        ours = config.dataflex
+    def plan(cls, job: Job) -> Schedule:
+        """Plan the plain loss before step W, and the budget that LlamaFactory would train for."""
+        ours, args = job.config.dataflex, job.args
         if ours.warmup_step < 0:
             raise BadInput(f"warmup_step is {ours.warmup_step}; it must be 0 or more.")
         if args.n_gpu > 1:
@@ -43,27 +36,29 @@ class WeightSeam(LossSeam):
                 f"{args.n_gpu} GPUs in one process: weights need a process for each. Start with "
                 "dataflex-cli train, which launches them."
             )
-        if warning := weighted_alone(strategy, global_batch, args.gradient_accumulation_steps):
+        if warning := weighted_alone(job.strategy, job.shape):
             _log.warning("%s", warning)
-        epochs = math.ceil(args.num_train_epochs * math.ceil(len(data.train) / global_batch))
+        epochs = math.ceil(args.num_train_epochs * math.ceil(len(job.data.train) / job.shape.rows))
         budget = ours.train_step or (args.max_steps if args.max_steps > 0 else epochs)
         return Schedule(ours.warmup_step, update_step=1, update_times=0, budget=budget)
 
     def contributors(self, step: int) -> Sequence[LossContributor]:
-        """The weighter, from step W on."""
-        return () if step < self.schedule.warmup_step else (self.run.strategy,)
+        """List the weighter, from step W on."""
+        return () if step < self.run.schedule.warmup_step else (self.run.strategy,)
 
 
-def weighted_alone(contributor: LossContributor, step_rows: int, accumulation: int) -> str | None:
-    """What to tell where a contributor sees one sample at a time, whose weight then cancels out.
+def weighted_alone(contributor: LossContributor, shape: BatchShape) -> str | None:
+    """Warn where a contributor sees one sample at a time, whose weight then cancels out.
 
     Args:
-        contributor: who weights.
-        step_rows: B, samples of an optimizer step over all ranks.
-        accumulation: micro-batches of a step.
+        contributor: the strategy that weights.
+        shape: of one optimizer step.
+
+    Returns:
+        The warning, or None.
     """
     micro = contributor.scope == "micro"
-    together = step_rows // accumulation if micro else step_rows
+    together = shape.rows // shape.accumulation if micro else shape.rows
     if not contributor.relative or together > 1:
         return None
     more = "" if micro else " or gradient_accumulation_steps"

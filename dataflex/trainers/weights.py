@@ -1,4 +1,4 @@
-"""What a forward pass tells of the samples it saw, and the weights they are answered."""
+"""Statistics of the samples of a forward pass, and their weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from dataflex.data.rows import Domains
-from dataflex.mixers.base import DomainLosses
+from dataflex.run.context import DomainLosses
 from dataflex.run.ranks import Ranks
 from dataflex.weighters.base import FloatArray, LossContributor, MeasuredBatch
 from gradstore.capture.losses import Targets
@@ -20,7 +20,7 @@ from gradstore.errors import BadInput
 
 @dataclass
 class SampleStats:
-    """What one rank knows of the samples of some micro-batches; n samples.
+    """Statistics of one rank's n samples of some micro-batches.
 
     Attributes:
         loss_sums: (n,) float64, summed token losses.
@@ -34,7 +34,7 @@ class SampleStats:
 
     @staticmethod
     def joined(parts: Sequence[SampleStats]) -> SampleStats:
-        """Samples of several parts, end to end."""
+        """Join the samples of several parts, end to end."""
         columns = zip(*(part.measured for part in parts), strict=True)
         return SampleStats(
             np.concatenate([part.loss_sums for part in parts]),
@@ -56,7 +56,7 @@ def statistics(
     token_losses: torch.Tensor,
     contributors: Sequence[LossContributor],
 ) -> SampleStats:
-    """What a forward pass tells of its samples; nothing that carries a gradient."""
+    """Take statistics of a forward pass's samples; nothing that carries a gradient."""
     sums = torch.zeros(targets.grid[0], dtype=torch.float64, device=token_losses.device)
     sums.index_add_(0, targets.rows, token_losses.double())
     measured = []
@@ -79,14 +79,14 @@ def hidden_option(contributors: Sequence[LossContributor]) -> dict[str, bool]:
 def rows_of(
     inputs: Mapping[str, torch.Tensor], chosen: npt.NDArray[np.bool_]
 ) -> dict[str, torch.Tensor] | None:
-    """The `chosen` (b,) rows of a batch; None if there are none, or the batch can't be cut."""
+    """Take the `chosen` (b,) rows of a batch; None if there are none, or it can't be cut."""
     if not chosen.any() or any(len(value) != len(chosen) for value in inputs.values()):
         return None
     return {key: value[torch.as_tensor(chosen)] for key, value in inputs.items()}
 
 
 def check_weights(answer: object, losses: FloatArray, name: str) -> FloatArray:
-    """(n,) weights as answered, 0 where a sample has no finite loss.
+    """Check weights (n,) as answered; 0 where a sample has no finite loss.
 
     Raises:
         BadInput: another shape, or a weight that is negative or not finite.
@@ -107,7 +107,7 @@ def check_weights(answer: object, losses: FloatArray, name: str) -> FloatArray:
 def losses_by_domain(
     step: int, seen: SampleStats, rows: npt.NDArray[np.int64], domains: Domains, ranks: Ranks
 ) -> DomainLosses:
-    """A step's losses over all ranks; collective.
+    """Sum a step's losses by domain over all ranks; collective.
 
     Args:
         step: g, optimizer steps finished before it.
@@ -126,7 +126,7 @@ def losses_by_domain(
 def multipliers(
     weights: FloatArray, tokens: npt.NDArray[np.int64], *, relative: bool
 ) -> FloatArray:
-    """How many times each sample counts; 1 is what the plain trainer gives it.
+    """Scale weights to how many times each sample counts; 1 as in the plain trainer.
 
     Args:
         weights: (n,) finite, >= 0.
@@ -156,7 +156,7 @@ def multipliers(
 
 
 def summary(each: FloatArray) -> dict[str, float]:
-    """Of multipliers (n,): smallest, mean, largest, and the share of samples that count.
+    """Summarise multipliers (n,): smallest, mean, largest, and the share of samples that count.
 
     The effective share is (sum w)^2 / (n * sum w^2): 1 where all are equal, 1 / n where one has
     everything, 0 where all are 0.

@@ -1,4 +1,4 @@
-"""What a weighter is: weights of the samples that are trained on together."""
+"""The contract of weighters: weights of the samples that are trained on together."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ class LossContributor(Strategy):
     all ranks) is weighted by itself, from the training forward, at no cost.
     """
 
+    required = "weights"
     needs_single_rows = False
     reads_losses = True
     scope: Literal["window", "micro"] = "window"

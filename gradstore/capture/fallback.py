@@ -17,7 +17,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from gradstore.capture.losses import IGNORED_LABEL, RowLoss, Targets, logits_of, model_inputs
 from gradstore.capture.modelstate import without_autocast
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class RowwiseGradients:
@@ -44,7 +44,7 @@ class RowwiseGradients:
                 # functorch reports each operation it cannot batch as a RuntimeError; a real fault
                 # of the model shows again, by itself, in the row-by-row pass.
                 self._vmap_works = False
-                logger.debug("vmap is not possible for this model: %s", error)
+                _log.debug("vmap is not possible for this model: %s", error)
         return self._row_by_row(parameters, batch, targets)
 
     def _all_rows(

@@ -31,7 +31,7 @@ from gradstore.errors import BadInput
 
 __all__ = ["BatchStats", "GradientCapture", "ParameterSlot", "Sink", "batch_losses"]
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class GradientCapture:
@@ -157,7 +157,7 @@ class GradientCapture:
     def _log_fallback(self, slots: set[ParameterSlot]) -> None:
         if slots:
             names = sorted(slot.name for slot in slots)
-            logger.info(
+            _log.info(
                 "%d trainable parameters are not plain LoRA matrices (%s%s): their gradients take "
                 "a further pass, row by row where the model cannot be vectorised",
                 len(names),

@@ -9,7 +9,7 @@ Letters: r rows of a group, b sequences of a batch, p gradient length, d project
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +17,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gradkernels import Accumulator, ProjectionSpec
+from gradkernels import Accumulator
 from torch import Tensor, nn
 
 from gradstore.capture.losses import Targets
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
 from gradstore.export.direct import TargetDirections, mean_direction
-from gradstore.export.features import FeatureMap, FeatureSpec
+from gradstore.export.features import FeatureMap, FeatureSpec, Recipe
 from gradstore.export.projected import DENSE_ROWS, finished_rows, sum_of_squares
-from gradstore.export.units import Collate, FeatureRows, UnitFeatures, join_unit, plan_batches
+from gradstore.export.units import (
+    Collate,
+    FeatureRows,
+    OnRows,
+    UnitFeatures,
+    join_unit,
+    plan_batches,
+)
 from gradstore.format.plans import UnitRange
 
 
@@ -49,29 +56,36 @@ class WeightedRow:
     tokens: int
 
 
+@dataclass(frozen=True)
+class WeightedSums:
+    """Weighted rows, and how their sequences are put into batches.
+
+    Attributes:
+        rows: in any order; a row of a unit that is not among them becomes `TOO_LONG`.
+        collate: sequences -> padded batch with `labels` (b, t).
+        token_budget: tokens of a padded batch.
+    """
+
+    rows: Sequence[WeightedRow]
+    collate: Collate
+    token_budget: int = 2048
+
+
 def combined_gradients(
-    model: nn.Module,
-    rows: Sequence[WeightedRow],
-    collate: Collate,
-    features: FeatureSpec,
-    *,
-    token_budget: int = 2048,
-    buffer_bytes: int = 2 << 30,
+    model: nn.Module, sums: WeightedSums, features: FeatureSpec, *, buffer_bytes: int = 2 << 30
 ) -> Generator[tuple[Sequence[WeightedRow], Tensor], None, None]:
-    """Features of weighted sums, before projection; the model is frozen until the end.
+    """Yield features of weighted sums, before projection; the model is frozen until the end.
 
     Args:
         model: the model whose gradients are taken.
-        rows: what is summed up.
-        collate: sequences -> padded batch with `labels` (b, t).
+        sums: what is summed up.
         features: `sgd`, or `sign` where the training features are `sign`.
-        token_budget: tokens of a padded batch.
         buffer_bytes: memory for whole gradients.
 
     Yields:
         Some rows and their features (r, p) float32, overwritten by the next ones.
     """
-    device = next(model.parameters()).device
+    device, rows = next(model.parameters()).device, sums.rows
     with GradientCapture(model) as capture:
         feature_map = FeatureMap(features, capture.slots, None, device=device)
         size = max(1, min(DENSE_ROWS, len(rows), buffer_bytes // (4 * capture.p)))
@@ -79,7 +93,7 @@ def combined_gradients(
         for start in range(0, len(rows), size):
             group = rows[start : start + size]
             part = buffer[: len(group)].zero_()
-            _add_up(capture, group, collate, token_budget, part)
+            _add_up(capture, group, sums.collate, sums.token_budget, part)
             for slot in capture.slots:
                 feature_map.apply_(slot, part[:, slot.start : slot.start + slot.numel])
             yield group, part
@@ -87,32 +101,25 @@ def combined_gradients(
 
 def compute_combined_unit(
     model: nn.Module,
-    rows: Sequence[WeightedRow],
-    collate: Collate,
+    sums: WeightedSums,
+    recipe: Recipe,
     unit: UnitRange,
-    *,
-    features: FeatureSpec,
-    projection: ProjectionSpec,
-    token_budget: int = 2048,
-    on_rows: Callable[[int], None] | None = None,
+    on_rows: OnRows | None = None,
 ) -> UnitFeatures:
-    """Projected features of one unit's weighted sums, whoever computes them.
+    """Compute the projected features of one unit's weighted sums, on whatever rank.
 
     Args:
         model: the model whose gradients are taken.
-        rows: the unit's rows, in any order; a row not among them becomes `TOO_LONG`.
-        collate: sequences -> padded batch.
+        sums: the unit's rows.
+        recipe: how their sums become features; of the kinds `sgd` and `sign`, without moments.
         unit: which rows.
-        features: `sgd` or `sign`.
-        projection: with the effective seed of the generation.
-        token_budget: tokens of a padded batch.
         on_rows: called with the number of rows each time some are done.
     """
-    parts = combined_gradients(model, rows, collate, features, token_budget=token_budget)
+    parts = combined_gradients(model, sums, recipe.features)
 
     def projected() -> Iterator[FeatureRows]:
         for group, gradients in parts:
-            accumulator = Accumulator(projection, len(group), device=gradients.device)
+            accumulator = Accumulator(recipe.projection, len(group), device=gradients.device)
             accumulator.add(gradients, 0)
             yield finished_rows(
                 np.array([each.row for each in group], dtype=np.int64),
@@ -121,11 +128,9 @@ def compute_combined_unit(
                 torch.tensor([each.tokens for each in group], device=gradients.device),
             )
 
-    lengths = np.zeros(unit.stop, dtype=np.int64)
-    for each in rows:
-        lengths[each.row] = sum(each.lengths)
+    model_tokens = sum(sum(each.lengths) for each in sums.rows)
     with closing(parts):  # or a traceback would keep the model frozen
-        return join_unit(unit, projection.d, projected(), lengths, None, on_rows)
+        return join_unit(unit, recipe.projection.d, projected(), model_tokens, on_rows)
 
 
 def combined_directions(
@@ -143,7 +148,7 @@ def combined_directions(
     """
     found = []
     for number, rows in enumerate(subtasks):
-        parts = combined_gradients(model, rows, collate, features, token_budget=token_budget)
+        parts = combined_gradients(model, WeightedSums(rows, collate, token_budget), features)
         with closing(parts):
             counted = (
                 (gradients, torch.tensor([each.tokens for each in group], device=gradients.device))

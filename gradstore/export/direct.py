@@ -20,10 +20,10 @@ from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
 from gradstore.export.features import FeatureMap, FeatureSpec
 from gradstore.export.moments import AdamMoments
-from gradstore.export.units import Batch, row_status
+from gradstore.export.units import Batch, RowBatch, row_status
 from gradstore.format.layout import RowStatus
 
-RowBatches = Iterable[tuple[npt.NDArray[np.int64], Batch]]
+RowBatches = Iterable[RowBatch]
 
 
 @dataclass(frozen=True)

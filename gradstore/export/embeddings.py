@@ -8,17 +8,18 @@ Letters: n rows, b batch, t tokens, d hidden size, m rows of a chunk.
 
 ```
 space = writer.with_space("minilm", {"model": model_hash, "pooling": "mean", ...})
-record = embedding_record("train", 0, space="minilm", run_id=run_id, model_hash=model_hash)
+name = GenerationName("train", 0)
+record = embedding_record(name, space="minilm", run_id=run_id, model_hash=model_hash)
 generation = space.begin(record, rows, dim=384)
-export_embeddings(HiddenStates(model), dataset, collate, generation, lengths=lengths)
+batches = Batches(dataset, collate, lengths)
+fill(generation, partial(compute_embedding_unit, HiddenStates(model), batches, dim=384))
 generation.commit()
 ```
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -29,13 +30,12 @@ from gradstore.errors import BadInput
 from gradstore.export.pooling import Embed, attention_tokens, to_unit
 from gradstore.export.units import (
     Batch,
-    Collate,
+    Batches,
     FeatureRows,
-    Lengths,
+    OnRows,
     UnitFeatures,
     join_unit,
     row_status,
-    unit_batches,
 )
 from gradstore.format.layout import RowStatus
 from gradstore.format.plans import UnitRange
@@ -43,44 +43,30 @@ from gradstore.format.plans import UnitRange
 
 def compute_embedding_unit(
     embed: Embed,
-    dataset: Sequence[Any],
-    collate: Collate,
+    batches: Batches,
     unit: UnitRange,
+    on_rows: OnRows | None = None,
     *,
     dim: int,
-    lengths: Lengths,
-    token_budget: int = 2048,
-    max_rows: int = 1024,
-    longest: int | None = None,
     tokens_of: Callable[[Batch], Tensor] = attention_tokens,
-    on_rows: Callable[[int], None] | None = None,
 ) -> UnitFeatures:
-    """Embeddings of one unit: a function of its rows and the model, whoever computes it.
+    """Compute the embeddings of one unit: a function of its rows and the model, on whatever rank.
 
     Args:
         embed: batch -> (b, d) vectors; they are brought to length 1.
-        dataset: n rows; `dataset[i]` is what `collate` takes a list of.
-        collate: rows -> padded batch.
+        batches: the rows.
         unit: which rows.
-        dim: d.
-        lengths: (n,) tokens of each row; an array, where many units are asked for.
-        token_budget: tokens of a padded batch.
-        max_rows: rows of a batch, at most.
-        longest: rows with more tokens get status `TOO_LONG`; None where `collate` cuts them.
-        tokens_of: batch -> (b,) usable tokens; a row with none is `MASKED`.
         on_rows: called with the number of rows each time some are done.
+        dim: d.
+        tokens_of: batch -> (b,) usable tokens; a row with none is `MASKED`.
 
     Raises:
         BadInput: `embed` gives another shape than (b, d).
     """
-
-    def parts() -> Iterator[FeatureRows]:
-        for rows, batch in unit_batches(
-            dataset, collate, unit, lengths, token_budget, longest, max_rows
-        ):
-            yield _embedded(rows, embed(batch), tokens_of(batch), dim)
-
-    return join_unit(unit, dim, parts(), lengths, longest, on_rows)
+    parts = (
+        _embedded(rows, embed(batch), tokens_of(batch), dim) for rows, batch in batches.of(unit)
+    )
+    return join_unit(unit, dim, parts, batches.tokens(unit), on_rows)
 
 
 def _embedded(

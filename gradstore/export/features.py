@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from gradkernels import ProjectionSpec
 from torch import Tensor
 
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
 from gradstore.export.moments import AdamMoments, ParameterMoments
 
-__all__ = ["AdamMoments", "FeatureMap", "FeatureSpec"]
+__all__ = ["AdamMoments", "FeatureMap", "FeatureSpec", "Recipe"]
 
 Kind = Literal["adam_marginal", "adam", "sgd", "sign"]
 EpsMode = Literal["inside", "outside"]
@@ -67,6 +68,22 @@ class FeatureSpec:
     def needs_moments(self) -> bool:
         """Whether the feature depends on the optimizer's moments."""
         return self.kind in ("adam_marginal", "adam")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The way from gradients to the rows of one generation.
+
+    Attributes:
+        features: how a gradient becomes a feature.
+        projection: with the effective seed of the generation; its p must equal the model's
+            trainable parameters.
+        moments: Adam moments by parameter name, where `features` needs them.
+    """
+
+    features: FeatureSpec
+    projection: ProjectionSpec
+    moments: AdamMoments | None = None
 
 
 @dataclass(frozen=True)

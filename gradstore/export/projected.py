@@ -7,7 +7,7 @@ only where a dense projection wants many rows at once (`buffer_bytes` bounds it)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
-from gradstore.export.features import FeatureMap, FeatureSpec
+from gradstore.export.features import FeatureMap, FeatureSpec, Recipe
 from gradstore.export.moments import AdamMoments
 from gradstore.export.units import (
     Batch,
-    Collate,
+    Batches,
     FeatureRows,
-    Lengths,
+    OnRows,
+    RowBatch,
     UnitFeatures,
     join_unit,
     row_status,
-    unit_batches,
 )
 from gradstore.format.layout import RowStatus
 from gradstore.format.plans import UnitRange
@@ -42,7 +42,7 @@ DENSE_ROWS = 64
 
 def export_features(
     model: nn.Module,
-    batches: Iterable[tuple[npt.NDArray[np.int64], Batch]],
+    batches: Iterable[RowBatch],
     *,
     features: FeatureSpec,
     projection: ProjectionSpec,
@@ -66,7 +66,8 @@ def export_features(
     """
     with GradientCapture(model) as capture:
         device = next(model.parameters()).device
-        exporter = _Exporter(capture, device, features, projection, moments, buffer_bytes)
+        recipe = Recipe(features, projection, moments)
+        exporter = _Exporter(capture, device, recipe, buffer_bytes)
         if projection.method == "sjlt":
             yield from (exporter.streamed(rows, batch) for rows, batch in batches)
         else:
@@ -75,41 +76,31 @@ def export_features(
 
 def compute_unit(
     model: nn.Module,
-    dataset: Sequence[Any],
-    collate: Collate,
+    batches: Batches,
+    recipe: Recipe,
     unit: UnitRange,
-    *,
-    features: FeatureSpec,
-    projection: ProjectionSpec,
-    moments: AdamMoments | None = None,
-    lengths: Lengths,
-    token_budget: int = 2048,
-    longest: int | None = None,
-    on_rows: Callable[[int], None] | None = None,
+    on_rows: OnRows | None = None,
 ) -> UnitFeatures:
-    """Features of one unit: a function of its rows and the model, whoever computes it.
+    """Compute the features of one unit: a function of its rows and the model, on whatever rank.
 
     Needs no store; `UnitSink` writes the result where the lock is held.
 
     Args:
         model: the model whose gradients are taken.
-        dataset: n rows; `dataset[i]` is what `collate` takes a list of.
-        collate: rows -> padded batch with `labels` (b, t).
+        batches: the rows; their batches have `labels` (b, t).
+        recipe: how gradients become features (k, d).
         unit: which rows.
-        features: how a gradient becomes a feature.
-        projection: with the effective seed of this generation.
-        moments: Adam moments where `features` needs them.
-        lengths: (n,) tokens of each row; an array, where many units are asked for.
-        token_budget: tokens of a padded batch.
-        longest: rows with more tokens get status `TOO_LONG` (the model's position limit).
         on_rows: called with the number of rows each time some are done.
     """
-    batches = unit_batches(dataset, collate, unit, lengths, token_budget, longest)
     parts = export_features(
-        model, batches, features=features, projection=projection, moments=moments
+        model,
+        batches.of(unit),
+        features=recipe.features,
+        projection=recipe.projection,
+        moments=recipe.moments,
     )
     with closing(parts):  # or a traceback would keep the model frozen
-        return join_unit(unit, projection.d, parts, lengths, longest, on_rows)
+        return join_unit(unit, recipe.projection.d, parts, batches.tokens(unit), on_rows)
 
 
 class _Exporter:
@@ -119,11 +110,10 @@ class _Exporter:
         self,
         capture: GradientCapture,
         device: torch.device,
-        features: FeatureSpec,
-        projection: ProjectionSpec,
-        moments: AdamMoments | None,
+        recipe: Recipe,
         buffer_bytes: int,
     ) -> None:
+        projection = recipe.projection
         if projection.p != capture.p:
             raise BadInput(
                 f"the projection is made for p={projection.p} parameters, "
@@ -132,7 +122,7 @@ class _Exporter:
         self.capture = capture
         self.projection = projection
         self.device = device
-        self.map = FeatureMap(features, capture.slots, moments, device=self.device)
+        self.map = FeatureMap(recipe.features, capture.slots, recipe.moments, device=device)
         self.gather_rows = max(1, min(DENSE_ROWS, buffer_bytes // (4 * capture.p)))
 
     def streamed(self, rows: npt.NDArray[np.int64], batch: Batch) -> FeatureRows:
@@ -149,9 +139,7 @@ class _Exporter:
         stats = self.capture.capture(self._move(batch), sink)
         return finished_rows(rows, accumulator.result(), squares, stats.target_tokens)
 
-    def gathered(
-        self, batches: Iterable[tuple[npt.NDArray[np.int64], Batch]]
-    ) -> Iterator[FeatureRows]:
+    def gathered(self, batches: Iterable[RowBatch]) -> Iterator[FeatureRows]:
         """Collect whole features of several small batches, then project them together."""
         group: list[tuple[npt.NDArray[np.int64], Tensor]] = []
         buffer = torch.empty((self.gather_rows, self.capture.p), device=self.device)

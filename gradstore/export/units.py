@@ -6,7 +6,8 @@ pickled. So several ranks can share a generation: each computes some of the pend
 one gathers them and writes.
 
 ```
-mine = [compute_unit(model, rows, collate, unit, ...) for unit in pending[rank::world]]
+batches, recipe = Batches(rows, collate, lengths), Recipe(features, projection, moments)
+mine = [compute_unit(model, batches, recipe, unit) for unit in pending[rank::world]]
 sink = UnitSink(writer)                         # where the lock is held
 for unit in gathered:
     sink.write(unit)
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,8 @@ from gradstore.format.plans import UnitRange
 Batch = Mapping[str, Tensor]
 Collate = Callable[[list[Any]], Batch]
 Lengths = Sequence[int] | npt.NDArray[np.int64]
+RowBatch = tuple[npt.NDArray[np.int64], Batch]
+OnRows = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -99,42 +103,58 @@ def plan_batches(
     return batches
 
 
-def unit_batches(
-    dataset: Sequence[Any],
-    collate: Collate,
-    unit: UnitRange,
-    lengths: Lengths,
-    token_budget: int,
-    longest: int | None,
-    max_rows: int = 1024,
-) -> Iterator[tuple[npt.NDArray[np.int64], Batch]]:
-    """The batches of one unit, made when they are asked for: a function of the unit alone.
+@dataclass(frozen=True)
+class Batches:
+    """The rows of a data set, and how those of a unit are put into batches.
 
-    Args:
+    Attributes:
         dataset: n rows; `dataset[i]` is what `collate` takes a list of.
         collate: rows -> padded batch.
-        unit: which rows.
         lengths: (n,) tokens of each row.
         token_budget: tokens of a padded batch.
-        longest: rows with more tokens are left out; None takes all.
+        longest: rows with more tokens get status `TOO_LONG` (the model's position limit); None
+            takes all, where there is no limit or `collate` cuts them.
         max_rows: rows of a batch, at most.
-
-    Yields:
-        Row positions (b,), and their batch.
     """
-    fits = _fitting(unit, lengths, longest)
-    for chosen in plan_batches(np.asarray(lengths)[fits], token_budget, max_rows):
-        rows = fits[chosen]
-        yield rows, collate([dataset[int(i)] for i in rows])
+
+    dataset: Sequence[Any]
+    collate: Collate
+    lengths: Lengths
+    token_budget: int = 2048
+    longest: int | None = None
+    max_rows: int = 1024
+
+    def of(self, unit: UnitRange) -> Iterator[RowBatch]:
+        """Yield row positions (b,) and their batch, made when it is asked for; longest rows first.
+
+        The batches depend on the unit alone, whoever computes it.
+        """
+        fits = self._fitting(unit)
+        for chosen in plan_batches(self._lengths[fits], self.token_budget, self.max_rows):
+            rows = fits[chosen]
+            yield rows, self.collate([self.dataset[int(i)] for i in rows])
+
+    def tokens(self, unit: UnitRange) -> int:
+        """Count the tokens of the unit's rows that go through the model."""
+        return int(self._lengths[self._fitting(unit)].sum())
+
+    def _fitting(self, unit: UnitRange) -> npt.NDArray[np.int64]:
+        """Rows of the unit that the model can take."""
+        rows = np.arange(unit.start, unit.stop)
+        return rows if self.longest is None else rows[self._lengths[rows] <= self.longest]
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.int64]:
+        """`lengths` as an array, made once for all units."""
+        return np.asarray(self.lengths, dtype=np.int64)
 
 
 def join_unit(
     unit: UnitRange,
     dim: int,
     parts: Iterable[FeatureRows],
-    lengths: Lengths,
-    longest: int | None,
-    on_rows: Callable[[int], None] | None,
+    model_tokens: int,
+    on_rows: OnRows | None = None,
 ) -> UnitFeatures:
     """Put the parts of one unit in the order of its rows; a row in no part is TOO_LONG.
 
@@ -142,8 +162,7 @@ def join_unit(
         unit: which rows.
         dim: d.
         parts: their features, in any order.
-        lengths: (n,) tokens of each row.
-        longest: as for `unit_batches`.
+        model_tokens: tokens of the rows that go through the model.
         on_rows: called with the number of rows of each part.
     """
     k = unit.stop - unit.start
@@ -157,14 +176,7 @@ def join_unit(
         status[at], tokens[at] = part.status, part.tokens
         if on_rows is not None:
             on_rows(len(part.rows))
-    seen = int(np.asarray(lengths)[_fitting(unit, lengths, longest)].sum())
-    return UnitFeatures(unit, features, norm, status, tokens, seen)
-
-
-def _fitting(unit: UnitRange, lengths: Lengths, longest: int | None) -> npt.NDArray[np.int64]:
-    """Rows of the unit that the model can take."""
-    rows = np.arange(unit.start, unit.stop)
-    return rows if longest is None else rows[np.asarray(lengths)[rows] <= longest]
+    return UnitFeatures(unit, features, norm, status, tokens, model_tokens)
 
 
 def row_status(norm: Tensor, target_tokens: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import quote as percent_encoded
 from urllib.parse import unquote
 
 from gradstore.errors import BadInput
@@ -26,18 +27,12 @@ def quote(name: str) -> str:
     >>> quote("alpaca_en"), quote("org/set one"), quote("..")
     ('alpaca_en', 'org%2Fset%20one', '%2E.')
     """
-    safe = "".join(
-        char if re.fullmatch(r"[A-Za-z0-9._+=@-]", char) else _percent(char) for char in name
-    )
-    if safe and not _PLAIN.fullmatch(safe[0]) and safe[0] != "%":
-        safe = _percent(safe[0]) + safe[1:]
+    safe = percent_encoded(name, safe="+=@").replace("~", "%7E")
+    if safe and safe[0] in "._+=@-":
+        safe = f"%{ord(safe[0]):02X}{safe[1:]}"
     if not _QUOTED.fullmatch(safe):
         raise BadInput(f"{name!r} can't name a part of a store: it needs 1 to about 150 characters")
     return safe
-
-
-def _percent(char: str) -> str:
-    return "".join(f"%{byte:02X}" for byte in char.encode("utf-8"))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -67,7 +67,7 @@ class GenerationRecord:
         if (parsed.role, parsed.set, parsed.step) != (self.role, self.set, self.step):
             raise BadInput(
                 f"{self.name!r} does not name {self.role} {self.set!r} step {self.step}; "
-                "build names with gradstore.format.layout.GenerationName"
+                "build names with gradstore.format.names.GenerationName"
             )
         if not self.run_id:
             raise BadInput("run_id is empty; give an id that stays the same when the run resumes")
@@ -190,40 +190,35 @@ def _keys(hashes: np.ndarray) -> np.ndarray:
 
 
 def embedding_record(
-    role: Role,
-    step: int,
+    name: GenerationName,
     *,
     space: str,
     run_id: str,
     model_hash: str,
-    set: str = "",
-    run: str = "",
     options: Mapping[str, Any] | None = None,
     autocast: str = "off",
     attention: str = "eager",
     libraries: Mapping[str, Any] | None = None,
 ) -> GenerationRecord:
-    """What makes a generation of embeddings.
+    """Give the record of a generation of embeddings.
 
     Args:
-        role: train or target.
-        step: optimizer step of the training model; 0 for a model that is not trained.
+        name: role, set, step of the training model (0 for a model that is not trained) and the
+            run's prefix (`gradstore_run`), to which the space is added.
         space: name of the space.
         run_id: id of the training run. Of a model that is not trained, the model's hash does, so
             that other runs find its embeddings again.
         model_hash: the training model's adapter hash, or the hash of the model that is not trained.
-        set: name of the target set.
-        run: the run's prefix (`gradstore_run`).
         options: pooling, layer and the like; other values are another generation.
         autocast: dtype of autocast, or "off".
         attention: attention implementation.
         libraries: versions, which only warn.
     """
     return GenerationRecord(
-        name=str(GenerationName(role, step, set, space_run(space, run))),
-        role=role,
-        step=step,
-        set=set,
+        name=str(replace(name, run=space_run(space, name.run))),
+        role=name.role,
+        step=name.step,
+        set=name.set,
         run_id=run_id,
         adapter_hash=model_hash,
         effective_seed=0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from gradstore.errors import BadInput, ProvenanceMismatch
@@ -57,30 +57,11 @@ def checkpoint_features(
         elif generation.role == "target" and not generation.record.is_sample:
             targets.setdefault(generation.step, {})[generation.set] = generation
     if not trains:
-        where = f" of run {run!r}" if run else ""
-        where += "" if space == GRADIENT else f" in space {space!r}"
-        others = sorted({generation.space for generation in store.generations()} - {space})
-        there = f" (it has generations of space {', '.join(others)})" if others else ""
-        raise BadInput(
-            f'store "{store.path}" has no committed train generation{where}{there}; '
-            "build one first."
-        )
+        raise _nothing_to_score(store, run, space)
     chosen = _newest(sorted(trains), which, fewer)
     wanted = tuple(sets) if sets is not None else tuple(sorted(targets.get(chosen[-1], {})))
-    if not wanted:
-        raise BadInput(f'store "{store.path}" has no target generation of step {chosen[-1]}.')
-    for step in chosen:
-        if missing := [name for name in wanted if name not in targets.get(step, {})]:
-            raise BadInput(
-                f'store "{store.path}" has no target generation of {", ".join(missing)} at step '
-                f"{step}; it has {', '.join(sorted(targets.get(step, {}))) or 'none'}."
-            )
-    kinds = {trains[step].record.feature for step in chosen}
-    if len(kinds) > 1:
-        raise ProvenanceMismatch(
-            f"checkpoints {chosen} hold features of different kinds, {' and '.join(sorted(kinds))}"
-            ": they can't be combined. Take checkpoints: last, or another gradstore_run."
-        )
+    _check_targets(store, {step: list(targets.get(step, {})) for step in chosen}, wanted)
+    _check_kinds({step: trains[step].record.feature for step in chosen})
     weights = checkpoint_weights([trains[s].record.learning_rate or 0.0 for s in chosen])
     return [
         CheckpointFeatures(
@@ -88,6 +69,39 @@ def checkpoint_features(
         )
         for step, weight in zip(chosen, weights, strict=True)
     ]
+
+
+def _nothing_to_score(store: Store, run: str, space: str) -> BadInput:
+    """Build the refusal of a store without training rows; it names the spaces that are there."""
+    where = f" of run {run!r}" if run else ""
+    where += "" if space == GRADIENT else f" in space {space!r}"
+    others = sorted({generation.space for generation in store.generations()} - {space})
+    there = f" (it has generations of space {', '.join(others)})" if others else ""
+    return BadInput(
+        f'store "{store.path}" has no committed train generation{where}{there}; build one first.'
+    )
+
+
+def _check_targets(store: Store, held: Mapping[int, Sequence[str]], wanted: Sequence[str]) -> None:
+    """Refuse a checkpoint, of step -> its target sets, that lacks one of the sets."""
+    if not wanted:
+        raise BadInput(f'store "{store.path}" has no target generation of step {max(held)}.')
+    for step, sets in held.items():
+        if missing := [name for name in wanted if name not in sets]:
+            raise BadInput(
+                f'store "{store.path}" has no target generation of {", ".join(missing)} at step '
+                f"{step}; it has {', '.join(sorted(sets)) or 'none'}."
+            )
+
+
+def _check_kinds(features: Mapping[int, str]) -> None:
+    """Refuse checkpoints, step -> feature kind, whose features can't be added up."""
+    kinds = sorted(set(features.values()))
+    if len(kinds) > 1:
+        raise ProvenanceMismatch(
+            f"checkpoints {list(features)} hold features of different kinds, {' and '.join(kinds)}"
+            ": they can't be combined. Take checkpoints: last, or another gradstore_run."
+        )
 
 
 def parse_which(text: str) -> Which:

@@ -10,9 +10,9 @@ Letters: n rows, d dimensions, k clusters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,30 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradstore.errors import BadInput
+from gradstore.similarity.row_chunks import Matrix, RowChunks, squared_distances
 
 #: Numbers of the sample that k-means++ draws its first centroids from: 1 GiB of float32.
 SEEDING_NUMBERS = 1 << 28
 
-#: Squared distances below this share of the squared norms are rounding: the rows are equal. So rows
-#: should lie around the origin rather than far from it, as unit vectors do.
-ROUNDING = 1e-6
-
 _KMEANS, _FARTHEST, _LSH, _PARTITION = range(4)
-
-
-class Matrix(Protocol):
-    """An (n, d) array, or what is read like one: a memory map, rows of a store."""
-
-    @property
-    def ndim(self) -> int: ...  # noqa: D102
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, key: Any, /) -> npt.NDArray[Any]:  # noqa: ANN401
-        """Rows of a slice, or at positions."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +110,7 @@ def kmeans(
         chunk_rows: rows compared with all centroids at once.
         device: where that happens.
     """
-    reader = _Reader.of(rows, num_clusters, chunk_rows, device, unit=False)
+    reader = RowChunks.of(rows, num_clusters, chunk_rows, device, unit=False)
     return _lloyd(reader, min(num_clusters, len(rows)), seed, max_iter)
 
 
@@ -145,7 +127,7 @@ def spherical_kmeans(
 
     Arguments as for `kmeans`. The nearest centroid is the one with the largest cosine.
     """
-    reader = _Reader.of(rows, num_clusters, chunk_rows, device, unit=True)
+    reader = RowChunks.of(rows, num_clusters, chunk_rows, device, unit=True)
     return _lloyd(reader, min(num_clusters, len(rows)), seed, max_iter)
 
 
@@ -161,7 +143,7 @@ def farthest_first(
 
     Every row belongs to its nearest centre. Reads all rows once for each centre.
     """
-    reader = _Reader.of(rows, num_clusters, chunk_rows, device, unit=False)
+    reader = RowChunks.of(rows, num_clusters, chunk_rows, device, unit=False)
     n = len(rows)
     centre = int(np.random.default_rng([seed, _FARTHEST]).integers(n))
     nearest = np.full(n, np.inf, dtype=np.float32)
@@ -169,7 +151,9 @@ def farthest_first(
     centres: list[int] = []
     while len(centres) < min(num_clusters, n) and nearest[centre] > 0:
         point = reader.take(np.array([centre]))
-        distances = np.concatenate([_distances(c, point)[:, 0].cpu() for _, c in reader.chunks()])
+        distances = np.concatenate(
+            [squared_distances(c, point)[:, 0].cpu() for _, c in reader.chunks()]
+        )
         closer = distances < nearest
         labels[closer], nearest[closer] = len(centres), distances[closer]
         centres.append(centre)
@@ -197,7 +181,7 @@ def random_projection_lsh(
         chunk_rows: rows read at once.
         device: where products are computed.
     """
-    reader = _Reader.of(rows, num_clusters, chunk_rows, device, unit=False)
+    reader = RowChunks.of(rows, num_clusters, chunk_rows, device, unit=False)
     bits = max(1, math.ceil(math.log2(num_clusters))) if num_bits is None else num_bits
     if not 1 <= bits <= 62:
         raise BadInput(f"lsh_num_bits is {bits}; choose 1 to 62")
@@ -223,7 +207,7 @@ def random_partition(
     device: str | torch.device = "cpu",
 ) -> Clusters:
     """A seeded shuffle cut into k parts whose sizes differ by at most one: the baseline."""
-    reader = _Reader.of(rows, num_clusters, chunk_rows, device, unit=False)
+    reader = RowChunks.of(rows, num_clusters, chunk_rows, device, unit=False)
     n = len(rows)
     labels = np.empty(n, dtype=np.int64)
     order = np.random.default_rng([seed, _PARTITION]).permutation(n)
@@ -246,53 +230,7 @@ METHODS: dict[Method, Callable[..., Clusters]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Rows in float32 chunks on a device; unit vectors where `unit`."""
-
-    rows: Matrix
-    chunk_rows: int
-    device: torch.device
-    unit: bool
-
-    @staticmethod
-    def of(
-        rows: Matrix,
-        num_clusters: int,
-        chunk_rows: int,
-        device: str | torch.device,
-        *,
-        unit: bool,
-    ) -> _Reader:
-        if rows.ndim != 2 or not len(rows):
-            raise BadInput(f"rows to cluster have shape {rows.shape}; give (n, d) with n >= 1")
-        for name, value in (("num_clusters", num_clusters), ("chunk_rows", chunk_rows)):
-            if value < 1:
-                raise BadInput(f"{name} is {value}; it must be at least 1")
-        return _Reader(rows, chunk_rows, torch.device(device), unit)
-
-    def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, (c, d)) for all rows in order."""
-        for start in range(0, len(self.rows), self.chunk_rows):
-            yield start, self._load(self.rows[start : start + self.chunk_rows])
-
-    def take(self, positions: npt.NDArray[np.int64]) -> Tensor:
-        """(len(positions), d)."""
-        return self._load(self.rows[positions])
-
-    def _load(self, rows: npt.NDArray[Any]) -> Tensor:
-        loaded = torch.from_numpy(np.array(rows, dtype=np.float32)).to(self.device)
-        return functional.normalize(loaded) if self.unit else loaded
-
-
-def _distances(rows: Tensor, points: Tensor) -> Tensor:
-    """(c, m) squared distances of rows (c, d) to points (m, d); exactly 0 between equal ones."""
-    norms = rows.square().sum(1)[:, None] + points.square().sum(1)[None, :]
-    squared = norms - 2 * (rows @ points.T)
-    return torch.where(squared <= ROUNDING * norms, 0.0, squared)
-
-
-def _first_centroids(reader: _Reader, k: int, seed: int) -> Tensor:
+def _first_centroids(reader: RowChunks, k: int, seed: int) -> Tensor:
     """(<= k, d) rows by k-means++ (Arthur & Vassilvitskii 2007), from a sample of large data."""
     generator = np.random.default_rng([seed, _KMEANS])
     n, d = reader.rows.shape
@@ -302,7 +240,7 @@ def _first_centroids(reader: _Reader, k: int, seed: int) -> Tensor:
     picked = [int(generator.integers(size))]
     nearest = np.full(size, np.inf)
     while True:
-        latest = _distances(sample, sample[picked[-1]][None])[:, 0]
+        latest = squared_distances(sample, sample[picked[-1]][None])[:, 0]
         nearest = np.minimum(nearest, latest.double().cpu().numpy())
         running = np.cumsum(nearest)
         if len(picked) == k or running[-1] == 0:
@@ -311,18 +249,18 @@ def _first_centroids(reader: _Reader, k: int, seed: int) -> Tensor:
         picked.append(int(np.searchsorted(running, point, side="right")))
 
 
-def _assign(reader: _Reader, centroids: Tensor) -> tuple[npt.NDArray[np.int64], Tensor]:
+def _assign(reader: RowChunks, centroids: Tensor) -> tuple[npt.NDArray[np.int64], Tensor]:
     """(n,) nearest centroid of every row and (n,) float32 squared distance, on the host."""
     labels, distances = [], []
     for _, chunk in reader.chunks():
-        squared = _distances(chunk, centroids)
+        squared = squared_distances(chunk, centroids)
         nearest = squared.argmin(1)
         labels.append(nearest.cpu().numpy())
         distances.append(squared.gather(1, nearest[:, None])[:, 0].cpu())
     return np.concatenate(labels), torch.cat(distances)
 
 
-def _means(reader: _Reader, labels: npt.NDArray[np.int64], k: int) -> Tensor:
+def _means(reader: RowChunks, labels: npt.NDArray[np.int64], k: int) -> Tensor:
     """(k, d) mean row of each cluster; zeros for an empty one."""
     sums = torch.zeros((k, reader.rows.shape[1]), device=reader.device)
     for start, chunk in reader.chunks():
@@ -334,7 +272,7 @@ def _means(reader: _Reader, labels: npt.NDArray[np.int64], k: int) -> Tensor:
     return sums / sizes.clamp(min=1)[:, None]
 
 
-def _lloyd(reader: _Reader, k: int, seed: int, max_iter: int) -> Clusters:
+def _lloyd(reader: RowChunks, k: int, seed: int, max_iter: int) -> Clusters:
     centroids = _first_centroids(reader, k, seed)
     labels, distances = _assign(reader, centroids)
     for _ in range(max_iter):
@@ -354,7 +292,7 @@ def _lloyd(reader: _Reader, k: int, seed: int, max_iter: int) -> Clusters:
     return Clusters(compact.astype(np.int64), centroids.cpu().numpy(), distances.numpy())
 
 
-def _around_means(reader: _Reader, labels: npt.NDArray[np.int64]) -> Clusters:
+def _around_means(reader: RowChunks, labels: npt.NDArray[np.int64]) -> Clusters:
     """Clusters of given labels, described by their means."""
     means = _means(reader, labels, int(labels.max()) + 1)
     distances = np.empty(len(labels), dtype=np.float32)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gradstore.similarity.clusters import Clusters, Matrix
+from gradstore.similarity.clusters import Clusters
+from gradstore.similarity.row_chunks import Matrix
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -25,7 +25,7 @@ from gradstore.scoring.scan import BLOCK_ROWS, FeatureSource, Scan, exact_float3
 from gradstore.scoring.selection import check_k, select_top
 from gradstore.similarity.index_cache import IndexCache
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 FAISS_MAX_K = 2048
 """Largest k given to FAISS: its GPU indexes refuse more, its CPU heaps slow down beyond."""
@@ -206,7 +206,7 @@ def _import_faiss() -> ModuleType | None:
     try:
         return importlib.import_module("faiss")
     except ImportError:
-        logger.info("faiss is not installed; searching with exact torch products")
+        _log.info("faiss is not installed; searching with exact torch products")
         return None
 
 

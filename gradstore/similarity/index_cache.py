@@ -20,7 +20,7 @@ from pathlib import Path
 from gradstore.errors import BadInput
 from gradstore.storage.replace import sync_file, sync_folder, write_synced
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 FORMAT = 1
 _SHA = re.compile(r"[0-9a-f]{16,128}")
@@ -66,7 +66,7 @@ class IndexCache:
             if found != manifest.get("sha256"):
                 raise ValueError(f"sha256 of faiss.bin is {found}, not {manifest.get('sha256')}")
         except (OSError, ValueError, RecursionError) as error:
-            logger.warning("index %s can't be used, building it again: %s", self._place, error)
+            _log.warning("index %s can't be used, building it again: %s", self._place, error)
             return None
         return index_path
 
@@ -95,9 +95,9 @@ class IndexCache:
         except (OSError, RuntimeError) as error:
             lost = getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST)
             if lost and self._place.is_dir():
-                logger.info("another process published index %s first", self._place)
+                _log.info("another process published index %s first", self._place)
             else:
-                logger.warning("index kept in memory only, can't write %s: %s", self._place, error)
+                _log.warning("index kept in memory only, can't write %s: %s", self._place, error)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

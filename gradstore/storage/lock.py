@@ -20,7 +20,7 @@ from gradstore.format.canonical import canonical_json, parse
 from gradstore.storage.local import StoreFiles
 from gradstore.storage.probes import lacks
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 LOCK = "writer.lock"
 _MAX_RECORD_BYTES = 4096
@@ -73,7 +73,7 @@ class WriterLock:
             self._flock(fd)
             left = _holder(fd)
             if left:
-                logger.warning("stale lock of %s (%s) taken over", self._what, left)
+                _log.warning("stale lock of %s (%s) taken over", self._what, left)
             with self._files.operation("write", path):
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, canonical_json(_myself()), 0)

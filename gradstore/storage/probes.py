@@ -6,10 +6,12 @@ import errno
 from collections.abc import Callable
 from functools import partial
 
+from packaging.version import Version
+
 from gradstore.errors import BadInput, StoreIOError
 from gradstore.storage.local import STAGING, StoreFiles
 
-OLDEST_ZARR = (3, 1, 3)
+OLDEST_ZARR = "3.1.3"
 
 
 def probe(files: StoreFiles) -> None:
@@ -70,9 +72,8 @@ def check_zarr(version: str) -> None:
     Raises:
         BadInput: it is older than 3.1.3.
     """
-    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
-    if numbers < OLDEST_ZARR:
+    if Version(version) < Version(OLDEST_ZARR):
         raise BadInput(
-            f"zarr {version} is installed; 3.1.3 or newer is needed (older ones tear chunks when "
-            "killed). Run: pip install 'zarr>=3.1.3'"
+            f"zarr {version} is installed; {OLDEST_ZARR} or newer is needed (older ones tear "
+            f"chunks when killed). Run: pip install 'zarr>={OLDEST_ZARR}'"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from gradstore.errors import BadInput, DamagedFile, ProvenanceMismatch
@@ -12,12 +12,12 @@ from gradstore.format.layout import GRADIENT, generation_path, plan_path
 from gradstore.format.names import GenerationName, space_run
 from gradstore.format.plans import Plan
 from gradstore.format.provenance import Difference, compare, refuse
-from gradstore.format.records import GenerationRecord, RowSet
+from gradstore.format.records import GenerationRecord
 from gradstore.storage.local import StoreFiles
 from gradstore.store.generation_writer import quarantine
 from gradstore.store.reader import Store
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,38 +37,22 @@ class Chosen:
     resumed: bool = False
 
 
-def choose_plan(
-    files: StoreFiles,
-    store: Store,
-    record: GenerationRecord,
-    rows: RowSet,
-    space: str,
-    provenance_sha256: str,
-    dim: int,
-    dtype: str,
-    unit_rows: int,
-) -> Chosen:
-    """Decides between reuse, resume and a new attempt.
+def choose_plan(files: StoreFiles, store: Store, wanted: Plan) -> Chosen:
+    """Decide between reuse, resume and a new attempt.
 
     Args:
         files: the store's files.
         store: today's view.
-        record: what makes the generation.
-        rows: its rows, in order.
-        space: name of the space.
-        provenance_sha256: seal of the space's provenance.
-        dim: d.
-        dtype: feature dtype.
-        unit_rows: rows per unit of a new plan.
+        wanted: the plan of a first attempt.
 
     Raises:
         BadInput: d is not the projection's, or the name lacks the prefix of its space.
         ProvenanceMismatch: other rows, d or dtype than earlier generations, or a name of another
             run or space.
     """
+    record, dim = wanted.record, wanted.dim
     if record.projection.get("d", dim) != dim:
         raise BadInput(f"{record.name}: the projection gives d={record.projection['d']}, not {dim}")
-    wanted = Plan(record.name, space, provenance_sha256, record, rows, dim, dtype, unit_rows)
     _check_prefix(store, wanted)
     planned = _readable_plans(files, store)
     _check_shape(store, wanted)
@@ -94,8 +78,8 @@ def choose_plan(
             return Chosen(plan, sha, resumed=True)
     name = str(base.with_attempt(attempt + 1))
     if attempt:
-        logger.warning("%s was made from another state before; now written as %s", base, name)
-    plan = Plan(name, space, provenance_sha256, record, rows, dim, dtype, unit_rows)
+        _log.warning("%s was made from another state before; now written as %s", base, name)
+    plan = replace(wanted, name=name)
     return Chosen(plan, Plan.from_bytes(plan.to_bytes())[1])
 
 
@@ -105,7 +89,7 @@ def warn_of_libraries(store: Store, plan: Plan) -> None:
         before = store.generation(commit.generation)
         if before.space == plan.space:
             for difference in compare(before.record.libraries, plan.record.libraries):
-                logger.warning("%s", difference.line(str(store.path)))
+                _log.warning("%s", difference.line(str(store.path)))
             return
 
 
@@ -127,7 +111,7 @@ def _readable_plans(files: StoreFiles, store: Store) -> dict[str, tuple[Plan, st
         try:
             plans[name] = Plan.from_bytes(files.read(plan_path(name)))
         except (ValueError, DamagedFile) as error:
-            logger.warning("the plan of %s is damaged (%s): planned again", name, error)
+            _log.warning("the plan of %s is damaged (%s): planned again", name, error)
             quarantine(files, plan_path(name))
             if files.exists(generation_path(name)):
                 quarantine(files, generation_path(name))
@@ -140,7 +124,7 @@ def _check_prefix(store: Store, wanted: Plan) -> None:
     if space != GRADIENT and run != space and not run.endswith(f"+{space}"):
         raise BadInput(
             f"{wanted.name!r} can't hold features of space {space!r}: its run must be "
-            f"{space_run(space)!r} or RUN+{space}; build it with gradstore.format.layout.space_run"
+            f"{space_run(space)!r} or RUN+{space}; build it with gradstore.format.names.space_run"
         )
     for commit in store.live_commits():
         if GenerationName.parse(commit.generation).run != run:

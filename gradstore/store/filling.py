@@ -3,128 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from gradkernels import ProjectionSpec
-from torch import Tensor, nn
 
-from gradstore.export.embeddings import compute_embedding_unit
-from gradstore.export.features import FeatureSpec
-from gradstore.export.moments import AdamMoments
-from gradstore.export.pooling import Embed, attention_tokens
-from gradstore.export.projected import compute_unit
-from gradstore.export.units import Batch, Collate, Lengths, UnitFeatures, check_bad_rows
+from gradstore.export.units import UnitFeatures, check_bad_rows
 from gradstore.format.layout import EMBEDDING, RowStatus
+from gradstore.format.plans import UnitRange
 from gradstore.store.generation_writer import GenerationWriter
-
-
-def export_embeddings(
-    embed: Embed,
-    dataset: Sequence[Any],
-    collate: Collate,
-    writer: GenerationWriter,
-    *,
-    lengths: Lengths,
-    token_budget: int = 2048,
-    longest: int | None = None,
-    tokens_of: Callable[[Batch], Tensor] = attention_tokens,
-    max_bad_fraction: float = 0.01,
-    on_rows: Callable[[int], None] | None = None,
-) -> ExportSummary:
-    """Write the units of a generation of embeddings that are not done yet; does not commit.
-
-    Args:
-        embed: batch -> (b, d) vectors; they are brought to length 1.
-        dataset: n rows; `dataset[i]` is what `collate` takes a list of.
-        collate: rows -> padded batch.
-        writer: from `SpaceWriter.begin` or `StoreWriter.begin`.
-        lengths: (n,) tokens of each row.
-        token_budget: tokens of a padded batch.
-        longest: rows with more tokens get status `TOO_LONG`; None where `collate` cuts them.
-        tokens_of: batch -> (b,) usable tokens; a row with none is `MASKED`.
-        max_bad_fraction: share of non-finite rows above which the export stops.
-        on_rows: called with the number of rows each time some are done.
-
-    Raises:
-        BadInput: more than `max_bad_fraction` of the rows have a non-finite embedding, or `embed`
-            gives another shape than (b, d).
-    """
-    sink = UnitSink(writer, max_bad_fraction=max_bad_fraction)
-    sizes = np.asarray(lengths, dtype=np.int64)
-    for unit in list(writer.pending):
-        sink.write(
-            compute_embedding_unit(
-                embed,
-                dataset,
-                collate,
-                unit,
-                dim=writer.plan.dim,
-                lengths=sizes,
-                token_budget=token_budget,
-                longest=longest,
-                tokens_of=tokens_of,
-                on_rows=on_rows,
-            )
-        )
-    return sink.summary
-
-
-def export_generation(
-    model: nn.Module,
-    dataset: Sequence[Any],
-    collate: Collate,
-    writer: GenerationWriter,
-    *,
-    features: FeatureSpec,
-    projection: ProjectionSpec,
-    moments: AdamMoments | None = None,
-    lengths: Lengths,
-    token_budget: int = 2048,
-    longest: int | None = None,
-    max_bad_fraction: float = 0.01,
-    on_rows: Callable[[int], None] | None = None,
-) -> ExportSummary:
-    """Export the units of a generation that are not done yet; does not commit.
-
-    Args:
-        model: the model whose gradients are taken.
-        dataset: n rows.
-        collate: rows -> padded batch with `labels` (b, t).
-        writer: from `StoreWriter.begin`.
-        features: how a gradient becomes a feature.
-        projection: with the effective seed of this generation.
-        moments: Adam moments where `features` needs them.
-        lengths: (n,) tokens of each row.
-        token_budget: tokens of a padded batch.
-        longest: rows with more tokens get status `TOO_LONG`.
-        max_bad_fraction: share of non-finite rows above which the export stops.
-        on_rows: called with the number of rows each time some are done.
-
-    Raises:
-        BadInput: more than `max_bad_fraction` of the rows have non-finite gradients.
-    """
-    sink = UnitSink(writer, max_bad_fraction=max_bad_fraction)
-    sizes = np.asarray(lengths, dtype=np.int64)
-    for unit in list(writer.pending):
-        sink.write(
-            compute_unit(
-                model,
-                dataset,
-                collate,
-                unit,
-                features=features,
-                projection=projection,
-                moments=moments,
-                lengths=sizes,
-                token_budget=token_budget,
-                longest=longest,
-                on_rows=on_rows,
-            )
-        )
-    return sink.summary
 
 
 @dataclass
@@ -183,3 +70,27 @@ class UnitSink:
             name = RowStatus(int(status)).name.lower()
             summary.status_counts[name] = summary.status_counts.get(name, 0) + int(count)
         summary.seconds = time.perf_counter() - self._began
+
+
+def fill(
+    writer: GenerationWriter,
+    compute: Callable[[UnitRange], UnitFeatures],
+    *,
+    max_bad_fraction: float = 0.01,
+) -> ExportSummary:
+    """Compute and write the units of a generation that are not done yet; does not commit.
+
+    Args:
+        writer: from `StoreWriter.begin` or `SpaceWriter.begin`.
+        compute: unit -> its features, such as
+            `partial(compute_unit, model, batches, recipe)` or
+            `partial(compute_embedding_unit, embed, batches, dim=writer.plan.dim)`.
+        max_bad_fraction: share of non-finite rows above which it stops.
+
+    Raises:
+        BadInput: more than `max_bad_fraction` of the rows are non-finite.
+    """
+    sink = UnitSink(writer, max_bad_fraction=max_bad_fraction)
+    for unit in list(writer.pending):
+        sink.write(compute(unit))
+    return sink.summary

@@ -22,7 +22,7 @@ from gradstore.store.unit_files import check_unit, publish_unit, read_record
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 QUARANTINE = f"{STAGING}/quarantine"
 
@@ -215,9 +215,7 @@ class GenerationWriter:
                     files.make_directory(parent_of(path))
                     files.sync_directory(parent_of(path))
                 return record, sha
-            logger.warning(
-                "unit %d of %s is damaged (%s): redone", unit.index, self.name, faults[0]
-            )
+            _log.warning("unit %d of %s is damaged (%s): redone", unit.index, self.name, faults[0])
         for path in left:
             quarantine(files, path)
         return None

@@ -17,6 +17,7 @@ from gradstore.format.layout import (
     provenance_path,
 )
 from gradstore.format.names import check_space
+from gradstore.format.plans import Plan
 from gradstore.format.provenance import compare, provenance_bytes, read_provenance, refuse
 from gradstore.format.records import GenerationRecord, RowSet
 from gradstore.storage.local import StoreFiles, parent_of
@@ -25,7 +26,7 @@ from gradstore.store.documents import metadata
 from gradstore.store.generation_writer import GenerationWriter, quarantine
 from gradstore.store.reader import Store
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 class SpaceFields:
@@ -76,7 +77,7 @@ class SpaceFields:
             quarantine(files, path)
             sha = None
         if sha is None and not files.publish(path, provenance_bytes(self.space, self.fields)):
-            logger.warning("another process wrote the provenance of %s meanwhile", self.space)
+            _log.warning("another process wrote the provenance of %s meanwhile", self.space)
         return sha or self.compare(files) or ""
 
 
@@ -149,9 +150,8 @@ class SpaceWriter:
         """
         check_dtype(dtype)
         store = self._view()
-        chosen = choose_plan(
-            self._files, store, record, rows, self.space, self._seal, dim, dtype, unit_rows
-        )
+        wanted = Plan(record.name, self.space, self._seal, record, rows, dim, dtype, unit_rows)
+        chosen = choose_plan(self._files, store, wanted)
         plan, committed = chosen.plan, chosen.committed
         if committed is not None:
             return GenerationWriter(

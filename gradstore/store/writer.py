@@ -42,7 +42,7 @@ from gradstore.store.generation_writer import GenerationWriter, quarantine
 from gradstore.store.reader import Store, read_identity
 from gradstore.store.space_writer import SpaceFields, SpaceWriter, publish_metadata
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 _OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, "index"}
 
@@ -139,7 +139,7 @@ class StoreWriter:
     ) -> SpaceWriter:
         """Opens a further space under this writer's lock, as long as this writer is open.
 
-        Names of its generations carry the prefix `layout.space_run(space, run)`.
+        Names of its generations carry the prefix `names.space_run(space, run)`.
 
         Args:
             space: `gradient`, or one per embedding model.
@@ -239,4 +239,4 @@ class StoreWriter:
             files.make_directory(folder)
         publish_metadata(files, f"{GENERATIONS}/{METADATA}", group_json(), committed=False)
         if not files.publish(METADATA, root_json(str(uuid.uuid4()))):
-            logger.warning("another process created store %s at the same moment", self.path)
+            _log.warning("another process created store %s at the same moment", self.path)

@@ -92,3 +92,48 @@ def test_wrong_words_exit_2(
     assert code == 2
     assert word in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "nowhere.yaml"],
+        ["gradstore", "build", "nowhere.yaml"],
+        ["gradstore", "info", "nowhere"],
+        ["gradstore", "verify", "nowhere"],
+        ["gradstore", "score", "nowhere"],
+        ["gradstore", "select", "nowhere", "-k", "1", "-o", "selected.jsonl"],
+        ["gradstore", "query", "nowhere", "--target-row", "0"],
+    ],
+)
+def test_every_command_takes_debug_and_keeps_its_code_and_message(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = call(capsys, monkeypatch, *argv)
+    assert code == 2
+    assert "Traceback" not in err
+    for place in (0, len(argv)):
+        words = [*argv[:place], "--debug", *argv[place:]]
+        told = call(capsys, monkeypatch, *words)
+        assert told[0] == code
+        assert "Traceback" in told[2]
+        assert told[2].endswith(err)
+
+
+def test_help_names_debug(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = call(capsys, monkeypatch, "--help")
+    assert code == 0
+    assert "--debug" in out
+
+
+@pytest.mark.parametrize("command", ["score", "select"])
+def test_score_and_select_take_the_same_question(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = call(capsys, monkeypatch, "gradstore", command, "--help")
+    assert code == 0
+    for option in ("STORE", "--checkpoints", "--run", "--target", "--subtasks", "--aggregation"):
+        assert option in out
+    assert "--output" in out

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dataflex.checkpoints.state import load_state
 from dataflex.run.log import read_events
 
 SETS = ("tiny_target", "tiny_target_heldout")
@@ -65,4 +66,42 @@ def test_a_parameter_out_of_range_is_one_message_before_anything_is_written(
     assert result.err.count("error: ") == 1
     assert "component 'loss'" in result.message
     assert all(fragment in result.message for fragment in fragments), result.message
+    assert not (tmp_path / "run").exists()
+
+
+BARE = """
+import numpy as np
+from dataflex.api import Selection
+
+class Bare:
+    def select(self, count, context):
+        return Selection(context.candidates[:count])
+
+class Empty:
+    pass
+"""
+
+
+def test_a_class_with_select_alone_trains_and_its_checkpoint_bears_its_name(
+    cli: Any, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(BARE)
+    own = {"component_name": "custom", "component_params": {"target": "mine:Bare"}}
+    path = config(**own, gradient_accumulation_steps=1, train_step=4, save_steps=2)
+    result = cli("train", path, cwd=tmp_path)
+    assert result.code == 0, result.err[-3000:]
+    kept = load_state(tmp_path / "run" / "checkpoint-2")
+    assert (kept.settings["class"], kept.component) == ("mine:Bare", {})
+    result = cli("train", path, cwd=tmp_path)
+    assert result.code == 0, result.err[-3000:]
+
+
+def test_a_class_without_select_is_refused_before_anything_is_loaded(
+    cli: Any, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(BARE)
+    own = {"component_name": "custom", "component_params": {"target": "mine:Empty"}}
+    result = cli("train", config(**own), cwd=tmp_path)
+    assert result.code == 2, result.err[-3000:]
+    assert "mine:Empty has no method select(count, context)" in result.message
     assert not (tmp_path / "run").exists()

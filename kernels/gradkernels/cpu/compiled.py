@@ -31,7 +31,7 @@ _rademacher_loop = njit(nogil=True)(loops.rademacher_loop)
 def sjlt() -> Callable[..., None]:
     """Return `sjlt_loop`, compiled; it runs without the GIL."""
     out = types.Array(types.float64, 3, "C")
-    signature = types.void(*_BLOCK, _U32_1D, _I64_1D, types.int64, types.int64, out)
+    signature = types.void(*_BLOCK, _U32_1D, _I64_1D, out)
     return _compile(_sjlt_entry, signature)
 
 
@@ -44,9 +44,9 @@ def rademacher() -> Callable[..., None]:
 
 
 def _sjlt_entry(fingerprint: int) -> Callable[..., None]:
-    def sjlt_entry(x, start, a, b, c, bounds, low, high, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    def sjlt_entry(x, start, a, b, c, bounds, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         if fingerprint >= 0:
-            _sjlt_loop(x, start, a, b, c, bounds, low, high, out)
+            _sjlt_loop(x, start, a, b, c, bounds, out)
 
     return sjlt_entry
 

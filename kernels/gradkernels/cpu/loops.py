@@ -80,36 +80,39 @@ def _load_tile(tile: F32, lanes: int, x: F32, offsets: I64, column: int, n: int)
             tile[c * lanes + r] = x[offsets[r] + column + c]
 
 
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _sjlt_codes(code: U32, a: U32, b: U32, c: U32, bounds: I64, n: int) -> None:
+    """Write sign (top bit) and output of parameter t < n, repetition r: code[r * SJLT_TILE + t]."""
+    for r in range(c.shape[0]):
+        cr = c[r]
+        size = np.uint64(bounds[r + 1] - bounds[r])
+        base = np.uint64(bounds[r] - bounds[0])
+        for t in range(n):
+            h = _word(a[t], b[t], cr)
+            where = base + ((np.uint64(h) * size) >> np.uint64(32))
+            code[r * SJLT_TILE + t] = np.uint32(h << np.uint32(31)) | np.uint32(where)
+
+
 def sjlt_loop(
-    x: F32,
-    start: int,
-    key_a: np.uint32,
-    key_b: np.uint32,
-    offsets_c: U32,
-    bounds: I64,
-    first_rep: int,
-    stop_rep: int,
-    out: F64,
+    x: F32, start: int, key_a: np.uint32, key_b: np.uint32, c: U32, bounds: I64, out: F64
 ) -> None:
-    """Add a block's unscaled SJLT to the outputs of repetitions first_rep <= r < stop_rep.
+    """Add a block's unscaled SJLT to the outputs of some repetitions.
 
     Args:
         x: (b, m) block of parameters [start, start + m).
         start: global index of the block's first parameter.
         key_a: first key.
         key_b: second key.
-        offsets_c: (s,) `mix(r * GOLDEN + key_c)`.
-        bounds: (s + 1,) outputs of each repetition.
-        first_rep: first repetition.
-        stop_rep: one past the last.
+        c: (k,) `mix(r * GOLDEN + key_c)` for k consecutive repetitions r.
+        bounds: (k + 1,) outputs of each of them.
         out: (slices, d, 8): row k of the batch is lane k % 8 of slice k // 8; lanes beyond b
             receive copies of the last row, to be ignored.
     """
     b, m = x.shape
     slices = out.shape[0]
-    reps = stop_rep - first_rep
-    first = bounds[first_rep]
-    width = bounds[stop_rep] - first
+    reps = c.shape[0]
+    first = bounds[0]
+    width = bounds[reps] - first
     flat = x.reshape(-1)
     rows = np.empty(SJLT_LANES, np.int64)
     a = np.empty(SJLT_TILE, np.uint32)
@@ -123,14 +126,7 @@ def sjlt_loop(
             j = np.uint32(start + t0 + t)
             a[t] = _mix(np.uint32(j + key_a))
             bb[t] = _mix(np.uint32(j ^ key_b))
-        for r in range(reps):
-            c = offsets_c[first_rep + r]
-            size = np.uint64(bounds[first_rep + r + 1] - bounds[first_rep + r])
-            base = np.uint64(bounds[first_rep + r] - first)
-            for t in range(n):
-                h = _word(a[t], bb[t], c)
-                where = base + ((np.uint64(h) * size) >> np.uint64(32))
-                code[r * SJLT_TILE + t] = np.uint32(h << np.uint32(31)) | np.uint32(where)
+        _sjlt_codes(code, a, bb, c, bounds, n)
         for k in range(slices):
             for lane in range(SJLT_LANES):
                 rows[lane] = min(k * SJLT_LANES + lane, b - 1) * m

@@ -36,13 +36,12 @@ class SjltSums:
         """Add block (b, m) float32, contiguous, of parameters [start, start + m)."""
         x = block.numpy()
         work = x.shape[1] * self._spec.s * len(self._sums)
-        matrix = (*self._keys, self._offsets, self._bounds)
-        run_all(
-            [
-                partial(self._loop, x, start, *matrix, low, high, self._sums)
-                for low, high in _split(self._spec.s, _thread_count(work))
-            ]
-        )
+        spans = _split(self._spec.s, _thread_count(work))
+        run_all([partial(self._run, x, start, low, high) for low, high in spans])
+
+    def _run(self, x: NDArray[np.float32], start: int, low: int, high: int) -> None:
+        c, bounds = self._offsets[low:high], self._bounds[low : high + 1]
+        self._loop(x, start, *self._keys, c, bounds, self._sums)
 
     def total(self) -> Tensor:
         """Return the sums so far: (b, d) float64."""

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataflex.config.keys import DataFlexConfig, RunConfig
+from dataflex.config.presets import Component
 from dataflex.data.mixture import (
     Cursors,
     as_proportions,
@@ -22,8 +23,11 @@ from dataflex.data.mixture import (
     mixers_answer,
     opening_proportions,
 )
+from dataflex.data.order import BatchShape
 from dataflex.data.rows import RunData
+from dataflex.mixers.base import Mixer
 from dataflex.mixers.faults import domain_faults, rule_faults
+from dataflex.run.ranks import Ranks
 from gradstore.errors import BadInput
 
 MakeData = Callable[..., RunData]
@@ -194,10 +198,10 @@ def test_what_the_configuration_alone_tells(changes: dict[str, Any], says: str) 
 
 
 def test_a_fixed_rule_and_a_mixer_that_changes_its_answer_do_not_go_together() -> None:
-    class Changing:
+    class Changing(Mixer):
         dynamic = True
 
-    class Fixed:
+    class Fixed(Mixer):
         dynamic = False
 
     for rule in ("stratified", "uniform"):
@@ -237,10 +241,14 @@ _DATA = _two_domains()
 def plan(data: RunData, *, max_steps: int = -1, epochs: float = 2.0, **ours: Any) -> Any:
     from types import SimpleNamespace
 
+    from dataflex.trainers.job import Job
     from dataflex.trainers.mix import MixSeam
 
     arguments = SimpleNamespace(max_steps=max_steps, num_train_epochs=epochs)
-    return MixSeam.plan(None, config(**ours), data, 4, arguments)
+    component = Component("mixer", "mixer", Mixer, {})
+    return MixSeam.plan(
+        Job(config(**ours), component, Mixer(), data, arguments, BatchShape(4, 1, 1), Ranks())
+    )
 
 
 def test_updates_go_on_every_u_steps_and_no_stage_starts_again(domain_data: MakeData) -> None:

@@ -15,6 +15,7 @@ import pytest
 from dataflex.features.store_owner import check_owner
 from dataflex.run.output_owner import own_output
 from gradstore.errors import ProvenanceMismatch, StoreBusy
+from gradstore.format.names import GenerationName
 from gradstore.format.records import RowSet, embedding_record, row_hash
 from gradstore.store.reader import Store, open_store
 from gradstore.store.writer import StoreWriter
@@ -33,7 +34,8 @@ def store(tmp_path: Path) -> Store:
     """Embeddings of the model in training, by run "a", and of another model, by anybody."""
     with StoreWriter(tmp_path / "s", space="own", provenance={}) as writer:
         for space, owner in ((writer, "a"), (writer.with_space("minilm", {}), "ff")):
-            record = embedding_record("train", 0, space=space.space, run_id=owner, model_hash="ff")
+            name = GenerationName("train", 0)
+            record = embedding_record(name, space=space.space, run_id=owner, model_hash="ff")
             generation = space.begin(record, ROWS, dim=2)
             ones = np.ones(4)
             generation.write_unit(0, np.ones((4, 2)), ones, np.zeros(4, np.uint8), ones)

@@ -347,8 +347,12 @@ def trained(
     from datasets import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
+    from dataflex.config.presets import Component
+    from dataflex.data.order import BatchShape
+    from dataflex.run.ranks import Ranks
+    from dataflex.trainers.job import Job, Run
     from dataflex.trainers.mix import MixSeam
-    from dataflex.trainers.seam import Run, trainer_class
+    from dataflex.trainers.seam import trainer_class
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -374,7 +378,9 @@ def trained(
         use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
         label_smoothing_factor=label_smoothing_factor,
     )  # fmt: skip
-    run = Run(config, data, strategy, "doremi", "id", {})
+    component = Component("mixer", "doremi", DoremiMixer, {})
+    job = Job(config, component, strategy, data, args, BatchShape.of(args), Ranks())
+    run = Run(**vars(job), schedule=MixSeam.plan(job), run_id="id")
     trainer = trainer_class(MixSeam, Trainer, run)(
         model=tiny(0), args=args, train_dataset=rows.dataset, data_collator=padded,
         callbacks=[Watch()],

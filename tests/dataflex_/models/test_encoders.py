@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import importlib.metadata
 import importlib.util
 import json
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +86,33 @@ def test_the_hash_follows_the_files_that_decide_and_not_the_folders_name(tmp_pat
     assert read_encoder(one).sha256 != read_encoder(other).sha256
     (one / "vocab.txt").write_text("a")
     assert read_encoder(one).sha256 != find_encoder(str(tmp_path / "a" / ".." / "b")).sha256
+
+
+def test_the_hash_is_the_one_of_embeddings_stored_before(tmp_path: Path) -> None:
+    found = [read_encoder(folder_of(tmp_path / "a", {"pooling_mode": "mean"})),
+             read_encoder(folder_of(tmp_path / "b"))]  # fmt: skip
+    assert [encoder.sha256[:16] for encoder in found] == ["53308eda365ebf36", "bd3a5a27b0d19263"]
+    assert [encoder.by_library for encoder in found] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("installed", "says"), [(None, "it is not installed"), ("5.1.0", "5.1.0 is installed")]
+)
+def test_only_a_sentence_transformers_folder_needs_that_library(
+    installed: str | None, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert read_encoder(folder_of(tmp_path / "plain")).pooling == "mean"
+    config: Any = SimpleNamespace(get=lambda *_: False)
+    path = folder_of(tmp_path / "library", {"pooling_mode": "mean"})
+    (fault,) = EmbeddingSettings(str(path)).faults(config)
+    assert says in fault
+    assert "pip install 'dataflex-gradstore[encoders]'" in fault
 
 
 @pytest.mark.parametrize(
@@ -165,3 +196,49 @@ def test_a_real_encoders_vector_depends_on_its_own_text_alone(minilm: Path) -> N
     assert np.abs(vectors(loaded(minilm, layer=2), TEXTS) - together).max() > 0.01
     counted = encoder.tokens_of(encoder.collate(["", "cat", TEXTS[3]]))
     assert counted.tolist() == [0, 1, 254]
+
+
+@pytest.mark.parametrize(
+    ("pooling", "layer", "dtype", "side"),
+    [
+        ("mean", -1, "auto", "right"),
+        ("mean", 2, "bf16", "left"),
+        ("cls", -1, "bf16", "left"),
+        ("lasttoken", 0, "auto", "right"),
+        ("weightedmean", -2, "fp16", "left"),
+    ],
+)
+def test_the_library_gives_what_transformers_alone_gave(
+    minilm: Path, tmp_path: Path, pooling: str, layer: int, dtype: str, side: str
+) -> None:
+    """So embeddings of a store go on in the same space, whoever computed the ones before."""
+    folder = tmp_path / "encoder"
+    shutil.copytree(minilm, folder)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": pooling}))
+    tokenizer = folder / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"padding_side": side}))
+    encoder = read_encoder(folder)
+    assert encoder.by_library
+    theirs, before = (
+        TextEncoder(said, dtype=dtype, layer=layer, device=torch.device("cpu"))
+        for said in (encoder, dataclasses.replace(encoder, by_library=False))
+    )
+    texts = [*TEXTS, ""]
+    for name, tensor in before.collate(texts).items():
+        assert torch.equal(tensor, theirs.collate(texts)[name])
+    np.testing.assert_allclose(vectors(theirs, texts), vectors(before, texts), atol=1e-6)
+
+
+def test_any_other_folder_is_run_without_the_library(
+    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = vectors(loaded(minilm), TEXTS[:2])
+    plain = tmp_path / "plain"
+    shutil.copytree(minilm, plain)
+    (plain / "modules.json").unlink()
+    for name in [name for name in sys.modules if name.startswith("sentence_transformers")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    np.testing.assert_allclose(vectors(loaded(plain), TEXTS[:2]), expected, atol=1e-6)
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        loaded(minilm)

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataflex.config.keys import DataFlexConfig, RunConfig
-from dataflex.config.presets import presets_of, resolve
+from dataflex.config.presets import Component, presets_of, resolve
 from dataflex.config.registry import _classes
 from dataflex.data.order import BatchShape
 from dataflex.data.rows import RunData
 from dataflex.mixers.base import Mixer
-from dataflex.pipelines.pipeline import Pipeline, Plan
+from dataflex.pipelines.pipeline import Pipeline, Plan, build_strategy
 from dataflex.pipelines.planning import (
     Pace,
     Timetable,
@@ -31,9 +31,11 @@ from dataflex.pipelines.stages import UNIFORM, parse_stage
 from dataflex.reorders.base import Ordering, Reorder
 from dataflex.run.board import Scoreboard
 from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.ranks import Ranks
 from dataflex.run.schedule import Schedule
 from dataflex.selectors.base import Selection, Selector
-from dataflex.trainers.lego import LegoSeam, told, warnings_of
+from dataflex.trainers.job import Job
+from dataflex.trainers.lego import LegoSeam, describe, warnings_of
 from dataflex.weighters.base import LossContributor
 from gradstore.errors import BadInput
 
@@ -311,7 +313,7 @@ def test_a_plan_is_as_long_as_the_interval(m: int, count: int, arranged: bool) -
 
 
 @pytest.mark.parametrize(
-    ("stages", "taker"),
+    ("stages", "filled_by"),
     [
         ([FILTER], UNIFORM),
         ([WEIGHT], UNIFORM),
@@ -323,15 +325,15 @@ def test_a_plan_is_as_long_as_the_interval(m: int, count: int, arranged: bool) -
     ],
 )
 def test_one_stage_takes_the_budget(
-    stages: list[dict[str, Any]], taker: str, run_of: Callable[..., RunContext]
+    stages: list[dict[str, Any]], filled_by: str, run_of: Callable[..., RunContext]
 ) -> None:
     pipeline = Pipeline(stages)
-    assert pipeline.taker == taker
+    assert pipeline.filled_by == filled_by
     (plan,) = plans(pipeline, run_of([30, 30]), [10], 12, Schedule(10, 10, 1, 20))
     assert len(plan.rows) == len(set(plan.rows.tolist())) == 12
 
 
-def test_a_uniform_taker_draws_anew_at_every_boundary(run_of: Callable[..., RunContext]) -> None:
+def test_a_uniform_draw_is_made_anew_at_every_boundary(run_of: Callable[..., RunContext]) -> None:
     found = plans(Pipeline([{**FILTER, "every": 100}]), run_of([60]), [10, 20], 8,
                   Schedule(10, 10, 0, 30))  # fmt: skip
     assert all(row < 30 for plan in found for row in plan.rows)
@@ -475,7 +477,7 @@ def test_a_resume_agrees_on_the_stages_and_not_on_what_changes_no_answer(tmp_pat
 def test_every_preset_of_a_reorder_is_a_stage_that_orders_training_rows(name: str) -> None:
     params = {"score_params": {"cache_path": "x.json"}} if name == "reuse_selector_scores" else {}
     pipeline = Pipeline([FILTER, {"family": "reorder", "component": name, "params": params}])
-    assert pipeline.taker == f"reorder {name}"
+    assert pipeline.filled_by == f"reorder {name}"
     assert not pipeline.rows[1].strategy.orders_raw_rows
 
 
@@ -510,9 +512,15 @@ def test_a_run_of_a_pipeline_asks_whether_its_selector_can_answer(
 ) -> None:
     run = run_of([6, 4], [9], warmup_step=1, update_step=10)
     args = SimpleNamespace(num_train_epochs=1.0, max_steps=20)
-    LegoSeam.plan(Pipeline([FILTER]), run.config, run.data, 1, args)
+
+    def job(stage: dict[str, Any]) -> Job:
+        component = Component("pipeline", "pipeline", Pipeline, {"stages": [stage]})
+        return Job(run.config, component, build_strategy(component), run.data, args,
+                   BatchShape(1, 1, 1), Ranks())  # fmt: skip
+
+    LegoSeam.plan(job(FILTER))
     with pytest.raises(BadInput, match="asked 10, 9 usable, 1 skipped"):
-        LegoSeam.plan(Pipeline([DRAW]), run.config, run.data, 1, args)
+        LegoSeam.plan(job(DRAW))
 
 
 def test_more_rows_than_a_stage_can_answer_are_refused_before_training(
@@ -675,15 +683,15 @@ def test_a_line_names_the_stages_that_fired_and_what_they_kept(
 ) -> None:
     pipeline = Pipeline([{**FILTER, "every": 20}, MIX, ORDER])
     found = plans(pipeline, run_of([40, 20]), [10, 20], 8, Schedule(10, 10, 0, 30))
-    lines = [told(plan, ["a", "b"]) for plan in found]
+    lines = [describe(plan, ["a", "b"]) for plan in found]
     mixed = "shares mixes a 0.50, b 0.50: 8 of 30; onward orders 8 of 8"
     assert lines == [f"head keeps 30 of 60; {mixed}", mixed]
     few = Pipeline([{**FILTER, "keep_ratio": 0.1}])
     (plan,) = plans(few, run_of([40]), [10], 8, Schedule(10, 10, 1, 20))
-    assert told(plan, ["a"]) == "head keeps 4 of 40; 8 served, some again"
+    assert describe(plan, ["a"]) == "head keeps 4 of 40; 8 served, some again"
     late = Pipeline([{**DRAW, "warmup_step": 30}])
     (plan,) = plans(late, run_of([40]), [10], 8, Schedule(10, 10, 0, 20))
-    assert told(plan, ["a"]) == "no stage fires; 8 served"
+    assert describe(plan, ["a"]) == "no stage fires; 8 served"
 
 
 def test_what_has_no_say_is_told() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -86,13 +88,17 @@ class Stub(BaseHTTPRequestHandler):
 
     answers: ClassVar[list[tuple[int, bytes, float]]] = []
     seen: ClassVar[list[Any]] = []
+    under_way: ClassVar[list[int]] = [0, 0]  # now, and the most at once
 
     def do_POST(self) -> None:
         length = int(self.headers["Content-Length"])
         self.seen.append((self.path, self.headers, json.loads(self.rfile.read(length))))
         answers = type(self).answers
         status, body, delay = answers.pop(0) if len(answers) > 1 else answers[0]
+        self.under_way[0] += 1
+        self.under_way[1] = max(self.under_way)
         time.sleep(delay)
+        self.under_way[0] -= 1
         self.send_response(status)
         if status == 302:
             self.send_header("Location", "http://127.0.0.1:9/elsewhere")
@@ -107,6 +113,7 @@ class Stub(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[str]:
     Stub.seen.clear()
+    Stub.under_way[:] = [0, 0]
     with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as httpd:
         thread = threading.Thread(target=httpd.serve_forever)
         thread.start()
@@ -140,6 +147,50 @@ def test_an_api_judge_speaks_chat_completions(server: str, monkeypatch: pytest.M
         f"p r{i}" for i in range(5)
     }
     assert "sesame" not in json.dumps(asking.identity())
+
+
+def test_the_key_is_in_no_message_and_no_log(
+    server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("JUDGE_KEY", "sesame")
+    asking = judge(server, key_env="JUDGE_KEY", retries=0)
+    for answer, says in (((401, b"no key sesame", 0.0), "no key ***"),
+                         ((500, b"sesame?", 0.0), "***?"),
+                         ((200, b"<i>sesame", 0.0), "'<i>***'")):  # fmt: skip
+        Stub.answers = [answer]
+        with pytest.raises((BadInput, StoreIOError)) as error:
+            asking.start(MODEL)
+        assert says in str(error.value)
+        assert "sesame" not in "".join(traceback.format_exception(error.value))
+    monkeypatch.setenv("JUDGE_KEY", "sesame\n")
+    (fault,) = asking.faults()
+    assert "a line break" in fault
+    with pytest.raises(BadInput, match="a line break") as refused:
+        asking.judge(ASKED)
+    assert "sesame" not in caplog.text + fault + str(refused.value)
+
+
+def test_no_more_requests_are_under_way_than_workers(server: str) -> None:
+    Stub.answers = [(200, said("1"), 0.1)]
+    assert len(judge(server, workers=3).judge(ASKED * 2)) == 10
+    assert 2 <= Stub.under_way[1] <= 3
+
+
+def test_no_more_of_an_answer_is_read_than_a_score_needs(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dataflex.rewards.server.MOST_BYTES", 12)
+    Stub.answers = [(200, said("1"), 0.0)]
+    with pytest.raises(StoreIOError, match=r"no chat completion: '\{\"choices\":' "):
+        judge(server, retries=0).start(MODEL)
+
+
+def test_a_proxy_that_cannot_be_used_is_named(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "carrier://pigeon:word@loft")
+    with pytest.raises(BadInput, match="ALL_PROXY") as error:
+        judge(server).start(MODEL)
+    assert "word" not in str(error.value)
 
 
 def test_a_busy_server_is_asked_again_after_growing_waits(server: str) -> None:
@@ -180,11 +231,13 @@ def test_an_unreachable_server_is_named() -> None:
     ("changes", "says"),
     [({"base_url": None}, "api_base_url is missing"), ({"model": None}, "api_model is missing"),
      ({"base_url": "file:///etc/passwd"}, "give a URL"),
-     ({"key_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE")],
+     ({"key_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE"),
+     ({"base_url": "http://me:word@127.0.0.1:9/v1"}, "a user name or a password")],
 )  # fmt: skip
 def test_api_settings_that_cannot_work_are_faults(changes: dict[str, Any], says: str) -> None:
     asking = judge(changes.pop("base_url", "http://127.0.0.1:9/v1"), **changes)
     assert any(says in fault for fault in asking.faults())
+    assert "word@" not in " ".join(asking.faults())
 
 
 def test_a_local_language_model_that_answers_without_a_score_is_refused() -> None:

@@ -20,9 +20,13 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 from dataflex.config.keys import DataFlexConfig, RunConfig
+from dataflex.config.presets import Component
+from dataflex.data.order import BatchShape
 from dataflex.data.rows import Rows, RunData
+from dataflex.run.ranks import Ranks
 from dataflex.run.strategy import FSDP, ZERO3
-from dataflex.trainers.seam import Run, trainer_class
+from dataflex.trainers.job import Job, Run
+from dataflex.trainers.seam import trainer_class
 from dataflex.trainers.weight import WeightSeam
 from dataflex.weighters.base import FloatArray, MeasuredBatch, WeightContext, Weighter
 from dataflex.weighters.loss import LossWeighter
@@ -129,7 +133,7 @@ def make(tmp_path: Path) -> MakeTrainer:
             "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, **more,
         }  # fmt: skip
         dataset = Dataset.from_list(rows)
-        keywords = {
+        keywords: dict[str, Any] = {
             "model": model(losses),
             "args": TrainingArguments(**cast("Any", settings)),
             "train_dataset": dataset,
@@ -143,7 +147,10 @@ def make(tmp_path: Path) -> MakeTrainer:
         config = RunConfig(DataFlexConfig(train_type="dynamic_weight", **(ours or {})),
                            {"output_dir": str(folder)}, folder / "run.yaml")  # fmt: skip
         data = RunData(Rows("train", dataset), (), None, "default", None, "sft")
-        run = Run(config, data, weighter, "told", "id", {})
+        args = keywords["args"]
+        job = Job(config, Component("weighter", "told", type(weighter), {}), weighter, data, args,
+                  BatchShape.of(args), Ranks())  # fmt: skip
+        run = Run(**vars(job), schedule=WeightSeam.plan(job), run_id="id")
         return trainer_class(WeightSeam, sampled, run)(**keywords)
 
     return trainer
@@ -225,7 +232,7 @@ def test_a_sample_without_a_finite_loss_spoils_nothing(
     with caplog.at_level(logging.WARNING):
         loss, table = trained(make([1, nan, nan, 5], Told([1, 1, 1, 2], scope)))
     assert "not finite count 0" in caplog.text
-    assert caplog.text.count("told once") == 1
+    assert caplog.text.count("logged once") == 1
     clean = make([1, 3, 4, 5], Told([1, 0, 0, 2], scope, relative=scope == "window"))
     expected_loss, expected = trained(clean)
     assert torch.isfinite(table[[0, 3]]).all()
@@ -324,13 +331,13 @@ def test_the_plain_loss_runs_until_step_w(make: MakeTrainer) -> None:
     assert logged[0] == pytest.approx(2.0, abs=1e-5)
     assert logged[2] == pytest.approx(4.0, abs=1e-5)
     assert weighter.refreshed == [1, 2]
-    assert trainer.schedule.budget == 3
+    assert trainer.run.schedule.budget == 3
 
 
 def test_train_step_ends_the_run(make: MakeTrainer) -> None:
     trainer = make([1, 3, 5, 2], Told([1] * 4), accumulation=1, ours={"train_step": 7})
     trainer.train()
-    assert trainer.state.global_step == trainer.schedule.budget == 7
+    assert trainer.state.global_step == trainer.run.schedule.budget == 7
 
 
 def test_what_samples_counted_is_told_at_log_lines(make: MakeTrainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from gradkernels import ProjectionSpec
 
 from gradstore import open_store
 from gradstore.errors import BadInput
-from gradstore.export.features import FeatureSpec
+from gradstore.export.features import FeatureSpec, Recipe
+from gradstore.export.projected import compute_unit
+from gradstore.export.units import Batches
 from gradstore.format.layout import RowStatus
-from gradstore.store.filling import ExportSummary, export_generation
+from gradstore.store.filling import ExportSummary, fill
 
 N, BAD = 40, tuple(range(2, 40, 3))
 
@@ -36,17 +39,10 @@ def export(
     with kit.writer(path) as writer:
         record = kit.record(projection=projection.to_dict(), feature="sgd", optimizer_hash=None)
         generation = writer.begin(record, kit.rows(N), dim=16, unit_rows=8)
-        summary = export_generation(
-            model,
-            rows,
-            llama.collate,
-            generation,
-            features=FeatureSpec("sgd"),
-            projection=projection,
-            lengths=[len(row["input_ids"]) for row in rows],
-            token_budget=100,
-            max_bad_fraction=allowed,
-        )
+        batches = Batches(rows, llama.collate, [len(row["input_ids"]) for row in rows], 100)
+        recipe = Recipe(FeatureSpec("sgd"), projection)
+        compute = partial(compute_unit, model, batches, recipe)
+        summary = fill(generation, compute, max_bad_fraction=allowed)
         generation.commit()
     return summary
 

@@ -10,8 +10,13 @@ import torch
 from gradkernels import ProjectionSpec, project_reference
 
 from gradstore.errors import BadInput
-from gradstore.export.combined import WeightedRow, combined_directions, compute_combined_unit
-from gradstore.export.features import FeatureSpec
+from gradstore.export.combined import (
+    WeightedRow,
+    WeightedSums,
+    combined_directions,
+    compute_combined_unit,
+)
+from gradstore.export.features import FeatureSpec, Recipe
 from gradstore.format.layout import RowStatus
 from gradstore.format.plans import UnitRange
 
@@ -48,9 +53,11 @@ def test_a_unit_holds_the_projected_sums_whatever_the_batches(
     p = sum(q.numel() for q in model.parameters() if q.requires_grad)
     spec = ProjectionSpec("sjlt", p=p, d=64, seed=3)
     done = compute_combined_unit(
-        model, rows[::-1], llama.collate, UnitRange(1, 4, 7), features=FeatureSpec(kind),
-        projection=spec, token_budget=budget,
-    )  # fmt: skip
+        model,
+        WeightedSums(rows[::-1], llama.collate, budget),
+        Recipe(FeatureSpec(kind), spec),
+        UnitRange(1, 4, 7),
+    )
     sums = torch.stack([expected(llama, model, row) for row in rows]).float()
     if kind == "sign":
         sums = sums.sign()
@@ -73,9 +80,11 @@ def test_rows_without_a_signal_without_sequences_or_with_infinities_stay_apart(l
     masked = WeightedRow(3, [], [], [], tokens=0)
     p = sum(q.numel() for q in model.parameters() if q.requires_grad)
     done = compute_combined_unit(
-        model, [good, broken, silent, masked], llama.collate, UnitRange(0, 0, 5), features=SGD,
-        projection=ProjectionSpec("sjlt", p=p, d=32, seed=0),
-    )  # fmt: skip
+        model,
+        WeightedSums([good, broken, silent, masked], llama.collate),
+        Recipe(SGD, ProjectionSpec("sjlt", p=p, d=32, seed=0)),
+        UnitRange(0, 0, 5),
+    )
     assert done.status.tolist() == [
         RowStatus.OK, RowStatus.NON_FINITE, RowStatus.ZERO_NORM, RowStatus.MASKED,
         RowStatus.TOO_LONG,

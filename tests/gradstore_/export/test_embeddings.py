@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +18,15 @@ from hypothesis import strategies as st
 from gradstore.errors import BadInput
 from gradstore.export.embeddings import compute_embedding_unit
 from gradstore.export.pooling import POOLINGS, Embed, HiddenStates, Pooling, pool
+from gradstore.export.units import Batches
 from gradstore.format.layout import RowStatus
+from gradstore.format.names import GenerationName
+from gradstore.format.plans import UnitRange
 from gradstore.format.records import RowSet, embedding_record, row_hash
 from gradstore.similarity.index import FeatureIndex
 from gradstore.similarity.rows import UsableRows, read_unit_rows
 from gradstore.storage.local import StoreFiles
-from gradstore.store.filling import UnitSink, export_embeddings
+from gradstore.store.filling import UnitSink, fill
 from gradstore.store.reader import Store, open_store
 from gradstore.store.verify import verify_store
 
@@ -51,10 +55,10 @@ class Task:
         self.llama, self.model, self.rows = llama, model, rows
         self.embed = HiddenStates(model)
         self.hashes = RowSet.from_hashes([row_hash(r["input_ids"], r["labels"]) for r in rows])
-        self.options: dict[str, Any] = {
-            "lengths": [len(row["input_ids"]) for row in rows],
-            "token_budget": 60,
-        }
+        self.lengths = [len(row["input_ids"]) for row in rows]
+
+    def batches(self, **changes: Any) -> Batches:
+        return Batches(self.rows, self.collate, self.lengths, **{"token_budget": 60, **changes})
 
     def collate(self, rows: Rows) -> dict[str, torch.Tensor]:
         batch: dict[str, torch.Tensor] = self.llama.collate(rows)
@@ -65,7 +69,8 @@ class Task:
 
     def begin(self, space: Any, **changes: Any) -> Any:
         options = {"space": SPACE, "run_id": "run", "model_hash": "ff", **changes}
-        record = embedding_record("train", 5, options={"pooling": "mean"}, **options)
+        name = GenerationName("train", 5)
+        record = embedding_record(name, options={"pooling": "mean"}, **options)
         return space.begin(record, self.hashes, dim=DIM, unit_rows=8)
 
     def run(
@@ -74,15 +79,16 @@ class Task:
         path: Path,
         embed: Embed | None = None,
         files: StoreFiles | None = None,
-        **options: Any,
+        max_bad_fraction: float = 0.05,
+        **batches: Any,
     ) -> Any:
         """Both spaces at once, as a training run has them."""
         with kit.writer(path, files) as writer:
             generation = self.begin(writer.with_space(SPACE, {"model": "ff"}))
-            options = {**self.options, "max_bad_fraction": 0.05, **options}
-            summary = export_embeddings(
-                embed or self.embed, self.rows, self.collate, generation, **options
+            compute = partial(
+                compute_embedding_unit, embed or self.embed, self.batches(**batches), dim=DIM
             )
+            summary = fill(generation, compute, max_bad_fraction=max_bad_fraction)
             generation.commit()
         return summary
 
@@ -209,7 +215,7 @@ def test_a_generation_holds_each_rows_unit_embedding_and_status(task: Task, stor
     assert np.isnan(found[~ok]).all()
     error = np.linalg.norm(found[ok] - expected_rows(task)[ok], axis=1)
     assert error.max() <= 2**-10  # float16
-    lengths = np.array(task.options["lengths"])
+    lengths = np.array(task.lengths)
     np.testing.assert_array_equal(generation.tokens[ok], lengths[ok])
     np.testing.assert_allclose(generation.norm[ok], 1, rtol=1e-6)
     assert generation.projection == {}
@@ -265,18 +271,9 @@ def test_a_batch_holds_no_more_rows_than_said(task: Task, kit: Any, fast_path: P
         sizes.append(len(batch["input_ids"]))
         return task.embed(batch)
 
-    unit = SimpleNamespace(index=0, start=0, stop=20)
-    options = {**task.options, "token_budget": 10_000}
+    unit = UnitRange(0, 0, 20)
     few, all_at_once = (
-        compute_embedding_unit(
-            embed,
-            task.rows,
-            task.collate,
-            unit,
-            dim=DIM,
-            max_rows=n,
-            **options,  # type: ignore[arg-type]
-        )
+        compute_embedding_unit(embed, task.batches(token_budget=10_000, max_rows=n), unit, dim=DIM)
         for n in (3, 1024)
     )
     assert sizes == [3] * 6 + [2, 20]
@@ -312,12 +309,14 @@ def test_embeddings_of_another_shape_are_refused(kit: Any, task: Task, fast_path
     with kit.writer(fast_path / "s") as writer:
         generation = task.begin(writer.with_space(SPACE, {}))
         with pytest.raises(BadInput, match=r"embed gives \(\d+, 31\) for \d+ rows"):
-            export_embeddings(
-                lambda batch: task.embed(batch)[:, 1:],
-                task.rows,
-                task.collate,
+            fill(
                 generation,
-                **task.options,
+                partial(
+                    compute_embedding_unit,
+                    lambda batch: task.embed(batch)[:, 1:],
+                    task.batches(),
+                    dim=DIM,
+                ),
             )
 
 
@@ -332,7 +331,7 @@ def test_too_many_rows_without_a_finite_embedding_stop_the_export(
 def test_rows_longer_than_the_model_takes_are_too_long(
     kit: Any, task: Task, fast_path: Path
 ) -> None:
-    lengths = np.array(task.options["lengths"])
+    lengths = np.array(task.lengths)
     summary = task.run(kit, fast_path / "s", longest=18)
     status = open_store(fast_path / "s").generation("tiny/train/5").status
     np.testing.assert_array_equal(status == RowStatus.TOO_LONG, lengths > 18)
@@ -346,11 +345,7 @@ def test_units_shared_by_ranks_are_the_bytes_of_a_single_process(
         generation = task.begin(writer.with_space(SPACE, {"model": "ff"}))
         sink = UnitSink(generation, max_bad_fraction=1.0)
         for unit in reversed(list(generation.pending)):
-            sink.write(
-                compute_embedding_unit(
-                    task.embed, task.rows, task.collate, unit, dim=DIM, **task.options
-                )
-            )
+            sink.write(compute_embedding_unit(task.embed, task.batches(), unit, dim=DIM))
         generation.commit()
     assert chunks(fast_path / "many") == chunks(store.path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from hypothesis import strategies as st
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
-from gradstore.export.features import FeatureMap, FeatureSpec
-from gradstore.export.projected import export_features
-from gradstore.export.units import plan_batches
+from gradstore.export.features import FeatureMap, FeatureSpec, Recipe
+from gradstore.export.projected import compute_unit, export_features
+from gradstore.export.units import Batches, plan_batches
 from gradstore.format.layout import RowStatus, generation_path
 from gradstore.format.records import RowSet, row_hash
-from gradstore.store.filling import export_generation
+from gradstore.store.filling import fill
 from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
 
@@ -226,7 +227,15 @@ class Interrupted(Exception):
 
 
 def build(
-    kit: Any, llama: Any, model: Any, rows: Rows, path: Path, *, stop_after: int = 0, **options: Any
+    kit: Any,
+    llama: Any,
+    model: Any,
+    rows: Rows,
+    path: Path,
+    *,
+    stop_after: int = 0,
+    max_bad_fraction: float = 0.01,
+    **options: Any,
 ) -> Any:
     """Exports into the store at `path`, 8 rows a unit; interrupted after some rows if asked."""
     hashes = [row_hash(row["input_ids"], row["labels"]) for row in rows]
@@ -242,18 +251,11 @@ def build(
     with kit.writer(path) as writer:
         generation = writer.begin(record, RowSet.from_hashes(hashes), dim=DIM, unit_rows=8)
         pending = [unit.index for unit in generation.pending]
-        summary = export_generation(
-            model,
-            rows,
-            llama.collate,
-            generation,
-            features=SPEC,
-            projection=projection(model),
-            moments=llama.moments(model),
-            lengths=[len(row["input_ids"]) for row in rows],
-            on_rows=count,
-            **{"token_budget": 60, **options},
-        )
+        lengths = [len(row["input_ids"]) for row in rows]
+        batches = Batches(rows, llama.collate, lengths, **{"token_budget": 60, **options})
+        recipe = Recipe(SPEC, projection(model), llama.moments(model))
+        compute = partial(compute_unit, model, batches, recipe, on_rows=count)
+        summary = fill(generation, compute, max_bad_fraction=max_bad_fraction)
         generation.commit()
     return pending, summary, seen
 

@@ -219,7 +219,7 @@ def test_past_the_lock_the_same_commit_succeeds_twice_and_another_conflicts(
 
 READER = """
 import sys
-from gradstore.store import open_store
+from gradstore.store.reader import open_store
 seen = 0
 while seen < 6:
     store = open_store(sys.argv[1])

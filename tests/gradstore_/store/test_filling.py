@@ -11,12 +11,12 @@ import pytest
 from gradkernels import ProjectionSpec
 
 from gradstore.errors import BadInput
-from gradstore.export.features import FeatureSpec
+from gradstore.export.features import FeatureSpec, Recipe
 from gradstore.export.projected import compute_unit
-from gradstore.export.units import UnitFeatures
+from gradstore.export.units import Batches, UnitFeatures
 from gradstore.format.layout import RowStatus, generation_path
 from gradstore.format.plans import UnitRange
-from gradstore.store.filling import UnitSink, export_generation
+from gradstore.store.filling import UnitSink, fill
 from gradstore.store.generation_writer import GenerationWriter
 from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
@@ -39,19 +39,15 @@ class Job:
     """What every rank knows; no store among it."""
 
     def __init__(self, llama: Any, rows: Rows) -> None:
-        self.model, self.rows, self.llama = llama.model(broken=True), rows, llama
+        self.model = llama.model(broken=True)
         p = sum(x.numel() for x in self.model.parameters() if x.requires_grad)
         self.projection = ProjectionSpec("sjlt", p=p, d=DIM, seed=7)
-        self.options: dict[str, Any] = {
-            "features": FeatureSpec("sgd"),
-            "projection": self.projection,
-            "lengths": [len(row["input_ids"]) for row in rows],
-            "token_budget": 100,
-            "longest": 23,
-        }
+        self.lengths = [len(row["input_ids"]) for row in rows]
+        self.batches = Batches(rows, llama.collate, self.lengths, token_budget=100, longest=23)
+        self.recipe = Recipe(FeatureSpec("sgd"), self.projection)
 
     def compute(self, unit: UnitRange) -> UnitFeatures:
-        return compute_unit(self.model, self.rows, self.llama.collate, unit, **self.options)
+        return compute_unit(self.model, self.batches, self.recipe, unit)
 
     def begin(self, kit: Any, writer: Any) -> GenerationWriter:
         made = kit.record(projection=self.projection.to_dict(), feature="sgd", optimizer_hash=None)
@@ -79,9 +75,7 @@ def shared(
 def alone(kit: Any, job: Job, path: Path) -> Any:
     with kit.writer(path) as writer:
         generation = job.begin(kit, writer)
-        summary = export_generation(
-            job.model, job.rows, job.llama.collate, generation, max_bad_fraction=1.0, **job.options
-        )
+        summary = fill(generation, job.compute, max_bad_fraction=1.0)
         generation.commit()
     return summary
 
@@ -140,7 +134,7 @@ def test_a_computed_unit_is_plain_arrays_of_its_rows(job: Job) -> None:
     }
     assert found.features.shape == (8, DIM)
     assert found.status[1] == RowStatus.NON_FINITE
-    lengths = np.array(job.options["lengths"][8:16])
+    lengths = np.array(job.lengths[8:16])
     assert found.model_tokens == lengths[lengths <= 23].sum()
     np.testing.assert_array_equal(found.status == RowStatus.TOO_LONG, lengths > 23)
 

@@ -147,7 +147,7 @@ def hook(operation, path):
         os.kill(os.getpid(), signal.SIGKILL)
     left -= 1
 from pathlib import Path
-from gradstore.disk.files import StoreFiles
+from gradstore.storage.local import StoreFiles
 kit, path = module.StoreKit(), Path(sys.argv[2])
 with kit.writer(path, StoreFiles(path, hook)) as writer:
     kit.add(writer, "train/1", 24)

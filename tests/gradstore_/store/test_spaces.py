@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from gradstore.cli import app
 from gradstore.errors import BadInput, ProvenanceMismatch, StoreBusy
 from gradstore.format.layout import RowStatus
-from gradstore.format.names import space_run
+from gradstore.format.names import GenerationName, space_run
 from gradstore.format.records import embedding_record
 from gradstore.scoring.comparable import CheckpointFeatures, check_comparable
 from gradstore.scoring.influence import influence_scores
@@ -30,9 +30,9 @@ FIELDS = {"model": "ff", "pooling": "mean", "dim": 6}
 N = 40
 
 
-def record(role: Any = "train", step: int = 1, set: str = "", **changes: Any) -> Any:
-    options = {"space": SPACE, "run_id": "run", "model_hash": "ff", "set": set, **changes}
-    return embedding_record(role, step, **options)
+def record(role: Any = "train", step: int = 1, set: str = "", run: str = "", **changes: Any) -> Any:
+    options = {"space": SPACE, "run_id": "run", "model_hash": "ff", **changes}
+    return embedding_record(GenerationName(role, step, set, run), **options)
 
 
 def add(

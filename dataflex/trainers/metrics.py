@@ -1,4 +1,4 @@
-"""How an update reads in the log and in events.jsonl."""
+"""Metrics of an update for the log and events.jsonl, and their form on the screen."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.data.rows import RunData
+from dataflex.mixers.base import Mixer
 from dataflex.selectors.base import Selection
 
 #: Domains that a line on the screen names.
-TOLD = 8
+SHOWN = 8
 
 
-def told_by_domain(strategy: object, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """What a mixer has to tell of the domains beside proportions: what -> domain -> value."""
-    tells = getattr(strategy, "by_domain", dict)
+def domain_metrics(mixer: Mixer, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Collect what a mixer reports of domains beside proportions: name -> domain -> value."""
     return {
-        what: dict(zip(names, values.tolist(), strict=True)) for what, values in tells().items()
+        what: dict(zip(names, values.tolist(), strict=True))
+        for what, values in mixer.by_domain().items()
     }
 
 
-def listed(values: Mapping[str, float], form: str) -> str:
-    """The largest few, in the order of the domains."""
-    kept = sorted(values, key=lambda name: -values[name])[:TOLD]
+def largest(values: Mapping[str, float], form: str) -> str:
+    """Write the largest few values, in the order of the domains."""
+    kept = sorted(values, key=lambda name: -values[name])[:SHOWN]
     named = ", ".join(f"{n} {v:{form}}" for n, v in values.items() if n in kept)
-    return named + (f" and {len(values) - TOLD} more" if len(values) > TOLD else "")
+    return named + (f" and {len(values) - SHOWN} more" if len(values) > SHOWN else "")
 
 
-def selection_numbers(
+def selection_metrics(
     data: RunData, rows: npt.NDArray[np.int64], selection: Selection
 ) -> dict[str, float]:
-    """What the Trainer's log gets of a selection."""
+    """Collect the metrics of a selection, for the Trainer's log."""
     return {
         "kept_share": len(np.unique(rows)) / len(data.train),
         "skipped": float(sum(selection.skipped.values())),
         **selection.numbers,
-        **score_numbers(selection.scores),
+        **score_metrics(selection.scores),
     }
 
 
-def score_numbers(scores: npt.NDArray[np.floating[Any]] | None) -> dict[str, float]:
-    """Smallest, mean and largest of the scores that are finite, if any is."""
+def score_metrics(scores: npt.NDArray[np.floating[Any]] | None) -> dict[str, float]:
+    """Take smallest, mean and largest of the scores that are finite, if any is."""
     if scores is None or not np.isfinite(scores).any():
         return {}
     known = np.asarray(scores, dtype=np.float64)
@@ -54,15 +55,15 @@ def score_numbers(scores: npt.NDArray[np.floating[Any]] | None) -> dict[str, flo
     }
 
 
-def _by_set(chosen: Mapping[str, int]) -> str:
-    """Which data sets they came from, where there are several."""
+def count_by_set(chosen: Mapping[str, int]) -> str:
+    """Write how many rows each data set gave, where there are several."""
     if len(chosen) < 2:
         return ""
     return f" ({', '.join(f'{name} {count}' for name, count in chosen.items())})"
 
 
 def score_range(numbers: Mapping[str, float]) -> str:
-    """The end of a line about an update, where rows have scores."""
+    """Write the end of a line about an update, where rows have scores."""
     if "score_min" not in numbers:
         return ""
     return f", scores {numbers['score_min']:.3g} to {numbers['score_max']:.3g}"

@@ -1,0 +1,73 @@
+"""Batches of a unit: a function of the unit alone, made one at a time."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradstore.export.units import Batches, FeatureRows, join_unit
+from gradstore.format.layout import RowStatus
+from gradstore.format.plans import UnitRange
+
+LENGTHS = [5, 3, 9, 1, 4, 4, 7, 2, 6, 3]
+
+
+def batches(collate: Any = list, **changes: Any) -> Batches:
+    """Rows are their own positions."""
+    return Batches(range(10), collate, LENGTHS, **changes)
+
+
+def test_a_batch_holds_rows_of_its_unit_within_the_budget_longest_first() -> None:
+    found = list(batches(token_budget=8).of(UnitRange(1, 4, 10)))
+    assert [rows.tolist() for rows, _ in found] == [[6], [8], [4, 5], [9, 7]]
+    assert all(rows.tolist() == batch for rows, batch in found)
+
+
+def test_a_batch_holds_at_most_max_rows() -> None:
+    found = batches(token_budget=100, max_rows=2).of(UnitRange(0, 0, 5))
+    assert [rows.tolist() for rows, _ in found] == [[2, 0], [4, 1], [3]]
+
+
+def test_rows_longer_than_the_limit_are_in_no_batch_and_not_counted() -> None:
+    limited = batches(longest=5)
+    rows = np.concatenate([rows for rows, _ in limited.of(UnitRange(0, 0, 10))])
+    assert sorted(rows) == [0, 1, 3, 4, 5, 7, 9]
+    assert limited.tokens(UnitRange(0, 0, 10)) == 22
+    assert batches().tokens(UnitRange(0, 0, 10)) == sum(LENGTHS)
+
+
+def test_a_batch_is_made_when_it_is_asked_for() -> None:
+    made: list[list[int]] = []
+
+    def collate(rows: list[int]) -> dict[str, Any]:
+        made.append(rows)
+        return {}
+
+    found = batches(collate, token_budget=1).of(UnitRange(0, 0, 3))
+    assert made == []
+    next(found)
+    assert made == [[2]]
+
+
+def test_a_description_of_batches_does_not_change() -> None:
+    with pytest.raises(FrozenInstanceError):
+        batches().token_budget = 1  # type: ignore[misc]
+
+
+def test_a_row_in_no_part_is_too_long() -> None:
+    part = FeatureRows(
+        rows=np.array([6, 4]),
+        features=np.array([[6.0], [4.0]], np.float32),
+        norm=np.ones(2, np.float32),
+        status=np.full(2, RowStatus.OK, np.uint8),
+        tokens=np.array([60, 40], np.int32),
+    )
+    told: list[int] = []
+    unit = join_unit(UnitRange(1, 4, 7), 1, [part], 11, told.append)
+    assert unit.status.tolist() == [RowStatus.OK, RowStatus.TOO_LONG, RowStatus.OK]
+    np.testing.assert_array_equal(unit.features[:, 0], [4, np.nan, 6])
+    assert unit.tokens.tolist() == [40, 0, 60]
+    assert (unit.model_tokens, told) == (11, [2])
