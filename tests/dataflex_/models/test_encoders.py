@@ -108,7 +108,7 @@ def test_only_a_sentence_transformers_folder_needs_that_library(
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert read_encoder(folder_of(tmp_path / "plain")).pooling == "mean"
-    config: Any = SimpleNamespace(get=lambda *_: False)
+    config: Any = SimpleNamespace(known=KnownKeys())
     path = folder_of(tmp_path / "library", {"pooling_mode": "mean"})
     (fault,) = EmbeddingSettings(str(path)).faults(config)
     assert says in fault
