@@ -57,7 +57,7 @@ class BadParameter(BadInput, ValueError):
 
 @dataclass(frozen=True)
 class Declaration:
-    """What an annotation says of a value.
+    """Declaration of a value's type and limits by an annotation.
 
     Attributes:
         hint: the annotation.

@@ -126,8 +126,8 @@ def read_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:
     if by_library:
         where, pooling = _modules(folder)
         check_library(folder)
-    config = _json(where / "config.json", needed=True)
-    if "auto_map" in config and not trust_remote_code:
+    content = _json(where / "config.json", needed=True)
+    if "auto_map" in content and not trust_remote_code:
         raise BadInput(
             f"the embedding model in {str(folder)!r} brings its own code (auto_map in "
             "config.json). If you trust it, set trust_remote_code: true; none of it was run."
@@ -137,12 +137,12 @@ def read_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:
             f"the embedding model in {str(where)!r} has no *.safetensors; other formats of "
             "weights are not opened."
         )
-    if config.get("is_encoder_decoder"):
+    if content.get("is_encoder_decoder"):
         raise BadInput(
             f"the embedding model in {str(folder)!r} is an encoder-decoder; choose a model whose "
             "hidden states come from one stack."
         )
-    text = config.get("text_config", config)
+    text = content.get("text_config", content)
     ours = _json(where / "sentence_bert_config.json")
     limits = (ours.get("max_seq_length"),
               _json(where / "tokenizer_config.json").get("model_max_length"),

@@ -1,0 +1,95 @@
+"""The house rules that a linter does not know: sizes, words and the map in the README."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("dataflex", "gradstore", "kernels/gradkernels")
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+LINES_OF_A_FILE = 350
+LINES_OF_A_FUNCTION = 60
+PARAMETERS = 8
+
+#: Rooms whose classes' constructors are what a user writes under component_params.
+STRATEGIES = ("selectors", "mixers", "weighters", "reorders", "pipelines")
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(path: Path) -> Iterator[tuple[Function, ast.ClassDef | None]]:
+    """Every function of a file, with the class it is a method of."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    methods = {
+        id(child): node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for child in node.body
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, Function):
+            yield node, methods.get(id(node))
+
+
+def parameters(function: Function, owner: ast.ClassDef | None) -> int:
+    """Parameters a caller gives: without self or cls."""
+    arguments = function.args
+    count = len(arguments.posonlyargs + arguments.args + arguments.kwonlyargs)
+    static = any(ast.unparse(d) == "staticmethod" for d in function.decorator_list)
+    return count - (owner is not None and not static)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_and_its_functions_stay_small(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= LINES_OF_A_FILE, f"{path.name} has {lines} lines: more than one idea?"
+    room = path.relative_to(ROOT).parts[1]
+    for function, owner in functions(path):
+        where = f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"
+        strategy = room in STRATEGIES and owner is not None and function.name == "__init__"
+        size = (function.end_lineno or function.lineno) - function.lineno + 1
+        assert size <= LINES_OF_A_FUNCTION or strategy, f"{where} has {size} lines"
+        count = parameters(function, owner)
+        assert count <= PARAMETERS or strategy, f"{where} takes {count} parameters"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_and_loggers_have_one_style(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | Function):
+            first = (ast.get_docstring(node) or "").split("\n")[0]
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+            opening = re.match(r"(What|Whether|Whose|Which|Who|How|Where|When|Why)\b", first)
+            assert opening is None, f"{where}: {first!r} is a question, not a name or an action"
+        if isinstance(node, ast.Assign) and "getLogger(__name__)" in ast.unparse(node.value):
+            assert ast.unparse(node.targets[0]) == "_log", f"{path.relative_to(ROOT)}: logger name"
+
+
+def test_every_room_says_what_lives_there_and_is_on_the_map() -> None:
+    house = (ROOT / "README.md").read_text(encoding="utf-8").split("## The house")[1]
+    for package in PACKAGES:
+        for folder in sorted((ROOT / package).glob("*/")):
+            if not any(folder.glob("*.py")):
+                continue
+            opening = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+            assert opening, f"{folder.relative_to(ROOT)}/__init__.py says nothing"
+            if package != "kernels/gradkernels":
+                assert f"{folder.name}/" in house, f"{folder.name}/ is missing in the README"
+
+
+def test_tests_lie_in_the_room_they_test() -> None:
+    for package in ("dataflex", "gradstore"):
+        rooms = {folder.name for folder in (ROOT / package).glob("*/") if any(folder.glob("*.py"))}
+        tested = {
+            folder.name
+            for folder in (ROOT / "tests" / f"{package}_").glob("*/")
+            if any(folder.glob("test_*.py"))
+        }
+        assert tested <= rooms, f"tests/{package}_ has rooms that {package} lacks: {tested - rooms}"
