@@ -307,5 +307,5 @@ def test_parameters_out_of_range_are_refused() -> None:
         {"C": 0},
     ):
         ((name, value),) = params.items()
-        with pytest.raises(ValueError, match=f"{name} is {value}"):
+        with pytest.raises(ValueError, match=f"{name} is {value!r}"):
             TsdsSelector(**params)  # type: ignore[arg-type]
