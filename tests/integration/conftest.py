@@ -39,7 +39,10 @@ Cli = Callable[..., Result]
 
 @pytest.fixture(scope="session")
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
-    """`cli("train", path, ..., faults={...}, env={...}, ranks=2)` -> Result, in real processes."""
+    """`cli("train", path, ..., faults={...}, env={...}, ranks=2)` -> Result, in real processes.
+
+    With `background`, a file for its output, `code` is the id of a process that goes on.
+    """
     inherited = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).parent / "zygote.py")],
@@ -58,16 +61,22 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
         faults: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
         ranks: int = 1,
+        given: str | None = None,
+        background: Path | None = None,
     ) -> Result:
         assert process.stdin is not None
         assert process.stdout is not None
-        out, err = folder / "out.txt", folder / "err.txt"
+        out, err = (background or folder / "out.txt"), (background or folder / "err.txt")
         request = {"argv": [program, *map(str, argv)], "cwd": str(cwd), "out": str(out),
-                   "err": str(err), "faults": dict(faults or {}),
-                   "env": dict(env or {}), "ranks": ranks}  # fmt: skip
+                   "err": str(err), "faults": dict(faults or {}), "env": dict(env or {}),
+                   "ranks": ranks, "background": background is not None}  # fmt: skip
+        if given is not None:
+            request["given"] = given
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
         code = int(process.stdout.readline())
+        if background is not None:
+            return Result(code, "", "")
         return Result(code, out.read_text(), err.read_text())
 
     yield call

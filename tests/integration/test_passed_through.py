@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,6 @@ MODEL = ROOT / "examples" / "tiny" / "model"
 PATIENCE = 240.0
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "dataflex", *arguments]
-
-
-def environment(**more: str) -> dict[str, str]:
-    quiet = {"OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "False", "BROWSER": "true"}
-    return {**os.environ, **quiet, **more}
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -41,28 +32,30 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(
-    arguments: list[str], env: Mapping[str, str], log: Path
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in a process group of its own, ended with all its children."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command(*arguments), cwd=log.parent, env=dict(env), stdin=subprocess.DEVNULL,
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+def started(cli: Any, log: Path, *arguments: object, **env: str) -> Iterator[int]:
+    """A server, by its process id; killed at the end."""
+    quiet = {"GRADIO_ANALYTICS_ENABLED": "False", "BROWSER": "true"}
+    pid = cli(*arguments, cwd=log.parent, env={**quiet, **env}, background=log).code
     try:
-        yield process
+        yield pid
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
+            os.kill(pid, signal.SIGKILL)
 
 
-def answer_of(url: str, process: subprocess.Popen[bytes], log: Path) -> str:
+def ended(pid: int) -> bool:
+    """Whether a process has ended; a zombie has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def answer_of(url: str, pid: int, log: Path) -> str:
     """The page at `url`, as soon as the server gives one."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text(errors="replace")[-3000:]
+        assert not ended(pid), log.read_text(errors="replace")[-3000:]
         try:
             with urllib.request.urlopen(url, timeout=10) as response:
                 return str(response.read().decode())
@@ -82,29 +75,25 @@ def settings(folder: Path, **more: object) -> Path:
 
 
 @pytest.mark.parametrize("name", ["webui", "webchat"])
-def test_the_pages_of_llamafactory_are_served(name: str, tmp_path: Path) -> None:
+def test_the_pages_of_llamafactory_are_served(name: str, cli: Any, tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "log"
-    env = environment(GRADIO_SERVER_NAME="127.0.0.1", GRADIO_SERVER_PORT=str(port))
-    arguments = ["webui"] if name == "webui" else ["webchat", str(settings(tmp_path))]
-    with started(arguments, env, log) as process:
-        assert "LLaMA Factory" in answer_of(f"http://127.0.0.1:{port}/", process, log)
+    arguments = ["webui"] if name == "webui" else ["webchat", settings(tmp_path)]
+    env = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
+    with started(cli, log, *arguments, **env) as pid:
+        assert "LLaMA Factory" in answer_of(f"http://127.0.0.1:{port}/", pid, log)
 
 
-def test_the_api_server_names_its_model(tmp_path: Path) -> None:
+def test_the_api_server_names_its_model(cli: Any, tmp_path: Path) -> None:
     port, log = free_port(), tmp_path / "log"
-    env = environment(API_HOST="127.0.0.1", API_PORT=str(port))
-    with started(["api", str(settings(tmp_path))], env, log) as process:
-        assert '"object":"list"' in answer_of(f"http://127.0.0.1:{port}/v1/models", process, log)
+    env = {"API_HOST": "127.0.0.1", "API_PORT": str(port)}
+    with started(cli, log, "api", settings(tmp_path), **env) as pid:
+        assert '"object":"list"' in answer_of(f"http://127.0.0.1:{port}/v1/models", pid, log)
 
 
-def test_chat_answers_and_leaves_at_exit(tmp_path: Path) -> None:
-    path = settings(tmp_path, max_new_tokens=4)
-    found = subprocess.run(
-        command("chat", str(path)), cwd=tmp_path, env=environment(), input="hello\nexit\n",
-        capture_output=True, text=True, timeout=PATIENCE, check=False,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert "Assistant:" in found.stdout
+def test_chat_answers_and_leaves_at_exit(cli: Any, tmp_path: Path) -> None:
+    found = cli("chat", settings(tmp_path, max_new_tokens=4), cwd=tmp_path, given="hello\nexit\n")
+    assert found.code == 0, found.err[-3000:]
+    assert "Assistant:" in found.out
 
 
 def test_export_writes_a_model(cli: Any, tmp_path: Path) -> None:
@@ -129,7 +118,7 @@ def test_eval_says_what_llamafactory_says(cli: Any, tmp_path: Path) -> None:
 
 def test_python_m_dataflex_is_the_command_line(tmp_path: Path) -> None:
     found = subprocess.run(
-        command("version"), cwd=tmp_path, env=environment(), capture_output=True, text=True,
-        timeout=PATIENCE, check=True,
+        [sys.executable, "-m", "dataflex", "version"], cwd=tmp_path, capture_output=True,
+        text=True, check=True,
     )  # fmt: skip
     assert found.stdout.startswith("dataflex-gradstore ")

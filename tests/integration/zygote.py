@@ -10,6 +10,9 @@ and answers with the exit code (-9 for a kill). `faults` plants a SIGKILL inside
     {"kill_saving": g}        inside the checkpoint of step g, its model written, its state not
     {"trace": path}           no kill: write one line per step, with a hash of its micro-batches
 
+With "given": text that is its standard input. With "background": true the answer is the child's
+process id, at once; whoever asked ends it.
+
 With "ranks": n it forks n workers, as torchrun would start them; each traces into `<path>.<rank>`.
 """
 
@@ -110,6 +113,11 @@ def run(request: dict[str, Any], rank: int | None = None) -> None:
     for number, name in ((1, "out"), (2, "err")):
         path = request[name] + (f".{rank}" if rank else "")
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if "given" in request:
+        reading, writing = os.pipe()
+        os.write(writing, request["given"].encode())
+        os.close(writing)
+        os.dup2(reading, 0)
     os.chdir(request["cwd"])
     os.environ.update(request.get("env", {}))
     code = 1
@@ -164,6 +172,9 @@ def serve(answers: TextIO) -> None:
             if child == 0:
                 run(request, rank if world > 1 else None)
             children.append(child)
+        if request.get("background"):
+            print(children[0], file=answers, flush=True)
+            continue
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(next((code for code in codes if code), 0), file=answers, flush=True)
 
