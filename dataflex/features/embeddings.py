@@ -56,7 +56,7 @@ class EmbeddingExport:
 
 
 class EmbeddingService:
-    """Writes and finds the embeddings of one run.
+    """Service that writes and finds the embeddings of one run.
 
     Every rank has one, and shares the passes; rank 0's works on the open store.
     """

@@ -69,7 +69,7 @@ def effective_seed(base: int, step: int) -> int:
 
 
 class FeatureService:
-    """Writes and finds the gradient generations of one run.
+    """Service that writes and finds the gradient generations of one run.
 
     Every rank has one, and shares the passes; rank 0's holds the store and its lock while open.
     """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class FunctionJudge:
-    """Calls `package.module:callable(prompt, response, reference)`.
+    """Judge that calls `package.module:callable(prompt, response, reference)`.
 
     Args:
         target: where the function is; it returns a number from 0 to 1, or NaN for none.

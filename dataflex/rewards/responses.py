@@ -138,7 +138,7 @@ class SampledResponses:
 
 
 class Policy:
-    """Samples from the model in training, or from a fixed one."""
+    """Sampler of responses: the model in training, or a fixed one."""
 
     def __init__(self, run: RunContext, settings: SamplingSettings) -> None:
         """Check that prompts and responses fit into the model.

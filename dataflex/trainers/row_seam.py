@@ -27,7 +27,7 @@ from gradstore.errors import BadInput, DamagedData
 
 
 class ServedSeam(Seam):
-    """Serves intervals of rows; a subclass provides `rows_for`."""
+    """Seam that serves intervals of rows; a subclass provides `rows_for`."""
 
     #: Train on an interval's rows in the order given, never shuffled.
     ordered: bool = False

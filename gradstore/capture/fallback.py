@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class RowwiseGradients:
-    """Computes (b, numel) gradients of chosen parameters of a frozen model.
+    """Gradients (b, numel) of chosen parameters of a frozen model, without hooks.
 
     Args:
         model: The model, frozen and in eval mode.

@@ -103,7 +103,7 @@ class _AdamVectors:
 
 
 class FeatureMap:
-    """Turns gradient blocks into feature blocks, in place.
+    """Map from gradient blocks to feature blocks, in place.
 
     Args:
         spec: Which feature.

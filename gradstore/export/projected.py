@@ -104,7 +104,7 @@ def compute_unit(
 
 
 class _Exporter:
-    """Joins capture, feature map and projection for one pass."""
+    """Capture, feature map and projection, joined for one pass."""
 
     def __init__(
         self,

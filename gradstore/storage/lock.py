@@ -29,7 +29,7 @@ _held: WeakSet[WriterLock] = WeakSet()
 
 
 class WriterLock:
-    """Holds `writer.lock` of a folder; a context manager.
+    """Lock on a folder's `writer.lock`; a context manager.
 
     Args:
         files: of the folder.

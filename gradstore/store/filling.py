@@ -25,7 +25,7 @@ class ExportSummary:
 
 
 class UnitSink:
-    """Writes computed units of one generation and stops where too many rows are bad.
+    """Sink that writes computed units of one generation and stops where too many rows are bad.
 
     The rows of all units given count together, whichever process computed them, and so do those of
     an earlier, interrupted export.

@@ -63,7 +63,7 @@ def verify_store(path: str | Path) -> VerifyReport:
 
 
 class _Check:
-    """Collects faults and counts what was read."""
+    """Collector of faults, and of counts of what was read."""
 
     def __init__(self, files: ReadFiles) -> None:
         self._files = files
