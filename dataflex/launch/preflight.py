@@ -135,7 +135,7 @@ def _trainer_faults(config: RunConfig) -> list[str]:
         )
     if not known.do_train:
         faults.append(
-            "do_train is false, but a dynamic train_type only acts on training: set do_train: true."
+            "do_train is false, but a dynamic train_type needs training: set do_train: true."
         )
     if known.streaming:
         faults.append(

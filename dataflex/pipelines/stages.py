@@ -231,7 +231,7 @@ def parse_stage(entry: object) -> StageSpec:
     if extra := set(given) - set(ACCEPTED[family]):
         raise BadInput(unknown(f"key of a {family} stage", extra, ACCEPTED[family]))
     if "params" in given and "component_params" in given:
-        raise BadInput("params and component_params are the same key; set only one of them.")
+        raise BadInput("params and component_params mean the same; set only one of them.")
     params = given.pop("component_params", given.pop("params", {}))
     values = {**given, "family": family, "component": str(given["component"]), "params": params}
     if found := faults(declared(StageSpec.__init__), values):

@@ -129,7 +129,7 @@ CONFIGURATION = {
         {"early_stopping_steps": 3},
         ["early_stopping_steps is set", "load_best_model_at_end"],
     ),
-    "do_train off": ({"do_train": False}, ["do_train must be true"]),
+    "do_train off": ({"do_train": False}, ["do_train is false"]),
 }
 
 

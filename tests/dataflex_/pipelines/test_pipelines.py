@@ -393,7 +393,7 @@ REFUSED: dict[str, tuple[list[Any], list[str]]] = {
     "every 0": ([{**MIX, "every": 0}], ["every is 0", "at least 1"]),
     "warm-up negative": ([{**MIX, "warmup_step": -1}], ["warmup_step is -1", "0 or more"]),
     "enabled a word": ([{**MIX, "enabled": "yes"}], ["enabled is 'yes'", "true or false"]),
-    "params twice": ([{**MIX, "params": {}, "component_params": {}}], ["write one of them"]),
+    "params twice": ([{**MIX, "params": {}, "component_params": {}}], ["set only one of them"]),
     "params no mapping": ([{**MIX, "params": [1]}], ["params is [1]", "a mapping"]),
     "no mapping": (["loss"], ["'loss' is no mapping"]),
     "no stage": ([], ["stages is []"]),
@@ -496,7 +496,9 @@ def test_a_class_of_ones_own_is_a_stage_too() -> None:
         Pipeline([{**own, "params": {"target": target, "shar": 0.25}}])
 
 
-@pytest.mark.parametrize(("rows", "said"), [([1, 2], "are repeated"), ([1] * 9, "not trained on")])
+@pytest.mark.parametrize(
+    ("rows", "said"), [([1, 2], "are repeated"), ([1] * 9, "not used for training")]
+)
 def test_an_answer_of_another_length_is_told(
     rows: list[int], said: str, run_of: Callable[..., RunContext], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -74,7 +74,7 @@ def test_a_function_is_called_with_prompt_response_reference(
     assert rewards[:2] == [0, 1]
     assert math.isnan(rewards[2])
     assert rewards[3:] == [0.5, 1.0]
-    for name, says in (("large", "answered 3"), ("words", "'fine'"), ("broken", "KeyError('r0')")):
+    for name, says in (("large", "returned 3"), ("words", "'fine'"), ("broken", "KeyError('r0')")):
         with pytest.raises(BadInput, match="reward_function my_rewards:") as error:
             FunctionJudge(f"my_rewards:{name}").judge(ASKED)
         assert says in str(error.value)
