@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge
 
 from dataflex.api import DomainLosses, Mixer, RunContext, UpdateContext
 
 
 class ByLoss(Mixer):
-    """Proportions in the ratio of the mean losses since the last update.
+    """Mixer in the ratio of the mean losses since the last update.
 
     Args:
         power: of the losses: 0 for equal shares, the higher the more the worst domain gets.
@@ -20,14 +21,12 @@ class ByLoss(Mixer):
 
     observes = True
 
-    def __init__(self, power: float = 1.0) -> None:
-        if power < 0:
-            raise ValueError(f"power is {power}; it must be 0 or more.")
+    def __init__(self, power: Annotated[float, Ge(0)] = 1.0) -> None:
         self.power = power
         self.sums = np.empty((2, 0))
 
     def start(self, run: RunContext) -> None:
-        """Nothing was seen yet, unless a checkpoint says otherwise."""
+        """Begin with no losses seen, unless a checkpoint says otherwise."""
         if not self.sums.size and run.data.domains is not None:
             self.sums = np.zeros((2, len(run.data.domains.names)))
 
@@ -36,7 +35,7 @@ class ByLoss(Mixer):
         self.sums = self.sums + np.stack([losses.loss_sums, losses.tokens])
 
     def mix(self, context: UpdateContext) -> npt.NDArray[np.float64]:
-        """(k,) proportions; a domain without a token counts as one with the mean loss."""
+        """Return (k,) proportions; a domain without a token counts as one with the mean loss."""
         loss_sums, tokens = self.sums
         self.sums = np.zeros_like(self.sums)
         if not loss_sums.sum() > 0:
@@ -51,5 +50,5 @@ class ByLoss(Mixer):
         return {"sums": self.sums}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Take back the state that `state` returned."""
         self.sums = np.asarray(state["sums"], dtype=np.float64)

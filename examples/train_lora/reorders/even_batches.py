@@ -15,7 +15,7 @@ from dataflex.api import Ordering, Reorder, UpdateContext
 
 
 class EvenBatches(Reorder):
-    """Pair the shortest row with the longest, the second shortest with the second longest, ...
+    """Reorder in pairs: the shortest row and the longest, the second shortest and longest, ...
 
     The constructor's parameters are the accepted `component_params`.
 
@@ -41,7 +41,7 @@ class EvenBatches(Reorder):
         return Ordering(chosen, lengths[chosen].astype(np.float64), numbers=numbers)
 
     def _pass(self, rising: np.ndarray[Any, Any], number: int) -> np.ndarray[Any, Any]:
-        """All rows, the pairs of short and long in random order."""
+        """Return all rows, the pairs of short and long in random order."""
         half = (len(rising) + 1) // 2
         pairs = [[short, long] for short, long in zip(rising[:half], rising[::-1], strict=False)]
         if len(rising) % 2:
@@ -54,5 +54,5 @@ class EvenBatches(Reorder):
         return {"served": self.served}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Take back the state that `state` returned."""
         self.served = int(state["served"])

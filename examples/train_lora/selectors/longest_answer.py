@@ -1,4 +1,4 @@
-"""A selector of one's own: prefer rows with long answers, and keep some chance in the choice.
+"""A selector of one's own: rows with long answers, with some chance in the choice.
 
 Long answers are a strong and cheap baseline for instruction data (Zhao et al., "Long Is More for
 Alignment", arXiv:2402.04833). Copy this file to begin a selector of your own: `select` is all that
@@ -7,24 +7,25 @@ a selector needs, and `context` shows what it may look at (dataflex/selectors/ba
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
+from annotated_types import Gt, Le
 
 from dataflex.api import Selection, Selector, UpdateContext
 
 
 class LongestAnswer(Selector):
-    """Draw from the rows with the longest answers.
+    """Selector that draws from the rows with the longest answers.
 
-    The constructor's parameters are the accepted `component_params`.
+    The constructor's parameters are the accepted `component_params`, their annotations the limits.
 
     Args:
         share: part of the candidates, by length of their answer, that the draw is made from.
         seed: combined with the step, so that every update makes a new draw.
     """
 
-    def __init__(self, share: float = 0.25, seed: int = 42) -> None:
-        if not 0 < share <= 1:
-            raise ValueError(f"share is {share}; give a number above 0 and at most 1")
+    def __init__(self, share: Annotated[float, Gt(0), Le(1)] = 0.25, seed: int = 42) -> None:
         self.share = share
         self.seed = seed
 

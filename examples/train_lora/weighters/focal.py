@@ -7,15 +7,18 @@ what else it may say.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
+from annotated_types import Ge
 
 from dataflex.api import FloatArray, WeightContext, Weighter
 
 
 class FocalWeighter(Weighter):
-    """Weight (1 - p) ** gamma, where p is the model's mean probability of a sample's tokens.
+    """Weighter by (1 - p) ** gamma, where p is the model's mean probability of a sample's tokens.
 
-    The constructor's parameters are the accepted `component_params`.
+    The constructor's parameters are the accepted `component_params`, their annotations the limits.
 
     Args:
         gamma: 0 for equal weights; the larger, the less a well known sample counts.
@@ -24,11 +27,12 @@ class FocalWeighter(Weighter):
     # Each micro-batch from the forward pass that trains on it: no extra pass.
     scope = "micro"
 
-    def __init__(self, gamma: float = 2.0) -> None:
-        if gamma < 0:
-            raise ValueError(f"gamma is {gamma}; it must be 0 or more")
+    def __init__(self, gamma: Annotated[float, Ge(0)] = 2.0) -> None:
         self.gamma = gamma
 
     def weights(self, losses: FloatArray, context: WeightContext) -> FloatArray:
-        """Only ratios count; a sample without a target token has a loss of NaN and counts 0."""
+        """Return one weight per sample, of which only the ratios count.
+
+        A sample without a target token has a loss of NaN and counts 0.
+        """
         return np.asarray((1.0 - np.exp(-losses)) ** self.gamma)
