@@ -7,7 +7,6 @@ after its sha256 has been checked: a damaged index file usually loads without co
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -17,14 +16,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, StoreIOError
+from gradstore.storage.hashing import sha256_file
 from gradstore.storage.replace import sync_file, sync_folder, write_synced
 
 _log = logging.getLogger(__name__)
 
 FORMAT = 1
 _SHA = re.compile(r"[0-9a-f]{16,128}")
-_READ_BYTES = 1 << 20
 
 
 class IndexCache:
@@ -62,10 +61,10 @@ class IndexCache:
             differing = [k for k, v in self._identity.items() if manifest.get(k) != v]
             if differing:
                 raise ValueError(f"index.json has another {', '.join(differing)}")
-            found = sha256_of(index_path)
+            found = sha256_file(index_path, fresh=True)
             if found != manifest.get("sha256"):
                 raise ValueError(f"sha256 of faiss.bin is {found}, not {manifest.get('sha256')}")
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, StoreIOError, ValueError, RecursionError) as error:
             self.warn(error)
             return None
         return index_path
@@ -88,7 +87,7 @@ class IndexCache:
             fresh.mkdir()
             write(fresh / "faiss.bin")
             sync_file(fresh / "faiss.bin")
-            manifest = {**self._identity, "sha256": sha256_of(fresh / "faiss.bin")}
+            manifest = {**self._identity, "sha256": sha256_file(fresh / "faiss.bin", fresh=True)}
             text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
             write_synced(fresh / "index.json", text.encode())
             sync_folder(fresh)
@@ -96,7 +95,7 @@ class IndexCache:
                 os.rename(self._place, old)
             os.rename(fresh, self._place)
             sync_folder(self._folder)
-        except (OSError, RuntimeError) as error:
+        except (OSError, StoreIOError, RuntimeError) as error:
             lost = getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST)
             if lost and self._place.is_dir():
                 _log.info("another process published index %s first", self._place)
@@ -105,12 +104,3 @@ class IndexCache:
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
-
-
-def sha256_of(path: Path) -> str:
-    """Compute the lower-case hex sha256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_READ_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -109,11 +109,6 @@ class Generation:
         return self._plan
 
     @property
-    def plan_sha(self) -> str:
-        """Seal of the plan."""
-        return self.commit.plan_sha256
-
-    @property
     def commit_sha(self) -> str:
         """Seal of the commit; an index belongs to it."""
         return self.commit.sha256

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradstore.errors import DamagedData, DamagedFile, Fault
+from gradstore.errors import DamagedFile, Fault
 from gradstore.format.commits import Commit
 from gradstore.format.layout import (
     GENERATIONS,
@@ -182,24 +182,3 @@ class VerifyReport:
     def ok(self) -> bool:
         """True when nothing is damaged."""
         return not self.faults
-
-    def raise_if_damaged(self) -> None:
-        """Raise DamagedData (exit 4) that names every fault, if there is one."""
-        if self.faults:
-            raise DamagedData(_summary(self.faults))
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the report as plain JSON values, for `gradstore verify --json`."""
-        return {
-            "ok": self.ok,
-            "files": self.files,
-            "bytes": self.bytes,
-            "generations": list(self.generations),
-            "uncommitted": list(self.uncommitted),
-            "faults": [vars(fault) for fault in self.faults],
-        }
-
-
-def _summary(faults: Sequence[Fault]) -> str:
-    lines = "\n".join(f"  {fault}" for fault in faults)
-    return f"{len(faults)} damaged file(s):\n{lines}"

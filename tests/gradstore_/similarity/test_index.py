@@ -16,8 +16,8 @@ import pytest
 
 from gradstore.errors import BadInput
 from gradstore.similarity import index as index_module
-from gradstore.similarity import index_cache
 from gradstore.similarity.index import FeatureIndex
+from gradstore.storage.hashing import sha256_file
 
 faiss = pytest.importorskip("faiss")
 SHA = "ab" * 32
@@ -173,7 +173,7 @@ def test_a_sound_index_is_reused_and_never_touched(
     assert manifest["commit_sha"] == SHA
     assert manifest["generation"] == "train/16"
     assert (manifest["rows"], manifest["dim"]) == (600, 24)
-    assert manifest["sha256"] == index_cache.sha256_of(tmp_path / SHA / "faiss.bin")
+    assert manifest["sha256"] == sha256_file(tmp_path / SHA / "faiss.bin", fresh=True)
 
 
 def flip(place: Path) -> None:
@@ -236,7 +236,7 @@ def test_an_unsound_index_is_rebuilt_with_a_warning_and_never_read(
 def resealed(place: Path, content: bytes) -> None:
     """Put another index there, with an index.json that fits it."""
     (place / "faiss.bin").write_bytes(content)
-    edit("sha256", index_cache.sha256_of(place / "faiss.bin"))(place)
+    edit("sha256", sha256_file(place / "faiss.bin", fresh=True))(place)
 
 
 def other_index(kind: str, g: Committed) -> bytes:

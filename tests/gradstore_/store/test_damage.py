@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from gradstore.cli import app
 from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch, StoreError
 from gradstore.format.canonical import canonical_json, parse, seal
 from gradstore.format.layout import root_json
@@ -281,9 +283,12 @@ def test_a_report_tells_every_fault_and_its_exit_code(store: Path) -> None:
         chunk.write_bytes(np.zeros(17, "<i4").tobytes())
     report = verify_store(store)
     assert len(report.faults) == 2
-    assert report.to_dict()["ok"] is False
-    with pytest.raises(DamagedData, match="2 damaged"):
-        report.raise_if_damaged()
+    assert report.ok is False
+    with pytest.raises(DamagedData, match="damaged in 2 place") as caught:
+        CliRunner().invoke(app, ["verify", str(store)], catch_exceptions=False)
+    assert caught.value.exit_code == 4
+    for fault in report.faults:
+        assert str(fault) in str(caught.value)
 
 
 def same_crc32c(data: bytes) -> bytes:
