@@ -29,8 +29,6 @@ from gradstore.capture.modelstate import borrowed, without_autocast
 from gradstore.capture.slots import ParameterSlot, trainable_slots, unwrap
 from gradstore.errors import BadInput
 
-__all__ = ["BatchStats", "GradientCapture", "ParameterSlot", "Sink", "batch_losses"]
-
 _log = logging.getLogger(__name__)
 
 
@@ -41,15 +39,15 @@ class GradientCapture:
     exception, it is as it was.
 
     Args:
-        model: A causal language model with LoRA adapters (or other trainable parameters), possibly
+        model: a causal language model with LoRA adapters (or other trainable parameters), possibly
             inside DDP or torch.compile.
 
     Attributes:
-        slots: The layout of the flat gradient.
-        p: Its length.
+        slots: the layout of the flat gradient.
+        p: its length.
 
     Raises:
-        BadInput: Nothing is trainable, or several adapters are active, or the adapter is merged
+        BadInput: nothing is trainable, or several adapters are active, or the adapter is merged
             into its base layer or disabled.
     """
 
@@ -96,8 +94,8 @@ class GradientCapture:
         """Pass every slot's gradient block to `sink`, once each, in no particular order.
 
         Args:
-            batch: Inputs (b, t) of the model and `labels` (b, t), right-padded, one sample a row.
-            sink: Called inside the backward, as soon as a block exists.
+            batch: inputs (b, t) of the model and `labels` (b, t), right-padded, one sample a row.
+            sink: called inside the backward, as soon as a block exists.
 
         Returns:
             The rows' losses and target counts. A row without any target token has loss nan and a
@@ -170,8 +168,8 @@ def batch_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> BatchStats:
     """Compute the rows' losses as `GradientCapture.capture` reports them, without gradients.
 
     Args:
-        model: A causal language model; evaluated in eval mode, given back as it was.
-        batch: Inputs (b, t) of the model and `labels` (b, t).
+        model: a causal language model; evaluated in eval mode, given back as it was.
+        batch: inputs (b, t) of the model and `labels` (b, t).
     """
     model = unwrap(model)
     targets = Targets.of(batch)

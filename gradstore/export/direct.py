@@ -86,7 +86,7 @@ def mean_direction(parts: Iterable[tuple[Tensor, Tensor]], number: int) -> tuple
     if total is None or not used:
         raise BadInput(
             f"sub-task {number} of the target has no usable row: every row is masked or "
-            "its gradient is zero or not finite."
+            "its gradient is zero or not finite. Give it rows with target tokens, or leave it out."
         )
     return total / used, used
 

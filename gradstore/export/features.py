@@ -26,17 +26,15 @@ from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
 from gradstore.export.moments import AdamMoments, ParameterMoments
 
-__all__ = ["AdamMoments", "FeatureMap", "FeatureSpec", "Recipe"]
-
 Kind = Literal["adam_marginal", "adam", "sgd", "sign"]
 EpsMode = Literal["inside", "outside"]
 
-# Elements per in-place operation: the block and two work buffers stay in cache.
+#: Elements per in-place operation: the block and two work buffers stay in cache.
 _BLOCK_ELEMENTS = 1 << 17
 _CUDA_BLOCK_ELEMENTS = 1 << 26
-# Stands in for eps = 0, where a parameter that has never moved would divide 0 by 0.
+#: Stands in for eps = 0, where a parameter that has never moved would divide 0 by 0.
 _TINY = torch.finfo(torch.float32).tiny
-# Keeps s + s₀ above 0; where it is not negligible, an outer eps dominates the sum.
+#: Keeps s + s₀ above 0; where it is not negligible, an outer eps dominates the sum.
 _ROOT_FLOOR = 1e-27
 
 
@@ -46,8 +44,8 @@ class FeatureSpec:
 
     Attributes:
         kind: adam_marginal | adam | sgd | sign.
-        adam_eps_mode: Whether eps stands inside the root or outside.
-        bias_correction: Whether the moments are bias-corrected, at the optimizer's next step.
+        adam_eps_mode: whether eps stands inside the root or outside.
+        bias_correction: whether the moments are bias-corrected, at the optimizer's next step.
     """
 
     kind: Kind = "adam_marginal"
@@ -58,7 +56,7 @@ class FeatureSpec:
         """Raise BadInput unless `kind` and `adam_eps_mode` are among the offered names.
 
         Raises:
-            BadInput: A name is not one of those offered.
+            BadInput: a name is not one of those offered.
         """
         for field, offered in (("kind", get_args(Kind)), ("adam_eps_mode", get_args(EpsMode))):
             if getattr(self, field) not in offered:
@@ -106,13 +104,13 @@ class FeatureMap:
     """Map from gradient blocks to feature blocks, in place.
 
     Args:
-        spec: Which feature.
-        slots: The gradient's layout.
-        moments: The optimizer's moments, where the feature needs them.
-        device: Where the blocks live.
+        spec: which feature.
+        slots: the gradient's layout.
+        moments: the optimizer's moments, where the feature needs them.
+        device: where the blocks live.
 
     Raises:
-        BadInput: Moments are needed and missing, as a whole or for a parameter.
+        BadInput: moments are needed and missing, as a whole or for a parameter.
     """
 
     def __init__(
@@ -140,7 +138,7 @@ class FeatureMap:
         """Overwrite a block of gradients with features; non-finite values stay non-finite.
 
         Args:
-            slot: Whose gradient it is.
+            slot: whose gradient it is.
             grad: (b, numel) float32.
 
         Returns:

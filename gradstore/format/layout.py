@@ -14,28 +14,26 @@ from typing import Literal
 
 from gradstore.errors import BadInput
 from gradstore.format.canonical import canonical_json, parse, sha256_json
-from gradstore.format.names import GenerationName, Role, check_space, quote, space_run
-
-__all__ = ["GenerationName", "Role", "check_space", "quote", "space_run"]
 
 SCHEMA_VERSION = 1
+#: The first release that reads this schema; recorded in a store for the errors of older ones.
 NEEDS = "dataflex-gradstore>=0.1.0"
-"""The first release that reads this schema; recorded in a store for the errors of older ones."""
 
 UNIT_ROWS = 256
 CRC_BYTES = 4
 BLOCK_BYTES = 4096
 MAX_DIM = 1 << 24
+MAX_UNIT_ROWS = 1 << 20
 METADATA = "zarr.json"
 COMMITS = "commits"
 GENERATIONS = "generations"
 PLANS = "plans"
 SPACES = "spaces"
+#: The space of gradient features; every other space holds embeddings of one model.
 GRADIENT = "gradient"
-"""The space of gradient features; every other space holds embeddings of one model."""
 
+#: Feature kind of a generation of embeddings.
 EMBEDDING = "embedding"
-"""Feature kind of a generation of embeddings."""
 
 
 class RowStatus(IntEnum):
@@ -85,11 +83,11 @@ class ArraySpec:
         return f"{self.name}/c/{unit}" if self.width is None else f"{self.name}/c/{unit}/0"
 
 
+#: Feature dtype -> (stored dtype, fill): bfloat16 is kept as its bits, Zarr has no such type.
 FEATURE_DTYPES: Mapping[str, tuple[str, Literal["NaN", 0]]] = {
     "float16": ("float16", "NaN"),
     "bfloat16": ("uint16", 0),
 }
-"""Feature dtype -> (stored dtype, fill): bfloat16 is kept as its bits, Zarr has no such type."""
 
 
 def check_dtype(dtype: str) -> str:

@@ -16,6 +16,7 @@ from gradstore.errors import BadInput
 from gradstore.format.canonical import Json, canonical_json, seal, unseal
 from gradstore.format.layout import (
     MAX_DIM,
+    MAX_UNIT_ROWS,
     SCHEMA_VERSION,
     UNIT_ROWS,
     ArraySpec,
@@ -43,7 +44,7 @@ _KEYS = {
 
 @dataclass(frozen=True, order=True)
 class UnitRange:
-    """Unit `index` holds the rows `start` to `stop`, half-open."""
+    """Unit `index`: the rows `start` to `stop`, half-open."""
 
     index: int
     start: int
@@ -79,8 +80,11 @@ class Plan:
         check_dtype(self.dtype)
         if str(GenerationName.parse(self.name).base()) != self.record.name:
             raise BadInput(f"plan {self.name!r} records generation {self.record.name!r}")
-        if not 1 <= self.dim <= MAX_DIM or not 1 <= self.unit_rows <= 1 << 20:
-            raise BadInput(f"d={self.dim}, {self.unit_rows} rows per unit: out of range")
+        if not 1 <= self.dim <= MAX_DIM or not 1 <= self.unit_rows <= MAX_UNIT_ROWS:
+            raise BadInput(
+                f"plan {self.name!r} has d={self.dim} and {self.unit_rows} rows per unit; d must "
+                f"be 1 to {MAX_DIM}, unit_rows 1 to {MAX_UNIT_ROWS}"
+            )
 
     @cached_property
     def units(self) -> tuple[UnitRange, ...]:

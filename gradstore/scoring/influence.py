@@ -23,25 +23,8 @@ import torch
 from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
 from gradstore.scoring.combine import CHUNK_ROWS, combine, count_skipped
-from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints, check_comparable
-from gradstore.scoring.query import RowInfluence, query_influence
-from gradstore.scoring.scan import FeatureSource
+from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
 from gradstore.scoring.subtasks import split_rows, subtasks_of
-
-__all__ = [
-    "Aggregation",
-    "CheckpointFeatures",
-    "FeatureSource",
-    "RowInfluence",
-    "Scores",
-    "SubtaskInfluence",
-    "aggregate",
-    "check_comparable",
-    "checkpoint_weights",
-    "influence_scores",
-    "query_influence",
-    "subtask_influence",
-]
 
 Aggregation = Literal["max", "mean"]
 

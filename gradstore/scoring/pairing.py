@@ -85,12 +85,16 @@ def _nothing_to_score(store: Store, run: str, space: str) -> BadInput:
 def _check_targets(store: Store, held: Mapping[int, Sequence[str]], wanted: Sequence[str]) -> None:
     """Refuse a checkpoint, of step -> its target sets, that lacks one of the sets."""
     if not wanted:
-        raise BadInput(f'store "{store.path}" has no target generation of step {max(held)}.')
+        raise BadInput(
+            f'store "{store.path}" has no target generation of step {max(held)}; build the target '
+            "sets of that checkpoint first."
+        )
     for step, sets in held.items():
         if missing := [name for name in wanted if name not in sets]:
             raise BadInput(
                 f'store "{store.path}" has no target generation of {", ".join(missing)} at step '
-                f"{step}; it has {', '.join(sorted(sets)) or 'none'}."
+                f"{step}; it has {', '.join(sorted(sets)) or 'none'}. Build them at that step, or "
+                "ask for sets it has."
             )
 
 
@@ -124,5 +128,8 @@ def _newest(steps: list[int], which: Which, fewer: bool) -> list[int]:
         return steps
     count = 1 if which == "last" else which
     if count > len(steps) and not fewer:
-        raise BadInput(f"{count} checkpoints requested, the store has {len(steps)}.")
+        raise BadInput(
+            f"{count} checkpoints requested, the store has {len(steps)}; "
+            f"take all or a number of at most {len(steps)}."
+        )
     return steps[-count:]

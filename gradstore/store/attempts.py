@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Chosen:
+class PlanChoice:
     """A plan, and how far it got.
 
     Attributes:
@@ -37,7 +37,7 @@ class Chosen:
     resumed: bool = False
 
 
-def choose_plan(files: StoreFiles, store: Store, wanted: Plan) -> Chosen:
+def choose_plan(files: StoreFiles, store: Store, wanted: Plan) -> PlanChoice:
     """Decide between reuse, resume and a new attempt.
 
     Args:
@@ -52,7 +52,10 @@ def choose_plan(files: StoreFiles, store: Store, wanted: Plan) -> Chosen:
     """
     record, dim = wanted.record, wanted.dim
     if record.projection.get("d", dim) != dim:
-        raise BadInput(f"{record.name}: the projection gives d={record.projection['d']}, not {dim}")
+        raise BadInput(
+            f"{record.name}: the projection gives d={record.projection['d']}, not {dim}; "
+            "begin the generation with the d of its projection"
+        )
     _check_prefix(store, wanted)
     planned = _readable_plans(files, store)
     _check_shape(store, wanted)
@@ -69,18 +72,18 @@ def choose_plan(files: StoreFiles, store: Store, wanted: Plan) -> Chosen:
         if plan.record.run_id != record.run_id:
             raise _other_run(store, plan.record, record)
         if plan.identity() == wanted.identity():
-            return Chosen(plan, commit.plan_sha256, commit, resumed=True)
+            return PlanChoice(plan, commit.plan_sha256, commit, resumed=True)
     attempt = max(used, default=0)
     newest = planned.get(str(base.with_attempt(attempt))) if attempt else None
     if newest is not None:
         plan, sha = newest
         if plan.record.run_id == record.run_id and plan.identity() == wanted.identity():
-            return Chosen(plan, sha, resumed=True)
+            return PlanChoice(plan, sha, resumed=True)
     name = str(base.with_attempt(attempt + 1))
     if attempt:
         _log.warning("%s was made from another state before; now written as %s", base, name)
     plan = replace(wanted, name=name)
-    return Chosen(plan, Plan.from_bytes(plan.to_bytes())[1])
+    return PlanChoice(plan, Plan.from_bytes(plan.to_bytes())[1])
 
 
 def warn_of_libraries(store: Store, plan: Plan) -> None:

@@ -217,7 +217,9 @@ def read_identity(files: ReadFiles) -> tuple[int, str]:
         version, uuid, needs = read_root(files.read(METADATA))
     except ValueError as error:
         if not files.exists(COMMITS):
-            raise BadInput(f'"{files.root}" is another Zarr group, no gradient store') from error
+            raise BadInput(
+                f'"{files.root}" is another Zarr group, no gradient store: check the path'
+            ) from error
         fault = Fault(METADATA, "the bytes gradstore wrote", str(error))
         raise DamagedFile(fault, str(files.root)) from error
     if version > SCHEMA_VERSION:

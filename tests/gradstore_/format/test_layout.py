@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gradstore.errors import BadInput
 from gradstore.format import layout
-from gradstore.format.names import GenerationName
+from gradstore.format.names import GenerationName, check_space, quote
 
 names = st.text(min_size=1, max_size=12).filter(lambda t: t not in ("train", "target"))
 
@@ -59,12 +59,12 @@ def test_a_set_may_be_called_train_and_a_run_may_not() -> None:
 
 def test_names_that_no_folder_can_bear_are_refused() -> None:
     with pytest.raises(BadInput, match="can't name"):
-        layout.quote("")
+        quote("")
     with pytest.raises(BadInput, match="can't name"):
-        layout.quote("x" * 200)
+        quote("x" * 200)
     for space in ("", "..", "a/b", ".hidden", "é"):
         with pytest.raises(BadInput, match="space"):
-            layout.check_space(space)
+            check_space(space)
 
 
 def test_the_zarr_json_of_an_array_is_pinned() -> None:
