@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of the logits that are worked on at once: 1 MiB on a CPU, all of them on a GPU.
+#: Elements of the logits that are worked on at once: 1 MiB on a CPU, all of them on a GPU.
 _CPU_ELEMENTS = 1 << 18
 _GPU_ELEMENTS = 1 << 28
 

@@ -24,8 +24,8 @@ class RowwiseGradients:
     """Gradients (b, numel) of chosen parameters of a frozen model, without hooks.
 
     Args:
-        model: The model, frozen and in eval mode.
-        loss: Its loss.
+        model: the model, frozen and in eval mode.
+        loss: its loss.
     """
 
     def __init__(self, model: nn.Module, loss: RowLoss) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from gradstore.capture.losses import Targets
 from gradstore.capture.slots import ParameterSlot
 
+#: Takes a slot and its gradient block (b, numel), float32, row-major; the block is the sink's.
 Sink = Callable[[ParameterSlot, Tensor], None]
-"""Takes a slot and its gradient block (b, numel), float32, row-major; the block is the sink's."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gradstore.capture.crossentropy import weighted_cross_entropy
 from gradstore.errors import BadInput
 
 IGNORED_LABEL = -100
-# What collators and the mixers put beside the model's own inputs.
+#: What collators and the mixers put beside the model's own inputs.
 _NOT_MODEL_INPUTS = frozenset({"labels", "shift_labels", "num_items_in_batch", "domain_id"})
 
 
@@ -60,7 +60,7 @@ class Targets:
         """Find the target positions of `batch["labels"]` (b, t).
 
         Raises:
-            BadInput: There are no labels, or they are not (b, t).
+            BadInput: there are no labels, or they are not (b, t).
         """
         labels = batch.get("labels")
         if labels is None:
@@ -104,10 +104,10 @@ class RowLoss:
     """Computation of a batch's losses with one forward.
 
     Args:
-        model: A causal language model, its logits (b, t, V).
+        model: a causal language model, its logits (b, t, V).
     """
 
-    # Whether logits at gathered positions equal the gathered logits; asked once per model.
+    #: True where logits at gathered positions equal the gathered logits; asked once per model.
     _verified: ClassVar[WeakKeyDictionary[nn.Module, bool]] = WeakKeyDictionary()
 
     def __init__(self, model: nn.Module) -> None:

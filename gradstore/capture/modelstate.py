@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Config switches that cost memory or add an auxiliary loss, and what a scoring pass wants instead.
+#: Config switches that cost memory or add an auxiliary loss, and what a scoring pass wants instead.
 _SCORING_CONFIG = {"use_cache": False, "output_router_logits": False}
 
 
@@ -18,8 +18,8 @@ def borrowed(model: nn.Module, *, freeze: bool) -> Iterator[None]:
     """Put a model into evaluation mode, optionally frozen, and restore every flag, even on error.
 
     Args:
-        model: Any module.
-        freeze: Whether no parameter shall require grad meanwhile.
+        model: any module.
+        freeze: whether no parameter shall require grad meanwhile.
     """
     training = [(module, module.training) for module in model.modules()]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -13,10 +13,10 @@ class ParameterSlot:
     """One parameter's place in the flat gradient of length p.
 
     Attributes:
-        name: The parameter's name, without the prefixes of DDP and torch.compile.
-        shape: The parameter's shape; its gradient is laid out row-major.
-        start: First index in the flat gradient.
-        numel: How many indices it takes.
+        name: the parameter's name, without the prefixes of DDP and torch.compile.
+        shape: the parameter's shape; its gradient is laid out row-major.
+        start: first index in the flat gradient.
+        numel: how many indices it takes.
     """
 
     name: str

@@ -30,10 +30,10 @@ class AdamConstants:
     """Constants that Adam's step depends on, beside gradient and moments.
 
     Attributes:
-        beta1: Decay of the first moment.
-        beta2: Decay of the second moment.
-        eps: Added to the denominator.
-        step: How many steps the optimizer has taken on this parameter.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the denominator.
+        step: how many steps the optimizer has taken on this parameter.
     """
 
     beta1: float
@@ -56,7 +56,7 @@ class AdamMoments:
     """Adam moments of a model's parameters, by name (without `module.` and `_orig_mod.`).
 
     Attributes:
-        parameters: The moments by parameter name.
+        parameters: the moments by parameter name.
     """
 
     parameters: Mapping[str, ParameterMoments]
@@ -66,11 +66,11 @@ class AdamMoments:
         """Copy the moments out of an optimizer; zeros if it has not stepped yet.
 
         Args:
-            optimizer: A torch optimizer of the Adam family, or accelerate's wrapper of one.
-            model: The model whose parameters it updates.
+            optimizer: a torch optimizer of the Adam family, or accelerate's wrapper of one.
+            model: the model whose parameters it updates.
 
         Raises:
-            BadInput: The optimizer keeps no `exp_avg` and `exp_avg_sq`, or not in the parameter's
+            BadInput: the optimizer keeps no `exp_avg` and `exp_avg_sq`, or not in the parameter's
                 shape.
         """
         inner = _unwrapped(optimizer)
@@ -114,7 +114,7 @@ class AdamMoments:
         """Return the moments of a slot.
 
         Raises:
-            BadInput: There are none for this name, or they have another shape.
+            BadInput: there are none for this name, or they have another shape.
         """
         moments = self.parameters.get(slot.name)
         if moments is None:
@@ -146,7 +146,7 @@ class AdamMoments:
         """Write a safetensors file atomically.
 
         Raises:
-            StoreIOError: The file cannot be written.
+            StoreIOError: the file cannot be written.
         """
         from safetensors.torch import save
 
@@ -164,8 +164,8 @@ class AdamMoments:
         """Read a file written by `save`.
 
         Raises:
-            BadInput: There is no such file, or it is no file of moments.
-            DamagedData: Its parts do not fit together.
+            BadInput: there is no such file, or it is no file of moments.
+            DamagedData: its parts do not fit together.
         """
         from safetensors import SafetensorError, safe_open
 

@@ -15,8 +15,8 @@ from gradstore.capture.modelstate import borrowed
 from gradstore.errors import BadInput
 from gradstore.export.units import Batch
 
+#: Batch, as `collate` gave it, -> (b, d) vectors, of any length and floating dtype.
 Embed = Callable[[Batch], Tensor]
-"""Batch, as `collate` gave it, -> (b, d) vectors, of any length and floating dtype."""
 
 Pooling = Literal["mean", "first_token", "last_token", "position"]
 

@@ -1,4 +1,4 @@
-"""Model + rows -> projected gradient features, unit by unit into a store.
+"""Model + rows -> projected gradient features, group by group or as the rows of one unit.
 
 The way of one batch: token ids (b, t) -> gradient blocks (b, p_block) from `GradientCapture` ->
 feature blocks from `FeatureMap` -> accumulated projection (b, d). The full (b, p) matrix exists
@@ -83,7 +83,7 @@ def compute_unit(
 ) -> UnitFeatures:
     """Compute the features of one unit: a function of its rows and the model, on whatever rank.
 
-    Needs no store; `UnitSink` writes the result where the lock is held.
+    Needs no store; `UnitSink` (gradstore.store.filling) writes the result where the lock is held.
 
     Args:
         model: the model whose gradients are taken.

@@ -1,9 +1,9 @@
-"""One unit of a generation: computed anywhere, written by the one process that holds the lock.
+"""One unit of a generation, computed anywhere: its rows, their batches, the computed features.
 
 `compute_unit` (gradstore.export.projected) and `compute_embedding_unit`
 (gradstore.export.embeddings) give a `UnitFeatures`, which knows nothing of a store and can be
 pickled. So several ranks can share a generation: each computes some of the pending `UnitRange`s,
-one gathers them and writes.
+and the process that holds the lock gathers them and writes (`UnitSink` of gradstore.store.filling).
 
 ```
 batches, recipe = Batches(rows, collate, lengths), Recipe(features, projection, moments)

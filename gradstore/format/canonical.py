@@ -17,8 +17,8 @@ import numpy as np
 
 from gradstore.errors import BadInput
 
+#: Plain JSON: dict with str keys, list, str, int, float, bool or None.
 Json: TypeAlias = Any
-"""Plain JSON: dict with str keys, list, str, int, float, bool or None."""
 
 SEAL = "sha256"
 

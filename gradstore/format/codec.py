@@ -11,8 +11,8 @@ import numpy as np
 
 from gradstore.format.layout import ArraySpec, RowStatus
 
+#: Entries beyond this could round up to infinity on the way back; they count as not finite.
 LARGEST = 2.0**127
-"""Entries beyond this could round up to infinity on the way back; they count as not finite."""
 
 
 def settle_status(features: np.ndarray, norm: np.ndarray, status: np.ndarray) -> np.ndarray:

@@ -14,9 +14,10 @@ from gradstore.format.canonical import Json, canonical_json, plain, seal, unseal
 from gradstore.format.layout import SCHEMA_VERSION
 
 CANARY = "canary"
+#: Largest difference of two canaries, relative to the largest entry, that is only rounding.
 CANARY_TOLERANCE = 1e-5
-"""Largest difference of two canaries, relative to the largest entry, that is only rounding."""
 
+#: Field -> the YAML key that sets it, where there is one.
 SETTING_KEYS: Mapping[str, str] = {
     "projection.method": "component_params.proj_method",
     "projection.seed": "component_params.seed",
@@ -27,7 +28,6 @@ SETTING_KEYS: Mapping[str, str] = {
     "template": "template",
     "chat_template": "template",
 }
-"""Field -> the YAML key that sets it, where there is one."""
 
 _SHOWN = 20
 _ABSENT = object()

@@ -1,1 +1,1 @@
-"""The streamed passes behind influence scores and the index."""
+"""Scores of training rows from stored features, and the choice of rows by score."""

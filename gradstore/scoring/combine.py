@@ -21,8 +21,8 @@ from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.scan import FeatureSource, Scan, exact_float32, round_chunk
 from gradstore.scoring.subtasks import Subtask, subtask_queries, usable_everywhere
 
+#: Rows between two progress calls; a store is read 256 rows at a time whatever this is.
 CHUNK_ROWS = 4096
-"""Rows between two progress calls; a store is read 256 rows at a time whatever this is."""
 
 _UNUSABLE = 255
 _REASONS = {int(status): status.name.lower() for status in RowStatus if status}

@@ -22,14 +22,14 @@ from torch.utils.dlpack import from_dlpack
 
 from gradstore.format.layout import RowStatus
 
+#: Rows per matrix product: the size of a store's unit, so that a block is one file's view.
 BLOCK_ROWS = 256
-"""Rows per matrix product: the size of a store's unit, so that a block is one file's view."""
 
+#: Row length is padded to this many floats: BLAS edge kernels round differently.
 _PAD = 16
-"""Row length is padded to this many floats: BLAS edge kernels round differently."""
 
+#: Norms whose squares neither underflow nor overflow float32; rows outside take the slow path.
 _SAFE_NORM = (1e-15, 1e15)
-"""Norms whose squares neither underflow nor overflow float32; rows outside take the slow path."""
 
 
 class FeatureSource(Protocol):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradstore.errors import BadInput
-from gradstore.similarity.row_chunks import Matrix, RowChunks, squared_distances
+from gradstore.similarity.row_chunks import RowChunks, RowMatrix, squared_distances
 
 #: Numbers of the sample that k-means++ draws its first centroids from: 1 GiB of float32.
 SEEDING_NUMBERS = 1 << 28
@@ -47,7 +47,7 @@ class Clusters:
 
     @property
     def count(self) -> int:
-        """K, the number of clusters."""
+        """Number of clusters, k."""
         return len(self.centroids)
 
     @property
@@ -56,14 +56,14 @@ class Clusters:
         return np.bincount(self.labels, minlength=self.count)
 
     def members(self) -> list[npt.NDArray[np.int64]]:
-        """Return K arrays: the positions of each cluster's rows, ascending."""
+        """Return k arrays: the positions of each cluster's rows, ascending."""
         order = np.argsort(self.labels, kind="stable")
         return np.split(order, np.cumsum(self.sizes)[:-1])
 
 
 def cluster(
     method: str,
-    rows: Matrix,
+    rows: RowMatrix,
     num_clusters: int,
     *,
     seed: int,
@@ -92,7 +92,7 @@ def cluster(
 
 
 def kmeans(
-    rows: Matrix,
+    rows: RowMatrix,
     num_clusters: int,
     *,
     seed: int,
@@ -115,7 +115,7 @@ def kmeans(
 
 
 def spherical_kmeans(
-    rows: Matrix,
+    rows: RowMatrix,
     num_clusters: int,
     *,
     seed: int,
@@ -132,7 +132,7 @@ def spherical_kmeans(
 
 
 def farthest_first(
-    rows: Matrix,
+    rows: RowMatrix,
     num_clusters: int,
     *,
     seed: int,
@@ -162,7 +162,7 @@ def farthest_first(
 
 
 def random_projection_lsh(
-    rows: Matrix,
+    rows: RowMatrix,
     num_clusters: int,
     *,
     seed: int,
@@ -199,7 +199,7 @@ def random_projection_lsh(
 
 
 def random_partition(
-    rows: Matrix,
+    rows: RowMatrix,
     num_clusters: int,
     *,
     seed: int,

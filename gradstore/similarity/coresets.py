@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradstore.similarity.clusters import Clusters
-from gradstore.similarity.row_chunks import Matrix
+from gradstore.similarity.row_chunks import RowMatrix
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -178,7 +178,7 @@ class Groups:
 
     @staticmethod
     def of(
-        rows: Matrix, clusters: Clusters, *, device: str, chunk_rows: int, single: float
+        rows: RowMatrix, clusters: Clusters, *, device: str, chunk_rows: int, single: float
     ) -> Groups:
         """Judge clusters of (n, d) `rows`; arguments as for `density`."""
         members = tuple(clusters.members())
@@ -190,12 +190,12 @@ class Groups:
 
     @property
     def count(self) -> int:
-        """K."""
+        """Number of clusters, k."""
         return len(self.members)
 
     @property
     def numbers(self) -> dict[str, float]:
-        """For a log."""
+        """Numbers for a log: clusters, their sizes, means of S and D."""
         return {
             "clusters": float(self.count),
             "largest_cluster": float(max(map(len, self.members))),
@@ -205,7 +205,7 @@ class Groups:
 
     def spread(
         self,
-        rows: Matrix,
+        rows: RowMatrix,
         count: int,
         allowed: npt.NDArray[np.bool_],
         *,

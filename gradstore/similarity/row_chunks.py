@@ -22,7 +22,7 @@ from gradstore.errors import BadInput
 ROUNDING = 1e-6
 
 
-class Matrix(Protocol):
+class RowMatrix(Protocol):
     """An (n, d) array, or what is read like one: a memory map, rows of a store."""
 
     @property
@@ -48,14 +48,14 @@ class RowChunks:
         unit: rows are scaled to length 1.
     """
 
-    rows: Matrix
+    rows: RowMatrix
     chunk_rows: int
     device: torch.device
     unit: bool
 
     @staticmethod
     def of(
-        rows: Matrix,
+        rows: RowMatrix,
         num_clusters: int,
         chunk_rows: int,
         device: str | torch.device,

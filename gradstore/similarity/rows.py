@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
-from gradstore.scoring.scan import unit_rows
+from gradstore.scoring.scan import BLOCK_ROWS, FeatureSource, unit_rows
 from gradstore.store.generation import Generation
-
-if TYPE_CHECKING:
-    from gradstore.scoring.scan import FeatureSource
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class UsableRows:
         self.shape = (len(self.rows), generation.dim)
 
     def __len__(self) -> int:
-        """Return the number of usable rows, M."""
+        """Return m, the number of usable rows."""
         return len(self.rows)
 
     def __getitem__(self, key: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -99,8 +95,6 @@ class ClusterDirections:
             owners: (r,) cluster of each.
             count: k.
         """
-        from gradstore.scoring.scan import BLOCK_ROWS, unit_rows
-
         self.name = str(getattr(sample, "name", "clusters"))
         self.space = getattr(sample, "space", None)
         self.rows, self.dim = count, sample.dim

@@ -21,11 +21,11 @@ from typing import TypeAlias
 from gradstore.errors import StoreIOError
 from gradstore.storage.reading import ReadFiles
 
+#: Called as `hook(operation, path)` before each change on disk; may raise to simulate a failure.
 Hook = Callable[[str, Path], None]
-"""Called as `hook(operation, path)` before each change on disk; may raise to simulate a failure."""
 
+#: Contiguous bytes to write.
 Block: TypeAlias = bytes | memoryview
-"""Contiguous bytes to write."""
 
 STAGING = "staging"
 

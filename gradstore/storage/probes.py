@@ -13,6 +13,18 @@ from gradstore.storage.local import STAGING, StoreFiles
 
 OLDEST_ZARR = "3.1.3"
 
+#: How file systems answer to an operation they lack.
+_UNSUPPORTED = {
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EINVAL,
+    errno.EPERM,
+    errno.EMLINK,
+    errno.EXDEV,
+    errno.ENOLCK,
+}
+
 
 def probe(files: StoreFiles) -> None:
     """Probe fsync, link and rename in staging (the lock has just taken flock).
@@ -38,18 +50,6 @@ def probe(files: StoreFiles) -> None:
             raise
     for relative in names.values():
         files.remove(relative)
-
-
-_UNSUPPORTED = {
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.ENOSYS,
-    errno.EINVAL,
-    errno.EPERM,
-    errno.EMLINK,
-    errno.EXDEV,
-    errno.ENOLCK,
-}
 
 
 def _probe_link(files: StoreFiles, staged: str, target: str) -> None:

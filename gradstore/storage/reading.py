@@ -1,7 +1,7 @@
 """The reading half of a store's files; nothing here can change a disk.
 
 Every path is relative to the store and checked component by component: no `..`, no absolute path,
-no symlink, no special file. No OSError leaves this module or `files`, StoreIOError does.
+no symlink, no special file. OSErrors leave this module and `local` as StoreIOError.
 """
 
 from __future__ import annotations

@@ -22,6 +22,9 @@ from gradstore.format.plans import Plan
 from gradstore.format.provenance import read_provenance
 from gradstore.storage.reading import ReadFiles
 
+#: Names in the folder of commits.
+_COMMIT_NAME = re.compile(r"([1-9][0-9]{0,17})\.json")
+
 
 def metadata(plan: Plan) -> dict[str, bytes]:
     """Map path -> bytes for every zarr.json that a generation needs, outermost first."""
@@ -73,9 +76,6 @@ def read_space(files: ReadFiles, plan: Plan) -> dict[str, Json]:
     return provenance
 
 
-_NAME = re.compile(r"([1-9][0-9]{0,17})\.json")
-
-
 def read_chain(files: ReadFiles, store_uuid: str, known: tuple[Commit, ...] = ()) -> list[Commit]:
     """Read all commits, oldest first, and check the chain.
 
@@ -89,7 +89,7 @@ def read_chain(files: ReadFiles, store_uuid: str, known: tuple[Commit, ...] = ()
     """
     numbers = set()
     for name in files.names(COMMITS):
-        match = _NAME.fullmatch(name)
+        match = _COMMIT_NAME.fullmatch(name)
         if match is None:
             fault = Fault(f"{COMMITS}/{name}", "only <N>.json files here", "another name")
             raise DamagedFile(fault, str(files.root))

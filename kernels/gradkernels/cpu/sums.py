@@ -15,7 +15,7 @@ from gradkernels.spec import ProjectionSpec
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Waking a second thread costs about 50 microseconds: not for fewer additions than this.
+#: Waking a second thread costs about 50 microseconds: not for fewer additions than this.
 _MIN_TASK_ADDITIONS = 2**17
 
 
