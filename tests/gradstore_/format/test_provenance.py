@@ -1,22 +1,18 @@
-"""Provenance: one spelling, all differences, a way out; hashes of files and tensors."""
+"""Provenance: one spelling, all differences, a way out; the hash of a row."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstore.errors import BadInput, StoreIOError
+from gradstore.errors import BadInput
 from gradstore.format import provenance as p
 from gradstore.format.canonical import canonical_json, parse, plain, seal, unseal
 from gradstore.format.records import RowSet, row_hash
-from gradstore.storage import hashing
 
 json_values = st.recursive(
     st.none()
@@ -108,48 +104,6 @@ def test_a_canary_of_another_length_or_kind_differs() -> None:
     for other in ([1.0], ["a", "b"], None, []):
         assert p.compare({"canary": [1.0, 2.0]}, {"canary": other})
     assert not p.compare({"canary": [1.0, 2.0]}, {"canary": [1.0, 2.0 + 1e-9]})
-
-
-# ---- hashes ----------------------------------------------------------------------------------
-
-
-def test_a_file_is_hashed_again_when_it_changes(tmp_path: Path) -> None:
-    file = tmp_path / "f"
-    file.write_bytes(b"one")
-    first = hashing.sha256_file(file)
-    assert first == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
-    stat = file.stat()
-    file.write_bytes(b"two")
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert hashing.sha256_file(file) == first
-    assert hashing.sha256_file(file, fresh=True) != first
-    file.write_bytes(b"three")
-    assert hashing.sha256_file(file) != first
-    with pytest.raises(StoreIOError, match="cannot hash"):
-        hashing.sha256_file(tmp_path / "none")
-
-
-def test_a_folder_is_hashed_file_by_file(tmp_path: Path) -> None:
-    for name in ("b.json", "a.json", "c.bin"):
-        (tmp_path / name).write_text(name)
-    assert list(hashing.hash_folder_files(tmp_path, ["*.json"])) == ["a.json", "b.json"]
-    with pytest.raises(BadInput, match="not a folder"):
-        hashing.hash_folder_files(tmp_path / "none")
-
-
-def test_a_tensor_hash_depends_on_name_order_shape_dtype_and_bits() -> None:
-    a, b = torch.arange(6.0), torch.ones(2, 3, dtype=torch.bfloat16)
-    base = hashing.tensor_hash([("a", a), ("b", b)])
-    assert hashing.tensor_hash([("a", a.clone().requires_grad_()), ("b", b)]) == base
-    assert hashing.tensor_hash([("a", a.numpy()), ("b", b)]) == base
-    others = [
-        [("b", b), ("a", a)],
-        [("c", a), ("b", b)],
-        [("a", a.reshape(2, 3)), ("b", b)],
-        [("a", a.double()), ("b", b)],
-        [("a", a + 1e-6), ("b", b)],
-    ]
-    assert len({base, *(hashing.tensor_hash(other) for other in others)}) == 6
 
 
 def test_a_row_hash_is_pinned_and_separates_ids_from_labels() -> None:

@@ -178,42 +178,6 @@ def test_other_folders_are_no_stores(kit: StoreKit, fast_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "relative",
-    [
-        "generations",
-        "generations/train/1",
-        "generations/train/1/features",
-        "generations/train/1/features/c/0",
-        "generations/train/1/features/c/0/0",
-        "generations/train/1/features/zarr.json",
-        "plans/train/1.json",
-        "commits/1.json",
-        "spaces/gradient",
-        "zarr.json",
-    ],
-)
-def test_a_symlink_inside_a_store_is_never_followed(store: Path, relative: str) -> None:
-    place, outside = store / relative, store.parent / "outside"
-    shutil.move(place, outside)
-    place.symlink_to(outside)
-    with pytest.raises(DamagedData, match="symlink"):
-        read_everything(store)
-    assert not verify_store(store).ok
-
-
-def test_a_fifo_or_folder_in_place_of_a_file_does_not_block(store: Path) -> None:
-    chunk = store / "generations/train/1/norm/c/0"
-    chunk.unlink()
-    os.mkfifo(chunk)
-    with pytest.raises(DamagedData, match="special file"):
-        read_everything(store)
-    chunk.unlink()
-    chunk.mkdir()
-    with pytest.raises(DamagedData, match="directory"):
-        read_everything(store)
-
-
-@pytest.mark.parametrize(
     "change",
     [
         {"shape": [2**50, 4]},

@@ -16,7 +16,6 @@ from hypothesis.extra import numpy as hnp
 from gradstore.errors import BadInput
 from gradstore.format.codec import LARGEST, decode, encode, settle_status
 from gradstore.format.layout import RowStatus
-from gradstore.storage.probes import check_zarr
 from gradstore.store.reader import open_store
 
 if TYPE_CHECKING:
@@ -179,10 +178,3 @@ def test_wrong_shapes_are_refused_with_both_shapes(kit: StoreKit, fast_path: Pat
             generation.commit()
         with pytest.raises(BadInput, match="not pending"):
             generation.write_unit(3, np.ones((16, 4), np.float32), one, one * 0, one)
-
-
-def test_old_zarr_is_refused() -> None:
-    check_zarr("3.1.3")
-    check_zarr("4.0")
-    with pytest.raises(BadInput, match=r"zarr 3\.1\.2 is installed"):
-        check_zarr("3.1.2")

@@ -1,9 +1,8 @@
-"""A full, read-only or unsuitable disk, and a second writer: told before work is lost."""
+"""A full, read-only or unsuitable disk, writers past the lock, readers, and a power loss."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -156,25 +155,6 @@ def test_a_file_system_without_flock_is_refused_at_creation(
 
 
 # ---- two writers -----------------------------------------------------------------------------
-
-
-def test_a_second_writer_is_told_host_pid_and_since_when(kit: StoreKit, fast_path: Path) -> None:
-    with kit.writer(fast_path / "s"):
-        with pytest.raises(StoreBusy, match=rf"host \S+, pid {os.getpid()}, since \d{{4}}-") as e:
-            kit.writer(fast_path / "s")
-        assert e.value.exit_code == 6
-    kit.writer(fast_path / "s").close()
-
-
-def test_a_stale_lock_is_taken_over_with_a_warning(
-    kit: StoreKit, fast_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    kit.build(fast_path / "s")
-    assert (fast_path / "s" / LOCK).read_bytes() == b""
-    (fast_path / "s" / LOCK).write_text(json.dumps({"host": "dead", "pid": 1, "since": "2020"}))
-    kit.writer(fast_path / "s").close()
-    assert "stale lock" in caplog.text
-    assert "host dead, pid 1" in caplog.text
 
 
 @pytest.fixture
