@@ -123,7 +123,7 @@ def test_without_its_reference_it_is_refused(
     [
         ({"reweight_eta": 0}, "reweight_eta is 0; it must be above 0"),
         ({"reweight_eta": -1}, "reweight_eta is -1"),
-        ({"reweight_eps": 1.5}, "reweight_eps is 1.5; it must be in [0, 1]"),
+        ({"reweight_eps": 1.5}, "reweight_eps is 1.5; it must be from 0 to 1"),
     ],
 )
 def test_a_parameter_out_of_range_is_one_message_before_anything_is_written(

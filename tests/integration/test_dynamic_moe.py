@@ -86,7 +86,7 @@ def test_freeze_gate_is_refused_where_nothing_of_ours_runs(cli: Any, config: Wri
     ("params", "says"),
     [
         ({"eta": 0}, "eta is 0; it must be above 0"),
-        ({"c": -0.1}, "c is -0.1; it must be in [0, 1]"),
+        ({"c": -0.1}, "c is -0.1; it must be from 0 to 1"),
         ({"collect_steps": 0}, "collect_steps is 0; it must be at least 1"),
         ({"eval_batch_size": 0}, "eval_batch_size is 0"),
     ],
