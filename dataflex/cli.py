@@ -11,13 +11,14 @@ import typer
 
 from dataflex.run.messages import set_up_logging
 from gradstore import cli as gradstore_cli
+from gradstore.format.names import printable
 
 HELP = "Train an LLM while its data changes: select, mix, weight, on LlamaFactory."
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(gradstore_cli.app, name="gradstore")
 
@@ -28,6 +29,7 @@ Overrides = Annotated[
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show a traceback for every failure; any command takes it.")
 ]
+Version = Annotated[bool, typer.Option("--version", help="Print the version of DataFlex.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What Typer answers for Ctrl-C (or raises Abort, by version).
@@ -45,9 +47,12 @@ PASSED_THROUGH = {
 }
 
 
-@app.callback(help=HELP)
-def options(debug: Debug = False) -> None:
-    """Declare, for `--help`, the option that `main` strips from every command's arguments."""
+@app.callback(help=HELP, invoke_without_command=True)
+def options(debug: Debug = False, show_version: Version = False) -> None:
+    """Declare the options of all commands; `main` strips `--debug` from any command's arguments."""
+    if show_version:
+        version()
+        raise typer.Exit
 
 
 @app.command()
@@ -120,7 +125,7 @@ def _run(arguments: list[str]) -> int:
             traceback.print_exception(error)
     if failure is None:
         return 1
-    typer.echo(f"error: {failure.message}", err=True)
+    typer.echo(f"error: {printable(failure.message)}", err=True)
     return failure.code
 
 

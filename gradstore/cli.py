@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradstore.errors import BadInput, DamagedData
+from gradstore.format.names import printable
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.scoring.influence import Scores
     from gradstore.store.generation import Generation
@@ -110,14 +113,20 @@ def verify(store: StorePath, as_json: AsJson = False) -> None:
 @with_question
 def score(
     question: Question,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="scores.parquet")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="scores.parquet, .csv or .jsonl")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score every training row by its cosine influence on the target."""
+    from gradstore.storage.tables import check_suffix, write_table
+
+    if output is not None:
+        check_suffix(output)
     pairs, scores = _score(question)
     train: Generation = pairs[-1].train  # type: ignore[assignment]
     if output is not None:
-        _write_scores(output, train, scores)
+        write_table(output, _table_of(train, scores))
     if as_json:
         print_json(
             {
@@ -131,7 +140,7 @@ def score(
             }
         )  # fmt: skip
         return
-    typer.echo(_summary(train, scores))
+    typer.echo(printable(_summary(train, scores)))
     if output is not None:
         typer.echo(f"scores of all rows: {output}")
 
@@ -140,7 +149,9 @@ def score(
 @with_question
 def select(
     question: Question,
-    output: Annotated[Path, typer.Option("-o", "--output", help="selected.jsonl")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="selected.jsonl, .csv or .parquet")
+    ],
     count: Annotated[int | None, typer.Option("-k", help="Rows to take.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the usable rows.")] = None,
 ) -> None:
@@ -151,7 +162,9 @@ def select(
         select_top,
         write_selected,
     )
+    from gradstore.storage.tables import check_suffix
 
+    check_suffix(output)
     if (count is None) == (fraction is None):
         raise BadInput("give either -k N or --fraction F.")
     if fraction is not None:
@@ -233,17 +246,12 @@ def _score(question: Question) -> tuple[list[CheckpointFeatures], Scores]:
     )
 
 
-def _write_scores(path: Path, train: Generation, scores: Scores) -> None:
-    """Write Parquet: row, score, usable, best_subtask, source_set, source_row, row_hash."""
-    import io
-
+def _table_of(train: Generation, scores: Scores) -> pa.Table:
+    """Make a table: row, score, usable, best_subtask, source_set, source_row, row_hash."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from gradstore.storage.replace import replace_file
 
     sources = train.sources
-    table = pa.table(
+    return pa.table(
         {
             "row": pa.array(range(train.rows), pa.int64()),
             "score": pa.array(scores.values, pa.float32(), from_pandas=True),
@@ -256,9 +264,6 @@ def _write_scores(path: Path, train: Generation, scores: Scores) -> None:
             "row_hash": pa.array([bytes(h).hex() for h in train.row_hash], pa.string()),
         }
     )  # fmt: skip
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    replace_file(path, buffer.getvalue())
 
 
 def _summary(train: Generation, scores: Scores) -> str:
@@ -282,11 +287,12 @@ def _source(train: Generation, row: int) -> str:
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     for name in header:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
     # A pipe has no width: cells are not truncated there, so that names can be searched.
     Console(width=None if sys.stdout.isatty() else 200).print(table)

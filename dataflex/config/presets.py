@@ -31,7 +31,7 @@ OLD_BUCKETS: Mapping[str, str] = {"reorders": "reorderers"}
 PACKAGED_PRESETS = Path(__file__).with_name("components.yaml")
 
 
-#: Parameters of DataFlex 1.1.0 that have nothing left to say here, and why; dropped with a warning.
+#: Parameters of DataFlex 1.1.0 that have no effect here, and why; dropped with a warning.
 RETIRED: Mapping[str, str] = {
     "cache_dir": "features live in the gradient store, selections below output_dir",
     "save_interval": "the store writes units of 256 rows",

@@ -60,13 +60,14 @@ def _check_datasets(config: RunConfig) -> None:
     wanted = {
         "dataset": known.dataset,
         "eval_dataset": known.eval_dataset,
-        "target_dataset": tuple(config.dataflex.target_dataset or ()),
-        "mixer_eval_dataset": tuple(config.dataflex.mixer_eval_dataset or ()),
     }
+    if config.dataflex.train_type != "static":  # which is LlamaFactory, without keys of ours
+        wanted["target_dataset"] = tuple(config.dataflex.target_dataset or ())
+        wanted["mixer_eval_dataset"] = tuple(config.dataflex.mixer_eval_dataset or ())
     folder = known.dataset_dir
     if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
         return
-    if known.tokenized_path and not wanted["target_dataset"]:
+    if known.tokenized_path and not wanted.get("target_dataset"):
         return
     if known.do_train and not wanted["dataset"]:
         raise BadInput("dataset is missing: name at least one training data set.")

@@ -21,6 +21,9 @@ from gradstore.errors import BadInput
 
 FloatArray = npt.NDArray[np.float64]
 
+#: Default of `reward_scale` for each `averaging`: that of the authors' code, and of 0.1.0.
+SCALES = {"none": 0.1, "moving": 1.0}
+
 _log = logging.getLogger(__name__)
 
 
@@ -99,13 +102,14 @@ class OdmMixer(Mixer):
         warmup_steps: of DataFlex 1.1.0; the warm-up is `warmup_step` steps long.
         initial_proportions: the answer as long as nothing was trained on (`warmup_step: 0`); null
             for what the run opens with.
-        reward_scale: multiplies the losses.
+        reward_scale: multiplies the losses; null for 0.1, or 1 with `averaging: moving`.
         min_exploration_rate: every domain's smallest proportion; below 1/K.
     """
 
     paper = "Albalak et al. 2023, Efficient Online Data Mixing, arXiv:2312.02406"
     observes = True
-    neutral = frozenset({"warmup_steps"})
+    # `averaging` does change answers: `restore` compares it, and knows how 0.1.0 averaged.
+    neutral = frozenset({"warmup_steps", "averaging"})
 
     def __init__(
         self,
@@ -113,14 +117,15 @@ class OdmMixer(Mixer):
         alpha: Annotated[float, Ge(0), Lt(1)] = 0.9,
         warmup_steps: int | None = None,
         initial_proportions: Sequence[float] | None = None,
-        reward_scale: Positive = 0.1,
+        reward_scale: Positive | None = None,
         min_exploration_rate: Annotated[float, Ge(0)] = 0.0,
     ) -> None:
         self.averaging = averaging
         self.alpha = alpha
         self.warmup_steps = warmup_steps
         self.initial_proportions = initial_proportions
-        self.reward_scale = reward_scale
+        usual = SCALES[averaging]
+        self.reward_scale = usual if reward_scale is None else reward_scale
         self.floor = min_exploration_rate
         self.exploration = 0.0
         empty = np.empty(0)

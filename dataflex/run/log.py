@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradstore.format.names import printable
 from gradstore.storage.replace import replace_file
 
 OnRows = Callable[[int], None]
@@ -109,6 +110,7 @@ class RunLog:
         """Print what every update of this process did."""
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         if not self._updates:
             return
@@ -116,10 +118,12 @@ class RunLog:
         for column in ("step", "component", "what changed", "pause"):
             table.add_column(column, justify="right" if column in ("step", "pause") else "left")
         for step, component, summary, pause in self._updates:
-            table.add_row(str(step), component, summary, "" if pause is None else f"{pause:.1f} s")
+            # Texts, not markup: names of data sets are the user's.
+            texts = (Text(printable(text)) for text in (component, summary))
+            table.add_row(str(step), *texts, "" if pause is None else f"{pause:.1f} s")
         console = Console(stderr=True)
         console.print(table)
-        console.print(f"all files: {self.folder}", soft_wrap=True)
+        console.print(f"all files: {self.folder}", soft_wrap=True, markup=False)
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 
 from gradstore.errors import BadInput, StoreError, StoreIOError
+from gradstore.format.names import printable
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,18 @@ def explain(error: BaseException) -> Failure | None:
     return None
 
 
+class _PrintableFormatter(logging.Formatter):
+    """Formatter whose lines hold no control character, whatever name is in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record."""
+        return printable(super().format(record))
+
+
 def set_up_logging() -> None:
     """Send our own messages to stderr, one line each."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("[dataflex] %(message)s"))
+    handler.setFormatter(_PrintableFormatter("[dataflex] %(message)s"))
     for name in ("dataflex", "gradstore", "gradkernels"):
         logger = logging.getLogger(name)
         if not logger.handlers:

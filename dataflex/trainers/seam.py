@@ -41,6 +41,9 @@ _log = logging.getLogger(__name__)
 FINETUNING = ("finetuning_type", "lora_rank", "lora_alpha", "lora_target", "additional_target",
               "use_dora", "use_rslora")  # fmt: skip
 
+#: Those whose order means nothing; LlamaFactory makes sets of some.
+UNORDERED = frozenset({"lora_target", "additional_target"})
+
 
 class Seam:
     """Mixed in before a transformers Trainer; `trainer_class` sets `run`."""
@@ -150,7 +153,7 @@ class Seam:
             "seed": int(self.args.seed),
             "targets": {t.name: t.row_set.sha256 for t in self.run.data.targets},
             "optim": str(self.args.optim),
-            **{key: getattr(tuned, key) for key in FINETUNING if hasattr(tuned, key)},
+            **_comparable({k: getattr(tuned, k) for k in FINETUNING if hasattr(tuned, k)}),
         }
 
     # -- log --------------------------------------------------------------------------------------
@@ -226,15 +229,12 @@ class Seam:
                 "Restore the values, or start a new run with overwrite_output_dir: true."
             )
         settings = self.settings()
-        changed = sorted(
-            k for k in {*settings, *state.settings} if settings.get(k) != state.settings.get(k)
-        )
+        held = _comparable(state.settings)
+        changed = sorted(k for k in {*settings, *held} if settings.get(k) != held.get(k))
         if changed:
             raise BadInput(
                 "the checkpoint was made with other settings: "
-                + "; ".join(
-                    f"{k} {state.settings.get(k)!r}, now {settings.get(k)!r}" for k in changed
-                )
+                + "; ".join(f"{k} {held.get(k)!r}, now {settings.get(k)!r}" for k in changed)
                 + ". Restore them, or start a new run with overwrite_output_dir: true."
             )
         if state.step >= s.budget and self.run.ranks.leads:
@@ -248,6 +248,16 @@ class Seam:
             )
         self.run.strategy.restore(state.component)
         self.restore_more(state)
+
+
+def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Put what has no order in rising order, as JSON can keep it."""
+    return {
+        key: sorted(map(str, value))
+        if key in UNORDERED and isinstance(value, set | frozenset | list | tuple)
+        else value
+        for key, value in settings.items()
+    }
 
 
 def trainer_class(seam: type[Seam], base: type, run: Run) -> type:

@@ -7,6 +7,7 @@ refused, so no name can lead out of the store.
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import quote as percent_encoded
@@ -15,6 +16,9 @@ from urllib.parse import unquote
 from gradstore.errors import BadInput
 
 Role = Literal["train", "target"]
+
+#: Unicode's control, format and surrogate characters.
+_UNSHOWN = ("Cc", "Cf", "Cs")
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@-]*")
 _QUOTED = re.compile(r"[A-Za-z0-9%][A-Za-z0-9._%+=@-]{0,159}")
@@ -33,6 +37,22 @@ def quote(name: str) -> str:
     if not _QUOTED.fullmatch(safe):
         raise BadInput(f"{name!r} can't name a part of a store: it needs 1 to about 150 characters")
     return safe
+
+
+def printable(text: str) -> str:
+    r"""Return text that a terminal only shows: control characters are spelled out.
+
+    Names of data sets, rows and stores come from files; an escape sequence in one would act on the
+    terminal, and a direction mark would show another name than the one that is there.
+
+    >>> printable("a\tb\n"), printable("set\x1b[2J"), printable("\u202eevil")
+    ('a\tb\n', 'set\\x1b[2J', '\\u202eevil')
+    """
+    return "".join(
+        char if char in "\t\n" or unicodedata.category(char) not in _UNSHOWN
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

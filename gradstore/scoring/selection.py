@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ import torch
 
 from gradstore.errors import BadInput
 from gradstore.storage.replace import replace_file
+from gradstore.storage.tables import check_suffix, write_table
 
 
 def select_top(
@@ -117,11 +119,12 @@ def write_selected(
     sources: Sequence[tuple[str, int]] | None = None,
     row_hashes: npt.NDArray[np.uint8] | None = None,
 ) -> None:
-    """Write the selected rows as JSON lines, atomically.
+    """Write the selected rows, atomically: JSON lines, CSV or Parquet as the name ends.
 
     One line per row, best first: `{"rank": 1, "row": 17, "score": 0.41, "source": ["alpaca", 23],
     "row_hash": "9f..."}`. `row` is the position in the processed dataset, `source` the data set's
-    name and the index in its file. An existing file is replaced only once the new one is complete.
+    name and the index in its file; in CSV and Parquet these are columns `source_set` and
+    `source_row`. An existing file is replaced only once the new one is complete.
 
     Args:
         path: the file.
@@ -131,10 +134,11 @@ def write_selected(
         row_hashes: (n, 16) uint8, or None (written as null).
 
     Raises:
-        BadInput: a chosen row without a finite score.
+        BadInput: a chosen row without a finite score, or a file name of no known format.
         StoreIOError: the file cannot be written.
     """
-    lines = []
+    check_suffix(Path(path))
+    lines: list[dict[str, Any]] = []
     for rank, row in enumerate(np.asarray(rows).tolist(), start=1):
         score = float(scores[row])
         if not np.isfinite(score):
@@ -146,8 +150,19 @@ def write_selected(
             "source": None if sources is None else list(sources[row]),
             "row_hash": None if row_hashes is None else bytes(row_hashes[row]).hex(),
         }
-        lines.append(json.dumps(line, ensure_ascii=False))
-    replace_file(Path(path), "".join(f"{line}\n" for line in lines).encode())
+        lines.append(line)
+    if Path(path).suffix == ".jsonl":
+        text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+        replace_file(Path(path), text.encode())
+        return
+    import pyarrow as pa
+
+    for line in lines:
+        line["source_set"], line["source_row"] = line.pop("source") or (None, None)
+    names = ("rank", "row", "score", "source_set", "source_row", "row_hash")
+    types = (pa.int64(), pa.int64(), pa.float64(), pa.string(), pa.int64(), pa.string())
+    schema = pa.schema(list(zip(names, types, strict=True)))
+    write_table(Path(path), pa.Table.from_pylist(lines, schema=schema))
 
 
 def _vector(

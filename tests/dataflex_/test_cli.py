@@ -51,11 +51,20 @@ def test_help_imports_nothing_heavy() -> None:
     assert told.stdout.rstrip().endswith("loaded: []")
 
 
+@pytest.mark.parametrize("word", ["version", "--version"])
 def test_version_names_the_distribution(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    word: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, out, _ = call(capsys, monkeypatch, "version")
+    code, out, _ = call(capsys, monkeypatch, word)
     assert (code, out.split()[0]) == (0, "dataflex-gradstore")
+
+
+@pytest.mark.parametrize("words", [("-h",), ("train", "-h"), ("gradstore", "score", "-h"), ()])
+def test_help_is_short_too_and_is_what_no_word_gets(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, err = call(capsys, monkeypatch, *words)
+    assert "Usage:" in out + err
 
 
 def test_components_lists_every_strategy_with_its_parameters(

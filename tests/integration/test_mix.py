@@ -243,3 +243,22 @@ def test_a_mixer_of_ones_own_must_answer_proportions(
         assert result.code == 2, result.err[-3000:]
         assert says in result.message
         assert not (tmp_path / "run" / "checkpoint-3").exists()
+
+
+def test_an_odm_checkpoint_of_0_1_0_resumes_with_averaging_moving_and_not_without(
+    cli: Any, mixed: Write, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    moving = mixed("moving.yaml", component_params={"averaging": "moving"}, train_step=3)
+    assert cli("train", moving).code == 0
+    path = run / "checkpoint-3" / "dataflex" / "state.json"
+    state = json.loads(path.read_text())
+    del state["component"]["averaging"]  # 0.1.0 knew no other way
+    path.write_text(json.dumps(state))
+
+    refused = cli("train", mixed())
+    assert refused.code == 2
+    assert "Set component_params.averaging: moving" in refused.message
+    result = cli("train", mixed("moving.yaml", component_params={"averaging": "moving"}))
+    assert result.code == 0, result.err[-3000:]
+    assert [e["step"] for e in mixes(run)] == [0, 2, 5]

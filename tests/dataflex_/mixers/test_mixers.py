@@ -139,7 +139,9 @@ def test_a_checkpoint_of_averaged_rewards_is_not_gone_on_from_with_accumulated_o
     del old["averaging"]  # as version 0.1.0 wrote it
     with pytest.raises(BadInput, match=r"component_params\.averaging: moving"):
         OdmMixer().restore(old)
-    OdmMixer(averaging="moving").restore(old)
+    moving = OdmMixer(averaging="moving")
+    moving.restore(old)
+    assert (moving.reward_scale, OdmMixer().reward_scale) == (1.0, 0.1), "as each was by default"
 
 
 def test_moving_rewards_and_proportions_of_three_updates(domain_data: MakeData) -> None:

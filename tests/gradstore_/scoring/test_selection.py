@@ -162,3 +162,25 @@ def test_the_folder_is_made_and_one_that_cannot_be_is_an_io_error(tmp_path: Path
 def test_a_chosen_row_without_a_score_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="row 0"):
         write_selected(tmp_path / "s.jsonl", np.array([0]), np.array([NAN]))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_the_files_name_says_how_it_is_written(tmp_path: Path, suffix: str) -> None:
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    path = tmp_path / f"selected{suffix}"
+    scores = np.array([0.5, 0.25, 0.75])
+    write_selected(path, np.array([2, 0]), scores, sources=[("a", 4), ("a", 5), ("b", 0)])
+    read = pyarrow.csv.read_csv if suffix == ".csv" else pyarrow.parquet.read_table
+    table = read(path).to_pydict()
+    assert table["row"] == [2, 0]
+    assert table["score"] == [0.75, 0.5]
+    assert (table["source_set"], table["source_row"]) == (["b", "a"], [0, 4])
+
+
+@pytest.mark.parametrize("name", ["selected", "selected.txt", "selected.json"])
+def test_a_name_that_says_no_format_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadInput, match=r"must end in one of \.parquet, \.csv, \.jsonl"):
+        write_selected(tmp_path / name, np.array([0]), np.array([1.0]))
+    assert not (tmp_path / name).exists()
