@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import re
 from collections.abc import Sequence
@@ -112,6 +113,36 @@ def test_a_user_class_without_base_or_annotations_is_built_as_it_is(
     for wrong in ({"share": "x"}, {"seed": -1}):
         with pytest.raises(BadInput, match=f"{next(iter(wrong))} is "):
             resolve("dynamic_select", "custom", {"target": "own_free:Plain", **wrong})
+
+
+def test_a_dataclass_is_checked_where_a_configuration_is_read_or_once_decorated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its constructor is added by a decorator, after the base class had a look."""
+    (tmp_path / "own_data.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from typing import Annotated\n\n"
+        "from annotated_types import Gt\n"
+        "from dataflex.api import Selector\n"
+        "from dataflex.config.parameters import checked\n\n\n"
+        "@dataclass\n"
+        "class Plain(Selector):\n"
+        "    share: Annotated[float, Gt(0)] = 0.5\n\n\n"
+        "@checked\n"
+        "@dataclass\n"
+        "class Decorated(Selector):\n"
+        "    share: Annotated[float, Gt(0)] = 0.5\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("Plain", "Decorated"):
+        target = {"target": f"own_data:{name}"}
+        assert resolve("dynamic_select", "custom", {**target, "share": 2}).build().share == 2
+        with pytest.raises(BadInput, match="component 'custom': share is 0; it must be above 0"):
+            resolve("dynamic_select", "custom", {**target, "share": 0})
+    own = importlib.import_module("own_data")
+    with pytest.raises(BadParameter, match="share is 0; it must be above 0"):
+        own.Decorated(share=0)
 
 
 @pytest.mark.parametrize(("kind", "name", "cls"), EVERY, ids=[f"{k}-{n}" for k, n, _ in EVERY])
