@@ -20,12 +20,12 @@ def accepted_keys() -> set[str]:
     return {f.name for cls in _argument_classes() for f in dataclasses.fields(cls) if f.init}
 
 
-def mistyped(args: Mapping[str, Any]) -> list[str]:
-    """Return one sentence per bad value where LlamaFactory wants a number or true/false.
+def mistyped(args: Mapping[str, Any]) -> dict[str, str]:
+    """Return one sentence per bad value where LlamaFactory wants a number or true/false, by key.
 
     Its parser takes any value for any key and fails much later, with a TypeError.
     """
-    faults = []
+    faults = {}
     for cls in _argument_classes():
         for name, hint in get_type_hints(cls).items():
             value = args.get(name)
@@ -36,7 +36,7 @@ def mistyped(args: Mapping[str, Any]) -> list[str]:
                 continue
             number = "a number" if float in wanted else "a whole number"
             expected = "true or false" if wanted == {bool} else f"{number}, without quotes"
-            faults.append(f"{name} is {value!r}; expected {expected}.")
+            faults[name] = f"{name} is {value!r}; expected {expected}."
     return faults
 
 

@@ -142,9 +142,9 @@ def load(path: Path, overrides: Sequence[str], accepted: Collection[str]) -> Run
     own = {f.name for f in fields(DataFlexConfig)}
     if extra := set(merged) - own - set(accepted):
         raise BadInput(f"{path}: {unknown('key', extra, own | set(accepted))}")
-    ours, faults = converted(DataFlexConfig, merged)
+    ours, refused = converted(DataFlexConfig, merged)
     rest = {k: v for k, v in merged.items() if k not in own}
-    faults += converted(_DataSets, rest)[1]
+    faults = [*refused.values(), *converted(_DataSets, rest)[1].values()]
     if not isinstance(rest.get("output_dir"), str) or not rest["output_dir"]:
         faults.append("output_dir is missing: set it to the folder that the run writes.")
     if ours.get("train_type", "static") not in TRAIN_TYPES:

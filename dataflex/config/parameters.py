@@ -156,7 +156,7 @@ def checked(cls: C) -> C:
     return cls
 
 
-def converted(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def converted(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Convert values as the fields of a dataclass declare them; a null means the default.
 
     Args:
@@ -164,17 +164,17 @@ def converted(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list
         given: values by field; others are skipped.
 
     Returns:
-        The converted values, and one sentence for each that was refused.
+        The converted values, and one sentence for each that was refused, by field.
     """
     values: dict[str, Any] = {}
-    found = []
+    found: dict[str, str] = {}
     for name, field in _fields(cls).items():
         if given.get(name) is None:
             continue
         try:
             values[name] = field.adapter.validate_python(given[name])
         except (ValidationError, TypeError):
-            found.append(f"{field.fault(name, given[name])}.")
+            found[name] = f"{field.fault(name, given[name])}."
     return values, found
 
 

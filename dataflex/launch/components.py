@@ -10,6 +10,7 @@ from rich.markup import escape
 from dataflex.config.parameters import describe
 from dataflex.config.presets import presets_of
 from dataflex.config.registry import KINDS, PACKAGES, declarations, parameters, strategies
+from dataflex.run.strategy import Strategy
 
 
 def catalogue() -> list[dict[str, Any]]:
@@ -23,7 +24,7 @@ def catalogue() -> list[dict[str, Any]]:
             "kind": kind,
             "name": name,
             "summary": (inspect.getdoc(cls) or "").split("\n")[0],
-            "paper": getattr(cls, "paper", ""),
+            "paper": getattr(cls, "paper", Strategy.paper),  # a registered class may have no base
             "presets": sorted(
                 key
                 for key, preset in presets_of(buckets[kind]).items()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dataflex.bridge import arguments
 from dataflex.config.keys import RunConfig
+from dataflex.config.known import KnownKeys
 from dataflex.config.registry import unknown
 from gradstore.errors import BadInput, StoreIOError
 
@@ -22,8 +23,9 @@ def check_inputs(config: RunConfig) -> None:
         BadInput: they do not.
         StoreIOError: they cannot.
     """
-    if faults := arguments.mistyped(config.llamafactory):
-        raise BadInput("\n".join(f"{config.path}: {fault}" for fault in faults))
+    keys = config.llamafactory
+    if faults := {**KnownKeys.faults(keys), **arguments.mistyped(keys)}:
+        raise BadInput("\n".join(f"{config.path}: {fault}" for fault in faults.values()))
     _check_model(config)
     _check_datasets(config)
     _check_writable("output_dir", config.output_dir)

@@ -73,14 +73,15 @@ def test_names_of_data_sets_are_words(key: str, value: object, tmp_path: Path) -
      ("max_steps", float("inf")), ("learning_rate", "fast"), ("do_train", [])],
 )  # fmt: skip
 def test_what_is_no_number_is_refused_for_llamafactory_too(key: str, value: object) -> None:
-    [fault] = arguments.mistyped({key: value})
-    assert fault.startswith(f"{key} is {value!r}; expected ")
+    faults = arguments.mistyped({key: value})
+    assert list(faults) == [key]
+    assert faults[key].startswith(f"{key} is {value!r}; expected ")
 
 
 def test_numbers_that_llamafactory_takes_are_left_alone() -> None:
     taken = {"max_steps": 5, "learning_rate": 1e-3, "num_train_epochs": 1, "do_train": True,
              "max_grad_norm": float("inf"), "max_samples": None}  # fmt: skip
-    assert arguments.mistyped(taken) == []
+    assert arguments.mistyped(taken) == {}
 
 
 @pytest.mark.parametrize("content", ["- less\n", "3\n", "selectors: {a: 1}\n", "selectors: [\n"])
