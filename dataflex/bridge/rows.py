@@ -99,7 +99,7 @@ def _load_targets(
     """
     as_training = copy.copy(training_args)
     as_training.predict_with_generate = False
-    sets = tuple(config.dataflex.target_dataset or ()) or tuple(data_args.eval_dataset or ())
+    sets = config.dataflex.target_dataset or tuple(data_args.eval_dataset or ())
     found = []
     for name in sets:
         one = copy.copy(data_args)

@@ -24,7 +24,7 @@ def find_checkpoints(config: RunConfig) -> list[Path]:
     Raises:
         BadInput: a named folder has none.
     """
-    named = [Path(name) for name in config.dataflex.gradstore_checkpoints or ()]
+    named = [Path(name) for name in config.dataflex.gradstore_checkpoints]
     resume = config.known.resume_from_checkpoint
     if not named and resume and resume.lower() not in ("true", "false"):
         named = [Path(resume)]

@@ -62,8 +62,8 @@ def _check_datasets(config: RunConfig) -> None:
     wanted = {
         "dataset": known.dataset,
         "eval_dataset": known.eval_dataset,
-        "target_dataset": tuple(config.dataflex.target_dataset or ()),
-        "mixer_eval_dataset": tuple(config.dataflex.mixer_eval_dataset or ()),
+        "target_dataset": config.dataflex.target_dataset,
+        "mixer_eval_dataset": config.dataflex.mixer_eval_dataset,
     }
     folder = known.dataset_dir
     if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):

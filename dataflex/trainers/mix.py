@@ -53,7 +53,7 @@ class MixSeam(LossSeam, ServedSeam):
         opening_proportions(job.config, job.data)
         ours = job.config.dataflex
         budget = mix_budget(
-            train_step=ours.train_step or max(0, int(job.args.max_steps)),
+            train_step=job.train_step,
             epochs=float(job.args.num_train_epochs),
             warmup_step=ours.warmup_step,
             update_step=ours.update_step,
@@ -174,7 +174,7 @@ class MixSeam(LossSeam, ServedSeam):
         return {
             **super().settings(),
             "static_mix": ours.static_mix,
-            "mixture_sample_rule": ours.mixture_sample_rule or "mixture",
+            "mixture_sample_rule": ours.mixture_sample_rule,
             "init_mixture_proportions": None if opening is None else list(opening),
             "rows of the domains": self._by_domain(self.domains.sizes),
         }

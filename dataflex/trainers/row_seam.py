@@ -42,10 +42,10 @@ class ServedSeam(Seam):
 
     @classmethod
     def plan(cls, job: Job) -> Schedule:
-        """Plan W + U * T steps a stage; `max_steps` stands in for `train_step`."""
+        """Plan W + U * T steps a stage."""
         ours = job.config.dataflex
         budget = select_budget(
-            train_step=ours.train_step or max(0, int(job.args.max_steps)),
+            train_step=job.train_step,
             epochs=float(job.args.num_train_epochs),
             warmup_step=ours.warmup_step,
             update_step=ours.update_step,
