@@ -1,4 +1,4 @@
-"""Reading what a run has saved: adapters, Adam moments, learning rates."""
+"""Checkpoint folders of a run: which there are, which one a resume or an export starts from."""
 
 from __future__ import annotations
 

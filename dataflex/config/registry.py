@@ -1,4 +1,4 @@
-"""(kind, name) -> class: how a strategy's name in a YAML becomes an object.
+"""(kind, name) -> class: strategies by their names, and the parameters that they accept.
 
 A strategy is a class decorated with `@register(kind, name)`. A preset in components.yaml names a
 strategy and its parameters; `component_params` of the training YAML overrides them. A user's own
@@ -117,7 +117,7 @@ def parameters(cls: type) -> dict[str, inspect.Parameter]:
     constructor it inherits, where there is one.
     """
     found: dict[str, inspect.Parameter] = {}
-    for constructor in _constructors(cls):
+    for constructor in constructors_of(cls):
         # The first parameter is self, whatever its name.
         for name, p in list(inspect.signature(constructor).parameters.items())[1:]:
             if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}:
@@ -128,20 +128,20 @@ def parameters(cls: type) -> dict[str, inspect.Parameter]:
 def declarations(cls: type) -> dict[str, Declaration]:
     """Return the parameters of `parameters(cls)` whose annotations are checked."""
     found: dict[str, Declaration] = {}
-    for constructor in reversed(_constructors(cls)):
+    for constructor in reversed(constructors_of(cls)):
         found |= declared(constructor)
     return found
 
 
 def documentation(cls: type) -> str:
     """Join a strategy's docstring with those of the classes whose parameters it inherits."""
-    constructors = _constructors(cls)
+    constructors = constructors_of(cls)
     owners = [c for c in cls.__mro__ if vars(c).get("__init__") in constructors]
     groups = [c for constructor in constructors if (c := group(constructor))]
     return "\n".join(inspect.getdoc(c) or "" for c in dict.fromkeys((cls, *owners, *groups)))
 
 
-def _constructors(cls: type) -> list[Callable[..., None]]:
+def constructors_of(cls: type) -> list[Callable[..., None]]:
     """List the constructors that see a strategy's parameters: each `**rest` leads to the next."""
     found: list[Callable[..., None]] = []
     for base in cls.__mro__:
@@ -150,13 +150,14 @@ def _constructors(cls: type) -> list[Callable[..., None]]:
             continue
         found.append(constructor)
         if (shared := group(constructor)) is not None:
-            return [*found, *_constructors(shared)]
-        if not _takes_any(constructor):
+            return [*found, *constructors_of(shared)]
+        if not takes_any_name(constructor):
             break
     return found
 
 
-def _takes_any(constructor: Callable[..., None]) -> bool:
+def takes_any_name(constructor: Callable[..., None]) -> bool:
+    """Return whether a constructor has a `**rest`."""
     kinds = [p.kind for p in inspect.signature(constructor).parameters.values()]
     return inspect.Parameter.VAR_KEYWORD in kinds
 
@@ -190,7 +191,12 @@ def target_of(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def _import_target(target: str) -> type:
+def import_target(target: str) -> type:
+    """Import the class that a `target` names.
+
+    Raises:
+        BadInput: it cannot be imported, or is no class.
+    """
     found = imported(target, "target", "package.module:Class")
     if not isinstance(found, type):
         raise BadInput(f"target {target!r} is a {type(found).__name__}, not a class.")

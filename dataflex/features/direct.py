@@ -1,4 +1,4 @@
-"""Passes over the rows of a run that leave nothing behind: losses, and exact influence."""
+"""Exact influence of every training row: two passes that leave nothing in the store."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from dataflex.selectors.base import Selection
 from dataflex.trainers.job import Job
 from dataflex.trainers.loss_seam import LossSeam
 from dataflex.trainers.metrics import domain_metrics, largest, selection_metrics
-from dataflex.trainers.row_seam import ServedSeam, check_rows_suffice
+from dataflex.trainers.row_seam import RowSeam, check_rows_suffice
 from dataflex.trainers.weight import weighted_alone
 from dataflex.trainers.weights import SampleStats, losses_by_domain
 from dataflex.weighters.base import LossContributor
@@ -32,7 +32,7 @@ from dataflex.weighters.base import LossContributor
 _log = logging.getLogger(__name__)
 
 
-class LegoSeam(LossSeam, ServedSeam):
+class LegoSeam(LossSeam, RowSeam):
     """W steps of warm-up, then the pipeline's plan every U steps, its weighters at every step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own

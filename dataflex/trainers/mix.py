@@ -26,14 +26,14 @@ from dataflex.run.schedule import EventKind, Interval, Schedule, mix_budget
 from dataflex.trainers.job import Job
 from dataflex.trainers.loss_seam import LossSeam
 from dataflex.trainers.metrics import domain_metrics, largest
-from dataflex.trainers.row_seam import ServedSeam
+from dataflex.trainers.row_seam import RowSeam
 from dataflex.trainers.weights import SampleStats, losses_by_domain
 from dataflex.weighters.base import LossContributor
 
 _log = logging.getLogger(__name__)
 
 
-class MixSeam(LossSeam, ServedSeam):
+class MixSeam(LossSeam, RowSeam):
     """W steps at the opening proportions, then the mixer's answer every U steps."""
 
     #: The rows are permuted here: left alone they would come domain by domain.

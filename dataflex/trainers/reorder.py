@@ -11,11 +11,11 @@ from dataflex.reorders.base import Ordering
 from dataflex.run.log import as_json
 from dataflex.run.schedule import EventKind, Interval
 from dataflex.trainers.metrics import score_metrics, score_range
-from dataflex.trainers.row_seam import ServedSeam, check_rows_of
+from dataflex.trainers.row_seam import RowSeam, check_rows_of
 from gradstore.errors import BadInput
 
 
-class ReorderSeam(ServedSeam):
+class ReorderSeam(RowSeam):
     """The reorder's rows at every boundary, in its order; an interval may exceed the rows."""
 
     ordered = True

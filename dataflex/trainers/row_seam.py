@@ -26,7 +26,7 @@ from dataflex.trainers.seam import Seam, random_states_kept
 from gradstore.errors import BadInput, DamagedData
 
 
-class ServedSeam(Seam):
+class RowSeam(Seam):
     """Seam that serves intervals of rows; a subclass provides `rows_for`."""
 
     #: Train on an interval's rows in the order given, never shuffled.

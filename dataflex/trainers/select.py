@@ -15,10 +15,10 @@ from dataflex.run.schedule import EventKind, Interval, Schedule
 from dataflex.selectors.base import Selection, ask
 from dataflex.trainers.job import Job
 from dataflex.trainers.metrics import count_by_set, score_range, selection_metrics
-from dataflex.trainers.row_seam import ServedSeam, check_rows_of, check_rows_suffice
+from dataflex.trainers.row_seam import RowSeam, check_rows_of, check_rows_suffice
 
 
-class SelectSeam(ServedSeam):
+class SelectSeam(RowSeam):
     """Warm-up draws, then the selector's answer at every update."""
 
     @classmethod

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def test_every_known_key_is_llamafactorys_and_has_its_default() -> None:
     theirs: dict[str, Any] = {}
-    for cls in arguments._argument_classes():
+    for cls in arguments.argument_classes():
         theirs |= {f.name: f.default for f in dataclasses.fields(cls) if f.init}
     ours = {f.name: f.default for f in dataclasses.fields(KnownKeys)}
     assert set(ours) <= set(theirs)

@@ -12,7 +12,7 @@ from dataflex.bridge import arguments
 from dataflex.config.keys import load
 from dataflex.config.parameters import declared, faults
 from dataflex.config.presets import presets_of, resolve
-from dataflex.config.registry import KINDS, PACKAGES, _constructors, strategies
+from dataflex.config.registry import KINDS, PACKAGES, constructors_of, strategies
 from gradstore.errors import BadInput
 
 
@@ -48,7 +48,7 @@ def test_every_strategy_has_annotations_that_can_be_read() -> None:
     assert set(PACKAGES) == {kind for _, kind in KINDS.values()}
     for kind in PACKAGES:
         for cls in strategies(kind).values():
-            for constructor in _constructors(cls):
+            for constructor in constructors_of(cls):
                 get_type_hints(constructor)
 
 

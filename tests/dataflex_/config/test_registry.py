@@ -13,7 +13,7 @@ from dataflex.config import registry
 from dataflex.config.presets import resolve
 from dataflex.config.registry import (
     PACKAGES,
-    _constructors,
+    constructors_of,
     documentation,
     parameters,
     register,
@@ -126,7 +126,7 @@ def test_every_strategy_documents_every_parameter_and_no_other(kind: str) -> Non
         explained, accepted = documented(documentation(cls)), set(parameters(cls))
         assert accepted <= explained, name
         # The constructor's `**rest` may say whose parameters it stands for.
-        signatures = [inspect.signature(constructor) for constructor in _constructors(cls)]
+        signatures = [inspect.signature(constructor) for constructor in constructors_of(cls)]
         rest = {
             p.name for s in signatures for p in s.parameters.values() if p.kind == p.VAR_KEYWORD
         }
