@@ -61,7 +61,8 @@ def direct_influence(
     if settings.train_features.needs_moments:
         moments = AdamMoments.from_optimizer(context.optimizer, run.model)
     budget = settings.tokens_per_batch or token_budget(run.model)
-    total = len(data.train) + sum(len(rows) for rows in data.targets)
+    # A source takes its target pass alone, unseen; ranks share the training rows.
+    total = len(fitting) + (sum(len(rows) for rows in data.targets) if source is None else 0)
     with progress(f"exact influence at step {context.step}", total,
                   shown=run.shows_progress) as advance:  # fmt: skip
         subtasks = _subtasks(data.targets, subtask_sizes)
@@ -84,7 +85,14 @@ def direct_influence(
             )
         cosines = direct_cosines(
             run.model,
-            batches(run, data.train, fitting, budget, advance, shared=True),
+            batches(
+                run,
+                data.train,
+                fitting,
+                budget,
+                lambda done: advance(done * run.ranks.world),
+                shared=True,
+            ),
             len(data.train),
             directions,
             settings.train_features,

@@ -25,7 +25,7 @@ from dataflex.data.rows import Domains
 from dataflex.run.schedule import EventKind, Interval, Schedule, mix_budget
 from dataflex.trainers.job import Job
 from dataflex.trainers.loss_seam import LossSeam
-from dataflex.trainers.metrics import domain_metrics, largest
+from dataflex.trainers.metrics import ByDomain, domain_metrics, domains_summary, flat, largest
 from dataflex.trainers.row_seam import RowSeam
 from dataflex.trainers.weights import SampleStats, losses_by_domain
 from dataflex.weighters.base import LossContributor
@@ -114,7 +114,7 @@ class MixSeam(LossSeam, RowSeam):
             step=interval.start,
             component=self.run.name,
             summary=f"{verb} {largest(shares, '.2f')} (epochs {largest(epochs, '.1f')})"
-            + "".join(f"; {what} {largest(values, '.3g')}" for what, values in more.items()),
+            + domains_summary(more),
             proportions=shares,
             counts=self._by_domain(counts),
             epochs=epochs,
@@ -122,10 +122,10 @@ class MixSeam(LossSeam, RowSeam):
             **more,
         )
 
-    def _log_by_domain(self) -> dict[str, Any]:
-        """Log the mixer's numbers beside proportions: name -> domain -> value."""
-        found = domain_metrics(self.run.strategy, self.domains.names)
-        self.add_to_log({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
+    def _log_by_domain(self) -> ByDomain:
+        """Log the mixer's numbers beside proportions."""
+        found = domain_metrics([self.run.strategy], self.domains.names)
+        self.add_to_log(flat(found))
         return found
 
     def _by_domain(self, values: npt.NDArray[Any]) -> dict[str, Any]:

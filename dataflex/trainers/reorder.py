@@ -52,13 +52,7 @@ class ReorderSeam(RowSeam):
         self.add_to_log({**numbers, "pause_seconds": pause})
         if not self.run.ranks.leads:
             return
-        manifest = {
-            "component": self.run.name,
-            "params": dict(self.run.params),
-            "count": len(rows),
-            "rows_sha256": self.rows_sha256,
-            "run_id": self.run.run_id,
-        }
+        manifest = self.manifest(len(rows), self.run.params)
         self.log_files.selection(interval.start, rows, ordering.scores, manifest)
         verb = "opens with" if interval.kind is EventKind.WARMUP else "serves"
         share = f", {numbers['passes']:.2f} passes so far" if "passes" in numbers else ""
