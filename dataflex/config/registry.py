@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -139,6 +140,20 @@ def documentation(cls: type) -> str:
     owners = [c for c in cls.__mro__ if vars(c).get("__init__") in constructors]
     groups = [c for constructor in constructors if (c := group(constructor))]
     return "\n".join(inspect.getdoc(c) or "" for c in dict.fromkeys((cls, *owners, *groups)))
+
+
+def descriptions(cls: type) -> dict[str, str]:
+    """Return the words behind each name under `Args:` in `documentation(cls)`."""
+    found: dict[str, str] = {}
+    for section in _ARGS.findall(documentation(cls)):
+        for name, words in _ENTRY.findall(section):
+            found.setdefault(name, " ".join(words.split()))
+    return found
+
+
+#: The `Args:` of a docstring, and an entry there with the lines that it goes on for.
+_ARGS = re.compile(r"^Args:\n((?:(?: {4}.*)?(?:\n|\Z))*)", flags=re.M)
+_ENTRY = re.compile(r"^ {4}(\w+): (\S.*(?:\n {8}.*)*)", flags=re.M)
 
 
 def constructors_of(cls: type) -> list[Callable[..., None]]:

@@ -14,6 +14,7 @@ from dataflex.config.presets import resolve
 from dataflex.config.registry import (
     PACKAGES,
     constructors_of,
+    descriptions,
     documentation,
     parameters,
     register,
@@ -176,6 +177,7 @@ def test_a_constructors_rest_stands_for_the_parameters_it_inherits(tmp_path: Pat
     assert {name: p.default for name, p in parameters(Wider).items()} == {"height": 2, "width": 1}
     assert "how high" in documentation(Wider)
     assert "how wide" in documentation(Wider)
+    assert descriptions(Wider) == {"height": "how high.", "width": "how wide."}
     assert "aggregation" in parameters(strategies("selector")["less"])
     assert "proj_dim" in parameters(strategies("selector")["less"])
 
