@@ -17,16 +17,16 @@ STAGES = ("pt", "sft", "rm", "dpo", "kto", "ppo")
 
 def accepted_keys() -> set[str]:
     """Return every key accepted by LlamaFactory's own training arguments."""
-    return {f.name for cls in _argument_classes() for f in dataclasses.fields(cls) if f.init}
+    return {f.name for cls in argument_classes() for f in dataclasses.fields(cls) if f.init}
 
 
-def mistyped(args: Mapping[str, Any]) -> list[str]:
-    """Return one sentence per bad value where LlamaFactory wants a number or true/false.
+def mistyped(args: Mapping[str, Any]) -> dict[str, str]:
+    """Return one sentence per bad value where LlamaFactory wants a number or true/false, by key.
 
     Its parser takes any value for any key and fails much later, with a TypeError.
     """
-    faults = []
-    for cls in _argument_classes():
+    faults = {}
+    for cls in argument_classes():
         for name, hint in get_type_hints(cls).items():
             value = args.get(name)
             wanted = set(get_args(hint) or (hint,)) - {type(None)}
@@ -36,7 +36,7 @@ def mistyped(args: Mapping[str, Any]) -> list[str]:
                 continue
             number = "a number" if float in wanted else "a whole number"
             expected = "true or false" if wanted == {bool} else f"{number}, without quotes"
-            faults.append(f"{name} is {value!r}; expected {expected}.")
+            faults[name] = f"{name} is {value!r}; expected {expected}."
     return faults
 
 
@@ -47,7 +47,8 @@ def _unusable(value: float, wanted: set[Any]) -> bool:
     return math.isnan(value) or not (float in wanted or float(value).is_integer())
 
 
-def _argument_classes() -> tuple[Any, ...]:
+def argument_classes() -> tuple[Any, ...]:
+    """Return the dataclasses that LlamaFactory parses a training configuration into."""
     from llamafactory.hparams import (
         DataArguments,
         FinetuningArguments,
@@ -72,7 +73,7 @@ ARGUMENT_FAULTS = (ValueError, TypeError, ImportError)
 
 
 @contextlib.contextmanager
-def _configuration_faults() -> Iterator[None]:
+def configuration_faults() -> Iterator[None]:
     """Convert LlamaFactory's errors for bad arguments, data and models to `BadInput`."""
     from datasets.exceptions import DatasetsError
     from llamafactory.data import loader
@@ -92,15 +93,16 @@ def _configuration_faults() -> Iterator[None]:
         loaders += [(workflow, name) for name in ("load_tokenizer", "load_model")]
     with contextlib.ExitStack() as stack:
         for module, name in loaders:
-            stack.enter_context(_swapped(module, name, _naming_model(getattr(module, name))))
+            stack.enter_context(swapped(module, name, naming_model(getattr(module, name))))
         for module, name, faults in places:
-            guarded = _as_bad_input(getattr(module, name), faults)
-            stack.enter_context(_swapped(module, name, guarded))
+            guarded = as_bad_input(getattr(module, name), faults)
+            stack.enter_context(swapped(module, name, guarded))
         yield
 
 
 @contextlib.contextmanager
-def _swapped(module: Any, name: str, replacement: object) -> Iterator[None]:  # noqa: ANN401
+def swapped(module: Any, name: str, replacement: object) -> Iterator[None]:  # noqa: ANN401
+    """Replace a name of a module; it is put back in any case."""
     original = getattr(module, name)
     setattr(module, name, replacement)
     try:
@@ -109,9 +111,11 @@ def _swapped(module: Any, name: str, replacement: object) -> Iterator[None]:  # 
         setattr(module, name, original)
 
 
-def _as_bad_input(
+def as_bad_input(
     function: Callable[..., Any], faults: tuple[type[Exception], ...] = (ValueError,)
 ) -> Callable[..., Any]:
+    """Wrap one of LlamaFactory's functions: `faults` that it raises become `BadInput`."""
+
     def wrapped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a transparent wrapper
         try:
             return function(*args, **kwargs)
@@ -126,7 +130,7 @@ def _as_bad_input(
 
 
 @contextlib.contextmanager
-def _naming(what: str) -> Iterator[None]:
+def naming(what: str) -> Iterator[None]:
     """Add the data set's name to LlamaFactory's data errors, which do not name it."""
     try:
         yield
@@ -134,7 +138,7 @@ def _naming(what: str) -> Iterator[None]:
         raise BadInput(f"{what}: {error}") from error
 
 
-def _naming_model(function: Callable[..., Any]) -> Callable[..., Any]:
+def naming_model(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `load_tokenizer` or `load_model`, whose complaints do not say what was to be loaded."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a transparent wrapper

@@ -82,7 +82,7 @@ def load_domains(
     if evaluation is not None:
         module["eval_dataset"] = evaluation
     held_out = {n: as_rows(n, s.held_out) for n, s in sources.items() if s.held_out is not None}
-    for name in config.dataflex.mixer_eval_dataset or ():
+    for name in config.dataflex.mixer_eval_dataset:
         domain = str(domain_of(name, names))
         held_out[domain] = as_rows(name, _one(name, data_args, training_args, load).train)
     sizes = [len(sources[name].train) for name in names]

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dataflex.bridge.arguments import _naming, _swapped
+from dataflex.bridge.arguments import naming, swapped
 from dataflex.bridge.domains import held_out_rows, load_domains
 from dataflex.config.keys import RunConfig
 from dataflex.config.registry import BY_DOMAIN
@@ -33,7 +33,7 @@ OnData = Callable[[RunData, Any], None]
 Arrange = Callable[[RawRows], "npt.NDArray[np.int64]"]
 
 
-def _dataset_loader(
+def dataset_loader(
     config: RunConfig,
     original: Callable[..., dict[str, Any]],
     on_data: OnData,
@@ -62,7 +62,7 @@ def _dataset_loader(
             module, domains = load_domains(config, data_args, training_args, call, _rows, made_with)
         else:
             names = ", ".join(data_args.dataset or ())
-            with _naming(f"dataset {names}"), _arranged(data_args, files, arrange):
+            with naming(f"dataset {names}"), _arranged(data_args, files, arrange):
                 module = dict(call(data_args, training_args))
         if module.get("train_dataset") is None:
             raise BadInput("there is no training data: set dataset.")
@@ -99,13 +99,13 @@ def _load_targets(
     """
     as_training = copy.copy(training_args)
     as_training.predict_with_generate = False
-    sets = tuple(config.dataflex.target_dataset or ()) or tuple(data_args.eval_dataset or ())
+    sets = config.dataflex.target_dataset or tuple(data_args.eval_dataset or ())
     found = []
     for name in sets:
         one = copy.copy(data_args)
         one.dataset, one.eval_dataset, one.val_size = [name], None, 0.0
         one.tokenized_path, one.mix_strategy, one.interleave_probs = None, "concat", None
-        with _naming(f"target set {name!r}"):
+        with naming(f"target set {name!r}"):
             found.append(_rows(name, call(one, as_training)["train_dataset"]))
     if not sets and float(data_args.val_size) > 0 and domains is not None:
         found.append(held_out_rows(domains))
@@ -143,12 +143,12 @@ def _arranged(
         sources = tuple(zip(dataset[SOURCE_SET], dataset[SOURCE_ROW], strict=True))
         return dataset.select(arrange(RawRows(sources, files)))
 
-    with _swapped(loader, "_get_merged_dataset", merged):
+    with swapped(loader, "_get_merged_dataset", merged):
         yield
 
 
 @contextlib.contextmanager
-def _row_sources() -> Iterator[dict[str, Any]]:
+def row_sources() -> Iterator[dict[str, Any]]:
     """Carry (data set, index in its file) through loading, alignment and tokenisation.
 
     Both columns are added right after the file is read. Alignment maps row to row but drops all
@@ -196,7 +196,7 @@ def _row_sources() -> Iterator[dict[str, Any]]:
             ("align_dataset", align_numbered),
             ("_get_dataset_processor", processor_numbered),
         ):
-            stack.enter_context(_swapped(loader, name, replacement))
+            stack.enter_context(swapped(loader, name, replacement))
         yield files
 
 

@@ -1,10 +1,4 @@
-"""The only file that touches LlamaFactory's internals.
-
-What it relies on, all of LlamaFactory 0.9.5: `train.tuner.run_exp(args: dict)`; the names
-`CustomSeq2SeqTrainer`, `CustomTrainer` and `get_dataset` in the sft and pt workflows; and, to carry
-a row's origin through preprocessing, `load_dataset`, `align_dataset` and `_get_dataset_processor`
-in `data.loader`. A context manager swaps them for one run and puts them back.
-"""
+"""LlamaFactory's training: untouched, with our trainer in place of its own, or up to the model."""
 
 from __future__ import annotations
 
@@ -16,12 +10,12 @@ from typing import Any, Protocol
 
 from dataflex.bridge.arguments import (
     ARGUMENT_FAULTS,
-    _as_bad_input,
-    _configuration_faults,
-    _naming_model,
-    _swapped,
+    as_bad_input,
+    configuration_faults,
+    naming_model,
+    swapped,
 )
-from dataflex.bridge.rows import Arrange, OnData, _dataset_loader, _row_sources
+from dataflex.bridge.rows import Arrange, OnData, dataset_loader, row_sources
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData
 
@@ -52,7 +46,7 @@ def run_untouched(args: Mapping[str, Any]) -> None:
     """Run LlamaFactory's own training, nothing replaced (`train_type: static`)."""
     from llamafactory.train.tuner import run_exp
 
-    with _configuration_faults():
+    with configuration_faults():
         run_exp(dict(args))
 
 
@@ -68,14 +62,14 @@ def run_replaced(config: RunConfig, session: Session) -> None:
     from llamafactory.train.tuner import run_exp
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_configuration_faults())
-        files = stack.enter_context(_row_sources())
+        stack.enter_context(configuration_faults())
+        files = stack.enter_context(row_sources())
         stack.enter_context(_whole_log_lines())
-        load = _dataset_loader(config, sft.get_dataset, session.take_data, files, session.arrange)
+        load = dataset_loader(config, sft.get_dataset, session.take_data, files, session.arrange)
         for workflow, trainer in ((sft, "CustomSeq2SeqTrainer"), (pt, "CustomTrainer")):
             ours = session.trainer_for(getattr(workflow, trainer))
-            stack.enter_context(_swapped(workflow, trainer, ours))
-            stack.enter_context(_swapped(workflow, "get_dataset", load))
+            stack.enter_context(swapped(workflow, trainer, ours))
+            stack.enter_context(swapped(workflow, "get_dataset", load))
         run_exp(dict(session.args))
 
 
@@ -95,12 +89,12 @@ def _whole_log_lines() -> Iterator[None]:
             self._write_log = write
             super().on_log(args, state, control, **kwargs)
 
-    with _swapped(tuner, "LogCallback", WholeLines):
+    with swapped(tuner, "LogCallback", WholeLines):
         yield
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedRun:
+class ExportInputs:
     """A model with a trained adapter and the rows to export, outside of training."""
 
     model: Any
@@ -109,7 +103,7 @@ class LoadedRun:
     training_args: Any
 
 
-def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> LoadedRun:
+def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> ExportInputs:
     """Load data and model as a training run would, with a checkpoint's adapter active.
 
     Args:
@@ -134,21 +128,21 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Loa
         merged = known.adapter_name_or_path if known.create_new_adapter else ()
         args["adapter_name_or_path"] = ",".join([*merged, str(checkpoint)])
         args["create_new_adapter"] = False
-    with _configuration_faults(), _row_sources() as files:
-        model_args, data_args, training_args, finetuning_args, _ = _as_bad_input(
+    with configuration_faults(), row_sources() as files:
+        model_args, data_args, training_args, finetuning_args, _ = as_bad_input(
             get_train_args, ARGUMENT_FAULTS
         )(args)
-        module = _naming_model(load_tokenizer)(model_args)
-        template = _as_bad_input(get_template_and_fix_tokenizer)(module["tokenizer"], data_args)
+        module = naming_model(load_tokenizer)(model_args)
+        template = as_bad_input(get_template_and_fix_tokenizer)(module["tokenizer"], data_args)
         held: list[RunData] = []
 
         def hold(data: RunData, training_args: object) -> None:
             on_data(data, training_args)
             held.append(data)
 
-        load = _dataset_loader(config, get_dataset, hold, files)
+        load = dataset_loader(config, get_dataset, hold, files)
         load(template, model_args, data_args, training_args, stage=finetuning_args.stage, **module)
-        model = _naming_model(load_model)(
+        model = naming_model(load_model)(
             module["tokenizer"], model_args, finetuning_args, is_trainable=True
         )
     if finetuning_args.stage == "pt":
@@ -165,7 +159,7 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Loa
             compute_dtype=model_args.compute_dtype,
             **module,
         )
-    return LoadedRun(model, held[0], collate, training_args)
+    return ExportInputs(model, held[0], collate, training_args)
 
 
 def passthrough(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Reading what a run has saved: adapters, Adam moments, learning rates."""
+"""Checkpoint folders of a run: which there are, which one a resume or an export starts from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def find_checkpoints(config: RunConfig) -> list[Path]:
     Raises:
         BadInput: a named folder has none.
     """
-    named = [Path(name) for name in config.dataflex.gradstore_checkpoints or ()]
+    named = [Path(name) for name in config.dataflex.gradstore_checkpoints]
     resume = config.known.resume_from_checkpoint
     if not named and resume and resume.lower() not in ("true", "false"):
         named = [Path(resume)]

@@ -30,8 +30,8 @@ TRAIN_TYPES = ("static", *KINDS)
 class DataFlexConfig:
     """The keys DataFlex adds to LlamaFactory's (ALGORITHMS 0.6, DESIGN 3).
 
-    Steps are optimizer steps. `None` means "not given". `load` checks and converts values as the
-    annotations say.
+    Steps are optimizer steps. `None` and `()` mean "not given". `load` checks and converts values
+    as the annotations say.
     """
 
     train_type: Text = "static"
@@ -40,20 +40,20 @@ class DataFlexConfig:
     component_params: Annotated[Mapping[str, Any], doc("a mapping such as {proj_dim: 4096}")] = (
         field(default_factory=dict)
     )
-    warmup_step: Whole = 0
+    warmup_step: Annotated[Whole, Ge(0)] = 0
     update_step: Whole = 0
     update_times: Whole = 1
     train_step: Annotated[Whole, Ge(0)] = 0
     static_mix: bool = False
     freeze_gate: bool = False
     early_stopping_min_delta: float = 0.0
-    mixture_sample_rule: Text | None = None
+    mixture_sample_rule: Text = "mixture"
     init_mixture_proportions: Numbers | None = None
-    mixer_eval_dataset: Texts | None = None
+    mixer_eval_dataset: Texts = ()
     gradstore: Text | None = None
     gradstore_run: Text | None = None
-    gradstore_checkpoints: Texts | None = None
-    target_dataset: Texts | None = None
+    gradstore_checkpoints: Texts = ()
+    target_dataset: Texts = ()
     target_subtasks: Wholes | None = None
 
     @property
@@ -142,12 +142,12 @@ def load(path: Path, overrides: Sequence[str], accepted: Collection[str]) -> Run
     own = {f.name for f in fields(DataFlexConfig)}
     if extra := set(merged) - own - set(accepted):
         raise BadInput(f"{path}: {unknown('key', extra, own | set(accepted))}")
-    ours, faults = converted(DataFlexConfig, merged)
+    ours, refused = converted(DataFlexConfig, merged)
     rest = {k: v for k, v in merged.items() if k not in own}
-    faults += converted(_DataSets, rest)[1]
+    faults = [*refused.values(), *converted(_DataSets, rest)[1].values()]
     if not isinstance(rest.get("output_dir"), str) or not rest["output_dir"]:
         faults.append("output_dir is missing: set it to the folder that the run writes.")
-    if ours.get("train_type", "static") not in TRAIN_TYPES:
+    if ours.get("train_type", DataFlexConfig.train_type) not in TRAIN_TYPES:
         faults.append(unknown("train_type", [ours["train_type"]], TRAIN_TYPES))
     if faults:
         raise BadInput("\n".join(f"{path}: {fault}" for fault in faults))

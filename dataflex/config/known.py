@@ -6,23 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from annotated_types import doc
 from pydantic import BeforeValidator
 
 from dataflex.config.parameters import converted
-from dataflex.config.values import Whole, names
+from dataflex.config.values import Whole, as_text, names
 
-#: LlamaFactory accepts any truthy value for a switch, and converts names of any type to text.
+#: LlamaFactory accepts any truthy value for a switch, and converts a single value to text.
 Switch = Annotated[bool, BeforeValidator(bool)]
-Word = Annotated[str, BeforeValidator(str)]
-Names = Annotated[tuple[str, ...], BeforeValidator(names)]
+Word = Annotated[str, BeforeValidator(as_text)]
+Names = Annotated[tuple[str, ...], BeforeValidator(names), doc("a name, or a list of them")]
 
 
 @dataclass(frozen=True)
 class KnownKeys:
     """Values of the LlamaFactory keys that DataFlex reads, by field.
 
-    `None` and `()` mean "not given". A value of a wrong type counts as not given here:
-    `dataflex.bridge.arguments.mistyped` has refused it before anything depends on it.
+    `None` and `()` mean "not given". A value of a wrong type counts as not given here: it is among
+    `faults`, which are told before anything depends on it.
     """
 
     # the run
@@ -75,6 +76,11 @@ class KnownKeys:
         """Read a configuration's keys; a null means the default."""
         values, _ = converted(KnownKeys, keys)
         return KnownKeys(**values)
+
+    @staticmethod
+    def faults(keys: Mapping[str, Any]) -> dict[str, str]:
+        """Return one sentence per value of a wrong type, by key."""
+        return converted(KnownKeys, keys)[1]
 
     @property
     def packs(self) -> bool:

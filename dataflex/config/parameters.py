@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 from annotated_types import DocInfo, Ge, Gt, Interval, Le, Lt, MinLen, doc
 from pydantic import AllowInfNan, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -73,7 +74,9 @@ class Declaration:
         return Declaration(hint, TypeAdapter(hint, config=_STRICT))
 
     def accepts(self, value: object) -> bool:
-        """Check a value."""
+        """Check a value; a NumPy scalar or array counts as the Python value that it holds."""
+        if isinstance(value, np.generic | np.ndarray):
+            value = value.tolist()
         try:
             self.adapter.validate_python(value)
         except ValidationError:
@@ -105,7 +108,8 @@ def declared(constructor: Callable[..., None]) -> Mapping[str, Declaration]:
     hints = _hints(constructor)
     found = {}
     for name, p in inspect.signature(constructor).parameters.items():
-        hint = Any if p.kind is p.VAR_KEYWORD else hints.get(name, Any)
+        keyword = p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        hint = hints.get(name, Any) if keyword else Any
         seed = name == "seed" and hint is int  # NumPy's generators take no other
         if (narrowed := _checked_part(Natural if seed else hint)) is not Any:
             found[name] = Declaration.of(narrowed)
@@ -143,6 +147,8 @@ def checked(cls: C) -> C:
         BadParameter: by the constructor; every value refused, one a line.
     """
     constructor = vars(cls)["__init__"]
+    if not inspect.isfunction(constructor):  # a descriptor of the user's own has no signature yet
+        return cls
     names = list(inspect.signature(constructor).parameters)
 
     @functools.wraps(constructor)
@@ -156,7 +162,7 @@ def checked(cls: C) -> C:
     return cls
 
 
-def converted(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def converted(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Convert values as the fields of a dataclass declare them; a null means the default.
 
     Args:
@@ -164,17 +170,17 @@ def converted(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], list
         given: values by field; others are skipped.
 
     Returns:
-        The converted values, and one sentence for each that was refused.
+        The converted values, and one sentence for each that was refused, by field.
     """
     values: dict[str, Any] = {}
-    found = []
+    found: dict[str, str] = {}
     for name, field in _fields(cls).items():
         if given.get(name) is None:
             continue
         try:
             values[name] = field.adapter.validate_python(given[name])
         except (ValidationError, TypeError):
-            found.append(f"{field.fault(name, given[name])}.")
+            found[name] = f"{field.fault(name, given[name])}."
     return values, found
 
 

@@ -11,12 +11,12 @@ from typing import Any
 from dataflex.config.parameters import faults
 from dataflex.config.registry import (
     KINDS,
-    _constructors,
-    _import_target,
-    _takes_any,
+    constructors_of,
     declarations,
+    import_target,
     parameters,
     strategies,
+    takes_any_name,
     unknown,
 )
 from gradstore.errors import BadInput
@@ -100,7 +100,7 @@ def resolve(
     if kind == "reorder":  # DataFlex 1.1.0 looked these up by `kind`, whatever their name
         name = params.pop("kind", name)
     if target is not None:
-        cls = _import_target(str(target))
+        cls = import_target(str(target))
     elif name in known:
         cls = known[name]
     else:
@@ -182,9 +182,9 @@ def _check_parameters(name: str, cls: type, params: Mapping[str, Any]) -> None:
         BadInput: every fault found, one per line.
     """
     accepted = parameters(cls)
-    constructors = _constructors(cls)
+    constructors = constructors_of(cls)
     found = []
-    takes_any = bool(constructors) and _takes_any(constructors[-1])
+    takes_any = bool(constructors) and takes_any_name(constructors[-1])
     if (extra := set(params) - set(accepted)) and not takes_any:
         found.append(unknown(f"component_params of {name!r}", extra, accepted))
     if required := {n for n, p in accepted.items() if p.default is p.empty} - set(params):

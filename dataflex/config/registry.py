@@ -1,4 +1,4 @@
-"""(kind, name) -> class: how a strategy's name in a YAML becomes an object.
+"""(kind, name) -> class: strategies by their names, and the parameters that they accept.
 
 A strategy is a class decorated with `@register(kind, name)`. A preset in components.yaml names a
 strategy and its parameters; `component_params` of the training YAML overrides them. A user's own
@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -117,7 +118,7 @@ def parameters(cls: type) -> dict[str, inspect.Parameter]:
     constructor it inherits, where there is one.
     """
     found: dict[str, inspect.Parameter] = {}
-    for constructor in _constructors(cls):
+    for constructor in constructors_of(cls):
         # The first parameter is self, whatever its name.
         for name, p in list(inspect.signature(constructor).parameters.items())[1:]:
             if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}:
@@ -128,20 +129,34 @@ def parameters(cls: type) -> dict[str, inspect.Parameter]:
 def declarations(cls: type) -> dict[str, Declaration]:
     """Return the parameters of `parameters(cls)` whose annotations are checked."""
     found: dict[str, Declaration] = {}
-    for constructor in reversed(_constructors(cls)):
+    for constructor in reversed(constructors_of(cls)):
         found |= declared(constructor)
     return found
 
 
 def documentation(cls: type) -> str:
     """Join a strategy's docstring with those of the classes whose parameters it inherits."""
-    constructors = _constructors(cls)
+    constructors = constructors_of(cls)
     owners = [c for c in cls.__mro__ if vars(c).get("__init__") in constructors]
     groups = [c for constructor in constructors if (c := group(constructor))]
     return "\n".join(inspect.getdoc(c) or "" for c in dict.fromkeys((cls, *owners, *groups)))
 
 
-def _constructors(cls: type) -> list[Callable[..., None]]:
+def descriptions(cls: type) -> dict[str, str]:
+    """Return the words behind each name under `Args:` in `documentation(cls)`."""
+    found: dict[str, str] = {}
+    for section in _ARGS.findall(documentation(cls)):
+        for name, words in _ENTRY.findall(section):
+            found.setdefault(name, " ".join(words.split()))
+    return found
+
+
+#: The `Args:` of a docstring, and an entry there with the lines that it goes on for.
+_ARGS = re.compile(r"^Args:\n((?:(?: {4}.*)?(?:\n|\Z))*)", flags=re.M)
+_ENTRY = re.compile(r"^ {4}(\w+): (\S.*(?:\n {8}.*)*)", flags=re.M)
+
+
+def constructors_of(cls: type) -> list[Callable[..., None]]:
     """List the constructors that see a strategy's parameters: each `**rest` leads to the next."""
     found: list[Callable[..., None]] = []
     for base in cls.__mro__:
@@ -150,13 +165,14 @@ def _constructors(cls: type) -> list[Callable[..., None]]:
             continue
         found.append(constructor)
         if (shared := group(constructor)) is not None:
-            return [*found, *_constructors(shared)]
-        if not _takes_any(constructor):
+            return [*found, *constructors_of(shared)]
+        if not takes_any_name(constructor):
             break
     return found
 
 
-def _takes_any(constructor: Callable[..., None]) -> bool:
+def takes_any_name(constructor: Callable[..., None]) -> bool:
+    """Return whether a constructor has a `**rest`."""
     kinds = [p.kind for p in inspect.signature(constructor).parameters.values()]
     return inspect.Parameter.VAR_KEYWORD in kinds
 
@@ -190,7 +206,12 @@ def target_of(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def _import_target(target: str) -> type:
+def import_target(target: str) -> type:
+    """Import the class that a `target` names.
+
+    Raises:
+        BadInput: it cannot be imported, or is no class.
+    """
     found = imported(target, "target", "package.module:Class")
     if not isinstance(found, type):
         raise BadInput(f"target {target!r} is a {type(found).__name__}, not a class.")

@@ -12,12 +12,19 @@ from annotated_types import Predicate, doc
 from pydantic import BeforeValidator
 
 
-def names(value: object) -> tuple[str, ...]:
+def names(value: object) -> object:
     """Convert a list or a comma string of names to a tuple, blanks removed."""
     if value is None:
         return ()
-    parts = value.split(",") if isinstance(value, str) else list(value)  # type: ignore[call-overload]
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        return value
     return tuple(str(p).strip() for p in parts if str(p).strip())
+
+
+def as_text(value: object) -> object:
+    """Convert a single value to text."""
+    return value if isinstance(value, list | tuple | dict) else str(value)
 
 
 def as_tuple(value: object) -> tuple[Any, ...]:

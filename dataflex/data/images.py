@@ -26,14 +26,14 @@ def have_pictures(rows: Rows) -> bool:
     )
 
 
-class Shown(Sequence[tuple[str, list[Any]]]):
+class TextsWithPictures(Sequence[tuple[str, list[Any]]]):
     """Rows as (text, pictures): what another model can be shown."""
 
     def __init__(self, rows: Rows, tokenizer: Any, visual_ids: Sequence[int]) -> None:  # noqa: ANN401
         self._rows, self._tokenizer, self._visual_ids = rows, tokenizer, set(visual_ids)
 
     def __len__(self) -> int:
-        """Return the number of rows, N."""
+        """Return the number of rows, n."""
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - one row at a time

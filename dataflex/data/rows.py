@@ -42,7 +42,7 @@ class Rows:
     sources: tuple[tuple[str, int], ...] | None = None
 
     def __len__(self) -> int:
-        """Return the number of rows, N."""
+        """Return the number of rows, n."""
         return len(self.dataset)
 
     @cached_property
@@ -94,7 +94,7 @@ class RawRows:
     files: Mapping[str, Dataset]
 
     def __len__(self) -> int:
-        """Return the number of rows, N."""
+        """Return the number of rows, n."""
         return len(self.sources)
 
     def numbers(self, column: str) -> npt.NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Passes over the rows of a run that leave nothing behind: losses, and exact influence."""
+"""Exact influence of every training row: two passes that leave nothing in the store."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dataflex.data.rows import Rows
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.target_source import TargetFeatures
 from dataflex.models.passes import batches, token_budget, whole_rows
-from dataflex.run.context import UpdateContext
-from dataflex.run.log import progress
+from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.log import OnRows, progress
 from gradstore.export.combined import combined_directions
-from gradstore.export.direct import direct_cosines, target_directions
+from gradstore.export.direct import TargetDirections, direct_cosines, target_directions
 from gradstore.export.moments import AdamMoments
 from gradstore.export.units import check_bad_rows
 from gradstore.format.layout import RowStatus
@@ -61,30 +61,22 @@ def direct_influence(
     if settings.train_features.needs_moments:
         moments = AdamMoments.from_optimizer(context.optimizer, run.model)
     budget = settings.tokens_per_batch or token_budget(run.model)
-    total = len(data.train) + sum(len(rows) for rows in data.targets)
+    # A source takes its target pass alone, unseen; ranks share the training rows.
+    total = len(fitting) + (sum(len(rows) for rows in data.targets) if source is None else 0)
     with progress(f"exact influence at step {context.step}", total,
                   shown=run.shows_progress) as advance:  # fmt: skip
         subtasks = _subtasks(data.targets, subtask_sizes)
-        if source is not None:
-            directions = combined_directions(
-                run.model,
-                [source.weighted(rows.name, positions.tolist()) for rows, positions in subtasks],
-                run.collate,
-                settings.target_features,
-                token_budget=budget,
-            )
-        else:
-            directions = target_directions(
-                run.model,
-                [
-                    batches(run, rows, positions, budget, advance, whole_rows(run.model))
-                    for rows, positions in subtasks
-                ],
-                settings.target_features,
-            )
+        directions = _directions(run, settings, subtasks, source, budget, advance)
         cosines = direct_cosines(
             run.model,
-            batches(run, data.train, fitting, budget, advance, shared=True),
+            batches(
+                run,
+                data.train,
+                fitting,
+                budget,
+                lambda done: advance(done * run.ranks.world),
+                shared=True,
+            ),
             len(data.train),
             directions,
             settings.train_features,
@@ -98,6 +90,31 @@ def direct_influence(
     counts = Counter(RowStatus(int(s)).name.lower() for s in status if s != RowStatus.OK)
     return DirectInfluence(
         cosines.astype(np.float64), dict(counts), sum(directions.rows), int(tokens)
+    )
+
+
+def _directions(
+    run: RunContext,
+    settings: FeatureSettings,
+    subtasks: Sequence[tuple[Rows, npt.NDArray[np.int64]]],
+    source: TargetFeatures | None,
+    budget: int,
+    advance: OnRows,
+) -> TargetDirections:
+    """Compute the gradient direction of every sub-task, from its rows or what `source` makes."""
+    if source is not None:
+        return combined_directions(
+            run.model,
+            [source.weighted(rows.name, positions.tolist()) for rows, positions in subtasks],
+            run.collate,
+            settings.target_features,
+            token_budget=budget,
+        )
+    whole = whole_rows(run.model)
+    return target_directions(
+        run.model,
+        [batches(run, rows, positions, budget, advance, whole) for rows, positions in subtasks],
+        settings.target_features,
     )
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from dataflex.data.rows import ROW_FIELDS, Rows, tokenizer_hash
-from dataflex.features.fields import named_parameters
+from dataflex.data.rows import Rows, tokenizer_hash
+from dataflex.features.fields import attention_of, named_parameters, row_fields
 from dataflex.models.encoders import (
     Encoder,
     TextEncoder,
@@ -128,7 +128,7 @@ class CurrentModel:
             "tokenizer": tokenizer_hash(data.tokenizer),
             "template": data.template,
             "stage": data.stage,
-            "rows": {field: getattr(data.data_args, field, None) for field in ROW_FIELDS},
+            "rows": row_fields(data),
         }
 
     def identity(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class CurrentModel:
         return {
             "model_hash": tensor_hash((n, p) for n, p in parameters.items() if p.requires_grad),
             "autocast": run.autocast,
-            "attention": str(getattr(run.model.config, "_attn_implementation", None)),
+            "attention": attention_of(run.model),
         }
 
     def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:

@@ -45,8 +45,18 @@ def space_fields(
         "tokenizer": tokenizer_hash(data.tokenizer),
         "template": data.template,
         "stage": data.stage,
-        "rows": {field: getattr(data.data_args, field, None) for field in ROW_FIELDS},
+        "rows": row_fields(data),
     }
+
+
+def row_fields(data: RunData) -> dict[str, Any]:
+    """Return LlamaFactory's settings that decide which tokens a row has."""
+    return {field: getattr(data.data_args, field, None) for field in ROW_FIELDS}
+
+
+def attention_of(model: nn.Module) -> str:
+    """Return the name of the attention implementation; it moves features by rounding."""
+    return str(getattr(model.config, "_attn_implementation", None))
 
 
 def adapter_hash(model: nn.Module, slots: Sequence[ParameterSlot]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gradkernels import ProjectionSpec
 
 from dataflex.data.rows import Rows
-from dataflex.features.fields import adapter_hash, libraries, space_fields
+from dataflex.features.fields import adapter_hash, attention_of, libraries, space_fields
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.shared import Compute, export_shared
 from dataflex.features.store_owner import check_owner
@@ -283,7 +283,7 @@ class FeatureService:
             optimizer_hash=moments.sha256() if moments is not None else None,
             effective_seed=projection.seed,
             autocast=self.run.autocast,
-            attention=str(getattr(self.run.model.config, "_attn_implementation", None)),
+            attention=attention_of(self.run.model),
             projection=projection.to_dict(),
             feature=recipe.features.kind,
             feature_options={**asdict(recipe.features), **options},

@@ -1,4 +1,4 @@
-"""Checks of store and output folder ownership, made before anything is trained."""
+"""Ownership of a store: rows or a run that an export would refuse, found before training."""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dataflex.data.images import Shown, pictures_hash, shown_batch
-from dataflex.data.rows import ROW_FIELDS, Rows, tokenizer_hash
+from dataflex.data.images import TextsWithPictures, pictures_hash, shown_batch
+from dataflex.data.rows import Rows, tokenizer_hash
 from dataflex.features.embedders import STORED
-from dataflex.features.fields import named_parameters
+from dataflex.features.fields import attention_of, named_parameters, row_fields
 from dataflex.models.encoders import DECIDING, DTYPES, find_folder
 from dataflex.models.passes import token_budget
 from dataflex.run.context import RunContext
@@ -116,7 +116,7 @@ class CurrentVisionModel:
             "base_model": tensor_hash((n, p) for n, p in parameters.items() if not p.requires_grad),
             "tokenizer": tokenizer_hash(data.tokenizer),
             "template": data.template,
-            "rows": {field: getattr(data.data_args, field, None) for field in ROW_FIELDS},
+            "rows": row_fields(data),
             "pictures": pictures_hash(data.train),
         }
 
@@ -126,7 +126,7 @@ class CurrentVisionModel:
         return {
             "model_hash": tensor_hash((n, p) for n, p in parameters.items() if p.requires_grad),
             "autocast": run.autocast,
-            "attention": str(getattr(run.model.config, "_attn_implementation", None)),
+            "attention": attention_of(run.model),
         }
 
     def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
@@ -204,7 +204,9 @@ class FixedVisionModel:
             self._loaded = self._load()
         states, processor = self._loaded
         batches = Batches(
-            Shown(rows, self._run.data.tokenizer, visual_token_ids(self._run.model.config)),
+            TextsWithPictures(
+                rows, self._run.data.tokenizer, visual_token_ids(self._run.model.config)
+            ),
             lambda items: shown_batch(processor, items),
             # Of the training tokenizer: accurate enough to batch rows of similar length.
             rows.lengths,

@@ -9,13 +9,22 @@ from rich.markup import escape
 
 from dataflex.config.parameters import describe
 from dataflex.config.presets import presets_of
-from dataflex.config.registry import KINDS, PACKAGES, declarations, parameters, strategies
+from dataflex.config.registry import (
+    KINDS,
+    PACKAGES,
+    declarations,
+    descriptions,
+    parameters,
+    strategies,
+)
+from dataflex.run.strategy import Strategy
 
 
 def catalogue() -> list[dict[str, Any]]:
     """List the strategies: kind, name, summary, paper, presets, parameters with defaults.
 
-    `accepts` says in words what each parameter may be, for those whose annotation is checked.
+    `accepts` says in words what each parameter may be, for those whose annotation is checked;
+    `describes` what it is, for those that the docstring explains.
     """
     buckets = {kind: bucket for bucket, kind in KINDS.values()}
     return [
@@ -23,7 +32,7 @@ def catalogue() -> list[dict[str, Any]]:
             "kind": kind,
             "name": name,
             "summary": (inspect.getdoc(cls) or "").split("\n")[0],
-            "paper": getattr(cls, "paper", ""),
+            "paper": getattr(cls, "paper", Strategy.paper),  # a registered class may have no base
             "presets": sorted(
                 key
                 for key, preset in presets_of(buckets[kind]).items()
@@ -34,6 +43,9 @@ def catalogue() -> list[dict[str, Any]]:
                 for key, p in parameters(cls).items()
             },
             "accepts": {key: describe(known.hint) for key, known in declarations(cls).items()},
+            "describes": {
+                key: words for key, words in descriptions(cls).items() if key in parameters(cls)
+            },
         }
         for kind in PACKAGES
         for name, cls in strategies(kind).items()

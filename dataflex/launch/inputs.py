@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dataflex.bridge import arguments
 from dataflex.config.keys import RunConfig
+from dataflex.config.known import KnownKeys
 from dataflex.config.registry import unknown
 from gradstore.errors import BadInput, StoreIOError
 
@@ -22,8 +23,9 @@ def check_inputs(config: RunConfig) -> None:
         BadInput: they do not.
         StoreIOError: they cannot.
     """
-    if faults := arguments.mistyped(config.llamafactory):
-        raise BadInput("\n".join(f"{config.path}: {fault}" for fault in faults))
+    keys = config.llamafactory
+    if faults := {**KnownKeys.faults(keys), **arguments.mistyped(keys)}:
+        raise BadInput("\n".join(f"{config.path}: {fault}" for fault in faults.values()))
     _check_model(config)
     _check_datasets(config)
     _check_writable("output_dir", config.output_dir)
@@ -62,8 +64,8 @@ def _check_datasets(config: RunConfig) -> None:
         "eval_dataset": known.eval_dataset,
     }
     if config.dataflex.train_type != "static":  # which is LlamaFactory, without keys of ours
-        wanted["target_dataset"] = tuple(config.dataflex.target_dataset or ())
-        wanted["mixer_eval_dataset"] = tuple(config.dataflex.mixer_eval_dataset or ())
+        wanted["target_dataset"] = config.dataflex.target_dataset
+        wanted["mixer_eval_dataset"] = config.dataflex.mixer_eval_dataset
     folder = known.dataset_dir
     if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
         return

@@ -31,7 +31,7 @@ KEY = "reference_model_path"
 
 @register("mixer", "doremi")
 class DoremiMixer(Mixer, LossContributor):
-    """Learn domain weights on a proxy model; their average is the mixture of the final run.
+    """Domain weights learned on a proxy model; their average is the mixture of the final run.
 
     From step W on, every optimizer step moves the weights to domains whose tokens the proxy
     predicts worse than the reference, and weights the loss by them. Rows keep being drawn in the
@@ -192,7 +192,7 @@ def loss_factors(domain_weights: FloatArray, shares: FloatArray | None) -> Float
 
 
 def clipped_sums(excess: FloatArray, rows: npt.NDArray[np.int64], samples: int) -> FloatArray:
-    """Sum of max(excess, 0) over each sample's tokens.
+    """Add up max(excess, 0) over each sample's tokens.
 
     Args:
         excess: (s,) loss of the proxy minus that of the reference at each target token.

@@ -23,7 +23,7 @@ def domain_faults(config: RunConfig) -> list[str]:
             f"mix_strategy is {strategy!r}, but train_type {ours.train_type} mixes the data sets "
             "itself: remove it, and set the opening mixture in init_mixture_proportions."
         )
-    if ours.mixture_sample_rule not in (None, *RULES):
+    if ours.mixture_sample_rule not in RULES:
         faults.append(
             f"mixture_sample_rule is {ours.mixture_sample_rule!r}; use one of {', '.join(RULES)}."
         )
@@ -36,7 +36,7 @@ def domain_faults(config: RunConfig) -> list[str]:
 
 
 def _held_out_faults(config: RunConfig, domains: Sequence[str]) -> list[str]:
-    sets = config.dataflex.mixer_eval_dataset or ()
+    sets = config.dataflex.mixer_eval_dataset
     faults = [
         f"mixer_eval_dataset {name!r} belongs to no data set of `dataset`: its name must be one of "
         f"{', '.join(domains)}, with or without {HELD_OUT!r}."

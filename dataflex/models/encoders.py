@@ -230,7 +230,7 @@ class Texts(Sequence[str]):
         self._rows, self._tokenizer, self._encoder = rows, tokenizer, encoder
 
     def __len__(self) -> int:
-        """Return the number of rows, N."""
+        """Return the number of rows, n."""
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - one row at a time

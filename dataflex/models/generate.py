@@ -51,7 +51,7 @@ def continuations(
         autocast: dtype name of mixed precision, or "off".
 
     Returns:
-        B lists of 1 to max_new_tokens ids.
+        For each of the b prompts, a list of 1 to max_new_tokens ids.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 

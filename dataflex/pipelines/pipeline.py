@@ -157,7 +157,7 @@ class Pipeline(Strategy):
             faults += [
                 f"{key} is set, but the pipeline has no mixer stage: add one, or remove {key}."
                 for key in ("init_mixture_proportions", "mixer_eval_dataset")
-                if getattr(ours, key) is not None
+                if getattr(ours, key)
             ]
         return faults
 

@@ -63,12 +63,13 @@ def make_score_params(source: Source, params: Mapping[str, Any]) -> ScoreParams:
     Raises:
         ValueError: an unknown key, a value out of range, or no file where `source` needs one.
     """
-    if source == "cached_selection" and not params.get("cache_path"):
+    found = grouped(ScoreParams, "score_params", params)
+    if source == "cached_selection" and not found.cache_path:
         raise ValueError(
             "score_source cached_selection needs score_params.cache_path: "
             "a selections/step_<g>.json of an earlier run"
         )
-    return grouped(ScoreParams, "score_params", params)
+    return found
 
 
 def file_faults(source: Source, params: ScoreParams) -> list[str]:

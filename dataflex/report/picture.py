@@ -104,7 +104,7 @@ def _band(axis: Axes, events: Events, name: str, inside: str | None) -> None:
 
 
 def _map(axis: Axes, selections: Sequence[tuple[int, list[int]]]) -> None:
-    """Share of each slice of the data set that an update chose: a row of the map per update."""
+    """Draw the chosen share of each slice of the data set: a row of the map per update."""
     last = max(max(rows) for _, rows in selections) + 1
     columns = min(MAP_COLUMNS, last)
     edges = np.linspace(0, last, columns + 1)

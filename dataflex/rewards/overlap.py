@@ -9,7 +9,9 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def token_f1(prompt: str, response: str, reference: str) -> float:
-    """Share of words that response and reference have in common (SQuAD's F1), case ignored.
+    """Compute the share of words that response and reference have in common: SQuAD's F1.
+
+    Case is ignored.
 
     Examples:
         >>> token_f1("", "The capital is Paris.", "Paris")

@@ -53,7 +53,7 @@ def _identity_file(output_dir: Path) -> Path:
 
 
 def own_output(output_dir: Path) -> WriterLock:
-    """Lock of a run's records and checkpoints, taken; to be released when the run ends.
+    """Lock a run's records and checkpoints; the lock is to be released when the run ends.
 
     A file system without flock lets a run train, with a warning: only a store needs it.
 

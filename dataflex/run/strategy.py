@@ -27,9 +27,13 @@ class Strategy:
     The constructor's keyword parameters are the accepted `component_params`, its annotations their
     types and limits, its docstring their documentation. A value that an annotation refuses is
     refused however the strategy is built; the constructor itself checks only how parameters relate
-    to each other. Every method but `check` and `state` is called on every rank, so that passes over
-    the data are shared (`context.run.ranks`); where ranks could differ, rank 0's answer counts.
-    `state` is called where a checkpoint is written, which may be rank 0 alone.
+    to each other. A constructor that a decorator adds, such as `@dataclass`, is checked where a
+    configuration is read; in Python too, if `dataflex.config.parameters.checked` decorates the
+    class last.
+
+    Every method but `check` and `state` is called on every rank, so that passes over the data are
+    shared (`context.run.ranks`); where ranks could differ, rank 0's answer counts. `state` is
+    called where a checkpoint is written, which may be rank 0 alone.
     """
 
     #: Name of the method that a user's class must have.
@@ -90,7 +94,8 @@ def adapt(built: object, base: type[S]) -> S:
     """Wrap a user's duck-typed object in a strategy with all methods of `base`.
 
     The answer is an instance of `base` that has the object in front: what the object has counts,
-    `base` provides the rest. It bears the name of the user's class, which checkpoints keep.
+    `base` provides the rest, also in place of what a subclass of `Strategy` itself leaves as it is.
+    It bears the name of the user's class, which checkpoints keep.
 
     Args:
         built: the object; returned as it is where it is an instance of `base`.
@@ -131,10 +136,22 @@ class _Wrapper:
 
     def __getattribute__(self, name: str) -> Any:  # noqa: ANN401 - whatever the object has
         own = object.__getattribute__(self, "_own")
-        try:
-            return getattr(own, name)
-        except AttributeError:
-            return object.__getattribute__(self, name)
+        if not _is_default(own, name):
+            try:
+                return getattr(own, name)
+            except AttributeError:
+                pass
+        return object.__getattribute__(self, name)
+
+
+def _is_default(own: object, name: str) -> bool:
+    """Return whether an object has a public attribute from `Strategy` alone, unchanged.
+
+    The base of a kind has other defaults, and they are the ones meant.
+    """
+    if name.startswith("_") or name in getattr(own, "__dict__", ()):
+        return False
+    return next((c for c in type(own).__mro__ if name in vars(c)), None) is Strategy
 
 
 def _check_answers(built: object, base: type[Strategy]) -> None:

@@ -49,7 +49,7 @@ class RowClusters:
 
     @property
     def count(self) -> int:
-        """K."""
+        """Number of clusters, k."""
         return int(self.labels.max()) + 1
 
 

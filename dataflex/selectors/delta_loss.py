@@ -30,7 +30,7 @@ STEEPNESS = 10.0
 
 @register("selector", "delta_loss")
 class DeltaLossSelector(Selector):
-    """Prefer rows whose loss fell most at first, later those whose loss still falls.
+    """Selector of rows whose loss fell most at first, later those whose loss still falls.
 
     The first update scores every row, keeps the losses as the baseline and draws uniformly. Later
     ones sort the candidates by how far their loss fell since; a window of that order slides along a

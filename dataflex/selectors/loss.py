@@ -22,7 +22,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @register("selector", "loss")
 class LossSelector(Selector):
-    """Prefer low, medium or high loss.
+    """Selector of rows with low, medium or high loss.
 
     Args:
         focus: the preferred band: low, medium or high.

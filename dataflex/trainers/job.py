@@ -46,6 +46,11 @@ class Job:
         """The preset's parameters with `component_params` over them."""
         return self.component.params
 
+    @property
+    def train_step(self) -> int:
+        """Optimizer steps asked for: `train_step`, else `max_steps`; 0 where neither is set."""
+        return self.config.dataflex.train_step or max(0, int(self.args.max_steps))
+
 
 @dataclass(frozen=True)
 class Run(Job):

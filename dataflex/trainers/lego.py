@@ -19,12 +19,18 @@ from dataflex.mixers.base import Mixer
 from dataflex.pipelines.asking import Part
 from dataflex.pipelines.pipeline import Pipeline, Plan
 from dataflex.pipelines.stages import UNIFORM
-from dataflex.run.schedule import EventKind, Interval, Schedule
+from dataflex.run.schedule import EventKind, Interval
 from dataflex.selectors.base import Selection
-from dataflex.trainers.job import Job
 from dataflex.trainers.loss_seam import LossSeam
-from dataflex.trainers.metrics import domain_metrics, largest, selection_metrics
-from dataflex.trainers.row_seam import ServedSeam, check_rows_suffice
+from dataflex.trainers.metrics import (
+    ByDomain,
+    domain_metrics,
+    domains_summary,
+    flat,
+    largest,
+    selection_metrics,
+)
+from dataflex.trainers.row_seam import RowSeam
 from dataflex.trainers.weight import weighted_alone
 from dataflex.trainers.weights import SampleStats, losses_by_domain
 from dataflex.weighters.base import LossContributor
@@ -32,8 +38,10 @@ from dataflex.weighters.base import LossContributor
 _log = logging.getLogger(__name__)
 
 
-class LegoSeam(LossSeam, ServedSeam):
+class LegoSeam(LossSeam, RowSeam):
     """W steps of warm-up, then the pipeline's plan every U steps, its weighters at every step."""
+
+    within_rows = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
         super().__init__(*args, **kwargs)
@@ -43,12 +51,6 @@ class LegoSeam(LossSeam, ServedSeam):
             _log.info("pipeline: %s", self.pipeline.describe())
             for warning in warnings_of(self.pipeline, self.run.config, self.run.shape):
                 _log.warning("%s", warning)
-
-    @classmethod
-    def plan(cls, job: Job) -> Schedule:
-        """Plan as for a selector: W + U * T steps a stage; an interval's rows must exist."""
-        check_rows_suffice(job)
-        return super().plan(job)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -93,8 +95,7 @@ class LegoSeam(LossSeam, ServedSeam):
             "pipeline",
             step=step,
             component=self.run.name,
-            summary=describe(plan, self.domains.names)
-            + "".join(f"; {what} {largest(values, '.3g')}" for what, values in more.items()),
+            summary=describe(plan, self.domains.names) + domains_summary(more),
             fired=[part.stage.spec.name for part in plan.parts if part.fired],
             kept={part.stage.spec.name: len(part.rows) for part in plan.parts},
             proportions=proportions,
@@ -110,29 +111,24 @@ class LegoSeam(LossSeam, ServedSeam):
             ]
             self.log_files.plan(step, {"stages": stages, "rows": plan.rows.tolist()})
 
-    def _log_by_domain(self) -> dict[str, Any]:
+    def _log_by_domain(self) -> ByDomain:
         """Log the mixers' numbers beside proportions, also of those that weight the loss."""
-        found: dict[str, dict[str, float]] = {}
-        for stage in self.pipeline.everyone:
-            if isinstance(stage.strategy, Mixer):
-                found |= domain_metrics(stage.strategy, self.domains.names)
-        self.add_to_log({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
+        strategies = [stage.strategy for stage in self.pipeline.everyone]
+        mixers = [strategy for strategy in strategies if isinstance(strategy, Mixer)]
+        found = domain_metrics(mixers, self.domains.names)
+        self.add_to_log(flat(found))
         return found
 
     def _write_selection(self, step: int, plan: Plan) -> None:
         """Write a selector's answer as `dynamic_select` does."""
         for part in plan.parts:
             if isinstance(part.answer, Selection):
+                indices = np.asarray(part.answer.indices, dtype=np.int64)
                 manifest = {
-                    "component": self.run.name,
+                    **self.manifest(len(indices), part.stage.component.params),
                     "stage": part.stage.spec.name,
-                    "params": dict(part.stage.component.params),
-                    "count": len(part.answer.indices),
-                    "rows_sha256": self.rows_sha256,
-                    "run_id": self.run.run_id,
                     **part.answer.manifest,
                 }
-                indices = np.asarray(part.answer.indices, dtype=np.int64)
                 self.log_files.selection(step, indices, part.answer.scores, manifest)
 
     # -- losses -----------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class LossSeam(Seam):
-    """Weights samples of a step; keeps the plain loss where nothing weights."""
+    """Seam that weights samples of a step; the plain loss stays where nothing weights."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
         super().__init__(*args, **kwargs)

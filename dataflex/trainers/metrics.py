@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,27 @@ from dataflex.selectors.base import Selection
 SHOWN = 8
 
 
-def domain_metrics(mixer: Mixer, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Collect what a mixer reports of domains beside proportions: name -> domain -> value."""
+#: Numbers of a run's domains: name -> domain -> value.
+ByDomain = Mapping[str, Any]
+
+
+def domain_metrics(mixers: Iterable[Mixer], names: Sequence[str]) -> ByDomain:
+    """Collect what mixers report of domains beside proportions."""
     return {
         what: dict(zip(names, values.tolist(), strict=True))
+        for mixer in mixers
         for what, values in mixer.by_domain().items()
     }
+
+
+def flat(found: ByDomain) -> dict[str, float]:
+    """Name the numbers for the Trainer's log: `name/domain`."""
+    return {f"{what}/{name}": v for what, each in found.items() for name, v in each.items()}
+
+
+def domains_summary(found: ByDomain) -> str:
+    """Write the largest of the numbers, for the end of a line on the screen."""
+    return "".join(f"; {what} {largest(values, '.3g')}" for what, values in found.items())
 
 
 def largest(values: Mapping[str, float], form: str) -> str:

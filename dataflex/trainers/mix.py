@@ -25,15 +25,15 @@ from dataflex.data.rows import Domains
 from dataflex.run.schedule import EventKind, Interval, Schedule, mix_budget
 from dataflex.trainers.job import Job
 from dataflex.trainers.loss_seam import LossSeam
-from dataflex.trainers.metrics import domain_metrics, largest
-from dataflex.trainers.row_seam import ServedSeam
+from dataflex.trainers.metrics import ByDomain, domain_metrics, domains_summary, flat, largest
+from dataflex.trainers.row_seam import RowSeam
 from dataflex.trainers.weights import SampleStats, losses_by_domain
 from dataflex.weighters.base import LossContributor
 
 _log = logging.getLogger(__name__)
 
 
-class MixSeam(LossSeam, ServedSeam):
+class MixSeam(LossSeam, RowSeam):
     """W steps at the opening proportions, then the mixer's answer every U steps."""
 
     #: The rows are permuted here: left alone they would come domain by domain.
@@ -53,7 +53,7 @@ class MixSeam(LossSeam, ServedSeam):
         opening_proportions(job.config, job.data)
         ours = job.config.dataflex
         budget = mix_budget(
-            train_step=ours.train_step or max(0, int(job.args.max_steps)),
+            train_step=job.train_step,
             epochs=float(job.args.num_train_epochs),
             warmup_step=ours.warmup_step,
             update_step=ours.update_step,
@@ -114,7 +114,7 @@ class MixSeam(LossSeam, ServedSeam):
             step=interval.start,
             component=self.run.name,
             summary=f"{verb} {largest(shares, '.2f')} (epochs {largest(epochs, '.1f')})"
-            + "".join(f"; {what} {largest(values, '.3g')}" for what, values in more.items()),
+            + domains_summary(more),
             proportions=shares,
             counts=self._by_domain(counts),
             epochs=epochs,
@@ -122,10 +122,10 @@ class MixSeam(LossSeam, ServedSeam):
             **more,
         )
 
-    def _log_by_domain(self) -> dict[str, Any]:
-        """Log the mixer's numbers beside proportions: name -> domain -> value."""
-        found = domain_metrics(self.run.strategy, self.domains.names)
-        self.add_to_log({f"{w}/{name}": v for w, each in found.items() for name, v in each.items()})
+    def _log_by_domain(self) -> ByDomain:
+        """Log the mixer's numbers beside proportions."""
+        found = domain_metrics([self.run.strategy], self.domains.names)
+        self.add_to_log(flat(found))
         return found
 
     def _by_domain(self, values: npt.NDArray[Any]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class MixSeam(LossSeam, ServedSeam):
         return {
             **super().settings(),
             "static_mix": ours.static_mix,
-            "mixture_sample_rule": ours.mixture_sample_rule or "mixture",
+            "mixture_sample_rule": ours.mixture_sample_rule,
             "init_mixture_proportions": None if opening is None else list(opening),
             "rows of the domains": self._by_domain(self.domains.sizes),
         }

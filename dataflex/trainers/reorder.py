@@ -11,11 +11,11 @@ from dataflex.reorders.base import Ordering
 from dataflex.run.log import as_json
 from dataflex.run.schedule import EventKind, Interval
 from dataflex.trainers.metrics import score_metrics, score_range
-from dataflex.trainers.row_seam import ServedSeam, check_rows_of
+from dataflex.trainers.row_seam import RowSeam, check_rows_of
 from gradstore.errors import BadInput
 
 
-class ReorderSeam(ServedSeam):
+class ReorderSeam(RowSeam):
     """The reorder's rows at every boundary, in its order; an interval may exceed the rows."""
 
     ordered = True
@@ -52,13 +52,7 @@ class ReorderSeam(ServedSeam):
         self.add_to_log({**numbers, "pause_seconds": pause})
         if not self.run.ranks.leads:
             return
-        manifest = {
-            "component": self.run.name,
-            "params": dict(self.run.params),
-            "count": len(rows),
-            "rows_sha256": self.rows_sha256,
-            "run_id": self.run.run_id,
-        }
+        manifest = self.manifest(len(rows), self.run.params)
         self.log_files.selection(interval.start, rows, ordering.scores, manifest)
         verb = "opens with" if interval.kind is EventKind.WARMUP else "serves"
         share = f", {numbers['passes']:.2f} passes so far" if "passes" in numbers else ""

@@ -26,11 +26,13 @@ from dataflex.trainers.seam import Seam, random_states_kept
 from gradstore.errors import BadInput, DamagedData
 
 
-class ServedSeam(Seam):
+class RowSeam(Seam):
     """Seam that serves intervals of rows; a subclass provides `rows_for`."""
 
     #: Train on an interval's rows in the order given, never shuffled.
     ordered: bool = False
+    #: An interval repeats no row: one of more steps than there are rows is refused.
+    within_rows: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
         super().__init__(*args, **kwargs)
@@ -42,10 +44,12 @@ class ServedSeam(Seam):
 
     @classmethod
     def plan(cls, job: Job) -> Schedule:
-        """Plan W + U * T steps a stage; `max_steps` stands in for `train_step`."""
+        """Plan W + U * T steps a stage."""
+        if cls.within_rows:
+            _check_rows_suffice(job)
         ours = job.config.dataflex
         budget = select_budget(
-            train_step=ours.train_step or max(0, int(job.args.max_steps)),
+            train_step=job.train_step,
             epochs=float(job.args.num_train_epochs),
             warmup_step=ours.warmup_step,
             update_step=ours.update_step,
@@ -77,6 +81,16 @@ class ServedSeam(Seam):
         at = step - self._interval.start
         micro = self._order.micro_batches(at, self.args.process_index, self.run.shape)
         return [np.asarray(rows, dtype=np.int64) for rows in micro]
+
+    def manifest(self, count: int, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what is written beside rows that a strategy chose: by whom, from which rows."""
+        return {
+            "component": self.run.name,
+            "params": dict(params),
+            "count": count,
+            "rows_sha256": self.rows_sha256,
+            "run_id": self.run.run_id,
+        }
 
     # -- public Trainer methods -------------------------------------------------------------------
 
@@ -210,7 +224,7 @@ def check_rows_of(answer: object, n: int, name: str) -> npt.NDArray[np.int64]:
     return rows
 
 
-def check_rows_suffice(job: Job) -> None:
+def _check_rows_suffice(job: Job) -> None:
     """Refuse intervals that need more rows than there are, or than the strategy can choose.
 
     Raises:

@@ -11,21 +11,16 @@ import numpy.typing as npt
 
 from dataflex.data.rows import RunData
 from dataflex.run.log import SelectionEvent, as_json
-from dataflex.run.schedule import EventKind, Interval, Schedule
+from dataflex.run.schedule import EventKind, Interval
 from dataflex.selectors.base import Selection, ask
-from dataflex.trainers.job import Job
 from dataflex.trainers.metrics import count_by_set, score_range, selection_metrics
-from dataflex.trainers.row_seam import ServedSeam, check_rows_of, check_rows_suffice
+from dataflex.trainers.row_seam import RowSeam, check_rows_of
 
 
-class SelectSeam(ServedSeam):
+class SelectSeam(RowSeam):
     """Warm-up draws, then the selector's answer at every update."""
 
-    @classmethod
-    def plan(cls, job: Job) -> Schedule:
-        """Plan W + U * T steps a stage; an interval's rows must exist."""
-        check_rows_suffice(job)
-        return super().plan(job)
+    within_rows = True
 
     def rows_for(self, interval: Interval) -> npt.NDArray[np.int64]:
         """Draw rows for a warm-up, or let the selector choose."""
@@ -54,14 +49,7 @@ class SelectSeam(ServedSeam):
         train = self.run.data.train
         sources = train.sources
         names = [sources[i][0] if sources else train.name for i in rows.tolist()]
-        manifest = {
-            "component": self.run.name,
-            "params": dict(self.run.params),
-            "count": len(rows),
-            "rows_sha256": self.rows_sha256,
-            "run_id": self.run.run_id,
-            **selection.manifest,
-        }
+        manifest = {**self.manifest(len(rows), self.run.params), **selection.manifest}
         self.log_files.selection(step, rows, selection.scores, manifest)
         event = SelectionEvent(
             step=step,

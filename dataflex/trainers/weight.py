@@ -29,8 +29,6 @@ class WeightSeam(LossSeam):
     def plan(cls, job: Job) -> Schedule:
         """Plan the plain loss before step W, and the budget that LlamaFactory would train for."""
         ours, args = job.config.dataflex, job.args
-        if ours.warmup_step < 0:
-            raise BadInput(f"warmup_step is {ours.warmup_step}; it must be 0 or more.")
         if args.n_gpu > 1:
             raise BadInput(
                 f"{args.n_gpu} GPUs in one process: weights need a process for each. Start with "
@@ -39,7 +37,7 @@ class WeightSeam(LossSeam):
         if warning := weighted_alone(job.strategy, job.shape):
             _log.warning("%s", warning)
         epochs = math.ceil(args.num_train_epochs * math.ceil(len(job.data.train) / job.shape.rows))
-        budget = ours.train_step or (args.max_steps if args.max_steps > 0 else epochs)
+        budget = job.train_step or epochs
         return Schedule(ours.warmup_step, update_step=1, update_times=0, budget=budget)
 
     def contributors(self, step: int) -> Sequence[LossContributor]:

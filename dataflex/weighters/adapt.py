@@ -12,7 +12,7 @@ from dataflex.weighters.by_target import TargetWeighter
 
 @register("weighter", "adapt")
 class AdaptWeighter(TargetWeighter):
-    """Learn more from samples whose embedding is like the target rows'.
+    """Larger weights for samples whose embedding is like the target rows'.
 
     s is the mean cosine of a sample's embedding to those of the anchors, which are all target rows;
     its weight is min(sigmoid(s / tau), clip). A row's embedding is its last hidden state, averaged

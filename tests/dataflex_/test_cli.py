@@ -75,6 +75,8 @@ def test_components_lists_every_strategy_with_its_parameters(
     entries = {(entry["kind"], entry["name"]): entry for entry in json.loads(out)}
     less = entries["selector", "less"]
     assert less["parameters"]["gradient_type"] == "adam_marginal"
+    assert less["describes"]["proj_dim"] == "projected dimensions d."
+    assert all(set(e["describes"]) >= set(e["parameters"]) for e in entries.values())
     assert "arXiv:2402.04333" in less["paper"]
     assert less["presets"] == ["less"]
     assert {("selector", "loss"), ("selector", "random"), ("selector", "custom")} <= set(entries)

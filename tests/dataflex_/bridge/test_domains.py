@@ -61,7 +61,7 @@ def load(
     usual = {"dataset": ["a", "b"], "eval_dataset": None, "val_size": 0.0, "tokenized_path": None,
              "mix_strategy": "concat", "interleave_probs": None, "eval_on_each_dataset": False,
              "cutoff_len": 64, "packing": False, "max_samples": None}  # fmt: skip
-    config = RunConfig(DataFlexConfig(mixer_eval_dataset=held_out or None), {}, Path("run.yaml"))
+    config = RunConfig(DataFlexConfig(mixer_eval_dataset=tuple(held_out)), {}, Path("run.yaml"))
     training = SimpleNamespace(predict_with_generate=generate, should_save=True, seed=42)
     return load_domains(
         config, SimpleNamespace(**{**usual, **data}), training, loader or Loader(), Rows, made_with

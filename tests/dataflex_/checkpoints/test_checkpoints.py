@@ -66,7 +66,7 @@ def test_a_checkpoint_that_lacks_a_part_or_its_end_is_refused(kind: str, checkpo
 
 def test_features_are_made_of_whole_adapters_alone(checkpoint: Path) -> None:
     config = RunConfig(
-        DataFlexConfig(gradstore_checkpoints=[str(checkpoint)]), {}, Path("build.yaml")
+        DataFlexConfig(gradstore_checkpoints=(str(checkpoint),)), {}, Path("build.yaml")
     )
     assert find_checkpoints(config) == [checkpoint]
     adapter = checkpoint / "adapter_model.safetensors"

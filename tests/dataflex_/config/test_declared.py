@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 from annotated_types import Gt, Le
 from pydantic import Field
@@ -114,6 +117,36 @@ def test_a_user_class_without_base_or_annotations_is_built_as_it_is(
             resolve("dynamic_select", "custom", {"target": "own_free:Plain", **wrong})
 
 
+def test_a_dataclass_is_checked_where_a_configuration_is_read_or_once_decorated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its constructor is added by a decorator, after the base class had a look."""
+    (tmp_path / "own_data.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from typing import Annotated\n\n"
+        "from annotated_types import Gt\n"
+        "from dataflex.api import Selector\n"
+        "from dataflex.config.parameters import checked\n\n\n"
+        "@dataclass\n"
+        "class Plain(Selector):\n"
+        "    share: Annotated[float, Gt(0)] = 0.5\n\n\n"
+        "@checked\n"
+        "@dataclass\n"
+        "class Decorated(Selector):\n"
+        "    share: Annotated[float, Gt(0)] = 0.5\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("Plain", "Decorated"):
+        target = {"target": f"own_data:{name}"}
+        assert resolve("dynamic_select", "custom", {**target, "share": 2}).build().share == 2
+        with pytest.raises(BadInput, match="component 'custom': share is 0; it must be above 0"):
+            resolve("dynamic_select", "custom", {**target, "share": 0})
+    own = importlib.import_module("own_data")
+    with pytest.raises(BadParameter, match="share is 0; it must be above 0"):
+        own.Decorated(share=0)
+
+
 @pytest.mark.parametrize(("kind", "name", "cls"), EVERY, ids=[f"{k}-{n}" for k, n, _ in EVERY])
 def test_every_default_is_what_its_own_declaration_takes(kind: str, name: str, cls: type) -> None:
     known = declarations(cls)
@@ -140,3 +173,30 @@ def test_the_words_for_a_declaration_are_those_of_the_catalogue() -> None:
     assert accepts["checkpoints"] == "last, all or a whole number of at least 1"
     assert accepts["tokens_per_batch"] == "a whole number of at least 1, or null"
     assert accepts["max_bad_fraction"] == "a number from 0 to 1"
+
+
+def test_numpy_values_count_as_what_they_hold() -> None:
+    from dataflex.selectors.loss import LossSelector
+    from dataflex.selectors.random import RandomSelector
+
+    RandomSelector(seed=np.int64(3), replacement=np.bool_(True))  # type: ignore[arg-type]
+    LossSelector(quantiles=np.array([0.3, 0.6]))  # type: ignore[arg-type]
+    with pytest.raises(BadParameter, match="expected 0 or more"):
+        RandomSelector(seed=np.int64(-3))  # type: ignore[arg-type]
+    with pytest.raises(BadParameter, match="seed is"):
+        RandomSelector(seed=np.float64(0.5))  # type: ignore[arg-type]
+
+
+def test_a_constructor_that_is_a_descriptor_does_not_keep_its_module_from_being_imported() -> None:
+    class Descriptor(Selector):
+        __init__ = functools.partialmethod(lambda self, q, a=1: None, 5)  # type: ignore[assignment]
+
+    assert isinstance(Descriptor(), Selector)
+
+
+def test_a_positional_only_parameter_is_no_component_parameter() -> None:
+    class Positional(Selector):
+        def __init__(self, a: int = 1, /, b: int = 2) -> None:
+            self.sum = a + b
+
+    assert list(declared(Positional.__init__)) == ["b"]

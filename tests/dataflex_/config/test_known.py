@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def test_every_known_key_is_llamafactorys_and_has_its_default() -> None:
     theirs: dict[str, Any] = {}
-    for cls in arguments._argument_classes():
+    for cls in arguments.argument_classes():
         theirs |= {f.name: f.default for f in dataclasses.fields(cls) if f.init}
     ours = {f.name: f.default for f in dataclasses.fields(KnownKeys)}
     assert set(ours) <= set(theirs)
@@ -55,6 +55,30 @@ def test_reading_raises_nothing_whatever_is_written(wrong: object) -> None:
     assert isinstance(known.max_steps, int)
     assert isinstance(known.adapter_name_or_path, tuple)
     assert isinstance(known.stage, str)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("adapter_name_or_path", 5, "adapter_name_or_path is 5; expected a name, or a list of"),
+        ("adapter_name_or_path", {"a": 1}, "expected a name, or a list of them."),
+        ("model_name_or_path", ["a"], "model_name_or_path is ['a']; expected text, or null."),
+        ("optim", {}, "optim is {}; expected text."),
+        ("max_steps", "many", "max_steps is 'many'; expected a whole number."),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_told(key: str, value: object, says: str) -> None:
+    faults = KnownKeys.faults({key: value, "stage": "pt", "streaming": 3, "fsdp": []})
+    assert list(faults) == [key]
+    assert says in faults[key]
+
+
+def test_what_llamafactory_takes_for_text_is_left_alone() -> None:
+    taken = {"resume_from_checkpoint": True, "model_name_or_path": 7, "dataset": "a",
+             "adapter_name_or_path": ["a", 3], "eval_dataset": None}  # fmt: skip
+    assert KnownKeys.faults(taken) == {}
+    known = KnownKeys.of(taken)
+    assert (known.model_name_or_path, known.adapter_name_or_path) == ("7", ("a", "3"))
 
 
 def test_the_prefix_of_a_run_is_empty_without_a_name() -> None:

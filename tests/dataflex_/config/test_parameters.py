@@ -12,7 +12,7 @@ from dataflex.bridge import arguments
 from dataflex.config.keys import load
 from dataflex.config.parameters import declared, faults
 from dataflex.config.presets import presets_of, resolve
-from dataflex.config.registry import KINDS, PACKAGES, _constructors, strategies
+from dataflex.config.registry import KINDS, PACKAGES, constructors_of, strategies
 from gradstore.errors import BadInput
 
 
@@ -48,7 +48,7 @@ def test_every_strategy_has_annotations_that_can_be_read() -> None:
     assert set(PACKAGES) == {kind for _, kind in KINDS.values()}
     for kind in PACKAGES:
         for cls in strategies(kind).values():
-            for constructor in _constructors(cls):
+            for constructor in constructors_of(cls):
                 get_type_hints(constructor)
 
 
@@ -73,14 +73,15 @@ def test_names_of_data_sets_are_words(key: str, value: object, tmp_path: Path) -
      ("max_steps", float("inf")), ("learning_rate", "fast"), ("do_train", [])],
 )  # fmt: skip
 def test_what_is_no_number_is_refused_for_llamafactory_too(key: str, value: object) -> None:
-    [fault] = arguments.mistyped({key: value})
-    assert fault.startswith(f"{key} is {value!r}; expected ")
+    faults = arguments.mistyped({key: value})
+    assert list(faults) == [key]
+    assert faults[key].startswith(f"{key} is {value!r}; expected ")
 
 
 def test_numbers_that_llamafactory_takes_are_left_alone() -> None:
     taken = {"max_steps": 5, "learning_rate": 1e-3, "num_train_epochs": 1, "do_train": True,
              "max_grad_norm": float("inf"), "max_samples": None}  # fmt: skip
-    assert arguments.mistyped(taken) == []
+    assert arguments.mistyped(taken) == {}
 
 
 @pytest.mark.parametrize("content", ["- less\n", "3\n", "selectors: {a: 1}\n", "selectors: [\n"])

@@ -13,7 +13,8 @@ from dataflex.config import registry
 from dataflex.config.presets import resolve
 from dataflex.config.registry import (
     PACKAGES,
-    _constructors,
+    constructors_of,
+    descriptions,
     documentation,
     parameters,
     register,
@@ -126,7 +127,7 @@ def test_every_strategy_documents_every_parameter_and_no_other(kind: str) -> Non
         explained, accepted = documented(documentation(cls)), set(parameters(cls))
         assert accepted <= explained, name
         # The constructor's `**rest` may say whose parameters it stands for.
-        signatures = [inspect.signature(constructor) for constructor in _constructors(cls)]
+        signatures = [inspect.signature(constructor) for constructor in constructors_of(cls)]
         rest = {
             p.name for s in signatures for p in s.parameters.values() if p.kind == p.VAR_KEYWORD
         }
@@ -176,6 +177,7 @@ def test_a_constructors_rest_stands_for_the_parameters_it_inherits(tmp_path: Pat
     assert {name: p.default for name, p in parameters(Wider).items()} == {"height": 2, "width": 1}
     assert "how high" in documentation(Wider)
     assert "how wide" in documentation(Wider)
+    assert descriptions(Wider) == {"height": "how high.", "width": "how wide."}
     assert "aggregation" in parameters(strategies("selector")["less"])
     assert "proj_dim" in parameters(strategies("selector")["less"])
 

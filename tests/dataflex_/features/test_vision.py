@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dataflex.data.images import Shown, opened, pictures_hash, shown_batch
+from dataflex.data.images import TextsWithPictures, opened, pictures_hash, shown_batch
 from dataflex.data.rows import Rows
 from dataflex.features.vision import Anatomy
 from dataflex.selectors.coincide import CoincideSelector
@@ -54,10 +54,13 @@ def test_another_model_sees_the_pictures_first_then_the_text(
     files = [str(vision / "data" / "pictures" / f"{i:02d}.png") for i in range(3)]
     rows = rows_of(vision, processor, [files[:2], files[2:]])
     image = model.config.image_token_id
-    shown = Shown(rows, processor.tokenizer, [image])
+    shown = TextsWithPictures(rows, processor.tokenizer, [image])
     assert shown[0][0] == "What colour is the square?"
     (mark,) = processor.tokenizer("?")["input_ids"]
-    assert Shown(rows, processor.tokenizer, [image, mark])[0][0] == "What colour is the square"
+    assert (
+        TextsWithPictures(rows, processor.tokenizer, [image, mark])[0][0]
+        == "What colour is the square"
+    )
     states = VisualStates(model, [0, 2], [image])
     batch = shown_batch(processor, [shown[0], shown[1]])
     assert (batch["input_ids"] == image).sum(1).tolist() == [32, 16]

@@ -12,6 +12,7 @@ from dataflex.config.keys import load
 from dataflex.config.presets import resolve
 from dataflex.launch.preflight import check
 from dataflex.run.strategy import FSDP, ZERO3
+from gradstore.errors import BadInput
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "train_lora"
 
@@ -38,6 +39,21 @@ def test_keys_that_nothing_looks_at_are_told(
     said = told("weighters/loss", ["update_step=5", "update_times=3"], caplog)
     assert "update_step has no effect" in said
     assert "update_times has no effect" in said
+
+
+def test_values_of_wrong_types_are_told_together_and_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parents[1])
+    wrong = ["adapter_name_or_path=5", "optim=[sgd]", "max_steps=many", "cutoff_len=long"]
+    path = EXAMPLES / "selectors" / "less.yaml"
+    config = load(path, wrong, arguments.accepted_keys())
+    with pytest.raises(BadInput) as refused:
+        check(config)
+    lines = str(refused.value).splitlines()
+    keys = [line.removeprefix(f"{path}: ").split(" is ")[0] for line in lines]
+    assert sorted(keys) == sorted(key.partition("=")[0] for key in wrong)
+    assert any("max_steps is 'many'" in line and "without quotes" in line for line in lines)
 
 
 @pytest.mark.parametrize("example", ["selectors/less", "mixers/odm", "weighters/adapt"])

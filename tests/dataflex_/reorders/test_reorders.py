@@ -343,6 +343,10 @@ def test_a_selection_of_other_rows_is_refused(tmp_path: Path) -> None:
     [
         ({"score_source": "modelloss"}, "score_source is 'modelloss'; choose precomputed"),
         ({"score_source": "cached_selection"}, "needs score_params.cache_path"),
+        (
+            {"score_source": "cached_selection", "score_params": {"cache_pth": "x"}},
+            "did you mean 'cache_path'",
+        ),
         ({"score_params": {"batchsize": 8}}, "unknown score_params: 'batchsize'"),
         ({"score_params": {"batch_size": 0}}, "batch_size is 0"),
         ({"window_size": -3}, "window_size is -3"),

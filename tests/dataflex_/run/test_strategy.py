@@ -185,6 +185,46 @@ def test_a_checkpoint_keeps_the_name_of_the_users_class() -> None:
         assert target_of(type(adapt(built, base))) == target_of(type(built))
 
 
+@pytest.mark.parametrize(("bare", "base", "method"), KINDS)
+def test_a_subclass_of_strategy_alone_gets_the_defaults_of_its_kind(
+    bare: type, base: type[Any], method: str
+) -> None:
+    class Mine(bare, Strategy):  # type: ignore[misc] - variables as bases
+        pass
+
+    adapted, plain = adapt(Mine(), base), base()
+    assert isinstance(adapted, base)
+    assert isinstance(adapted, Mine)
+    for name in (name for name in dir(base) if not name.startswith("_")):
+        if not callable(getattr(base, name)):
+            assert getattr(adapted, name) == getattr(plain, name), name
+        elif name not in dir(bare):
+            assert getattr(adapted, name).__func__ is getattr(base, name), name
+
+
+def test_what_a_subclass_of_strategy_says_counts_also_where_it_repeats_a_default() -> None:
+    class Mine(Strategy):
+        needs_single_rows = Strategy.needs_single_rows
+
+        def __init__(self) -> None:
+            self.observes = Strategy.observes
+            self.needs_lora = True
+
+        def mix(self, context: Any) -> Any:
+            return np.ones(1)
+
+    assert not Mixer.needs_single_rows
+    adapted = adapt(Mine(), Mixer)
+    assert adapted.needs_single_rows
+    assert adapted.needs_lora
+    assert not adapted.observes
+
+    class Further(Mine):
+        pass
+
+    assert adapt(Further(), Mixer).needs_single_rows
+
+
 def test_bases_of_another_kind_are_kept() -> None:
     class Both(LossContributor):
         relative = False
