@@ -31,7 +31,7 @@ def test_what_is_printable_has_no_control_character_and_keeps_all_others(text: s
 def test_the_last_table_shows_names_as_they_are(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log = RunLog(tmp_path / "dataflex")
+    log = RunLog(tmp_path)
     log.update("select", step=2, component=name, summary=f"chose 4 rows ({name} 4)")
     log.table()
     shown = capsys.readouterr().err
