@@ -56,7 +56,7 @@ class LocalJudge:
         self,
         path: str | None,
         prompts: RewardPrompts,
-        max_new_tokens: int = 32,
+        max_new_tokens: int,
         trust_remote_code: bool = False,
     ) -> None:
         self.path = path

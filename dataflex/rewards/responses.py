@@ -46,14 +46,14 @@ class SamplingSettings:
         trust_remote_code: let a fixed policy bring its own code.
     """
 
-    mc_samples: int = 4
-    max_new_tokens: int = 512
-    temperature: float = 0.7
-    max_prompt_length: int = 4096
-    prompt_template: str | None = None
-    batch_size: int = 32
-    seed: int = 42
-    model_path: str | None = None
+    mc_samples: int
+    max_new_tokens: int
+    temperature: float
+    max_prompt_length: int
+    prompt_template: str | None
+    batch_size: int
+    seed: int
+    model_path: str | None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

@@ -54,11 +54,11 @@ class ApiSettings:
 
     base_url: str | None
     model: str | None
-    key_env: str | None = None
-    timeout: float = 60.0
-    retries: int = 3
-    workers: int = 8
-    max_tokens: int = 32
+    key_env: str | None
+    timeout: float
+    retries: int
+    workers: int
+    max_tokens: int
 
     def faults(self) -> list[str]:
         """Return one sentence per value that cannot work."""

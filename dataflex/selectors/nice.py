@@ -127,36 +127,22 @@ class NiceSelector(LessSelector):
                 "raise mc_samples or set baseline: none"
             )
         self.sampling = SamplingSettings(
-            mc_samples=mc_samples,
-            max_new_tokens=max_new_tokens,
-            temperature=generation_temperature,
-            max_prompt_length=max_prompt_length,
-            prompt_template=prompt_template,
-            batch_size=generation_batch_size,
-            seed=self.settings.seed,
-            model_path=policy_model_path,
-        )
+            mc_samples=mc_samples, max_new_tokens=max_new_tokens,
+            temperature=generation_temperature, max_prompt_length=max_prompt_length,
+            prompt_template=prompt_template, batch_size=generation_batch_size,
+            seed=self.settings.seed, model_path=policy_model_path,
+        )  # fmt: skip
         given: dict[str, Any] = {
-            "reward_backend": reward_backend,
-            "reward_function": reward_function,
-            "reward_model_path": reward_model_path,
-            "reward_max_new_tokens": reward_max_new_tokens,
-            "api_base_url": api_base_url,
-            "api_model": api_model,
-            "api_key_env": api_key_env,
-        }
+            "reward_backend": reward_backend, "reward_function": reward_function,
+            "reward_model_path": reward_model_path, "reward_max_new_tokens": reward_max_new_tokens,
+            "api_base_url": api_base_url, "api_model": api_model, "api_key_env": api_key_env,
+            "api_timeout": api_timeout, "api_retries": api_retries, "api_workers": api_workers,
+        }  # fmt: skip
         if reward_model_backend is not None:
             given |= renamed(reward_model_backend, reward_backend_params)
-        self.judge = judge_of(
-            given,
-            RewardPrompts(
-                reward_prompt_with_ref or WITH_REFERENCE,
-                reward_prompt_without_ref or WITHOUT_REFERENCE,
-            ),
-            timeout=api_timeout,
-            retries=api_retries,
-            workers=api_workers,
-        )
+        with_reference = reward_prompt_with_ref or WITH_REFERENCE
+        without_reference = reward_prompt_without_ref or WITHOUT_REFERENCE
+        self.judge = judge_of(given, RewardPrompts(with_reference, without_reference))
         self.max_unscored = float(max_unscored)
         self.baseline: Baseline = baseline
         self.gold_fallback = gold_fallback
@@ -262,9 +248,7 @@ class NiceSelector(LessSelector):
         )
 
 
-def judge_of(
-    given: Mapping[str, Any], prompts: RewardPrompts, *, timeout: float, retries: int, workers: int
-) -> Judge:
+def judge_of(given: Mapping[str, Any], prompts: RewardPrompts) -> Judge:
     """Build the reward backend that is requested, or that follows from the given settings."""
     guess = "local" if given["reward_model_path"] else "api" if given["api_base_url"] else None
     backend = given["reward_backend"] or guess or "function"
@@ -273,6 +257,6 @@ def judge_of(
     length = given["reward_max_new_tokens"]
     if backend == "local":
         return LocalJudge(given["reward_model_path"], prompts, length)
-    url, model, key = (given[f"api_{name}"] for name in ("base_url", "model", "key_env"))
-    settings = ApiSettings(url, model, key, timeout, retries, workers, length)
-    return ApiJudge(settings, prompts)
+    names = ("base_url", "model", "key_env", "timeout", "retries", "workers")
+    settings = {name: given[f"api_{name}"] for name in names}
+    return ApiJudge(ApiSettings(**settings, max_tokens=length), prompts)

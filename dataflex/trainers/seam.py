@@ -46,7 +46,7 @@ UNORDERED = frozenset({"lora_target", "additional_target"})
 
 
 class Seam:
-    """Mixed in before a transformers Trainer; `trainer_class` sets `run`."""
+    """Mixin that goes before a transformers Trainer; `trainer_class` sets `run`."""
 
     run: Run
 

@@ -18,7 +18,10 @@ from dataflex.run.ranks import Ranks
 from gradstore.errors import BadInput
 
 TINY = str(Path(__file__).resolve().parents[3] / "examples" / "tiny" / "model")
-SETTINGS = SamplingSettings(mc_samples=3, max_new_tokens=12, temperature=1.5, seed=7)
+SETTINGS = SamplingSettings(
+    mc_samples=3, max_new_tokens=12, temperature=1.5, max_prompt_length=4096, prompt_template=None,
+    batch_size=32, seed=7, model_path=None,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -194,4 +197,4 @@ def test_a_fixed_policy_and_a_template_change_what_is_asked(tiny: tuple[Any, Any
 )  # fmt: skip
 def test_bad_sampling_settings_are_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        SamplingSettings(**changes)
+        replace(SETTINGS, **changes)

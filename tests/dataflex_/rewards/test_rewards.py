@@ -127,8 +127,9 @@ def said(text: str) -> bytes:
 
 
 def judge(url: str, waits: list[float] | None = None, **changes: Any) -> ApiJudge:
-    settings = ApiSettings(**{"base_url": url, "model": "m", "timeout": 5.0, "workers": 2,
-                              **changes})  # fmt: skip
+    usual = {"base_url": url, "model": "m", "key_env": None, "timeout": 5.0, "retries": 3,
+             "workers": 2, "max_tokens": 32}  # fmt: skip
+    settings = ApiSettings(**{**usual, **changes})
     return ApiJudge(settings, PROMPTS, (waits if waits is not None else []).append)
 
 
@@ -259,7 +260,7 @@ def test_a_local_classifier_rewards_by_its_logit(tmp_path: Path) -> None:
     model.score.weight.data.normal_()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    asking = LocalJudge(str(tmp_path), PROMPTS)
+    asking = LocalJudge(str(tmp_path), PROMPTS, max_new_tokens=4)
     asking.start(MODEL)
     rewards = [v.reward for v in asking.judge(ASKED)]
     ids = tokenizer("p r3", return_tensors="pt")["input_ids"]
@@ -270,4 +271,4 @@ def test_a_local_classifier_rewards_by_its_logit(tmp_path: Path) -> None:
 
 def test_local_models_that_are_not_there_are_faults(tmp_path: Path) -> None:
     for path, says in ((None, "missing"), ("/no/such", "not a folder"), (str(tmp_path), "config")):
-        assert says in LocalJudge(path, PROMPTS).faults()[0]
+        assert says in LocalJudge(path, PROMPTS, max_new_tokens=4).faults()[0]
