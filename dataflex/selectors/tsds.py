@@ -138,7 +138,7 @@ class TsdsSelector(EmbeddingSelector):
             mass, found = transport_mass(
                 neighbours, density, min(self.max_k, usable), self.alpha, self.scale
             )
-            if found.cut_short:
+            if found.cut_short and self.alpha > 0:  # 0 asks for all the spread there is
                 self._warn(neighbours, density, found)
             self._spread = (neighbours, mass)
         return self._spread[1]
@@ -147,8 +147,11 @@ class TsdsSelector(EmbeddingSelector):
         """Report a transport that ended at the last neighbour, before `alpha` could end it."""
         q, k = found.mass.shape
         way_out = "Raise max_K, or alpha."
-        if self.sigma is not None and (auto := scaled_sigma(neighbours, density.kde_k)) < 1:
-            way_out = f"Set component_params.sigma: {AUTO} ({auto:.3g} on these rows), or max_K."
+        auto = scaled_sigma(neighbours, density.kde_k)
+        if auto < density.sigma:  # a narrower kernel, so that a neighbour takes more mass
+            way_out = (
+                f"Set component_params.sigma: {AUTO} ({auto:.3g} on these rows), or raise max_K."
+            )
         _log.warning(
             "tsds: the mass of %d target rows reached max_K = %d neighbours of each (mean density "
             "%.3g at sigma %.3g) with %.3g of the cost at which alpha %g would stop it: alpha has "

@@ -236,6 +236,9 @@ def test_alpha_without_effect_is_reported_and_sigma_auto_gives_it_one(
     assert "alpha 0.85 would stop it: alpha has no effect on this selection" in caplog.text
     assert "component_params.sigma: auto" in caplog.text
     caplog.clear()
+    TsdsSelector(alpha=0.0, kde_K=30, max_K=60)._of(Cone(300, 4), 300)  # type: ignore[arg-type]
+    assert not caplog.records, "0 asks for all the spread there is"
+    caplog.clear()
     scaled = masses(sigma="auto")
     assert not caplog.records
     assert np.abs(scaled[0] - scaled[1]).max() > 1e-3
