@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gradstore.errors import BadInput
-from gradstore.format.foreign import read_json
+from gradstore.format.foreign import read_object
 
 #: Plain JSON: dict with str keys, list, str, int, float, bool or None.
 Json: TypeAlias = Any
@@ -91,15 +91,12 @@ def parse(data: bytes) -> dict[str, Json]:
     Raises:
         ValueError: the bytes are not a JSON object, hold NaN or a doubled key, or nest too deeply.
     """
-    value = read_json(
+    return read_object(
         data.decode("ascii"),
         parse_float=_finite,
         parse_constant=_no_constant,
         object_pairs_hook=_no_doubles,
     )
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
 
 
 def unseal(data: bytes) -> dict[str, Json]:

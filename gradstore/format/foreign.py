@@ -43,3 +43,15 @@ def read_json(document: str | bytes, **rules: Callable[..., Any]) -> Any:  # noq
         if not level:
             return value
     raise ValueError(TOO_DEEP)
+
+
+def read_object(document: str | bytes, **rules: Callable[..., Any]) -> dict[str, Any]:
+    """Parse one JSON object that was not made by this process.
+
+    Raises:
+        ValueError: as `read_json`, or it is another value.
+    """
+    value = read_json(document, **rules)
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value

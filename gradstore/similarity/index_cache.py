@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gradstore.errors import BadInput, StoreIOError
-from gradstore.format.foreign import read_json
+from gradstore.format.foreign import read_object
 from gradstore.storage.hashing import sha256_file
 from gradstore.storage.replace import sync_file, sync_folder, write_synced
 
@@ -56,9 +56,7 @@ class IndexCache:
         if not self._place.is_dir():
             return None
         try:
-            manifest = read_json(manifest_path.read_bytes())
-            if not isinstance(manifest, dict):
-                raise ValueError("index.json is no JSON object")
+            manifest = read_object(manifest_path.read_bytes())
             differing = [k for k, v in self._identity.items() if manifest.get(k) != v]
             if differing:
                 raise ValueError(f"index.json has another {', '.join(differing)}")

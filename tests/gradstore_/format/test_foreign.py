@@ -22,7 +22,7 @@ def test_the_deepest_document_is_read_and_a_deeper_one_refused(opened: str, clos
     for depth in (MOST_NESTED + 1, 50_000):
         with pytest.raises(ValueError, match="nests more than 100"):
             read_json(opened * depth + "1" + closed * depth)
-    with pytest.raises(ValueError, match="nests more than 100|Expecting"):
+    with pytest.raises(ValueError, match="nests more than 100"):
         read_json(opened * 50_000)
 
 
