@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.bridge import arguments, running
-from dataflex.config.keys import RunConfig, load
+from dataflex.config.keys import RunConfig
 from dataflex.config.presets import Component
+from dataflex.launch.configuration import read
+from dataflex.launch.packages import check_reporters
 from dataflex.launch.preflight import check
 from dataflex.run.messages import Failure, RemoteFailure
 
@@ -30,7 +32,8 @@ _log = logging.getLogger(__name__)
 
 def train(path: Path, overrides: Sequence[str]) -> None:
     """Check, then train here or under torchrun as LlamaFactory would: `dataflex-cli train`."""
-    config = load(path, overrides, arguments.accepted_keys())
+    config = read(path, overrides)
+    check_reporters(config.llamafactory)
     component = check(config)
     if _enabled("FORCE_TORCHRUN") or arguments.device_count() > 1:
         _torchrun(path, overrides)
