@@ -9,6 +9,7 @@ from dataflex.bridge import arguments
 from dataflex.config.keys import RunConfig
 from dataflex.config.known import KnownKeys
 from dataflex.config.registry import unknown
+from dataflex.models.frozen import how_to_bring, missing_folder_faults
 from gradstore.errors import BadInput, StoreIOError
 from gradstore.format.foreign import read_object
 
@@ -39,9 +40,8 @@ def _check_model(config: RunConfig) -> None:
         raise BadInput("model_name_or_path is missing: name a model folder or a hub id.")
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        looks_local = folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2
-        if looks_local:
-            raise BadInput(f"model_name_or_path {name!r} is not a folder on this machine.")
+        if faults := missing_folder_faults("model_name_or_path", name):
+            raise BadInput("\n".join(faults))
         return
     try:
         content = read_object((folder / "config.json").read_text(encoding="utf-8"))
@@ -78,7 +78,8 @@ def _check_datasets(config: RunConfig) -> None:
         listed = read_object(info.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInput(
-            f"{str(info)!r} does not exist: dataset_dir must hold LlamaFactory's dataset_info.json."
+            f"{str(info)!r} does not exist: dataset_dir must hold LlamaFactory's "
+            f"dataset_info.json. {how_to_bring(Path(folder)) or 'Correct dataset_dir.'}"
         ) from error
     except (OSError, ValueError) as error:
         raise BadInput(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import uuid
 from pathlib import Path
 
 from gradstore.errors import BadInput, StoreIOError
@@ -14,19 +13,6 @@ from gradstore.storage.lock import WriterLock
 from gradstore.storage.replace import replace_file
 
 _log = logging.getLogger(__name__)
-
-
-def output_identity(output_dir: Path) -> str:
-    """Return the id of the run that owns `output_dir`, created at first use.
-
-    Raises:
-        BadInput: the file that holds it is damaged.
-    """
-    run_id = known_identity(output_dir)
-    if run_id is None:
-        run_id = uuid.uuid4().hex
-        remember_identity(output_dir, run_id)
-    return run_id
 
 
 def known_identity(output_dir: Path) -> str | None:
