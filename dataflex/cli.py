@@ -80,9 +80,12 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
     KEY=VALUE takes the place of the whole value in CONFIG, KEY.INNER=VALUE sets one entry of it.
     """
-    from dataflex.launch.train import train as launch
+    from dataflex.launch.configuration import read
 
-    launch(config, overrides or [])
+    checked = read(config, overrides or [])
+    from dataflex.launch.train import train as launch  # imports torch
+
+    launch(checked, overrides or [])
 
 
 @gradstore_cli.app.command("build")

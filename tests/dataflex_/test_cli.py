@@ -198,6 +198,28 @@ def test_help_names_debug(
     assert "--debug" in out
 
 
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [(["train", "~/run.yaml"], "run.yaml"), (["gradstore", "build", "~/run.yaml"], "run.yaml"),
+     (["gradstore", "info", "~/store"], "store"), (["gradstore", "verify", "~/store"], "store"),
+     (["gradstore", "score", "~/store", "-o", "~/a.txt"], "a.txt"),
+     (["gradstore", "score", "~/store", "--output=~/a.txt"], "a.txt"),
+     (["gradstore", "select", "~/store", "-k", "1", "-o", "~/a.txt"], "a.txt"),
+     (["gradstore", "query", "~/store", "--target-row", "0"], "store")],
+)  # fmt: skip
+def test_a_path_on_the_command_line_may_begin_in_the_home_folder(
+    argv: list[str],
+    named: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, err = call(capsys, monkeypatch, *argv)
+    assert code == 2
+    assert str(tmp_path / named) in err
+
+
 @pytest.mark.parametrize("command", ["score", "select"])
 def test_score_and_select_take_the_same_question(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
