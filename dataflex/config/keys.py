@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, doc
 from omegaconf import DictConfig, OmegaConf
 
-from dataflex.config.documents import at_home, faults_of, overridden, read_settings
+from dataflex.config.documents import at_home, check_form, faults_of, overridden, read_settings
 from dataflex.config.known import KnownKeys
 from dataflex.config.parameters import converted
 from dataflex.config.presets import PACKAGED_PRESETS, Component, check_names, resolve
@@ -216,6 +216,7 @@ class _DataSets:
 
 
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    check_form(overrides)
     with faults_of(f"configuration {str(path)!r}"):
         base = read_settings(path)
         if not isinstance(base, DictConfig):
