@@ -102,7 +102,9 @@ class ClusterLessSelector(LessSelector):
 
         super().__init__(**less)
         if self.scoring != "projected":
-            raise ValueError(f"scoring is {self.scoring!r}; cluster_less scores projected features")
+            raise ValueError(
+                f"scoring is {self.scoring!r}; cluster_less scores projected features; leave it out"
+            )
         self.cluster_size, self.num_clusters = cluster_size, num_clusters
         self.samples_per_cluster = samples_per_cluster
         self.max_iter, self.chunk_rows = clustering_max_iter, assignment_chunk_size
