@@ -15,7 +15,7 @@ ARG UV=0.13.9
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # Versions of a distribution's own packages are the base image's business.
 # hadolint ignore=DL3008
-RUN if ! python3 -m venv --help >/dev/null 2>&1; then \
+RUN if ! python3 -c "import ensurepip" 2>/dev/null; then \
       apt-get update \
       && apt-get install -y --no-install-recommends python3 python3-venv \
       && rm -rf /var/lib/apt/lists/*; \

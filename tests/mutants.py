@@ -10,16 +10,30 @@ code: 0 all noticed, 1 survivors, 2 mutants or tests that are out of date.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
+
+#: Libraries imported once.
+HEAVY = ("datasets", "faiss", "hypothesis", "numba", "peft", "pyarrow", "scipy.stats", "torch",
+         "transformers", "transformers.trainer", "typer.testing", "zarr")  # fmt: skip
+#: The last: of plugins among those libraries.
+OPTIONS = ("-n", "0", "-x", "-q", "-m", "not gpu", "-p", "no:cacheprovider",
+           "-W", "ignore::pytest.PytestAssertRewriteWarning")  # fmt: skip
+#: Seconds that the tests of one mistake may take.
+LONGEST = 600
 
 
 class Mutant(NamedTuple):
@@ -56,12 +70,15 @@ REWARDS = "tests/dataflex_/rewards"
 
 MUTANTS = [
     # -- what is on disk: checksums, commits, plans, locks --
-    Mutant("gradstore/store/unit_files.py", "if found != expected.sha256:", "if False:", DAMAGE),
+    Mutant("gradstore/store/unit_files.py", "if found != expected.sha256:", "if False:",
+           f"{DAMAGE}::test_a_chunk_made_to_fit_its_crc32c_is_told_by_its_sha256"),
     Mutant("gradstore/store/unit_files.py", '("plan", plan_sha256, record.plan_sha256),', "",
            DAMAGE),
     Mutant("gradstore/store/unit_files.py", "found != expected.crc32c or", "False or", DAMAGE),
-    Mutant("gradstore/store/documents.py", '("store", store_uuid, commit.store_uuid),', "", DAMAGE),
-    Mutant("gradstore/store/documents.py", '("parent", parent, commit.parent),', "", DAMAGE),
+    Mutant("gradstore/store/documents.py", '("store", store_uuid, commit.store_uuid),', "",
+           f"{DAMAGE}::test_commits_of_another_store_are_no_commits_of_this_one"),
+    Mutant("gradstore/store/documents.py", '("parent", parent, commit.parent),', "",
+           f"{DAMAGE}::test_an_edited_commit_breaks_the_chain_even_with_a_new_seal"),
     Mutant("gradstore/store/documents.py", '("sha256", commit.plan_sha256, found),', "", DAMAGE),
     Mutant("gradstore/store/documents.py", "if found != plan.provenance_sha256:", "if False:",
            DAMAGE),
@@ -188,6 +205,10 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "tree"
         copy_tree(copy)
+        prepare(copy)
+        if run_tests(copy, sorted({test for m in chosen for test in m.tests.split()})):
+            print("the tests fail without any mistake: mend that first")
+            return 2
         for number, mutant in enumerate(chosen, start=1):
             began = time.perf_counter()
             end = tried(copy, mutant)
@@ -220,20 +241,44 @@ def tried(copy: Path, mutant: Mutant) -> str:
         code = run_tests(copy, mutant.tests.split())
     finally:
         file.write_text(right, encoding="utf-8")
-    return {0: "SURVIVED", 1: "noticed"}.get(code, "OUT OF DATE")
+    return {0: "SURVIVED", 1: "noticed", -signal.SIGALRM: "noticed"}.get(code, "OUT OF DATE")
 
 
 def run_tests(copy: Path, tests: list[str]) -> int:
-    """Run tests of a copy against the packages of that copy; return pytest's exit code."""
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-m", "not gpu", *tests]
-    path = os.pathsep.join(map(str, (copy, copy / "kernels")))
-    # Bytecode is told by times in whole seconds: a mutant and its removal may share one.
-    env = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=copy, env=env,
-                          capture_output=True, text=True)  # fmt: skip
-    if done.returncode not in (0, 1):
-        print(done.stdout[-2000:], done.stderr[-2000:])
-    return done.returncode
+    """Run tests of the copy in a child process; return pytest's exit code."""
+    with tempfile.TemporaryFile() as told:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.chdir(copy)
+                os.dup2(told.fileno(), 1)
+                os.dup2(told.fileno(), 2)
+                signal.alarm(LONGEST)  # of a mistake that makes its tests wait for ever
+                code = int(pytest.main([*OPTIONS, *tests]))
+            except BaseException:
+                traceback.print_exc()
+                code = 3
+            sys.stdout.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code not in (0, 1, -signal.SIGALRM):
+            told.seek(0)
+            print(told.read().decode(errors="replace")[-2000:])
+        return code
+
+
+def prepare(copy: Path) -> None:
+    """Import what takes long once, for all children; let them import our packages from the copy."""
+    # Bytecode is told by times in whole seconds: a mistake and its removal may share one.
+    sys.dont_write_bytecode = True
+    paths = [str(copy), str(copy / "kernels")]
+    sys.path[:0] = paths
+    os.environ.update({"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1",
+                       "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    for name in HEAVY:
+        importlib.import_module(name)
+    ours = [n for n in sys.modules if n.split(".")[0] in ("dataflex", "gradstore", "gradkernels")]
+    assert not ours, f"imported before a mistake could be planted: {ours}"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class CheckpointFeatures:
 
     Examples:
         >>> import numpy as np
-        >>> from gradstore import influence_scores
+        >>> from gradstore import CheckpointFeatures, influence_scores
         >>> train, target = np.eye(3), np.array([[2.0, 0.0, 0.0]])
         >>> influence_scores([CheckpointFeatures(train, [target])]).values.tolist()
         [1.0, 0.0, 0.0]

@@ -16,6 +16,7 @@ import gradstore
 from gradstore import (
     AdamMoments,
     Batches,
+    CheckpointFeatures,
     FeatureIndex,
     FeatureSpec,
     GenerationRecord,
@@ -40,7 +41,6 @@ from gradstore import (
 )
 from gradstore.errors import BadInput
 from gradstore.export.pooling import attention_tokens
-from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.influence import subtask_influence
 
 EYE = np.eye(2)
