@@ -18,6 +18,7 @@ from torch import Tensor
 from dataflex.models.precision import autocast
 from gradstore.capture.losses import Targets, target_losses
 from gradstore.errors import BadInput
+from gradstore.format.foreign import read_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -201,7 +202,7 @@ def model_path_faults(key: str, path: str) -> list[str]:
     folder = Path(path).expanduser()
     if folder.is_dir():
         try:
-            json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            read_object((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             return [f"{key} {path!r} has no readable config.json: {error}"]
         return []
