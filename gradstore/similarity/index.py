@@ -97,8 +97,7 @@ class FeatureIndex:
             BadInput: the generation is not committed, has no usable row, or FAISS was asked for and
                 is not installed.
         """
-        expect(is_source(generation), "generation", generation, "one of store.generations()")
-        expect(backend in get_args(Backend), "backend", backend, " | ".join(get_args(Backend)))
+        _check(generation, backend)
         usable = np.flatnonzero(np.asarray(generation.usable, dtype=bool)).astype(np.int64)
         if usable.size == 0:
             raise BadInput(
@@ -212,6 +211,12 @@ class FeatureIndex:
         usable[self.rows] = True
         rows = np.stack([select_top(column, k, usable=usable) for column in cosines.T])
         return np.take_along_axis(cosines.T, rows, axis=1), rows
+
+
+def _check(generation: object, backend: object) -> None:
+    """Raise BadInput unless it is a generation, and a backend that is offered."""
+    expect(is_source(generation), "generation", generation, "one of store.generations()")
+    expect(backend in get_args(Backend), "backend", backend, " | ".join(get_args(Backend)))
 
 
 def _import_faiss() -> ModuleType | None:
