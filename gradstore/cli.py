@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Build, inspect and query gradient stores.", no_args_is_help=True)
 
-StorePath = Annotated[Path, typer.Argument(help="Folder of the store.", metavar="STORE")]
+
+def path_at_home(text: str) -> Path:
+    """Return the path that a word names; `~/` counts where no shell has replaced it (`-o=~/x`)."""
+    return Path(text).expanduser()
+
+
+StorePath = Annotated[
+    Path,
+    typer.Argument(help="Folder of the store.", metavar="STORE", parser=path_at_home),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Checkpoints = Annotated[str, typer.Option(help="Checkpoints to combine: last, all or a number.")]
 Run = Annotated[str, typer.Option(help="Prefix of the generations (gradstore_run).")]
@@ -114,7 +123,14 @@ def verify(store: StorePath, as_json: AsJson = False) -> None:
 def score(
     question: Question,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="scores.parquet, .csv or .jsonl")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="scores.parquet, .csv or .jsonl",
+            metavar="PATH",
+            parser=path_at_home,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -150,7 +166,14 @@ def score(
 def select(
     question: Question,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="selected.jsonl, .csv or .parquet")
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="selected.jsonl, .csv or .parquet",
+            metavar="PATH",
+            parser=path_at_home,
+        ),
     ],
     count: Annotated[int | None, typer.Option("-k", help="Rows to take.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the usable rows.")] = None,

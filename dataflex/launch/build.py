@@ -6,10 +6,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataflex.bridge import arguments, running
+from dataflex.bridge import running
 from dataflex.checkpoints.folders import find_checkpoints, mean_learning_rate, trainer_state
 from dataflex.checkpoints.weights import check_moments, checkpoint_moments, load_adapter
-from dataflex.config.keys import RunConfig, load
+from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData, check_rows
 from dataflex.features.gradients import FeatureService
 from dataflex.features.settings import FeatureSettings
@@ -33,7 +33,7 @@ _ONLY_IN_TRAINING = {
 }
 
 
-def build(path: Path, overrides: Sequence[str]) -> None:
+def build(config: RunConfig) -> None:
     """Write one train generation and one generation per target set for every checkpoint.
 
     Checkpoints: `gradstore_checkpoints`, else `resume_from_checkpoint`, else every
@@ -44,7 +44,6 @@ def build(path: Path, overrides: Sequence[str]) -> None:
         BadInput: see `check_gradients`; no checkpoint for Adam features; no moments in one.
         ProvenanceMismatch: the store holds features that can't be compared with these.
     """
-    config = load(path, overrides, arguments.accepted_keys())
     check_inputs(config)
     check_gradients(config)
     settings = feature_settings(config)

@@ -130,7 +130,7 @@ def _trainer_faults(config: RunConfig) -> list[str]:
     ]
     if known.stage not in STAGES:
         faults.append(
-            f"stage is {known.stage!r}; train_type {config.dataflex.train_type} supports "
+            f"stage is {config.shown('stage')}; train_type {config.dataflex.train_type} supports "
             f"{' and '.join(STAGES)}. Use train_type: static for the others."
         )
     if not known.do_train:
@@ -208,8 +208,8 @@ def _lora_faults(config: RunConfig, who: str) -> list[str]:
     kind = config.known.finetuning_type
     if kind != "lora":
         return [
-            f"finetuning_type is {kind!r}, but {who} works on per-sample LoRA gradients: "
-            "supported is finetuning_type: lora (with stage sft or pt)."
+            f"finetuning_type is {config.shown('finetuning_type')}, but {who} works on "
+            "per-sample LoRA gradients: supported is finetuning_type: lora (with stage sft or pt)."
         ]
     adapters = config.known.adapter_name_or_path
     if len(adapters) > 1:
@@ -224,8 +224,10 @@ def _optimizer_faults(config: RunConfig, who: str) -> list[str]:
     )
     optim = config.known.optim
     if optim not in ADAM:
-        return [f"optim is {optim!r}, which keeps no Adam moments by parameter, but {who} needs "
-                f"them. {way_out}"]  # fmt: skip
+        return [
+            f"optim is {config.shown('optim')}, which keeps no Adam moments by parameter, "
+            f"but {who} needs them. {way_out}"
+        ]
     return [
         f"{key} is on, which keeps no Adam moments by parameter, but {who} needs them. "
         f"Set {key}: false, or component_params.gradient_type to sgd or sign."

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.bridge import arguments, running
-from dataflex.config.keys import RunConfig, load
+from dataflex.config.keys import RunConfig
 from dataflex.config.presets import Component
+from dataflex.launch.packages import check_reporters
 from dataflex.launch.preflight import check
 from dataflex.run.messages import Failure, RemoteFailure
 
@@ -28,12 +29,17 @@ FAILURES = "DATAFLEX_FAILURES"
 _log = logging.getLogger(__name__)
 
 
-def train(path: Path, overrides: Sequence[str]) -> None:
-    """Check, then train here or under torchrun as LlamaFactory would: `dataflex-cli train`."""
-    config = load(path, overrides, arguments.accepted_keys())
+def train(config: RunConfig, overrides: Sequence[str]) -> None:
+    """Check, then train here or under torchrun as LlamaFactory would: `dataflex-cli train`.
+
+    Args:
+        config: as `configuration.read` read it.
+        overrides: those of the command line, for the workers, which read it again.
+    """
+    check_reporters(config.llamafactory)
     component = check(config)
     if _enabled("FORCE_TORCHRUN") or arguments.device_count() > 1:
-        _torchrun(path, overrides)
+        _torchrun(config.path, overrides)
     else:
         run(config, component)
 
