@@ -15,6 +15,7 @@ from dataflex.features.gradients import FeatureService
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.store_owner import built_by
 from dataflex.launch.inputs import check_inputs
+from dataflex.launch.losses import Reader, loss_difference
 from dataflex.launch.preflight import check_gradients
 from dataflex.models.precision import autocast
 from dataflex.pipelines.pipeline import build_strategy
@@ -47,6 +48,8 @@ def build(path: Path, overrides: Sequence[str]) -> None:
     config = load(path, overrides, arguments.accepted_keys())
     check_inputs(config)
     check_gradients(config)
+    if told := loss_difference(config.known, "gradstore build", {Reader.GRADIENTS}):
+        _log.warning("%s", told)
     settings = feature_settings(config)
     folders = find_checkpoints(config)
     if not folders and settings.train_features.needs_moments:
