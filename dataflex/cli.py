@@ -30,6 +30,10 @@ Debug = Annotated[
     bool, typer.Option("--debug", help="Show a traceback for every failure; any command takes it.")
 ]
 Version = Annotated[bool, typer.Option("--version", help="Print the version of DataFlex.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check all, measure a few rows, print a forecast."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What Typer answers for Ctrl-C (or raises Abort, by version).
@@ -56,19 +60,19 @@ def options(debug: Debug = False, show_version: Version = False) -> None:
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None) -> None:
+def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train; train_type in CONFIG says what decides about the data (static = LlamaFactory)."""
     from dataflex.launch.train import train as launch
 
-    launch(config, overrides or [])
+    launch(config, overrides or [], dry_run=dry_run)
 
 
 @gradstore_cli.app.command("build")
-def build(config: Config, overrides: Overrides = None) -> None:
+def build(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Write the train and target generations of CONFIG's checkpoints, without training."""
     from dataflex.launch.build import build as run
 
-    run(config, overrides or [])
+    run(config, overrides or [], dry_run=dry_run)
 
 
 @app.command()
