@@ -22,6 +22,7 @@ from dataflex.data.rows import Rows, RunData
 from dataflex.features.embedders import STORED, CurrentModel, Embedder, OwnEncoder
 from dataflex.features.gradients import projection_for
 from dataflex.features.settings import FeatureSettings
+from dataflex.mixers.dynamic_moe import DynamicMoeMixer
 from dataflex.models.passes import batches, row_losses, token_budget
 from dataflex.models.precision import autocast
 from dataflex.pipelines.pipeline import Pipeline
@@ -33,6 +34,7 @@ from dataflex.selectors.by_influence import InfluenceSelector
 from dataflex.selectors.cluster_less import ClusterLessSelector
 from dataflex.selectors.coincide import CoincideSelector
 from dataflex.selectors.nice import NiceSelector
+from dataflex.weighters.base import LossContributor
 from gradstore.capture.modelstate import borrowed
 from gradstore.export.features import Recipe
 from gradstore.export.moments import AdamMoments
@@ -45,6 +47,14 @@ from gradstore.similarity.clusters import rows_read
 
 if TYPE_CHECKING:
     from dataflex.run.schedule import Schedule
+
+
+#: Passes that are named and not measured, by kind of strategy.
+_UNMEASURED: dict[type[Strategy], tuple[str, str]] = {
+    NiceSelector: ("responses", "as long as the model's answers are"),
+    DynamicMoeMixer: ("loads of experts", "a pass over some rows of each domain"),
+    LossContributor: ("weights", "passes over target rows, a reference or a step's window"),
+}
 
 
 def train_forecast(config: RunConfig, component: Component, workers: int) -> list[Forecast]:
@@ -174,10 +184,9 @@ def _passes(run: RunContext, strategy: Strategy, times: int, targets: bool) -> I
             queries, n = sum(len(rows) for rows in run.data.targets), len(run.data.train)
             yield Forecast(f"search of {queries} rows' neighbours", times, n, 0,
                            product_seconds(float(queries) * n * source.dim))  # fmt: skip
-    if isinstance(strategy, NiceSelector):
-        answered = sum(len(rows) for rows in run.data.targets)
-        yield Forecast("responses of nice", times, answered, 0, None,
-                       note="depends on how long the model's answers are")  # fmt: skip
+    for kind, (what, note) in _UNMEASURED.items():
+        if isinstance(strategy, kind):
+            yield Forecast(what, times, 0, 0, None, note=note)
     if isinstance(strategy, InfluenceSelector):
         yield from _gradients(run, strategy.settings, times, strategy)
     if strategy.scores_by_loss:
