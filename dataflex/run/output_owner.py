@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from gradstore.errors import BadInput, StoreIOError
+from gradstore.format.foreign import read_json
 from gradstore.storage.local import StoreFiles
 from gradstore.storage.lock import WriterLock
 from gradstore.storage.replace import replace_file
@@ -24,7 +25,7 @@ def known_identity(output_dir: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
+        return str(read_json(path.read_text(encoding="utf-8"))["run_id"])
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{str(path)!r} is damaged ({error}); remove it.") from error
 
