@@ -14,11 +14,14 @@ from dataflex.data.rows import RunData, check_rows
 from dataflex.features.gradients import FeatureService
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.store_owner import built_by
+from dataflex.launch.dry_run import build_forecast
 from dataflex.launch.inputs import check_inputs
+from dataflex.launch.losses import Reader, loss_difference
 from dataflex.launch.preflight import check_gradients
 from dataflex.models.precision import autocast
 from dataflex.pipelines.pipeline import build_strategy
 from dataflex.run.context import RunContext
+from dataflex.run.forecast import print_forecasts
 from dataflex.selectors.by_influence import InfluenceSelector
 from gradstore.errors import BadInput
 
@@ -33,12 +36,16 @@ _ONLY_IN_TRAINING = {
 }
 
 
-def build(config: RunConfig) -> None:
+def build(config: RunConfig, *, dry_run: bool = False) -> None:
     """Write one train generation and one generation per target set for every checkpoint.
 
     Checkpoints: `gradstore_checkpoints`, else `resume_from_checkpoint`, else every
     `output_dir/checkpoint-*` with an adapter. Features that need no optimizer can also be built
     without any, at the adapter the configuration starts from (step 0).
+
+    Args:
+        config: as `configuration.read` read it.
+        dry_run: print a forecast of the passes instead.
 
     Raises:
         BadInput: see `check_gradients`; no checkpoint for Adam features; no moments in one.
@@ -46,6 +53,8 @@ def build(config: RunConfig) -> None:
     """
     check_inputs(config)
     check_gradients(config)
+    if told := loss_difference(config.known, "gradstore build", {Reader.GRADIENTS}):
+        _log.warning("%s", told)
     settings = feature_settings(config)
     folders = find_checkpoints(config)
     if not folders and settings.train_features.needs_moments:
@@ -63,6 +72,9 @@ def build(config: RunConfig) -> None:
         check_rows(data, needs_targets=True, subtask_sizes=config.dataflex.target_subtasks)
 
     loaded = running.load_run(config, first, check_data)
+    if dry_run:
+        print_forecasts(build_forecast(loaded, config, settings, max(1, len(folders))), world=1)
+        return
     args = loaded.training_args
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "off"
     run = RunContext(
