@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dataflex.bridge import running
-from dataflex.checkpoints.folders import find_checkpoints, mean_learning_rate, trainer_state
+from dataflex.checkpoints.folders import find_checkpoints, mean_learning_rate
+from dataflex.checkpoints.state import trainer_state
 from dataflex.checkpoints.weights import check_moments, checkpoint_moments, load_adapter
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData, check_rows
@@ -104,7 +105,7 @@ def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> Non
         if folder is not None:
             if number > 0:  # the first one's adapter was loaded with the model
                 load_adapter(run.model, folder)
-            previous, step = step, int(trainer_state(folder)["global_step"])
+            previous, step = step, trainer_state(folder).global_step
             rate = mean_learning_rate(folder, previous, step)
             if features.needs_moments:
                 moments = checkpoint_moments(folder, run.model)

@@ -55,7 +55,10 @@ class TrainSession:
         self.checkpoint = resume_point(config)
         self.args = dict(config.llamafactory)
         self.args["resume_from_checkpoint"] = str(self.checkpoint) if self.checkpoint else None
-        if self.checkpoint is None and checkpoints(config.output_dir):
+        if self.checkpoint is not None:
+            # The log of the run that goes on is kept, whatever is overwritten by a new one.
+            self.args["overwrite_output_dir"] = False
+        elif checkpoints(config.output_dir):
             # Only incomplete or unwanted checkpoints: LlamaFactory must not resume from them.
             self.args["overwrite_output_dir"] = True
         self._lock: WriterLock | None = None
