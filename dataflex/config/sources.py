@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+#: Bases that take no parameters of a strategy.
+_WITHOUT_PARAMETERS = ("ABC", "Protocol", "object")
+
 
 @dataclass(frozen=True)
 class SourceField:
@@ -37,20 +40,28 @@ class SourceClass:
     module: str
     node: ast.ClassDef
 
-    def family(self) -> Iterator[SourceClass]:
+    def bases(self) -> list[SourceClass | None]:
+        """Return the bases; None for one whose source is not found, such as a subscripted one."""
+        named = [base for base in self.node.bases if ast.unparse(base) not in _WITHOUT_PARAMETERS]
+        return [
+            find_class(self.module, base.id) if isinstance(base, ast.Name) else None
+            for base in named
+        ]
+
+    def family(self) -> Iterator[SourceClass | None]:
         """Yield the class and its bases, each before its own bases."""
         yield self
-        for base in self.node.bases:
-            found = find_class(self.module, base.id) if isinstance(base, ast.Name) else None
-            if found is not None:
-                yield from found.family()
+        for base in self.bases():
+            if base is None:
+                yield None
+            else:
+                yield from base.family()
 
     def fields(self) -> dict[str, SourceField]:
         """Return a dataclass's fields that its constructor takes, those of its bases first."""
         found: dict[str, SourceField] = {}
-        for base in reversed(self.node.bases):
-            above = find_class(self.module, base.id) if isinstance(base, ast.Name) else None
-            found |= above.fields() if above is not None else {}
+        for base in reversed(self.bases()):
+            found |= base.fields() if base is not None else {}
         body = self.node.body
         for statement, after in zip(body, [*body[1:], None], strict=True):
             if not isinstance(statement, ast.AnnAssign) or not isinstance(
@@ -75,6 +86,8 @@ class SourceClass:
         found: frozenset[str] | None = frozenset()
         names: set[str] = set()
         for each in self.family():
+            if each is None:  # whatever it takes: the class itself will say
+                return None
             if any("dataclass" in ast.unparse(d) for d in each.node.decorator_list):
                 return frozenset(names | set(each.fields()))
             init = each._constructor()

@@ -61,6 +61,7 @@ def test_a_class_is_found_through_imports_and_names(
         "class Last(Named):\n    def __init__(self, c, **rest): super().__init__(**rest)\n"
         "class Any(Base_of_nowhere):\n    def __init__(self, **rest): ...\n"
         "class Plain: ...\n"
+        "class Below(somewhere.Base[int]): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     last, anything, plain = (find_class("unheard_of.last", n) for n in ("Last", "Any", "Plain"))
@@ -70,6 +71,9 @@ def test_a_class_is_found_through_imports_and_names(
     assert anything.parameters() is None
     assert plain is not None
     assert plain.parameters() == frozenset()
+    below = find_class("unheard_of.last", "Below")
+    assert below is not None
+    assert below.parameters() is None
     assert find_class("unheard_of.last", "Nothing") is None
     assert find_class("unheard_of_at_all", "Last") is None
     assert "unheard_of" not in sys.modules
