@@ -37,6 +37,10 @@ Debug = Annotated[
     bool, typer.Option("--debug", help="Show a traceback for every failure; any command takes it.")
 ]
 Version = Annotated[bool, typer.Option("--version", help="Print the version of DataFlex.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check all, measure a few rows, print a forecast."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What Typer answers for Ctrl-C (or raises Abort, by version).
@@ -75,7 +79,7 @@ class TrainHelp(TyperCommand):
 
 
 @app.command(cls=TrainHelp)
-def train(config: Config, overrides: Overrides = None) -> None:
+def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train; train_type in CONFIG says what decides about the data (static = LlamaFactory).
 
     KEY=VALUE takes the place of the whole value in CONFIG, KEY.INNER=VALUE sets one entry of it.
@@ -85,18 +89,18 @@ def train(config: Config, overrides: Overrides = None) -> None:
     checked = read(config, overrides or [])
     from dataflex.launch.train import train as launch  # imports torch
 
-    launch(checked, overrides or [])
+    launch(checked, overrides or [], dry_run=dry_run)
 
 
 @gradstore_cli.app.command("build")
-def build(config: Config, overrides: Overrides = None) -> None:
+def build(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Write the train and target generations of CONFIG's checkpoints, without training."""
     from dataflex.launch.configuration import read
 
     checked = read(config, overrides or [])
     from dataflex.launch.build import build as run  # imports torch
 
-    run(checked)
+    run(checked, dry_run=dry_run)
 
 
 @app.command()

@@ -247,6 +247,7 @@ def print_json(content: object) -> None:
 
 
 def _score(question: Question) -> tuple[list[CheckpointFeatures], Scores]:
+    from gradstore.pace import Pace, long_pass
     from gradstore.scoring.influence import influence_scores
     from gradstore.scoring.pairing import checkpoint_features, parse_which
     from gradstore.store.reader import open_store
@@ -262,10 +263,13 @@ def _score(question: Question) -> tuple[list[CheckpointFeatures], Scores]:
         sizes = [int(size) for size in cut.split(",")] if cut else None
     except ValueError:
         raise BadInput(f"subtasks is {cut!r}; give sizes such as 16,16.") from None
+    n = pairs[-1].train.rows
+    pace = Pace(n, lambda seconds: typer.echo(long_pass("scores", n, seconds), err=True))
     return pairs, influence_scores(
         pairs,
         subtask_sizes=sizes,
         aggregation=question.aggregation,  # type: ignore[arg-type]
+        on_rows=pace.advance,
     )
 
 

@@ -64,6 +64,8 @@ class KnownKeys:
     use_dft_loss: Switch = False
     use_asft_loss: Switch = False
     use_eaft_loss: Switch = False
+    label_smoothing_factor: float = 0.0
+    moe_aux_loss_coef: float | None = None
     # the data
     dataset: Names = ()
     eval_dataset: Names = ()

@@ -8,6 +8,7 @@ from dataflex.config.keys import DataFlexConfig, RunConfig
 from dataflex.config.presets import Component
 from dataflex.config.registry import BY_DOMAIN
 from dataflex.launch.inputs import check_inputs
+from dataflex.launch.losses import loss_difference, loss_faults, readers_of
 from dataflex.mixers.base import Mixer
 from dataflex.mixers.faults import domain_faults, rule_faults
 from dataflex.pipelines.pipeline import Pipeline, build_strategy
@@ -26,9 +27,6 @@ ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_
 
 #: LlamaFactory's switches for optimizers that beat `optim`.
 OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
-
-#: LlamaFactory's switches for losses of its own.
-OTHER_LOSSES = ("use_dft_loss", "use_asft_loss", "use_eaft_loss")
 
 
 def check(config: RunConfig) -> Component | None:
@@ -65,7 +63,11 @@ def check(config: RunConfig) -> Component | None:
         faults += rule_faults(config, strategy)
     if faults:
         raise BadInput("\n".join(faults))
-    for warning in _unused(config, strategy):
+    differing = [
+        loss_difference(config.known, f"component {part.name!r}", readers_of(its_strategy))
+        for part, its_strategy in _parts(component, strategy)
+    ]
+    for warning in [*_unused(config, strategy), *filter(None, differing)]:
         _log.warning("%s", warning)
     return component
 
@@ -169,27 +171,7 @@ def _component_faults(config: RunConfig, component: Component, strategy: Strateg
             "training, which cannot be made while its parameters are sharded: remove fsdp (DDP "
             "works)."
         )
-    faults += _loss_faults(
-        config,
-        name,
-        weights=strategy.reads_losses,
-        watches=strategy.observes,
-    )
-    return faults
-
-
-def _loss_faults(config: RunConfig, who: str, *, weights: bool, watches: bool) -> list[str]:
-    """List options that replace the tokens' cross-entropy, or hide the logits it needs."""
-    if not (weights or watches):
-        return []
-    # Liger's fused loss hides them where the model gets labels; to weight samples, it gets none.
-    hiding = ("use_unsloth", "enable_liger_kernel") if watches else ("use_unsloth",)
-    return [
-        f"{key} is on, which {does} that {who} works with: set {key}: false."
-        for keys, does in ((OTHER_LOSSES, "replaces the loss"), (hiding, "hides the logits"))
-        for key in keys
-        if getattr(config.known, key)
-    ]
+    return faults + loss_faults(config.known, name, readers_of(strategy))
 
 
 def _single_row_faults(config: RunConfig, who: str) -> list[str]:
