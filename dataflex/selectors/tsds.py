@@ -5,6 +5,9 @@ Letters: n training rows, q target rows, k neighbours.
 Where this differs from the authors' code: a row's density is taken over all training rows (beyond
 `DENSITY_SAMPLE` of them over a sample), not over the retrieved neighbours alone; rows are drawn
 without replacement; the search widens to `max_K` where a tenth of the rows leaves mass unplaced.
+
+Cost: one search of q rows among n, and a density, over at most `DENSITY_SAMPLE` rows, of each row
+that the transport reaches: at most as n (benchmarks/tsds_cost.py).
 """
 
 from __future__ import annotations

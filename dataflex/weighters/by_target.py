@@ -131,7 +131,9 @@ class TargetWeighter(Weighter):
         """
         ranks = run.ranks
         total: FloatArray = np.zeros(0)
-        with progress("target embeddings", len(pieces), shown=run.shows_progress) as advance:
+        with progress(
+            "target embeddings", len(pieces), shown=run.shows_progress, told=run.ranks.leads
+        ) as advance:
             for first in range(0, len(pieces), ranks.world):
                 counts = first + ranks.rank < len(pieces)
                 rows, where = pieces[first + ranks.rank if counts else first]
