@@ -105,6 +105,21 @@ def test_a_parameter_of_the_loss_selector_out_of_range_is_refused(
         resolve("dynamic_select", "loss", params).build()
 
 
+def test_a_draw_by_loss_is_another_at_another_step_and_with_another_seed() -> None:
+    board = SimpleNamespace(tokens=0, losses=lambda step, rows, max_rows: np.linspace(1, 2, 200))
+
+    def rows(step: int, seed: int = 1) -> list[int]:
+        context: Any = SimpleNamespace(step=step, candidates=np.arange(200),
+                                       run=SimpleNamespace(board=board))  # fmt: skip
+        selector = resolve("dynamic_select", "loss", {"seed": seed}).build()
+        found: list[int] = selector.select(20, context).indices.tolist()  # type: ignore[attr-defined]
+        return found
+
+    assert rows(5) == rows(5)
+    assert rows(5) != rows(10)
+    assert rows(5) != rows(5, seed=2)
+
+
 POOL = np.array([3, 5, 8, 9, 12])
 
 

@@ -151,6 +151,11 @@ def test_padding_on_either_side_changes_no_embedding(
     mask[:, left : left + t] = True
     torch.testing.assert_close(pool(padded, mask, how), bare, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(bare.norm(dim=1), torch.ones(1))
+    long, short = (
+        pool(states, torch.ones(1, t), how, unit=False),
+        pool(padded, mask, how, unit=False),
+    )
+    torch.testing.assert_close(short, long, rtol=1e-6, atol=1e-6)
 
 
 def test_a_row_without_tokens_and_a_row_with_nan_leave_the_others_alone() -> None:

@@ -104,6 +104,8 @@ def test_a_canary_of_another_length_or_kind_differs() -> None:
     for other in ([1.0], ["a", "b"], None, []):
         assert p.compare({"canary": [1.0, 2.0]}, {"canary": other})
     assert not p.compare({"canary": [1.0, 2.0]}, {"canary": [1.0, 2.0 + 1e-9]})
+    (other,) = p.compare({"canary": [1.0, 2.0]}, {"canary": [1.0, 2.1]})
+    assert "another random stream" in other.line("s")
 
 
 def test_a_row_hash_is_pinned_and_separates_ids_from_labels() -> None:
