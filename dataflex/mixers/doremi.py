@@ -16,6 +16,7 @@ from dataflex.config.registry import register
 from dataflex.data.mixture import domains_of, exponentiated, opening_proportions
 from dataflex.mixers.base import Mixer
 from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.log import record_of
 from dataflex.weighters.base import LossContributor, MeasuredBatch, WeightContext
 from gradstore.storage.replace import replace_file
 
@@ -261,7 +262,8 @@ def forget_after(folder: Path, last_step: int) -> None:
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    held = {line: record_of(line) for line in lines if line.endswith("\n")}
+    kept = [line for line, record in held.items() if record and record["step"] <= last_step]
     replace_file(path, "".join(kept).encode())
 
 
