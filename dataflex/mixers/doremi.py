@@ -262,8 +262,8 @@ def forget_after(folder: Path, last_step: int) -> None:
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    held = {line: record_of(line) for line in lines if line.endswith("\n")}
-    kept = [line for line, record in held.items() if record and record["step"] <= last_step]
+    held = [(line, record_of(line)) for line in lines if line.endswith("\n")]
+    kept = [line for line, record in held if record is not None and record["step"] <= last_step]
     replace_file(path, "".join(kept).encode())
 
 
