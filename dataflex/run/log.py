@@ -139,10 +139,19 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
         return []
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # a kill may have cut the last line
-            event = read_json(line)
+        event = record_of(line)
+        if event is not None and isinstance(event.get("event"), str):
             found[event["event"], event["step"]] = event
     return sorted(found.values(), key=lambda event: int(event["step"]))
+
+
+def record_of(line: str) -> dict[str, Any] | None:
+    """Read a step's line of a record; None where a kill has cut it, or it is damaged."""
+    try:
+        content = read_json(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and type(content.get("step")) is int else None
 
 
 @contextlib.contextmanager
