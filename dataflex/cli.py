@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dataflex.bridge.quiet import choose_verbosity
 from dataflex.run.messages import set_up_logging
 from gradstore import cli as gradstore_cli
 from gradstore.format.names import printable
@@ -30,6 +31,9 @@ Debug = Annotated[
     bool, typer.Option("--debug", help="Show a traceback for every failure; any command takes it.")
 ]
 Version = Annotated[bool, typer.Option("--version", help="Print the version of DataFlex.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Show what LlamaFactory and transformers say, too.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What Typer answers for Ctrl-C (or raises Abort, by version).
@@ -56,16 +60,18 @@ def options(debug: Debug = False, show_version: Version = False) -> None:
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None) -> None:
+def train(config: Config, overrides: Overrides = None, verbose: Verbose = False) -> None:
     """Train; train_type in CONFIG says what decides about the data (static = LlamaFactory)."""
+    choose_verbosity(verbose)
     from dataflex.launch.train import train as launch
 
     launch(config, overrides or [])
 
 
 @gradstore_cli.app.command("build")
-def build(config: Config, overrides: Overrides = None) -> None:
+def build(config: Config, overrides: Overrides = None, verbose: Verbose = False) -> None:
     """Write the train and target generations of CONFIG's checkpoints, without training."""
+    choose_verbosity(verbose)
     from dataflex.launch.build import build as run
 
     run(config, overrides or [])

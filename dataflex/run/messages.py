@@ -7,8 +7,10 @@ rank 0's by every rank. `RemoteFailure` carries it there.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import dataclass
+from typing import TextIO
 
 from gradstore.errors import BadInput, StoreError, StoreIOError
 from gradstore.format.names import printable
@@ -55,13 +57,27 @@ class _PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
+class _BesideBars(logging.StreamHandler[TextIO]):
+    """Handler whose lines take the place of a progress bar, which is drawn again below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        tqdm = sys.modules.get("tqdm")
+        if tqdm is None:  # whoever shows a bar has imported it
+            super().emit(record)
+            return
+        with tqdm.tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 def set_up_logging() -> None:
-    """Send our own messages to stderr, one line each."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Send our own messages to stderr, one line each; of a run's other ranks only warnings."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    handler = _BesideBars(sys.stderr)
     handler.setFormatter(_PrintableFormatter("[dataflex] %(message)s"))
     for name in ("dataflex", "gradstore", "gradkernels"):
         logger = logging.getLogger(name)
         if not logger.handlers:
             logger.addHandler(handler)
-            logger.setLevel(logging.INFO)
+            logger.setLevel(level)
             logger.propagate = False
