@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dataflex.bridge.quiet import choose_verbosity
-from dataflex.run.messages import set_up_logging
+from dataflex.run.messages import explain, set_up_logging, show_traceback
 from gradstore import cli as gradstore_cli
 from gradstore.format.names import printable
 
@@ -109,8 +108,6 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    from dataflex.run.messages import explain
-
     debug = "--debug" in arguments
     try:
         words = [word for word in arguments if word != "--debug"]
@@ -128,7 +125,7 @@ def _run(arguments: list[str]) -> int:
         if failure is None:
             raise
         if debug:
-            traceback.print_exception(error)
+            show_traceback(type(error), error, error.__traceback__)
     if failure is None:
         return 1
     typer.echo(f"error: {printable(failure.message)}", err=True)

@@ -19,6 +19,7 @@ from dataflex.config.known import KnownKeys
 from dataflex.config.parameters import converted
 from dataflex.config.presets import PACKAGED_PRESETS, Component, resolve
 from dataflex.config.registry import KINDS, unknown
+from dataflex.config.secrets import keep_secrets
 from dataflex.config.values import Numbers, Text, Texts, Whole, Wholes
 from gradstore.errors import BadInput
 
@@ -139,6 +140,7 @@ def load(path: Path, overrides: Sequence[str], accepted: Collection[str]) -> Run
         BadInput: every fault found, one per line.
     """
     merged = _read(path, overrides)
+    keep_secrets(merged)
     own = {f.name for f in fields(DataFlexConfig)}
     if extra := set(merged) - own - set(accepted):
         raise BadInput(f"{path}: {unknown('key', extra, own | set(accepted))}")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dataflex.config.secrets import without_secrets
 from gradstore.format.names import printable
 from gradstore.storage.replace import replace_file
 
@@ -34,7 +35,8 @@ _log = logging.getLogger(__name__)
 class SelectionEvent:
     """A selection's line of events.jsonl. Seconds are wall-clock; tokens are those of all passes.
 
-    `chosen` counts the chosen rows by data set.
+    `chosen` counts the chosen rows by data set, `train_sets` all training rows; `won` counts the
+    chosen rows by the target that each helps most. `distinct` of the chosen rows are no copies.
     """
 
     step: int
@@ -48,6 +50,9 @@ class SelectionEvent:
     pause_seconds: float = 0.0
     skipped: Mapping[str, int] = field(default_factory=dict)
     chosen: Mapping[str, int] = field(default_factory=dict)
+    train_sets: Mapping[str, int] = field(default_factory=dict)
+    won: Mapping[str, int] = field(default_factory=dict)
+    distinct: int = 0
 
 
 class RunLog:
@@ -77,7 +82,7 @@ class RunLog:
         content = {
             "indices": indices.tolist(),
             "metric": {"score": listed},
-            "manifest": dict(manifest),
+            "manifest": without_secrets(manifest),
         }
         path = self.folder / "selections" / f"step_{step}.json"
         replace_file(path, json.dumps(content).encode())
@@ -110,7 +115,7 @@ class RunLog:
         _log.info("step %d: %s %s", step, component, summary)
         kept = self._updates if in_table else self._lines
         kept.append((step, component, summary, values.get("pause_seconds")))
-        line = {"event": kind, "step": step, "component": component, **values}
+        line = {"event": kind, "step": step, "component": component, **without_secrets(values)}
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

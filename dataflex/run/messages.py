@@ -9,19 +9,25 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TextIO
 
+from dataflex.config.secrets import redacted
 from gradstore.errors import BadInput, StoreError, StoreIOError
 from gradstore.format.names import printable
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One message for stderr and the code the process exits with."""
+    """One message for stderr, without known secrets, and the code the process exits with."""
 
     code: int
     message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", redacted(self.message))
 
 
 class RemoteFailure(StoreError):
@@ -49,12 +55,19 @@ def explain(error: BaseException) -> Failure | None:
     return None
 
 
+def show_traceback(
+    kind: type[BaseException], error: BaseException, where: TracebackType | None
+) -> None:
+    """Print a traceback to stderr, as Python does, but without known secrets."""
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, where))))
+
+
 class _PrintableFormatter(logging.Formatter):
-    """Formatter whose lines hold no control character, whatever name is in them."""
+    """Formatter whose lines hold no control character and no known secret, whatever they quote."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Format a record."""
-        return printable(super().format(record))
+        return printable(redacted(super().format(record)))
 
 
 class _BesideBars(logging.StreamHandler[TextIO]):
@@ -72,6 +85,7 @@ class _BesideBars(logging.StreamHandler[TextIO]):
 
 def set_up_logging() -> None:
     """Send our own messages to stderr, one line each; of a run's other ranks only warnings."""
+    sys.excepthook = show_traceback
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     handler = _BesideBars(sys.stderr)
     handler.setFormatter(_PrintableFormatter("[dataflex] %(message)s"))

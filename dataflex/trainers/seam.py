@@ -22,6 +22,7 @@ import torch
 from dataflex.checkpoints.state import RunState, load_state
 from dataflex.config.presets import RETIRED
 from dataflex.config.registry import target_of
+from dataflex.config.secrets import without_secrets
 from dataflex.models.experts import freeze_routers, load_experts
 from dataflex.models.passes import row_losses
 from dataflex.run.board import Scoreboard
@@ -136,7 +137,7 @@ class Seam:
             run_id=self.run.run_id,
             schedule=(s.warmup_step, s.update_step, s.update_times),
             rows_sha256=self.rows_sha256,
-            settings=self.settings(),
+            settings=without_secrets(self.settings()),
             component=self.run.strategy.state(),
             more=self.more_state(),
         )
@@ -228,8 +229,8 @@ class Seam:
                 f"{state.schedule}, this configuration has {now}. "
                 "Restore the values, or start a new run with overwrite_output_dir: true."
             )
-        settings = self.settings()
-        held = _comparable(state.settings)
+        settings = without_secrets(self.settings())
+        held = without_secrets(_comparable(state.settings))
         changed = sorted(k for k in {*settings, *held} if settings.get(k) != held.get(k))
         if changed:
             raise BadInput(
