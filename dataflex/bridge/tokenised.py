@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataflex.data.rows import ROW_FIELDS
 from gradstore.errors import DamagedData, ProvenanceMismatch
+from gradstore.format.foreign import read_json
 from gradstore.storage.replace import replace_file
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class TokenisedPath:
     def _manifest(self) -> dict[str, Any]:
         """Read the folder's manifest, and raise ProvenanceMismatch unless it matches this run."""
         try:
-            held = dict(json.loads((self.path / MANIFEST).read_text(encoding="utf-8")))
+            held = dict(read_json((self.path / MANIFEST).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise ProvenanceMismatch(
                 f"tokenized_path {str(self.path)!r} holds no readable {MANIFEST}: it was not made "

@@ -6,7 +6,6 @@ would stop at the first, name no accepted keys, and has an option to ignore miss
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -14,7 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, doc
+from omegaconf import DictConfig, OmegaConf
 
+from dataflex.config.documents import at_home, faults_of, overridden, read_settings
 from dataflex.config.known import KnownKeys
 from dataflex.config.parameters import converted
 from dataflex.config.presets import PACKAGED_PRESETS, Component, resolve
@@ -133,7 +134,7 @@ def load(path: Path, overrides: Sequence[str], accepted: Collection[str]) -> Run
 
     Args:
         path: the configuration file.
-        overrides: `key=value` or `nested.key=value`, as LlamaFactory takes them.
+        overrides: `key=value` or `nested.key=value`; see `documents.overridden`.
         accepted: the keys LlamaFactory itself knows.
 
     Raises:
@@ -165,25 +166,9 @@ class _DataSets:
 
 
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    import yaml
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if bad := [o for o in overrides if "=" not in o]:
-        raise BadInput(f"override {bad[0]!r} is not key=value.")
-    try:
-        if path.suffix == ".json":
-            base = OmegaConf.create(json.loads(path.read_text(encoding="utf-8")))
-        else:
-            base = OmegaConf.load(path)
+    with faults_of(f"configuration {str(path)!r}"):
+        base = read_settings(path)
         if not isinstance(base, DictConfig):
             raise BadInput(f"{path}: expected a mapping of keys to values at the top.")
-        merged = OmegaConf.merge(base, OmegaConf.from_cli(list(overrides)))
-        found = OmegaConf.to_container(merged, resolve=True)
-    except FileNotFoundError as error:
-        raise BadInput(f"configuration {str(path)!r} does not exist.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"configuration {str(path)!r} cannot be read: {error}") from error
-    except (yaml.YAMLError, json.JSONDecodeError, OmegaConfBaseException, TypeError) as error:
-        raise BadInput(f"{path}: {' '.join(str(error).split())}") from error
-    return {str(key): value for key, value in dict(found).items()}  # type: ignore[arg-type]
+        found = OmegaConf.to_container(overridden(base, overrides), resolve=True)
+        return {str(key): at_home(value) for key, value in dict(found).items()}  # type: ignore[arg-type]

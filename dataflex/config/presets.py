@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from dataflex.config.documents import at_home, faults_of, read_settings
 from dataflex.config.parameters import faults
 from dataflex.config.registry import (
     KINDS,
@@ -141,24 +144,14 @@ def presets_of(
         BadInput: the file cannot be read, names a placeholder that is none, or the bucket is no
             mapping of mappings.
     """
-    import yaml
-    from omegaconf import OmegaConf  # reads 1e-5 as a number, as in the run's own YAML
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        loaded = OmegaConf.load(path)
+    with faults_of(f"components_cfg_file {str(path)!r}"):
+        loaded = read_settings(path)
         if placeholders is None or not OmegaConf.is_dict(loaded):
             content = OmegaConf.to_container(loaded)
         else:
             known = {key: value for key, value in placeholders.items() if key not in loaded}
             content = OmegaConf.to_container(OmegaConf.merge(known, loaded), resolve=True)
-    except OmegaConfBaseException as error:
-        reason = " ".join(str(error).split())
-        raise BadInput(f"components_cfg_file {str(path)!r}: {reason}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"components_cfg_file {str(path)!r} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise BadInput(f"components_cfg_file {str(path)!r} is not YAML: {error}") from error
+        content = at_home(content)
     if not isinstance(content, dict):
         raise BadInput(f"components_cfg_file {str(path)!r} is no mapping of kinds to presets.")
     presets = content.get(bucket) or content.get(OLD_BUCKETS.get(bucket, bucket)) or {}

@@ -13,15 +13,24 @@ from dataflex.config.keys import RunConfig, load
 from dataflex.data.rows import RunData, check_rows
 from dataflex.features.gradients import FeatureService
 from dataflex.features.settings import FeatureSettings
+from dataflex.features.store_owner import built_by
 from dataflex.launch.inputs import check_inputs
 from dataflex.launch.preflight import check_gradients
 from dataflex.models.precision import autocast
 from dataflex.pipelines.pipeline import build_strategy
 from dataflex.run.context import RunContext
-from dataflex.run.output_owner import output_identity
+from dataflex.selectors.by_influence import InfluenceSelector
 from gradstore.errors import BadInput
 
 _log = logging.getLogger(__name__)
+
+#: Methods by which a selector's generations differ in training from those built here.
+_ONLY_IN_TRAINING = {
+    "target_source": "makes target features of its own; built here are the gradients of the target "
+    "rows' answers",
+    "sample": "takes the gradients of some rows that stand for all; built here are those of every "
+    "row",
+}
 
 
 def build(path: Path, overrides: Sequence[str]) -> None:
@@ -63,7 +72,7 @@ def build(path: Path, overrides: Sequence[str]) -> None:
         collate=loaded.collate,
         model=loaded.model,
         output_dir=config.output_dir,
-        run_id=output_identity(config.output_dir),
+        run_id=built_by(config),
         seed=int(args.seed),
         autocast=precision,
     )
@@ -95,18 +104,31 @@ def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> Non
 
 
 def feature_settings(config: RunConfig) -> FeatureSettings:
-    """Return the settings of the configured component, or of `less` where it has none."""
+    """Return the settings of the configured component's gradient features.
+
+    A component that takes no gradients into a store gets those of `less` with its defaults, and so
+    does `train_type: static`; a warning names what such a store holds otherwise than training.
+
+    Raises:
+        BadInput: no such component, or a parameter that it refuses.
+    """
     ours = config.dataflex
-    less, name = ("dynamic_select", "less"), (ours.train_type, ours.component_name)
-    component = config.component(
-        *(less if ours.train_type == "static" else name), ours.component_params
-    )
-    settings = build_strategy(component).settings
-    if settings is None:
-        settings = build_strategy(config.component(*less, {})).settings
-    if not isinstance(settings, FeatureSettings):
-        raise BadInput(
-            f"component {component.name!r} does not define gradient features; choose one that "
-            "does, such as less."
-        )
-    return settings
+    less = build_strategy(config.component("dynamic_select", "less", {})).gradient_features
+    assert isinstance(less, FeatureSettings)
+    if ours.train_type == "static":
+        return less
+    component = config.component(ours.train_type, ours.component_name, ours.component_params)
+    strategy = build_strategy(component)
+    found = strategy.gradient_features
+    if not isinstance(found, FeatureSettings):
+        _log.warning(
+            "component %r stores no gradients: these are those of less with its defaults (%s, %s, "
+            "proj_dim %d); component_name: less sets others",
+            component.name, less.gradient_type, less.proj_method, less.proj_dim,
+        )  # fmt: skip
+        return less
+    if isinstance(strategy, InfluenceSelector):
+        for method, otherwise in _ONLY_IN_TRAINING.items():
+            if getattr(type(strategy), method) is not getattr(InfluenceSelector, method):
+                _log.warning("component %r in training %s", component.name, otherwise)
+    return found

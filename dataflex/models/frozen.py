@@ -18,6 +18,7 @@ from torch import Tensor
 from dataflex.models.precision import autocast
 from gradstore.capture.losses import Targets, target_losses
 from gradstore.errors import BadInput
+from gradstore.format.foreign import read_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,8 +41,7 @@ def reference_faults(path: object, key: str) -> list[str]:
         return [f"{key} is {path!r}; name the folder (or hub id) of a trained model or adapter."]
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        looks_local = folder.is_absolute() or path.startswith(".") or len(folder.parts) > 2
-        return [f"{key} {path!r} is not a folder on this machine."] if looks_local else []
+        return missing_folder_faults(key, path)
     if not any((folder / name).is_file() for name in (MODEL, ADAPTER)):
         return [f"{key} {path!r} holds no model: neither {MODEL} nor {ADAPTER} is there."]
     return []
@@ -202,9 +202,23 @@ def model_path_faults(key: str, path: str) -> list[str]:
     folder = Path(path).expanduser()
     if folder.is_dir():
         try:
-            json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            read_object((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             return [f"{key} {path!r} has no readable config.json: {error}"]
-    elif folder.is_absolute() or path.startswith(".") or len(folder.parts) > 2:
-        return [f"{key} {path!r} is not a folder on this machine."]
-    return []
+        return []
+    return missing_folder_faults(key, path)
+
+
+def missing_folder_faults(key: str, path: str) -> list[str]:
+    """List the fault of a model's path that is no folder and cannot be a hub id."""
+    folder = Path(path).expanduser()
+    if not (folder.is_absolute() or path.startswith(".") or len(folder.parts) > 2):
+        return []
+    step = how_to_bring(folder) or f"Correct the path (from {str(Path.cwd())!r}), or name a hub id."
+    return [f"{key} {path!r} is not a folder on this machine. {step}"]
+
+
+def how_to_bring(folder: Path) -> str:
+    """Name the command that brings a missing folder: the `prepare.py` beside it; else nothing."""
+    script = folder.expanduser().parent / "prepare.py"
+    return f"Bring it with `python {script}`." if script.is_file() else ""

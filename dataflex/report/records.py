@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.run.log import read_events
+from gradstore.format.foreign import read_json
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -65,7 +65,7 @@ class Records:
             folder: `output_dir/dataflex`.
         """
         path = folder.parent / "trainer_state.json"
-        state = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        state = read_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
         losses, evaluated = _history(state.get("log_history", ()))
         name = "/".join(folder.resolve().parent.parts[-2:])
         steps = int(state.get("global_step", 0))
@@ -130,7 +130,7 @@ def _answers(folder: Path) -> list[Chosen]:
     """Read every file of selections, sorted by step."""
     found = []
     for path in (folder / "selections").glob("step_*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path.read_text(encoding="utf-8"))
         rows = np.asarray(content["indices"], dtype=np.int64)
         scores = np.full(len(rows), np.nan)
         given = content["metric"].get("score") or []

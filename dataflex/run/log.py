@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.config.secrets import without_secrets
+from gradstore.format.foreign import read_json
 from gradstore.format.names import printable
 from gradstore.storage.replace import replace_file
 
@@ -173,8 +174,8 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
         return []
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut the last line
-            event = json.loads(line)
+        with contextlib.suppress(ValueError):  # a kill may have cut the last line
+            event = read_json(line)
             found[event["event"], event["step"]] = event
     return sorted(found.values(), key=lambda event: int(event["step"]))
 

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import uuid
 from pathlib import Path
 
 from gradstore.errors import BadInput, StoreIOError
+from gradstore.format.foreign import read_json
 from gradstore.storage.local import StoreFiles
 from gradstore.storage.lock import WriterLock
 from gradstore.storage.replace import replace_file
 
 _log = logging.getLogger(__name__)
-
-
-def output_identity(output_dir: Path) -> str:
-    """Return the id of the run that owns `output_dir`, created at first use.
-
-    Raises:
-        BadInput: the file that holds it is damaged.
-    """
-    run_id = known_identity(output_dir)
-    if run_id is None:
-        run_id = uuid.uuid4().hex
-        remember_identity(output_dir, run_id)
-    return run_id
 
 
 def known_identity(output_dir: Path) -> str | None:
@@ -38,7 +25,7 @@ def known_identity(output_dir: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
+        return str(read_json(path.read_text(encoding="utf-8"))["run_id"])
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{str(path)!r} is damaged ({error}); remove it.") from error
 

@@ -57,8 +57,9 @@ class Strategy:
     paper: ClassVar[str] = ""
     #: component_params that change no result: a resume may use other values.
     neutral: ClassVar[frozenset[str]] = frozenset()
-    #: How gradient features are made (`FeatureSettings`), for `gradstore build`; None: not at all.
-    settings: Any = None
+    #: Settings of its gradient features (`FeatureSettings`), which `gradstore build` follows; None
+    #: where it takes no gradients into a store.
+    gradient_features: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - of other bases
         """Make the constructor refuse values that its signature does not allow."""

@@ -71,7 +71,7 @@ class InfluenceSelector(Selector):
         unique: bool = False,
         **features: Annotated[Any, FeatureSettings],  # noqa: ANN401 - those of that class
     ) -> None:
-        self.settings = FeatureSettings(**features)
+        self.settings = self.gradient_features = FeatureSettings(**features)
         if scoring == "direct" and checkpoints != "last":
             raise ValueError(
                 f"checkpoints is {checkpoints!r}, but scoring: direct keeps no features of earlier "

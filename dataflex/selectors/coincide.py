@@ -5,7 +5,6 @@ Letters: n rows, k clusters, m chosen.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,12 @@ from annotated_types import Gt, Le, MinLen
 from dataflex.config.parameters import Count, ModelDtype, ModelName, Natural
 from dataflex.config.registry import register
 from dataflex.data.images import have_pictures
+from dataflex.models.frozen import model_path_faults
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, Selector
 from gradstore.errors import BadInput
+from gradstore.format.foreign import read_object
 from gradstore.similarity.coresets import Groups
 
 if TYPE_CHECKING:
@@ -127,7 +128,10 @@ class CoincideSelector(Selector):
             file = Path(str(path)).expanduser() / "config.json"
             if path is None or not file.is_file():
                 continue
-            content = json.loads(file.read_text(encoding="utf-8"))
+            if broken := model_path_faults(key, str(path)):
+                faults += broken
+                continue
+            content = read_object(file.read_text(encoding="utf-8"))
             if not set(VISUAL_KEYS) & set(content):
                 faults.append(
                     f"component coincide needs a vision-language model, but {key} {str(path)!r} "

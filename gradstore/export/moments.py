@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from gradstore.capture.slots import ParameterSlot, parameter_name
 from gradstore.errors import BadInput, DamagedData
+from gradstore.format.foreign import read_json
 from gradstore.storage.replace import replace_file
 
 _FORMAT = "dataflex-adam-moments-1"
@@ -227,7 +228,7 @@ def _parse(
     path: Path, text: str, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, ParameterMoments]]:
     try:
-        constants: dict[str, dict[str, Any]] = json.loads(text)
+        constants: dict[str, dict[str, Any]] = read_json(text)
         expected: Iterable[str] = {f"{part}.{name}" for name in constants for part in "mv"}
         if set(expected) != set(tensors):
             odd = sorted(set(expected) ^ set(tensors))
