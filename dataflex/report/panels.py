@@ -110,7 +110,8 @@ def positions(axis: Axes, run: Records) -> None:
     axis.set_xlim(0, last)
     _whole_numbers(axis)
     axis.set_xlabel(printable(f"row of {run.only_set}"), fontsize=9, parse_math=False)
-    axis.figure.colorbar(shown, ax=axis, label="share chosen", pad=0.01)
+    if width > 1:
+        axis.figure.colorbar(shown, ax=axis, label="share chosen", pad=0.01)
 
 
 def order(axis: Axes, run: Records) -> None:
@@ -156,7 +157,7 @@ def lines(key: str) -> Callable[[Axes, Records], None]:
             points = [(int(e["step"]), float(e[key][name]))
                       for e in run.events if name in (e.get(key) or {})]  # fmt: skip
             axis.plot(*_columns(points), color=colour, **_marker(points))
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         _legend(axis, names, more=len(sums) - len(names))
 
     return fill

@@ -76,6 +76,8 @@ def draw(folder: Path) -> Path | None:
 def title_of(run: Records) -> str:
     """Name what is decided, the strategy that does it, and the run."""
     by = ", ".join(sorted({str(e["component"]) for e in run.events}))
+    if stages := run.names("kept"):
+        by += f" ({', '.join(stages)})"
     what = DECIDES.get(str(run.events[0]["event"]), "Data decided")
     return printable(f"{what} by {by}\nrun {run.name}, {run.end} steps")
 

@@ -70,9 +70,9 @@ def score_metrics(scores: npt.NDArray[np.floating[Any]] | None) -> dict[str, flo
     }
 
 
-def count_by_set(chosen: Mapping[str, int]) -> str:
-    """Write how many rows the data sets gave that gave most, where there are several."""
-    return f" ({largest(chosen, 'd')})" if len(chosen) > 1 else ""
+def count_by_set(chosen: Mapping[str, int], sets: int) -> str:
+    """Write how many rows the data sets gave that gave most, where there are several `sets`."""
+    return f" ({largest(chosen, 'd')})" if sets > 1 else ""
 
 
 def won_by(won: Mapping[str, int]) -> str:

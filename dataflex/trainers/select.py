@@ -72,7 +72,8 @@ class SelectSeam(RowSeam):
         )
         for warning in warnings_of(event, len(np.unique(rows))):
             _log.warning("step %d: %s", step, warning)
-        summary = f"chose {len(rows)} of {len(train)} rows{count_by_set(event.chosen)}"
+        sets = count_by_set(event.chosen, len(event.train_sets))
+        summary = f"chose {len(rows)} of {len(train)} rows{sets}"
         if event.distinct < len(np.unique(rows)):
             summary += f", {event.distinct} of them distinct"
         self.log_files.update(

@@ -43,11 +43,12 @@ def test_a_choice_of_one_row_or_by_one_target_is_warned_of() -> None:
 
 def test_of_many_data_sets_a_line_names_those_that_gave_most() -> None:
     chosen = {f"set_{i}": 100 - i for i in range(50)}
-    shown = count_by_set(chosen)
+    shown = count_by_set(chosen, 50)
     assert shown.startswith(" (set_0 100, ")
     assert shown.endswith(" and 42 more)")
     assert len(shown) < 120
-    assert count_by_set({"one": 4}) == ""
+    assert count_by_set({"one": 4}, 1) == ""
+    assert count_by_set({"one": 4}, 2) == " (one 4)"
     assert won_by({"a": 3, "b": 0}) == "; won by a 3, b 0"
     assert won_by({}) == ""
 
