@@ -45,10 +45,13 @@ def read_settings(path: Path) -> DictConfig | ListConfig:
         Exception: as `faults_of` converts it.
     """
     text = path.read_text(encoding="utf-8-sig")
+    settings: DictConfig | ListConfig
     if path.suffix == ".json":
-        return OmegaConf.create(read_json(text))
-    _check_nesting(text)
-    return OmegaConf.load(io.StringIO(text))
+        settings = OmegaConf.create(read_json(text))
+    else:
+        _check_nesting(text)
+        settings = OmegaConf.load(io.StringIO(text))
+    return settings
 
 
 def overridden(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:

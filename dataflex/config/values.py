@@ -52,12 +52,18 @@ def _is_not_blank(text: str) -> bool:
     return bool(text.strip())
 
 
-Text = Annotated[str, Predicate(_is_not_blank), doc("a name or a path")]
+_NotBlank = Predicate(_is_not_blank)
+Name = Annotated[str, _NotBlank, doc("a name")]
+ComponentName = Annotated[
+    str, _NotBlank, doc("a preset's or strategy's name (`dataflex-cli components` lists them)")
+]
+PathText = Annotated[str, _NotBlank, doc("a path")]
 Whole = Annotated[int, BeforeValidator(as_int)]
 Number = Annotated[float, BeforeValidator(as_number)]
 
-Texts = Annotated[
-    tuple[Text, ...], BeforeValidator(as_tuple), doc("a name or a path, or a list of them")
+NameList = Annotated[tuple[Name, ...], BeforeValidator(as_tuple), doc("a name, or a list of them")]
+PathList = Annotated[
+    tuple[PathText, ...], BeforeValidator(as_tuple), doc("a path, or a list of them")
 ]
 Wholes = Annotated[
     tuple[Whole, ...], BeforeValidator(as_tuple), doc("a whole number, or a list of them")

@@ -6,19 +6,23 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataflex.bridge import arguments, running
-from dataflex.checkpoints.folders import find_checkpoints, mean_learning_rate, trainer_state
+from dataflex.bridge import running
+from dataflex.checkpoints.folders import find_checkpoints, mean_learning_rate
+from dataflex.checkpoints.state import trainer_state
 from dataflex.checkpoints.weights import check_moments, checkpoint_moments, load_adapter
-from dataflex.config.keys import RunConfig, load
+from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData, check_rows
 from dataflex.features.gradients import FeatureService
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.store_owner import built_by
+from dataflex.launch.dry_run import build_forecast
 from dataflex.launch.inputs import check_inputs
+from dataflex.launch.losses import Reader, loss_difference
 from dataflex.launch.preflight import check_gradients
 from dataflex.models.precision import autocast
 from dataflex.pipelines.pipeline import build_strategy
 from dataflex.run.context import RunContext
+from dataflex.run.forecast import print_forecasts
 from dataflex.selectors.by_influence import InfluenceSelector
 from gradstore.errors import BadInput
 
@@ -33,20 +37,25 @@ _ONLY_IN_TRAINING = {
 }
 
 
-def build(path: Path, overrides: Sequence[str]) -> None:
+def build(config: RunConfig, *, dry_run: bool = False) -> None:
     """Write one train generation and one generation per target set for every checkpoint.
 
     Checkpoints: `gradstore_checkpoints`, else `resume_from_checkpoint`, else every
     `output_dir/checkpoint-*` with an adapter. Features that need no optimizer can also be built
     without any, at the adapter the configuration starts from (step 0).
 
+    Args:
+        config: as `configuration.read` read it.
+        dry_run: print a forecast of the passes instead.
+
     Raises:
         BadInput: see `check_gradients`; no checkpoint for Adam features; no moments in one.
         ProvenanceMismatch: the store holds features that can't be compared with these.
     """
-    config = load(path, overrides, arguments.accepted_keys())
     check_inputs(config)
     check_gradients(config)
+    if told := loss_difference(config.known, "gradstore build", {Reader.GRADIENTS}):
+        _log.warning("%s", told)
     settings = feature_settings(config)
     folders = find_checkpoints(config)
     if not folders and settings.train_features.needs_moments:
@@ -64,6 +73,9 @@ def build(path: Path, overrides: Sequence[str]) -> None:
         check_rows(data, needs_targets=True, subtask_sizes=config.dataflex.target_subtasks)
 
     loaded = running.load_run(config, first, check_data)
+    if dry_run:
+        print_forecasts(build_forecast(loaded, config, settings, max(1, len(folders))), world=1)
+        return
     args = loaded.training_args
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "off"
     run = RunContext(
@@ -93,7 +105,7 @@ def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> Non
         if folder is not None:
             if number > 0:  # the first one's adapter was loaded with the model
                 load_adapter(run.model, folder)
-            previous, step = step, int(trainer_state(folder)["global_step"])
+            previous, step = step, trainer_state(folder).global_step
             rate = mean_learning_rate(folder, previous, step)
             if features.needs_moments:
                 moments = checkpoint_moments(folder, run.model)

@@ -85,6 +85,7 @@ class Pipeline(Strategy):
         self.needs_targets = any(s.needs_targets for s in strategies)
         self.needs_moments = any(s.needs_moments for s in strategies)
         self.reads_losses = any(s.reads_losses for s in strategies)
+        self.scores_by_loss = any(s.scores_by_loss for s in strategies)
         self.observes = any(s.observes for s in strategies)
         self.whole_model = frozenset().union(*(s.whole_model for s in strategies))
         settings = (s.gradient_features for s in strategies)

@@ -48,6 +48,8 @@ class Strategy:
     needs_moments: bool = False
     #: Weights the losses of training: options that replace them are refused.
     reads_losses: bool = False
+    #: Compares rows by their losses, in passes of its own. May depend on the parameters.
+    scores_by_loss: bool = False
     #: Gets the training losses of every step (`observe`).
     observes: bool = False
     #: Ways to spread a model over devices (FSDP, ZERO3) under which this strategy's own passes over

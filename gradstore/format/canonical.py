@@ -43,7 +43,10 @@ def plain(value: object, where: str = "value") -> Json:
     if isinstance(value, (float, np.floating)):
         number = float(value)
         if not math.isfinite(number):
-            raise BadInput(f"{where} is {number}; only finite numbers can be recorded")
+            raise BadInput(
+                f"{where} is {number}; only finite numbers can be recorded; "
+                "leave it out, or give None"
+            )
         return number
     if isinstance(value, np.ndarray):
         return plain(value.tolist(), where)
@@ -54,7 +57,10 @@ def plain(value: object, where: str = "value") -> Json:
         return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    raise BadInput(f"{where} is of type {type(value).__name__}, which has no JSON form")
+    raise BadInput(
+        f"{where} is of type {type(value).__name__}, which has no JSON form; "
+        "give numbers, text, lists or mappings"
+    )
 
 
 def canonical_json(value: object) -> bytes:

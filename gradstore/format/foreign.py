@@ -8,7 +8,6 @@ this project writes is nested a hundredth as deeply.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 #: Lists and mappings inside each other that a document may have.
@@ -18,7 +17,7 @@ MOST_NESTED = 100
 TOO_DEEP = f"it nests more than {MOST_NESTED} lists or mappings inside each other"
 
 
-def read_json(document: str | bytes, **rules: Callable[..., Any]) -> Any:  # noqa: ANN401 - JSON
+def read_json(document: str | bytes, **rules: Any) -> Any:  # noqa: ANN401 - JSON
     """Parse JSON that was not made by this process.
 
     Args:
@@ -45,7 +44,7 @@ def read_json(document: str | bytes, **rules: Callable[..., Any]) -> Any:  # noq
     raise ValueError(TOO_DEEP)
 
 
-def read_object(document: str | bytes, **rules: Callable[..., Any]) -> dict[str, Any]:
+def read_object(document: str | bytes, **rules: Any) -> dict[str, Any]:  # noqa: ANN401 - hooks
     """Parse one JSON object that was not made by this process.
 
     Raises:

@@ -42,7 +42,10 @@ class IndexCache:
     def __init__(self, folder: Path, identity: Mapping[str, str | int]) -> None:
         sha = str(identity["commit_sha"])
         if not _SHA.fullmatch(sha):
-            raise BadInput(f"commit sha {sha!r} is no hex digest; it can't name an index")
+            raise BadInput(
+                f"commit sha {sha!r} is no hex digest; it can't name an index; "
+                "give the generation's commit_sha"
+            )
         self._folder = folder
         self._place = folder / sha
         self._identity = {"format": FORMAT, **identity}

@@ -187,7 +187,9 @@ def test_build_from_checkpoints_of_plain_llamafactory(
     ok(cli("train", path))
     assert (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").exists()
     plain = files_of(tmp_path / "run")
-    ok(cli("gradstore", "build", path, f"gradstore_checkpoints={tmp_path / 'run/checkpoint-2'}"))
+    told = ok(cli("gradstore", "build", path, "label_smoothing_factor=0.1",
+                  f"gradstore_checkpoints={tmp_path / 'run/checkpoint-2'}"))  # fmt: skip
+    assert "gradstore build compares rows by the plain cross-entropy" in " ".join(told.err.split())
     ok(cli("gradstore", "build", path))  # the same builder, though nothing remembers it
     store = open_store(tmp_path / "run" / "gradstore")
     assert [g.name for g in store.generations() if g.role == "train"] == ["train/2", "train/4"]

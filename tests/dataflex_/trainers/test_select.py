@@ -55,10 +55,10 @@ def test_of_many_data_sets_a_line_names_those_that_gave_most() -> None:
 
 def test_settings_that_have_no_order_are_compared_without_one() -> None:
     """LlamaFactory makes a set of additional_target, which JSON could not keep."""
-    from dataflex.trainers.seam import _comparable
+    from dataflex.trainers.settings import comparable
 
-    found = _comparable({"additional_target": {"lm_head", "embed_tokens"}, "lora_rank": 4,
+    found = comparable({"additional_target": {"lm_head", "embed_tokens"}, "lora_rank": 4,
                          "lora_target": ["v_proj", "q_proj"]})  # fmt: skip
     assert found == {"additional_target": ["embed_tokens", "lm_head"], "lora_rank": 4,
                      "lora_target": ["q_proj", "v_proj"]}  # fmt: skip
-    assert _comparable({"additional_target": None}) == {"additional_target": None}
+    assert comparable({"additional_target": None}) == {"additional_target": None}
