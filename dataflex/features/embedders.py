@@ -17,7 +17,7 @@ from dataflex.models.encoders import (
     find_encoder,
     looks_local,
 )
-from dataflex.models.passes import token_budget
+from dataflex.models.passes import longest_row, token_budget
 from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows
 from gradstore.errors import BadInput
@@ -114,7 +114,6 @@ class CurrentModel:
         check_layer(settings.layer, int(text.num_hidden_layers) + 1)
         self.space = f"hidden.layer{settings.layer:+d}"
         self.run_id = run.run_id
-        self._longest = getattr(text, "max_position_embeddings", None)
 
     def fields(self) -> dict[str, Any]:
         """Return the MUST-EQUAL fields of its space."""
@@ -147,7 +146,7 @@ class CurrentModel:
             self._run.collate,
             rows.lengths,
             token_budget=2 * token_budget(self._run.model),
-            longest=self._longest,
+            longest=longest_row(self._run.model, rows),
             max_rows=self._settings.batch_rows,
         )
         states = HiddenStates(self._run.model, layer=self._settings.layer)

@@ -184,7 +184,14 @@ def _loss_faults(config: RunConfig, who: str, *, weights: bool, watches: bool) -
         return []
     # Liger's fused loss hides them where the model gets labels; to weight samples, it gets none.
     hiding = ("use_unsloth", "enable_liger_kernel") if watches else ("use_unsloth",)
-    return [
+    faults = []
+    if config.known.stage == "sft" and not config.known.ignore_pad_token_for_loss:
+        faults.append(
+            "ignore_pad_token_for_loss is false: padding counts as labels, and a sample's loss "
+            f"depends on the longest one of its batch, but {who} works with the samples' own "
+            "losses: set ignore_pad_token_for_loss: true."
+        )
+    return faults + [
         f"{key} is on, which {does} that {who} works with: set {key}: false."
         for keys, does in ((OTHER_LOSSES, "replaces the loss"), (hiding, "hides the logits"))
         for key in keys

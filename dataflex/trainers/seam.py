@@ -23,7 +23,7 @@ from dataflex.checkpoints.state import RunState, load_state
 from dataflex.config.presets import RETIRED
 from dataflex.config.registry import target_of
 from dataflex.models.experts import freeze_routers, load_experts
-from dataflex.models.passes import row_losses
+from dataflex.models.passes import own_labels, row_losses
 from dataflex.run.board import Scoreboard
 from dataflex.run.context import RunContext
 from dataflex.run.log import RunLog, as_json
@@ -170,7 +170,7 @@ class Seam:
         return RunContext(
             config=self.run.config,
             data=self.run.data,
-            collate=self.data_collator,
+            collate=own_labels(self.data_collator),
             model=self.model,
             output_dir=Path(self.args.output_dir),
             run_id=self.run.run_id,
