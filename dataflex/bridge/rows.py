@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataflex.bridge.arguments import naming, swapped
 from dataflex.bridge.domains import held_out_rows, load_domains
+from dataflex.bridge.tokenised import TokenisedPath, made_with
 from dataflex.config.keys import RunConfig
 from dataflex.config.registry import BY_DOMAIN
 from dataflex.data.rows import (
@@ -18,7 +19,6 @@ from dataflex.data.rows import (
     RawRows,
     Rows,
     RunData,
-    tokenizer_hash,
 )
 from gradstore.errors import BadInput
 
@@ -56,14 +56,16 @@ def dataset_loader(
                             tokenizer=tokenizer, processor=processor)  # fmt: skip
 
         domains = None
+        kept = data_args.tokenized_path is not None
+        depends_on = made_with(stage, data_args, tokenizer, processor) if kept else {}
         if config.dataflex.train_type in BY_DOMAIN:
-            made_with = {"stage": stage, "template": str(data_args.template),
-                         "tokenizer": tokenizer_hash(tokenizer)}  # fmt: skip
-            module, domains = load_domains(config, data_args, training_args, call, _rows, made_with)
+            module, domains = load_domains(
+                config, data_args, training_args, call, _rows, depends_on
+            )
         else:
             names = ", ".join(data_args.dataset or ())
             with naming(f"dataset {names}"), _arranged(data_args, files, arrange):
-                module = dict(call(data_args, training_args))
+                module = _whole(data_args, training_args, call, depends_on)
         if module.get("train_dataset") is None:
             raise BadInput("there is no training data: set dataset.")
         train = _rows("train", module["train_dataset"])
@@ -83,6 +85,19 @@ def dataset_loader(
         return module
 
     return load
+
+
+def _whole(
+    data_args: Any,  # noqa: ANN401 - LlamaFactory's dataclasses
+    training_args: Any,  # noqa: ANN401
+    call: Callable[[Any, Any], dict[str, Any]],
+    depends_on: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Load all training sets by one call; rows of a folder, only if they would be made the same."""
+    if data_args.tokenized_path is None or "://" in data_args.tokenized_path:
+        return dict(call(data_args, training_args))
+    kept = TokenisedPath(data_args, training_args, depends_on, "whole")
+    return kept.whole(data_args, training_args, call)
 
 
 def _load_targets(
@@ -110,7 +125,10 @@ def _load_targets(
     if not sets and float(data_args.val_size) > 0 and domains is not None:
         found.append(held_out_rows(domains))
     elif not sets and float(data_args.val_size) > 0:
-        split = call(data_args, as_training).get("eval_dataset")
+        one = copy.copy(data_args)
+        if training_args.predict_with_generate:
+            one.tokenized_path = None  # its validation rows are without their responses
+        split = call(one, as_training).get("eval_dataset")
         if split is not None:
             found.append(_rows("validation", split))
     return tuple(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from dataflex.run.context import UpdateContext
 from gradstore.errors import BadInput, ProvenanceMismatch
 
 FloatArray = npt.NDArray[np.float64]
+
+_log = logging.getLogger(__name__)
 
 #: Where scores may come from.
 Source = Literal["precomputed", "cached_selection", "model_loss"]
@@ -214,6 +217,9 @@ def _selection_scores(params: ScoreParams, data: RunData) -> FloatArray:
             f"{where} was made on other training rows (data, template, tokenizer or cutoff_len "
             "differ): its positions would mean other rows here."
         )
+    if made_on is None:
+        _log.warning("%s does not say on which rows it was made: its positions are taken as "
+                     "positions of these %d training rows", where, n)  # fmt: skip
     values = _metric(metrics, params.metric_key, where)
     if len(values) != len(indices):
         raise BadInput(f"{where} has {len(indices)} indices, but {len(values)} scores.")
