@@ -46,39 +46,41 @@ class Rows:
         return len(self.dataset)
 
     @cached_property
-    def _scan(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], RowSet]:
-        """One pass over the rows: lengths (n,), target tokens (n,), hashes (n, 16)."""
-        lengths, targets, hashes = [], [], []
+    def _scan(self) -> tuple[tuple[npt.NDArray[np.int64], ...], RowSet]:
+        """One pass over the rows: (n,) lengths, target tokens, largest ids; hashes (n, 16)."""
+        numbers, hashes = [], []
         has_labels = "labels" in self.dataset.column_names
         columns = ["input_ids", "labels"] if has_labels else ["input_ids"]
         for row in self.dataset.select_columns(columns):
             ids = row["input_ids"]
             labels = row["labels"] if has_labels else ids
-            lengths.append(len(ids))
             # The first token is never predicted: its label does not count.
-            targets.append(sum(1 for label in labels[1:] if label != IGNORED))
+            targets = sum(1 for label in labels[1:] if label != IGNORED)
+            numbers.append((len(ids), targets, max(ids, default=-1)))
             hashes.append(row_hash(ids, labels))
         flat = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, 16)
-        return (
-            np.asarray(lengths, np.int64),
-            np.asarray(targets, np.int64),
-            RowSet(flat, self.sources),
-        )
+        found = np.array(numbers, np.int64).reshape(-1, 3).T
+        return tuple(np.ascontiguousarray(column) for column in found), RowSet(flat, self.sources)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """(n,) tokens of each row."""
-        return self._scan[0]
+        return self._scan[0][0]
 
     @property
     def target_tokens(self) -> npt.NDArray[np.int64]:
         """(n,) tokens with a label."""
-        return self._scan[1]
+        return self._scan[0][1]
+
+    @property
+    def largest_ids(self) -> npt.NDArray[np.int64]:
+        """(n,) largest token id of each row; -1 for a row without a token."""
+        return self._scan[0][2]
 
     @property
     def row_set(self) -> RowSet:
         """Hashes and sources, in dataset order."""
-        return self._scan[2]
+        return self._scan[1]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataflex.features.settings import FeatureSettings
 from dataflex.launch.inputs import check_inputs
 from dataflex.launch.preflight import check_gradients
 from dataflex.models.precision import autocast
+from dataflex.models.vocabulary import check_vocabulary
 from dataflex.pipelines.pipeline import build_strategy
 from dataflex.run.context import RunContext
 from dataflex.run.output_owner import output_identity
@@ -55,6 +56,7 @@ def build(path: Path, overrides: Sequence[str]) -> None:
         check_rows(data, needs_targets=True, subtask_sizes=config.dataflex.target_subtasks)
 
     loaded = running.load_run(config, first, check_data)
+    check_vocabulary(loaded.model, loaded.data)
     args = loaded.training_args
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "off"
     run = RunContext(

@@ -24,6 +24,7 @@ from dataflex.config.presets import RETIRED
 from dataflex.config.registry import target_of
 from dataflex.models.experts import freeze_routers, load_experts
 from dataflex.models.passes import own_labels, row_losses
+from dataflex.models.vocabulary import check_vocabulary
 from dataflex.run.board import Scoreboard
 from dataflex.run.context import RunContext
 from dataflex.run.log import RunLog, as_json
@@ -190,6 +191,7 @@ class Seam:
     def _begin(self, *, fresh: bool) -> None:
         """Start the strategy: the last place for refusals, before a step is trained."""
         config = self.run.config
+        check_vocabulary(self.model, self.run.data)
         if spread := self._spread() & self.run.strategy.whole_model:
             raise BadInput(
                 f"component {self.run.name!r} makes passes of its own over the model in training, "

@@ -143,6 +143,11 @@ def test_a_bad_configuration_is_one_message_before_the_model(
     assert nothing_made(tmp_path / "run")
 
 
+def test_tokens_without_an_embedding_name_resize_vocab(cli: Any, config: Any) -> None:
+    result = cli("train", config(template="qwen"))
+    check_refusal(result, 2, "resize_vocab: true", "'<|im_end|>'", "tiny_train", loaded=True)
+
+
 def test_streaming_is_refused_for_a_selector_without_gradients_too(cli: Any, config: Any) -> None:
     path = config(component_name="random", component_params=None, streaming=True, max_steps=4)
     check_refusal(cli("train", path), 2, "streaming is on", "streaming: false")
