@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dataflex.run.messages import set_up_logging
+from dataflex.run.messages import DEBUG, set_up_logging
 from gradstore import cli as gradstore_cli
 from gradstore.format.names import printable
 
@@ -106,6 +107,8 @@ def _run(arguments: list[str]) -> int:
     from dataflex.run.messages import explain
 
     debug = "--debug" in arguments
+    if debug:
+        os.environ[DEBUG] = "1"  # for the processes of torchrun
     try:
         words = [word for word in arguments if word != "--debug"]
         code = int(app(words, standalone_mode=False) or 0)

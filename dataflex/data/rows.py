@@ -109,7 +109,7 @@ class RawRows:
         for name in {name for name, _ in self.sources}:
             rows = self.files[name]
             if column not in rows.column_names:
-                have = sorted(c for c in rows.column_names if not c.startswith("_source"))
+                have = sorted(c for c in rows.column_names if c != SOURCE_ROW)
                 raise BadInput(
                     f"data set {name!r} has no column {column!r}; its columns are "
                     f"{', '.join(have)}."
@@ -167,6 +167,7 @@ class RunData:
         domains: of the training rows, where the run mixes them.
         files: data set name -> its rows before preprocessing, with every column they have; empty
             where the rows come from `tokenized_path`.
+        dropped: rows of the training sets that LlamaFactory left out, by reason.
     """
 
     train: Rows
@@ -177,6 +178,7 @@ class RunData:
     stage: str
     domains: Domains | None = None
     files: Mapping[str, Dataset] = field(default_factory=dict)
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def raw(self) -> RawRows | None:

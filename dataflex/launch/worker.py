@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from dataflex.bridge.arguments import accepted_keys, device_count
 from dataflex.config.keys import load
 from dataflex.launch.preflight import check
 from dataflex.launch.train import FAILURES, run
-from dataflex.run.messages import explain, set_up_logging
+from dataflex.run.messages import DEBUG, explain, set_up_logging
 
 
 def worker(arguments: Sequence[str]) -> int:
@@ -29,6 +30,8 @@ def worker(arguments: Sequence[str]) -> int:
         failure = explain(error)
         if failure is None:
             raise
+        if DEBUG in os.environ:
+            traceback.print_exception(error)
         if FAILURES in os.environ:
             path = Path(os.environ[FAILURES]) / f"{int(os.environ.get('RANK', '0'))}.json"
             path.write_text(json.dumps(asdict(failure)), encoding="utf-8")

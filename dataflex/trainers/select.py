@@ -61,7 +61,7 @@ class SelectSeam(RowSeam):
             score_seconds=selection.score_seconds,
             select_seconds=selection.select_seconds,
             pause_seconds=pause,
-            skipped=dict(selection.skipped),
+            skipped={**self.run.data.dropped, **selection.skipped},
             chosen=dict(Counter(names).most_common(8)),
         )
         summary = f"chose {len(rows)} of {len(train)} rows{count_by_set(event.chosen)}"

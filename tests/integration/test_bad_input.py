@@ -197,7 +197,7 @@ def test_an_entry_without_a_source_and_rows_without_a_column_are_told(
                          numbers="[1, 2, 3]", goal=[row("Say yes.", "yes")] * 4)  # fmt: skip
     info = json.loads((folder / "dataset_info.json").read_text())
     (folder / "dataset_info.json").write_text(json.dumps({**info, "nowhere": {}, "word": "x"}))
-    told = {"few": "a row has no", "numbers": "'instruction'", "nowhere": "file_name",
+    told = {"few": "a row has no 'input'", "numbers": "'instruction'", "nowhere": "file_name",
             "word": "must be a mapping"}  # fmt: skip
     for name, says in told.items():
         result = cli("train", config(dataset_dir=str(folder), dataset=name, target_dataset="goal"))

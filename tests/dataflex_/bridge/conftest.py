@@ -43,7 +43,8 @@ def load_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadRows:
     from transformers import AutoTokenizer
 
     from dataflex.bridge.arguments import configuration_faults
-    from dataflex.bridge.rows import dataset_loader, row_sources
+    from dataflex.bridge.origins import row_sources
+    from dataflex.bridge.rows import dataset_loader
     from dataflex.config.keys import DataFlexConfig, RunConfig
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

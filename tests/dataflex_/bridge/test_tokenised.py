@@ -74,7 +74,7 @@ def test_rows_of_other_files_are_refused(
 ) -> None:
     path = str(tmp_path / "tokenised")
     load_rows(dataset_dir(rows=ROWS), tokenized_path=path)
-    with pytest.raises(ProvenanceMismatch, match=r"data set 'rows': (rows|dataset_info).json"):
+    with pytest.raises(ProvenanceMismatch, match=r"data set 'rows': (rows.json|its entry)"):
         load_rows(dataset_dir(entries, rows=rows), tokenized_path=path)
 
 
