@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from dataflex.config.values import names_a_folder
 from dataflex.data.rows import Rows, tokenizer_hash
 from dataflex.features.fields import attention_of, named_parameters, row_fields
 from dataflex.models.encoders import (
@@ -15,7 +17,6 @@ from dataflex.models.encoders import (
     TextEncoder,
     Texts,
     find_encoder,
-    looks_local,
 )
 from dataflex.models.passes import longest_row, token_budget
 from dataflex.run.context import RunContext
@@ -60,7 +61,7 @@ class EmbeddingSettings:
         """List the faults that can be found before anything is loaded, one sentence each."""
         if self.model is None:
             return []
-        if not looks_local(self.model):
+        if not (names_a_folder(self.model) or Path(self.model).is_dir()):
             return []  # a hub id is fetched once ranks are there
         try:
             encoder = find_encoder(self.model, trust_remote_code=config.known.trust_remote_code)

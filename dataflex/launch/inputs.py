@@ -10,6 +10,7 @@ from dataflex.bridge import arguments
 from dataflex.config.keys import RunConfig
 from dataflex.config.known import KnownKeys
 from dataflex.config.registry import unknown
+from dataflex.config.values import not_here
 from dataflex.data.files import SOURCES, entry_faults, file_faults
 from gradstore.errors import BadInput, StoreIOError
 
@@ -43,9 +44,8 @@ def _check_model(config: RunConfig) -> None:
         raise BadInput("model_name_or_path is missing: name a model folder or a hub id.")
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        looks_local = folder.is_absolute() or name.startswith(".") or len(folder.parts) > 2
-        if looks_local:
-            raise BadInput(f"model_name_or_path {name!r} is not a folder on this machine.")
+        if faults := not_here("model_name_or_path", name):
+            raise BadInput("\n".join(faults))
         return
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))

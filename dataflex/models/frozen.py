@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dataflex.config.values import not_here
 from dataflex.models.precision import autocast
 from gradstore.capture.losses import Targets, target_losses
 from gradstore.errors import BadInput
@@ -40,8 +41,7 @@ def reference_faults(path: object, key: str) -> list[str]:
         return [f"{key} is {path!r}; name the folder (or hub id) of a trained model or adapter."]
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        looks_local = folder.is_absolute() or path.startswith(".") or len(folder.parts) > 2
-        return [f"{key} {path!r} is not a folder on this machine."] if looks_local else []
+        return not_here(key, path)
     if not any((folder / name).is_file() for name in (MODEL, ADAPTER)):
         return [f"{key} {path!r} holds no model: neither {MODEL} nor {ADAPTER} is there."]
     return []
@@ -205,6 +205,5 @@ def model_path_faults(key: str, path: str) -> list[str]:
             json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             return [f"{key} {path!r} has no readable config.json: {error}"]
-    elif folder.is_absolute() or path.startswith(".") or len(folder.parts) > 2:
-        return [f"{key} {path!r} is not a folder on this machine."]
-    return []
+        return []
+    return not_here(key, path)
