@@ -78,7 +78,9 @@ def dataset_loader(
             with naming(f"dataset {names}"), told_why, _arranged(data_args, read.files, arrange):
                 module = _whole(data_args, training_args, call, depends_on)
         if module.get("train_dataset") is None:
-            raise BadInput("there is no training data: set dataset.")
+            raise BadInput(
+                "there is no training data: set dataset, or name a tokenized_path that holds some."
+            )
         train = _rows("train", module["train_dataset"])
         module["train_dataset"] = train.dataset
         used = [train, *_evaluation(module), *(domains.held_out.values() if domains else ())]
@@ -220,7 +222,10 @@ def _arranged(
         if arrange is None or names is not data_args.dataset:
             return dataset
         if SOURCE_ROW not in dataset.column_names:
-            raise BadInput("where its rows come from is unknown, so they cannot be put in order.")
+            raise BadInput(
+                "where its rows come from is unknown, so they cannot be put in order before they "
+                "are tokenised: set component_params.apply_at: index."
+            )
         sources = tuple(zip(dataset[SOURCE_SET], dataset[SOURCE_ROW], strict=True))
         return dataset.select(arrange(RawRows(sources, files)))
 

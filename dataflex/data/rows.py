@@ -112,7 +112,7 @@ class RawRows:
                 have = sorted(c for c in rows.column_names if c != SOURCE_ROW)
                 raise BadInput(
                     f"data set {name!r} has no column {column!r}; its columns are "
-                    f"{', '.join(have)}."
+                    f"{', '.join(have)}. Name one of them in score_params.score_field."
                 )
             where = f"data set {name!r}, column {column!r}"
             found[name] = dict(
@@ -130,7 +130,9 @@ def as_numbers(values: Sequence[Any], where: str) -> list[float]:
     try:
         return [np.nan if value is None else float(value) for value in values]
     except (TypeError, ValueError) as error:
-        raise BadInput(f"{where}: expected numbers: {error}.") from error
+        raise BadInput(
+            f"{where}: expected numbers: {error}. Give every row a number, or null for none."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,10 @@ def check_rows(data: RunData, *, needs_targets: bool, subtask_sizes: Sequence[in
         raise BadInput("no target rows: set target_dataset, eval_dataset or val_size.")
     for rows in data.targets:
         if len(rows) == 0:
-            raise BadInput(f"target set {rows.name!r} is empty.")
+            raise BadInput(
+                f"target set {rows.name!r} is empty: give it rows, or remove it from "
+                "target_dataset."
+            )
         if not rows.target_tokens.any():
             raise BadInput(
                 f"target set {rows.name!r}: all {len(rows)} rows are masked (no label other than "
@@ -213,7 +218,8 @@ def check_rows(data: RunData, *, needs_targets: bool, subtask_sizes: Sequence[in
     if subtask_sizes is not None and sum(subtask_sizes) != len(data.targets[0]):
         raise BadInput(
             f"target_subtasks adds up to {sum(subtask_sizes)}, but target set "
-            f"{data.targets[0].name!r} has {len(data.targets[0])} rows."
+            f"{data.targets[0].name!r} has {len(data.targets[0])} rows: make the sizes add up to "
+            "them."
         )
 
 
