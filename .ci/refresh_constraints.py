@@ -37,7 +37,7 @@ def resolved(pyproject: str) -> list[str]:
             Path(folder, name).touch()
         found = subprocess.run(
             ["uv", "export", "--no-hashes", "--no-header", "--no-annotate", "--no-emit-project",
-             "--all-groups", "--quiet"],
+             "--all-groups", "--all-extras", "--quiet"],
             cwd=folder, check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
     return sorted(line.strip().replace('"', "'") for line in found.splitlines() if "==" in line)

@@ -15,13 +15,18 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Date, processor, cores, threads of torch and its version: the first columns of a result."""
+    """Date, processor, cores, threads of torch, its version, load: first columns of a result.
+
+    `load` is the machine's average over the last minute, this benchmark included; `cpu_s` of a
+    result, where it has one, are processor seconds, which other work on the machine changes less.
+    """
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "load": round(os.getloadavg()[0], 1),
     }
 
 
@@ -36,14 +41,20 @@ def processor() -> str:
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a CSV file, with a header if it is new."""
+    """Append rows to a CSV file; columns that it lacks are added, empty in its older rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    older = read(path) if path.exists() else []
+    columns = list(dict.fromkeys([*rows[0], *(older[0] if older else ())]))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*older, *rows])
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file's rows, by column."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def echo(message: str) -> None:

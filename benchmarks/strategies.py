@@ -91,32 +91,44 @@ ORDERS: dict[str, Entry] = {
 ENTRIES = ROWS | MIXTURES | ORDERS
 
 
-def train(config: Path, output_dir: Path, options: list[str]) -> dict[str, Any]:
-    """One run of the command line; its all_results.json."""
+def train(config: Path, output_dir: Path, options: list[str]) -> tuple[dict[str, Any], float]:
+    """One run of the command line; its all_results.json, and the processor seconds it took."""
     command = [str(Path(sys.executable).with_name("dataflex-cli")), "train", str(config)]
     command += [*SAME, *options, f"output_dir={output_dir}"]
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
              "DISABLE_VERSION_CHECK": "1"}  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}"
-        )
-    return dict(json.loads((output_dir / "all_results.json").read_text(encoding="utf-8")))
+    output_dir.mkdir(parents=True)
+    with (output_dir / "screen.txt").open("w+", encoding="utf-8") as screen:
+        run = subprocess.Popen(command, cwd=ROOT, env=os.environ | quiet, stdout=screen,
+                               stderr=subprocess.STDOUT)  # fmt: skip
+        _, status, used = os.wait4(run.pid, 0)
+        run.returncode = os.waitstatus_to_exitcode(status)
+        if run.returncode:
+            screen.seek(0)
+            raise SystemExit(
+                f"{' '.join(command)} ended with {run.returncode}:\n{screen.read()[-3000:]}"
+            )
+    found = json.loads((output_dir / "all_results.json").read_text(encoding="utf-8"))
+    return dict(found), used.ru_utime + used.ru_stime
 
 
-def averaged_by_doremi(seed: int, folder: Path) -> list[str]:
-    """Run reference and proxy; return the overrides that set the final run's average mixture."""
+def averaged_by_doremi(seed: int, folder: Path) -> tuple[list[str], float]:
+    """Run reference and proxy.
+
+    Returns:
+        the overrides that set the final run's average mixture, and processor seconds.
+    """
     reference, proxy = folder / "reference", folder / "proxy"
-    train(EXAMPLES / "train_lora/mixers/static.yaml", reference, [*UNIFORM, f"seed={seed}"])
+    static = EXAMPLES / "train_lora/mixers/static.yaml"
+    _, before = train(static, reference, [*UNIFORM, f"seed={seed}"])
     chosen = [*MIXED, f"seed={seed}", "finetuning_type=lora", "lora_rank=16", "lora_target=all",
               f"component_params.reference_model_path={reference}"]  # fmt: skip
-    train(EXAMPLES / "train_full/mixers/doremi_step2_dynamic.yaml", proxy, chosen)
+    dynamic = EXAMPLES / "train_full/mixers/doremi_step2_dynamic.yaml"
+    _, between = train(dynamic, proxy, chosen)
     found = json.loads((proxy / "doremi_average_weights.json").read_text(encoding="utf-8"))
     average = found["average_weights"]
-    return [f"init_mixture_proportions={average}", f"component_params.proportions={average}"]
+    mixture = [f"init_mixture_proportions={average}", f"component_params.proportions={average}"]
+    return mixture, before + between
 
 
 def run(name: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -124,10 +136,12 @@ def run(name: str, seed: int, folder: Path) -> dict[str, Any]:
     entry = ENTRIES[name]
     output_dir = folder / f"{name.replace(': ', '-')}-{seed}"
     options = [*entry.more, f"seed={seed}"]
-    began = time.perf_counter()
+    began, before = time.perf_counter(), 0.0
     if name == "mix: doremi":
-        options += averaged_by_doremi(seed, output_dir)
-    found = train(EXAMPLES / f"train_lora/{entry.example}.yaml", output_dir / "run", options)
+        mixture, before = averaged_by_doremi(seed, output_dir)
+        options += mixture
+    config = EXAMPLES / f"train_lora/{entry.example}.yaml"
+    found, last = train(config, output_dir / "run", options)
     skills = [float(found[f"eval_tiny_domain_{skill}_eval_loss"]) for skill in SKILLS]
     line = {
         "table": entry.table,
@@ -136,6 +150,7 @@ def run(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "target_loss": round(float(found["eval_tiny_target_heldout_loss"]), 4),
         "mean_loss": round(statistics.mean(skills), 4),
         "seconds": round(time.perf_counter() - began, 1),
+        "cpu_s": round(before + last, 1),
     }
     echo(", ".join(f"{key} {value}" for key, value in line.items()))
     return line

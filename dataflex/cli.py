@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from dataflex.run.messages import DEBUG, set_up_logging
 from gradstore import cli as gradstore_cli
@@ -23,7 +25,12 @@ app = typer.Typer(
 )
 app.add_typer(gradstore_cli.app, name="gradstore")
 
-Config = Annotated[Path, typer.Argument(help="YAML or JSON configuration.", metavar="CONFIG")]
+Config = Annotated[
+    Path,
+    typer.Argument(
+        help="YAML or JSON configuration.", metavar="CONFIG", parser=gradstore_cli.path_at_home
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, over the file's.", metavar="[KEY=VALUE]...")
 ]
@@ -31,6 +38,10 @@ Debug = Annotated[
     bool, typer.Option("--debug", help="Show a traceback for every failure; any command takes it.")
 ]
 Version = Annotated[bool, typer.Option("--version", help="Print the version of DataFlex.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check all, measure a few rows, print a forecast."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What Typer answers for Ctrl-C (or raises Abort, by version).
@@ -56,20 +67,41 @@ def options(debug: Debug = False, show_version: Version = False) -> None:
         raise typer.Exit
 
 
-@app.command()
-def train(config: Config, overrides: Overrides = None) -> None:
-    """Train; train_type in CONFIG says what decides about the data (static = LlamaFactory)."""
-    from dataflex.launch.train import train as launch
+class TrainHelp(TyperCommand):
+    """The help of a command, and every key that its CONFIG may hold."""
 
-    launch(config, overrides or [])
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - click's
+        """Print the command's help, then the keys."""
+        from dataflex.launch.manual import key_lines
+
+        super().format_help(ctx, formatter)
+        for line in key_lines(shutil.get_terminal_size().columns):
+            typer.echo(line)
+
+
+@app.command(cls=TrainHelp)
+def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train; train_type in CONFIG says what decides about the data (static = LlamaFactory).
+
+    KEY=VALUE takes the place of the whole value in CONFIG, KEY.INNER=VALUE sets one entry of it.
+    """
+    from dataflex.launch.configuration import read
+
+    checked = read(config, overrides or [])
+    from dataflex.launch.train import train as launch  # imports torch
+
+    launch(checked, overrides or [], dry_run=dry_run)
 
 
 @gradstore_cli.app.command("build")
-def build(config: Config, overrides: Overrides = None) -> None:
+def build(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Write the train and target generations of CONFIG's checkpoints, without training."""
-    from dataflex.launch.build import build as run
+    from dataflex.launch.configuration import read
 
-    run(config, overrides or [])
+    checked = read(config, overrides or [])
+    from dataflex.launch.build import build as run  # imports torch
+
+    run(checked, dry_run=dry_run)
 
 
 @app.command()

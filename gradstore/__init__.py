@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gradstore.export.projected import compute_unit, export_features
     from gradstore.export.units import Batches
     from gradstore.format.records import GenerationRecord, RowSet, row_hash
+    from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.scoring.influence import influence_scores
     from gradstore.scoring.pairing import checkpoint_features
     from gradstore.scoring.query import query_influence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "AdamMoments": "export.moments",
     "Batches": "export.units",
+    "CheckpointFeatures": "scoring.comparable",
     "FeatureIndex": "similarity.index",
     "FeatureSpec": "export.features",
     "GenerationRecord": "format.records",
@@ -55,6 +57,7 @@ _MODULES = {
 __all__ = [
     "AdamMoments",
     "Batches",
+    "CheckpointFeatures",
     "FeatureIndex",
     "FeatureSpec",
     "GenerationRecord",

@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Build, inspect and query gradient stores.", no_args_is_help=True)
 
-StorePath = Annotated[Path, typer.Argument(help="Folder of the store.", metavar="STORE")]
+
+def path_at_home(text: str) -> Path:
+    """Return the path that a word names; `~/` counts where no shell has replaced it (`-o=~/x`)."""
+    return Path(text).expanduser()
+
+
+StorePath = Annotated[
+    Path,
+    typer.Argument(help="Folder of the store.", metavar="STORE", parser=path_at_home),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Checkpoints = Annotated[str, typer.Option(help="Checkpoints to combine: last, all or a number.")]
 Run = Annotated[str, typer.Option(help="Prefix of the generations (gradstore_run).")]
@@ -114,7 +123,14 @@ def verify(store: StorePath, as_json: AsJson = False) -> None:
 def score(
     question: Question,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="scores.parquet, .csv or .jsonl")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="scores.parquet, .csv or .jsonl",
+            metavar="PATH",
+            parser=path_at_home,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -150,7 +166,14 @@ def score(
 def select(
     question: Question,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="selected.jsonl, .csv or .parquet")
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="selected.jsonl, .csv or .parquet",
+            metavar="PATH",
+            parser=path_at_home,
+        ),
     ],
     count: Annotated[int | None, typer.Option("-k", help="Rows to take.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the usable rows.")] = None,
@@ -224,6 +247,7 @@ def print_json(content: object) -> None:
 
 
 def _score(question: Question) -> tuple[list[CheckpointFeatures], Scores]:
+    from gradstore.pace import Pace, long_pass
     from gradstore.scoring.influence import influence_scores
     from gradstore.scoring.pairing import checkpoint_features, parse_which
     from gradstore.store.reader import open_store
@@ -239,10 +263,13 @@ def _score(question: Question) -> tuple[list[CheckpointFeatures], Scores]:
         sizes = [int(size) for size in cut.split(",")] if cut else None
     except ValueError:
         raise BadInput(f"subtasks is {cut!r}; give sizes such as 16,16.") from None
+    n = pairs[-1].train.rows
+    pace = Pace(n, lambda seconds: typer.echo(long_pass("scores", n, seconds), err=True))
     return pairs, influence_scores(
         pairs,
         subtask_sizes=sizes,
         aggregation=question.aggregation,  # type: ignore[arg-type]
+        on_rows=pace.advance,
     )
 
 

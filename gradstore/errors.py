@@ -6,9 +6,11 @@ step; the command line prints that message alone and exits with `exit_code`.
 
 from __future__ import annotations
 
+import operator
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, SupportsIndex
 
 
 class StoreError(Exception):
@@ -50,6 +52,30 @@ class StoreBusy(StoreError):
     """Another process is writing to this store."""
 
     exit_code = 6
+
+
+def expect(fits: bool, what: str, value: object, wanted: str) -> None:
+    """Raise BadInput, which says what is wanted, unless an argument fits."""
+    if not fits:
+        plain = isinstance(value, str | int | float | None)
+        shown = repr(value) if plain else f"of type {type(value).__name__}"
+        raise BadInput(f"{what} is {shown}; give {wanted}.")
+
+
+def expect_whole(value: object, what: str, least: int | None = 1) -> int:
+    """Return a whole number, of at least `least`; raise BadInput for another value."""
+    wanted = "a whole number" + ("" if least is None else f" of at least {least}")
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        expect(False, what, value, wanted)
+        raise AssertionError
+    number = operator.index(value)
+    expect(least is None or number >= least, what, number, wanted)
+    return number
+
+
+def expect_path(value: object, what: str) -> None:
+    """Raise BadInput unless an argument is a path."""
+    expect(isinstance(value, str | os.PathLike), what, value, "a path")
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ import dataclasses
 import errno
 import importlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from dataflex.config.parameters import describe
+from dataflex.config.sources import SourceField, find_class
 from dataflex.data.files import data_files, unreadable
 from gradstore.errors import BadInput, StoreError
 
@@ -18,13 +21,29 @@ from gradstore.errors import BadInput, StoreError
 STAGES = ("pt", "sft", "rm", "dpo", "kto", "ppo")
 
 
+#: The classes that LlamaFactory parses a training configuration into, in `llamafactory.hparams`.
+ARGUMENT_CLASSES = ("DataArguments", "FinetuningArguments", "GeneratingArguments", "ModelArguments",
+                    "TrainingArguments")  # fmt: skip
+
+
 def accepted_keys() -> set[str]:
-    """Return every key accepted by LlamaFactory's own training arguments."""
-    return {f.name for cls in argument_classes() for f in dataclasses.fields(cls) if f.init}
+    """Return every key accepted by LlamaFactory's own training arguments, importing nothing."""
+    if os.environ.get("USE_MCA", "0").lower() in ("true", "y", "1"):  # other training arguments
+        return {f.name for cls in argument_classes() for f in dataclasses.fields(cls) if f.init}
+    return set(described_keys())
+
+
+def described_keys() -> dict[str, SourceField]:
+    """Return the keys of `accepted_keys` with what their source says of each."""
+    found: dict[str, SourceField] = {}
+    for name in ARGUMENT_CLASSES:
+        cls = find_class("llamafactory.hparams", name)
+        found |= cls.fields() if cls is not None else {}
+    return found
 
 
 def mistyped(args: Mapping[str, Any]) -> dict[str, str]:
-    """Return one sentence per bad value where LlamaFactory wants a number or true/false, by key.
+    """Return one sentence per bad value where LlamaFactory wants a number, true/false or a choice.
 
     Its parser takes any value for any key and fails much later, with a TypeError.
     """
@@ -32,6 +51,8 @@ def mistyped(args: Mapping[str, Any]) -> dict[str, str]:
     for cls in argument_classes():
         for name, hint in get_type_hints(cls).items():
             value = args.get(name)
+            if value is not None and (choices := _choices(hint)) and value not in choices:
+                faults[name] = f"{name} is {value!r}; choose {describe(Literal[choices])}."
             wanted = set(get_args(hint) or (hint,)) - {type(None)}
             if value is None or not wanted <= {int, float, bool}:
                 continue
@@ -43,6 +64,12 @@ def mistyped(args: Mapping[str, Any]) -> dict[str, str]:
     return faults
 
 
+def _choices(hint: Any) -> tuple[Any, ...]:  # noqa: ANN401 - an annotation
+    """Return the values of a `Literal`, or of one that may be None; () for another annotation."""
+    options = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+    return get_args(options[0]) if options else ()
+
+
 def _unusable(value: float, wanted: set[Any]) -> bool:
     """Return whether a value is a boolean for a number, NaN, or a fraction for a whole number."""
     if isinstance(value, bool):
@@ -52,16 +79,9 @@ def _unusable(value: float, wanted: set[Any]) -> bool:
 
 def argument_classes() -> tuple[Any, ...]:
     """Return the dataclasses that LlamaFactory parses a training configuration into."""
-    from llamafactory.hparams import (
-        DataArguments,
-        FinetuningArguments,
-        GeneratingArguments,
-        ModelArguments,
-        TrainingArguments,
-    )
+    from llamafactory import hparams
 
-    return (DataArguments, FinetuningArguments, GeneratingArguments, ModelArguments,
-            TrainingArguments)  # fmt: skip
+    return tuple(getattr(hparams, name) for name in ARGUMENT_CLASSES)
 
 
 def device_count() -> int:

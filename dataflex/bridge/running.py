@@ -64,7 +64,7 @@ def run_replaced(config: RunConfig, session: Session) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(configuration_faults())
         files = stack.enter_context(row_sources())
-        stack.enter_context(_whole_log_lines())
+        stack.enter_context(_log_of_our_trainer())
         load = dataset_loader(config, sft.get_dataset, session.take_data, files, session.arrange)
         for workflow, trainer in ((sft, "CustomSeq2SeqTrainer"), (pt, "CustomTrainer")):
             ours = session.trainer_for(getattr(workflow, trainer))
@@ -74,11 +74,22 @@ def run_replaced(config: RunConfig, session: Session) -> None:
 
 
 @contextlib.contextmanager
-def _whole_log_lines() -> Iterator[None]:
-    """Add our numbers to `trainer_log.jsonl`: LlamaFactory writes only the keys it knows."""
+def _log_of_our_trainer() -> Iterator[None]:
+    """Add our numbers to `trainer_log.jsonl`, and leave an earlier run's until training begins.
+
+    LlamaFactory writes only the keys it knows; it removes the earlier file when the trainer is
+    built, before the checks that may still refuse the run.
+    """
     from llamafactory.train import tuner
 
     class WholeLines(tuner.LogCallback):  # type: ignore[misc]
+        def on_init_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+            pass
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+            super().on_init_end(*args, **kwargs)
+            super().on_train_begin(*args, **kwargs)
+
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ANN401
             ours = {k: v for k, v in state.log_history[-1].items() if k.startswith("dataflex/")}
 

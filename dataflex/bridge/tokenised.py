@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dataflex.data.files import changed_parts, identity
 from dataflex.data.rows import ROW_FIELDS, tokenizer_hash
 from gradstore.errors import DamagedData, ProvenanceMismatch
+from gradstore.format.foreign import read_json
 from gradstore.storage.replace import replace_file
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ class TokenisedPath:
     def _manifest(self) -> dict[str, Any]:
         """Read the folder's manifest, and raise ProvenanceMismatch unless it matches this run."""
         try:
-            held = dict(json.loads((self.path / MANIFEST).read_text(encoding="utf-8")))
+            held = dict(read_json((self.path / MANIFEST).read_text(encoding="utf-8")))
             files = {str(name): dict(parts) for name, parts in held.get("files", {}).items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             made = "" if self.manifest["layout"] == "whole" else " by a run that mixes domains"

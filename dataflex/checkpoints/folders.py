@@ -2,58 +2,77 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import uuid
 from pathlib import Path
-from typing import Any
 
-from dataflex.checkpoints.state import is_complete, load_state, run_id_of
-from dataflex.checkpoints.weights import check_resumable, check_weights
+from dataflex.checkpoints.seal import verify
+from dataflex.checkpoints.state import (
+    STATE,
+    TRAINER_STATE,
+    Incomplete,
+    described_state,
+    load_state,
+    trainer_state,
+)
+from dataflex.checkpoints.weights import ADAPTER_CONFIG, check_resumable, check_weights
 from dataflex.config.keys import RunConfig
 from dataflex.run.output_owner import known_identity
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, StoreError
 
 _log = logging.getLogger(__name__)
+
+
+#: Patterns of the files that an export reads beside the optimizer's, which only some do.
+EXPORTED = ("adapter_*", TRAINER_STATE, "dataflex/*")
 
 
 def find_checkpoints(config: RunConfig) -> list[Path]:
     """List the checkpoint folders that have an adapter, by step.
 
     Raises:
-        BadInput: a named folder has none.
+        BadInput: a named folder has none, or is incomplete.
+        DamagedData: a file of a named folder that an export reads is damaged.
     """
     named = [Path(name) for name in config.dataflex.gradstore_checkpoints]
     resume = config.known.resume_from_checkpoint
     if not named and resume and resume.lower() not in ("true", "false"):
         named = [Path(resume)]
     for folder in named:
-        if not (folder / "adapter_config.json").is_file():
-            raise BadInput(f"checkpoint {str(folder)!r} has no adapter (adapter_config.json).")
-        check_weights(folder)
-        trainer_state(folder)
+        _check_exportable(folder)
     found = named or [
         folder
         for folder in checkpoints(config.output_dir)
-        if (folder / "adapter_config.json").is_file() and _is_usable(folder, config.output_dir)
+        if (folder / ADAPTER_CONFIG).is_file() and _is_usable(folder, config.output_dir)
     ]
-    return sorted(found, key=lambda folder: int(trainer_state(folder)["global_step"]))
+    return sorted(found, key=lambda folder: trainer_state(folder).global_step)
 
 
-def trainer_state(folder: Path) -> dict[str, Any]:
-    """Read the Trainer's own state of a checkpoint.
-
-    Raises:
-        BadInput: it is missing or damaged: the checkpoint is incomplete.
-    """
-    try:
-        content = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        return {**content, "global_step": int(content["global_step"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+def _check_exportable(folder: Path) -> None:
+    verify(folder, EXPORTED)
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise BadInput(
-            f"checkpoint {str(folder)!r} is incomplete: no readable trainer_state.json ({error})."
-        ) from error
+            f"checkpoint {str(folder)!r} has no adapter ({ADAPTER_CONFIG}): name one of a run with "
+            "finetuning_type lora."
+        )
+    check_weights(folder)
+    trainer_state(folder)
+    if (folder / STATE).exists():
+        described_state(folder)
+
+
+def _is_usable(folder: Path, output_dir: Path) -> bool:
+    """Return whether a checkpoint in output_dir is sound and of the run owning the folder."""
+    try:
+        _check_exportable(folder)
+    except StoreError as error:
+        _log.warning("%s is ignored: %s", folder, error)
+        return False
+    if (folder / STATE).exists() and run_id_of(folder) != known_identity(output_dir):
+        _log.warning("%s belongs to an earlier run and is ignored", folder)
+        return False
+    return True
 
 
 def mean_learning_rate(folder: Path, previous: int, step: int) -> float:
@@ -63,9 +82,9 @@ def mean_learning_rate(folder: Path, previous: int, step: int) -> float:
     nothing was logged at all.
     """
     logged = [
-        (int(entry["step"]), float(entry["learning_rate"]))
-        for entry in trainer_state(folder).get("log_history", [])
-        if "learning_rate" in entry
+        (line.step, line.learning_rate)
+        for line in trainer_state(folder).log_history
+        if line.step is not None and line.learning_rate is not None
     ]
     rates = [rate for at, rate in logged if previous < at <= step]
     if not rates and logged:
@@ -73,54 +92,82 @@ def mean_learning_rate(folder: Path, previous: int, step: int) -> float:
     return sum(rates) / len(rates) if rates else 0.0
 
 
-def _is_usable(folder: Path, output_dir: Path) -> bool:
-    """Return whether a checkpoint in output_dir is complete and of the run owning the folder."""
-    try:
-        trainer_state(folder)
-    except BadInput:
-        _log.warning("%s is incomplete and is ignored", folder)
-        return False
-    if is_complete(folder) and run_id_of(folder) != known_identity(output_dir):
-        _log.warning("%s belongs to an earlier run and is ignored", folder)
-        return False
-    return True
-
-
 def resume_point(config: RunConfig) -> Path | None:
     """Return the checkpoint to resume from; None for a run from the start.
 
-    An explicit one must be complete; else the newest complete one of output_dir is taken, as
-    LlamaFactory does, unless `overwrite_output_dir` is set.
+    A named one must be sound; else the newest sound one of output_dir is taken, unless
+    `overwrite_output_dir` is set. Newer ones that are passed over are told in one line.
 
     Raises:
         BadInput: the named checkpoint is incomplete, or none is there to resume from.
+        DamagedData: a file of the named checkpoint is damaged, or of all there are.
     """
-    asked = config.known.resume_from_checkpoint
-    if asked and asked.lower() == "true":
-        newest = newest_complete(config.output_dir, known_identity(config.output_dir))
-        if newest is None:
-            raise BadInput(
-                f"resume_from_checkpoint is true, but {str(config.output_dir)!r} has no complete "
-                "checkpoint-<step>."
-            )
-        check_resumable(newest)
-        return newest
-    if asked and asked.lower() != "false":
+    asked = config.known.resume_from_checkpoint or "false"
+    if asked.lower() not in ("true", "false"):
         if not Path(asked).is_dir():
-            raise BadInput(f"resume_from_checkpoint {asked!r} is not a folder.")
-        load_state(Path(asked))
-        check_resumable(Path(asked))
+            raise BadInput(
+                f"resume_from_checkpoint {asked!r} is not a folder: name a checkpoint-<step>, or "
+                "set it to true for the newest one of output_dir."
+            )
+        check_sound(Path(asked))
         return Path(asked)
-    if config.known.overwrite_output_dir:
+    wanted = asked.lower() == "true"
+    if config.known.overwrite_output_dir and not wanted:
         return None
-    newest = newest_complete(config.output_dir, known_identity(config.output_dir))
-    for path in checkpoints(config.output_dir):
-        if newest is None or int(path.name.split("-")[1]) > int(newest.name.split("-")[1]):
-            why = "belongs to an earlier run" if is_complete(path) else "is incomplete"
-            _log.warning("%s %s and is not resumed from", path, why)
-    if newest is not None:
-        check_resumable(newest)
-    return newest
+    found, passed, fault = _newest_sound(config.output_dir)
+    if passed:
+        start = f"resuming from {found}" if found else "no checkpoint to resume from"
+        _log.warning("%s: %s", start, "; ".join(passed))
+    if found is None and fault is not None:
+        raise fault
+    if found is None and wanted:
+        raise BadInput(
+            f"resume_from_checkpoint is true, but {str(config.output_dir)!r} has no complete "
+            "checkpoint-<step>: name one, or remove the key to start from the beginning."
+        )
+    return found
+
+
+def check_sound(checkpoint: Path) -> None:
+    """Check every file of a checkpoint that a resume reads.
+
+    Raises:
+        Incomplete: a file that completes it is missing.
+        BadInput: something else is missing, or would run code.
+        DamagedData: a file is not as it was saved, or holds impossible values.
+    """
+    verify(checkpoint)
+    load_state(checkpoint)
+    check_resumable(checkpoint)
+
+
+def _newest_sound(output_dir: Path) -> tuple[Path | None, list[str], StoreError | None]:
+    """Return the newest sound checkpoint of the folder's run, and why newer ones are not it.
+
+    A new run in an old run's folder must not resume from the old one's checkpoints.
+
+    Returns:
+        The checkpoint, if any; a clause for each newer one; the first of their errors that says
+        more than that a run was killed while saving.
+    """
+    run_id = known_identity(output_dir)
+    passed: list[str] = []
+    fault: StoreError | None = None
+    for path in reversed(checkpoints(output_dir)):
+        try:
+            verify(path, [STATE])
+            if run_id not in (None, run_id_of(path)):
+                passed.append(f"{path} belongs to an earlier run and is not resumed from")
+                continue
+            check_sound(path)
+        except Incomplete:
+            passed.append(f"{path} is incomplete and is not resumed from")
+        except StoreError as error:
+            passed.append(f"{path} is passed over ({error})")
+            fault = fault or error
+        else:
+            return path, passed, None
+    return None, passed, fault
 
 
 def run_identity(config: RunConfig, checkpoint: Path | None) -> str:
@@ -136,6 +183,11 @@ def run_identity(config: RunConfig, checkpoint: Path | None) -> str:
     return known
 
 
+def run_id_of(checkpoint: Path) -> str:
+    """Return the id of the run that wrote a complete checkpoint."""
+    return described_state(checkpoint).run_id
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
     """List the `checkpoint-<step>` folders, oldest step first, complete or not."""
     found = []
@@ -144,16 +196,3 @@ def checkpoints(output_dir: Path) -> list[Path]:
         if match and path.is_dir():
             found.append((int(match[1]), path))
     return [path for _, path in sorted(found)]
-
-
-def newest_complete(output_dir: Path, run_id: str | None) -> Path | None:
-    """Return the checkpoint an automatic resume takes: of this run, if the run is known.
-
-    A new run in an old run's folder must not resume from the old one's checkpoints.
-    """
-    complete = [
-        path
-        for path in checkpoints(output_dir)
-        if is_complete(path) and run_id in (None, run_id_of(path))
-    ]
-    return complete[-1] if complete else None

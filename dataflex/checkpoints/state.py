@@ -1,4 +1,4 @@
-"""Checkpoint state of a run whose data changes: `dataflex/state.json` and its arrays.
+"""Checkpoint state: the Trainer's own, and ours with its arrays in `dataflex/state.json`.
 
 Arrays lie in `dataflex/arrays.npz`, written first: a state.json that parses has them beside it.
 """
@@ -9,18 +9,31 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
+from annotated_types import Ge, MinLen
+from pydantic import ConfigDict
 
+from dataflex.checkpoints.seal import MANIFEST, is_sealed
+from dataflex.config.parameters import Count, Natural
+from dataflex.run.documents import read_document
 from gradstore.errors import BadInput, DamagedData
 from gradstore.storage.replace import replace_file
 
-SCHEMA = 2
+#: Checkpoints of schema 3 are sealed; those of schema 2 were made before there was a manifest.
+SCHEMA = 3
+UNSEALED_SCHEMA = 2
+
+STATE = "dataflex/state.json"
 TRAINER_STATE = "trainer_state.json"
 ARRAYS = "arrays.npz"
+
+T = TypeVar("T")
+
+_NEXT = "Resume from another checkpoint, or restore the file from a copy."
 
 #: Key under which state.json names an array of arrays.npz.
 _ARRAY = "__array__"
@@ -42,14 +55,16 @@ class RunState:
     `component` and `more` hold JSON values and NumPy arrays.
     """
 
-    step: int
-    run_id: str
-    schedule: tuple[int, int, int]
+    step: Natural
+    run_id: Annotated[str, MinLen(1)]
+    schedule: tuple[Natural, Natural, Annotated[int, Ge(-1)]]
     rows_sha256: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     component: Mapping[str, Any] = field(default_factory=dict)
     more: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     def save(self, checkpoint: Path) -> None:
         """Write it into a checkpoint folder, whole or not at all."""
@@ -61,51 +76,96 @@ class RunState:
         replace_file(checkpoint / "dataflex" / "state.json", json.dumps(content).encode())
 
 
+@dataclass(frozen=True)
+class LogLine:
+    """The part of a line of the Trainer's log that is read here."""
+
+    step: Natural | None = None
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """The part of trainer_state.json that must be sound for a resume or an export."""
+
+    global_step: Count
+    max_steps: int = 0
+    epoch: float | None = None
+    log_history: tuple[LogLine, ...] = ()
+    stateful_callbacks: Mapping[str, Any] = field(default_factory=dict)
+
+
+def trainer_state(checkpoint: Path) -> TrainerState:
+    """Read the Trainer's own state of a checkpoint.
+
+    Raises:
+        Incomplete: it is missing.
+        DamagedData: it is no JSON, or a field has an impossible value.
+    """
+    return _read(checkpoint, TRAINER_STATE, TrainerState)
+
+
+class Incomplete(BadInput):
+    """A checkpoint that lacks a file which is written last: its run was killed while saving."""
+
+
 def load_state(checkpoint: Path) -> RunState:
     """Read the state of a complete checkpoint.
 
     Raises:
-        BadInput: the checkpoint is incomplete, was made without DataFlex, or by another schema.
-        DamagedData: its arrays are missing or damaged.
+        Incomplete: a file that completes it is missing, or it was made without DataFlex.
+        BadInput: it was made by another schema.
+        DamagedData: state.json or its arrays are damaged, or a field has an impossible value.
     """
-    content = _content(checkpoint)
+    trainer_state(checkpoint)
+    state = described_state(checkpoint)
     try:
         with np.load(checkpoint / "dataflex" / ARRAYS, allow_pickle=False) as file:
             arrays = dict(file)
-        content = _with_arrays(content, arrays)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        held = {k: _with_arrays(getattr(state, k), arrays) for k in ("component", "more")}
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DamagedData(
-            f"checkpoint {str(checkpoint)!r}: dataflex/{ARRAYS} is missing or damaged ({error}). "
-            "Resume from another checkpoint."
+            f"{checkpoint / 'dataflex' / ARRAYS} is missing or damaged ({error}). {_NEXT}"
         ) from error
-    content["schedule"] = tuple(content["schedule"])
-    return RunState(**content)
+    return replace(state, **held)
 
 
-def run_id_of(checkpoint: Path) -> str:
-    """Return the id of the run that wrote a complete checkpoint."""
-    return str(_content(checkpoint)["run_id"])
+def described_state(checkpoint: Path) -> RunState:
+    """Read the state of a complete checkpoint as state.json has it: arrays are only named.
 
-
-def _content(checkpoint: Path) -> dict[str, Any]:
-    if not is_complete(checkpoint):
+    Raises:
+        Incomplete, BadInput, DamagedData: as for `load_state`.
+    """
+    schema = _read(checkpoint, STATE, _Versioned).schema
+    if schema not in (SCHEMA, UNSEALED_SCHEMA):
         raise BadInput(
-            f"checkpoint {str(checkpoint)!r} is incomplete: {TRAINER_STATE} and "
-            "dataflex/state.json must both be there and readable (a run killed while saving leaves "
-            "such a folder; a run of llamafactory-cli has no dataflex/). Name another checkpoint."
+            f"{checkpoint / STATE} has schema {schema}, this version reads {UNSEALED_SCHEMA} and "
+            f"{SCHEMA}: resume with the version of DataFlex that wrote it, or from another "
+            "checkpoint."
         )
-    content = json.loads((checkpoint / "dataflex" / "state.json").read_text(encoding="utf-8"))
-    if content.get("schema") != SCHEMA:
-        raise BadInput(
-            f"checkpoint {str(checkpoint)!r} has state schema {content.get('schema')}, "
-            f"this version reads {SCHEMA}."
-        )
-    if unknown := set(content) ^ {f.name for f in fields(RunState)}:
-        raise BadInput(
-            f"checkpoint {str(checkpoint)!r}: state.json has missing or unknown fields "
-            f"{', '.join(sorted(unknown))}."
-        )
-    return dict(content)
+    if schema == SCHEMA and not is_sealed(checkpoint):
+        raise _incomplete(checkpoint, MANIFEST)
+    return _read(checkpoint, STATE, RunState)
+
+
+@dataclass(frozen=True)
+class _Versioned:
+    schema: int
+
+
+def _read(checkpoint: Path, name: str, shape: type[T]) -> T:
+    try:
+        return read_document(checkpoint / name, shape, _NEXT)
+    except FileNotFoundError as error:
+        raise _incomplete(checkpoint, name) from error
+
+
+def _incomplete(checkpoint: Path, name: str) -> Incomplete:
+    return Incomplete(
+        f"checkpoint {str(checkpoint)!r} is incomplete: it has no {name} (a run killed while "
+        "saving leaves such a folder; a run of llamafactory-cli has no dataflex/). Name another "
+        "checkpoint."
+    )
 
 
 def _without_arrays(value: Any, name: str, arrays: dict[str, np.ndarray[Any, Any]]) -> Any:  # noqa: ANN401
@@ -130,13 +190,3 @@ def _with_arrays(value: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Any:
     if isinstance(value, list):
         return [_with_arrays(v, arrays) for v in value]
     return value
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Return whether both state files exist and parse: one of them is the last file written."""
-    for name, step in ((TRAINER_STATE, "global_step"), ("dataflex/state.json", "step")):
-        try:
-            int(json.loads((checkpoint / name).read_text(encoding="utf-8"))[step])
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-    return True

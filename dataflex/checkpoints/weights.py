@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Gt
+
+from dataflex.checkpoints.seal import verify
+from dataflex.config.parameters import Natural, Share
+from dataflex.run.documents import read_document
 from gradstore.errors import BadInput, DamagedData
 from gradstore.export.moments import AdamMoments
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 #: Where DeepSpeed and FSDP keep the optimizer's state instead of optimizer.pt.
 SHARDED = ("global_step*", "optimizer_*", "optimizer.bin", "pytorch_model_fsdp*")
 
+#: What the Trainer goes on with beside weights, and what each must hold; random states are one file
+#: for each rank, and a scaler is there with fp16 alone.
+STATES: Mapping[str, frozenset[str]] = {
+    "optimizer.pt": frozenset({"state", "param_groups"}),
+    "scheduler.pt": frozenset(),
+    "rng_state*.pth": frozenset({"python", "numpy", "cpu"}),
+    "scaler.pt": frozenset(),
+}
+OPTIONAL = ("scaler.pt",)
 
-#: What the Trainer goes on with beside weights; random states are one file for each rank.
-STATES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The part of adapter_config.json that must be sound."""
+
+    peft_type: str
+    r: Natural = 0
+    lora_alpha: Annotated[float, Gt(0)] = 1
+    lora_dropout: Share = 0
+    target_modules: tuple[str, ...] | str | None = None
 
 
 def check_resumable(folder: Path) -> None:
@@ -24,23 +49,22 @@ def check_resumable(folder: Path) -> None:
     Without optimizer, scheduler or random states it would reset those without a warning.
 
     Raises:
-        BadInput: something is missing.
-        DamagedData: a file is cut short.
+        BadInput: something is missing, or a state would run code when it is loaded.
+        DamagedData: a file is cut short or holds something else.
     """
     check_weights(folder)
     if any(next(folder.glob(pattern), None) for pattern in SHARDED):
         return  # DeepSpeed and FSDP keep all that in files of their own
-    for pattern in STATES:
-        found = list(folder.glob(pattern))
-        if not found:
+    for pattern, keys in STATES.items():
+        found = sorted(folder.glob(pattern))
+        if not found and pattern not in OPTIONAL:
             raise BadInput(
                 f"checkpoint {str(folder)!r} has no {pattern} (save_only_model, or deleted): a "
                 "resume would not be the same run. Resume from another checkpoint, or start "
                 "a new run with overwrite_output_dir: true."
             )
         for path in found:
-            if not zipfile.is_zipfile(path):
-                raise DamagedData(f"{path} is damaged: its end is missing. Resume from another.")
+            load_plain(path, keys, "Resume from another checkpoint.")
 
 
 def check_weights(folder: Path) -> None:
@@ -48,11 +72,16 @@ def check_weights(folder: Path) -> None:
 
     Raises:
         BadInput: there are none.
-        DamagedData: one is cut short.
+        DamagedData: one is cut short, or adapter_config.json is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
-    kind = "adapter_model" if (folder / "adapter_config.json").is_file() else "model"
+    kind, settings = "model", folder / ADAPTER_CONFIG
+    if settings.is_file():
+        kind = "adapter_model"
+        read_document(
+            settings, AdapterConfig, "Name another checkpoint, or restore it from a copy."
+        )
     found = list(folder.glob(f"{kind}*.safetensors"))
     if not (found or any(next(folder.glob(pattern), None) for pattern in SHARDED)):
         raise BadInput(f"checkpoint {str(folder)!r} has no {kind}.safetensors. Name another one.")
@@ -69,8 +98,10 @@ def check_moments(folder: Path) -> None:
 
     Raises:
         BadInput: it does not, or they would run code.
+        DamagedData: they are not those that were saved.
     """
     path = _moments_file(folder)
+    verify(folder, [path.relative_to(folder).as_posix()])
     if path.suffix == ".pt":
         load_optimizer_state(path)
 
@@ -110,35 +141,76 @@ def load_adapter(model: Any, checkpoint: Path) -> None:  # noqa: ANN401 - a Peft
 
     path = checkpoint / "adapter_model.safetensors"
     if not path.is_file():
-        raise BadInput(f"checkpoint {str(checkpoint)!r} has no adapter_model.safetensors.")
+        raise BadInput(
+            f"checkpoint {str(checkpoint)!r} has no adapter_model.safetensors: "
+            "name another one, or leave it out of gradstore_checkpoints."
+        )
     try:
         answer = set_peft_model_state_dict(model, load_file(path))
     except RuntimeError as error:
-        raise BadInput(f"{path} does not fit the model: {error}") from error
+        raise _unfit(path, str(error)) from error
     if answer.unexpected_keys:
-        raise BadInput(f"{path} does not fit the model: unexpected {answer.unexpected_keys[0]}.")
+        raise _unfit(path, f"unexpected {answer.unexpected_keys[0]}")
+
+
+def _unfit(path: Path, why: str) -> BadInput:
+    return BadInput(
+        f"{path} does not fit the model: {why}. Set lora_rank, lora_target and "
+        "model_name_or_path as they were when it was trained, or name other checkpoints."
+    )
 
 
 def load_optimizer_state(path: Path) -> Mapping[str, Any]:
     """Load an optimizer.pt as plain tensors; one that needs full unpickling is refused.
 
     Raises:
-        BadInput: it would run code, or is no optimizer state.
+        BadInput: it would run code.
+        DamagedData: it is cut short, or no optimizer's state.
+    """
+    return load_plain(
+        path,
+        STATES["optimizer.pt"],
+        "Train with dataflex-cli, which saves moments as safetensors, or use gradient_type sgd or "
+        "sign.",
+    )
+
+
+def load_plain(path: Path, keys: frozenset[str], instead: str) -> Mapping[str, Any]:
+    """Load a file of torch's that holds a dict of plain values and tensors, and run no code of it.
+
+    Tensors are mapped from the file: their bytes are not read here.
+
+    Args:
+        path: the file.
+        keys: what the dict must have.
+        instead: the next step, for the message.
+
+    Raises:
+        BadInput: it holds more than plain values: loading them would run code.
+        DamagedData: it is no archive of torch's, its end is missing, or it lacks a key.
     """
     import pickle
 
     import torch
+    from transformers.trainer_pt_utils import safe_globals
 
+    if not zipfile.is_zipfile(path):
+        raise DamagedData(f"{path} is damaged: its end is missing. {instead}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # Random states hold NumPy's arrays.
+        with safe_globals():  # type: ignore[no-untyped-call]
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
         raise BadInput(
             f"{path} cannot be loaded without running code it contains; it was not opened. "
-            "Train with dataflex-cli, which saves moments as safetensors, or use gradient_type "
-            "sgd or sign."
+            f"{instead}"
         ) from error
-    if not isinstance(state, dict) or not {"state", "param_groups"} <= set(state):
-        raise BadInput(f"{path} is no optimizer state.")
+    except Exception as error:  # a changed byte of a pickle can raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DamagedData(f"{path} is damaged ({reason:.200}). {instead}") from error
+    if not isinstance(state, Mapping) or (missing := keys - set(state)):
+        lacks = ", ".join(sorted(missing)) if isinstance(state, Mapping) else "a mapping"
+        raise DamagedData(f"{path} is damaged: it does not hold {lacks}. {instead}")
     return state
 
 

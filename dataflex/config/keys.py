@@ -6,7 +6,6 @@ would stop at the first, name no accepted keys, and has an option to ignore miss
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -14,16 +13,30 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, doc
+from omegaconf import DictConfig, OmegaConf
 
+from dataflex.config.documents import at_home, faults_of, overridden, read_settings
 from dataflex.config.known import KnownKeys
 from dataflex.config.parameters import converted
-from dataflex.config.presets import PACKAGED_PRESETS, Component, resolve
+from dataflex.config.presets import PACKAGED_PRESETS, Component, check_names, resolve
 from dataflex.config.registry import KINDS, unknown
-from dataflex.config.values import Numbers, Text, Texts, Whole, Wholes
+from dataflex.config.values import (
+    ComponentName,
+    Name,
+    NameList,
+    Numbers,
+    PathList,
+    PathText,
+    Whole,
+    Wholes,
+)
 from gradstore.errors import BadInput
 
 #: train_types that replace the trainer, and the one that leaves LlamaFactory alone.
 TRAIN_TYPES = ("static", *KINDS)
+
+#: What lists every key.
+LISTED_BY = "`dataflex-cli train --help` lists every key."
 
 
 @dataclass(frozen=True)
@@ -34,27 +47,46 @@ class DataFlexConfig:
     as the annotations say.
     """
 
-    train_type: Text = "static"
-    components_cfg_file: Text = "configs/components.yaml"
-    component_name: Text | None = None
+    train_type: Name = "static"
+    """static, dynamic_select, _mix, _weight, ..."""
+    components_cfg_file: PathText = "configs/components.yaml"
+    """Presets of your own, as in components.yaml."""
+    component_name: ComponentName | None = None
+    """Preset or strategy (see `dataflex-cli components`)."""
     component_params: Annotated[Mapping[str, Any], doc("a mapping such as {proj_dim: 4096}")] = (
         field(default_factory=dict)
     )
+    """Parameters of the component, over its preset's."""
     warmup_step: Annotated[Whole, Ge(0)] = 0
+    """W: steps before the first decision of a stage."""
     update_step: Whole = 0
+    """U: steps from one decision to the next."""
     update_times: Whole = 1
+    """T: decisions in a stage; a stage is W + U*T steps."""
     train_step: Annotated[Whole, Ge(0)] = 0
+    """Steps of the run; 0: num_train_epochs or max_steps."""
     static_mix: bool = False
+    """Keep the opening proportions throughout."""
     freeze_gate: bool = False
+    """Keep routers (mixture of experts) out of training."""
     early_stopping_min_delta: float = 0.0
-    mixture_sample_rule: Text = "mixture"
+    """Least improvement that early_stopping_steps counts."""
+    mixture_sample_rule: Name = "mixture"
+    """mixture, or fixed: stratified (by rows), uniform."""
     init_mixture_proportions: Numbers | None = None
-    mixer_eval_dataset: Texts = ()
-    gradstore: Text | None = None
-    gradstore_run: Text | None = None
-    gradstore_checkpoints: Texts = ()
-    target_dataset: Texts = ()
+    """Opening share of each data set, in any scale."""
+    mixer_eval_dataset: NameList = ()
+    """Held-out sets for mixers that look at them."""
+    gradstore: PathText | None = None
+    """Gradient store; default: output_dir/gradstore."""
+    gradstore_run: Name | None = None
+    """Prefix of the generations that this run writes."""
+    gradstore_checkpoints: PathList = ()
+    """Checkpoint folders that `gradstore build` exports."""
+    target_dataset: NameList = ()
+    """What to become good at; default: eval_dataset."""
     target_subtasks: Wholes | None = None
+    """Sizes of the sub-tasks of the one target set."""
 
     @property
     def presets_file(self) -> Path:
@@ -105,8 +137,24 @@ class RunConfig:
         Raises:
             BadInput: as `dataflex.config.presets.resolve`.
         """
-        keys = {**self.llamafactory, **vars(self.dataflex)}
-        return resolve(train_type, name, params, self.dataflex.presets_file, keys)
+        return resolve(train_type, name, params, self.dataflex.presets_file, self._placeholders)
+
+    def check_names(self) -> None:
+        """Check the names of the component and of its parameters, before any strategy is imported.
+
+        Raises:
+            BadInput: as `dataflex.config.presets.check_names`.
+        """
+        ours = self.dataflex
+        fixed = ours.static_mix and ours.component_name is None  # the static mixer is used
+        if ours.train_type != "static" and not fixed:
+            check_names(ours.train_type, ours.component_name, ours.component_params,
+                        ours.presets_file, self._placeholders)  # fmt: skip
+
+    @property
+    def _placeholders(self) -> Mapping[str, Any]:
+        """The values by key that `${key}` stands for in a file of presets."""
+        return {**self.llamafactory, **vars(self.dataflex)}
 
     @property
     def store_run(self) -> str:
@@ -117,6 +165,11 @@ class RunConfig:
     def known(self) -> KnownKeys:
         """LlamaFactory's keys that DataFlex reads, typed, with LlamaFactory's defaults."""
         return KnownKeys.of(self.llamafactory)
+
+    def shown(self, key: str) -> str:
+        """Return a LlamaFactory key's value for a message, as the user wrote it: 3, not '3'."""
+        value = self.llamafactory.get(key)
+        return repr(getattr(self.known, key) if value is None else value)
 
     def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - YAML values
         """Return any LlamaFactory key as the user wrote it, or `default`; for custom strategies.
@@ -132,7 +185,7 @@ def load(path: Path, overrides: Sequence[str], accepted: Collection[str]) -> Run
 
     Args:
         path: the configuration file.
-        overrides: `key=value` or `nested.key=value`, as LlamaFactory takes them.
+        overrides: `key=value` or `nested.key=value`; see `documents.overridden`.
         accepted: the keys LlamaFactory itself knows.
 
     Raises:
@@ -141,7 +194,7 @@ def load(path: Path, overrides: Sequence[str], accepted: Collection[str]) -> Run
     merged = _read(path, overrides)
     own = {f.name for f in fields(DataFlexConfig)}
     if extra := set(merged) - own - set(accepted):
-        raise BadInput(f"{path}: {unknown('key', extra, own | set(accepted))}")
+        raise BadInput(f"{path}: {unknown('key', extra, own | set(accepted), LISTED_BY)}")
     ours, refused = converted(DataFlexConfig, merged)
     rest = {k: v for k, v in merged.items() if k not in own}
     faults = [*refused.values(), *converted(_DataSets, rest)[1].values()]
@@ -158,30 +211,14 @@ def load(path: Path, overrides: Sequence[str], accepted: Collection[str]) -> Run
 class _DataSets:
     """Keys that LlamaFactory iterates over whatever they are."""
 
-    dataset: Texts | None = None
-    eval_dataset: Texts | None = None
+    dataset: NameList | None = None
+    eval_dataset: NameList | None = None
 
 
 def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    import yaml
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if bad := [o for o in overrides if "=" not in o]:
-        raise BadInput(f"override {bad[0]!r} is not key=value.")
-    try:
-        if path.suffix == ".json":
-            base = OmegaConf.create(json.loads(path.read_text(encoding="utf-8")))
-        else:
-            base = OmegaConf.load(path)
+    with faults_of(f"configuration {str(path)!r}"):
+        base = read_settings(path)
         if not isinstance(base, DictConfig):
             raise BadInput(f"{path}: expected a mapping of keys to values at the top.")
-        merged = OmegaConf.merge(base, OmegaConf.from_cli(list(overrides)))
-        found = OmegaConf.to_container(merged, resolve=True)
-    except FileNotFoundError as error:
-        raise BadInput(f"configuration {str(path)!r} does not exist.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"configuration {str(path)!r} cannot be read: {error}") from error
-    except (yaml.YAMLError, json.JSONDecodeError, OmegaConfBaseException, TypeError) as error:
-        raise BadInput(f"{path}: {' '.join(str(error).split())}") from error
-    return {str(key): value for key, value in dict(found).items()}  # type: ignore[arg-type]
+        found = OmegaConf.to_container(overridden(base, overrides), resolve=True)
+        return {str(key): at_home(value) for key, value in dict(found).items()}  # type: ignore[arg-type]

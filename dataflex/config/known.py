@@ -42,6 +42,8 @@ class KnownKeys:
     use_adam_mini: Switch = False
     use_muon: Switch = False
     early_stopping_steps: Whole | None = None
+    predict_with_generate: Switch = False
+    report_to: Any = "none"
     load_best_model_at_end: Switch = False
     metric_for_best_model: Word | None = None
     deepspeed: Any = None
@@ -56,9 +58,14 @@ class KnownKeys:
     create_new_adapter: Switch = False
     use_unsloth: Switch = False
     enable_liger_kernel: Switch = False
+    quantization_bit: Whole | None = None
+    quantization_method: Word = "bnb"
+    flash_attn: Word = "auto"
     use_dft_loss: Switch = False
     use_asft_loss: Switch = False
     use_eaft_loss: Switch = False
+    label_smoothing_factor: float = 0.0
+    moe_aux_loss_coef: float | None = None
     # the data
     dataset: Names = ()
     eval_dataset: Names = ()

@@ -227,7 +227,7 @@ def describe(hint: Any) -> str:  # noqa: ANN401 - an annotation
         >>> describe(Literal["last", "all"] | Count), describe(Positive | None)
         ('last, all or a whole number of at least 1', 'a number above 0 and finite, or null')
         >>> describe(Annotated[Sequence[Count], MinLen(2)])
-        'a list of at least 2, each a whole number of at least 1'
+        'a list of at least 2 values, each a whole number of at least 1'
     """
     words: list[str] = []
     null = ""
@@ -286,12 +286,18 @@ def _noun(option: Any, metadata: list[Any]) -> str:  # noqa: ANN401 - an annotat
     noun = EXPECTED.get(kind, getattr(kind, "__name__", str(kind)))
     if limits := _limits(metadata):
         noun += f" {limits}" if limits.startswith(("above", "below", "from")) else f" of {limits}"
+        length = next((part.min_length for part in metadata if isinstance(part, MinLen)), None)
+        if length is not None:
+            noun += f" {_COUNTED.get(kind, 'value')}{'' if length == 1 else 's'}"
     if kind is Sequence and get_args(option) not in ((), (Any,)):
         noun += f", each {describe(get_args(option)[0])}"
     return noun
 
 
 _NOT_NEGATIVE = "0 or more"
+
+#: What the length of a value counts, where it is not values.
+_COUNTED: Mapping[Any, str] = {str: "character"}
 
 #: A limit's attribute and its words.
 _VERBS: Mapping[type, tuple[str, str]] = {

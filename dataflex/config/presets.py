@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from dataflex.config.documents import at_home, faults_of, read_settings
 from dataflex.config.parameters import faults
 from dataflex.config.registry import (
     KINDS,
     constructors_of,
     declarations,
+    declared_names,
     import_target,
     parameters,
     strategies,
@@ -77,9 +81,66 @@ def resolve(
     Raises:
         BadInput: unknown preset, strategy or parameter; lists what is accepted.
     """
-    bucket, kind = KINDS[train_type]
+    kind = KINDS[train_type][1]
     known = strategies(kind)
-    presets = presets_of(bucket, presets_file or PACKAGED_PRESETS, placeholders)
+    presets = presets_of(KINDS[train_type][0], presets_file or PACKAGED_PRESETS, placeholders)
+    chosen = _choose(train_type, component_name, component_params, known, presets)
+    cls = import_target(chosen.target) if chosen.target is not None else known[chosen.strategy]
+    params, name = dict(chosen.params), chosen.component
+    for key in set(params) & set(RETIRED) - set(parameters(cls)):
+        _log.warning("component %r: %s is ignored: %s", name, key, RETIRED[key])
+        del params[key]
+    if {"components_cfg_file", "placeholders"} <= set(parameters(cls)):
+        # A strategy made of others looks them up where it was found itself.
+        params.setdefault("components_cfg_file", str(presets_file or PACKAGED_PRESETS))
+        params.setdefault("placeholders", placeholders)
+    _check_parameters(name, cls, params)
+    return Component(kind, name, cls, params)
+
+
+def check_names(
+    train_type: str,
+    component_name: str | None,
+    component_params: Mapping[str, Any],
+    presets_file: Path | None = None,
+    placeholders: Mapping[str, Any] | None = None,
+) -> None:
+    """Check the names of a component and of its parameters without importing any strategy.
+
+    Args: those of `resolve`, which checks values too.
+
+    Raises:
+        BadInput: as `resolve`, but for a user's own class and what it accepts.
+    """
+    known = declared_names(KINDS[train_type][1])
+    if known is None:
+        return
+    presets = presets_of(KINDS[train_type][0], presets_file or PACKAGED_PRESETS, placeholders)
+    chosen = _choose(train_type, component_name, component_params, known, presets)
+    accepted = None if chosen.target is not None else known[chosen.strategy]
+    if accepted is not None and (extra := set(chosen.params) - accepted - set(RETIRED)):
+        raise BadInput(_unknown_parameters(chosen.component, extra, accepted))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A component as a configuration and a preset name it: nothing is imported yet."""
+
+    component: str
+    strategy: str
+    target: str | None
+    params: Mapping[str, Any]
+
+
+def _choose(
+    train_type: str,
+    component_name: str | None,
+    component_params: Mapping[str, Any],
+    known: Collection[str],
+    presets: Mapping[str, Mapping[str, Any]],
+) -> _Choice:
+    """Look up a component among the presets of its bucket and the strategies' names, `known`."""
+    bucket, kind = KINDS[train_type]
     if component_name is None:
         raise BadInput(
             f"train_type: {train_type} needs component_name. "
@@ -96,24 +157,12 @@ def resolve(
         raise BadInput(f"params in {where} is {preset['params']!r}; expected a mapping.")
     params = _over(preset.get("params") or {}, component_params)
     target = params.pop("target", preset.get("target"))
-    name = preset.get("name", component_name)
+    name = str(preset.get("name", component_name))
     if kind == "reorder":  # DataFlex 1.1.0 looked these up by `kind`, whatever their name
-        name = params.pop("kind", name)
-    if target is not None:
-        cls = import_target(str(target))
-    elif name in known:
-        cls = known[name]
-    else:
-        raise BadInput(unknown(f"strategy `name` in {where}", [str(name)], known))
-    for key in set(params) & set(RETIRED) - set(parameters(cls)):
-        _log.warning("component %r: %s is ignored: %s", component_name, key, RETIRED[key])
-        del params[key]
-    if {"components_cfg_file", "placeholders"} <= set(parameters(cls)):
-        # A strategy made of others looks them up where it was found itself.
-        params.setdefault("components_cfg_file", str(presets_file or PACKAGED_PRESETS))
-        params.setdefault("placeholders", placeholders)
-    _check_parameters(component_name, cls, params)
-    return Component(kind, component_name, cls, params)
+        name = str(params.pop("kind", name))
+    if target is None and name not in known:
+        raise BadInput(unknown(f"strategy `name` in {where}", [name], known))
+    return _Choice(component_name, name, None if target is None else str(target), params)
 
 
 def _over(preset: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,24 +188,14 @@ def presets_of(
         BadInput: the file cannot be read, names a placeholder that is none, or the bucket is no
             mapping of mappings.
     """
-    import yaml
-    from omegaconf import OmegaConf  # reads 1e-5 as a number, as in the run's own YAML
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        loaded = OmegaConf.load(path)
+    with faults_of(f"components_cfg_file {str(path)!r}"):
+        loaded = read_settings(path)
         if placeholders is None or not OmegaConf.is_dict(loaded):
             content = OmegaConf.to_container(loaded)
         else:
             known = {key: value for key, value in placeholders.items() if key not in loaded}
             content = OmegaConf.to_container(OmegaConf.merge(known, loaded), resolve=True)
-    except OmegaConfBaseException as error:
-        reason = " ".join(str(error).split())
-        raise BadInput(f"components_cfg_file {str(path)!r}: {reason}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"components_cfg_file {str(path)!r} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise BadInput(f"components_cfg_file {str(path)!r} is not YAML: {error}") from error
+        content = at_home(content)
     if not isinstance(content, dict):
         raise BadInput(f"components_cfg_file {str(path)!r} is no mapping of kinds to presets.")
     presets = content.get(bucket) or content.get(OLD_BUCKETS.get(bucket, bucket)) or {}
@@ -186,9 +225,13 @@ def _check_parameters(name: str, cls: type, params: Mapping[str, Any]) -> None:
     found = []
     takes_any = bool(constructors) and takes_any_name(constructors[-1])
     if (extra := set(params) - set(accepted)) and not takes_any:
-        found.append(unknown(f"component_params of {name!r}", extra, accepted))
+        found.append(_unknown_parameters(name, extra, accepted))
     if required := {n for n, p in accepted.items() if p.default is p.empty} - set(params):
         found.append(f"component {name!r} needs component_params: {', '.join(sorted(required))}.")
     found += [f"component {name!r}: {fault}." for fault in faults(declarations(cls), params)]
     if found:
         raise BadInput("\n".join(found))
+
+
+def _unknown_parameters(name: str, extra: Collection[str], accepted: Collection[str]) -> str:
+    return unknown(f"component_params of {name!r}", extra, accepted)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dataflex.config.parameters import BadParameter, Declaration, declared, faults, group
+from dataflex.config.sources import registered
 from gradstore.errors import BadInput
 
 C = TypeVar("C", bound=type)
@@ -44,6 +45,9 @@ PACKAGES: Mapping[str, str] = {
 
 #: Entry points by which an installed package adds strategies: each is imported, and registers.
 ENTRY_POINTS = "dataflex.components"
+
+#: Names that a message lists; of more it names the nearest.
+MOST_LISTED = 40
 
 _log = logging.getLogger(__name__)
 _classes: dict[tuple[str, str], type] = {}
@@ -79,14 +83,40 @@ def strategies(kind: str) -> dict[str, type]:
     return {name: cls for (k, name), cls in sorted(_classes.items()) if k == kind}
 
 
-def unknown(what: str, given: Iterable[str], accepted: Iterable[str]) -> str:
-    """Describe unknown names in one sentence: the nearest match first, then all accepted ones."""
+def declared_names(kind: str) -> Mapping[str, frozenset[str] | None] | None:
+    """List the strategies of `kind` and the parameters of each by their source, importing none.
+
+    Returns:
+        Names of parameters by strategy, None for one that takes any; None where an installed
+        package may add strategies when it is imported.
+    """
+    if importlib.metadata.entry_points(group=ENTRY_POINTS):
+        return None
+    found = {name: cls.parameters() for name, cls in registered(PACKAGES[kind]).items()}
+    by_hand = {name: None for (k, name) in _classes if k == kind and name not in found}
+    return {**found, **by_hand}
+
+
+def unknown(what: str, given: Iterable[str], accepted: Iterable[str], listed_by: str = "") -> str:
+    """Describe unknown names in one sentence: what each may mean, then what is accepted.
+
+    Args:
+        what: the kind of name.
+        given: the unknown ones.
+        accepted: the known ones; where they are many, the three nearest to each are named instead.
+        listed_by: a sentence that says what lists them all.
+    """
     names = sorted(accepted)
+    few = len(names) <= MOST_LISTED
     parts = []
     for name in sorted(given):
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-        parts.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-    return f"unknown {what}: {', '.join(parts)}. Accepted: {', '.join(names)}."
+        near = [repr(n) for n in difflib.get_close_matches(name, names, n=1 if few else 3)]
+        meant = " or ".join(filter(None, [", ".join(near[:-1]), *near[-1:]]))
+        parts.append(f"{name!r}" + (f" (did you mean {meant}?)" if near else ""))
+    listed = f"Accepted: {', '.join(names)}." if names else "None is accepted here."
+    if not few:
+        listed = listed_by or f"{len(names)} are accepted."
+    return f"unknown {what}: {', '.join(parts)}. {listed}"
 
 
 def grouped(cls: type[G], key: str, given: Mapping[str, Any]) -> G:

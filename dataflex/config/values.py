@@ -45,13 +45,6 @@ def names_a_folder(name: str) -> bool:
     return path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
 
 
-def not_here(key: str, path: str) -> list[str]:
-    """List the fault of a path that is no folder, unless it may be a hub id."""
-    if not names_a_folder(path):
-        return []
-    return [f"{key} {path!r} is not a folder on this machine: name a model's folder or a hub id."]
-
-
 def as_number(value: object) -> object:
     """Convert a number in quotes to a float."""
     try:
@@ -70,12 +63,18 @@ def _is_not_blank(text: str) -> bool:
     return bool(text.strip())
 
 
-Text = Annotated[str, Predicate(_is_not_blank), doc("a name or a path")]
+_NotBlank = Predicate(_is_not_blank)
+Name = Annotated[str, _NotBlank, doc("a name")]
+ComponentName = Annotated[
+    str, _NotBlank, doc("a preset's or strategy's name (`dataflex-cli components` lists them)")
+]
+PathText = Annotated[str, _NotBlank, doc("a path")]
 Whole = Annotated[int, BeforeValidator(as_int)]
 Number = Annotated[float, BeforeValidator(as_number)]
 
-Texts = Annotated[
-    tuple[Text, ...], BeforeValidator(as_tuple), doc("a name or a path, or a list of them")
+NameList = Annotated[tuple[Name, ...], BeforeValidator(as_tuple), doc("a name, or a list of them")]
+PathList = Annotated[
+    tuple[PathText, ...], BeforeValidator(as_tuple), doc("a path, or a list of them")
 ]
 Wholes = Annotated[
     tuple[Whole, ...], BeforeValidator(as_tuple), doc("a whole number, or a list of them")

@@ -65,7 +65,7 @@ def direct_influence(
     # A source takes its target pass alone, unseen; ranks share the training rows.
     total = len(fitting) + (sum(len(rows) for rows in data.targets) if source is None else 0)
     with progress(f"exact influence at step {context.step}", total,
-                  shown=run.shows_progress) as advance:  # fmt: skip
+                  shown=run.shows_progress, told=run.ranks.leads) as advance:  # fmt: skip
         subtasks = _subtasks(data.targets, subtask_sizes)
         directions = _directions(run, settings, subtasks, source, budget, advance)
         cosines = direct_cosines(

@@ -171,6 +171,7 @@ class EmbeddingService:
             lambda unit, advance: self._source.unit(rows, unit, advance),
             max_bad_fraction=0.01,
             shows_progress=self.run.shows_progress,
+            lengths=rows.lengths,
         )
         return self.run.ranks.decide(check), summary
 

@@ -39,6 +39,8 @@ from gradstore.store.filling import ExportSummary
 from gradstore.store.writer import StoreWriter
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dataflex.features.target_source import TargetFeatures
     from gradstore.store.reader import Store
 
@@ -68,6 +70,19 @@ def effective_seed(base: int, step: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def projection_for(model: nn.Module, settings: FeatureSettings) -> ProjectionSpec:
+    """Return the projection of a model's gradients, with the base seed.
+
+    Raises:
+        BadInput: the model has more than one active adapter, or nothing to train.
+    """
+    with GradientCapture(model) as capture:
+        p = capture.p
+    return ProjectionSpec(
+        settings.proj_method, p=p, d=settings.proj_dim, seed=settings.seed, s=settings.sjlt_s
+    )
+
+
 class FeatureService:
     """Service that writes and finds the gradient generations of one run.
 
@@ -86,13 +101,7 @@ class FeatureService:
         self.settings = settings
         with GradientCapture(run.model) as capture:
             self.slots = capture.slots
-        self.projection = ProjectionSpec(
-            settings.proj_method,
-            p=sum(slot.numel for slot in self.slots),
-            d=settings.proj_dim,
-            seed=settings.seed,
-            s=settings.sjlt_s,
-        )
+        self.projection = projection_for(run.model, settings)
         self._writer: StoreWriter | None = None
         run.ranks.decide(self._open)
 
@@ -241,6 +250,7 @@ class FeatureService:
             self._compute(rows, recipe, source),
             max_bad_fraction=self.settings.max_bad_fraction,
             shows_progress=self.run.shows_progress,
+            lengths=rows.lengths,
         )
         full_name = self.run.ranks.decide(lambda: self.store.generation(record.name).name)
         return full_name, summary

@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from dataflex.run.log import OnRows, progress
 from dataflex.run.ranks import Ranks
 from gradstore.export.units import UnitFeatures
+from gradstore.format.layout import generation_bytes
 from gradstore.format.plans import UnitRange
 from gradstore.store.filling import ExportSummary, UnitSink
 from gradstore.store.generation_writer import GenerationWriter
@@ -35,6 +39,7 @@ def export_shared(
     *,
     max_bad_fraction: float,
     shows_progress: bool,
+    lengths: npt.NDArray[np.int64],
 ) -> ExportSummary:
     """Compute the pending units of a generation on all ranks, write and commit it on rank 0.
 
@@ -47,6 +52,7 @@ def export_shared(
         compute: unit and progress callback -> its features, the same on whatever rank.
         max_bad_fraction: share of non-finite rows above which the export stops.
         shows_progress: whether this process draws a bar.
+        lengths: (n,) tokens of the generation's rows, which say how long it takes.
 
     Returns:
         What the pass did, on every rank.
@@ -62,8 +68,16 @@ def export_shared(
         return list(writer.pending)
 
     pending = ranks.decide(plan)
-    waiting = sum(unit.stop - unit.start for unit in pending)
-    with progress(name, waiting, shown=shows_progress and waiting > 0) as advance:
+    # A unit takes its longest rows first.
+    longest_first = [-np.sort(-lengths[unit.start : unit.stop]) for unit in pending]
+    costs = np.concatenate([np.empty(0, np.int64), *longest_first])
+    with progress(
+        name,
+        costs,
+        shown=shows_progress and len(costs) > 0,
+        told=ranks.leads,
+        stored_bytes=_stored_bytes(held[0].writer) if ranks.leads else 0,
+    ) as advance:
         for start in range(0, len(pending), ranks.world):
             units = pending[start : start + ranks.world]
             mine = units[ranks.rank] if ranks.rank < len(units) else None
@@ -76,6 +90,12 @@ def export_shared(
             advance(sum(unit.stop - unit.start for unit in units if unit is not mine))
     ranks.decide(lambda: held[0].writer.commit())
     return ranks.decide(lambda: held[0].sink.summary)
+
+
+def _stored_bytes(writer: GenerationWriter) -> int:
+    """Compute the bytes that the pending units will take."""
+    rows = sum(unit.stop - unit.start for unit in writer.pending)
+    return generation_bytes(rows, writer.plan.dim, writer.plan.dtype, writer.plan.unit_rows)
 
 
 def _write(sink: UnitSink, parts: list[UnitFeatures | None]) -> None:

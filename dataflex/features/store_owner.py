@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from typing import TYPE_CHECKING
 
 from dataflex.run.context import RunContext
-from gradstore.format.layout import GRADIENT
+from dataflex.run.output_owner import known_identity
+from gradstore.format.layout import GRADIENT, METADATA
 from gradstore.format.names import space_run
 from gradstore.format.provenance import Difference, refuse
+from gradstore.store.reader import open_store
 
 if TYPE_CHECKING:
+    from dataflex.config.keys import RunConfig
     from gradstore.store.reader import Store
 
 _log = logging.getLogger(__name__)
+
+
+def built_by(config: RunConfig) -> str:
+    """Return the run id of generations built outside of training; nothing is written.
+
+    The run that owns output_dir. Where none does, as with checkpoints of plain LlamaFactory, what
+    output_dir's own store was built by before, and at first an id made of the folder's path.
+
+    Raises:
+        BadInput: output_dir's record of its run is damaged.
+    """
+    if (known := known_identity(config.output_dir)) is not None:
+        return known
+    if config.owns_store and (config.store_path / METADATA).exists():
+        for generation in open_store(config.store_path).generations():
+            if generation.space == GRADIENT and generation.record.run == config.store_run:
+                return generation.record.run_id
+    return uuid.uuid5(uuid.NAMESPACE_URL, config.output_dir.resolve().as_uri()).hex
 
 
 def check_owner(store: Store, run: RunContext, *, space: str = GRADIENT, run_id: str = "") -> None:

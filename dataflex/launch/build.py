@@ -6,39 +6,57 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataflex.bridge import arguments, running
-from dataflex.checkpoints.folders import find_checkpoints, mean_learning_rate, trainer_state
+from dataflex.bridge import running
+from dataflex.checkpoints.folders import find_checkpoints, mean_learning_rate
+from dataflex.checkpoints.state import trainer_state
 from dataflex.checkpoints.weights import check_moments, checkpoint_moments, load_adapter
-from dataflex.config.keys import RunConfig, load
+from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData, check_rows
 from dataflex.features.gradients import FeatureService
 from dataflex.features.settings import FeatureSettings
+from dataflex.features.store_owner import built_by
+from dataflex.launch.dry_run import build_forecast
 from dataflex.launch.inputs import check_inputs
+from dataflex.launch.losses import Reader, loss_difference
 from dataflex.launch.preflight import check_gradients
 from dataflex.models.precision import autocast
 from dataflex.models.vocabulary import check_vocabulary
 from dataflex.pipelines.pipeline import build_strategy
 from dataflex.run.context import RunContext
-from dataflex.run.output_owner import output_identity
+from dataflex.run.forecast import print_forecasts
+from dataflex.selectors.by_influence import InfluenceSelector
 from gradstore.errors import BadInput
 
 _log = logging.getLogger(__name__)
 
+#: Methods by which a selector's generations differ in training from those built here.
+_ONLY_IN_TRAINING = {
+    "target_source": "makes target features of its own; built here are the gradients of the target "
+    "rows' answers",
+    "sample": "takes the gradients of some rows that stand for all; built here are those of every "
+    "row",
+}
 
-def build(path: Path, overrides: Sequence[str]) -> None:
+
+def build(config: RunConfig, *, dry_run: bool = False) -> None:
     """Write one train generation and one generation per target set for every checkpoint.
 
     Checkpoints: `gradstore_checkpoints`, else `resume_from_checkpoint`, else every
     `output_dir/checkpoint-*` with an adapter. Features that need no optimizer can also be built
     without any, at the adapter the configuration starts from (step 0).
 
+    Args:
+        config: as `configuration.read` read it.
+        dry_run: print a forecast of the passes instead.
+
     Raises:
         BadInput: see `check_gradients`; no checkpoint for Adam features; no moments in one.
         ProvenanceMismatch: the store holds features that can't be compared with these.
     """
-    config = load(path, overrides, arguments.accepted_keys())
     check_inputs(config)
     check_gradients(config)
+    if told := loss_difference(config.known, "gradstore build", {Reader.GRADIENTS}):
+        _log.warning("%s", told)
     settings = feature_settings(config)
     folders = find_checkpoints(config)
     if not folders and settings.train_features.needs_moments:
@@ -57,6 +75,9 @@ def build(path: Path, overrides: Sequence[str]) -> None:
 
     loaded = running.load_run(config, first, check_data)
     check_vocabulary(loaded.model, loaded.data)
+    if dry_run:
+        print_forecasts(build_forecast(loaded, config, settings, max(1, len(folders))), world=1)
+        return
     args = loaded.training_args
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "off"
     run = RunContext(
@@ -65,7 +86,7 @@ def build(path: Path, overrides: Sequence[str]) -> None:
         collate=loaded.collate,
         model=loaded.model,
         output_dir=config.output_dir,
-        run_id=output_identity(config.output_dir),
+        run_id=built_by(config),
         seed=int(args.seed),
         autocast=precision,
     )
@@ -86,7 +107,7 @@ def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> Non
         if folder is not None:
             if number > 0:  # the first one's adapter was loaded with the model
                 load_adapter(run.model, folder)
-            previous, step = step, int(trainer_state(folder)["global_step"])
+            previous, step = step, trainer_state(folder).global_step
             rate = mean_learning_rate(folder, previous, step)
             if features.needs_moments:
                 moments = checkpoint_moments(folder, run.model)
@@ -97,18 +118,31 @@ def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> Non
 
 
 def feature_settings(config: RunConfig) -> FeatureSettings:
-    """Return the settings of the configured component, or of `less` where it has none."""
+    """Return the settings of the configured component's gradient features.
+
+    A component that takes no gradients into a store gets those of `less` with its defaults, and so
+    does `train_type: static`; a warning names what such a store holds otherwise than training.
+
+    Raises:
+        BadInput: no such component, or a parameter that it refuses.
+    """
     ours = config.dataflex
-    less, name = ("dynamic_select", "less"), (ours.train_type, ours.component_name)
-    component = config.component(
-        *(less if ours.train_type == "static" else name), ours.component_params
-    )
-    settings = build_strategy(component).settings
-    if settings is None:
-        settings = build_strategy(config.component(*less, {})).settings
-    if not isinstance(settings, FeatureSettings):
-        raise BadInput(
-            f"component {component.name!r} does not define gradient features; choose one that "
-            "does, such as less."
-        )
-    return settings
+    less = build_strategy(config.component("dynamic_select", "less", {})).gradient_features
+    assert isinstance(less, FeatureSettings)
+    if ours.train_type == "static":
+        return less
+    component = config.component(ours.train_type, ours.component_name, ours.component_params)
+    strategy = build_strategy(component)
+    found = strategy.gradient_features
+    if not isinstance(found, FeatureSettings):
+        _log.warning(
+            "component %r stores no gradients: these are those of less with its defaults (%s, %s, "
+            "proj_dim %d); component_name: less sets others",
+            component.name, less.gradient_type, less.proj_method, less.proj_dim,
+        )  # fmt: skip
+        return less
+    if isinstance(strategy, InfluenceSelector):
+        for method, otherwise in _ONLY_IN_TRAINING.items():
+            if getattr(type(strategy), method) is not getattr(InfluenceSelector, method):
+                _log.warning("component %r in training %s", component.name, otherwise)
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -10,9 +9,10 @@ from dataflex.bridge import arguments
 from dataflex.config.keys import RunConfig
 from dataflex.config.known import KnownKeys
 from dataflex.config.registry import unknown
-from dataflex.config.values import not_here
 from dataflex.data.files import SOURCES, entry_faults, file_faults
+from dataflex.models.frozen import how_to_bring, missing_folder_faults
 from gradstore.errors import BadInput, StoreIOError
+from gradstore.format.foreign import read_object
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -44,11 +44,11 @@ def _check_model(config: RunConfig) -> None:
         raise BadInput("model_name_or_path is missing: name a model folder or a hub id.")
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        if faults := not_here("model_name_or_path", name):
+        if faults := missing_folder_faults("model_name_or_path", name):
             raise BadInput("\n".join(faults))
         return
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = read_object((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(
             f"model_name_or_path {name!r} has no readable config.json: {error}"
@@ -79,15 +79,17 @@ def _check_datasets(config: RunConfig) -> None:
         raise BadInput("dataset is missing: name at least one training data set.")
     info = Path(folder) / "dataset_info.json"
     try:
-        listed = json.loads(info.read_text(encoding="utf-8"))
+        listed = read_object(info.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInput(
-            f"{str(info)!r} does not exist: dataset_dir must hold LlamaFactory's dataset_info.json."
+            f"{str(info)!r} does not exist: dataset_dir must hold LlamaFactory's "
+            f"dataset_info.json. {how_to_bring(Path(folder)) or 'Correct dataset_dir.'}"
         ) from error
     except (OSError, ValueError) as error:
-        raise BadInput(f"{str(info)!r} cannot be read: {error}") from error
-    if not isinstance(listed, dict):
-        raise BadInput(f"{str(info)!r} must map each data set's name to where its rows are.")
+        raise BadInput(
+            f"{str(info)!r} cannot be read: {error}. It must be a JSON object that maps each data "
+            "set's name to where its rows are."
+        ) from error
     faults = [
         f"{key}: {unknown('data set', missing, listed)} ({info})"
         for key, used in wanted.items()

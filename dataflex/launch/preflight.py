@@ -8,6 +8,7 @@ from dataflex.config.keys import DataFlexConfig, RunConfig
 from dataflex.config.presets import Component
 from dataflex.config.registry import BY_DOMAIN
 from dataflex.launch.inputs import check_inputs
+from dataflex.launch.losses import loss_difference, loss_faults, readers_of
 from dataflex.mixers.base import Mixer
 from dataflex.mixers.faults import domain_faults, rule_faults
 from dataflex.pipelines.pipeline import Pipeline, build_strategy
@@ -26,9 +27,6 @@ ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_
 
 #: LlamaFactory's switches for optimizers that beat `optim`.
 OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
-
-#: LlamaFactory's switches for losses of its own.
-OTHER_LOSSES = ("use_dft_loss", "use_asft_loss", "use_eaft_loss")
 
 
 def check(config: RunConfig) -> Component | None:
@@ -65,7 +63,11 @@ def check(config: RunConfig) -> Component | None:
         faults += rule_faults(config, strategy)
     if faults:
         raise BadInput("\n".join(faults))
-    for warning in _unused(config, strategy):
+    differing = [
+        loss_difference(config.known, f"component {part.name!r}", readers_of(its_strategy))
+        for part, its_strategy in _parts(component, strategy)
+    ]
+    for warning in [*_unused(config, strategy), *filter(None, differing)]:
         _log.warning("%s", warning)
     return component
 
@@ -130,7 +132,7 @@ def _trainer_faults(config: RunConfig) -> list[str]:
     ]
     if known.stage not in STAGES:
         faults.append(
-            f"stage is {known.stage!r}; train_type {config.dataflex.train_type} supports "
+            f"stage is {config.shown('stage')}; train_type {config.dataflex.train_type} supports "
             f"{' and '.join(STAGES)}. Use train_type: static for the others."
         )
     if not known.do_train:
@@ -169,34 +171,7 @@ def _component_faults(config: RunConfig, component: Component, strategy: Strateg
             "training, which cannot be made while its parameters are sharded: remove fsdp (DDP "
             "works)."
         )
-    faults += _loss_faults(
-        config,
-        name,
-        weights=strategy.reads_losses,
-        watches=strategy.observes,
-    )
-    return faults
-
-
-def _loss_faults(config: RunConfig, who: str, *, weights: bool, watches: bool) -> list[str]:
-    """List options that replace the tokens' cross-entropy, or hide the logits it needs."""
-    if not (weights or watches):
-        return []
-    # Liger's fused loss hides them where the model gets labels; to weight samples, it gets none.
-    hiding = ("use_unsloth", "enable_liger_kernel") if watches else ("use_unsloth",)
-    faults = []
-    if config.known.stage == "sft" and not config.known.ignore_pad_token_for_loss:
-        faults.append(
-            "ignore_pad_token_for_loss is false: padding counts as labels, and a sample's loss "
-            f"depends on the longest one of its batch, but {who} works with the samples' own "
-            "losses: set ignore_pad_token_for_loss: true."
-        )
-    return faults + [
-        f"{key} is on, which {does} that {who} works with: set {key}: false."
-        for keys, does in ((OTHER_LOSSES, "replaces the loss"), (hiding, "hides the logits"))
-        for key in keys
-        if getattr(config.known, key)
-    ]
+    return faults + loss_faults(config.known, name, readers_of(strategy))
 
 
 def _single_row_faults(config: RunConfig, who: str) -> list[str]:
@@ -215,8 +190,8 @@ def _lora_faults(config: RunConfig, who: str) -> list[str]:
     kind = config.known.finetuning_type
     if kind != "lora":
         return [
-            f"finetuning_type is {kind!r}, but {who} works on per-sample LoRA gradients: "
-            "supported is finetuning_type: lora (with stage sft or pt)."
+            f"finetuning_type is {config.shown('finetuning_type')}, but {who} works on "
+            "per-sample LoRA gradients: supported is finetuning_type: lora (with stage sft or pt)."
         ]
     adapters = config.known.adapter_name_or_path
     if len(adapters) > 1:
@@ -231,8 +206,10 @@ def _optimizer_faults(config: RunConfig, who: str) -> list[str]:
     )
     optim = config.known.optim
     if optim not in ADAM:
-        return [f"optim is {optim!r}, which keeps no Adam moments by parameter, but {who} needs "
-                f"them. {way_out}"]  # fmt: skip
+        return [
+            f"optim is {config.shown('optim')}, which keeps no Adam moments by parameter, "
+            f"but {who} needs them. {way_out}"
+        ]
     return [
         f"{key} is on, which keeps no Adam moments by parameter, but {who} needs them. "
         f"Set {key}: false, or component_params.gradient_type to sgd or sign."

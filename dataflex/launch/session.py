@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dataflex.checkpoints.folders import checkpoints, resume_point, run_identity
@@ -54,7 +55,10 @@ class TrainSession:
         self.checkpoint = resume_point(config)
         self.args = dict(config.llamafactory)
         self.args["resume_from_checkpoint"] = str(self.checkpoint) if self.checkpoint else None
-        if self.checkpoint is None and checkpoints(config.output_dir):
+        if self.checkpoint is not None:
+            # The log of the run that goes on is kept, whatever is overwritten by a new one.
+            self.args["overwrite_output_dir"] = False
+        elif checkpoints(config.output_dir):
             # Only incomplete or unwanted checkpoints: LlamaFactory must not resume from them.
             self.args["overwrite_output_dir"] = True
         self._lock: WriterLock | None = None
@@ -69,11 +73,22 @@ class TrainSession:
         return None
 
     def take_data(self, data: RunData, training_args: Any) -> None:  # noqa: ANN401
-        """Check the rows and plan the run, before the model is loaded.
+        """Check the rows, plan the run and own its folder, before the model is loaded.
 
         Args:
             data: from the bridge.
             training_args: LlamaFactory's TrainingArguments.
+        """
+        planned = self.plan(data, training_args, BatchShape.of(training_args))
+        self._run = replace(planned, run_id=planned.ranks.decide(self._own))
+
+    def plan(self, data: RunData, training_args: Any, shape: BatchShape) -> Run:  # noqa: ANN401
+        """Check the rows and plan the run, which has no id yet; nothing is written.
+
+        Args:
+            data: from the bridge.
+            training_args: LlamaFactory's TrainingArguments.
+            shape: of one optimizer step.
         """
         ours = self.config.dataflex
         check_rows(data, needs_targets=self.strategy.needs_targets,
@@ -84,14 +99,14 @@ class TrainSession:
             self.strategy,
             data,
             training_args,
-            BatchShape.of(training_args),
+            shape,
             Ranks(int(training_args.process_index), int(training_args.world_size)),
         )
         schedule = self.seam.plan(job)
         if not ours.static_mix and not any(i.update for i in schedule.intervals()):
             _log.warning("the run of %d steps ends before its first update", schedule.budget)
         self.strategy.check_data(data, self.config)
-        self._run = Run(**vars(job), schedule=schedule, run_id=job.ranks.decide(self._own))
+        return Run(**vars(job), schedule=schedule, run_id="")
 
     def _own(self) -> str:
         """Lock the output folder; return the run's id, which every rank writes into checkpoints."""

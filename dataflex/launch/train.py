@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.bridge import arguments, running
-from dataflex.config.keys import RunConfig, load
+from dataflex.config.keys import RunConfig
 from dataflex.config.presets import Component
+from dataflex.launch.packages import check_reporters
 from dataflex.launch.preflight import check
 from dataflex.run.messages import Failure, RemoteFailure
+from gradstore.errors import BadInput
 
 #: Environment variable: folder in which each failing rank leaves `<rank>.json`.
 FAILURES = "DATAFLEX_FAILURES"
@@ -28,14 +30,36 @@ FAILURES = "DATAFLEX_FAILURES"
 _log = logging.getLogger(__name__)
 
 
-def train(path: Path, overrides: Sequence[str]) -> None:
-    """Check, then train here or under torchrun as LlamaFactory would: `dataflex-cli train`."""
-    config = load(path, overrides, arguments.accepted_keys())
+def train(config: RunConfig, overrides: Sequence[str], *, dry_run: bool = False) -> None:
+    """Check, then train here or under torchrun as LlamaFactory would: `dataflex-cli train`.
+
+    Args:
+        config: as `configuration.read` read it.
+        overrides: those of the command line, for the workers, which read it again.
+        dry_run: forecast what training takes, instead.
+    """
+    check_reporters(config.llamafactory)
     component = check(config)
-    if _enabled("FORCE_TORCHRUN") or arguments.device_count() > 1:
-        _torchrun(path, overrides)
+    if dry_run:
+        _forecast(config, component)
+    elif _enabled("FORCE_TORCHRUN") or arguments.device_count() > 1:
+        _torchrun(config.path, overrides)
     else:
         run(config, component)
+
+
+def _forecast(config: RunConfig, component: Component | None) -> None:
+    """Print what training would take; train nothing, write nothing."""
+    from dataflex.launch.dry_run import train_forecast, workers_of
+    from dataflex.run.forecast import print_forecasts
+
+    if component is None:
+        raise BadInput(
+            "train_type static is LlamaFactory's own training, which has no pass of ours to "
+            "forecast: its configuration was checked, nothing else. Leave --dry-run out."
+        )
+    workers = workers_of(os.environ)
+    print_forecasts(train_forecast(config, component, workers), workers)
 
 
 def run(config: RunConfig, component: Component | None) -> None:

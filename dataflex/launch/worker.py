@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dataflex.bridge.arguments import accepted_keys, device_count
-from dataflex.config.keys import load
+from dataflex.bridge.arguments import device_count
+from dataflex.launch.configuration import read
 from dataflex.launch.preflight import check
 from dataflex.launch.train import FAILURES, run
 from dataflex.run.messages import DEBUG, explain, set_up_logging
@@ -24,7 +24,7 @@ def worker(arguments: Sequence[str]) -> int:
         # accelerate would call the device "cpu:0", which torch.load restores no checkpoint to.
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     try:
-        config = load(path, overrides, accepted_keys())
+        config = read(path, overrides)
         run(config, check(config))
     except (Exception, KeyboardInterrupt) as error:
         failure = explain(error)

@@ -114,7 +114,9 @@ class DynamicMoeMixer(Mixer):
             borrowed(run.model, freeze=False),
             torch.no_grad(),
             counted_choices(run.model) as choices,
-            progress("loads of experts", total, shown=run.shows_progress) as advance,
+            progress(
+                "loads of experts", total, shown=run.shows_progress, told=run.ranks.leads
+            ) as advance,
         ):
             for domain, rows, positions in run.ranks.share(plan):
                 batch = run.collate([rows.dataset[int(i)] for i in positions])

@@ -14,10 +14,13 @@ def domain_faults(config: RunConfig) -> list[str]:
     """List the reasons, known from the configuration alone, that domains cannot be mixed."""
     ours, domains = config.dataflex, config.known.dataset
     if not domains:
-        return [f"dataset is missing: train_type {ours.train_type} mixes the data sets it names."]
+        return [
+            f"dataset is missing: train_type {ours.train_type} mixes the data sets it names. "
+            "Name at least one."
+        ]
     faults = []
     if len(set(domains)) < len(domains):
-        faults.append(f"dataset names a data set twice: {', '.join(domains)}.")
+        faults.append(f"dataset names a data set twice: {', '.join(domains)}. Name each once.")
     if (strategy := config.known.mix_strategy) != "concat":
         faults.append(
             f"mix_strategy is {strategy!r}, but train_type {ours.train_type} mixes the data sets "
@@ -45,7 +48,9 @@ def _held_out_faults(config: RunConfig, domains: Sequence[str]) -> list[str]:
     ]
     owners = [domain_of(name, domains) for name in sets]
     if len(set(owners)) < len(owners):
-        faults.append(f"mixer_eval_dataset names two sets for one domain: {', '.join(sets)}.")
+        faults.append(
+            f"mixer_eval_dataset names two sets for one domain: {', '.join(sets)}. Leave one out."
+        )
     if sets and config.known.val_size > 0:
         faults.append(
             "mixer_eval_dataset and val_size both define the held-out rows of the domains: "

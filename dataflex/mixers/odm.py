@@ -138,7 +138,8 @@ class OdmMixer(Mixer):
         if domains and self.floor >= 1 / len(domains):
             faults.append(
                 f"min_exploration_rate is {self.floor}: with {len(domains)} domains it must be "
-                f"below 1/{len(domains)}, or all proportions are fixed."
+                f"below 1/{len(domains)}, or all proportions are fixed. "
+                "Lower it."
             )
         if self.initial_proportions is not None:
             try:

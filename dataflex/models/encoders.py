@@ -20,6 +20,7 @@ from dataflex.data.rows import Rows
 from dataflex.models.encoder_library import check_library, load_by_library
 from gradstore.errors import BadInput
 from gradstore.export.pooling import HiddenStates, Pooling
+from gradstore.format.foreign import read_json
 from gradstore.storage.hashing import hash_folder_files
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def _json(path: Path, *, needed: bool = False) -> Any:  # noqa: ANN401 - a mappi
     if not needed and not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{str(path)!r} of the embedding model cannot be read: {error}") from error
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dataflex.config.values import not_here
+from dataflex.config.values import names_a_folder
 from dataflex.models.precision import autocast
 from gradstore.capture.losses import Targets, target_losses
 from gradstore.errors import BadInput
+from gradstore.format.foreign import read_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +42,7 @@ def reference_faults(path: object, key: str) -> list[str]:
         return [f"{key} is {path!r}; name the folder (or hub id) of a trained model or adapter."]
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        return not_here(key, path)
+        return missing_folder_faults(key, path)
     if not any((folder / name).is_file() for name in (MODEL, ADAPTER)):
         return [f"{key} {path!r} holds no model: neither {MODEL} nor {ADAPTER} is there."]
     return []
@@ -202,8 +203,25 @@ def model_path_faults(key: str, path: str) -> list[str]:
     folder = Path(path).expanduser()
     if folder.is_dir():
         try:
-            json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            read_object((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             return [f"{key} {path!r} has no readable config.json: {error}"]
         return []
-    return not_here(key, path)
+    return missing_folder_faults(key, path)
+
+
+def missing_folder_faults(key: str, path: str) -> list[str]:
+    """List the fault of a model's path that is no folder and cannot be a hub id."""
+    if not names_a_folder(path):
+        return []
+    step = (
+        how_to_bring(Path(path))
+        or f"Correct the path (from {str(Path.cwd())!r}), or name a hub id."
+    )
+    return [f"{key} {path!r} is not a folder on this machine. {step}"]
+
+
+def how_to_bring(folder: Path) -> str:
+    """Name the command that brings a missing folder: the `prepare.py` beside it; else nothing."""
+    script = folder.expanduser().parent / "prepare.py"
+    return f"Bring it with `python {script}`." if script.is_file() else ""

@@ -105,11 +105,14 @@ def row_losses(
     longest_row(run.model, rows)  # refuses rows whose losses would depend on their batch
     # Twice the budget of a gradient pass: nothing is kept for a backward.
     budget = 2 * token_budget(run.model)
-    total = len(rows) if positions is None else len(positions)
+    work = -np.sort(-(rows.lengths if positions is None else rows.lengths[positions]))
+    total = len(work)
 
     def own_part() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         where, found = [np.empty(0, np.int64)], [np.empty(0)]
-        with progress(f"losses of {rows.name}", total, shown=run.shows_progress) as advance:
+        with progress(
+            f"losses of {rows.name}", work, shown=run.shows_progress, told=run.ranks.leads
+        ) as advance:
 
             def advance_rows(done: int) -> None:
                 advance(min(done * run.ranks.world, total))

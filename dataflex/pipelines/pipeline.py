@@ -85,9 +85,11 @@ class Pipeline(Strategy):
         self.needs_targets = any(s.needs_targets for s in strategies)
         self.needs_moments = any(s.needs_moments for s in strategies)
         self.reads_losses = any(s.reads_losses for s in strategies)
+        self.scores_by_loss = any(s.scores_by_loss for s in strategies)
         self.observes = any(s.observes for s in strategies)
         self.whole_model = frozenset().union(*(s.whole_model for s in strategies))
-        self.settings = next((s.settings for s in strategies if s.settings is not None), None)
+        settings = (s.gradient_features for s in strategies)
+        self.gradient_features = next((s for s in settings if s is not None), None)
         #: Rows that each stage of `rows` passed on when it last fired.
         self._handed: list[IntArray | None] = [None] * len(self.rows)
         #: Sum and number of the learning rates since each stage of `rows` last fired.

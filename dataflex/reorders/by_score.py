@@ -68,6 +68,7 @@ class ScoredReorder(Reorder):
         self.source: Source = score_source
         if self.pattern.needs_scores and score_source == "model_loss":
             self.whole_model = frozenset({FSDP})
+            self.scores_by_loss = True
         self.score_params = make_score_params(score_source, score_params or {})
         self._fixed: FloatArray | None = None
         self._tokens, self._seconds = 0, 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dataflex.config.registry import grouped
 from dataflex.data.rows import RawRows, RunData, as_numbers
 from dataflex.run.context import UpdateContext
 from gradstore.errors import BadInput, ProvenanceMismatch
+from gradstore.format.foreign import read_json
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -187,9 +187,9 @@ def read_scores(path: Path, field: str) -> FloatArray:
             return np.asarray(np.load(path, allow_pickle=False), dtype=np.float64).reshape(-1)
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+            entries = [read_json(line) for line in text.splitlines() if line.strip()]
         else:
-            content = json.loads(text)
+            content = read_json(text)
             entries = _member(content, field, where)
     except (ValueError, EOFError) as error:
         raise BadInput(
@@ -219,7 +219,7 @@ def _selection_scores(params: ScoreParams, data: RunData) -> FloatArray:
     path, n = Path(str(params.cache_path)).expanduser(), len(data.train)
     where = f"selection {str(path)!r}"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path.read_text(encoding="utf-8"))
         indices = [int(i) for i in content["indices"]]
         metrics = {str(key): list(values) for key, values in content["metric"].items()}
         made_on = (content.get("manifest") or {}).get("rows_sha256")

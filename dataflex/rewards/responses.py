@@ -173,7 +173,9 @@ class Policy:
 
         def own_part() -> dict[int, list[Ids]]:
             found: dict[int, list[Ids]] = {}
-            with progress("responses", len(lengths), shown=self.run.shows_progress) as advance:
+            with progress(
+                "responses", len(lengths), shown=self.run.shows_progress, told=ranks.leads
+            ) as advance:
                 for group in ranks.share(groups):
                     numbers = with_prompt[group]
                     found |= self._draw(numbers, asked, model, tokenizer)

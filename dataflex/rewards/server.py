@@ -23,6 +23,7 @@ from dataflex.rewards.base import (
     shortened,
 )
 from gradstore.errors import BadInput, StoreIOError
+from gradstore.format.foreign import read_json
 
 if TYPE_CHECKING:
     import httpx
@@ -263,7 +264,7 @@ class ApiJudge:
     def _text_of(self, answer: bytes) -> str:
         """Extract the message of a chat completion."""
         try:
-            content = json.loads(answer)["choices"][0]["message"]["content"]
+            content = read_json(answer)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError) as error:
             text = self._shown(answer)
             raise _RetryableError(

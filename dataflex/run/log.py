@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradstore.format.foreign import read_json
 from gradstore.format.names import printable
+from gradstore.pace import Pace, long_pass
 from gradstore.storage.replace import replace_file
 
 OnRows = Callable[[int], None]
@@ -137,20 +139,48 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
         return []
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut the last line
-            event = json.loads(line)
+        with contextlib.suppress(ValueError):  # a kill may have cut the last line
+            event = read_json(line)
             found[event["event"], event["step"]] = event
     return sorted(found.values(), key=lambda event: int(event["step"]))
 
 
 @contextlib.contextmanager
-def progress(description: str, rows: int, *, shown: bool = True) -> Iterator[OnRows]:
-    """Show a bar with rows, rows/s and time left, on stderr; yield `advance(rows_done)`."""
+def progress(
+    description: str,
+    work: int | npt.NDArray[np.int64],
+    *,
+    shown: bool = True,
+    told: bool = True,
+    stored_bytes: int = 0,
+) -> Iterator[OnRows]:
+    """Show a bar with rows, rows/s and time left, on stderr; yield `advance(rows_done)`.
+
+    Of a long pass one line is logged after its first batches: hours, and GiB of the store.
+
+    Args:
+        description: what is done.
+        work: rows of the pass, or the cost (n,) of each in the order they are taken.
+        shown: whether there is a bar.
+        told: whether this process logs the line.
+        stored_bytes: bytes that the pass adds to the store.
+    """
     from tqdm import tqdm
 
+    rows = work if isinstance(work, int) else len(work)
+
+    def tell(seconds: float) -> None:
+        _log.info("%s", long_pass(description, rows, seconds, stored_bytes))
+
+    pace = Pace(work, tell if told else lambda _: None)
     with tqdm(total=rows, desc=description, unit="row", disable=not shown, leave=False,
               dynamic_ncols=True) as bar:  # fmt: skip
-        yield lambda done: bar.update(done) and None
+
+        def advance(done: int) -> None:
+            bar.update(done)
+            pace.advance(done)
+
+        yield advance
 
 
 def _finite(value: float) -> float | None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import uuid
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from gradstore.errors import BadInput, StoreIOError
+from annotated_types import MinLen
+
+from dataflex.run.documents import read_document
+from gradstore.errors import StoreIOError
 from gradstore.storage.local import StoreFiles
 from gradstore.storage.lock import WriterLock
 from gradstore.storage.replace import replace_file
@@ -15,32 +19,29 @@ from gradstore.storage.replace import replace_file
 _log = logging.getLogger(__name__)
 
 
-def output_identity(output_dir: Path) -> str:
-    """Return the id of the run that owns `output_dir`, created at first use.
+_NEXT = (
+    "Remove the file: the run then goes on from the newest checkpoint in output_dir, whichever run "
+    "wrote it."
+)
 
-    Raises:
-        BadInput: the file that holds it is damaged.
-    """
-    run_id = known_identity(output_dir)
-    if run_id is None:
-        run_id = uuid.uuid4().hex
-        remember_identity(output_dir, run_id)
-    return run_id
+
+@dataclass(frozen=True)
+class Identity:
+    """The content of run.json."""
+
+    run_id: Annotated[str, MinLen(1)]
 
 
 def known_identity(output_dir: Path) -> str | None:
     """Return the id of the run that owns `output_dir`; None where none has started.
 
     Raises:
-        BadInput: the file that holds it is damaged.
+        DamagedData: the file that holds it is damaged.
     """
-    path = _identity_file(output_dir)
-    if not path.is_file():
-        return None
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{str(path)!r} is damaged ({error}); remove it.") from error
+        return read_document(_identity_file(output_dir), Identity, _NEXT).run_id
+    except FileNotFoundError:
+        return None
 
 
 def remember_identity(output_dir: Path, run_id: str) -> None:

@@ -48,6 +48,8 @@ class Strategy:
     needs_moments: bool = False
     #: Weights the losses of training: options that replace them are refused.
     reads_losses: bool = False
+    #: Compares rows by their losses, in passes of its own. May depend on the parameters.
+    scores_by_loss: bool = False
     #: Gets the training losses of every step (`observe`).
     observes: bool = False
     #: Ways to spread a model over devices (FSDP, ZERO3) under which this strategy's own passes over
@@ -57,8 +59,9 @@ class Strategy:
     paper: ClassVar[str] = ""
     #: component_params that change no result: a resume may use other values.
     neutral: ClassVar[frozenset[str]] = frozenset()
-    #: How gradient features are made (`FeatureSettings`), for `gradstore build`; None: not at all.
-    settings: Any = None
+    #: Settings of its gradient features (`FeatureSettings`), which `gradstore build` follows; None
+    #: where it takes no gradients into a store.
+    gradient_features: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - of other bases
         """Make the constructor refuse values that its signature does not allow."""

@@ -167,7 +167,9 @@ def load_offline(path: Path, key: str) -> npt.NDArray[Any]:
     try:
         loaded = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise BadInput(f"{key} {str(path)!r} is no readable .npy file: {error}") from error
+        raise BadInput(
+            f"{key} {str(path)!r} is no readable .npy file: {error}. Write one with numpy.save."
+        ) from error
     if not isinstance(loaded, np.ndarray):
         raise BadInput(f"{key} {str(path)!r} holds several arrays; give a .npy file of one.")
     return loaded

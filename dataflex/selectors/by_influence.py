@@ -17,6 +17,7 @@ from dataflex.config.parameters import Count
 from dataflex.data.rows import Rows
 from dataflex.features.settings import FeatureSettings
 from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.log import progress
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, Selector
 from gradstore.errors import BadInput, ProvenanceMismatch
@@ -67,7 +68,7 @@ class InfluenceSelector(Selector):
         keep_generations: Count | None = None,
         **features: Annotated[Any, FeatureSettings],  # noqa: ANN401 - those of that class
     ) -> None:
-        self.settings = FeatureSettings(**features)
+        self.settings = self.gradient_features = FeatureSettings(**features)
         if scoring == "direct" and checkpoints != "last":
             raise ValueError(
                 f"checkpoints is {checkpoints!r}, but scoring: direct keeps no features of earlier "
@@ -128,7 +129,9 @@ class InfluenceSelector(Selector):
         """Score all rows from the generations of one or more checkpoints."""
         from gradstore.scoring.influence import subtask_influence
 
-        found = subtask_influence(checkpoints, subtask_sizes=self.subtask_sizes(context.run))
+        sizes, n = self.subtask_sizes(context.run), checkpoints[0].train.rows
+        with progress(f"scores at step {context.step}", n, shown=False) as advance:
+            found = subtask_influence(checkpoints, subtask_sizes=sizes, on_rows=advance)
         candidates = context.among_candidates(found.usable)
         return RowScores(self.fold(found.values, candidates, count), found.usable, found.skipped)
 

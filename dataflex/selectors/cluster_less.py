@@ -20,6 +20,7 @@ from dataflex.config.parameters import Count, ModelDtype, ModelName
 from dataflex.config.registry import register
 from dataflex.data.rows import Rows
 from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.log import progress
 from dataflex.selectors.by_influence import RowScores
 from dataflex.selectors.less import LessSelector
 from gradstore.similarity.clusters import Method
@@ -102,7 +103,9 @@ class ClusterLessSelector(LessSelector):
 
         super().__init__(**less)
         if self.scoring != "projected":
-            raise ValueError(f"scoring is {self.scoring!r}; cluster_less scores projected features")
+            raise ValueError(
+                f"scoring is {self.scoring!r}; cluster_less scores projected features; leave it out"
+            )
         self.cluster_size, self.num_clusters = cluster_size, num_clusters
         self.samples_per_cluster = samples_per_cluster
         self.max_iter, self.chunk_rows = clustering_max_iter, assignment_chunk_size
@@ -209,6 +212,10 @@ class ClusterLessSelector(LessSelector):
         order = np.lexsort((rows, self._made.distances[rows], -scores[rows]))
         return rows[order[:count]].astype(np.int64)
 
+    def clusters_of(self, n: int) -> int:
+        """Return the number of clusters that are made of n rows, at most."""
+        return self.num_clusters or math.ceil(n / self.cluster_size)
+
     @property
     def _made(self) -> RowClusters:
         if self._clusters is None:
@@ -225,20 +232,25 @@ class ClusterLessSelector(LessSelector):
     def _grouped(
         self, run: RunContext, service: EmbeddingService, made: EmbeddingExport
     ) -> RowClusters:
-        from gradstore.similarity.clusters import cluster
+        from gradstore.similarity.clusters import cluster, rows_read
+        from gradstore.similarity.row_chunks import CountedRows
         from gradstore.similarity.rows import UsableRows
 
         rows: Any = UsableRows(service.generation(made.train))
-        found = cluster(
-            self.method,
-            rows,
-            self.num_clusters or math.ceil(len(rows) / self.cluster_size),
-            seed=self.settings.seed,
-            max_iter=self.max_iter,
-            lsh_num_bits=self.lsh_num_bits,
-            chunk_rows=self.chunk_rows,
-            device=next(run.model.parameters()).device,
-        )
+        k = self.clusters_of(len(rows))
+        reads = rows_read(self.method, len(rows), k, self.max_iter)
+        with progress(f"{self.method} of {len(rows)} rows, {k} clusters", reads,
+                      shown=run.shows_progress) as advance:  # fmt: skip
+            found = cluster(
+                self.method,
+                CountedRows(rows, advance),
+                k,
+                seed=self.settings.seed,
+                max_iter=self.max_iter,
+                lsh_num_bits=self.lsh_num_bits,
+                chunk_rows=self.chunk_rows,
+                device=next(run.model.parameters()).device,
+            )
         n = len(run.data.train)
         labels = np.full(n, -1, dtype=np.int64)
         distances = np.full(n, np.nan, dtype=np.float32)

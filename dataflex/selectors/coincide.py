@@ -5,7 +5,6 @@ Letters: n rows, k clusters, m chosen.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -19,15 +18,19 @@ from annotated_types import Gt, Le, MinLen
 from dataflex.config.parameters import Count, ModelDtype, ModelName, Natural
 from dataflex.config.registry import register
 from dataflex.data.images import have_pictures
+from dataflex.models.frozen import model_path_faults
 from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.log import progress
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, Selector
 from gradstore.errors import BadInput
+from gradstore.format.foreign import read_object
 from gradstore.similarity.coresets import Groups
 
 if TYPE_CHECKING:
     from dataflex.config.keys import RunConfig
     from dataflex.data.rows import RunData
+    from dataflex.features.embedders import Embedder
     from dataflex.features.embeddings import EmbeddingExport, EmbeddingService
     from gradstore.similarity.rows import UsableRows
 
@@ -127,7 +130,10 @@ class CoincideSelector(Selector):
             file = Path(str(path)).expanduser() / "config.json"
             if path is None or not file.is_file():
                 continue
-            content = json.loads(file.read_text(encoding="utf-8"))
+            if broken := model_path_faults(key, str(path)):
+                faults += broken
+                continue
+            content = read_object(file.read_text(encoding="utf-8"))
             if not set(VISUAL_KEYS) & set(content):
                 faults.append(
                     f"component coincide needs a vision-language model, but {key} {str(path)!r} "
@@ -150,13 +156,18 @@ class CoincideSelector(Selector):
         """Open the store; a fixed model's features are taken now, once."""
         from dataflex.features.embedders import EmbeddingSettings
         from dataflex.features.embeddings import EmbeddingService
-        from dataflex.features.vision import CurrentVisionModel, FixedVisionModel
 
-        kind = FixedVisionModel if self.fixed else CurrentVisionModel
-        source = kind(run, self.settings)
-        self._service = EmbeddingService(run, EmbeddingSettings(self.settings.model), source=source)
+        self._service = EmbeddingService(
+            run, EmbeddingSettings(self.settings.model), source=self.source(run)
+        )
         if self.fixed:
             self._embedded = self._service.export(0)
+
+    def source(self, run: RunContext) -> Embedder:
+        """Return what makes the features of rows: a fixed model, or the one in training."""
+        from dataflex.features.vision import CurrentVisionModel, FixedVisionModel
+
+        return (FixedVisionModel if self.fixed else CurrentVisionModel)(run, self.settings)
 
     def finish(self) -> None:
         """Release the store."""
@@ -236,17 +247,22 @@ class CoincideSelector(Selector):
 
     def _grouped(self, features: UsableRows, device: str) -> Groups:
         """Cluster all usable rows and judge the clusters."""
-        from gradstore.similarity.clusters import spherical_kmeans
+        from gradstore.similarity.clusters import rows_read, spherical_kmeans
+        from gradstore.similarity.row_chunks import CountedRows
 
         by_size = round(len(features) / ROWS_PER_CLUSTER)
-        clusters = spherical_kmeans(
-            features,
-            self.num_clusters or max(1, min(MOST_CLUSTERS, by_size)),
-            seed=self.seed,
-            max_iter=self.max_iter,
-            chunk_rows=self.chunk_rows,
-            device=device,
-        )
+        k = self.num_clusters or max(1, min(MOST_CLUSTERS, by_size))
+        reads = rows_read("spherical_kmeans", len(features), k, self.max_iter)
+        with progress(f"k-means of {len(features)} rows, {k} clusters", reads,
+                      shown=False) as advance:  # fmt: skip
+            clusters = spherical_kmeans(
+                CountedRows(features, advance),
+                k,
+                seed=self.seed,
+                max_iter=self.max_iter,
+                chunk_rows=self.chunk_rows,
+                device=device,
+            )
         if clusters.count > len(features) / 2 > 1:
             _log.warning(
                 "coincide: %d clusters of %d rows: most hold one row, so their densities are "

@@ -44,6 +44,7 @@ class DeltaLossSelector(Selector):
 
     neutral = frozenset({"score_batch_size"})
     whole_model = frozenset({FSDP})
+    scores_by_loss = True
 
     def __init__(
         self,

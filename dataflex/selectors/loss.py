@@ -36,6 +36,7 @@ class LossSelector(Selector):
 
     neutral = frozenset({"score_batch_size"})
     whole_model = frozenset({FSDP})
+    scores_by_loss = True
 
     def __init__(
         self,

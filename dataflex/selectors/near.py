@@ -83,7 +83,10 @@ class NearSelector(EmbeddingSelector):
             allowed = context.among_candidates(neighbours.usable)
             rows, scores = growing_order(neighbours, self.max_k, count, allowed)
         if len(rows) < count:
-            raise BadInput(f"near: {count} rows requested, {len(rows)} are reachable.")
+            raise BadInput(
+                f"near: {count} rows requested, {len(rows)} are reachable. "
+                "Raise max_K or lower update_step."
+            )
         served = np.zeros(n, dtype=np.bool_) if self._served is None else self._served
         found = next_rows(rows, served, count)
         self._served = served if self.advance else None
@@ -126,10 +129,14 @@ def offline_neighbours(path: Path, data: RunData) -> Matrix:
     if table.ndim != 2 or not table.size or not np.issubdtype(table.dtype, np.integer):
         raise BadInput(
             f"indices_path {str(path)!r} holds {table.dtype} {table.shape}; whole numbers "
-            "(target rows, K) are needed."
+            "(target rows, K) are needed. "
+            "Save the nearest training rows of each target row with numpy.save."
         )
     if int(table.min()) < -1:
-        raise BadInput(f"indices_path {str(path)!r} names row {int(table.min())}; rows start at 0.")
+        raise BadInput(
+            f"indices_path {str(path)!r} names row {int(table.min())}; rows start at 0. "
+            "Correct the file, or leave indices_path out."
+        )
     rows = rows_of_file(data.train, "indices_path")
     within = (table >= 0) & (table < len(rows))
     return np.where(within, rows[np.where(within, table, 0)], -1).astype(np.int64)

@@ -176,7 +176,10 @@ class NiceSelector(LessSelector):
                     "answers text alone. Choose other target rows, or component less."
                 )
             if not any(Exchange.of(row).prompt for row in rows.dataset):
-                raise BadInput(f"target set {rows.name!r} has no row with a prompt and an answer.")
+                raise BadInput(
+                    f"target set {rows.name!r} has no row with a prompt and an answer. "
+                    "Name one that has."
+                )
 
     # -- life cycle -------------------------------------------------------------------------------
 

@@ -5,6 +5,9 @@ Letters: n training rows, q target rows, k neighbours.
 Where this differs from the authors' code: a row's density is taken over all training rows (beyond
 `DENSITY_SAMPLE` of them over a sample), not over the retrieved neighbours alone; rows are drawn
 without replacement; the search widens to `max_K` where a tenth of the rows leaves mass unplaced.
+
+Cost: one search of q rows among n, and a density, over at most `DENSITY_SAMPLE` rows, of each row
+that the transport reaches: at most as n (benchmarks/tsds_cost.py).
 """
 
 from __future__ import annotations
@@ -124,7 +127,10 @@ class TsdsSelector(EmbeddingSelector):
             nearest, _ = growing_order(neighbours, self.max_k, missing, allowed)
             rows = np.concatenate([rows, nearest[:missing]])
         if len(rows) < count:
-            raise BadInput(f"tsds: {count} rows requested, {len(rows)} have a probability above 0.")
+            raise BadInput(
+                f"tsds: {count} rows requested, {len(rows)} have a probability above 0. "
+                "Raise max_K or lower update_step."
+            )
         numbers = {"drawable": float((mass > 0).sum()), "topped_up": float(missing)}
         return Selection(rows, mass[rows], numbers=numbers)
 
@@ -322,18 +328,21 @@ def offline_probabilities(path: Path, data: RunData) -> FloatArray:
     if table.ndim != 1 or not table.size or table.dtype.kind not in "fiu":
         raise BadInput(
             f"probs_path {str(path)!r} holds {table.dtype} {table.shape}; one number per row is "
-            "needed."
+            "needed. "
+            "Save a probability for each row of the training file with numpy.save."
         )
     values = table.astype(np.float64)
     if not np.isfinite(values).all() or values.min() < 0 or values.max() == 0:
         raise BadInput(
-            f"probs_path {str(path)!r}: probabilities must be finite, 0 or more, and not all 0."
+            f"probs_path {str(path)!r}: probabilities must be finite, 0 or more, and not all 0. "
+            "Correct the file, or leave probs_path out."
         )
     rows = rows_of_file(data.train, "probs_path")
     if len(rows) > len(values):
         raise BadInput(
             f"probs_path {str(path)!r} holds {len(values)} probabilities, but the training rows "
-            f"come from a file of at least {len(rows)} rows: it was made of other data."
+            f"come from a file of at least {len(rows)} rows: it was made of other data. "
+            "Make it of these, or leave probs_path out."
         )
     found = np.zeros(len(data.train))
     kept = np.flatnonzero(rows >= 0)

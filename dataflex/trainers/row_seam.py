@@ -19,6 +19,7 @@ import torch
 from dataflex.checkpoints.state import RunState
 from dataflex.data.order import RowOrder, loader
 from dataflex.data.rows import check_intervals
+from dataflex.models.dropout import ModelDropout
 from dataflex.run.context import UpdateContext
 from dataflex.run.schedule import EventKind, Interval, Schedule, select_budget
 from dataflex.trainers.job import Job
@@ -41,6 +42,9 @@ class RowSeam(Seam):
         self._order = RowOrder(self._rows, None)
         self._batches: Iterator[Any] = iter(())
         self._rate_sum, self._rate_steps = 0.0, 0
+        self._dropout = ModelDropout(int(self.args.seed))
+        #: Micro-batches of the present step that were trained on.
+        self._trained = 0
 
     @classmethod
     def plan(cls, job: Job) -> Schedule:
@@ -94,6 +98,22 @@ class RowSeam(Seam):
 
     # -- public Trainer methods -------------------------------------------------------------------
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the Trainer's own
+        """Train with dropout that depends on rows, not on processes."""
+        self._dropout.install(self.model)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._dropout.remove()
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Train on a micro-batch whose rows have their places in the optimizer step."""
+        shape, ranks = self.run.shape, self.run.ranks
+        first = (self._trained * shape.world + ranks.rank) * shape.per_device
+        self._trained += 1
+        with self._dropout.placed(inputs, int(self.state.global_step), first):
+            return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:  # noqa: ANN401
         """Make the schedule's budget the run, and an epoch a whole number of optimizer steps.
 
@@ -123,6 +143,7 @@ class RowSeam(Seam):
             # A run resumed at its last step would train one too many.
             self.control.should_training_stop = True
             return [], None
+        self._trained = 0
         with random_states_kept():
             self._enter(step)
             window = [next(self._batches) for _ in range(self.run.shape.accumulation)]

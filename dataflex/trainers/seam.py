@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dataflex.checkpoints.state import RunState, load_state
+from dataflex.checkpoints.saving import disk_faults
+from dataflex.checkpoints.state import STATE, RunState, load_state
 from dataflex.config.presets import RETIRED
 from dataflex.config.registry import target_of
 from dataflex.models.experts import freeze_routers, load_experts
@@ -32,21 +33,22 @@ from dataflex.run.output_owner import remember_identity
 from dataflex.run.schedule import Schedule
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.trainers.job import Job, Run
-from gradstore.errors import BadInput, ProvenanceMismatch
-from gradstore.store.cleaning import discard_store
+from dataflex.trainers.sealing import SealedCheckpoints, Sealer
+from dataflex.trainers.settings import (
+    comparable,
+    differences,
+    of_finetuning,
+    of_optimizer,
+    of_training,
+    told,
+)
+from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch, StoreError
+from gradstore.store.cleaning import store_set_aside
 
 _log = logging.getLogger(__name__)
 
 
-#: Keys that say which parameters are trained, and thus what a checkpoint holds.
-FINETUNING = ("finetuning_type", "lora_rank", "lora_alpha", "lora_target", "additional_target",
-              "use_dora", "use_rslora")  # fmt: skip
-
-#: Those whose order means nothing; LlamaFactory makes sets of some.
-UNORDERED = frozenset({"lora_target", "additional_target"})
-
-
-class Seam:
+class Seam(SealedCheckpoints):
     """Mixin that goes before a transformers Trainer; `trainer_class` sets `run`."""
 
     run: Run
@@ -63,12 +65,15 @@ class Seam:
     data_collator: Any
     finetuning_args: Any
     callback_handler: Any
+    add_callback: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
         super().__init__(*args, **kwargs)
         self.rows_sha256 = hashlib.sha256(self.run.data.train.row_set.hashes.tobytes()).hexdigest()
         self.log_files = RunLog(Path(self.args.output_dir))
         self._numbers: dict[str, float] = {}
+        # Those of before training: creating a scheduler changes the Trainer's arguments.
+        self._agreed: Mapping[str, Any] = {}
         _set_early_stopping(self, self.run.config.dataflex.early_stopping_min_delta)
         if self.run.config.dataflex.freeze_gate:
             freeze_routers(self.model)
@@ -95,15 +100,19 @@ class Seam:
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Restore what `state.json` keeps, start the strategy, train, finish it."""
-        try:
-            if resume_from_checkpoint:
-                self._restore(load_state(Path(str(resume_from_checkpoint))))
-            self._begin(fresh=not resume_from_checkpoint)
-            if resume_from_checkpoint:
-                load_experts(self.model, Path(str(resume_from_checkpoint)))
+        checkpoint = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
+        self._agreed = self.settings()
+        with contextlib.ExitStack() as stack:
+            # An earlier run's store, until the strategy has started: put back where it has not.
+            former = stack.enter_context(contextlib.ExitStack())
+            stack.callback(self.run.strategy.finish)
+            if checkpoint is not None:
+                self._restore(load_state(checkpoint), checkpoint)
+            self._begin(former, fresh=checkpoint is None)
+            if checkpoint is not None:
+                load_experts(self.model, checkpoint)
+            self.add_callback(Sealer(self.run.ranks))
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.run.strategy.finish()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Add the numbers since the last line to the Trainer's own."""
@@ -112,7 +121,8 @@ class Seam:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save; a checkpoint's state goes in before trainer_state.json, which completes it."""
-        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        with disk_faults(Path(output_dir or self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
         is_checkpoint = output_dir is not None and Path(output_dir) != Path(self.args.output_dir)
         if is_checkpoint and _internal_call and self.args.should_save:
             self.save_state_beside(Path(str(output_dir)))
@@ -137,7 +147,7 @@ class Seam:
             run_id=self.run.run_id,
             schedule=(s.warmup_step, s.update_step, s.update_times),
             rows_sha256=self.rows_sha256,
-            settings=self.settings(),
+            settings=comparable(self._agreed),
             component=self.run.strategy.state(),
             more=self.more_state(),
         )
@@ -154,7 +164,9 @@ class Seam:
             "seed": int(self.args.seed),
             "targets": {t.name: t.row_set.sha256 for t in self.run.data.targets},
             "optim": str(self.args.optim),
-            **_comparable({k: getattr(tuned, k) for k in FINETUNING if hasattr(tuned, k)}),
+            **of_finetuning(tuned),
+            "optimizer": of_optimizer(self.args, tuned),
+            "training": of_training(self.args, self.run.schedule.budget),
         }
 
     # -- log --------------------------------------------------------------------------------------
@@ -188,8 +200,13 @@ class Seam:
         """Measure losses (n,) of training rows under the present model, for the scoreboard."""
         return row_losses(self.context, positions, max_rows=max_rows)
 
-    def _begin(self, *, fresh: bool) -> None:
-        """Start the strategy: the last place for refusals, before a step is trained."""
+    def _begin(self, former: contextlib.ExitStack, *, fresh: bool) -> None:
+        """Start the strategy: the last place for refusals, before a step is trained.
+
+        Args:
+            former: takes an earlier run's store that must be put back if the strategy refuses.
+            fresh: whether the run starts from the beginning.
+        """
         config = self.run.config
         check_vocabulary(self.model, self.run.data)
         if spread := self._spread() & self.run.strategy.whole_model:
@@ -199,18 +216,19 @@ class Seam:
             )
         fresh = fresh and config.known.overwrite_output_dir
 
-        def discard() -> None:
+        def set_aside() -> None:
             if fresh and config.owns_store:
-                discard_store(config.store_path)
+                former.enter_context(store_set_aside(config.store_path))
 
         def own() -> None:
             remember_identity(config.output_dir, self.run.run_id)
             # After the strategy's refusals: they leave an earlier run's records as they were.
             if fresh:
                 self.log_files.clear()
+            former.close()
 
         ranks = self.run.ranks
-        ranks.decide(discard)
+        ranks.decide(set_aside)
         with random_states_kept():
             ranks.gather(lambda: self.run.strategy.start(self.context))
         ranks.decide(own)
@@ -221,7 +239,7 @@ class Seam:
         found = {FSDP} if getattr(self, "is_fsdp_enabled", False) else set()
         return found | ({ZERO3} if plugin is not None and plugin.zero_stage == 3 else set())
 
-    def _restore(self, state: RunState) -> None:
+    def _restore(self, state: RunState, checkpoint: Path) -> None:
         """Go on where the checkpoint was: same rows, same position, same component."""
         s = self.run.schedule
         if state.schedule != (now := (s.warmup_step, s.update_step, s.update_times)):
@@ -230,15 +248,13 @@ class Seam:
                 f"{state.schedule}, this configuration has {now}. "
                 "Restore the values, or start a new run with overwrite_output_dir: true."
             )
-        settings = self.settings()
-        held = _comparable(state.settings)
-        changed = sorted(k for k in {*settings, *held} if settings.get(k) != held.get(k))
-        if changed:
+        if changed := differences(state.settings, self._agreed):
             raise BadInput(
-                "the checkpoint was made with other settings: "
-                + "; ".join(f"{k} {held.get(k)!r}, now {settings.get(k)!r}" for k in changed)
-                + ". Restore them, or start a new run with overwrite_output_dir: true."
+                f"the checkpoint was made with other settings: {'; '.join(changed)}"
+                ". Restore them, or start a new run with overwrite_output_dir: true."
             )
+        if self.run.ranks.leads and (note := told(state.settings, self._agreed)) is not None:
+            _log.warning("%s", note)
         if state.step >= s.budget and self.run.ranks.leads:
             _log.warning("nothing to train: the checkpoint is at step %d, the run ends at step %d",
                          state.step, s.budget)  # fmt: skip
@@ -248,18 +264,17 @@ class Seam:
                 "cutoff_len changed). Restore them, or start a new run with "
                 "overwrite_output_dir: true."
             )
-        self.run.strategy.restore(state.component)
-        self.restore_more(state)
-
-
-def _comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Put what has no order in rising order, as JSON can keep it."""
-    return {
-        key: sorted(map(str, value))
-        if key in UNORDERED and isinstance(value, set | frozenset | list | tuple)
-        else value
-        for key, value in settings.items()
-    }
+        try:
+            self.run.strategy.restore(state.component)
+            self.restore_more(state)
+        except StoreError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedData(
+                f"{checkpoint / STATE} does not hold what component {self.run.name!r} keeps there "
+                f"({type(error).__name__}: {error}). Resume from another checkpoint, or start a "
+                "new run with overwrite_output_dir: true."
+            ) from error
 
 
 def trainer_class(seam: type[Seam], base: type, run: Run) -> type:

@@ -75,7 +75,8 @@ class TargetWeighter(Weighter):
         if not -last - 1 <= (self.hidden_layer or 0) <= last:
             raise BadInput(
                 f"embed_layer is {self.hidden_layer}; the model has hidden states {-last - 1} to "
-                f"{last} (0 is the embedding of the tokens, -1 the last layer)."
+                f"{last} (0 is the embedding of the tokens, -1 the last layer). "
+                "Choose one of them."
             )
 
     def refresh(self, run: RunContext, step: int) -> None:
@@ -130,7 +131,9 @@ class TargetWeighter(Weighter):
         """
         ranks = run.ranks
         total: FloatArray = np.zeros(0)
-        with progress("target embeddings", len(pieces), shown=run.shows_progress) as advance:
+        with progress(
+            "target embeddings", len(pieces), shown=run.shows_progress, told=run.ranks.leads
+        ) as advance:
             for first in range(0, len(pieces), ranks.world):
                 counts = first + ranks.rank < len(pieces)
                 rows, where = pieces[first + ranks.rank if counts else first]

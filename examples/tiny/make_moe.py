@@ -1,13 +1,16 @@
-"""Makes a tiny mixture of experts with random weights, to run `dynamic_moe` on.
+"""Make the tiny mixture of experts with random weights that `dynamic_moe.yaml` runs on.
 
     python examples/tiny/make_moe.py [FOLDER]
 
 A Qwen2-MoE of two layers with eight experts each, two of which see every token, and the tokenizer
-of `examples/tiny/model`. The folder is `examples/tiny/moe` unless another is named.
+of `examples/tiny/model`. The folder is `examples/tiny/moe` unless another is named; what is
+committed there is what this script makes. On disk the weights are float16; `config.json` says
+float32, so they are loaded as such.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -29,7 +32,9 @@ def main(folder: Path = HERE / "moe") -> None:
         initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     ))  # fmt: skip
     torch.set_rng_state(state)
-    model.save_pretrained(folder)
+    model.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for path in (HERE / "model").glob("tokenizer*"):
         shutil.copy(path, folder)
 

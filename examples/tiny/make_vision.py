@@ -2,9 +2,11 @@
 
     python examples/tiny/make_vision.py [FOLDER]
 
-A LLaVA whose language part is examples/tiny/model and whose eyes, two random layers, have seen
-nothing: good for trying out, not for answers. Beside it 72 pictures of a coloured square with a
-question each. Everything follows from a fixed seed; it takes seconds and 6 MB.
+A LLaVA of random weights, four narrow layers to read and two to see: its states tell pictures and
+questions apart, and that is all it is for. Its tokenizer is that of examples/tiny/model. Beside it
+72 pictures of a coloured square with a question each. The folder is `examples/tiny/vision` unless
+another is named; what is committed there is what this script makes, from a fixed seed in seconds.
+On disk the weights are float16; `config.json` says float32, so they are loaded as such.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ HERE = Path(__file__).resolve().parent
 
 #: Pixels of a picture and of a patch: (28 / 7)² = 16 image tokens.
 SIDE, PATCH = 28, 7
+#: Of the language model's states.
+WIDTH = 64
 IMAGE_TOKEN = "<image>"
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 70, 220),
@@ -31,10 +35,10 @@ def make_model(folder: Path) -> None:
     """Write a LLaVA model, its tokenizer and its image processor."""
     import torch
     from transformers import (
-        AutoModelForCausalLM,
         AutoTokenizer,
         CLIPImageProcessor,
         CLIPVisionConfig,
+        LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
         LlavaProcessor,
@@ -42,7 +46,12 @@ def make_model(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(HERE / "model")
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    language = AutoModelForCausalLM.from_pretrained(HERE / "model")
+    language = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH,
+        num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -54,7 +63,7 @@ def make_model(folder: Path) -> None:
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=language.config,
+        text_config=language,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=(SIDE // PATCH) ** 2,
         vision_feature_layer=-1,
@@ -62,10 +71,11 @@ def make_model(folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlavaForConditionalGeneration(config)
-        model.model.language_model.load_state_dict(language.model.state_dict())
-        model.lm_head.load_state_dict(language.lm_head.state_dict())
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.save_pretrained(folder)
+    model.half().save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())
+    for part in (written, written["text_config"], written["vision_config"]):
+        part["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
     images = CLIPImageProcessor(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstore.capture.crossentropy import weighted_cross_entropy
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, expect
 
 IGNORED_LABEL = -100
 #: What collators and the mixers put beside the model's own inputs.
@@ -64,11 +64,16 @@ class Targets:
         Raises:
             BadInput: there are no labels, or they are not (b, t).
         """
+        expect(isinstance(batch, Mapping), "a batch", batch, "a mapping of tensors (b, t)")
         labels = batch.get("labels")
+        expect(labels is None or isinstance(labels, Tensor), "labels", labels, "a tensor (b, t)")
         if labels is None:
             raise BadInput("a batch without `labels` has no loss; its keys: " + ", ".join(batch))
         if labels.dim() != 2:
-            raise BadInput(f"labels must be (rows, tokens), got shape {tuple(labels.shape)}")
+            raise BadInput(
+                f"labels must be (rows, tokens), got shape {tuple(labels.shape)}; "
+                "give the collator's"
+            )
         shifted = labels[:, 1:]
         chosen = shifted != IGNORED_LABEL
         mask = batch.get("attention_mask")
@@ -102,7 +107,10 @@ def logits_of(output: Any) -> Tensor:  # noqa: ANN401 - models return what they 
     logits = getattr(output, "logits", None)
     first = output[0] if logits is None else logits
     if not isinstance(first, Tensor):
-        raise BadInput(f"no logits in the model's output of type {type(output).__name__}")
+        raise BadInput(
+            f"no logits in the model's output of type {type(output).__name__}; "
+            "return a tensor, or an output with .logits"
+        )
     return first
 
 

@@ -57,7 +57,10 @@ class GradientCapture:
         self.slots: tuple[ParameterSlot, ...] = tuple(self._parameters)
         self.p = sum(slot.numel for slot in self.slots)
         if not self.slots:
-            raise BadInput("no parameter of the model requires grad: there is no gradient to take")
+            raise BadInput(
+                "no parameter of the model requires grad: there is no gradient to take; "
+                "add an adapter, or set requires_grad"
+            )
         check_adapters(self._model)
         self._watched = watched_linears(self._model, self._parameters)
         self._hooked = {slot for watched in self._watched for slot in watched.slots}

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from gradstore.errors import expect
+
 
 @dataclass(frozen=True)
 class ParameterSlot:
@@ -27,6 +29,7 @@ class ParameterSlot:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DDP, DataParallel and torch.compile wrappers."""
+    expect(isinstance(model, nn.Module), "model", model, "a torch module")
     while True:
         if isinstance(model, DistributedDataParallel | DataParallel):
             model = model.module

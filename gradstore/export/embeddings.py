@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, expect
 from gradstore.export.pooling import Embed, attention_tokens, to_unit
 from gradstore.export.units import (
     Batch,
@@ -63,6 +63,8 @@ def compute_embedding_unit(
     Raises:
         BadInput: `embed` gives another shape than (b, d).
     """
+    expect(callable(embed), "embed", embed, "a function: batch -> (b, d) vectors")
+    expect(isinstance(batches, Batches), "batches", batches, "Batches(rows, collate, lengths)")
     parts = (
         _embedded(rows, embed(batch), tokens_of(batch), dim) for rows, batch in batches.of(unit)
     )
@@ -75,7 +77,8 @@ def _embedded(
     if vectors.shape != (len(rows), dim):
         raise BadInput(
             f"embed gives {tuple(vectors.shape)} for {len(rows)} rows; the generation holds "
-            f"({len(rows)}, {dim})"
+            f"({len(rows)}, {dim}); "
+            "begin it with dim=the width of the vectors"
         )
     unit, length = to_unit(vectors.detach())
     norm = length.float()  # as it is stored: beyond float32 a row is zero or not finite

@@ -23,7 +23,7 @@ from gradkernels import ProjectionSpec
 from torch import Tensor
 
 from gradstore.capture.slots import ParameterSlot
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, expect
 from gradstore.export.moments import AdamMoments, ParameterMoments
 
 Kind = Literal["adam_marginal", "adam", "sgd", "sign"]
@@ -61,6 +61,8 @@ class FeatureSpec:
         for field, offered in (("kind", get_args(Kind)), ("adam_eps_mode", get_args(EpsMode))):
             if getattr(self, field) not in offered:
                 raise BadInput(f"{field} is {getattr(self, field)!r}; use " + " | ".join(offered))
+        fits = isinstance(self.bias_correction, bool)
+        expect(fits, "bias_correction", self.bias_correction, "True or False")
 
     @property
     def needs_moments(self) -> bool:
@@ -82,6 +84,19 @@ class Recipe:
     features: FeatureSpec
     projection: ProjectionSpec
     moments: AdamMoments | None = None
+
+    def __post_init__(self) -> None:
+        """Raise BadInput unless the parts are what the attributes say.
+
+        Raises:
+            BadInput: one is of another type.
+        """
+        for name, kind in (("features", FeatureSpec), ("projection", ProjectionSpec)):
+            given = getattr(self, name)
+            expect(isinstance(given, kind), name, given, f"a {kind.__name__}")
+        moments = self.moments
+        wanted = "AdamMoments, such as AdamMoments.from_optimizer(optimizer, model)"
+        expect(moments is None or isinstance(moments, AdamMoments), "moments", moments, wanted)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradstore.capture.slots import ParameterSlot, parameter_name
-from gradstore.errors import BadInput, DamagedData
+from gradstore.errors import BadInput, DamagedData, expect
+from gradstore.format.foreign import read_json
 from gradstore.storage.replace import replace_file
 
 _FORMAT = "dataflex-adam-moments-1"
@@ -74,6 +75,8 @@ class AdamMoments:
                 shape.
         """
         inner = _unwrapped(optimizer)
+        fits = hasattr(inner, "param_groups") and hasattr(inner, "state")
+        expect(fits, "optimizer", optimizer, "a torch optimizer of the Adam family")
         groups = {id(p): group for group in inner.param_groups for p in group["params"]}
         found: dict[str, ParameterMoments] = {}
         for raw_name, parameter in model.named_parameters():
@@ -97,6 +100,10 @@ class AdamMoments:
         Raises:
             BadInput: numbers, shapes or the optimizer's kind do not fit.
         """
+        fits = isinstance(state, Mapping) and {"state", "param_groups"} <= set(state)
+        expect(fits, "state", state, "what optimizer.state_dict() returns")
+        named = all(isinstance(pair, tuple) and len(pair) == 2 for pair in parameters)
+        expect(named, "parameters", parameters, "pairs (name, parameter): model.named_parameters()")
         groups = {i: group for group in state["param_groups"] for i in group["params"]}
         if len(groups) != len(parameters):
             raise BadInput(
@@ -170,15 +177,24 @@ class AdamMoments:
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
-            raise BadInput(f"no Adam moments at {path}: save them beside each checkpoint")
+            raise BadInput(
+                f"no Adam moments at {path}: save them beside each checkpoint "
+                "or take `sgd` or `sign`, which need none"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except SafetensorError as error:
-            raise DamagedData(f"{path} is not a whole safetensors file: {error}") from error
+            raise DamagedData(
+                f"{path} is not a whole safetensors file: {error}. "
+                "Take another checkpoint, or `sgd` or `sign`"
+            ) from error
         if _FORMAT not in metadata:
-            raise BadInput(f"{path} holds no Adam moments: its metadata has no {_FORMAT!r}")
+            raise BadInput(
+                f"{path} holds no Adam moments: its metadata has no {_FORMAT!r}; "
+                "name a file that AdamMoments.save wrote"
+            )
         return cls(dict(_parse(Path(path), metadata[_FORMAT], tensors)))
 
 
@@ -227,15 +243,24 @@ def _parse(
     path: Path, text: str, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, ParameterMoments]]:
     try:
-        constants: dict[str, dict[str, Any]] = json.loads(text)
+        constants: dict[str, dict[str, Any]] = read_json(text)
         expected: Iterable[str] = {f"{part}.{name}" for name in constants for part in "mv"}
         if set(expected) != set(tensors):
             odd = sorted(set(expected) ^ set(tensors))
-            raise DamagedData(f"{path}: header and tensors disagree on {odd[0]}")
+            raise DamagedData(
+                f"{path}: header and tensors disagree on {odd[0]}. "
+                "Take another checkpoint, or `sgd` or `sign`"
+            )
         for name, values in constants.items():
             m, v = tensors[f"m.{name}"], tensors[f"v.{name}"]
             if m.shape != v.shape or not m.dtype == v.dtype == torch.float32:
-                raise DamagedData(f"{path}: m and v of {name} are not a pair of float32 tensors")
+                raise DamagedData(
+                    f"{path}: m and v of {name} are not a pair of float32 tensors. "
+                    "Take another checkpoint, or `sgd` or `sign`"
+                )
             yield name, ParameterMoments(m, v, AdamConstants(**values))
     except (ValueError, TypeError, AttributeError) as error:
-        raise DamagedData(f"{path}: its header does not parse: {error}") from error
+        raise DamagedData(
+            f"{path}: its header does not parse: {error}. "
+            "Take another checkpoint, or `sgd` or `sign`"
+        ) from error

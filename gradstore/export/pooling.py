@@ -47,7 +47,10 @@ def pool(hidden: Tensor, mask: Tensor, how: Pooling = "mean", *, unit: bool = Tr
     if how not in POOLINGS:
         raise BadInput(f"pooling is {how!r}; choose {', '.join(POOLINGS)}")
     if hidden.ndim != 3 or hidden.shape[:2] != mask.shape:
-        raise BadInput(f"hidden {tuple(hidden.shape)} and mask {tuple(mask.shape)} do not fit")
+        raise BadInput(
+            f"hidden {tuple(hidden.shape)} and mask {tuple(mask.shape)} do not fit; "
+            "give hidden (b, t, d) and its mask (b, t)"
+        )
     counts = mask.to(hidden.device) != 0
     rank = counts.cumsum(dim=1)  # (b, t): 1 at a row's first token that counts
     weights = {
@@ -126,7 +129,8 @@ class HiddenStates:
         if not -len(states) <= self._layer < len(states):
             raise BadInput(
                 f"layer is {self._layer}; the model has hidden states {-len(states)} to "
-                f"{len(states) - 1}"
+                f"{len(states) - 1}; "
+                "choose one of them"
             )
         return pool(states[self._layer], inputs["attention_mask"], self._pooling, unit=self._unit)
 

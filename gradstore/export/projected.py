@@ -7,7 +7,7 @@ only where a dense projection wants many rows at once (`buffer_bytes` bounds it)
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.export.features import FeatureMap, FeatureSpec, Recipe
 from gradstore.export.moments import AdamMoments
 from gradstore.export.units import (
@@ -64,14 +64,16 @@ def export_features(
     Yields:
         One `FeatureRows` per projected group of rows.
     """
+    recipe = Recipe(features, projection, moments)
+    expect_whole(buffer_bytes, "buffer_bytes")
     with GradientCapture(model) as capture:
         device = next(model.parameters()).device
-        recipe = Recipe(features, projection, moments)
         exporter = _Exporter(capture, device, recipe, buffer_bytes)
+        pairs = _pairs(batches)
         if projection.method == "sjlt":
-            yield from (exporter.streamed(rows, batch) for rows, batch in batches)
+            yield from (exporter.streamed(rows, batch) for rows, batch in pairs)
         else:
-            yield from exporter.gathered(batches)
+            yield from exporter.gathered(pairs)
 
 
 def compute_unit(
@@ -92,6 +94,8 @@ def compute_unit(
         unit: which rows.
         on_rows: called with the number of rows each time some are done.
     """
+    expect(isinstance(recipe, Recipe), "recipe", recipe, "Recipe(features, projection, moments)")
+    expect(isinstance(batches, Batches), "batches", batches, "Batches(rows, collate, lengths)")
     parts = export_features(
         model,
         batches.of(unit),
@@ -101,6 +105,17 @@ def compute_unit(
     )
     with closing(parts):  # or a traceback would keep the model frozen
         return join_unit(unit, recipe.projection.d, parts, batches.tokens(unit), on_rows)
+
+
+def _pairs(batches: Iterable[RowBatch]) -> Iterator[RowBatch]:
+    """Yield the batches, each with the positions of its rows; raise BadInput for anything else."""
+    wanted = "pairs: positions of the rows (b,) and a mapping of tensors (b, t)"
+    expect(isinstance(batches, Iterable) and not isinstance(batches, Mapping), "batches", batches,
+           wanted)  # fmt: skip
+    for pair in batches:
+        fits = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Mapping)
+        expect(fits, "a batch", pair, wanted)
+        yield pair
 
 
 class _Exporter:
@@ -117,7 +132,7 @@ class _Exporter:
         if projection.p != capture.p:
             raise BadInput(
                 f"the projection is made for p={projection.p} parameters, "
-                f"the model trains {capture.p}."
+                f"the model trains {capture.p}: make one with p={capture.p}."
             )
         self.capture = capture
         self.projection = projection

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.format.layout import RowStatus
 from gradstore.format.plans import UnitRange
 
@@ -123,6 +123,22 @@ class Batches:
     token_budget: int = 2048
     longest: int | None = None
     max_rows: int = 1024
+
+    def __post_init__(self) -> None:
+        """Raise BadInput unless each row has a length and the limits are whole numbers.
+
+        Raises:
+            BadInput: they are not.
+        """
+        expect(callable(self.collate), "collate", self.collate, "a function: rows -> padded batch")
+        expect_whole(self.token_budget, "token_budget")
+        expect_whole(self.max_rows, "max_rows")
+        sized = hasattr(self.dataset, "__len__")
+        expect(sized, "dataset", self.dataset, "rows that have a length and are indexed")
+        wanted = f"one whole number for each of the {len(self.dataset):,} rows"
+        lengths = np.asarray(self.lengths)
+        fits = lengths.shape == (len(self.dataset),) and (lengths.dtype.kind in "iu")
+        expect(fits or lengths.size == len(self.dataset) == 0, "lengths", self.lengths, wanted)
 
     def of(self, unit: UnitRange) -> Iterator[RowBatch]:
         """Yield row positions (b,) and their batch, made when it is asked for; longest rows first.

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gradstore.errors import BadInput
+from gradstore.format.foreign import read_object
 
 #: Plain JSON: dict with str keys, list, str, int, float, bool or None.
 Json: TypeAlias = Any
@@ -42,7 +43,10 @@ def plain(value: object, where: str = "value") -> Json:
     if isinstance(value, (float, np.floating)):
         number = float(value)
         if not math.isfinite(number):
-            raise BadInput(f"{where} is {number}; only finite numbers can be recorded")
+            raise BadInput(
+                f"{where} is {number}; only finite numbers can be recorded; "
+                "leave it out, or give None"
+            )
         return number
     if isinstance(value, np.ndarray):
         return plain(value.tolist(), where)
@@ -53,7 +57,10 @@ def plain(value: object, where: str = "value") -> Json:
         return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    raise BadInput(f"{where} is of type {type(value).__name__}, which has no JSON form")
+    raise BadInput(
+        f"{where} is of type {type(value).__name__}, which has no JSON form; "
+        "give numbers, text, lists or mappings"
+    )
 
 
 def canonical_json(value: object) -> bytes:
@@ -90,18 +97,12 @@ def parse(data: bytes) -> dict[str, Json]:
     Raises:
         ValueError: the bytes are not a JSON object, hold NaN or a doubled key, or nest too deeply.
     """
-    try:
-        value = json.loads(
-            data.decode("ascii"),
-            parse_float=_finite,
-            parse_constant=_no_constant,
-            object_pairs_hook=_no_doubles,
-        )
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
+    return read_object(
+        data.decode("ascii"),
+        parse_float=_finite,
+        parse_constant=_no_constant,
+        object_pairs_hook=_no_doubles,
+    )
 
 
 def unseal(data: bytes) -> dict[str, Json]:
@@ -111,11 +112,7 @@ def unseal(data: bytes) -> dict[str, Json]:
         ValueError: the bytes are not canonical JSON, or the seal does not fit.
     """
     document = parse(data)
-    try:
-        same = _dump(document) == data
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not same:
+    if _dump(document) != data:
         raise ValueError("not in canonical form")
     found, expected = document.get(SEAL), _seal_of(document)
     if found != expected:

@@ -13,7 +13,7 @@ from typing import Literal
 from urllib.parse import quote as percent_encoded
 from urllib.parse import unquote
 
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, expect
 
 Role = Literal["train", "target"]
 
@@ -35,7 +35,10 @@ def quote(name: str) -> str:
     if safe and safe[0] in "._+=@-":
         safe = f"%{ord(safe[0]):02X}{safe[1:]}"
     if not _QUOTED.fullmatch(safe):
-        raise BadInput(f"{name!r} can't name a part of a store: it needs 1 to about 150 characters")
+        raise BadInput(
+            f"{name!r} can't name a part of a store: it needs 1 to about 150 characters; "
+            "choose another name"
+        )
     return safe
 
 
@@ -74,12 +77,16 @@ class GenerationName:
             raise BadInput(f"role is {self.role!r}; it must be train or target")
         if (self.role == "target") != bool(self.set):
             raise BadInput(
-                f"role {self.role} with set {self.set!r}: targets name a set, train none"
+                f"role {self.role} with set {self.set!r}: targets name a set, train none; "
+                "give or leave out the set"
             )
         if self.run in ("train", "target"):
             raise BadInput(f"a run can't be named {self.run!r}; choose another gradstore_run")
         if not 0 <= self.step < 10**18 or not 1 <= self.attempt < 10**9:
-            raise BadInput(f"step {self.step}, attempt {self.attempt}: out of range")
+            raise BadInput(
+                f"step {self.step}, attempt {self.attempt}: out of range; "
+                "a step is 0 or more, an attempt 1 or more"
+            )
 
     def __str__(self) -> str:
         parts = [quote(self.run)] if self.run else []
@@ -90,6 +97,7 @@ class GenerationName:
     @classmethod
     def parse(cls, text: str) -> GenerationName:
         """Parse a name; raise BadInput when it is not exactly in the form of `str()`."""
+        expect(isinstance(text, str), "a generation's name", text, "text such as 'train/16'")
         parts = text.split("/")
         step = _STEP.fullmatch(parts[-1])
         try:
@@ -123,8 +131,11 @@ class GenerationName:
 
 def check_space(space: str) -> str:
     """Return `space` if it can name a folder; raise BadInput otherwise."""
+    expect(isinstance(space, str), "space", space, "a name")
     if not _PLAIN.fullmatch(space) or len(space) > 100:
-        raise BadInput(f"{space!r} can't name a space: letters, digits and ._+=@- only")
+        raise BadInput(
+            f"{space!r} can't name a space: use letters, digits and ._+=@- only, 100 at most"
+        )
     return space
 
 

@@ -79,7 +79,10 @@ class Plan:
         check_space(self.space)
         check_dtype(self.dtype)
         if str(GenerationName.parse(self.name).base()) != self.record.name:
-            raise BadInput(f"plan {self.name!r} records generation {self.record.name!r}")
+            raise BadInput(
+                f"plan {self.name!r} records generation {self.record.name!r}; "
+                "give both the same name"
+            )
         if not 1 <= self.dim <= MAX_DIM or not 1 <= self.unit_rows <= MAX_UNIT_ROWS:
             raise BadInput(
                 f"plan {self.name!r} has d={self.dim} and {self.unit_rows} rows per unit; d must "

@@ -155,7 +155,10 @@ def read_provenance(data: bytes, space: str) -> tuple[dict[str, Json], str]:
     if document.get("space") != space or not isinstance(document.get("fields"), dict):
         raise ValueError(f"not the provenance of space {space}")
     if document.get("schema_version") != SCHEMA_VERSION:
-        raise BadInput(f"provenance of schema {document.get('schema_version')}")
+        raise BadInput(
+            f"provenance of schema {document.get('schema_version')}; this release reads "
+            f"{SCHEMA_VERSION}: open it with the release that wrote it"
+        )
     return document["fields"], document["sha256"]
 
 

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, expect
 from gradstore.format.canonical import Json, plain
 from gradstore.format.layout import EMBEDDING
 from gradstore.format.names import GenerationName, Role, space_run
@@ -71,6 +71,9 @@ class GenerationRecord:
             )
         if not self.run_id:
             raise BadInput("run_id is empty; give an id that stays the same when the run resumes")
+        rate = self.learning_rate
+        fits = rate is None or (isinstance(rate, SupportsFloat) and not isinstance(rate, str))
+        expect(fits, "learning_rate", rate, "a number or None")
         plain(vars(self), "record")
 
     @property
@@ -112,13 +115,30 @@ def row_hash(input_ids: Sequence[int], labels: Sequence[int]) -> bytes:
     Args:
         input_ids: (t,) token ids, without padding.
         labels: (t,) labels, -100 where there is no target.
+
+    Raises:
+        BadInput: they are no whole numbers (t,).
     """
     digest = hashlib.blake2b(digest_size=HASH_BYTES)
     for values in (input_ids, labels):
-        ids = np.ascontiguousarray(values, dtype="<i8")
+        given = np.asarray(values)
+        whole = given.ndim == 1 and (given.dtype.kind in "iu" or given.size == 0)
+        expect(whole, "token ids or labels", values, "whole numbers (t,)")
+        ids = np.ascontiguousarray(given, dtype="<i8")
         digest.update(len(ids).to_bytes(8, "little"))
         digest.update(ids.tobytes())
     return digest.digest()
+
+
+def check_sources(sources: object, rows: int) -> None:
+    """Raise BadInput unless there is a pair (data set, index in its file) for each row."""
+    fits = isinstance(sources, Sequence) and not isinstance(sources, str)
+    count = len(sources) if isinstance(sources, Sequence) else 0
+    wanted = f"a pair (data set, index in its file) for each of {rows:,} rows"
+    expect(fits and count == rows, f"sources, {count:,} of them,", sources, wanted)
+    first = sources[0] if isinstance(sources, Sequence) and count else ("", 0)
+    pair = isinstance(first, Sequence) and not isinstance(first, str) and len(first) == 2
+    expect(pair, "the first of sources", first, wanted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,18 +155,23 @@ class RowSet:
 
     def __post_init__(self) -> None:
         hashes = self.hashes
+        wanted = "uint8 (n, 16); RowSet.from_hashes makes it of the values of row_hash"
+        expect(isinstance(hashes, np.ndarray), "hashes", hashes, wanted)
         if hashes.dtype != np.uint8 or hashes.ndim != 2 or hashes.shape[1] != HASH_BYTES:
             raise BadInput(f"row hashes are {hashes.dtype} {hashes.shape}; give uint8 (n, 16)")
         if len(hashes) == 0:
-            raise BadInput("the data set has no rows; nothing to export")
-        if self.sources is not None and len(self.sources) != len(hashes):
-            raise BadInput(f"{len(self.sources):,} sources for {len(hashes):,} rows")
+            raise BadInput("the data set has no rows; nothing to export; give at least one")
+        if self.sources is not None:
+            check_sources(self.sources, len(hashes))
 
     @classmethod
     def from_hashes(
         cls, hashes: Sequence[bytes], sources: Sequence[tuple[str, int]] | None = None
     ) -> RowSet:
         """Build a row set from the values of `row_hash`."""
+        hashes = tuple(hashes)
+        fits = all(isinstance(one, bytes) and len(one) == HASH_BYTES for one in hashes)
+        expect(fits, "hashes", hashes, "a list of the 16 bytes that row_hash returns for each row")
         flat = np.frombuffer(b"".join(hashes), dtype=np.uint8)
         return cls(flat.reshape(-1, HASH_BYTES), None if sources is None else tuple(sources))
 

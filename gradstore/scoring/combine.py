@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, expect_whole
 from gradstore.format.layout import RowStatus
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.scan import FeatureSource, Scan, exact_float32, round_chunk
@@ -53,8 +53,7 @@ def combine(
     Raises:
         BadInput: chunk_rows < 1, a sub-task without a usable row, no usable train row at all.
     """
-    if chunk_rows < 1:
-        raise BadInput(f"chunk_rows is {chunk_rows}; at least 1 is needed")
+    expect_whole(chunk_rows, "chunk_rows")
     trains = [checkpoint.train for checkpoint in checkpoints]
     codes = start_codes(trains)
     sets = zip(*(checkpoint.targets for checkpoint in checkpoints), strict=True)
@@ -80,7 +79,10 @@ def combine(
                 here[here == RowStatus.OK] = found[here == RowStatus.OK]
             keep(start, stop, total)
     if not (codes == RowStatus.OK).any():
-        raise BadInput(f"none of the {codes.size} train rows is usable: {count_skipped(codes)}")
+        raise BadInput(
+            f"none of the {codes.size} train rows is usable: {count_skipped(codes)}; check their "
+            "labels and the model's weights, and export them again"
+        )
     return codes
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsFloat
 
 import numpy as np
 
 from gradstore.errors import BadInput, ProvenanceMismatch
+from gradstore.scoring.plain_rows import PlainArray, as_source, as_sources
 from gradstore.scoring.scan import FeatureSource
 from gradstore.scoring.subtasks import source_name
 
 _EQUAL_FIELDS = ("adapter_hash", "effective_seed", "autocast", "attention")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class CheckpointFeatures:
     """Features of the train rows and of the target rows at one checkpoint.
 
@@ -24,11 +25,43 @@ class CheckpointFeatures:
         train: n rows.
         targets: one source per target set; the same sets in the same order at every checkpoint.
         weight: share of this checkpoint in the sum, from `checkpoint_weights`; used as it is.
+
+    Raises:
+        BadInput: neither a source of features nor an array, or a weight that is no number.
+
+    Examples:
+        >>> import numpy as np
+        >>> from gradstore import CheckpointFeatures, influence_scores
+        >>> train, target = np.eye(3), np.array([[2.0, 0.0, 0.0]])
+        >>> influence_scores([CheckpointFeatures(train, [target])]).values.tolist()
+        [1.0, 0.0, 0.0]
     """
 
     train: FeatureSource
     targets: tuple[FeatureSource, ...]
-    weight: float = 1.0
+    weight: float
+
+    def __init__(
+        self,
+        train: FeatureSource | PlainArray,
+        targets: Sequence[FeatureSource | PlainArray] | FeatureSource | PlainArray,
+        weight: float = 1.0,
+    ) -> None:
+        """Take generations or arrays.
+
+        Args:
+            train: a generation, any `FeatureSource`, or an array (n, d) of a real dtype. Rows of an
+                array that are zero or not finite are skipped.
+            targets: one such (m, d) for each target set; a single set may stand alone.
+            weight: of this checkpoint.
+        """
+        if isinstance(weight, bool | str) or not isinstance(weight, SupportsFloat):
+            raise BadInput(
+                f"weight is {weight!r}; give a number, such as checkpoint_weights makes."
+            )
+        object.__setattr__(self, "train", as_source(train, "train"))
+        object.__setattr__(self, "targets", as_sources(targets))
+        object.__setattr__(self, "weight", float(weight))
 
 
 class ComparableGeneration(Protocol):
@@ -97,8 +130,18 @@ def check_checkpoints(checkpoints: Sequence[CheckpointFeatures]) -> None:
             checkpoint, or weights that are negative, nan, infinite or all zero.
         ProvenanceMismatch: other rows at another checkpoint, or d or space differs within one.
     """
+    if not isinstance(checkpoints, Sequence) or not all(
+        isinstance(one, CheckpointFeatures) for one in checkpoints
+    ):
+        raise BadInput(
+            "checkpoints must be a list of CheckpointFeatures, one for each checkpoint; "
+            "checkpoint_features(store) makes it."
+        )
     if not checkpoints:
-        raise BadInput("no checkpoint to score with; export at least one generation first")
+        raise BadInput(
+            "no checkpoint to score with; export at least one generation first "
+            "(checkpoint_features(store) finds them)"
+        )
     weights = [float(checkpoint.weight) for checkpoint in checkpoints]
     if not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
         raise BadInput(
@@ -109,7 +152,7 @@ def check_checkpoints(checkpoints: Sequence[CheckpointFeatures]) -> None:
     if not first.targets:
         raise BadInput("no target set to score against; name at least one")
     if first.train.rows == 0:
-        raise BadInput("the train set has no rows; there is nothing to score")
+        raise BadInput("the train set has no rows; there is nothing to score; give at least one")
     for index, checkpoint in enumerate(checkpoints):
         if len(checkpoint.targets) != len(first.targets):
             raise BadInput(
@@ -122,12 +165,13 @@ def check_checkpoints(checkpoints: Sequence[CheckpointFeatures]) -> None:
             for field in ("space", "dim"):
                 mine = getattr(checkpoint.train, field, None)
                 theirs = getattr(target, field, None)
-                if mine != theirs:
+                if mine != theirs and None not in (mine, theirs):  # an array has no space
                     line = (
                         f"{field} differs: {source_name(checkpoint.train)} has {mine}, "
                         f"{source_name(target)} has {theirs}"
                     )
-                    raise ProvenanceMismatch(line + ". Their features can't be compared.", [line])
+                    step = ". Their features can't be compared. Score sets of one space and model."
+                    raise ProvenanceMismatch(line + step, [line])
 
 
 def _check_same_rows(source: FeatureSource, reference: FeatureSource, index: int) -> None:

@@ -24,6 +24,7 @@ from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
 from gradstore.scoring.combine import CHUNK_ROWS, combine, count_skipped
 from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
+from gradstore.scoring.scan import as_device
 from gradstore.scoring.subtasks import split_rows, subtasks_of
 
 Aggregation = Literal["max", "mean"]
@@ -82,11 +83,15 @@ def checkpoint_weights(learning_rates: Sequence[float]) -> npt.NDArray[np.float6
     """
     rates = [float(rate) for rate in learning_rates]
     if not rates:
-        raise BadInput("no learning rates given; weights need one rate per checkpoint")
+        raise BadInput(
+            "no learning rates given; weights need one rate per checkpoint; "
+            "give the mean learning rate before each"
+        )
     for index, rate in enumerate(rates):
         if not (math.isfinite(rate) and rate >= 0):
             raise BadInput(
-                f"learning rate of checkpoint {index} is {rate}; weights need finite rates >= 0"
+                f"learning rate of checkpoint {index} is {rate}; weights need finite rates >= 0; "
+                "give the rate that the run logged"
             )
     largest = max(rates)
     if largest == 0:
@@ -125,12 +130,18 @@ def aggregate(
     """
     table = np.asarray(cosines)
     if table.ndim != 2:
-        raise BadInput(f"cosines have shape {table.shape}; a matrix (n, m) is needed")
+        raise BadInput(
+            f"cosines have shape {table.shape}; a matrix (n, m) is needed "
+            "of n train rows and m target rows"
+        )
     columns = np.ones(table.shape[1], dtype=bool)
     if usable_targets is not None:
         columns = np.asarray(usable_targets, dtype=bool)
         if columns.shape != (table.shape[1],):
-            raise BadInput(f"usable_targets has shape {columns.shape}, not ({table.shape[1]},)")
+            raise BadInput(
+                f"usable_targets has shape {columns.shape}, not ({table.shape[1]},); "
+                "give True or False for each column of cosines"
+            )
     means = []
     for subtask in split_rows("the target set", table.shape[1], subtask_sizes):
         kept = np.flatnonzero(columns[subtask.start : subtask.stop]) + subtask.start
@@ -195,7 +206,7 @@ def influence_scores(
         if on_rows is not None:
             on_rows(stop - start)
 
-    codes = combine(checkpoints, subtasks, keep, torch.device(device), chunk_rows)
+    codes = combine(checkpoints, subtasks, keep, as_device(device), chunk_rows)
     values[codes != RowStatus.OK] = np.nan
     best[codes != RowStatus.OK] = -1
     return Scores(values, codes == RowStatus.OK, best, count_skipped(codes))
@@ -224,6 +235,6 @@ def subtask_influence(
         if on_rows is not None:
             on_rows(stop - start)
 
-    codes = combine(checkpoints, subtasks, keep, torch.device(device), chunk_rows)
+    codes = combine(checkpoints, subtasks, keep, as_device(device), chunk_rows)
     values[codes != RowStatus.OK] = np.nan
     return SubtaskInfluence(values, codes == RowStatus.OK, count_skipped(codes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from gradstore.errors import BadInput, ProvenanceMismatch
+from gradstore.errors import BadInput, ProvenanceMismatch, expect, expect_whole
 from gradstore.format.layout import GRADIENT
 from gradstore.format.names import space_run
 from gradstore.scoring.comparable import CheckpointFeatures
@@ -45,6 +45,7 @@ def checkpoint_features(
     Raises:
         BadInput: no such checkpoint, or a checkpoint lacks one of the sets.
     """
+    expect(hasattr(store, "generations"), "store", store, "what open_store(path) returns")
     trains: dict[int, Generation] = {}
     targets: dict[int, dict[str, Generation]] = {}
     for generation in store.generations():
@@ -126,7 +127,9 @@ def parse_which(text: str) -> Which:
 def _newest(steps: list[int], which: Which, fewer: bool) -> list[int]:
     if which == "all":
         return steps
-    count = 1 if which == "last" else which
+    if isinstance(which, str) and which != "last":
+        raise BadInput(f"checkpoints is {which!r}; choose last, all or a number of at least 1.")
+    count = 1 if which == "last" else expect_whole(which, "checkpoints")
     if count > len(steps) and not fewer:
         raise BadInput(
             f"{count} checkpoints requested, the store has {len(steps)}; "

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, expect_whole
 from gradstore.format.layout import RowStatus
 from gradstore.scoring.combine import CHUNK_ROWS, combine, count_skipped
 from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
+from gradstore.scoring.scan import as_device
 from gradstore.scoring.subtasks import Subtask
 
 
@@ -67,14 +68,17 @@ def query_influence(
     """
     check_checkpoints(checkpoints)
     sets = checkpoints[0].targets
-    if not 0 <= target < len(sets):
-        raise BadInput(f"target set {target} requested, there are {len(sets)}, counted from 0")
-    if not 0 <= target_row < sets[target].rows:
+    if not 0 <= expect_whole(target, "target", None) < len(sets):
         raise BadInput(
-            f"target row {target_row} requested, the set has rows 0-{sets[target].rows - 1}"
+            f"target set {target} requested, there are {len(sets)}, counted from 0; "
+            "name one of them"
         )
-    if top < 1:
-        raise BadInput(f"top is {top}; ask for at least 1 row")
+    if not 0 <= expect_whole(target_row, "target_row", None) < sets[target].rows:
+        raise BadInput(
+            f"target row {target_row} requested, the set has rows 0-{sets[target].rows - 1}; "
+            "name one of them"
+        )
+    expect_whole(top, "top")
     values = np.empty(checkpoints[0].train.rows, dtype=np.float32)
 
     def keep(start: int, stop: int, cosines: npt.NDArray[np.float32]) -> None:
@@ -83,7 +87,7 @@ def query_influence(
             on_rows(stop - start)
 
     one = Subtask(target, target_row, target_row + 1, f"target row {target_row}")
-    codes = combine(checkpoints, [one], keep, torch.device(device), chunk_rows)
+    codes = combine(checkpoints, [one], keep, as_device(device), chunk_rows)
     values[codes != RowStatus.OK] = np.nan
     rows = np.flatnonzero(codes == RowStatus.OK)
     helped = rows[np.argsort(-values[rows], kind="stable")][:top]

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
 
 #: Rows per matrix product: the size of a store's unit, so that a block is one file's view.
@@ -101,6 +102,21 @@ def unit_rows(rows: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDAr
     norm = np.linalg.norm(wide, axis=1)
     wide /= np.where(norm > 0, norm, 1.0)[:, None]
     return wide, code
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """Return the device of a name.
+
+    Raises:
+        BadInput: torch knows no such device, or this machine has none.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"device {str(device)!r} cannot be used: {reason}; take 'cpu'.") from error
+    return found
 
 
 def round_chunk(chunk_rows: int) -> int:

@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, expect, expect_path
+from gradstore.format.records import HASH_BYTES, check_sources
+from gradstore.scoring.plain_rows import as_numbers
 from gradstore.storage.replace import replace_file
 from gradstore.storage.tables import check_suffix, write_table
 
@@ -51,9 +53,12 @@ def select_top(
     allowed = ~np.isnan(values)
     if usable is not None:
         mask = usable.detach().cpu().numpy() if isinstance(usable, torch.Tensor) else usable
-        mask = np.asarray(mask, dtype=bool)
-        if mask.shape != values.shape:
-            raise BadInput(f"usable has shape {mask.shape}, scores have {values.shape}")
+        mask = np.asarray(mask)
+        if mask.shape != values.shape or mask.dtype != bool:
+            raise BadInput(
+                f"usable is {mask.dtype} of shape {mask.shape}; give True or False for each of the "
+                f"{values.size} rows"
+            )
         allowed &= mask
     rows = np.flatnonzero(allowed)
     count = check_k(k, rows.size, values.size)
@@ -106,7 +111,9 @@ def rows_for_fraction(fraction: float, usable: int) -> int:
     if isinstance(fraction, bool) or not 0 < fraction <= 1:
         raise BadInput(f"fraction is {fraction}; choose one above 0 and at most 1")
     if usable < 1:
-        raise BadInput("no usable row to choose a fraction of")
+        raise BadInput(
+            "no usable row to choose a fraction of; see why rows were skipped, and export again"
+        )
     # As written in decimal: 0.29 * 100 is 28.999999999999996 in binary.
     return max(1, int(Decimal(repr(float(fraction))) * usable))
 
@@ -134,16 +141,20 @@ def write_selected(
         row_hashes: (n, 16) uint8, or None (written as null).
 
     Raises:
-        BadInput: a chosen row without a finite score, or a file name of no known format.
+        BadInput: a row that there is not, a chosen row without a finite score, sources or hashes
+            for other rows, or a file name of no known format.
         StoreIOError: the file cannot be written.
     """
+    expect_path(path, "path")
     check_suffix(Path(path))
+    scores = _vector(scores)
+    _check_per_row(scores.size, sources, row_hashes)
     lines: list[dict[str, Any]] = []
-    for rank, row in enumerate(np.asarray(rows).tolist(), start=1):
+    for rank, row in enumerate(_positions(rows, scores.size), start=1):
         score = float(scores[row])
         if not np.isfinite(score):
-            raise BadInput(f"row {row} is chosen but its score is {score}")
-        line = {
+            raise BadInput(f"row {row} is chosen but its score is {score}; choose others")
+        line: dict[str, Any] = {
             "rank": rank,
             "row": row,
             "score": score,
@@ -165,15 +176,31 @@ def write_selected(
     write_table(Path(path), pa.Table.from_pylist(lines, schema=schema))
 
 
+def _positions(rows: object, count: int) -> list[int]:
+    """Return the positions of chosen rows; raise BadInput unless each is one of 0..count-1."""
+    wanted = f"positions (k,) from 0 to {count - 1}, such as select_top returns"
+    found = as_numbers(rows, "rows", wanted)
+    fits = found.ndim == 1 and (found.dtype.kind in "iu" or found.size == 0)
+    if not fits or not ((found >= 0) & (found < count)).all():
+        raise BadInput(f"rows are {found.dtype} of shape {found.shape}; give {wanted}.")
+    return [int(row) for row in found]
+
+
+def _check_per_row(count: int, sources: object, row_hashes: object) -> None:
+    """Raise BadInput unless there is a source and a hash for each of `count` rows, or none."""
+    if sources is not None:
+        check_sources(sources, count)
+    if row_hashes is not None:
+        kind = getattr(row_hashes, "dtype", None), getattr(row_hashes, "shape", None)
+        fits = kind == (np.uint8, (count, HASH_BYTES))
+        expect(fits, "row_hashes", row_hashes, f"uint8 ({count}, {HASH_BYTES})")
+
+
 def _vector(
     scores: npt.NDArray[np.floating] | torch.Tensor | Sequence[float],
 ) -> npt.NDArray[np.floating]:
     """Convert (n,) scores to a NumPy array; bfloat16, absent from NumPy, becomes exact float32."""
-    if isinstance(scores, torch.Tensor):
-        kept = scores.detach().cpu()
-        values = (kept.float() if kept.dtype == torch.bfloat16 else kept).numpy()
-    else:
-        values = np.asarray(scores)
+    values = as_numbers(scores, "scores", "one number per row")
     if values.ndim != 1:
         raise BadInput(f"scores have shape {values.shape}; one score per row is needed")
     if not np.issubdtype(values.dtype, np.floating):

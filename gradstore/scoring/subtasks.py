@@ -60,10 +60,11 @@ def split_rows(name: str, rows: int, sizes: Sequence[int]) -> list[Subtask]:
     except TypeError:
         whole = []
     if not whole or min(whole) < 1:
-        raise BadInput(f"sub-task sizes {list(sizes)} must be whole numbers >= 1")
+        raise BadInput(f"sub-task sizes {sizes!r} must be a list of whole numbers >= 1")
     if sum(whole) != rows:
         raise BadInput(
-            f"sub-task sizes {whole} add up to {sum(whole)}, but target set {name} has {rows} rows"
+            f"sub-task sizes {whole} add up to {sum(whole)}, but target set {name} has {rows} "
+            "rows; give sizes that add up to them"
         )
     stops = np.cumsum(whole).tolist()
     return [

@@ -91,6 +91,23 @@ def cluster(
     return METHODS[method](rows, num_clusters, seed=seed, chunk_rows=chunk_rows, device=device)
 
 
+def rows_read(method: str, n: int, num_clusters: int, max_iter: int) -> int:
+    """Count the rows that a clustering of n rows reads in chunks, at most (`CountedRows`).
+
+    Args:
+        method: one of `METHODS`.
+        n: rows.
+        num_clusters: k.
+        max_iter: of the two k-means, which may converge earlier.
+    """
+    passes = {
+        "farthest_first": min(num_clusters, n),  # one for each centre
+        "random_projection_lsh": 4,
+        "random_partition": 2,
+    }
+    return n * passes.get(method, 2 * max_iter + 1)
+
+
 def kmeans(
     rows: RowMatrix,
     num_clusters: int,

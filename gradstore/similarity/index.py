@@ -12,15 +12,16 @@ import importlib
 import logging
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, expect
 from gradstore.format.layout import RowStatus
 from gradstore.scoring.combine import CHUNK_ROWS
+from gradstore.scoring.plain_rows import as_numbers, is_source
 from gradstore.scoring.scan import BLOCK_ROWS, FeatureSource, Scan, exact_float32, unit_rows
 from gradstore.scoring.selection import check_k, select_top
 from gradstore.similarity.index_cache import IndexCache
@@ -96,16 +97,22 @@ class FeatureIndex:
             BadInput: the generation is not committed, has no usable row, or FAISS was asked for and
                 is not installed.
         """
+        _check(generation, backend)
         usable = np.flatnonzero(np.asarray(generation.usable, dtype=bool)).astype(np.int64)
         if usable.size == 0:
-            raise BadInput(f"{generation.name} has no usable row; there is nothing to index")
+            raise BadInput(
+                f"{generation.name} has no usable row; there is nothing to index; "
+                "`gradstore info` says why its rows are skipped"
+            )
         faiss = None if backend == "torch" else _import_faiss()
         if faiss is None:
             if backend == "faiss":
                 raise BadInput("faiss is not installed; install it, or use backend='torch'")
             return cls(generation, None, usable)
         if generation.commit_sha is None:
-            raise BadInput(f"{generation.name} is not committed; an index belongs to a commit")
+            raise BadInput(
+                f"{generation.name} is not committed; an index belongs to a commit; commit it first"
+            )
         large = usable.size * generation.dim * 4 > FLAT_LIMIT_BYTES
         cache = None
         if cache_dir is not None:
@@ -146,7 +153,8 @@ class FeatureIndex:
             BadInput: k out of range, other d, or a query that is zero or not finite.
         """
         count = check_k(k, self.rows.size, self._generation.rows)
-        given = np.atleast_2d(np.asarray(queries, dtype=np.float64))
+        wanted = f"(q, {self._generation.dim}) numbers"
+        given = np.atleast_2d(as_numbers(queries, "queries", wanted).astype(np.float64))
         if given.ndim != 2 or given.shape[1] != self._generation.dim:
             raise BadInput(
                 f"queries have shape {given.shape}; (q, {self._generation.dim}) is needed"
@@ -203,6 +211,12 @@ class FeatureIndex:
         usable[self.rows] = True
         rows = np.stack([select_top(column, k, usable=usable) for column in cosines.T])
         return np.take_along_axis(cosines.T, rows, axis=1), rows
+
+
+def _check(generation: object, backend: object) -> None:
+    """Raise BadInput unless it is a generation, and a backend that is offered."""
+    expect(is_source(generation), "generation", generation, "one of store.generations()")
+    expect(backend in get_args(Backend), "backend", backend, " | ".join(get_args(Backend)))
 
 
 def _import_faiss() -> ModuleType | None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gradstore.errors import BadInput, StoreIOError
+from gradstore.format.foreign import read_object
 from gradstore.storage.hashing import sha256_file
 from gradstore.storage.replace import sync_file, sync_folder, write_synced
 
@@ -41,7 +42,10 @@ class IndexCache:
     def __init__(self, folder: Path, identity: Mapping[str, str | int]) -> None:
         sha = str(identity["commit_sha"])
         if not _SHA.fullmatch(sha):
-            raise BadInput(f"commit sha {sha!r} is no hex digest; it can't name an index")
+            raise BadInput(
+                f"commit sha {sha!r} is no hex digest; it can't name an index; "
+                "give the generation's commit_sha"
+            )
         self._folder = folder
         self._place = folder / sha
         self._identity = {"format": FORMAT, **identity}
@@ -55,16 +59,14 @@ class IndexCache:
         if not self._place.is_dir():
             return None
         try:
-            manifest = json.loads(manifest_path.read_bytes())
-            if not isinstance(manifest, dict):
-                raise ValueError("index.json is no JSON object")
+            manifest = read_object(manifest_path.read_bytes())
             differing = [k for k, v in self._identity.items() if manifest.get(k) != v]
             if differing:
                 raise ValueError(f"index.json has another {', '.join(differing)}")
             found = sha256_file(index_path, fresh=True)
             if found != manifest.get("sha256"):
                 raise ValueError(f"sha256 of faiss.bin is {found}, not {manifest.get('sha256')}")
-        except (OSError, StoreIOError, ValueError, RecursionError) as error:
+        except (OSError, StoreIOError, ValueError) as error:
             self.warn(error)
             return None
         return index_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,9 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from gradstore.pace import LONG_SECONDS, duration, product_seconds
+
 if TYPE_CHECKING:
     from gradstore.store.generation import Generation
 
+
+_log = logging.getLogger(__name__)
+
+#: Multiplications that take less than a second on any machine: nothing is measured for them.
+_SHORT = 10**9
 
 Matrix = npt.NDArray[np.int64]
 
@@ -47,12 +55,14 @@ class Neighbours:
             k: at most the usable rows.
         """
         if self._held is None or self._held[1].shape[1] < k:
+            self._tell(len(self._queries))
             self._held = self._index.search(self._queries, k)
         cosines, rows = self._held
         return cosines[:, :k], rows[:, :k]
 
     def around(self, rows: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.float32]:
         """Return (len(rows), k) cosines of usable training rows to their nearest, self first."""
+        self._tell(len(rows))
         places = np.searchsorted(self._train.rows, rows)
         return self._index.search(self._train[places], k)[0]
 
@@ -77,6 +87,16 @@ class Neighbours:
         cosines = self._train[places] @ sample.T
         cosines[places[:, None] == spaced[None, :]] = -1.0
         return -np.partition(-cosines, k - 1, axis=1)[:, :k]
+
+    def _tell(self, queries: int) -> None:
+        """Log how long a search will take that compares the queries with every row, if long."""
+        n, d = self._train.shape
+        if queries * n * d < _SHORT:
+            return
+        seconds = product_seconds(queries * n * d)
+        if seconds >= LONG_SECONDS:
+            what = f"nearest of {n} rows to each of {queries}"
+            _log.info("%s: about %s by this machine's matrix products", what, duration(seconds))
 
 
 def column_order(

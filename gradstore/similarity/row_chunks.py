@@ -5,7 +5,7 @@ Letters: n rows, d dimensions, c rows of a chunk, m points.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,6 +35,40 @@ class RowMatrix(Protocol):
 
     def __getitem__(self, key: Any, /) -> npt.NDArray[Any]:  # noqa: ANN401
         """Return the rows of a slice, or at positions."""
+
+
+class CountedRows:
+    """Rows that report how many of them were read in slices, each once the next is asked for.
+
+    Args:
+        rows: an (n, d) matrix.
+        on_rows: called with the number of rows of a slice.
+    """
+
+    def __init__(self, rows: RowMatrix, on_rows: Callable[[int], None]) -> None:
+        self._rows, self._on_rows, self._read = rows, on_rows, 0
+
+    @property
+    def ndim(self) -> int:
+        """2."""
+        return self._rows.ndim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, d)."""
+        return self._rows.shape
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self._rows)
+
+    def __getitem__(self, key: Any, /) -> npt.NDArray[Any]:  # noqa: ANN401
+        """Return the rows of a slice, or at positions; only slices count."""
+        if self._read:
+            self._on_rows(self._read)
+        found = self._rows[key]
+        self._read = len(found) if isinstance(key, slice) else 0
+        return found
 
 
 @dataclass(frozen=True)

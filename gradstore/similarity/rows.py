@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gradstore.errors import BadInput
+from gradstore.errors import expect, expect_whole
 from gradstore.format.layout import RowStatus
+from gradstore.scoring.plain_rows import is_source
 from gradstore.scoring.scan import BLOCK_ROWS, FeatureSource, unit_rows
 from gradstore.store.generation import Generation
 
@@ -42,8 +43,8 @@ def read_unit_rows(generation: Generation, chunk_rows: int = 4096) -> Iterator[U
         BadInput: `chunk_rows` is below 1.
         DamagedData: a chunk is not the committed one.
     """
-    if chunk_rows < 1:
-        raise BadInput(f"chunk_rows is {chunk_rows}; at least 1 is needed")
+    expect(is_source(generation), "generation", generation, "one of store.generations()")
+    expect_whole(chunk_rows, "chunk_rows")
     for start in range(0, generation.rows, chunk_rows):
         stop = min(start + chunk_rows, generation.rows)
         status = generation.status[start:stop]

@@ -41,7 +41,9 @@ def sha256_file(path: str | Path, *, fresh: bool = False) -> str:
             if fresh or key not in _known:
                 _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise StoreIOError(f'cannot hash "{path}": {error.strerror}') from error
+        raise StoreIOError(
+            f'cannot hash "{path}": {error.strerror}; see that it can be read'
+        ) from error
     return _known[key]
 
 
@@ -55,7 +57,7 @@ def hash_folder_files(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise BadInput(f'"{folder}" is not a folder; nothing to hash')
+        raise BadInput(f'"{folder}" is not a folder; nothing to hash: check the path')
     names = {path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return {name: sha256_file(folder / name, fresh=fresh) for name in sorted(names)}
 

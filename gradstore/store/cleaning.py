@@ -10,7 +10,8 @@ import os
 import secrets
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gradstore.errors import BadInput, StoreIOError
@@ -110,11 +111,12 @@ def _remove_generation(files: StoreFiles, name: str) -> None:
         files.remove(plan_path(name))
 
 
-def discard_store(path: Path) -> None:
-    """Remove a store that has no writer; a folder that is no store is left alone.
+@contextmanager
+def store_set_aside(path: Path) -> Iterator[None]:
+    """Take a store out of its place for the block; it is removed after it, or put back on an error.
 
-    The folder is renamed under the writer's lock first, so that no reader or writer ever meets a
-    half-removed store.
+    A store that has a writer, and a folder that is no store, stay where they are. The folder is
+    renamed under the writer's lock, so that no reader or writer ever meets a half-removed store.
 
     Raises:
         StoreBusy: another process writes to it.
@@ -122,12 +124,26 @@ def discard_store(path: Path) -> None:
     """
     files = StoreFiles(path)
     if not path.is_dir() or not files.exists(METADATA):
+        yield
         return
     renamed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.discarded")
+    with _removal(path), WriterLock(files):
+        os.rename(path, renamed)
     try:
-        with WriterLock(files):
-            os.rename(path, renamed)
+        yield
+    except BaseException:
+        with _removal(path):
+            shutil.rmtree(path, ignore_errors=True)  # what the block has put in its place
+            os.rename(renamed, path)
+        raise
+    with _removal(path):
         shutil.rmtree(renamed)
+
+
+@contextmanager
+def _removal(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StoreIOError(
             f'store "{path}" cannot be removed: {error.strerror}. Remove it by hand, or choose '

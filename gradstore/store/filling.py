@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gradstore.errors import expect
 from gradstore.export.units import UnitFeatures, check_bad_rows
 from gradstore.format.layout import EMBEDDING, RowStatus
 from gradstore.format.plans import UnitRange
@@ -38,6 +39,7 @@ class UnitSink:
             writer: from `StoreWriter.begin`.
             max_bad_fraction: share of non-finite rows above which `write` stops.
         """
+        expect(hasattr(writer, "bad_counts"), "writer", writer, "what StoreWriter.begin returns")
         self.summary = ExportSummary()
         self._writer = writer
         self._limit = max_bad_fraction

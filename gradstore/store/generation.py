@@ -204,7 +204,10 @@ class Generation:
             DamagedData: the chunk's size or crc32c is not the committed one.
         """
         if not 0 <= unit < len(self._records):
-            raise BadInput(f"{self.name} has units 0 to {len(self._records) - 1}, not {unit}")
+            raise BadInput(
+                f"{self.name} has units 0 to {len(self._records) - 1}, not {unit}; "
+                "ask for one of them"
+            )
         start, stop = self.units_range(unit)
         return self._chunk(self._plan.arrays[0], unit)[: stop - start]
 
@@ -228,7 +231,10 @@ class Generation:
             DamagedData: a chunk is not the committed one.
         """
         if not 0 <= start <= stop <= self.rows:
-            raise BadInput(f"{self.name} has rows 0 to {self.rows}, not {start} to {stop}")
+            raise BadInput(
+                f"{self.name} has rows 0 to {self.rows}, not {start} to {stop}; "
+                "ask for rows within them"
+            )
         out = np.empty((stop - start, self.dim), dtype=np.float32)
         size = self._plan.unit_rows
         for unit in range(start // size, -(-stop // size) if stop > start else start // size):

@@ -112,7 +112,10 @@ class GenerationWriter:
         """
         unit = next((each for each in self.pending if each.index == index), None)
         if unit is None:
-            raise BadInput(f"unit {index} of {self.name} is not pending: finished, or not planned")
+            raise BadInput(
+                f"unit {index} of {self.name} is not pending: finished, or not planned; "
+                "take one of `pending`"
+            )
         values = self._encode(unit, features, norm, status, tokens)
         published = publish_unit(self._files, self.plan, self._plan_sha, unit, values)
         if published is None:
@@ -139,7 +142,8 @@ class GenerationWriter:
         if self.pending:
             raise BadInput(
                 f"{self.name} can't be committed: {len(self.pending):,} of "
-                f"{len(self.plan.units):,} units are pending, first {self.pending[0].index}"
+                f"{len(self.plan.units):,} units are pending, first {self.pending[0].index}; "
+                "write them first"
             )
         store = self._view()
         draft = Commit(
@@ -186,7 +190,9 @@ class GenerationWriter:
                 f"status, tokens ({k},), not {', '.join(map(str, shapes))}"
             )
         if not np.isin(status, [code.value for code in RowStatus]).all():
-            raise BadInput(f"status codes are {np.unique(status)}; they must be 0 to 4")
+            raise BadInput(
+                f"status codes are {np.unique(status)}; they must be 0 to 4; use RowStatus"
+            )
         settled = settle_status(features, norm, status)
         stored, scale = encode(features, settled == RowStatus.OK, self.plan.dtype)
         return {

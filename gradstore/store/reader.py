@@ -13,7 +13,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gradstore.errors import BadInput, DamagedData, DamagedFile, Fault, ProvenanceMismatch
+from gradstore.errors import (
+    BadInput,
+    DamagedData,
+    DamagedFile,
+    Fault,
+    ProvenanceMismatch,
+    expect_path,
+)
 from gradstore.format.canonical import Json
 from gradstore.format.commits import Commit
 from gradstore.format.layout import (
@@ -46,6 +53,7 @@ def open_store(path: str | Path) -> Store:
         ProvenanceMismatch: it was written by a newer schema; says which release reads it.
         DamagedData: its root or a commit is damaged.
     """
+    expect_path(path, "the store")
     return Store(ReadFiles(path))
 
 
@@ -91,7 +99,9 @@ class Store:
             DamagedData: its document was changed.
         """
         if space not in self.spaces():
-            raise BadInput(f'store "{self.path}" has no space {space!r}, only {self.spaces()}')
+            raise BadInput(
+                f'store "{self.path}" has no space {space!r}; take one of {self.spaces()}'
+            )
         path = provenance_path(space)
         try:
             return read_provenance(self._files.read(path), space)[0]

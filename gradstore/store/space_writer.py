@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gradstore.errors import DamagedData, DamagedFile, Fault, StoreIOError
+from gradstore.errors import DamagedData, DamagedFile, Fault, StoreIOError, expect
 from gradstore.format.canonical import Json, plain
 from gradstore.format.layout import (
     UNIT_ROWS,
@@ -42,6 +42,7 @@ class SpaceFields:
             provenance: the fields, JSON-like.
             setting_keys: dotted field -> YAML key that sets it.
         """
+        expect(isinstance(provenance, Mapping), "provenance", provenance, "a mapping of fields")
         self.space = check_space(space)
         self.fields: dict[str, Json] = plain(provenance, "provenance")
         self._setting_keys = setting_keys

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gradstore.errors import BadInput, DamagedData
+from gradstore.errors import BadInput, DamagedData, expect_path
 from gradstore.format.layout import (
     COMMITS,
     GENERATIONS,
@@ -86,6 +86,7 @@ class StoreWriter:
             files: the store's files, for tests that interrupt them.
         """
         check_zarr(importlib.metadata.version("zarr"))
+        expect_path(path, "the store")
         self.path = Path(path)
         fields = SpaceFields(space, provenance, setting_keys)
         self.space = fields.space

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import torch
 from gradkernels.portable import TorchSums
 from gradkernels.reference import scale
-from gradkernels.spec import ProjectionSpec
+from gradkernels.spec import ProjectionSpec, check_int, check_spec
 from torch import Tensor
 
 Backend = Literal["numba", "torch"]
@@ -37,8 +37,9 @@ class Accumulator:
         backend: None chooses: "numba" on a CPU (Gaussian: "torch"), else "torch".
 
     Raises:
-        TypeError: rows is no int.
-        ValueError: rows is negative, or the backend is unknown or cannot do this.
+        TypeError: spec is no ProjectionSpec, or rows no int.
+        ValueError: rows is negative, the device unknown, or the backend is unknown or cannot do
+            this.
     """
 
     def __init__(
@@ -49,13 +50,16 @@ class Accumulator:
         device: str | torch.device = "cpu",
         backend: Backend | None = None,
     ) -> None:
-        if not isinstance(rows, int) or isinstance(rows, bool):
-            raise TypeError(f"rows={rows!r} is a {type(rows).__name__}, not an int")
+        check_spec(spec)
+        check_int("rows", rows)
         if rows < 0:
-            raise ValueError(f"rows={rows} is below 0")
+            raise ValueError(f"rows={rows} is below 0; give 0 or more")
         self.spec = spec
         self.rows = rows
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device={device!r} is none that torch knows; take 'cpu'") from error
         self.backend = choose_backend(spec, self.device, backend)
         self._groups = [
             (low, min(low + _GROUP_ROWS, rows), self._new_sums(min(_GROUP_ROWS, rows - low)))
@@ -71,15 +75,21 @@ class Accumulator:
             start: global index of the block's first parameter.
 
         Raises:
-            TypeError: block is no floating-point tensor.
+            TypeError: block is no floating-point tensor, or start no int.
             ValueError: the shape, device or place does not fit.
         """
         _check_block(block, self.rows)
         if block.device.type != self.device.type:
-            raise ValueError(f"block is on {block.device}, the accumulator on {self.device}")
+            raise ValueError(
+                f"block is on {block.device}, the accumulator on {self.device}; move one of them"
+            )
+        check_int("start", start)
         stop = start + block.shape[1]
         if not 0 <= start <= stop <= self.spec.p:
-            raise ValueError(f"block covers [{start}, {stop}), outside [0, p={self.spec.p})")
+            raise ValueError(
+                f"block covers [{start}, {stop}), outside [0, p={self.spec.p}); "
+                "check start and the projection's p"
+            )
         if block.shape[1] == 0:
             return
         block = block.detach()
@@ -106,9 +116,10 @@ def project(x: Tensor, spec: ProjectionSpec, *, backend: Backend | None = None) 
     """Project x (b, p), any float type, to (b, d) float32 on the same device.
 
     Raises:
-        TypeError: x is no floating-point tensor.
+        TypeError: x is no floating-point tensor, or spec no ProjectionSpec.
         ValueError: x is not (b, spec.p), or the backend is unknown or cannot do this.
     """
+    check_spec(spec)
     _check_block(x, None)
     if x.shape[1] != spec.p:
         raise ValueError(f"x has shape {tuple(x.shape)}, not (b, p={spec.p})")
@@ -143,7 +154,10 @@ def _check_block(block: object, rows: int | None) -> None:
     """Raise unless block is a floating-point tensor (rows, anything)."""
     if not isinstance(block, Tensor) or not block.is_floating_point():
         kind = block.dtype if isinstance(block, Tensor) else type(block).__name__
-        raise TypeError(f"expected a floating-point tensor, got {kind}")
+        raise TypeError(
+            f"expected a floating-point tensor, got {kind}; "
+            "torch.as_tensor(x, dtype=torch.float32) makes one"
+        )
     if block.ndim != 2 or (rows is not None and len(block) != rows):
         wanted = "b" if rows is None else f"b={rows}"
         raise ValueError(f"block has shape {tuple(block.shape)}, not ({wanted}, parameters)")

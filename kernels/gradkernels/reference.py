@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 from gradkernels.randomness import gaussians, signs, sjlt_entries
-from gradkernels.spec import ProjectionSpec
+from gradkernels.spec import ProjectionSpec, check_spec
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -44,11 +44,19 @@ def project_reference(x: NDArray[np.generic] | Tensor, spec: ProjectionSpec) -> 
     """Project x (b, p), any float type, to (b, d) float64.
 
     Raises:
+        TypeError: x holds no real numbers, or spec is no ProjectionSpec.
         ValueError: x is not (b, spec.p).
     """
+    check_spec(spec)
     if isinstance(x, Tensor):
         x = x.detach().to("cpu", torch.float64).numpy()
-    dense = np.asarray(x, dtype=np.float64)
+    try:
+        given = np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"x has rows of different lengths, not (b, p={spec.p})") from error
+    if given.dtype.kind not in "fiu":
+        raise TypeError(f"x holds {given.dtype}; give real numbers (b, p={spec.p})")
+    dense = np.asarray(given, dtype=np.float64)
     if dense.ndim != 2 or dense.shape[1] != spec.p:
         raise ValueError(f"x has shape {dense.shape}, not (b, p={spec.p})")
     out = np.zeros((dense.shape[0], spec.d))
@@ -68,7 +76,11 @@ def canary(spec: ProjectionSpec) -> NDArray[np.float64]:
 
     Returns:
         (16,) float64; zeros beyond d when d < 16.
+
+    Raises:
+        TypeError: spec is no ProjectionSpec.
     """
+    check_spec(spec)
     k = np.arange(_CANARY_PARAMS, dtype=np.int64)
     width = min(spec.d, _CANARY_OUTPUTS)
     rows = matrix_rows(spec, k * spec.p // _CANARY_PARAMS, width)

@@ -44,11 +44,11 @@ class ProjectionSpec:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not one of {', '.join(METHODS)}")
-        _check_int("p", self.p, 1, MAX_P)
-        _check_int("d", self.d, 1, MAX_D)
-        _check_int("seed", self.seed, 0, MAX_SEED)
-        _check_int("s", self.s, 1, MAX_D)
-        _check_int("version", self.version, 1, VERSION)
+        _check_range("p", self.p, 1, MAX_P)
+        _check_range("d", self.d, 1, MAX_D)
+        _check_range("seed", self.seed, 0, MAX_SEED)
+        _check_range("s", self.s, 1, MAX_D)
+        _check_range("version", self.version, 1, VERSION)
         if self.method == "sjlt" and self.s > self.d:
             raise ValueError(
                 f"s={self.s} exceeds d={self.d}: the s non-zeros of a parameter fall in distinct "
@@ -68,8 +68,11 @@ class ProjectionSpec:
         """Build a spec from `to_dict`'s mapping.
 
         Raises:
+            TypeError: no mapping.
             ValueError: keys are missing or unknown; all of them are named.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"projection is a {type(values).__name__}; give a mapping of fields")
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(known))
         missing = [name for name in ("method", "p", "d") if name not in values]
@@ -85,9 +88,23 @@ class ProjectionSpec:
         return replace(self, seed=seed)
 
 
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    """Raise unless value is an int (no bool) with low <= value <= high."""
+def check_spec(spec: object) -> None:
+    """Raise TypeError unless a projection is a `ProjectionSpec`."""
+    if not isinstance(spec, ProjectionSpec):
+        raise TypeError(
+            f"spec is a {type(spec).__name__}; give a ProjectionSpec (ProjectionSpec.from_dict "
+            "makes one of a mapping)"
+        )
+
+
+def check_int(name: str, value: object) -> None:
+    """Raise TypeError unless value is an int (no bool)."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}, not an int")
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    """Raise unless value is an int (no bool) with low <= value <= high."""
+    check_int(name, value)
     if not low <= value <= high:
         raise ValueError(f"{name}={value} is outside {low}..{high}")

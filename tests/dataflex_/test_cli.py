@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dataflex import cli
+from dataflex.bridge import arguments
+from dataflex.config.keys import DataFlexConfig
 
 
 def call(
@@ -35,20 +40,74 @@ def test_help_lists_every_command(
         assert f" {command} " in out
 
 
+#: Runs command lines one after the other; prints the heavy modules that are loaded at the end.
+CALLED = """
+import sys
+from dataflex.cli import main
+for line in sys.argv[1:]:
+    sys.argv = ["dataflex-cli", *line.split()]
+    try: main()
+    except SystemExit as end: print("exit:", end.code)
+heavy = {"torch", "transformers", "llamafactory", "zarr", "numba", "faiss", "pyarrow", "datasets"}
+print("loaded:", sorted(heavy & set(sys.modules)))
+"""
+
+
+def called(*lines: str) -> subprocess.CompletedProcess[str]:
+    """What command lines say in a process of their own, as `CALLED` runs them."""
+    return subprocess.run([sys.executable, "-c", CALLED, *lines], capture_output=True, text=True,
+                          check=True, env={**os.environ, "COLUMNS": "80"})  # fmt: skip
+
+
 def test_help_imports_nothing_heavy() -> None:
     """Help answers in under a second because these stay out."""
-    script = (
-        "import sys; sys.argv = ['dataflex-cli', '--help']\n"
-        "from dataflex.cli import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'llamafactory', 'zarr', 'numba', 'faiss', 'pyarrow'}\n"
-        "print('loaded:', sorted(heavy & set(sys.modules)))"
-    )
-    told = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+    told = called("--help", "-h", "--version", "version", "--show-completion", "train --help",
+                  "gradstore --help", "gradstore score -h", "components -h")  # fmt: skip
     assert told.stdout.rstrip().endswith("loaded: []")
+    assert told.stdout.count("exit: 0") == 9, told.stdout[-2000:]
+
+
+def test_the_help_of_train_lists_every_key_in_80_columns() -> None:
+    told = called("train --help").stdout
+    listed = told.partition("Keys of CONFIG")[2].partition("exit:")[0].splitlines()
+    keys = [line.split()[0] for line in listed if line.startswith("  ")]
+    own = {field.name for field in dataclasses.fields(DataFlexConfig)}
+    assert len(keys) == len(set(keys))
+    assert set(keys) == own | arguments.accepted_keys()
+    assert max(map(len, listed)) <= 80
+    assert not [line for line in listed if line.startswith("  ") and len(line.split()) < 2]
+    titles = [line for line in listed if line and not line.startswith(" ")]
+    assert titles[:2] == ["DataFlex:", "LlamaFactory: DataArguments:"]
+    assert "Transformers: TrainingArguments:" in titles
+
+
+def test_a_wrong_name_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    run.write_text("output_dir: a\ntrain_type: dynamic_select\ncomponent_name: less\n")
+    (tmp_path / "own.yaml").write_text("output_dir: a\nwarmup_stepp: 3\n")
+    (tmp_path / "theirs.yaml").write_text("output_dir: a\nlerning_rate: 3\n")
+    (tmp_path / "syntax.yaml").write_text("output_dir: [\n")
+    (tmp_path / "value.yaml").write_text("output_dir: a\nwarmup_step: many\n")
+    (tmp_path / "type.yaml").write_text("output_dir: a\ntrain_type: dynamic_selekt\n")
+    words = {
+        f"{tmp_path}/none.yaml": "does not exist",
+        f"{tmp_path}/syntax.yaml": "syntax.yaml",
+        f"{tmp_path}/own.yaml": "did you mean 'warmup_step', 'warmup_steps' or 'warmup_ratio'?",
+        f"{tmp_path}/theirs.yaml": "'lerning_rate' (did you mean 'learning_rate' or ",
+        f"{tmp_path}/value.yaml": "warmup_step is 'many'; expected a whole number",
+        f"{tmp_path}/type.yaml": "did you mean 'dynamic_select'",
+        f"{run} component_name=les": "did you mean 'less'?). Accepted: ",
+        f"{run} component_name=''": "component_name is ''; expected a preset's or strategy's name",
+        f"{run} component_params.proj_dmi=3": "did you mean 'proj_dim'?). Accepted: ",
+    }
+    lines = [f"{command} {line}" for line in words for command in ("train", "gradstore build")]
+    told = called(*lines)
+    assert told.stdout.rstrip().endswith("loaded: []")
+    assert told.stdout.count("exit: 2") == len(lines)
+    for says in words.values():
+        assert told.stderr.count(says) == 2, (says, told.stderr)
+    assert told.stderr.count("`dataflex-cli train --help` lists every key.") == 4
+    assert max(map(len, told.stderr.splitlines())) < 500
 
 
 @pytest.mark.parametrize("word", ["version", "--version"])
@@ -137,6 +196,28 @@ def test_help_names_debug(
     code, out, _ = call(capsys, monkeypatch, "--help")
     assert code == 0
     assert "--debug" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [(["train", "~/run.yaml"], "run.yaml"), (["gradstore", "build", "~/run.yaml"], "run.yaml"),
+     (["gradstore", "info", "~/store"], "store"), (["gradstore", "verify", "~/store"], "store"),
+     (["gradstore", "score", "~/store", "-o", "~/a.txt"], "a.txt"),
+     (["gradstore", "score", "~/store", "--output=~/a.txt"], "a.txt"),
+     (["gradstore", "select", "~/store", "-k", "1", "-o", "~/a.txt"], "a.txt"),
+     (["gradstore", "query", "~/store", "--target-row", "0"], "store")],
+)  # fmt: skip
+def test_a_path_on_the_command_line_may_begin_in_the_home_folder(
+    argv: list[str],
+    named: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, err = call(capsys, monkeypatch, *argv)
+    assert code == 2
+    assert str(tmp_path / named) in err
 
 
 @pytest.mark.parametrize("command", ["score", "select"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -85,38 +84,6 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
     process.wait(timeout=30)
     assert process.stdout is not None
     process.stdout.close()
-
-
-@pytest.fixture(scope="session")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny vision-language model and its pictures, made by the script beside the tiny model."""
-    folder = tmp_path_factory.mktemp("vision")
-    runpy.run_path(str(TINY / "make_vision.py"))["main"](folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny mixture of experts, made by the script beside the tiny model."""
-    folder = tmp_path_factory.mktemp("moe")
-    runpy.run_path(str(TINY / "make_moe.py"))["main"](folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def made_for(request: pytest.FixtureRequest) -> Callable[[Path], tuple[str, ...]]:
-    """Overrides for an example whose files a script makes first."""
-
-    def overrides(example: Path) -> tuple[str, ...]:
-        if example.stem == "dynamic_moe":
-            return (f"model_name_or_path={request.getfixturevalue('moe')}",)
-        if example.stem != "coincide":
-            return ()
-        folder = request.getfixturevalue("vision")
-        return (f"model_name_or_path={folder / 'model'}", f"dataset_dir={folder / 'data'}",
-                f"media_dir={folder / 'data'}")  # fmt: skip
-
-    return overrides
 
 
 @pytest.fixture

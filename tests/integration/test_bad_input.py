@@ -62,7 +62,10 @@ CONFIGURATION = {
     "U a word": ({"update_step": "ten"}, ["update_step is 'ten'", "whole number"]),
     "W too large": ({"warmup_step": 40}, ["warmup_step is 40", "240 rows", "at most 16"]),
     "U too large": ({"update_step": 40}, ["update_step is 40", "240 rows", "at most 16"]),
-    "misspelt key": ({"lerning_rate": 1}, ["did you mean 'learning_rate'", "Accepted:", "cutoff"]),
+    "misspelt key": (
+        {"lerning_rate": 1},
+        ["did you mean 'learning_rate'", "train --help` lists every key"],
+    ),
     "misspelt own key": ({"gradstor": "x"}, ["did you mean 'gradstore'", "gradstore_run"]),
     "misspelt parameter": (
         {"component_params": {"proj_dmi": 128}},

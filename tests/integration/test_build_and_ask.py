@@ -26,6 +26,13 @@ def committed(store: Path) -> dict[str, str]:
     return {g.name: g.commit_sha for g in open_store(store).generations()}
 
 
+def files_of(folder: Path, but: str = "") -> dict[str, tuple[int, int]]:
+    """Size and time of every file and folder below `folder`, except those in its folder `but`."""
+    paths = sorted(folder.rglob("*"))
+    kept = [p for p in paths if p.relative_to(folder).parts[0] != but]
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in kept}
+
+
 def selection(run: Path, step: int) -> dict[str, Any]:
     found = json.loads((run / "dataflex" / "selections" / f"step_{step}.json").read_text())
     return dict(found)
@@ -179,10 +186,28 @@ def test_build_from_checkpoints_of_plain_llamafactory(
     path = config(train_type="static", max_samples=40, max_steps=4)
     ok(cli("train", path))
     assert (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").exists()
-    ok(cli("gradstore", "build", path))
+    plain = files_of(tmp_path / "run")
+    told = ok(cli("gradstore", "build", path, "label_smoothing_factor=0.1",
+                  f"gradstore_checkpoints={tmp_path / 'run/checkpoint-2'}"))  # fmt: skip
+    assert "gradstore build compares rows by the plain cross-entropy" in " ".join(told.err.split())
+    ok(cli("gradstore", "build", path))  # the same builder, though nothing remembers it
     store = open_store(tmp_path / "run" / "gradstore")
     assert [g.name for g in store.generations() if g.role == "train"] == ["train/2", "train/4"]
     assert store.generation("train/4").usable.all()
+    assert files_of(tmp_path / "run", but="gradstore") == plain
+
+
+def test_a_command_that_only_reads_leaves_the_store_as_it_is(
+    run: dict[str, Path], cli: Any, tmp_path: Path
+) -> None:
+    store = run["store"]
+    before = files_of(run["run"])
+    ok(cli("gradstore", "info", store))
+    ok(cli("gradstore", "verify", store))
+    ok(cli("gradstore", "score", store, "-o", tmp_path / "x.csv"))
+    ok(cli("gradstore", "select", store, "-k", 3, "-o", tmp_path / "x.jsonl"))
+    ok(cli("gradstore", "query", store, "--target-row", 0))
+    assert files_of(run["run"]) == before
 
 
 def test_both_sources_of_moments_give_the_same_features(

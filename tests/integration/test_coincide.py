@@ -12,18 +12,19 @@ import pytest
 from gradstore.store.reader import open_store
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
+VISION = TINY / "vision"
 
 #: Two layers, so that a unit vector has four blocks.
 PARAMS = {"num_clusters": 5, "embedding_layers": [0, 2], "keep_generations": 9}
 
 
 @pytest.fixture
-def coincide(config: Any, vision: Path) -> Any:
+def coincide(config: Any) -> Any:
     def write(name: str = "run.yaml", params: Any = None, **changes: Any) -> Path:
         changes = {
-            "model_name_or_path": str(vision / "model"), "template": "llava",
+            "model_name_or_path": str(VISION / "model"), "template": "llava",
             "default_system": "Look.", "dataset": "tiny_vision",
-            "dataset_dir": str(vision / "data"), "media_dir": str(vision / "data"),
+            "dataset_dir": str(VISION / "data"), "media_dir": str(VISION / "data"),
             "cutoff_len": 128, "max_samples": None, "target_dataset": None, "lora_target": "all",
             "gradient_accumulation_steps": 1, "component_name": "coincide", "warmup_step": 1,
             "update_step": 4, "save_steps": 100, **changes,
@@ -51,31 +52,29 @@ def test_rows_are_looked_at_anew_at_every_update(cli: Any, coincide: Any, tmp_pa
     found = features(tmp_path / "run")
     assert len(found) == 2
     first, second = found.values()
-    assert first.shape == (72, 2 * 2 * 160)
-    norms = np.linalg.norm(first.reshape(72, 4, 160), axis=2)
+    assert first.shape == (72, 2 * 2 * 64)
+    norms = np.linalg.norm(first.reshape(72, 4, 64), axis=2)
     np.testing.assert_allclose(norms, 0.5, atol=1e-3)
     assert not np.allclose(first, second, atol=1e-2), "the model has learnt meanwhile"
     assert all(len(set(rows)) == 8 for rows in chosen(tmp_path / "run"))
 
 
-def test_a_picture_counts_and_so_does_the_question(
-    cli: Any, coincide: Any, vision: Path, tmp_path: Path
-) -> None:
+def test_a_picture_counts_and_so_does_the_question(cli: Any, coincide: Any, tmp_path: Path) -> None:
     """Rows with one question differ in their image blocks, rows with one place in their text."""
     assert cli("train", coincide(train_step=2)).code == 0
     (found,) = features(tmp_path / "run").values()
-    rows = json.loads((vision / "data" / "vision.json").read_text())
+    rows = json.loads((VISION / "data" / "vision.json").read_text())
     asked = np.array([row["messages"][0]["content"] for row in rows])
-    image, text = found[:, :160], found[:, 160:320]
+    image, text = found[:, :64], found[:, 64:128]
     same = asked == asked[0]
     assert (np.abs(image[same] - image[0]).max(axis=1) > 1e-4).sum() == same.sum() - 1
     assert np.abs(text[~same] - text[0]).max(axis=1).min() > 1e-2
 
 
 def test_a_fixed_model_looks_once_and_rows_take_turns(
-    cli: Any, coincide: Any, vision: Path, tmp_path: Path
+    cli: Any, coincide: Any, tmp_path: Path
 ) -> None:
-    params = {"embedding_model_name_or_path": str(vision / "model")}
+    params = {"embedding_model_name_or_path": str(VISION / "model")}
     result = cli("train", coincide(params=params))
     assert result.code == 0, result.err[-3000:]
     assert len(features(tmp_path / "run")) == 1

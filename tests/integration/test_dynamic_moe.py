@@ -12,18 +12,19 @@ from safetensors.numpy import load_file
 
 from dataflex.run.log import read_events
 
+MOE = Path(__file__).resolve().parents[2] / "examples" / "tiny" / "moe"
 DOMAINS = ("tiny_domain_date", "tiny_domain_sort", "tiny_domain_spell")
 
 Write = Callable[..., Path]
 
 
 @pytest.fixture
-def moe_run(config: Write, moe: Path) -> Write:
+def moe_run(config: Write) -> Write:
     """A full run of 5 steps with frozen routers; updates at 0, 2 and 4."""
 
     def write(name: str = "run.yaml", **changes: object) -> Path:
         usual: dict[str, object] = {
-            "model_name_or_path": str(moe), "finetuning_type": "full", "dataset": ",".join(DOMAINS),
+            "model_name_or_path": str(MOE), "finetuning_type": "full", "dataset": ",".join(DOMAINS),
             "lora_rank": None, "lora_target": None, "lora_dropout": None, "target_dataset": None,
             "max_samples": 24, "num_train_epochs": None, "train_type": "dynamic_mix",
             "component_name": "dynamic_moe", "component_params": {"eval_batch_size": 4},
@@ -40,7 +41,7 @@ def mixes(run: Path) -> list[dict[str, Any]]:
 
 
 def test_two_processes_mix_what_one_mixes_and_routers_stay_as_they_are(
-    cli: Any, moe_run: Write, moe: Path, tmp_path: Path
+    cli: Any, moe_run: Write, tmp_path: Path
 ) -> None:
     held_out = "tiny_domain_date_eval,tiny_domain_sort_eval"
     for ranks in (1, 2):
@@ -57,7 +58,7 @@ def test_two_processes_mix_what_one_mixes_and_routers_stay_as_they_are(
         np.testing.assert_allclose(
             list(a["load_distance"].values()), list(b["load_distance"].values()), atol=1e-2
         )
-    before, after = (load_file(p / "model.safetensors") for p in (moe, tmp_path / "1"))
+    before, after = (load_file(p / "model.safetensors") for p in (MOE, tmp_path / "1"))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     gates = {name for name in before if name.endswith("mlp.gate.weight")}
     assert len(gates) == 2

@@ -92,19 +92,16 @@ def assert_same(one: Any, other: Any, where: str = "state", tolerance: float = 0
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: f"{p.parts[-3]}-{p.parent.name}-{p.stem}")
 def test_it_runs_and_a_kill_in_mid_interval_changes_nothing(
-    path: Path, cli: Any, made_for: Any, tmp_path: Path
+    path: Path, cli: Any, tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    made = made_for(path)
-    result = cli(
-        "train", path, *made, *settings(path, whole), faults={"trace": str(tmp_path / "a")}
-    )
+    result = cli("train", path, *settings(path, whole), faults={"trace": str(tmp_path / "a")})
     assert result.code == 0, result.err[-3000:]
     assert (whole / "dataflex" / "picture.png").stat().st_size > 5_000
     logged = (whole / "trainer_log.jsonl").read_text()
     assert '"dataflex/' in logged, "the Trainer's log carries the strategy's numbers"
 
-    options = (*made, *settings(path, killed))
+    options = settings(path, killed)
     faults = {"trace": str(tmp_path / "b")}
     assert cli("train", path, *options, faults={"kill_step": 7, **faults}).code == -9
     result = cli("train", path, *options, "resume_from_checkpoint=true", faults=faults)

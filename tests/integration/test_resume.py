@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from dataflex.checkpoints.folders import check_sound, resume_point
+from dataflex.config.keys import DataFlexConfig, RunConfig
+from gradstore.errors import DamagedData
 
 
 def selections(run: Path) -> dict[str, Any]:
@@ -86,6 +91,8 @@ def test_two_processes_killed_in_mid_interval_resume_to_the_same_bits(
     assert selections(tmp_path / "run") == selections(tmp_path / "whole")
     adapters = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("run", "whole")]
     assert adapters[0] == adapters[1]
+    sealed = json.loads((tmp_path / "run/checkpoint-8/dataflex/manifest.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= set(sealed)
 
 
 def test_a_finished_run_started_again_trains_no_step(
@@ -182,20 +189,56 @@ def test_a_resume_with_other_settings_is_refused(
     assert [words for words in says if words not in result.message] == []
 
 
-def test_a_checkpoint_without_its_optimizer_or_cut_short_is_refused(
+def test_a_damaged_checkpoint_is_passed_over_in_one_line_and_refused_when_named(
     cli: Any, config: Any, tmp_path: Path
 ) -> None:
     path, run = config(component_name="random", component_params={}), tmp_path / "run"
     assert cli("train", path, faults={"kill_step": 5}).code == -9
+    log = run / "trainer_log.jsonl"
+    before = log.read_bytes()
     adapter = run / "checkpoint-4" / "adapter_model.safetensors"
-    adapter.write_bytes(adapter.read_bytes()[:-100])
+    whole = adapter.read_bytes()
+    adapter.write_bytes(bytes([*whole[:-100], whole[-100] ^ 1, *whole[-99:]]))
+    named = cli("train", path, f"resume_from_checkpoint={run / 'checkpoint-4'}",
+                "overwrite_output_dir=true")  # fmt: skip
+    assert named.code == 4
+    assert "adapter_model.safetensors does not hold the bytes that were saved" in named.message
+    other = cli("train", path, "lora_rank=2", "overwrite_output_dir=true",
+                f"resume_from_checkpoint={run / 'checkpoint-2'}")  # fmt: skip
+    assert other.code == 2
+    assert "lora_rank 4, now 2" in other.message
+    assert log.read_bytes() == before, "a refused resume leaves the earlier run's log"
+    result = cli("train", path, "resume_from_checkpoint=true", "learning_rate=0.02",
+                 "lr_scheduler_type=constant", "save_total_limit=1")  # fmt: skip
+    assert result.code == 0, result.err[-3000:]
+    (line,) = [line for line in result.err.splitlines() if "resuming from" in line]
+    assert line.startswith(f"[dataflex] resuming from {run / 'checkpoint-2'}: ")
+    assert "checkpoint-4 is passed over" in line
+    assert "adapter_model.safetensors" in line
+    assert "learning_rate 0.002, now 0.02: without effect" in result.err
+    assert "lr_scheduler_type 'linear', now 'constant'; " not in result.err
+    assert "lr_scheduler_type 'linear', now 'constant': acts after the first step" in result.err
+    rates = [json.loads(line)["lr"] for line in log.read_text().splitlines() if "lr" in line]
+    assert rates[-1] == 0.002, "the checkpoint's rate on the new curve"
+    assert log.read_bytes().startswith(before)
+    (newest,) = run.glob("checkpoint-*")
+    check_sound(newest)
+
+
+def test_a_full_disk_while_saving_ends_in_one_message_and_loses_no_earlier_checkpoint(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    path = config(component_name="random", component_params={}, save_total_limit=1)
+    run = tmp_path / "run"
+    for method in ("save_model", "_save_optimizer_and_scheduler"):  # safetensors, then torch
+        result = cli("train", path, faults={"full_disk": [4, method]})
+        assert result.code == 5, result.err[-3000:]
+        assert "checkpoint-4 cannot be saved" in result.message
+        assert "Traceback" not in result.err
+        check_sound(run / "checkpoint-2")
     result = cli("train", path)
-    assert result.code == 4
-    assert "adapter_model.safetensors is damaged" in result.message
-    (run / "checkpoint-2" / "optimizer.pt").unlink()
-    result = cli("train", path, f"resume_from_checkpoint={run / 'checkpoint-2'}")
-    assert result.code == 2
-    assert "has no optimizer.pt" in result.message
+    assert result.code == 0, result.err[-3000:]
+    assert f"resuming from {run / 'checkpoint-2'}" in result.err
 
 
 def test_a_resume_behind_its_end_says_that_nothing_is_left(
@@ -212,12 +255,8 @@ def test_a_resume_behind_its_end_says_that_nothing_is_left(
 @pytest.mark.parametrize(
     ("name", "content", "code", "says"),
     [
-        ("scheduler.pt", None, 2, "has no scheduler.pt"),
-        ("scheduler.pt", b"PK", 4, "scheduler.pt is damaged"),
-        ("rng_state.pth", b"PK", 4, "rng_state.pth is damaged"),
-        ("adapter_model.safetensors", None, 2, "has no adapter_model.safetensors"),
-        ("trainer_state.json", b"{}", 2, "is incomplete"),
-        ("dataflex/state.json", b"[]", 2, "is incomplete"),
+        ("scheduler.pt", None, 4, "scheduler.pt is missing"),
+        ("dataflex/manifest.json", None, 2, "is incomplete"),
     ],
 )
 def test_a_named_checkpoint_must_be_whole(
@@ -234,6 +273,46 @@ def test_a_named_checkpoint_must_be_whole(
     result = cli("train", path, f"resume_from_checkpoint={broken}")
     assert result.code == code, result.err[-3000:]
     assert says in result.message
+
+
+def test_each_of_200_flipped_bits_is_refused_by_name_and_the_checkpoint_before_taken(
+    cli: Any, config: Any, killed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not (killed / "run" / "checkpoint-4").is_dir():
+        path = config(output_dir=str(killed / "run"))
+        assert cli("train", path, faults={"kill_step": 5}).code == -9
+    run = tmp_path / "run"
+    for name in ("checkpoint-2", "checkpoint-4", "dataflex/run.json"):
+        held = killed / "run" / name
+        (shutil.copytree if held.is_dir() else copied)(held, run / name)
+    newest, draw, changed = run / "checkpoint-4", random.Random(5), set()
+    paths = sorted(path for path in newest.rglob("*") if path.is_file())
+
+    def resumed(**keys: str) -> Path | None:
+        return resume_point(RunConfig(DataFlexConfig(), {"output_dir": str(run), **keys}, run))
+
+    for number in range(200):
+        path = draw.choice(paths)
+        whole = path.read_bytes()
+        at, bit = draw.randrange(len(whole)), draw.randrange(8)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+        with pytest.raises(DamagedData) as refused:
+            resumed(resume_from_checkpoint=str(newest))
+        assert str(path) in str(refused.value)
+        if number % 10 == 0:
+            caplog.clear()
+            assert resumed() == run / "checkpoint-2"
+            (line,) = caplog.messages
+            assert str(path) in line
+        path.write_bytes(whole)
+        changed.add(path)
+    assert changed == set(paths)
+    assert resumed() == newest
+
+
+def copied(held: Path, place: Path) -> None:
+    place.parent.mkdir(exist_ok=True)
+    shutil.copy(held, place)
 
 
 def test_ctrl_c_says_how_to_go_on(cli: Any, config: Any) -> None:

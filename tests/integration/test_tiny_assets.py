@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 SKILLS = {"reverse", "sort", "add", "date", "convert", "vowels", "spell", "upper"}
@@ -36,6 +39,34 @@ def test_committed_data_and_tokenizer_are_the_bytes_the_script_makes(tmp_path: P
     for path in made:
         if path.name != "tokenizer_config.json":  # carries what the library's version adds
             assert (TINY / path).read_bytes() == (tmp_path / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("name", ["moe", "vision"])
+def test_committed_models_and_pictures_are_what_their_scripts_make(
+    name: str, tmp_path: Path
+) -> None:
+    """Weights to float16's last bits, which a CPU may round otherwise; pictures by their pixels."""
+    runpy.run_path(str(TINY / f"make_{name}.py"))["main"](tmp_path)
+    made = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    kept = {path.relative_to(TINY / name) for path in (TINY / name).rglob("*") if path.is_file()}
+    assert made == kept
+    for path in made:
+        ours, theirs = TINY / name / path, tmp_path / path
+        if path.suffix == ".safetensors":
+            one, other = load_file(ours), load_file(theirs)
+            assert one.keys() == other.keys()
+            for key, weight in one.items():
+                assert weight.dtype == torch.float16
+                torch.testing.assert_close(weight, other[key], rtol=2e-3, atol=1e-6, msg=key)
+        elif path.suffix == ".png":
+            assert Image.open(ours).tobytes() == Image.open(theirs).tobytes(), path
+        elif path.name in {"config.json", "vision.json", "dataset_info.json"}:
+            assert json.loads(ours.read_text()) == json.loads(theirs.read_text()), path
+
+
+def test_the_two_further_models_and_their_data_are_under_1_mb() -> None:
+    files = [path for name in ("moe", "vision") for path in (TINY / name).rglob("*.*")]
+    assert sum(path.stat().st_size for path in files) < 1e6
 
 
 def test_everything_together_is_under_6_mb() -> None:

@@ -73,9 +73,9 @@ def test_ctrl_c_reaches_the_workers_and_is_one_message(
 def test_two_processes_share_the_work_and_select_what_one_does(
     scoring: str, cli: Any, config: Any, tmp_path: Path
 ) -> None:
-    """Rows 0-599 make three units: both ranks compute, rank 0 commits."""
-    changes = {"max_samples": 600, "train_step": 3, "warmup_step": 1, "save_steps": 50,
-               "per_device_train_batch_size": 1, "lora_dropout": 0.0,
+    """Rows 0-599 make three units: both ranks compute, rank 0 commits. Masks are those of rows."""
+    changes = {"max_samples": 600, "train_step": 6, "warmup_step": 4, "save_steps": 50,
+               "per_device_train_batch_size": 1, "lora_dropout": 0.1,
                "component_params": {"proj_dim": 128, "scoring": scoring}}  # fmt: skip
     one = config("one.yaml", output_dir=str(tmp_path / "one"), **changes,
                  gradient_accumulation_steps=2)  # fmt: skip
@@ -84,7 +84,7 @@ def test_two_processes_share_the_work_and_select_what_one_does(
     assert cli("train", one).code == 0
     result = cli("train", two, ranks=2)
     assert result.code == 0, result.err[-3000:]
-    chosen = [selection(tmp_path / name, 1) for name in ("one", "two")]
+    chosen = [selection(tmp_path / name, 4) for name in ("one", "two")]
     assert chosen[0]["indices"] == chosen[1]["indices"]
     scores = [np.array(c["metric"]["score"]) for c in chosen]
     np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)

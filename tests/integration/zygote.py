@@ -8,6 +8,7 @@ and answers with the exit code (-9 for a kill). `faults` plants a SIGKILL inside
     {"interrupt_step": g}     no kill: Ctrl-C when the batch of step g is asked for
     {"kill_rows": n}          when n rows of a gradient export are done
     {"kill_saving": g}        inside the checkpoint of step g, its model written, its state not
+    {"full_disk": [g, name]}  no kill: no room for more than 4 KiB a file in a method at step g
     {"trace": path}           no kill: write one line per step, with a hash of its micro-batches
 
 With "given": text that is its standard input. With "background": true the answer is the child's
@@ -23,6 +24,7 @@ import hashlib
 import importlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -86,10 +88,26 @@ def serve_or_die(self: Any, *args: Any) -> Any:
 def save_or_die(self: Any, output_dir: Any = None, _internal_call: bool = False) -> None:
     if _internal_call and self.state.global_step == self.faults.get("kill_saving"):
         self.save_state_beside = lambda checkpoint: die()
-    super(type(self), self).save_model(output_dir, _internal_call)
+    without_room(self, "save_model", output_dir, _internal_call)
 
 
-FAULTY = {"get_batch_samples": serve_or_die, "save_model": save_or_die}
+def save_optimizer(self: Any, output_dir: str) -> None:
+    without_room(self, "_save_optimizer_and_scheduler", output_dir)
+
+
+def without_room(self: Any, name: str, *args: Any) -> None:
+    """Call the trainer's own method, on a full disk where that is asked for."""
+    none, all_of_it = (4096, resource.RLIM_INFINITY), (resource.RLIM_INFINITY,) * 2
+    if [self.state.global_step, name] == self.faults.get("full_disk"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, none)
+    try:
+        getattr(super(type(self), self), name)(*args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, all_of_it)
+
+
+FAULTY = {"get_batch_samples": serve_or_die, "save_model": save_or_die,
+          "_save_optimizer_and_scheduler": save_optimizer}  # fmt: skip
 
 
 def die_exporting(rows: int) -> None:

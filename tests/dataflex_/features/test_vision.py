@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import runpy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,26 +18,19 @@ from dataflex.selectors.coincide import CoincideSelector
 from gradstore.errors import BadInput
 from gradstore.export.visual import VisualStates
 
-MAKE = Path(__file__).resolve().parents[3] / "examples" / "tiny" / "make_vision.py"
+VISION = Path(__file__).resolve().parents[3] / "examples" / "tiny" / "vision"
 
 
 @pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vision")
-    runpy.run_path(str(MAKE))["main"](folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llava(vision: Path) -> tuple[Any, Any]:
+def llava() -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(vision / "model")
-    processor: Any = AutoProcessor.from_pretrained(vision / "model")
+    model = AutoModelForImageTextToText.from_pretrained(VISION / "model")
+    processor: Any = AutoProcessor.from_pretrained(VISION / "model")
     return model, processor
 
 
-def rows_of(vision: Path, processor: Any, images: list[Any]) -> Rows:
+def rows_of(processor: Any, images: list[Any]) -> Rows:
     from datasets import Dataset
 
     texts = ["What colour is the square?", "Where is it? It is lower left, below the other ones."]
@@ -48,12 +40,10 @@ def rows_of(vision: Path, processor: Any, images: list[Any]) -> Rows:
     ))  # fmt: skip
 
 
-def test_another_model_sees_the_pictures_first_then_the_text(
-    vision: Path, llava: tuple[Any, Any]
-) -> None:
+def test_another_model_sees_the_pictures_first_then_the_text(llava: tuple[Any, Any]) -> None:
     model, processor = llava
-    files = [str(vision / "data" / "pictures" / f"{i:02d}.png") for i in range(3)]
-    rows = rows_of(vision, processor, [files[:2], files[2:]])
+    files = [str(VISION / "data" / "pictures" / f"{i:02d}.png") for i in range(3)]
+    rows = rows_of(processor, [files[:2], files[2:]])
     image = model.config.image_token_id
     shown = TextsWithPictures(rows, processor.tokenizer, [image])
     assert shown[0][0] == "What colour is the square?"
@@ -110,16 +100,14 @@ def test_pictures_may_be_paths_bytes_or_both(tmp_path: Path) -> None:
             opened(broken)
 
 
-def test_features_are_others_where_a_picture_is(
-    vision: Path, llava: tuple[Any, Any], tmp_path: Path
-) -> None:
+def test_features_are_others_where_a_picture_is(llava: tuple[Any, Any], tmp_path: Path) -> None:
     _, processor = llava
     first, second = tmp_path / "a.png", tmp_path / "b.png"
     first.write_bytes(b"12345")
     second.write_bytes(b"123456")
 
     def hashed(*images: list[str]) -> str:
-        return pictures_hash(rows_of(vision, processor, list(images)))
+        return pictures_hash(rows_of(processor, list(images)))
 
     held = hashed([str(first)], [str(second)])
     assert held == hashed([str(first)], [str(second)])
@@ -132,7 +120,7 @@ def test_features_are_others_where_a_picture_is(
 def test_a_config_says_layers_and_tokens(llava: tuple[Any, Any]) -> None:
     config = llava[0].config
     anatomy = Anatomy.of(config, None, "the model")
-    assert (anatomy.layers, anatomy.dim, max_positions(llava[0])) == ((0, 1, 2), 2 * 3 * 160, 256)
+    assert (anatomy.layers, anatomy.dim, max_positions(llava[0])) == ((0, 1, 2), 2 * 3 * 64, 256)
     with pytest.raises(BadInput, match=r"embedding_layers is \[1, 4\], but the model has layers"):
         Anatomy.of(config, (1, 4), "the model")
     with pytest.raises(BadInput, match=r"\(llama\) has no image tokens"):

@@ -106,3 +106,20 @@ def test_what_makes_passes_of_its_own_wants_a_whole_model(
     train_type: str, name: str, params: dict[str, object], refused: set[str]
 ) -> None:
     assert resolve(train_type, name, params).build().whole_model == refused
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [("finetuning_type=3", "finetuning_type is 3; choose lora, oft, freeze or full."),
+     ("stage=sfft", "stage is 'sfft'; choose pt, sft, rm, ppo, dpo or kto."),
+     ("optim=3", "optim is 3, which keeps no Adam moments"),
+     ("finetuning_type=full", "finetuning_type is 'full', but component 'less'")],
+)  # fmt: skip
+def test_a_value_is_shown_as_it_was_written_with_its_choices(
+    override: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parents[1])
+    path = EXAMPLES / "selectors" / "less.yaml"
+    with pytest.raises(BadInput) as refused:
+        check(load(path, [override], arguments.accepted_keys()))
+    assert says in str(refused.value)

@@ -211,7 +211,8 @@ def test_a_resume_forgets_the_steps_after_its_checkpoint(tmp_path: Path) -> None
     for step in range(4):
         tell_step(tmp_path, step, ("a", "b"), np.array([0.5, 0.5]), np.zeros(2))
     path = tmp_path / "doremi_weights.jsonl"
-    path.write_text(path.read_text() + '{"step": 4, "dom')
+    damaged = ["[" * 50_000, "[]", "{}", '{"step": null}', "\x00\x00"]
+    path.write_text("\n".join([*damaged, path.read_text() + '{"step": 4, "dom']))
     (tmp_path / "doremi_average_weights.json").write_text("{}")
     forget_after(tmp_path, 1)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1]

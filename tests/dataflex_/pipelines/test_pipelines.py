@@ -553,7 +553,7 @@ def test_a_pipeline_needs_what_its_stages_need() -> None:
     assert less.needs_targets
     assert less.needs_moments
     assert less.needs_single_rows
-    assert less.settings.proj_dim == 4096
+    assert less.gradient_features.proj_dim == 4096
     assert Pipeline([{"family": "mixer", "component": "odm"}]).observes
     assert Pipeline([{**FILTER, "score_max_age": 5}]).keeps_scores
 

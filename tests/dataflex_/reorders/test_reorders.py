@@ -274,7 +274,9 @@ def test_score_files_of_every_kind(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_scores(path, "score"), [1, middle, 3])
     with pytest.raises(BadInput, match="has no 'rank'; it has score"):
         read_scores(tmp_path / "f.jsonl", "rank")
-    for name, text in {"g.json": "3", "h.json": "[1,", "i.jsonl": '"high"', "j.npy": ""}.items():
+    bad = {"g.json": "3", "h.json": "[1,", "i.jsonl": '"high"', "j.npy": "",
+           "k.json": "[" * 50_000, "l.jsonl": "[" * 200 + "]" * 200}  # fmt: skip
+    for name, text in bad.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(BadInput, match="score file"):
             read_scores(tmp_path / name, "score")
@@ -322,6 +324,7 @@ def test_of_a_row_chosen_twice_the_first_finite_score_counts(tmp_path: Path) -> 
         ({"metric": {"a": [1, 2, 3], "b": [1, 2, 3]}}, "has metrics a, b"),
         ({"metric": 3}, "cannot be read"),
         ({"indices": None}, "cannot be read"),
+        ({"manifest": json.loads("[" * 200 + "]" * 200)}, "nests more than"),
     ],
 )
 def test_a_selection_that_does_not_fit_is_refused(

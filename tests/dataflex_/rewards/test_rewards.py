@@ -206,12 +206,13 @@ def test_a_busy_server_is_asked_again_after_growing_waits(server: str) -> None:
     [
         ((500, b"out of memory", 0.0), StoreIOError, "500 Internal Server Error: out of memory"),
         ((200, b"<html>sorry", 0.0), StoreIOError, "no chat completion: '<html>sorry'"),
+        ((200, b'{"choices": ' + b"[" * 50_000, 0.0), StoreIOError, "no chat completion: "),
         ((200, said("1"), 0.6), StoreIOError, "did not answer within 0.2 s"),
         ((401, b"no such key", 0.0), BadInput, "401 Unauthorized: no such key"),
         ((302, b"", 0.0), BadInput, "302 Found"),
         ((200, said("Certainly!"), 0.0), BadInput, "answered 'Certainly!'"),
     ],
-    ids=["failing", "html", "slow", "refusing", "redirecting", "chatting"],
+    ids=["failing", "html", "nested", "slow", "refusing", "redirecting", "chatting"],
 )
 def test_a_useless_server_stops_the_run_with_its_own_words(
     server: str, answer: tuple[int, bytes, float], kind: type[Exception], says: str
@@ -272,3 +273,6 @@ def test_a_local_classifier_rewards_by_its_logit(tmp_path: Path) -> None:
 def test_local_models_that_are_not_there_are_faults(tmp_path: Path) -> None:
     for path, says in ((None, "missing"), ("/no/such", "not a folder"), (str(tmp_path), "config")):
         assert says in LocalJudge(path, PROMPTS, max_new_tokens=4).faults()[0]
+    for content, says in (("[" * 50_000, "nests more than"), ("[]", "no JSON object")):
+        (tmp_path / "config.json").write_text(content)
+        assert says in LocalJudge(str(tmp_path), PROMPTS, max_new_tokens=4).faults()[0]

@@ -326,5 +326,4 @@ def test_settings_of_features_are_those_of_the_component_or_of_less() -> None:
 
     assert settings("less", gradient_type="sign").gradient_type == "sign"
     assert settings("random") == settings("less")
-    with pytest.raises(BadInput, match="does not define gradient features"):
-        settings("coincide")
+    assert settings("coincide") == settings("less")

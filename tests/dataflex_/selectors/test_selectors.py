@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from torch import nn
 
 from dataflex.config.presets import resolve
+from dataflex.data.rows import Rows
 from dataflex.models.passes import row_losses
 from dataflex.selectors.loss import band_weights, draw, tempered
 from dataflex.selectors.random import RandomSelector
@@ -65,7 +67,8 @@ def test_too_few_candidates_switch_to_replacement() -> None:
 def test_of_a_batch_that_several_ranks_took_the_first_finite_loss_counts() -> None:
     parts = [(np.array([0, 1]), np.array([np.nan, 1.0])), (np.array([1, 0]), np.array([7.0, 3.0])),
              (np.array([2]), np.array([np.nan]))]  # fmt: skip
-    data: Any = SimpleNamespace(train=np.zeros(4))
+    rows = Rows("train", Dataset.from_dict({"input_ids": [[1, 2]] * 4}))
+    data: Any = SimpleNamespace(train=rows)
     run: Any = SimpleNamespace(
         data=data, model=nn.Linear(1, 1), ranks=SimpleNamespace(gather=lambda work: parts)
     )

@@ -28,10 +28,10 @@ def test_a_warm_up_depends_on_seed_and_stage_and_draws_rows_with_a_target_once()
 
 def test_settings_that_have_no_order_are_compared_without_one() -> None:
     """LlamaFactory makes a set of additional_target, which JSON could not keep."""
-    from dataflex.trainers.seam import _comparable
+    from dataflex.trainers.settings import comparable
 
-    found = _comparable({"additional_target": {"lm_head", "embed_tokens"}, "lora_rank": 4,
+    found = comparable({"additional_target": {"lm_head", "embed_tokens"}, "lora_rank": 4,
                          "lora_target": ["v_proj", "q_proj"]})  # fmt: skip
     assert found == {"additional_target": ["embed_tokens", "lm_head"], "lora_rank": 4,
                      "lora_target": ["q_proj", "v_proj"]}  # fmt: skip
-    assert _comparable({"additional_target": None}) == {"additional_target": None}
+    assert comparable({"additional_target": None}) == {"additional_target": None}

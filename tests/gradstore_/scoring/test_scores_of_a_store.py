@@ -111,7 +111,9 @@ def test_a_sample_stands_for_the_training_rows_and_is_never_a_target(store: Stor
     def seen(name: str) -> SimpleNamespace:
         found = store.generation(name)
         sampled = replace(found.record, feature_options={"sample_of": "train"})
-        kept = {k: getattr(found, k) for k in ("name", "role", "set", "step", "space")}
+        kept = {
+            k: getattr(found, k) for k in ("name", "role", "set", "step", "space", "dim", "read")
+        }
         return SimpleNamespace(record=sampled if found.set == "b" else found.record, **kept)
 
     names = [g.name for g in store.generations()]

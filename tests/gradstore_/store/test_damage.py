@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from gradstore.cli import app
 from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch, StoreError
 from gradstore.format.canonical import canonical_json, parse, seal
-from gradstore.format.layout import root_json
+from gradstore.format.layout import plan_path, provenance_path, root_json
 from gradstore.format.unit_records import crc32c
 from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
@@ -98,6 +98,35 @@ def test_an_edited_unit_record_is_reported_even_with_a_new_seal(store: Path) -> 
     file.write_bytes(canonical_json(seal({**parse(file.read_bytes()), "status": {"ok": 16}})))
     with pytest.raises(DamagedData, match=r"units/0\.json"):
         open_store(store).generation("train/1")
+
+
+def test_a_unit_of_another_plan_is_done_again_however_well_it_is_sealed(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    values, path = kit.features(40), fast_path / "s"
+    with kit.writer(path) as writer:
+        kit.fill(writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16), values)
+    file = path / "generations/train/1/units/1.json"
+    file.write_bytes(canonical_json(seal({**parse(file.read_bytes()), "plan_sha256": "0" * 64})))
+    with kit.writer(path) as writer:
+        generation = writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16)
+        assert [unit.index for unit in generation.pending] == [1]
+
+
+@pytest.mark.parametrize("what", ["plan", "provenance"])
+def test_another_plan_or_provenance_is_reported_even_with_a_new_seal(
+    what: str, store: Path
+) -> None:
+    file = store / {"plan": plan_path("train/1"), "provenance": provenance_path("gradient")}[what]
+    document = parse(file.read_bytes())
+    if what == "plan":
+        document["record"] = {**document["record"], "run_id": "another"}
+    else:
+        document["fields"] = {**document["fields"], "template": "another"}
+    file.write_bytes(canonical_json(seal(document)))
+    with pytest.raises(DamagedData, match="expected sha256"):
+        read_everything(store)
+    assert str(file.relative_to(store)) in [fault.file for fault in verify_store(store).faults]
 
 
 def test_an_uncommitted_damaged_unit_is_set_aside_and_redone(

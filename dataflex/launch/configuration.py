@@ -1,0 +1,25 @@
+"""From a file to a configuration whose every name is known: what needs no heavy import."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dataflex.bridge import arguments
+from dataflex.config.keys import RunConfig, load
+from dataflex.launch.packages import check_packages
+
+
+def read(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """Read a configuration; check keys, our values, component and parameters' names, packages.
+
+    Nothing heavy is imported: an answer takes a second, where the strategies (torch) and
+    LlamaFactory (transformers) take ten.
+
+    Raises:
+        BadInput: every fault of the first of these kinds that has one.
+    """
+    config = load(path, overrides, arguments.accepted_keys())
+    config.check_names()
+    check_packages(config.llamafactory)
+    return config

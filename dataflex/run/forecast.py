@@ -1,0 +1,149 @@
+"""Forecast of a run's passes, from a few rows measured.
+
+Letters: n rows, b rows of a batch, t tokens of its longest row.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gradstore.export.units import plan_batches
+from gradstore.format.layout import UNIT_ROWS
+from gradstore.pace import duration, gibibytes
+
+Positions = npt.NDArray[np.int64]
+
+#: Seconds of one row from which on no further row is measured.
+SLOW_ROW_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Cost of one kind of pass.
+
+    Attributes:
+        what: the pass, such as "gradients of train".
+        times: how often it is made in the run.
+        rows: of one pass.
+        tokens: of one pass.
+        seconds: of one pass; None where it was not measured.
+        stored_bytes: of one pass, in the store.
+        kept: how many of the passes the store keeps at once; None keeps all.
+        memory_bytes: the process's peak after it was measured; 0 where it was not.
+        note: why it was not measured.
+    """
+
+    what: str
+    times: int
+    rows: int
+    tokens: int
+    seconds: float | None
+    stored_bytes: int = 0
+    kept: int | None = None
+    memory_bytes: int = 0
+    note: str = ""
+
+    @property
+    def all_bytes(self) -> int:
+        """Bytes that all passes leave in the store."""
+        return self.stored_bytes * min(self.times, self.kept or self.times)
+
+
+def padded_tokens(lengths: npt.NDArray[np.int64], budget: int, unit_rows: int = UNIT_ROWS) -> int:
+    """Count the tokens of padded batches, b x t each, which a model's time is proportional to.
+
+    Args:
+        lengths: (n,) tokens of each row.
+        budget: tokens of a padded batch.
+        unit_rows: rows that are put into batches together.
+
+    Examples:
+        >>> padded_tokens(np.array([10, 6, 4, 4]), budget=12)
+        22
+    """
+    total = 0
+    for start in range(0, len(lengths), unit_rows):
+        unit = lengths[start : start + unit_rows]
+        total += sum(len(rows) * int(unit[rows].max()) for rows in plan_batches(unit, budget))
+    return total
+
+
+def measured_seconds(
+    work: Callable[[Positions], object], lengths: npt.NDArray[np.int64], budget: int
+) -> float:
+    """Forecast the seconds of a pass over all rows from one over some, spread over the lengths.
+
+    A first row is taken to warm up; it counts alone where it takes long.
+
+    Args:
+        work: makes the pass over the rows at positions (m,).
+        lengths: (n,) tokens of each row.
+        budget: tokens of a padded batch; rows of about four batches are measured.
+    """
+    order = np.argsort(lengths, kind="stable")
+    chosen = order[[len(order) // 2]]
+    seconds = timed(lambda: work(chosen))
+    if seconds < SLOW_ROW_SECONDS:
+        mean = max(float(lengths.mean()), 1.0)
+        most = max(1, min(len(lengths), UNIT_ROWS, round(4 * budget / mean)))
+        chosen = np.sort(order[np.linspace(0, len(order) - 1, most).round().astype(np.int64)])
+        seconds = timed(lambda: work(chosen))
+    return seconds * padded_tokens(lengths, budget) / padded_tokens(lengths[chosen], budget)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds that `work` takes, those of a GPU's queue included."""
+    import torch
+
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def peak_memory() -> int:
+    """Return the bytes this process has held at most, of the GPU if there is one, else of RAM."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def print_forecasts(forecasts: Sequence[Forecast], world: int) -> None:
+    """Print a table of passes on stdout, and what they take together.
+
+    Args:
+        forecasts: measured in this process.
+        world: processes that will share each pass.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Forecast" + (f" for {world} processes" if world > 1 else ""))
+    for column in ("pass", "times", "rows", "tokens", "seconds", "GiB stored", "peak memory"):
+        table.add_column(column, justify="left" if column == "pass" else "right")
+    total = stored = 0.0
+    for f in forecasts:
+        shown = "not measured" if f.seconds is None else duration(f.seconds / world)
+        total += (f.seconds or 0.0) / world * f.times
+        stored += f.all_bytes
+        what = Text(f"{f.what}: {f.note}" if f.note else f.what)
+        table.add_row(what, f"{f.times:,}", f"{f.rows:,}", f"{f.tokens:,}", shown,
+                      f"{f.stored_bytes / 2**30:.3g}" if f.stored_bytes else "",
+                      gibibytes(f.memory_bytes) if f.memory_bytes else "")  # fmt: skip
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    console.print(
+        f"in all about {duration(total)} and {gibibytes(stored)} in the store", markup=False
+    )

@@ -1,0 +1,86 @@
+"""`--dry-run` tells what a run takes, and leaves everything as it was."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradstore import open_store
+from gradstore.pace import duration
+
+
+def table(out: str) -> dict[str, list[str]]:
+    """Rows of the forecast by the pass's name."""
+    cells = [[c.strip() for c in line.split("│")[1:-1]] for line in out.splitlines()]
+    return {row[0]: row[1:] for row in cells if len(row) == 7}
+
+
+def seconds(shown: str) -> float:
+    number, unit = shown.split()
+    return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
+
+
+def blocks(folder: Path) -> int:
+    """Bytes that a folder takes on disk."""
+    return sum(512 * p.stat().st_blocks for p in [folder, *folder.rglob("*")])
+
+
+def test_a_forecast_is_what_the_run_takes_and_writes_nothing(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    path = config(component_params={"proj_dim": 4096})
+    before = sorted(tmp_path.iterdir())
+    result = cli("train", path, "--dry-run")
+    assert result.code == 0, result.err[-3000:]
+    assert sorted(tmp_path.iterdir()) == before
+    told = table(result.out)
+    assert told["training, 8 steps"][:2] == ["1", "48"]
+    train, target = told["gradients of train"], told["gradients of tiny_target"]
+    assert train[:2] == ["2", "96"]
+    assert target[:2] == ["2", "32"]
+
+    assert cli("train", path).code == 0
+    folder = tmp_path / "run"
+    events = [json.loads(line) for line in
+              (folder / "dataflex" / "events.jsonl").read_text().splitlines()]  # fmt: skip
+    took = sum(e["export_seconds"] for e in events)
+    forecast = 2 * (seconds(train[3]) + seconds(target[3]))
+    assert 1 / 6 < took / forecast < 6  # other work on the machine comes and goes
+    assert [int(e["tokens"]) for e in events] == [
+        int(train[2].replace(",", "")) + int(target[2].replace(",", ""))
+    ] * 2
+    (total,) = re.findall(r"and ([0-9.e-]+) GiB in the store", result.out)
+    assert float(total) * 2**30 == pytest.approx(blocks(folder / "gradstore"), rel=0.05)
+
+    states = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    built = cli("gradstore", "build", path, "--dry-run")
+    assert built.code == 0, built.err[-3000:]
+    assert table(built.out)["gradients of train"][:2] == ["4", "96"]  # of 4 checkpoints
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == states
+    assert len(open_store(folder / "gradstore").generations()) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"update_step": 0}, "update_step is 0"),
+        ({"update_step": 400}, "the training set has 96"),  # known once rows are loaded
+        ({"train_type": "static"}, "train_type static"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(
+    changes: dict[str, Any], says: str, cli: Any, config: Any, tmp_path: Path
+) -> None:
+    result = cli("train", config(**changes), "--dry-run")
+    assert result.code == 2
+    assert says in result.message
+    assert not (tmp_path / "run").exists()
+
+
+def test_seconds_are_read_as_they_are_shown() -> None:
+    for value in (0.5, 60.0, 3000.0, 40_000.0):
+        assert seconds(duration(value)) == pytest.approx(value, rel=0.05)

@@ -1,0 +1,285 @@
+"""Plant one mistake at a time in a copy of the working tree and report those that no test notices.
+
+    uv run python tests/mutants.py                  # all of them, one after another: a quarter hour
+    uv run python tests/mutants.py doremi moments   # those whose file or text holds a word
+
+Not collected by pytest and not run by CI. A mutant names the one place in a file that it changes;
+where that text is no longer there exactly once, the mutant is out of date, which is an error. Exit
+code: 0 all noticed, 1 survivors, 2 mutants or tests that are out of date.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: Libraries imported once.
+HEAVY = ("datasets", "faiss", "hypothesis", "numba", "peft", "pyarrow", "scipy.stats", "torch",
+         "transformers", "transformers.trainer", "typer.testing", "zarr")  # fmt: skip
+#: The last: of plugins among those libraries.
+OPTIONS = ("-n", "0", "-x", "-q", "-m", "not gpu", "-p", "no:cacheprovider",
+           "-W", "ignore::pytest.PytestAssertRewriteWarning")  # fmt: skip
+#: Seconds that the tests of one mistake may take.
+LONGEST = 600
+
+
+class Mutant(NamedTuple):
+    """One mistake: in `file`, `text` becomes `instead`, and one of `tests` must fail."""
+
+    file: str
+    text: str
+    instead: str
+    tests: str
+
+
+STORE, FORMAT = "tests/gradstore_/store", "tests/gradstore_/format"
+DAMAGE, RUNS = f"{STORE}/test_damage.py", f"{STORE}/test_runs.py"
+FEATURES, MOMENTS = (
+    "tests/gradstore_/export/test_features.py",
+    "tests/gradstore_/export/test_moments.py",
+)
+INFLUENCE = "tests/gradstore_/scoring/test_influence.py"
+SELECTION = "tests/gradstore_/scoring/test_selection.py"
+INDEX = "tests/gradstore_/similarity/test_index.py"
+CAPTURE = "tests/gradstore_/capture/test_per_sample.py"
+LOCK = "tests/gradstore_/storage/test_lock.py"
+PROJECTION = (
+    "tests/gradkernels_/test_projection_paths.py tests/gradkernels_/test_projection_randomness.py"
+)
+MIXTURE, ORDER = "tests/dataflex_/data/test_mixture.py", "tests/dataflex_/data/test_order.py"
+MIXERS, DOREMI = "tests/dataflex_/mixers/test_mixers.py", "tests/dataflex_/mixers/test_doremi.py"
+WEIGHTERS, WEIGHTS = "tests/dataflex_/weighters", "tests/dataflex_/trainers/test_weights.py"
+SEAM = "tests/dataflex_/trainers/test_loss_seam.py"
+CHECKPOINTS = "tests/dataflex_/checkpoints"
+SCHEDULE, RANKS = "tests/dataflex_/run/test_schedule.py", "tests/dataflex_/run/test_ranks.py"
+SELECTORS = "tests/dataflex_/selectors"
+REWARDS = "tests/dataflex_/rewards"
+
+MUTANTS = [
+    # -- what is on disk: checksums, commits, plans, locks --
+    Mutant("gradstore/store/unit_files.py", "if found != expected.sha256:", "if False:",
+           f"{DAMAGE}::test_a_chunk_made_to_fit_its_crc32c_is_told_by_its_sha256"),
+    Mutant("gradstore/store/unit_files.py", '("plan", plan_sha256, record.plan_sha256),', "",
+           DAMAGE),
+    Mutant("gradstore/store/unit_files.py", "found != expected.crc32c or", "False or", DAMAGE),
+    Mutant("gradstore/store/documents.py", '("store", store_uuid, commit.store_uuid),', "",
+           f"{DAMAGE}::test_commits_of_another_store_are_no_commits_of_this_one"),
+    Mutant("gradstore/store/documents.py", '("parent", parent, commit.parent),', "",
+           f"{DAMAGE}::test_an_edited_commit_breaks_the_chain_even_with_a_new_seal"),
+    Mutant("gradstore/store/documents.py", '("sha256", commit.plan_sha256, found),', "", DAMAGE),
+    Mutant("gradstore/store/documents.py", "if found != plan.provenance_sha256:", "if False:",
+           DAMAGE),
+    Mutant("gradstore/format/plans.py", '"rows": self.rows.sha256,', "", RUNS),
+    Mutant("gradstore/format/plans.py", '"provenance": self.provenance_sha256,', "", RUNS),
+    Mutant("gradstore/format/records.py", "for values in (input_ids, labels):",
+           "for values in (input_ids, input_ids):", FORMAT),
+    Mutant("gradstore/format/provenance.py", "if largest <= CANARY_TOLERANCE * size:", "if True:",
+           f"{FORMAT}/test_provenance.py"),
+    Mutant("dataflex/features/fields.py", '"canary": canary(projection).tolist()', '"canary": []',
+           "tests/dataflex_/features/test_fields.py"),
+    Mutant("gradstore/storage/lock.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH", LOCK),
+    Mutant("gradstore/store/writer.py", "        self._lock.acquire()\n", "", LOCK),
+    Mutant("gradstore/store/cleaning.py", "sorted(each)[:-keep]", "sorted(each)[keep:]", RUNS),
+    Mutant("gradstore/format/codec.py", "values *= scale[:, None]", "values *= 1.0", FORMAT),
+    Mutant("gradstore/format/codec.py", "np.uint32(0x7FFF) + odd", "np.uint32(0x7FFF)", FORMAT),
+    Mutant("gradstore/similarity/index.py", "if file.read() != numbers:", "if False:", INDEX),
+    Mutant("gradstore/similarity/index.py", "if tied.size:", "if False:", INDEX),
+    # -- features: losses, moments, projections --
+    Mutant("gradstore/capture/losses.py", "shifted = labels[:, 1:]", "shifted = labels[:, :-1]",
+           CAPTURE),
+    Mutant("gradstore/capture/losses.py", "self.counts[self.rows].float().reciprocal()",
+           "torch.ones_like(self.rows).float()", CAPTURE),
+    Mutant("gradstore/export/moments.py", 'enumerate(("exp_avg", "exp_avg_sq"))',
+           'enumerate(("exp_avg_sq", "exp_avg"))', MOMENTS),
+    Mutant("gradstore/export/features.py", "constants.beta1 ** (constants.step + 1)",
+           "constants.beta1 ** constants.step", FEATURES),
+    Mutant("gradstore/export/features.py", "base, outer = base + outer, 0.0", "outer = 0.0",
+           FEATURES),
+    Mutant("gradstore/export/features.py", "constants.beta1, 1.0 - constants.beta2",
+           "constants.beta1, 1.0 - constants.beta1", FEATURES),
+    Mutant("gradstore/export/features.py", "block, value=-1.0)", "block, value=1.0)", FEATURES),
+    Mutant("gradstore/export/pooling.py", '"position": rank * counts,', '"position": rank,',
+           "tests/gradstore_/export/test_embeddings.py"),
+    Mutant("kernels/gradkernels/reference.py", 'spec.s if spec.method == "sjlt" else spec.d',
+           "spec.d", PROJECTION),
+    Mutant("kernels/gradkernels/randomness.py", "spec.seed >> 32)", "0)", PROJECTION),
+    Mutant("dataflex/checkpoints/weights.py", "if pair[0] in decayed] + [", "] + [", CHECKPOINTS),
+    # -- scores and what is chosen --
+    Mutant("gradstore/scoring/subtasks.py", "queries[index] /= kept.size", "pass", INFLUENCE),
+    Mutant("gradstore/scoring/combine.py", "checkpoint.weight * subtask_queries", "subtask_queries",
+           INFLUENCE),
+    Mutant("gradstore/scoring/influence.py", 'if mode == "max" else', 'if mode != "max" else',
+           INFLUENCE),
+    Mutant("gradstore/scoring/influence.py", "np.asarray(shares / shares.sum(), ",
+           "np.asarray(shares, ",
+           f"{INFLUENCE} gradstore/scoring/influence.py"),
+    Mutant("gradstore/scoring/scan.py", "wide /= np.where(norm > 0, norm, 1.0)[:, None]", "",
+           INFLUENCE),
+    Mutant("gradstore/scoring/selection.py", 'np.argsort(-values[rows], kind="stable")[:count]',
+           'np.argsort(values[rows], kind="stable")[::-1][:count]', SELECTION),
+    Mutant("gradstore/scoring/selection.py", "int(Decimal(repr(float(fraction))) * usable)",
+           "int(fraction * usable)", SELECTION),
+    Mutant("dataflex/trainers/select.py", "default_rng([seed, stage])", "default_rng([stage])",
+           "tests/dataflex_/trainers/test_select.py"),
+    Mutant("dataflex/selectors/icons.py", "1.0 - count / n", "count / n",
+           SELECTORS + "/test_icons.py"),
+    Mutant("dataflex/selectors/near.py", "    served[:] = False\n", "",
+           SELECTORS + "/test_near.py"),
+    Mutant("dataflex/selectors/delta_loss.py", "deltas = baseline - losses",
+           "deltas = losses - baseline",
+           SELECTORS + "/test_delta_loss.py"),
+    Mutant("dataflex/selectors/delta_loss.py", "min(int(start + span), fell)", "int(start + span)",
+           SELECTORS + "/test_delta_loss.py"),
+    Mutant("dataflex/selectors/loss.py", "default_rng(self.seed + context.step)",
+           "default_rng(self.seed)", SELECTORS + "/test_selectors.py"),
+    Mutant("dataflex/selectors/cluster_less.py", "self._made.distances[rows], -scores[rows]",
+           "-scores[rows], self._made.distances[rows]", SELECTORS + "/test_cluster_less.py"),
+    Mutant("dataflex/selectors/tsds.py", "** 2 / sigma**2", "** 2 / sigma",
+           SELECTORS + "/test_tsds.py"),
+    Mutant("dataflex/rewards/policy_gradient.py", "(rewards.sum() - rewards) / (len(rewards) - 1)",
+           "rewards.mean()", REWARDS),
+    Mutant("dataflex/rewards/server.py", 'text.replace(key, "***") if key else text', "text",
+           REWARDS),
+    # -- mixtures, weights, orders, schedules, ranks, resumes --
+    Mutant("dataflex/data/mixture.py", "(counts[d] - quotas[d], d)", "(counts[d] - quotas[d], -d)",
+           MIXTURE),
+    Mutant("dataflex/data/mixture.py", "(seed, d))", "(seed, 0))", MIXTURE),
+    Mutant("dataflex/data/mixture.py", "+ eps / len(weights))", "+ eps)",
+           f"{MIXERS} {DOREMI} {MIXTURE}"),
+    Mutant("dataflex/mixers/odm.py", "np.divide(share * mean,", "np.divide(mean,", MIXERS),
+    Mutant("dataflex/mixers/odm.py", "exploration(k, step - 1, self.floor)",
+           "exploration(k, step, self.floor)", MIXERS),
+    Mutant("dataflex/mixers/doremi.py", "scaled = len(shares) * shares",
+           "scaled = np.ones_like(shares)",
+           DOREMI),
+    Mutant("dataflex/mixers/doremi.py", "np.maximum(excess, 0.0)", "excess", DOREMI),
+    Mutant("dataflex/mixers/doremi.py", "np.asarray(self.summed_weights / self.updates)",
+           "self.domain_weights", DOREMI),
+    Mutant("dataflex/mixers/dynamic_moe.py", "np.divide(counts, totals,", "np.divide(counts, 1.0,",
+           "tests/dataflex_/mixers/test_dynamic_moe.py"),
+    Mutant("dataflex/weighters/loss.py", "(score - score.max()) / r)", "score - score.max())",
+           WEIGHTERS),
+    Mutant("dataflex/weighters/joint_update_aware.py", "s - beta * g", "s - g", WEIGHTERS),
+    Mutant("dataflex/trainers/weights.py", "tokens.sum() / (weights * tokens).sum()",
+           "len(tokens) / weights.sum()", WEIGHTS),
+    Mutant("dataflex/trainers/loss_seam.py", "of_row[targets.rows] * token_losses",
+           "of_row.mean() * token_losses", SEAM),
+    Mutant("dataflex/reorders/patterns.py", "stride[::-1] if i % 2", "stride[::-1] if not i % 2",
+           "tests/dataflex_/reorders/test_patterns.py"),
+    Mutant("dataflex/run/schedule.py", "if s < self.warmup_step:", "if s <= self.warmup_step:",
+           SCHEDULE),
+    Mutant("dataflex/data/order.py", "default_rng([*self.seed, lap])", "default_rng([*self.seed])",
+           ORDER),
+    Mutant("dataflex/data/order.py", "in grid[:, rank]]", "in grid[:, 0]]", ORDER),
+    Mutant("dataflex/run/ranks.py", "work[self.rank :: self.world]", "work[:: self.world]", RANKS),
+    Mutant("dataflex/run/ranks.py", "np.sum(self.gather(", "np.mean(self.gather(", RANKS),
+    Mutant("dataflex/run/ranks.py", "raise own or RemoteFailure(failed)", "pass", RANKS),
+    Mutant("dataflex/checkpoints/folders.py", "previous < at <= step", "at <= step", CHECKPOINTS),
+    Mutant("dataflex/checkpoints/folders.py", "complete[-1] if complete", "complete[0] if complete",
+           CHECKPOINTS),
+    Mutant("dataflex/checkpoints/folders.py", "and run_id in (None, run_id_of(path))", "",
+           CHECKPOINTS),
+    Mutant("dataflex/trainers/row_seam.py", "            self._serve(self._interval, state.step)",
+           "            self._serve(self._interval, self._interval.start)",
+           "tests/dataflex_/trainers"),
+]  # fmt: skip
+
+
+def main(words: list[str]) -> int:
+    """Run the mutants that hold one of the words, and tell how each ended."""
+    chosen = [m for m in MUTANTS if not words or any(w in f"{m.file} {m.text}" for w in words)]
+    ends: dict[str, list[Mutant]] = {"noticed": [], "SURVIVED": [], "OUT OF DATE": []}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "tree"
+        copy_tree(copy)
+        prepare(copy)
+        if run_tests(copy, sorted({test for m in chosen for test in m.tests.split()})):
+            print("the tests fail without any mistake: mend that first")
+            return 2
+        for number, mutant in enumerate(chosen, start=1):
+            began = time.perf_counter()
+            end = tried(copy, mutant)
+            ends[end].append(mutant)
+            print(f"{number}/{len(chosen)} {end} in {time.perf_counter() - began:.0f} s: "
+                  f"{mutant.file}: {mutant.text.strip()!r}", flush=True)  # fmt: skip
+    print(", ".join(f"{len(found)} {end}" for end, found in ends.items()))
+    return 2 if ends["OUT OF DATE"] else 1 if ends["SURVIVED"] else 0
+
+
+def copy_tree(copy: Path) -> None:
+    """Copy what git tracks, or would track, as it is in the working tree."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():  # not a file that was deleted and is still in the index
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+
+
+def tried(copy: Path, mutant: Mutant) -> str:
+    """Plant a mistake, run its tests, take it out again; return how it ended."""
+    file = copy / mutant.file
+    right = file.read_text(encoding="utf-8")
+    if right.count(mutant.text) != 1 or mutant.text == mutant.instead:
+        print(f"  its text is {right.count(mutant.text)} times in the file")
+        return "OUT OF DATE"
+    file.write_text(right.replace(mutant.text, mutant.instead), encoding="utf-8")
+    try:
+        code = run_tests(copy, mutant.tests.split())
+    finally:
+        file.write_text(right, encoding="utf-8")
+    return {0: "SURVIVED", 1: "noticed", -signal.SIGALRM: "noticed"}.get(code, "OUT OF DATE")
+
+
+def run_tests(copy: Path, tests: list[str]) -> int:
+    """Run tests of the copy in a child process; return pytest's exit code."""
+    with tempfile.TemporaryFile() as told:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.chdir(copy)
+                os.dup2(told.fileno(), 1)
+                os.dup2(told.fileno(), 2)
+                signal.alarm(LONGEST)  # of a mistake that makes its tests wait for ever
+                code = int(pytest.main([*OPTIONS, *tests]))
+            except BaseException:
+                traceback.print_exc()
+                code = 3
+            sys.stdout.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code not in (0, 1, -signal.SIGALRM):
+            told.seek(0)
+            print(told.read().decode(errors="replace")[-2000:])
+        return code
+
+
+def prepare(copy: Path) -> None:
+    """Import what takes long once, for all children; let them import our packages from the copy."""
+    # Bytecode is told by times in whole seconds: a mistake and its removal may share one.
+    sys.dont_write_bytecode = True
+    paths = [str(copy), str(copy / "kernels")]
+    sys.path[:0] = paths
+    os.environ.update({"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1",
+                       "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})  # fmt: skip
+    for name in HEAVY:
+        importlib.import_module(name)
+    ours = [n for n in sys.modules if n.split(".")[0] in ("dataflex", "gradstore", "gradkernels")]
+    assert not ours, f"imported before a mistake could be planted: {ours}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
