@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import uuid
 from pathlib import Path
@@ -115,7 +116,7 @@ def resume_point(config: RunConfig) -> Path | None:
     if config.known.overwrite_output_dir and not wanted:
         return None
     found, passed, fault = _newest_sound(config.output_dir)
-    if passed:
+    if passed and os.environ.get("RANK", "0") == "0":  # before there are ranks to ask
         start = f"resuming from {found}" if found else "no checkpoint to resume from"
         _log.warning("%s: %s", start, "; ".join(passed))
     if found is None and fault is not None:

@@ -49,8 +49,8 @@ def check_resumable(folder: Path) -> None:
     Without optimizer, scheduler or random states it would reset those without a warning.
 
     Raises:
-        BadInput: something is missing, or a state would run code when it is loaded.
-        DamagedData: a file is cut short or holds something else.
+        BadInput: something is missing, holds something else, or would run code when it is loaded.
+        DamagedData: a file is cut short.
     """
     check_weights(folder)
     if any(next(folder.glob(pattern), None) for pattern in SHARDED):
@@ -164,8 +164,8 @@ def load_optimizer_state(path: Path) -> Mapping[str, Any]:
     """Load an optimizer.pt as plain tensors; one that needs full unpickling is refused.
 
     Raises:
-        BadInput: it would run code.
-        DamagedData: it is cut short, or no optimizer's state.
+        BadInput: it would run code, or is no optimizer's state.
+        DamagedData: it is cut short.
     """
     return load_plain(
         path,
@@ -186,20 +186,19 @@ def load_plain(path: Path, keys: frozenset[str], instead: str) -> Mapping[str, A
         instead: the next step, for the message.
 
     Raises:
-        BadInput: it holds more than plain values: loading them would run code.
-        DamagedData: it is no archive of torch's, its end is missing, or it lacks a key.
+        BadInput: it holds more than plain values (loading them would run code), or lacks a key.
+        DamagedData: it is no file of torch's, or its end is missing.
     """
     import pickle
 
     import torch
     from transformers.trainer_pt_utils import safe_globals
 
-    if not zipfile.is_zipfile(path):
-        raise DamagedData(f"{path} is damaged: its end is missing. {instead}")
     try:
         # Random states hold NumPy's arrays.
         with safe_globals():  # type: ignore[no-untyped-call]
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            mapped = zipfile.is_zipfile(path)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise BadInput(
             f"{path} cannot be loaded without running code it contains; it was not opened. "
@@ -210,7 +209,8 @@ def load_plain(path: Path, keys: frozenset[str], instead: str) -> Mapping[str, A
         raise DamagedData(f"{path} is damaged ({reason:.200}). {instead}") from error
     if not isinstance(state, Mapping) or (missing := keys - set(state)):
         lacks = ", ".join(sorted(missing)) if isinstance(state, Mapping) else "a mapping"
-        raise DamagedData(f"{path} is damaged: it does not hold {lacks}. {instead}")
+        kind = path.stem.partition("_")[0]
+        raise BadInput(f"{path} is no {kind} state: it does not hold {lacks}. {instead}")
     return state
 
 

@@ -35,7 +35,8 @@ def faults_of(what: str) -> Iterator[None]:
     except RecursionError as error:  # aliases nest without a bracket
         raise BadInput(f"{what}: {TOO_DEEP}.") from error
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-        raise BadInput(f"{what}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()).replace('in "<unicode string>", line', "in line")
+        raise BadInput(f"{what}: {reason}") from error
 
 
 def read_settings(path: Path) -> DictConfig | ListConfig:
@@ -54,20 +55,24 @@ def read_settings(path: Path) -> DictConfig | ListConfig:
     return settings
 
 
+def check_form(overrides: Sequence[str]) -> None:
+    """Raise BadInput for an override that is not `key=value`: no file need be read to say so."""
+    for override in overrides:
+        if not override.partition("=")[0] or "=" not in override:
+            raise BadInput(f"{_named(override)} is not key=value.")
+
+
 def overridden(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Apply `key=value` and `key.inner=value`, in their order.
 
     A value takes the place of the whole former one, a mapping too; a dotted key sets one entry.
 
     Raises:
-        BadInput: one is not written so; it is quoted.
+        BadInput: a value is no YAML, or cannot be set there.
     """
     for override in overrides:
-        key, separator, text = override.partition("=")
-        shown = override if len(override) <= _SHOWN else f"{override[:_SHOWN]}..."
-        if not separator or not key:
-            raise BadInput(f"override {shown!r} is not key=value.")
-        with faults_of(f"override {shown!r}"):
+        key, _, text = override.partition("=")
+        with faults_of(_named(override)):
             _check_nesting(text)
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
             try:
@@ -91,6 +96,12 @@ def at_home(value: Any) -> Any:  # noqa: ANN401 - YAML values
     if isinstance(value, dict):
         return {key: at_home(each) for key, each in value.items()}
     return [at_home(each) for each in value] if isinstance(value, list) else value
+
+
+def _named(override: str) -> str:
+    """Quote an override, or the beginning of a long one."""
+    shown = override if len(override) <= _SHOWN else f"{override[:_SHOWN]}..."
+    return f"override {shown!r}"
 
 
 def _check_nesting(text: str) -> None:

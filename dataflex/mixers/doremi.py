@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from dataflex.config.registry import register
 from dataflex.data.mixture import domains_of, exponentiated, opening_proportions
 from dataflex.mixers.base import Mixer
 from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.log import record_of
 from dataflex.weighters.base import LossContributor, MeasuredBatch, WeightContext
-from gradstore.format.foreign import read_object
 from gradstore.storage.replace import replace_file
 
 FloatArray = npt.NDArray[np.float64]
@@ -263,16 +262,9 @@ def forget_after(folder: Path, last_step: int) -> None:
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= last_step]
+    held = [(line, record_of(line)) for line in lines if line.endswith("\n")]
+    kept = [line for line, record in held if record is not None and record["step"] <= last_step]
     replace_file(path, "".join(kept).encode())
-
-
-def _step_of(line: str) -> float:
-    """Return the step of a line; infinity for one that is damaged, which is dropped."""
-    try:
-        return float(read_object(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def write_average(folder: Path, names: tuple[str, ...], average: FloatArray, updates: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny"
@@ -305,7 +306,8 @@ def test_an_optimizer_file_that_would_run_code_is_not_opened(
 ) -> None:
     checkpoint = tmp_path / "run" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "adapter_config.json").write_text("{}")
+    (checkpoint / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"a": torch.ones(2)}, checkpoint / "adapter_model.safetensors")
     (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
     result = cli("gradstore", "build", config())
     check_refusal(result, 2, "checkpoint-2", "neither", "optimizer.pt")

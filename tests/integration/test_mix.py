@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dataflex.checkpoints.seal import seal
 from dataflex.checkpoints.state import load_state
 from dataflex.data.mixture import largest_remainder
 from dataflex.run.log import read_events
@@ -255,6 +256,7 @@ def test_an_odm_checkpoint_of_0_1_0_resumes_with_averaging_moving_and_not_withou
     state = json.loads(path.read_text())
     del state["component"]["averaging"]  # 0.1.0 knew no other way
     path.write_text(json.dumps(state))
+    seal(run / "checkpoint-3")
 
     refused = cli("train", mixed())
     assert refused.code == 2

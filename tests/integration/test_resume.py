@@ -275,6 +275,36 @@ def test_a_named_checkpoint_must_be_whole(
     assert says in result.message
 
 
+def test_a_new_run_that_is_refused_leaves_the_earlier_runs_log_records_and_store(
+    cli: Any, config: Any, killed: Path, tmp_path: Path
+) -> None:
+    if not (killed / "run" / "checkpoint-4").is_dir():
+        path = config(output_dir=str(killed / "run"))
+        assert cli("train", path, faults={"kill_step": 5}).code == -9
+    run = shutil.copytree(killed / "run", tmp_path / "run")
+    (tmp_path / "refusing.py").write_text(
+        "from dataflex.selectors.less import LessSelector\n"
+        "from gradstore.errors import BadInput\n\n"
+        "class Refusing(LessSelector):\n"
+        "    def start(self, run):\n"
+        "        super().start(run)\n"
+        "        raise BadInput('not today')\n"
+    )
+    before = contents(run)
+    assert any("gradstore/" in str(path) for path in before)
+    params = {"proj_dim": 128, "target": "refusing:Refusing"}
+    path = config(overwrite_output_dir=True, component_params=params)
+    result = cli("train", path, cwd=tmp_path)
+    assert result.code == 2
+    assert "not today" in result.message
+    assert contents(run) == before
+
+
+def contents(run: Path) -> dict[Path, bytes]:
+    found = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    return {path: content for path, content in found.items() if path.name != "writer.lock"}
+
+
 def test_each_of_200_flipped_bits_is_refused_by_name_and_the_checkpoint_before_taken(
     cli: Any, config: Any, killed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -74,6 +74,11 @@ def test_a_missing_file_and_a_bare_override_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "no.yaml", [], ACCEPTED)
     with pytest.raises(BadInput, match="not key=value"):
         load(write(tmp_path, "output_dir: a"), ["cutoff_len"], ACCEPTED)
+    for nothing in ("", "=3"):
+        with pytest.raises(BadInput, match="not key=value"):
+            load(tmp_path / "no.yaml", [nothing], ACCEPTED)
+    with pytest.raises(BadInput, match=r"run\.yaml': while .* in line 1, column 4 did not"):
+        load(write(tmp_path, "a: [1, 2\n"), [], ACCEPTED)
 
 
 def test_the_presets_file_of_dataflex_1_1_0_is_the_packaged_one(tmp_path: Path) -> None:
