@@ -1,8 +1,7 @@
-"""Which checkpoint a resume takes, and in which order its optimizer's moments are."""
+"""Checkpoints of a folder in the order of their steps, and of their moments by parameter."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,40 +9,16 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from dataflex.checkpoints.folders import checkpoints, newest_complete
-from dataflex.checkpoints.state import RunState
+from dataflex.checkpoints.folders import checkpoints
 from dataflex.checkpoints.weights import optimizer_order
 from gradstore.export.moments import AdamMoments
 
 
-def make(folder: Path, step: int, run_id: str = "mine", complete: bool = True) -> Path:
-    made = folder / f"checkpoint-{step}"
-    made.mkdir(parents=True)
-    RunState(step, run_id, (1, 2, 3), "sha").save(made)
-    if complete:
-        (made / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    return made
-
-
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
-    made = [make(tmp_path, step) for step in (2, 10, 9)]
-    (tmp_path / "checkpoint-3.tmp").mkdir()
+    made = [tmp_path / f"checkpoint-{step}" for step in (2, 10, 9)]
+    for folder in (*made, tmp_path / "checkpoint-3.tmp"):
+        folder.mkdir()
     assert checkpoints(tmp_path) == [made[0], made[2], made[1]]
-
-
-def test_a_resume_takes_the_newest_whole_one(tmp_path: Path) -> None:
-    make(tmp_path, 2)
-    newest = make(tmp_path, 10)
-    make(tmp_path, 12, complete=False)
-    assert newest_complete(tmp_path, None) == newest
-    assert newest_complete(tmp_path, "mine") == newest
-
-
-def test_a_resume_never_takes_another_runs(tmp_path: Path) -> None:
-    mine = make(tmp_path, 2)
-    make(tmp_path, 10, run_id="another")
-    assert newest_complete(tmp_path, "mine") == mine
-    assert newest_complete(tmp_path, "a third") is None
 
 
 class Decayed(nn.Module):
