@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from dataflex.run.messages import set_up_logging
+from dataflex.bridge.quiet import choose_verbosity
+from dataflex.run.messages import explain, set_up_logging, show_traceback
 from gradstore import cli as gradstore_cli
 from gradstore.format.names import printable
 
@@ -37,6 +37,9 @@ Debug = Annotated[
     bool, typer.Option("--debug", help="Show a traceback for every failure; any command takes it.")
 ]
 Version = Annotated[bool, typer.Option("--version", help="Print the version of DataFlex.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Show what LlamaFactory and transformers say, too.")
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check all, measure a few rows, print a forecast."),
@@ -79,11 +82,14 @@ class TrainHelp(TyperCommand):
 
 
 @app.command(cls=TrainHelp)
-def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def train(
+    config: Config, overrides: Overrides = None, dry_run: DryRun = False, verbose: Verbose = False
+) -> None:
     """Train; train_type in CONFIG says what decides about the data (static = LlamaFactory).
 
     KEY=VALUE takes the place of the whole value in CONFIG, KEY.INNER=VALUE sets one entry of it.
     """
+    choose_verbosity(verbose)
     from dataflex.launch.configuration import read
 
     checked = read(config, overrides or [])
@@ -93,8 +99,11 @@ def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) 
 
 
 @gradstore_cli.app.command("build")
-def build(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def build(
+    config: Config, overrides: Overrides = None, dry_run: DryRun = False, verbose: Verbose = False
+) -> None:
     """Write the train and target generations of CONFIG's checkpoints, without training."""
+    choose_verbosity(verbose)
     from dataflex.launch.configuration import read
 
     checked = read(config, overrides or [])
@@ -135,8 +144,6 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    from dataflex.run.messages import explain
-
     debug = "--debug" in arguments
     try:
         words = [word for word in arguments if word != "--debug"]
@@ -154,7 +161,7 @@ def _run(arguments: list[str]) -> int:
         if failure is None:
             raise
         if debug:
-            traceback.print_exception(error)
+            show_traceback(type(error), error, error.__traceback__)
     if failure is None:
         return 1
     typer.echo(f"error: {printable(failure.message)}", err=True)

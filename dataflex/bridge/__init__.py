@@ -9,6 +9,8 @@ Relied on, all of LlamaFactory 0.9.5:
 - `data.loader`: `get_dataset_list`, `load_dataset`, `align_dataset` and `_get_dataset_processor`,
   to carry a row's origin through preprocessing; `_get_merged_dataset`, to put rows in order; these
   and `_get_preprocessed_dataset` and `split_dataset`, to report what is wrong with the data;
+- `extras.logging`: the library's logger and its level, and that `data.loader` and a processor's
+  `print_data_example` print an example of each data set;
 - outside of training, `data.get_dataset`, `data.SFTDataCollatorWith4DAttentionMask` and `model`'s
   two loaders; `extras.misc.get_device_count`; `cli.main`.
 

@@ -15,6 +15,7 @@ from dataflex.bridge.arguments import (
     naming_model,
     swapped,
 )
+from dataflex.bridge.quiet import as_chosen
 from dataflex.bridge.rows import Arrange, OnData, dataset_loader, row_sources
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData
@@ -46,7 +47,7 @@ def run_untouched(args: Mapping[str, Any]) -> None:
     """Run LlamaFactory's own training, nothing replaced (`train_type: static`)."""
     from llamafactory.train.tuner import run_exp
 
-    with configuration_faults():
+    with configuration_faults(), as_chosen():
         run_exp(dict(args))
 
 
@@ -63,6 +64,7 @@ def run_replaced(config: RunConfig, session: Session) -> None:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(configuration_faults())
+        stack.enter_context(as_chosen())
         files = stack.enter_context(row_sources())
         stack.enter_context(_log_of_our_trainer())
         load = dataset_loader(config, sft.get_dataset, session.take_data, files, session.arrange)
@@ -139,7 +141,7 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Exp
         merged = known.adapter_name_or_path if known.create_new_adapter else ()
         args["adapter_name_or_path"] = ",".join([*merged, str(checkpoint)])
         args["create_new_adapter"] = False
-    with configuration_faults(), row_sources() as files:
+    with configuration_faults(), as_chosen(), row_sources() as files:
         model_args, data_args, training_args, finetuning_args, _ = as_bad_input(
             get_train_args, ARGUMENT_FAULTS
         )(args)

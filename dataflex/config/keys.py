@@ -20,6 +20,7 @@ from dataflex.config.known import KnownKeys
 from dataflex.config.parameters import converted
 from dataflex.config.presets import PACKAGED_PRESETS, Component, check_names, resolve
 from dataflex.config.registry import KINDS, unknown
+from dataflex.config.secrets import keep_secrets
 from dataflex.config.values import (
     ComponentName,
     Name,
@@ -192,6 +193,7 @@ def load(path: Path, overrides: Sequence[str], accepted: Collection[str]) -> Run
         BadInput: every fault found, one per line.
     """
     merged = _read(path, overrides)
+    keep_secrets(merged)
     own = {f.name for f in fields(DataFlexConfig)}
     if extra := set(merged) - own - set(accepted):
         raise BadInput(f"{path}: {unknown('key', extra, own | set(accepted), LISTED_BY)}")

@@ -23,6 +23,7 @@ from dataflex.config.registry import (
     takes_any_name,
     unknown,
 )
+from dataflex.config.secrets import keep_secrets
 from gradstore.errors import BadInput
 
 _log = logging.getLogger(__name__)
@@ -156,6 +157,7 @@ def _choose(
     if not isinstance(preset.get("params") or {}, Mapping):
         raise BadInput(f"params in {where} is {preset['params']!r}; expected a mapping.")
     params = _over(preset.get("params") or {}, component_params)
+    keep_secrets(params)
     target = params.pop("target", preset.get("target"))
     name = str(preset.get("name", component_name))
     if kind == "reorder":  # DataFlex 1.1.0 looked these up by `kind`, whatever their name

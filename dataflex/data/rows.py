@@ -65,6 +65,23 @@ class Rows:
             RowSet(flat, self.sources),
         )
 
+    @cached_property
+    def contents(self) -> npt.NDArray[np.void]:
+        """(n,) keys of 16 bytes, equal where rows are copies: the same tokens, labels and media."""
+        keys = self.row_set.hashes
+        for column in ("images", "videos", "audios"):
+            if column in self.dataset.column_names and any(held := self.dataset[column][:]):
+                parts = [key.tobytes() + repr(media).encode()
+                         for key, media in zip(keys, held, strict=True)]  # fmt: skip
+                digests = b"".join(hashlib.sha256(part).digest()[:16] for part in parts)
+                keys = np.frombuffer(digests, dtype=np.uint8).reshape(-1, 16)
+        return np.ascontiguousarray(keys).view("V16").ravel()
+
+    def first_of_copies(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return, rising, the first of `rows` (m,) of each content."""
+        kept = np.unique(rows)
+        return kept[np.sort(np.unique(self.contents[kept], return_index=True)[1])]
+
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """(n,) tokens of each row."""

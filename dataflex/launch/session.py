@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -119,12 +122,19 @@ class TrainSession:
             self._lock.release()
 
     def show(self) -> None:
-        """Print the table of updates and draw a picture, after LlamaFactory's own output."""
+        """Draw a picture, then print the table of updates, last of all and on stdout.
+
+        Whatever goes wrong here is a warning: the run is complete by now.
+        """
         if self._log is None:
             return
-        self._log.table()
-        if (picture := draw(self._log.folder)) is not None:
-            _log.info("picture: %s", picture)
+        log, folder = self._log, self._log.folder
+        with _harmless("the picture of the run was not drawn"):
+            if (picture := draw(folder)) is not None:
+                _log.info("picture: %s", picture)
+        _log.info("all files: %s", folder)
+        with _harmless("the table of updates was not printed"):
+            log.table()
 
     def trainer_for(self, base: type) -> Callable[..., Any]:
         """Make a callable that builds our trainer in the place of LlamaFactory's class `base`."""
@@ -139,3 +149,15 @@ class TrainSession:
             return trainer
 
         return build
+
+
+@contextlib.contextmanager
+def _harmless(what: str) -> Iterator[None]:
+    """Turn any failure into a warning: what the run wrote before is complete."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader of stdout is gone; Python would fail again when it flushes at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _log.warning("%s (%s: %s); the run is complete", what, type(error).__name__, error)

@@ -102,6 +102,7 @@ def _torchrun(path: Path, overrides: Sequence[str]) -> None:
             str(path),
             *overrides,
         ]
+        _one_thread_each(arguments[arguments.index("--nproc-per-node") + 1])
         config, command, command_args = config_from_args(get_args_parser().parse_args(arguments))
         try:
             elastic_launch(config, command)(*command_args)
@@ -111,6 +112,14 @@ def _torchrun(path: Path, overrides: Sequence[str]) -> None:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from error
             raise SystemExit(128 + error.sigval) from error
+
+
+def _one_thread_each(workers: str) -> None:
+    """Set what torch would set under a banner of its own, and say so in one line."""
+    if workers != "1" and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        _log.info("%s processes with one CPU thread each; OMP_NUM_THREADS sets another number",
+                  workers)  # fmt: skip
 
 
 def _rendezvous(env: Mapping[str, str]) -> list[str]:

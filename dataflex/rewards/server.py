@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import ssl
@@ -10,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies
 
+from dataflex.config.secrets import is_variable, keep_secret, redacted
 from dataflex.rewards.base import (
     PROBE_ANSWER,
     PROBE_PROMPT,
@@ -79,14 +82,18 @@ class ApiSettings:
 
 
 def _url_faults(url: str) -> list[str]:
-    """Refuse a URL that names no server, or that would show a password in every message."""
-    parts = urlsplit(url)
-    if "@" in parts.netloc:
+    """Refuse a URL that names no server, or that would show a secret in every message."""
+    if "@" in url or "?" in url or "#" in url:
         return [
-            "api_base_url holds a user name or a password: remove them, and name the environment "
-            "variable of a key in api_key_env."
+            "api_base_url holds a user name or a password, or parameters: remove all but "
+            "http://host:port/path, and name the environment variable of a key in api_key_env."
         ]
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
         return [f"api_base_url is {url!r}; give a URL such as http://127.0.0.1:8000/v1."]
     return []
 
@@ -94,11 +101,18 @@ def _url_faults(url: str) -> list[str]:
 def _key_faults(name: str) -> list[str]:
     """Refuse a key that is missing, or that no header can carry; the key itself is not shown."""
     key = os.environ.get(name)
+    if not is_variable(name) and not key:
+        return [
+            "api_key_env is not the name of an environment variable that is set (its value is not "
+            "shown: it may be a key). Export the key, as in JUDGE_KEY, and set api_key_env: "
+            "JUDGE_KEY."
+        ]
     if not key:
         return [
             f"api_key_env names {name}, but that environment variable is not set: export it, or "
             "remove api_key_env for a server without keys."
         ]
+    keep_secret(key)
     if not (key.isascii() and key.isprintable()) or key != key.strip():
         return [
             f"api_key_env names {name}, but the key in that environment variable begins or ends "
@@ -106,6 +120,13 @@ def _key_faults(name: str) -> list[str]:
             "carry: export it again without them."
         ]
     return []
+
+
+def _keep_passwords_of_proxies() -> None:
+    """Know the passwords in the URLs of HTTP_PROXY and its like, which errors may quote."""
+    for url in getproxies().values():
+        with contextlib.suppress(ValueError):
+            keep_secret(unquote(urlsplit(url).password or ""))
 
 
 class _RetryableError(Exception):
@@ -192,6 +213,8 @@ class ApiJudge:
             faults = _key_faults(settings.key_env)
             if faults:
                 raise BadInput(faults[0])
+        _keep_passwords_of_proxies()
+        if settings.key_env:
             headers["Authorization"] = f"Bearer {os.environ[settings.key_env]}"
         try:
             return httpx.Client(
@@ -221,7 +244,7 @@ class ApiJudge:
             except _RetryableError as error:
                 failure = str(error)
             else:
-                return Verdict(parse_score(text), text)
+                return Verdict(parse_score(text), redacted(text))
         raise StoreIOError(
             f"{self._label} {failure} ({self.settings.retries + 1} attempts). Check that the "
             "server runs and is not overloaded, or raise api_timeout or api_retries."
@@ -249,12 +272,12 @@ class ApiJudge:
             raise _RetryableError(f"did not answer within {self.settings.timeout:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _RetryableError(
-                f"cannot be reached: {str(error) or type(error).__name__}"
+                f"cannot be reached: {redacted(str(error)) or type(error).__name__}"
             ) from error
         if response.is_success:
             return self._text_of(answer)
         reply = (
-            f"answered {response.status_code} {response.reason_phrase}: "
+            f"answered {response.status_code} {redacted(response.reason_phrase)}: "
             f"{self._shown(answer) or 'an empty body'}"
         )
         if response.status_code in PASSING or response.is_server_error:
@@ -272,11 +295,10 @@ class ApiJudge:
             ) from error
         return content if isinstance(content, str) else ""
 
-    def _shown(self, answer: bytes) -> str:
+    @staticmethod
+    def _shown(answer: bytes) -> str:
         """Shorten an answer for a message, and remove the key if the server repeats it."""
-        text = answer.decode("utf-8", "replace")
-        key = os.environ.get(self.settings.key_env or "")
-        return shortened(text.replace(key, "***") if key else text)
+        return shortened(redacted(answer.decode("utf-8", "replace")))
 
 
 def _beginning(response: httpx.Response) -> bytes:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dataflex.config.secrets import without_secrets
 from gradstore.format.foreign import read_json
 from gradstore.format.names import printable
 from gradstore.pace import Pace, long_pass
 from gradstore.storage.replace import replace_file
 
 OnRows = Callable[[int], None]
+
+#: Step, component, what changed, seconds of the pause.
+Update = tuple[int, str, str, float | None]
+
+#: Rows of the last table, and its width where it is not shown on a terminal.
+TABLE_ROWS, TABLE_WIDTH = 20, 100
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +37,8 @@ _log = logging.getLogger(__name__)
 class SelectionEvent:
     """A selection's line of events.jsonl. Seconds are wall-clock; tokens are those of all passes.
 
-    `chosen` counts the chosen rows by data set.
+    `chosen` counts the chosen rows by data set, `train_sets` all training rows; `won` counts the
+    chosen rows by the target that each helps most. `distinct` of the chosen rows are no copies.
     """
 
     step: int
@@ -43,6 +52,9 @@ class SelectionEvent:
     pause_seconds: float = 0.0
     skipped: Mapping[str, int] = field(default_factory=dict)
     chosen: Mapping[str, int] = field(default_factory=dict)
+    train_sets: Mapping[str, int] = field(default_factory=dict)
+    won: Mapping[str, int] = field(default_factory=dict)
+    distinct: int = 0
 
 
 class RunLog:
@@ -50,7 +62,8 @@ class RunLog:
 
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / "dataflex"
-        self._updates: list[tuple[int, str, str, float | None]] = []
+        self._updates: list[Update] = []
+        self._lines: list[Update] = []
 
     def clear(self) -> None:
         """Forget what an earlier run left here; a new run in the same folder starts clean."""
@@ -71,7 +84,7 @@ class RunLog:
         content = {
             "indices": indices.tolist(),
             "metric": {"score": listed},
-            "manifest": dict(manifest),
+            "manifest": without_secrets(manifest),
         }
         path = self.folder / "selections" / f"step_{step}.json"
         replace_file(path, json.dumps(content).encode())
@@ -97,35 +110,58 @@ class RunLog:
             step: g, optimizer steps finished.
             component: name of the preset.
             summary: what changed, in a few words.
-            in_table: whether the table at the end has a row for it.
+            in_table: whether the table at the end has a row for it in any case; otherwise only if
+                the run makes no other updates.
             **values: the rest of the line in events.jsonl; `pause_seconds` is shown.
         """
         _log.info("step %d: %s %s", step, component, summary)
-        if in_table:
-            self._updates.append((step, component, summary, values.get("pause_seconds")))
-        line = {"event": kind, "step": step, "component": component, **values}
+        kept = self._updates if in_table else self._lines
+        kept.append((step, component, summary, values.get("pause_seconds")))
+        line = {"event": kind, "step": step, "component": component, **without_secrets(values)}
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def table(self) -> None:
-        """Print what every update of this process did."""
+        """Print on stdout what the updates of this process did, or that there was none."""
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        if not self._updates:
-            return
-        table = Table(title="Updates of this run")
-        for column in ("step", "component", "what changed", "pause"):
-            table.add_column(column, justify="right" if column in ("step", "pause") else "left")
-        for step, component, summary, pause in self._updates:
+        made = self._updates or self._lines
+        shown = _spread(made, TABLE_ROWS)
+        paused = any(pause is not None for *_, pause in shown)
+        table = Table(
+            "step", "component", "what changed", *(["pause"] if paused else []),
+            title="Updates of this run", caption=self._caption(len(shown), len(made)),
+        )  # fmt: skip
+        for column in table.columns[::3]:
+            column.justify = "right"
+        for step, component, summary, pause in shown:
             # Texts, not markup: names of data sets are the user's.
-            texts = (Text(printable(text)) for text in (component, summary))
-            table.add_row(str(step), *texts, "" if pause is None else f"{pause:.1f} s")
-        console = Console(stderr=True)
-        console.print(table)
-        console.print(f"all files: {self.folder}", soft_wrap=True, markup=False)
+            texts = [Text(printable(text)) for text in (component, summary)]
+            seconds = "" if pause is None else f"{pause:.1f} s"
+            table.add_row(str(step), *texts, *([seconds] if paused else []))
+        console = Console()
+        if not console.is_terminal:
+            console.width = TABLE_WIDTH
+        with console.capture() as text:  # rich would end the process where nobody reads stdout
+            console.print(table)
+        sys.stdout.write(text.get())
+        sys.stdout.flush()
+
+    @staticmethod
+    def _caption(shown: int, made: int) -> str | None:
+        if not made:
+            return "no update was made"
+        return None if shown == made else f"{shown} of {made}; all are in events.jsonl"
+
+
+def _spread(found: list[Update], most: int) -> list[Update]:
+    """Take `most` entries evenly, the first and the last among them; all if there are no more."""
+    if len(found) <= most:
+        return found
+    return [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
@@ -165,7 +201,8 @@ def progress(
 ) -> Iterator[OnRows]:
     """Show a bar with rows, rows/s and time left, on stderr; yield `advance(rows_done)`.
 
-    Of a long pass one line is logged after its first batches: hours, and GiB of the store.
+    It takes the line of the bar of training, which stands still meanwhile. Of a long pass one line
+    is logged after its first batches: hours, and GiB of the store.
 
     Args:
         description: what is done.
@@ -183,7 +220,7 @@ def progress(
 
     pace = Pace(work, tell if told else lambda _: None)
     with tqdm(total=rows, desc=description, unit="row", disable=not shown, leave=False,
-              dynamic_ncols=True) as bar:  # fmt: skip
+              dynamic_ncols=True, position=0) as bar:  # fmt: skip
 
         def advance(done: int) -> None:
             bar.update(done)

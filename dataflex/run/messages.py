@@ -7,19 +7,27 @@ rank 0's by every rank. `RemoteFailure` carries it there.
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import traceback
 from dataclasses import dataclass
+from types import TracebackType
+from typing import TextIO
 
+from dataflex.config.secrets import redacted
 from gradstore.errors import BadInput, StoreError, StoreIOError
 from gradstore.format.names import printable
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One message for stderr and the code the process exits with."""
+    """One message for stderr, without known secrets, and the code the process exits with."""
 
     code: int
     message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", redacted(self.message))
 
 
 class RemoteFailure(StoreError):
@@ -47,21 +55,43 @@ def explain(error: BaseException) -> Failure | None:
     return None
 
 
+def show_traceback(
+    kind: type[BaseException], error: BaseException, where: TracebackType | None
+) -> None:
+    """Print a traceback to stderr, as Python does, but without known secrets."""
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, where))))
+
+
 class _PrintableFormatter(logging.Formatter):
-    """Formatter whose lines hold no control character, whatever name is in them."""
+    """Formatter whose lines hold no control character and no known secret, whatever they quote."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Format a record."""
-        return printable(super().format(record))
+        return printable(redacted(super().format(record)))
+
+
+class _BesideBars(logging.StreamHandler[TextIO]):
+    """Handler whose lines take the place of a progress bar, which is drawn again below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        tqdm = sys.modules.get("tqdm")
+        if tqdm is None:  # whoever shows a bar has imported it
+            super().emit(record)
+            return
+        with tqdm.tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 def set_up_logging() -> None:
-    """Send our own messages to stderr, one line each."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Send our own messages to stderr, one line each; of a run's other ranks only warnings."""
+    sys.excepthook = show_traceback
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    handler = _BesideBars(sys.stderr)
     handler.setFormatter(_PrintableFormatter("[dataflex] %(message)s"))
     for name in ("dataflex", "gradstore", "gradkernels"):
         logger = logging.getLogger(name)
         if not logger.handlers:
             logger.addHandler(handler)
-            logger.setLevel(logging.INFO)
+            logger.setLevel(level)
             logger.propagate = False

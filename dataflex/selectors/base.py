@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,9 @@ def ask(
         BadInput: the answer is no `Selection`.
     """
     ranks = context.run.ranks
+    if selector.unique is True:
+        first = context.run.data.train.first_of_copies(context.candidates)
+        context = replace(context, pool=first)
     answer = ranks.gather(lambda: selector.select(count, context))[0]
     if not isinstance(answer, Selection):
         raise BadInput(
@@ -84,13 +87,23 @@ class Selector(Strategy):
     required = "select"
     #: Never answers a row twice: asked for more rows than are usable, a run is refused.
     distinct: bool = False
+    #: Of rows that are copies of one another, only the first may be chosen.
+    unique: bool = False
 
     def check_count(self, count: int, data: RunData) -> None:
         """Refuse, before the model is loaded, more rows an update than can be answered."""
         from gradstore.scoring.selection import check_k
 
-        if self.distinct:
-            check_k(count, int((data.train.target_tokens > 0).sum()), len(data.train))
+        if not self.distinct:
+            return
+        usable = np.flatnonzero(data.train.target_tokens > 0)
+        check_k(count, len(usable), len(data.train))
+        if self.unique is True and count > (left := len(data.train.first_of_copies(usable))):
+            raise BadInput(
+                f"{count} rows an update are requested, but only {left} of {len(usable)} usable "
+                "rows are no copies of another. Lower update_step, or set component_params.unique: "
+                "false."
+            )
 
     def select(self, count: int, context: UpdateContext) -> Selection:
         """Choose `count` rows of `context.candidates` for the next interval.

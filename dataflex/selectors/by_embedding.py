@@ -37,6 +37,7 @@ class EmbeddingSelector(Selector):
         embedding_batch_size: rows of an embedding batch, at most; tokens bound it as well.
         keep_generations: newest steps kept of the embeddings of the model in training; null keeps
             all.
+        unique: of rows that are copies of one another, choose none but the first.
     """
 
     needs_targets = True
@@ -50,6 +51,7 @@ class EmbeddingSelector(Selector):
         embedding_layer: int = -1,
         embedding_batch_size: Count = 32,
         keep_generations: Count | None = None,
+        unique: bool = False,
     ) -> None:
         from dataflex.features.embedders import EmbeddingSettings
 
@@ -60,6 +62,7 @@ class EmbeddingSelector(Selector):
             embedding_batch_size,
         )
         self.keep_generations = keep_generations
+        self.unique = unique
         if embedding_model_name_or_path is None:
             self.whole_model = frozenset({FSDP, ZERO3})
         #: A file computed offline that replaces embeddings; none are computed then.

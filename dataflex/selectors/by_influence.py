@@ -36,11 +36,13 @@ class RowScores:
         values: (n,) float, the larger the better; NaN where the row is not usable.
         usable: (n,) bool.
         skipped: number of unusable rows by reason.
+        best: (n,) int, the sub-task that gives a row its score; None where all of them do.
     """
 
     values: npt.NDArray[np.floating[Any]]
     usable: npt.NDArray[np.bool_]
     skipped: Mapping[str, int]
+    best: npt.NDArray[np.integer[Any]] | None = None
 
 
 class InfluenceSelector(Selector):
@@ -52,6 +54,7 @@ class InfluenceSelector(Selector):
         scoring: projected (through the store) or direct (exact, nothing stored).
         checkpoints: generations combined, weighted by learning rate: last, all, or a number.
         keep_generations: newest checkpoints kept in the store; null keeps all.
+        unique: of rows that are copies of one another, choose none but the first.
         features: as for `FeatureSettings`.
     """
 
@@ -66,6 +69,7 @@ class InfluenceSelector(Selector):
         scoring: Literal["projected", "direct"] = "projected",
         checkpoints: Literal["last", "all"] | Count = "last",
         keep_generations: Count | None = None,
+        unique: bool = False,
         **features: Annotated[Any, FeatureSettings],  # noqa: ANN401 - those of that class
     ) -> None:
         self.settings = self.gradient_features = FeatureSettings(**features)
@@ -85,6 +89,7 @@ class InfluenceSelector(Selector):
         self.scoring = scoring
         self.which = checkpoints
         self.keep_generations = keep_generations
+        self.unique = unique
         #: Name of the sample that stands for the training rows; "" where all are taken.
         self.train_set = ""
         self._service: FeatureService | None = None
@@ -114,6 +119,31 @@ class InfluenceSelector(Selector):
     def subtask_sizes(self, run: RunContext) -> Sequence[int] | None:
         """Return the rows of each sub-task if one target set is split into several; None if not."""
         return run.config.dataflex.target_subtasks
+
+    def best_of(
+        self, influence: npt.NDArray[np.floating[Any]]
+    ) -> npt.NDArray[np.integer[Any]] | None:
+        """Return the sub-task (n,) that alone decides a row's score; None where several do.
+
+        Args:
+            influence: (n, q) mean cosines.
+        """
+        return None
+
+    def won(
+        self,
+        rows: npt.NDArray[np.int64],
+        best: npt.NDArray[np.integer[Any]] | None,
+        run: RunContext,
+    ) -> dict[str, int]:
+        """Count the chosen rows by the target that each helps most; {} for one target."""
+        sizes, names = self.subtask_sizes(run), [target.name for target in run.data.targets]
+        if sizes is not None and len(names) == 1:
+            names = [f"{names[0]}[{i}]" for i in range(len(sizes))]
+        if best is None or len(names) < 2:
+            return {}
+        counts = np.bincount(best[rows], minlength=len(names))
+        return dict(zip(names, counts.tolist(), strict=True))
 
     def target_source(self) -> TargetFeatures | None:
         """Return the source of target features; None: gradients of the target rows' answers."""
@@ -260,6 +290,7 @@ class InfluenceSelector(Selector):
                 "targets": list(exported.targets),
                 "commit": train.commit_sha,
                 "adapter": train.record.adapter_hash,
+                "won": self.won(rows, scores.best, context.run),
             },
         )
 
@@ -281,5 +312,9 @@ class InfluenceSelector(Selector):
             export_seconds=exported - began,
             select_seconds=time.perf_counter() - exported,
             skipped=found.skipped,
-            manifest={"scoring": "direct", "feature": self.settings.gradient_type},
+            manifest={
+                "scoring": "direct",
+                "feature": self.settings.gradient_type,
+                "won": self.won(rows, self.best_of(found.cosines), context.run),
+            },
         )

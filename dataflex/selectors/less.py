@@ -46,7 +46,16 @@ class LessSelector(InfluenceSelector):
             subtask_sizes=self.subtask_sizes(context.run),
             aggregation=self.aggregation,
         )
-        return RowScores(scores.values, scores.usable, scores.skipped)
+        best = scores.best_subtask if self.aggregation == "max" else None
+        return RowScores(scores.values, scores.usable, scores.skipped, best)
+
+    def best_of(
+        self, influence: npt.NDArray[np.floating[Any]]
+    ) -> npt.NDArray[np.integer[Any]] | None:
+        """Return the sub-task (n,) of the largest influence, where the largest counts."""
+        if self.aggregation != "max":
+            return None
+        return np.asarray(np.nan_to_num(influence, nan=-np.inf).argmax(axis=1))
 
     def fold(
         self,

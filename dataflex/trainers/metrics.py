@@ -70,11 +70,14 @@ def score_metrics(scores: npt.NDArray[np.floating[Any]] | None) -> dict[str, flo
     }
 
 
-def count_by_set(chosen: Mapping[str, int]) -> str:
-    """Write how many rows each data set gave, where there are several."""
-    if len(chosen) < 2:
-        return ""
-    return f" ({', '.join(f'{name} {count}' for name, count in chosen.items())})"
+def count_by_set(chosen: Mapping[str, int], sets: int) -> str:
+    """Write how many rows the data sets gave that gave most, where there are several `sets`."""
+    return f" ({largest(chosen, 'd')})" if sets > 1 else ""
+
+
+def won_by(won: Mapping[str, int]) -> str:
+    """Write how many rows each target won, for the end of a line about a selection."""
+    return f"; won by {largest(won, 'd')}" if won else ""
 
 
 def score_range(numbers: Mapping[str, float]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from dataclasses import asdict
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +15,10 @@ from dataflex.data.rows import RunData
 from dataflex.run.log import SelectionEvent, as_json
 from dataflex.run.schedule import EventKind, Interval
 from dataflex.selectors.base import Selection, ask
-from dataflex.trainers.metrics import count_by_set, score_range, selection_metrics
+from dataflex.trainers.metrics import count_by_set, score_range, selection_metrics, won_by
 from dataflex.trainers.row_seam import RowSeam, check_rows_of
+
+_log = logging.getLogger(__name__)
 
 
 class SelectSeam(RowSeam):
@@ -47,8 +51,7 @@ class SelectSeam(RowSeam):
         if not self.run.ranks.leads:
             return
         train = self.run.data.train
-        sources = train.sources
-        names = [sources[i][0] if sources else train.name for i in rows.tolist()]
+        won = dict(selection.manifest.get("won", {}))
         manifest = {**self.manifest(len(rows), self.run.params), **selection.manifest}
         self.log_files.selection(step, rows, selection.scores, manifest)
         event = SelectionEvent(
@@ -62,15 +65,52 @@ class SelectSeam(RowSeam):
             select_seconds=selection.select_seconds,
             pause_seconds=pause,
             skipped=dict(selection.skipped),
-            chosen=dict(Counter(names).most_common(8)),
+            chosen=self._by_set(rows),
+            train_sets=self._train_sets,
+            won=won,
+            distinct=len(train.first_of_copies(rows)),
         )
-        summary = f"chose {len(rows)} of {len(train)} rows{count_by_set(event.chosen)}"
+        for warning in warnings_of(event, len(np.unique(rows))):
+            _log.warning("step %d: %s", step, warning)
+        sets = count_by_set(event.chosen, len(event.train_sets))
+        summary = f"chose {len(rows)} of {len(train)} rows{sets}"
+        if event.distinct < len(np.unique(rows)):
+            summary += f", {event.distinct} of them distinct"
         self.log_files.update(
             "select",
-            summary=summary + score_range(numbers),
+            summary=summary + score_range(numbers) + won_by(won),
             **asdict(event),
             numbers=as_json(numbers),
         )
+
+    @cached_property
+    def _train_sets(self) -> dict[str, int]:
+        """Count the training rows by data set."""
+        return self._by_set(np.arange(len(self.run.data.train)))
+
+    def _by_set(self, rows: npt.NDArray[np.int64]) -> dict[str, int]:
+        """Count rows by data set, the largest count first."""
+        train = self.run.data.train
+        if train.sources is None:
+            return {train.name: len(rows)}
+        return dict(Counter(train.sources[i][0] for i in rows.tolist()).most_common())
+
+
+def warnings_of(event: SelectionEvent, rows: int) -> list[str]:
+    """List what makes a choice of `rows` different rows hardly one: copies, or a single target."""
+    found = []
+    if event.distinct == 1 < rows:
+        found.append(
+            f"all {rows} chosen rows are copies of one row. Set component_params.unique: true "
+            "where the component has it, or remove the copies from the data set"
+        )
+    winners = [name for name, count in event.won.items() if count]
+    if len(event.won) > 1 and len(winners) == 1:
+        found.append(
+            f"target {winners[0]!r} won all {rows} chosen rows, the other {len(event.won) - 1} "
+            "had no say; component_params.aggregation: mean lets every target count"
+        )
+    return found
 
 
 def warmup_rows(data: RunData, count: int, seed: int, stage: int) -> npt.NDArray[np.int64]:

@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dataflex.config.secrets import without_secrets
+
 #: Keys that say which parameters are trained, and thus what a checkpoint holds.
 FINETUNING = ("finetuning_type", "lora_rank", "lora_alpha", "lora_target", "additional_target",
               "use_dora", "use_rslora")  # fmt: skip
@@ -83,8 +85,8 @@ def of_training(args: Any, steps: int) -> dict[str, Any]:  # noqa: ANN401 - Trai
 
 
 def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as JSON keeps them, with what has no order in rising order."""
-    return {str(key): _plain(value, str(key)) for key, value in settings.items()}
+    """Return settings as JSON keeps them, with what has no order in rising order, no secret."""
+    return {str(key): _plain(value, str(key)) for key, value in without_secrets(settings).items()}
 
 
 def differences(held: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -40,9 +40,12 @@ Cli = Callable[..., Result]
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
     """`cli("train", path, ..., faults={...}, env={...}, ranks=2)` -> Result, in real processes.
 
+    A variable of `env` that is None is not set there.
     With `background`, a file for its output, `code` is the id of a process that goes on.
     """
-    inherited = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    # Tests read off LlamaFactory's INFO how far a run came; test_screen.py is about runs without.
+    inherited = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+                 "LLAMAFACTORY_VERBOSITY": "INFO"}  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).parent / "zygote.py")],
         stdin=subprocess.PIPE,
@@ -58,7 +61,7 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
         program: str = "dataflex-cli",
         cwd: Path = ROOT,
         faults: Mapping[str, Any] | None = None,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
         ranks: int = 1,
         given: str | None = None,
         background: Path | None = None,
@@ -76,7 +79,8 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
         code = int(process.stdout.readline())
         if background is not None:
             return Result(code, "", "")
-        return Result(code, out.read_text(), err.read_text())
+        # As they are: a line that is written over and over is one line of the terminal.
+        return Result(code, *(path.read_bytes().decode() for path in (out, err)))
 
     yield call
     assert process.stdin is not None

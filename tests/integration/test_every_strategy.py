@@ -98,6 +98,9 @@ def test_it_runs_and_a_kill_in_mid_interval_changes_nothing(
     result = cli("train", path, *settings(path, whole), faults={"trace": str(tmp_path / "a")})
     assert result.code == 0, result.err[-3000:]
     assert (whole / "dataflex" / "picture.png").stat().st_size > 5_000
+    table = result.out.rpartition("Updates of this run")[2].splitlines()
+    assert len(table) > 4, "the table of updates has rows, on stdout"
+    assert not table[-1].strip("└┴─┘"), "and is the last that is said"
     logged = (whole / "trainer_log.jsonl").read_text()
     assert '"dataflex/' in logged, "the Trainer's log carries the strategy's numbers"
 

@@ -41,7 +41,7 @@ def test_an_example_runs_as_often_as_one_likes(path: Path, cli: Any, tmp_path: P
         options = (*FEWER, rows, f"output_dir={run}")
         result = cli("train", path, *options)
         assert result.code == 0, result.err[-3000:]
-        assert "Updates of this run" in result.err
+        assert "Updates of this run" in result.out
         chosen = json.loads((run / "dataflex" / "selections" / "step_2.json").read_text())
         assert len(chosen["indices"]) == 4
         assert len((run / "dataflex" / "events.jsonl").read_text().splitlines()) == 1

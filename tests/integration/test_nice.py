@@ -7,10 +7,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,65 @@ def test_a_local_model_can_be_the_judge(judge: Path, cli: Any, config: Any, tmp_
     result = cli("train", nice(config, params=params, train_step=2))
     assert result.code == 0, result.err[-3000:]
     assert numbers(tmp_path / "run")["reward_mean"] == pytest.approx(0.5, abs=0.1)
+
+
+class Echo(BaseHTTPRequestHandler):
+    """A server that repeats the key it was given, in an answer with a score or without."""
+
+    status = 200
+    score = "0.5"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        key = self.headers["Authorization"].removeprefix("Bearer ")
+        text = f"{self.score} for {key}"
+        body = json.dumps({"choices": [{"message": {"content": text}}], "key": key}).encode()
+        self.send_response(self.status, f"this is {key}")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+SECRET = 'sk-open/sesame"street'
+
+LEAKS: dict[str, tuple[dict[str, Any], dict[str, Any], str, int]] = {
+    "answers": ({}, {}, SECRET, 0),
+    "answer without a score": ({"score": "no"}, {}, SECRET, 2),
+    "refusal": ({"status": 401}, {}, SECRET, 2),
+    "fault": ({"status": 500}, {"api_retries": 0}, SECRET, 5),
+    "line break": ({}, {}, f"{SECRET}\r\n", 2),
+    "key for a name": ({}, {"api_key_env": SECRET}, SECRET, 2),
+    "key under another name": ({}, {"api_key": SECRET}, SECRET, 2),
+}
+
+
+@pytest.mark.parametrize("case", LEAKS)
+def test_a_judges_key_is_nowhere_in_what_a_run_says_or_writes(
+    case: str, cli: Any, config: Any, tmp_path: Path
+) -> None:
+    told, changes, key, code = LEAKS[case]
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Told", (Echo,), told)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        params = {"api_base_url": f"http://127.0.0.1:{server.server_port}/v1", "api_model": "m",
+                  "api_key_env": "JUDGE_KEY", "baseline": "none", **changes}  # fmt: skip
+        path = nice(config, params=params, train_step=2, hf_hub_token=f"hf_{SECRET}")
+        result = cli("train", path, "--debug", env={"JUDGE_KEY": key})
+        server.shutdown()
+        thread.join()
+    path.unlink()
+    assert result.code == code, result.err[-3000:]
+    if case == "answers":
+        files = {file.name for file in tmp_path.rglob("*")}
+        assert {"events.jsonl", "step_1.json", "state.json", "run.json", "picture.png"} <= files
+    written = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    assert "sesame" not in result.out + result.err
+    assert b"sesame" not in written
+    if code and "key" not in case and case != "line break":
+        assert "***" in result.message
 
 
 def test_a_server_that_is_not_there_is_named_before_training(cli: Any, config: Any) -> None:

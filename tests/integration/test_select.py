@@ -48,6 +48,50 @@ def test_evaluation_sets_one_by_one_are_the_target_and_change_no_choice(
         assert evaluated == [2, 4]
 
 
+def test_copies_and_a_target_that_wins_all_are_told_and_unique_takes_each_row_once(
+    cli: Any, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    sums = [{"instruction": "Add the numbers.", "input": f"{i} and 2", "output": str(i + 2)}
+            for i in range(14)]  # fmt: skip
+    copied = {"instruction": "Repeat the word.", "input": "sesame", "output": "sesame sesame"}
+    sets = {"copies": [copied] * 10, "sums": sums, "near": [copied] * 2,
+            "far": [{"instruction": "Sort.", "input": "9 4 7", "output": "4 7 9"}]}  # fmt: skip
+    for name, rows in sets.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    info = {name: {"file_name": f"{name}.json"} for name in sets}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    found = {}
+    for unique in (False, True):
+        run = tmp_path / f"run{unique}"
+        result = cli("train", config(
+            dataset="copies,sums", dataset_dir=str(tmp_path), target_dataset="near,far",
+            max_samples=None, update_step=2, train_step=4, gradient_accumulation_steps=2,
+            component_params={"proj_dim": 512, "unique": unique}, output_dir=str(run),
+        ))  # fmt: skip
+        assert result.code == 0, result.err[-3000:]
+        (event,) = read_events(run / "dataflex")
+        chosen = json.loads((run / "dataflex/selections/step_2.json").read_text())
+        assert event["won"] == chosen["manifest"]["won"]
+        assert event["train_sets"] == {"sums": 14, "copies": 10}
+        found[unique] = (event, chosen["indices"], result.err)
+    event, rows, said = found[False]
+    assert (event["distinct"], event["won"]) == (1, {"near": 8, "far": 0})
+    assert event["chosen"] == {"copies": 8}
+    assert rows == list(range(8)), "ties go to the lower row"
+    assert "all 8 chosen rows are copies of one row" in said
+    assert "component_params.unique: true" in said
+    assert "target 'near' won all 8 chosen rows" in said
+    assert "1 of them distinct" in said
+    event, rows, said = found[True]
+    assert event["distinct"] == len(rows) == 8
+    assert event["chosen"] == {"sums": 7, "copies": 1}
+    assert rows[0] == 0, "of the copies, the first"
+    assert sum(event["won"].values()) == 8
+    assert "; won by near " in said
+    assert "copies of one row" not in said
+    assert "distinct" not in said
+
+
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "temperature": ({"temperature": 0}, ("temperature is 0", "above 0")),
     "quantiles": ({"quantiles": [0.66, 0.33]}, ("quantiles are [0.66, 0.33]", "two rising")),

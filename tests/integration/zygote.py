@@ -137,7 +137,10 @@ def run(request: dict[str, Any], rank: int | None = None) -> None:
         os.close(writing)
         os.dup2(reading, 0)
     os.chdir(request["cwd"])
-    os.environ.update(request.get("env", {}))
+    for name, value in request.get("env", {}).items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     code = 1
     try:
         if request.get("faults"):

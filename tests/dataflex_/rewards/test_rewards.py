@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import socket
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from dataflex.config.secrets import redacted
 from dataflex.rewards.base import JudgeRequest, RewardPrompts, parse_score
 from dataflex.rewards.function import FunctionJudge
 from dataflex.rewards.local import LocalJudge
@@ -170,6 +172,55 @@ def test_the_key_is_in_no_message_and_no_log(
     with pytest.raises(BadInput, match="a line break") as refused:
         asking.judge(ASKED)
     assert "sesame" not in caplog.text + fault + str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["sesame-street", 'sesame/"street"'])
+@pytest.mark.parametrize("place", ["answer", "reason", "broken header", "escaped"])
+def test_a_server_that_repeats_the_key_is_quoted_without_it(
+    place: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its text, in the line of the status, in what is no HTTP, or escaped as JSON."""
+    told = {
+        "answer": "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + said(key).decode(),
+        "reason": f"HTTP/1.1 401 {key} is wrong\r\nContent-Length: 0\r\n\r\n",
+        "broken header": f"HTTP/1.1 200 OK\r\n{key}\r\n\r\n",
+        "escaped": f"HTTP/1.1 403 No\r\nConnection: close\r\n\r\n{json.dumps([key])}",
+    }[place]  # fmt: skip
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(told.encode())
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        with pytest.raises((BadInput, StoreIOError)) as error:
+            judge(url, key_env="JUDGE_KEY", retries=0).start(MODEL)
+        thread.join()
+    assert "***" in str(error.value)
+    assert "sesame" not in str(error.value)
+    assert "street" not in redacted("".join(traceback.format_exception(error.value)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"key_env": "sk-sesame-42"}, {"url": "http://me:sesame@host/v1"},
+     {"url": "me:sesame@host/v1"}, {"url": "http://host/v1?api_key=sesame"}],
+    ids=["key", "password", "no scheme", "parameter"],
+)  # fmt: skip
+def test_a_secret_in_the_wrong_place_is_refused_unseen(changes: dict[str, Any]) -> None:
+    (fault,) = judge(**{"url": "http://host/v1", **changes}).faults()
+    assert "sesame" not in fault
+
+
+@pytest.mark.parametrize("url", ["http://[::1/v1", "http://host:99999/v1", "ftp://host/v1"])
+def test_a_url_that_cannot_be_one_is_a_fault(url: str) -> None:
+    (fault,) = judge(url).faults()
+    assert url in fault
 
 
 def test_no_more_requests_are_under_way_than_workers(server: str) -> None:

@@ -34,7 +34,7 @@ def test_the_last_table_shows_names_as_they_are(
     log = RunLog(tmp_path)
     log.update("select", step=2, component=name, summary=f"chose 4 rows ({name} 4)")
     log.table()
-    shown = capsys.readouterr().err
+    shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "\u202e" not in shown
     assert printable(name)[:6] in shown

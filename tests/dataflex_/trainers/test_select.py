@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.trainers.select import warmup_rows
+from dataflex.run.log import SelectionEvent
+from dataflex.trainers.metrics import count_by_set, won_by
+from dataflex.trainers.select import warmup_rows, warnings_of
 
 
 def drawn(seed: int, stage: int, count: int = 20) -> list[int]:
@@ -24,6 +26,31 @@ def test_a_warm_up_depends_on_seed_and_stage_and_draws_rows_with_a_target_once()
     assert rows != drawn(seed=1, stage=1)
     assert len(set(rows)) == 20
     assert all(row % 7 for row in rows)
+
+
+def event(**values: Any) -> SelectionEvent:
+    return SelectionEvent(step=2, component="less", train_rows=40, **values)
+
+
+def test_a_choice_of_one_row_or_by_one_target_is_warned_of() -> None:
+    assert not warnings_of(event(distinct=4, won={"a": 3, "b": 1}), 4)
+    assert not warnings_of(event(distinct=1, won={"a": 1}), 1)
+    (copies,) = warnings_of(event(distinct=1, won={"a": 2, "b": 2}), 4)
+    assert "all 4 chosen rows are copies of one row" in copies
+    (won,) = warnings_of(event(distinct=3, won={"a": 0, "b": 4, "c": 0}), 4)
+    assert "target 'b' won all 4 chosen rows, the other 2 had no say" in won
+
+
+def test_of_many_data_sets_a_line_names_those_that_gave_most() -> None:
+    chosen = {f"set_{i}": 100 - i for i in range(50)}
+    shown = count_by_set(chosen, 50)
+    assert shown.startswith(" (set_0 100, ")
+    assert shown.endswith(" and 42 more)")
+    assert len(shown) < 120
+    assert count_by_set({"one": 4}, 1) == ""
+    assert count_by_set({"one": 4}, 2) == " (one 4)"
+    assert won_by({"a": 3, "b": 0}) == "; won by a 3, b 0"
+    assert won_by({}) == ""
 
 
 def test_settings_that_have_no_order_are_compared_without_one() -> None:

@@ -1,0 +1,74 @@
+"""The amount that LlamaFactory and transformers say: warnings alone, or with `--verbose` all.
+
+One environment variable carries the choice, `LLAMAFACTORY_VERBOSITY`: LlamaFactory reads it when it
+is imported, sets transformers by it, and the workers of a run inherit it. One that the user has set
+is left alone, and so is `TRANSFORMERS_VERBOSITY`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from dataflex.bridge.arguments import swapped
+
+VERBOSITY = "LLAMAFACTORY_VERBOSITY"
+
+#: Seconds after which tqdm shows a bar: reading and tokenising a small set shows none. The bar of
+#: training has none: written beside within them, it would be left without the end of its line.
+DELAY, DELAY_SECONDS = "TQDM_DELAY", "2"
+
+
+def choose_verbosity(verbose: bool) -> None:
+    """Let LlamaFactory and transformers speak as they do by themselves, or only warn.
+
+    To be called before either is imported.
+    """
+    if not verbose:
+        os.environ.setdefault(VERBOSITY, "WARNING")
+        os.environ.setdefault(DELAY, DELAY_SECONDS)
+
+
+@contextlib.contextmanager
+def as_chosen() -> Iterator[None]:
+    """Apply the choice to LlamaFactory, also where something had imported it before.
+
+    It prints a row of each data set to stdout, text and token ids, by no logger: without its INFO,
+    that is left out too.
+    """
+    from llamafactory.data import loader
+    from llamafactory.extras import logging as theirs
+    from tqdm.auto import tqdm
+    from transformers import trainer_callback
+
+    theirs.get_logger()
+    level = theirs._get_default_logging_level()
+    logging.getLogger("llamafactory").setLevel(level)
+    if level <= logging.INFO:
+        yield
+        return
+    processor_for = loader._get_dataset_processor
+
+    def silent_processor_for(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        processor = processor_for(*args, **kwargs)
+        processor.print_data_example = _say_nothing
+        return processor
+
+    bar = functools.partial(tqdm, delay=0)
+    with (
+        swapped(loader, "_get_dataset_processor", silent_processor_for),
+        swapped(trainer_callback, "tqdm", bar),
+    ):
+        loader.print = _say_nothing  # before the built-in of that name, in that module alone
+        try:
+            yield
+        finally:
+            del loader.print
+
+
+def _say_nothing(*_: object) -> None:
+    pass

@@ -1,0 +1,85 @@
+"""Secrets are known by the names of their keys, and replaced wherever a text quotes them."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from dataflex.config import secrets
+from dataflex.config.keys import load
+from dataflex.config.presets import resolve
+from dataflex.config.secrets import keep_secret, keep_secrets, redacted, without_secrets
+from dataflex.run.messages import Failure
+from gradstore.errors import BadInput
+
+KEY = "sk-open/'sesame\"<42"
+
+
+@pytest.fixture(autouse=True)
+def none_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "_kept", set())
+
+
+@pytest.mark.parametrize(
+    "form", [KEY, quote(KEY), quote(KEY, safe=""), json.dumps(KEY), repr(KEY), html.escape(KEY)]
+)
+def test_a_known_secret_is_replaced_in_every_form_that_a_text_may_quote_it_in(form: str) -> None:
+    keep_secret(KEY)
+    shown = redacted(f"no access with {form}, sorry")
+    assert "sesame" not in shown
+    assert shown.startswith("no access with ")
+    assert shown.endswith(", sorry")
+    assert "***" in shown
+
+
+def test_a_longer_secret_is_replaced_before_one_that_is_part_of_it() -> None:
+    keep_secret("open")
+    keep_secret("open-sesame\n")
+    assert redacted("open-sesame, open") == "***, ***"
+    keep_secret("no")  # a key this short would spoil every message
+    assert redacted("no") == "no"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hf_hub_token", "ms_hub_token", "om_hub_token", "swanlab_api_key", "api_key", "password",
+     "swanlab_lark_secret", "swanlab_lark_webhook_url", "hub_token", "token", "AWS_SECRET_KEY"],
+)  # fmt: skip
+def test_texts_under_secret_names_are_left_out_of_files(name: str) -> None:
+    params = {"judge": [{name: KEY, "temperature": 0.5}]}
+    assert without_secrets(params) == {"judge": [{name: "***", "temperature": 0.5}]}
+    assert params["judge"][0][name] == KEY, "a copy is changed"
+    keep_secrets(params)
+    assert redacted(KEY) == "***"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("eos_token", "</s>"), ("tokens_per_batch", 128), ("max_new_tokens", 8), ("pooling", "mean"),
+     ("api_key_env", "JUDGE_KEY"), ("api_key", "JUDGE_KEY"), ("password", 3), ("monkey", "banana")],
+)  # fmt: skip
+def test_what_only_sounds_like_a_secret_is_shown(name: str, value: object) -> None:
+    """DataFlex 1.1.0's `api_key` is the name of an environment variable."""
+    assert without_secrets({name: value}) == {name: value}
+    keep_secrets({name: value})
+    assert redacted(str(value)) == str(value)
+
+
+def test_keys_of_a_configuration_and_of_its_presets_are_known_once_they_are_read(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: runs/x\nhf_hub_token: hf_sesame\n")
+    config = load(path, ["component_params.api_key=sk-sesame"], {"output_dir", "hf_hub_token"})
+    assert config.llamafactory["hf_hub_token"] == "hf_sesame", "LlamaFactory gets it"
+    shown = Failure(2, "LlamaFactory refuses hf_sesame and sk-sesame").message
+    assert shown == "LlamaFactory refuses *** and ***"
+    presets = tmp_path / "components.yaml"
+    presets.write_text("selectors: {mine: {name: random, params: {password: open-sesame}}}")
+    with pytest.raises(BadInput):
+        resolve("dynamic_select", "mine", {}, presets)
+    assert redacted("open-sesame") == "***"

@@ -1,0 +1,85 @@
+"""The end of a run: whatever its picture or table does, files stay, and so does exit code 0."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dataflex.launch import session as module
+from dataflex.launch.session import TrainSession
+from dataflex.run.log import RunLog
+
+SHOWS = """
+import os, sys
+from pathlib import Path
+from dataflex.launch.session import TrainSession
+from dataflex.run.log import RunLog
+from dataflex.run.messages import set_up_logging
+
+set_up_logging()
+session = object.__new__(TrainSession)
+session._log = RunLog(Path(sys.argv[1]))
+session._log.update("select", 2, "less", "chose 4 rows", pause_seconds=1.0)
+if sys.argv[2] == "ascii":
+    session._log.update("select", 4, "less", "chose 4 rows (d\u00e9j\u00e0 4)", pause_seconds=1.0)
+session.show()
+"""
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> TrainSession:
+    session = object.__new__(TrainSession)
+    session._log = RunLog(tmp_path)
+    session._log.update("select", 2, "less", "chose 4 rows", pause_seconds=1.0)
+    return session
+
+
+@pytest.mark.parametrize(
+    ("place", "what"), [("draw", "picture of the run was not drawn"), ("table", "table of updates")]
+)
+def test_a_failure_of_the_picture_or_the_table_is_a_warning(
+    place: str,
+    what: str,
+    ended: TrainSession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no such font")
+
+    owner = module if place == "draw" else RunLog
+    monkeypatch.setattr(owner, place, fail)
+    monkeypatch.setattr(logging.getLogger("dataflex"), "propagate", True)
+    with caplog.at_level(logging.INFO, "dataflex"):
+        ended.show()
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert what in warning
+    assert "no such font" in warning
+    assert ("chose 4 rows" in capsys.readouterr().out) == (place == "draw")
+    assert (tmp_path / "dataflex" / "events.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("stdout", ["closed by its reader", "ascii"])
+def test_a_stdout_that_takes_no_table_changes_no_exit_code(stdout: str, tmp_path: Path) -> None:
+    """Python itself would end with 120 for a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    if stdout == "closed by its reader":
+        os.close(reading)
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    result = subprocess.run(
+        [sys.executable, "-c", SHOWS, str(tmp_path), stdout],
+        stdout=writing, stderr=subprocess.PIPE, env=environment, text=True, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert result.returncode == 0, result.stderr
+    assert "the table of updates was not printed" in result.stderr
+    assert "Traceback" not in result.stderr
+    if stdout == "ascii":
+        os.close(reading)
