@@ -10,18 +10,21 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from dataflex.checkpoints.folders import checkpoints, newest_complete
+from dataflex.checkpoints.folders import checkpoints, newest_sound
+from dataflex.checkpoints.seal import seal
 from dataflex.checkpoints.state import RunState
 from dataflex.checkpoints.weights import optimizer_order
 from gradstore.export.moments import AdamMoments
 
 
 def make(folder: Path, step: int, run_id: str = "mine", complete: bool = True) -> Path:
+    """A checkpoint with an optimizer in files of DeepSpeed's, which are not looked into."""
     made = folder / f"checkpoint-{step}"
-    made.mkdir(parents=True)
+    (made / "global_step").mkdir(parents=True)
     RunState(step, run_id, (1, 2, 3), "sha").save(made)
     if complete:
         (made / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        seal(made)
     return made
 
 
@@ -35,15 +38,15 @@ def test_a_resume_takes_the_newest_whole_one(tmp_path: Path) -> None:
     make(tmp_path, 2)
     newest = make(tmp_path, 10)
     make(tmp_path, 12, complete=False)
-    assert newest_complete(tmp_path, None) == newest
-    assert newest_complete(tmp_path, "mine") == newest
+    assert newest_sound(tmp_path, None)[0] == newest
+    assert newest_sound(tmp_path, "mine")[0] == newest
 
 
 def test_a_resume_never_takes_another_runs(tmp_path: Path) -> None:
     mine = make(tmp_path, 2)
     make(tmp_path, 10, run_id="another")
-    assert newest_complete(tmp_path, "mine") == mine
-    assert newest_complete(tmp_path, "a third") is None
+    assert newest_sound(tmp_path, "mine")[0] == mine
+    assert newest_sound(tmp_path, "a third")[0] is None
 
 
 class Decayed(nn.Module):
