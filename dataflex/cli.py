@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from dataflex.bridge.quiet import choose_verbosity
-from dataflex.run.messages import explain, set_up_logging, show_traceback
+from dataflex.run.messages import DEBUG, explain, set_up_logging, show_traceback
 from gradstore import cli as gradstore_cli
 from gradstore.format.names import printable
 
@@ -145,6 +146,8 @@ def main() -> None:
 
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
+    if debug:
+        os.environ[DEBUG] = "1"  # for the processes of torchrun
     try:
         words = [word for word in arguments if word != "--debug"]
         code = int(app(words, standalone_mode=False) or 0)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dataflex.config.parameters import describe
 from dataflex.config.sources import SourceField, find_class
-from gradstore.errors import BadInput
+from dataflex.data.files import data_files, unreadable
+from gradstore.errors import BadInput, StoreError
 
 #: LlamaFactory's stages; each has a workflow of its own.
 STAGES = ("pt", "sft", "rm", "dpo", "kto", "ppo")
@@ -88,34 +91,39 @@ def device_count() -> int:
     return int(get_device_count())
 
 
-#: What LlamaFactory raises for arguments of a wrong type or value, or that need a missing library.
-ARGUMENT_FAULTS = (ValueError, TypeError, ImportError)
+#: Errors of the machine, not of what is loaded: disk, rights, memory.
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
+           errno.ENOMEM, errno.EMFILE)  # fmt: skip
+
+#: Keys of a model that a message about it does not repeat: its name, and secrets.
+UNTOLD = ("model_name_or_path", "hf_hub_token", "ms_hub_token", "om_hub_token", "cache_dir")
+
+#: Frames of these packages are ours: an error raised there is a bug of ours.
+OURS = ("dataflex", "gradstore", "gradkernels")
 
 
 @contextlib.contextmanager
 def configuration_faults() -> Iterator[None]:
-    """Convert LlamaFactory's errors for bad arguments, data and models to `BadInput`."""
-    from datasets.exceptions import DatasetsError
+    """Convert LlamaFactory's errors for arguments, data and models to `BadInput`.
+
+    The net lies at two seams, loading data and loading a model, and catches whatever is raised
+    there by code that is not ours; nothing lies around training itself.
+    """
     from llamafactory.data import loader
     from llamafactory.train import tuner
 
-    data_faults = (ValueError, RuntimeError, DatasetsError)
-    places: list[tuple[Any, str, tuple[type[Exception], ...]]] = [
-        (tuner, "get_train_args", ARGUMENT_FAULTS),
-        (loader, "_get_merged_dataset", (*data_faults, KeyError)),
-        (loader, "_get_preprocessed_dataset", data_faults),
-        (loader, "split_dataset", data_faults),
+    places: list[tuple[Any, str, Callable[..., Any]]] = [
+        (tuner, "get_train_args", as_bad_input(tuner.get_train_args)),
+        (loader, "_load_single_dataset", _naming_set(loader._load_single_dataset)),
     ]
-    loaders: list[tuple[Any, str]] = []
     for stage in STAGES:
         workflow = importlib.import_module(f"llamafactory.train.{stage}.workflow")
-        places.append((workflow, "get_template_and_fix_tokenizer", (ValueError,)))
-        loaders += [(workflow, name) for name in ("load_tokenizer", "load_model")]
+        for name in ("get_template_and_fix_tokenizer", "get_dataset"):
+            places.append((workflow, name, as_bad_input(getattr(workflow, name))))
+        for name in ("load_tokenizer", "load_model"):
+            places.append((workflow, name, naming_model(getattr(workflow, name))))
     with contextlib.ExitStack() as stack:
-        for module, name in loaders:
-            stack.enter_context(swapped(module, name, naming_model(getattr(module, name))))
-        for module, name, faults in places:
-            guarded = as_bad_input(getattr(module, name), faults)
+        for module, name, guarded in places:
             stack.enter_context(swapped(module, name, guarded))
         yield
 
@@ -131,20 +139,66 @@ def swapped(module: Any, name: str, replacement: object) -> Iterator[None]:  # n
         setattr(module, name, original)
 
 
-def as_bad_input(
-    function: Callable[..., Any], faults: tuple[type[Exception], ...] = (ValueError,)
-) -> Callable[..., Any]:
-    """Wrap one of LlamaFactory's functions: `faults` that it raises become `BadInput`."""
+def as_bad_input(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap one of LlamaFactory's functions: what it raises, unless it is ours, is `BadInput`."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a transparent wrapper
         try:
             return function(*args, **kwargs)
-        except StopIteration as error:
-            raise BadInput("a data set is empty: its file holds no row.") from error
-        except faults as error:
-            cause = error.__cause__ or error
-            reason = f"a row has no {cause}" if isinstance(cause, KeyError) else str(cause)
-            raise BadInput(f"LlamaFactory refuses the configuration or data: {reason}") from error
+        except Exception as error:
+            if is_another_matter(error):
+                raise
+            raise BadInput(
+                f"LlamaFactory refuses the configuration or data: {reason_of(error)}"
+            ) from error
+
+    return wrapped
+
+
+def is_another_matter(error: Exception) -> bool:
+    """Return true for errors that are no fault of what is loaded.
+
+    These are failures that have their message, a disk or memory that does not suffice, and bugs of
+    ours: whatever is raised by a line of our packages.
+    """
+    if isinstance(error, StoreError | MemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno in MACHINE:
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return module.partition(".")[0] in OURS
+
+
+def reason_of(error: BaseException) -> str:
+    """Say in one line what the innermost cause of an error complains of."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, StopIteration):
+        return "there is no row in it."
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | RuntimeError | OSError | ImportError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _naming_set(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the loading of one data set, whose complaints do not say which one it is."""
+
+    def wrapped(dataset_attr: Any, model_args: Any, data_args: Any, *args: Any) -> Any:  # noqa: ANN401
+        name = getattr(dataset_attr, "source_name", dataset_attr.dataset_name)
+        entry = {"file_name": dataset_attr.dataset_name} if dataset_attr.load_from == "file" else {}
+        with naming(f"data set {name!r}"):
+            try:
+                return function(dataset_attr, model_args, data_args, *args)
+            except Exception as error:
+                if is_another_matter(error):
+                    raise
+                found = map(unreadable, data_files(Path(data_args.dataset_dir), entry))
+                reason = next(filter(None, found), None) or reason_of(error)
+                raise BadInput(f"LlamaFactory cannot load it: {reason}") from error
 
     return wrapped
 
@@ -155,6 +209,8 @@ def naming(what: str) -> Iterator[None]:
     try:
         yield
     except BadInput as error:
+        if str(error).startswith("data set "):
+            raise
         raise BadInput(f"{what}: {error}") from error
 
 
@@ -164,11 +220,29 @@ def naming_model(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a transparent wrapper
         try:
             return function(*args, **kwargs)
-        except (OSError, ValueError, ImportError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
+        except Exception as error:
+            if is_another_matter(error):
                 raise
-            (name,) = (a.model_name_or_path for a in args if hasattr(a, "model_name_or_path"))
-            reason = " ".join(str(error.__cause__ or error).split())
-            raise BadInput(f"model_name_or_path {name!r} cannot be loaded: {reason}") from error
+            (given,) = (a for a in args if hasattr(a, "model_name_or_path"))
+            told = _set_keys(given)
+            raise BadInput(
+                f"model_name_or_path {given.model_name_or_path!r} cannot be loaded: "
+                f"{reason_of(error)}" + (f" (with {told})" if told else "")
+            ) from error
 
     return wrapped
+
+
+def _set_keys(given: Any) -> str:  # noqa: ANN401 - LlamaFactory's ModelArguments
+    """List the keys of a model that are not at their defaults, short values alone."""
+    defaults = {f.name: f.default for f in dataclasses.fields(given) if f.init}
+    set_here = {
+        key: getattr(given, key, default)
+        for key, default in defaults.items()
+        if default is not dataclasses.MISSING and key not in UNTOLD
+    }
+    return ", ".join(
+        f"{key}: {getattr(value, 'value', value)}"
+        for key, value in set_here.items()
+        if isinstance(value, str | int | float) and value != defaults[key]
+    )

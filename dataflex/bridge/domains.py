@@ -110,7 +110,7 @@ def _sources(
     names = tuple(data_args.dataset or ())
     if data_args.tokenized_path is None:
         return {name: _one(name, data_args, training_args, load) for name in names}
-    kept = TokenisedPath(data_args.tokenized_path, data_args, training_args, made_with)
+    kept = TokenisedPath(data_args, training_args, made_with, "by domain")
     found = kept.read()
     if found is None:
         fresh = {name: _one(name, data_args, training_args, load) for name in names}

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dataflex.bridge.arguments import (
-    ARGUMENT_FAULTS,
     as_bad_input,
     configuration_faults,
     naming_model,
     swapped,
 )
+from dataflex.bridge.origins import row_sources
 from dataflex.bridge.quiet import as_chosen
-from dataflex.bridge.rows import Arrange, OnData, dataset_loader, row_sources
+from dataflex.bridge.rows import Arrange, OnData, dataset_loader
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData
 
@@ -142,9 +142,9 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Exp
         args["adapter_name_or_path"] = ",".join([*merged, str(checkpoint)])
         args["create_new_adapter"] = False
     with configuration_faults(), as_chosen(), row_sources() as files:
-        model_args, data_args, training_args, finetuning_args, _ = as_bad_input(
-            get_train_args, ARGUMENT_FAULTS
-        )(args)
+        model_args, data_args, training_args, finetuning_args, _ = as_bad_input(get_train_args)(
+            args
+        )
         module = naming_model(load_tokenizer)(model_args)
         template = as_bad_input(get_template_and_fix_tokenizer)(module["tokenizer"], data_args)
         held: list[RunData] = []

@@ -1,16 +1,24 @@
-"""`tokenized_path` of a run by domain: one folder per source, and a manifest of what made them."""
+"""`tokenized_path`: processed rows in a folder, with a record of what they were made of.
+
+Without a mixture the folder is LlamaFactory's own, with our record in it; with one it has a folder
+per source. Rows are used only by a run that would make the same ones.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from dataflex.data.rows import ROW_FIELDS
+from dataflex.data.files import changed_parts, identity
+from dataflex.data.rows import ROW_FIELDS, tokenizer_hash
 from gradstore.errors import DamagedData, ProvenanceMismatch
 from gradstore.format.foreign import read_json
 from gradstore.storage.replace import replace_file
@@ -18,15 +26,39 @@ from gradstore.storage.replace import replace_file
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = 1
+#: 1 was written by runs that mix domains, without `FIELDS_2`, layout and files.
+FORMAT = 2
 MANIFEST = "dataflex_manifest.json"
 
 #: DataArguments that decide which rows there are and which tokens they have.
 FIELDS = (*ROW_FIELDS, "packing", "neat_packing", "max_samples", "val_size", "tool_format",
           "default_system", "enable_thinking")  # fmt: skip
+FIELDS_2 = ("preserve_thinking", "mix_strategy", "interleave_probs")
+
+#: What LlamaFactory sets on a processor of pictures, videos and sound, and rows depend on.
+MEDIA = ("image_max_pixels", "image_min_pixels", "image_do_pan_and_scan", "crop_to_patches",
+         "video_max_pixels", "video_min_pixels", "video_fps", "video_maxlen",
+         "use_audio_in_video", "audio_sampling_rate")  # fmt: skip
 
 #: The rows of one source, by what they are for.
 Parts = Mapping[str, "Dataset | None"]
+
+Layout = Literal["whole", "by domain"]
+
+_log = logging.getLogger(__name__)
+
+
+def made_with(
+    stage: str,
+    data_args: Any,  # noqa: ANN401 - LlamaFactory's dataclasses
+    tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+    processor: Any,  # noqa: ANN401 - of pictures, or None
+) -> dict[str, Any]:
+    """Return what processed rows depend on beside the fields of DataArguments."""
+    found = {"stage": stage, "template": str(data_args.template),
+             "tokenizer": tokenizer_hash(tokenizer)}  # fmt: skip
+    media = {key: getattr(processor, key, None) for key in MEDIA} if processor is not None else {}
+    return {**found, **{key: value for key, value in media.items() if value is not None}}
 
 
 class TokenisedPath:
@@ -34,29 +66,82 @@ class TokenisedPath:
 
     def __init__(
         self,
-        path: str,
         data_args: Any,  # noqa: ANN401 - LlamaFactory's dataclasses
         training_args: Any,  # noqa: ANN401
         made_with: Mapping[str, Any],
+        layout: Layout,
     ) -> None:
         """Describe what would be written now.
 
         Args:
-            path: the folder.
             data_args: LlamaFactory's DataArguments.
             training_args: its TrainingArguments.
-            made_with: what else the rows depend on: stage, template, tokenizer.
+            made_with: what else the rows depend on, from `made_with`.
+            layout: LlamaFactory's own, or a folder per source.
         """
-        self.path = Path(path).expanduser()
+        self.path = Path(data_args.tokenized_path).expanduser()
+        self._saves = bool(training_args.should_save)
+        sets = {"datasets": list(data_args.dataset)} if data_args.dataset else {}
+        if layout == "whole" and data_args.eval_dataset:
+            sets["eval_datasets"] = list(data_args.eval_dataset)
         self.manifest: dict[str, Any] = {
             "format": FORMAT,
-            "datasets": list(data_args.dataset),
+            "layout": layout,
+            **sets,
             **made_with,
-            **{field: getattr(data_args, field, None) for field in FIELDS},
+            **{field: getattr(data_args, field, None) for field in (*FIELDS, *FIELDS_2)},
         }
+        if data_args.packing:
+            self.manifest["preprocessing_batch_size"] = getattr(
+                data_args, "preprocessing_batch_size", None
+            )
         if float(data_args.val_size) > 0:
             self.manifest["seed"] = int(training_args.seed)
+        if float(data_args.val_size) > 0 or "eval_datasets" in sets:
             self.manifest["predict_with_generate"] = bool(training_args.predict_with_generate)
+        names = dict.fromkeys(name for group in sets.values() for name in group)
+        self.manifest["files"] = identity(getattr(data_args, "dataset_dir", None), names)
+
+    @property
+    def is_filled(self) -> bool:
+        """True where there is something in the folder."""
+        return self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir()))
+
+    def whole(
+        self,
+        data_args: Any,  # noqa: ANN401
+        training_args: Any,  # noqa: ANN401
+        load: Callable[[Any, Any], Mapping[str, Any]],
+    ) -> dict[str, Any]:
+        """Let LlamaFactory read the folder, or make it, with our record in it.
+
+        Raises:
+            ProvenanceMismatch: it holds rows made otherwise.
+        """
+        one = copy.copy(data_args)
+        one.tokenized_path = str(self.path)
+        if self.is_filled:
+            if self._saves:  # one rank: the others could meet a folder that it is just writing
+                self._check_whole()
+            return dict(load(one, training_args))
+        with self._published(self._saves) as partial:
+            one.tokenized_path = str(partial)
+            found = dict(load(one, training_args))
+            if self._saves:
+                self._record(partial, {})
+        return found
+
+    def _check_whole(self) -> None:
+        """Compare the folder's record; warn where it has none."""
+        if (self.path / MANIFEST).exists():
+            self._manifest()
+            return
+        _log.warning(
+            "tokenized_path %r has no record of what its rows were made of (no %s): they are used "
+            "as they are, even if template, cutoff_len, tokenizer or data files are others now. "
+            "To be sure, remove the folder: the run then makes it again, with a record.",
+            str(self.path), MANIFEST,
+        )  # fmt: skip
 
     def read(self) -> dict[str, dict[str, Dataset]] | None:
         """Read the rows of every source, or return None if there is no such folder yet.
@@ -67,7 +152,7 @@ class TokenisedPath:
         """
         from datasets import load_from_disk
 
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if not self.is_filled:
             return None
         held = self._manifest()
         found: dict[str, dict[str, Dataset]] = {}
@@ -86,40 +171,69 @@ class TokenisedPath:
 
     def write(self, sources: Mapping[str, Parts]) -> None:
         """Save the rows of every source; the folder is published once it is complete."""
-        partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
-        partial.mkdir(parents=True)
-        try:
+        with self._published(True) as partial:
+            partial.mkdir(parents=True)
             rows: dict[str, dict[str, int]] = {}
             for i, (name, parts) in enumerate(sources.items()):
                 kept = {part: dataset for part, dataset in parts.items() if dataset is not None}
                 rows[name] = {part: len(dataset) for part, dataset in kept.items()}
                 for part, dataset in kept.items():
                     dataset.save_to_disk(partial / _folder(i, name) / part)
-            text = json.dumps({**self.manifest, "rows": rows}, indent=2) + "\n"
-            replace_file(partial / MANIFEST, text.encode())
-            os.replace(partial, self.path)
+            self._record(partial, rows)
+
+    @contextmanager
+    def _published(self, saves: bool) -> Iterator[Path]:
+        """Give a folder to write to, which takes the place of this one at the end."""
+        partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            yield partial
+            if saves:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(partial, self.path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    def _record(self, folder: Path, rows: Mapping[str, Mapping[str, int]]) -> None:
+        text = json.dumps({**self.manifest, "rows": rows}, indent=2) + "\n"
+        replace_file(folder / MANIFEST, text.encode())
 
     def _manifest(self) -> dict[str, Any]:
         """Read the folder's manifest, and raise ProvenanceMismatch unless it matches this run."""
         try:
             held = dict(read_json((self.path / MANIFEST).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            files = {str(name): dict(parts) for name, parts in held.get("files", {}).items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            made = "" if self.manifest["layout"] == "whole" else " by a run that mixes domains"
             raise ProvenanceMismatch(
-                f"tokenized_path {str(self.path)!r} holds no readable {MANIFEST}: it was not made "
-                "by a run that mixes domains. Name another folder."
+                f"tokenized_path {str(self.path)!r} holds no readable {MANIFEST}, so it is not "
+                f"known to be made{made} from the same data and settings. Name another folder, or "
+                "remove this one: the next run makes it again."
             ) from error
-        wanted = json.loads(json.dumps(self.manifest))
-        compared = [k for k in {**wanted, **held} if k != "rows"]
-        changed = [k for k in compared if wanted.get(k) != held.get(k)]
+        changed = self._changed_settings(held)
+        if held.get("format") == FORMAT:
+            changed += changed_parts(files, self.manifest["files"])
         if changed:
             raise ProvenanceMismatch(
                 f"tokenized_path {str(self.path)!r} was made with other settings: "
-                + "; ".join(f"{k} {held.get(k)!r}, now {wanted.get(k)!r}" for k in changed)
+                + "; ".join(changed)
                 + ". Restore the values, or name another folder."
             )
         return held
+
+    def _changed_settings(self, held: Mapping[str, Any]) -> list[str]:
+        """List the settings that differ; what format 1 did not record is not compared."""
+        wanted = json.loads(json.dumps(self.manifest))
+        if held.get("format") == 1:
+            held = {**held, "format": FORMAT, "layout": "by domain"}
+            wanted = {k: v for k, v in wanted.items() if k in held or k in FIELDS}
+        skipped = {"rows", "files"}
+        if "datasets" not in wanted:  # a run may name the folder alone
+            skipped |= {"datasets", "max_samples", "interleave_probs"}
+        return [
+            f"{k} {held.get(k)!r}, now {wanted.get(k)!r}"
+            for k in {**wanted, **held}
+            if k not in skipped and wanted.get(k) != held.get(k)
+        ]
 
 
 def _folder(index: int, name: str) -> str:

@@ -77,6 +77,7 @@ class KnownKeys:
     packing: Switch | None = None
     neat_packing: Switch = False
     train_on_prompt: Switch = False
+    ignore_pad_token_for_loss: Switch = True
 
     @staticmethod
     def of(keys: Mapping[str, Any]) -> KnownKeys:

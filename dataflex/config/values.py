@@ -6,6 +6,7 @@ A list may be written as one, as a comma string, or as its only element; a whole
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Predicate, doc
@@ -32,6 +33,16 @@ def as_tuple(value: object) -> tuple[Any, ...]:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def names_a_folder(name: str) -> bool:
+    """Return true where a model's name can only be a folder's path, not a hub id.
+
+    A hub id is `name` or `organisation/name`; a path is absolute, begins with a dot or ~, or has
+    more parts.
+    """
+    path = Path(name).expanduser()
+    return path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
 
 
 def as_number(value: object) -> object:

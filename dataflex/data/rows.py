@@ -46,24 +46,21 @@ class Rows:
         return len(self.dataset)
 
     @cached_property
-    def _scan(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], RowSet]:
-        """One pass over the rows: lengths (n,), target tokens (n,), hashes (n, 16)."""
-        lengths, targets, hashes = [], [], []
+    def _scan(self) -> tuple[tuple[npt.NDArray[np.int64], ...], RowSet]:
+        """One pass over the rows: (n,) lengths, target tokens, largest ids; hashes (n, 16)."""
+        numbers, hashes = [], []
         has_labels = "labels" in self.dataset.column_names
         columns = ["input_ids", "labels"] if has_labels else ["input_ids"]
         for row in self.dataset.select_columns(columns):
             ids = row["input_ids"]
             labels = row["labels"] if has_labels else ids
-            lengths.append(len(ids))
             # The first token is never predicted: its label does not count.
-            targets.append(sum(1 for label in labels[1:] if label != IGNORED))
+            targets = sum(1 for label in labels[1:] if label != IGNORED)
+            numbers.append((len(ids), targets, max(ids, default=-1)))
             hashes.append(row_hash(ids, labels))
         flat = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, 16)
-        return (
-            np.asarray(lengths, np.int64),
-            np.asarray(targets, np.int64),
-            RowSet(flat, self.sources),
-        )
+        found = np.array(numbers, np.int64).reshape(-1, 3).T
+        return tuple(np.ascontiguousarray(column) for column in found), RowSet(flat, self.sources)
 
     @cached_property
     def contents(self) -> npt.NDArray[np.void]:
@@ -85,17 +82,22 @@ class Rows:
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """(n,) tokens of each row."""
-        return self._scan[0]
+        return self._scan[0][0]
 
     @property
     def target_tokens(self) -> npt.NDArray[np.int64]:
         """(n,) tokens with a label."""
-        return self._scan[1]
+        return self._scan[0][1]
+
+    @property
+    def largest_ids(self) -> npt.NDArray[np.int64]:
+        """(n,) largest token id of each row; -1 for a row without a token."""
+        return self._scan[0][2]
 
     @property
     def row_set(self) -> RowSet:
         """Hashes and sources, in dataset order."""
-        return self._scan[2]
+        return self._scan[1]
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,10 @@ class RawRows:
         for name in {name for name, _ in self.sources}:
             rows = self.files[name]
             if column not in rows.column_names:
-                have = sorted(c for c in rows.column_names if not c.startswith("_source"))
+                have = sorted(c for c in rows.column_names if c != SOURCE_ROW)
                 raise BadInput(
                     f"data set {name!r} has no column {column!r}; its columns are "
-                    f"{', '.join(have)}."
+                    f"{', '.join(have)}. Name one of them in score_params.score_field."
                 )
             where = f"data set {name!r}, column {column!r}"
             found[name] = dict(
@@ -145,7 +147,9 @@ def as_numbers(values: Sequence[Any], where: str) -> list[float]:
     try:
         return [np.nan if value is None else float(value) for value in values]
     except (TypeError, ValueError) as error:
-        raise BadInput(f"{where}: expected numbers: {error}.") from error
+        raise BadInput(
+            f"{where}: expected numbers: {error}. Give every row a number, or null for none."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,7 @@ class RunData:
         domains: of the training rows, where the run mixes them.
         files: data set name -> its rows before preprocessing, with every column they have; empty
             where the rows come from `tokenized_path`.
+        dropped: rows of the training sets that LlamaFactory left out, by reason.
     """
 
     train: Rows
@@ -192,6 +197,7 @@ class RunData:
     stage: str
     domains: Domains | None = None
     files: Mapping[str, Dataset] = field(default_factory=dict)
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def raw(self) -> RawRows | None:
@@ -217,7 +223,10 @@ def check_rows(data: RunData, *, needs_targets: bool, subtask_sizes: Sequence[in
         raise BadInput("no target rows: set target_dataset, eval_dataset or val_size.")
     for rows in data.targets:
         if len(rows) == 0:
-            raise BadInput(f"target set {rows.name!r} is empty.")
+            raise BadInput(
+                f"target set {rows.name!r} is empty: give it rows, or remove it from "
+                "target_dataset."
+            )
         if not rows.target_tokens.any():
             raise BadInput(
                 f"target set {rows.name!r}: all {len(rows)} rows are masked (no label other than "
@@ -226,7 +235,8 @@ def check_rows(data: RunData, *, needs_targets: bool, subtask_sizes: Sequence[in
     if subtask_sizes is not None and sum(subtask_sizes) != len(data.targets[0]):
         raise BadInput(
             f"target_subtasks adds up to {sum(subtask_sizes)}, but target set "
-            f"{data.targets[0].name!r} has {len(data.targets[0])} rows."
+            f"{data.targets[0].name!r} has {len(data.targets[0])} rows: make the sizes add up to "
+            "them."
         )
 
 

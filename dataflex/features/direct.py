@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dataflex.data.rows import Rows
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.target_source import TargetFeatures
-from dataflex.models.passes import batches, token_budget, whole_rows
+from dataflex.models.passes import batches, longest_row, token_budget, whole_rows
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.log import OnRows, progress
 from gradstore.export.combined import combined_directions
@@ -54,8 +54,9 @@ def direct_influence(
         BadInput: a sub-task without a usable row; too many rows with a non-finite gradient.
     """
     run, data = context.run, context.run.data
-    longest = getattr(run.model.config, "max_position_embeddings", None) or data.train.lengths.max()
-    fitting = np.flatnonzero(data.train.lengths <= longest)
+    for rows in data.targets:
+        longest_row(run.model, rows)
+    fitting = np.flatnonzero(data.train.lengths <= (longest_row(run.model, data.train) or np.inf))
     status = np.full(len(data.train), RowStatus.TOO_LONG, dtype=np.uint8)
     moments = None
     if settings.train_features.needs_moments:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from dataflex.config.values import names_a_folder
 from dataflex.data.rows import Rows, tokenizer_hash
 from dataflex.features.fields import attention_of, named_parameters, row_fields
 from dataflex.models.encoders import (
@@ -15,9 +17,8 @@ from dataflex.models.encoders import (
     TextEncoder,
     Texts,
     find_encoder,
-    looks_local,
 )
-from dataflex.models.passes import token_budget
+from dataflex.models.passes import longest_row, token_budget
 from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows
 from gradstore.errors import BadInput
@@ -60,7 +61,7 @@ class EmbeddingSettings:
         """List the faults that can be found before anything is loaded, one sentence each."""
         if self.model is None:
             return []
-        if not looks_local(self.model):
+        if not (names_a_folder(self.model) or Path(self.model).is_dir()):
             return []  # a hub id is fetched once ranks are there
         try:
             encoder = find_encoder(self.model, trust_remote_code=config.known.trust_remote_code)
@@ -114,7 +115,6 @@ class CurrentModel:
         check_layer(settings.layer, int(text.num_hidden_layers) + 1)
         self.space = f"hidden.layer{settings.layer:+d}"
         self.run_id = run.run_id
-        self._longest = getattr(text, "max_position_embeddings", None)
 
     def fields(self) -> dict[str, Any]:
         """Return the MUST-EQUAL fields of its space."""
@@ -147,7 +147,7 @@ class CurrentModel:
             self._run.collate,
             rows.lengths,
             token_budget=2 * token_budget(self._run.model),
-            longest=self._longest,
+            longest=longest_row(self._run.model, rows),
             max_rows=self._settings.batch_rows,
         )
         states = HiddenStates(self._run.model, layer=self._settings.layer)

@@ -159,7 +159,8 @@ class EmbeddingService:
             if not generation.usable.any():
                 raise BadInput(
                     f"{record.name} has no usable row: no text, more tokens than the model takes, "
-                    "or embeddings that are not finite."
+                    "or embeddings that are not finite. Check the rows, or name another "
+                    "embedding_model_name_or_path."
                 )
             return generation.name
 

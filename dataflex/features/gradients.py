@@ -19,7 +19,7 @@ from dataflex.features.fields import adapter_hash, attention_of, libraries, spac
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.shared import Compute, export_shared
 from dataflex.features.store_owner import check_owner
-from dataflex.models.passes import token_budget
+from dataflex.models.passes import longest_row, token_budget
 from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows
 from gradstore.capture.per_sample import GradientCapture
@@ -260,7 +260,7 @@ class FeatureService:
         model, collate = self.run.model, self.run.collate
         budget = self.settings.tokens_per_batch or token_budget(model)
         if source is None:
-            longest = getattr(model.config, "max_position_embeddings", None)
+            longest = longest_row(model, rows)
             batches = Batches(rows.dataset, collate, rows.lengths, budget, longest)
             return partial(compute_unit, model, batches, recipe)
 

@@ -13,7 +13,7 @@ from dataflex.data.rows import Rows, tokenizer_hash
 from dataflex.features.embedders import STORED
 from dataflex.features.fields import attention_of, named_parameters, row_fields
 from dataflex.models.encoders import DECIDING, DTYPES, find_folder
-from dataflex.models.passes import token_budget
+from dataflex.models.passes import longest_row, token_budget
 from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows
 from gradstore.errors import BadInput
@@ -52,13 +52,11 @@ class Anatomy:
         layers: decoder layers whose outputs are taken.
         dim: length of a feature, 2 x layers x hidden size.
         visual_ids: tokens that stand for pixels.
-        longest: positions, where there is a limit.
     """
 
     layers: tuple[int, ...]
     dim: int
     visual_ids: tuple[int, ...]
-    longest: int | None
 
     @staticmethod
     def of(config: Any, wanted: Sequence[int] | None, who: str) -> Anatomy:  # noqa: ANN401
@@ -86,8 +84,7 @@ class Anatomy:
             raise BadInput(
                 f"embedding_layers is {list(layers)}, but {who} has layers 0 to {count - 1}."
             )
-        longest = getattr(text, "max_position_embeddings", None)
-        return Anatomy(layers, 2 * len(layers) * int(text.hidden_size), visual_ids, longest)
+        return Anatomy(layers, 2 * len(layers) * int(text.hidden_size), visual_ids)
 
     @property
     def name(self) -> str:
@@ -137,7 +134,7 @@ class CurrentVisionModel:
             self._run.collate,
             rows.lengths,
             token_budget=2 * token_budget(model),
-            longest=anatomy.longest,
+            longest=longest_row(model, rows),
             max_rows=self._settings.batch_rows,
         )
         states = VisualStates(model, anatomy.layers, anatomy.visual_ids)

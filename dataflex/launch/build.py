@@ -20,6 +20,7 @@ from dataflex.launch.inputs import check_inputs
 from dataflex.launch.losses import Reader, loss_difference
 from dataflex.launch.preflight import check_gradients
 from dataflex.models.precision import autocast
+from dataflex.models.vocabulary import check_vocabulary
 from dataflex.pipelines.pipeline import build_strategy
 from dataflex.run.context import RunContext
 from dataflex.run.forecast import print_forecasts
@@ -73,6 +74,7 @@ def build(config: RunConfig, *, dry_run: bool = False) -> None:
         check_rows(data, needs_targets=True, subtask_sizes=config.dataflex.target_subtasks)
 
     loaded = running.load_run(config, first, check_data)
+    check_vocabulary(loaded.model, loaded.data)
     if dry_run:
         print_forecasts(build_forecast(loaded, config, settings, max(1, len(folders))), world=1)
         return

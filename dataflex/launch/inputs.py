@@ -9,12 +9,10 @@ from dataflex.bridge import arguments
 from dataflex.config.keys import RunConfig
 from dataflex.config.known import KnownKeys
 from dataflex.config.registry import unknown
+from dataflex.data.files import SOURCES, entry_faults, file_faults
 from dataflex.models.frozen import how_to_bring, missing_folder_faults
 from gradstore.errors import BadInput, StoreIOError
 from gradstore.format.foreign import read_object
-
-#: Keys of an entry of dataset_info.json that say where the rows of a data set are.
-SOURCES = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name"}
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -25,7 +23,13 @@ def check_inputs(config: RunConfig) -> None:
         StoreIOError: they cannot.
     """
     keys = config.llamafactory
-    if faults := {**KnownKeys.faults(keys), **arguments.mistyped(keys)}:
+    faults = {**KnownKeys.faults(keys), **arguments.mistyped(keys)}
+    samples = keys.get("max_samples")
+    if isinstance(samples, int) and samples < 1:
+        faults["max_samples"] = (
+            f"max_samples is {samples}, which leaves no row: set it to at least 1, or remove it."
+        )
+    if faults:
         raise BadInput("\n".join(f"{config.path}: {fault}" for fault in faults.values()))
     _check_model(config)
     _check_datasets(config)
@@ -93,28 +97,16 @@ def _check_datasets(config: RunConfig) -> None:
     ]
     for name in sorted({n for used in wanted.values() for n in used} & set(listed)):
         entry = listed[name]
-        if not isinstance(entry, dict) or not SOURCES & set(entry):
+        if not isinstance(entry, dict) or not set(SOURCES) & set(entry):
             faults.append(
                 f"data set {name!r}: its entry in {str(info)!r} must be a mapping that says where "
-                f"the rows are: {', '.join(sorted(SOURCES))}."
+                f"the rows are: {', '.join(SOURCES)}."
             )
             continue
-        file_name = entry.get("file_name")
-        if isinstance(file_name, str) and "://" not in file_name:
-            path = Path(folder) / file_name
-            if not path.exists():
-                faults.append(f"data set {name!r}: its file {str(path)!r} does not exist.")
-            elif _holds_nothing(path):
-                faults.append(f"data set {name!r}: its file {str(path)!r} is empty: it has no row.")
+        found = [*entry_faults(entry), *file_faults(Path(folder), entry)]
+        faults += [f"data set {name!r}: {fault}" for fault in found]
     if faults:
         raise BadInput("\n".join(faults))
-
-
-def _holds_nothing(path: Path) -> bool:
-    """Return whether a data file holds only white space, or an empty JSON list or object."""
-    if not path.is_file() or path.stat().st_size > 64:
-        return False
-    return path.read_bytes().strip() in (b"", b"[]", b"{}")
 
 
 def _check_writable(key: str, path: Path) -> None:

@@ -30,11 +30,12 @@ class LossOption:
     """One option of LlamaFactory.
 
     Attributes:
-        key: its name; on where its value is not the default.
+        key: its name.
         does: what it does to the loss, as the end of "..., which".
         refused_by: readers that cannot work with it.
         told: whether other readers compare by another loss than training minimises.
         stage: the only stage in which it acts; "" for any.
+        acts_when: the value with which it acts.
     """
 
     key: str
@@ -42,10 +43,12 @@ class LossOption:
     refused_by: frozenset[Reader] = frozenset()
     told: bool = True
     stage: str = ""
+    acts_when: bool = True
 
     def is_on(self, known: KnownKeys) -> bool:
         """Return whether the option acts in a run with these keys."""
-        return bool(getattr(known, self.key)) and self.stage in ("", known.stage)
+        acts = bool(getattr(known, self.key)) is self.acts_when
+        return acts and self.stage in ("", known.stage)
 
 
 _IN_TRAINING = frozenset({Reader.OBSERVED, Reader.WEIGHTS})
@@ -54,6 +57,13 @@ OPTIONS = (
     *(
         LossOption(key, "replaces the loss", _IN_TRAINING, stage="sft")
         for key in ("use_dft_loss", "use_asft_loss", "use_eaft_loss")
+    ),
+    LossOption(
+        "ignore_pad_token_for_loss",
+        "adds padding, as much as its batch has, to the loss",
+        _IN_TRAINING,
+        stage="sft",
+        acts_when=False,
     ),
     LossOption("label_smoothing_factor", "smooths the labels"),
     LossOption("moe_aux_loss_coef", "adds a loss that balances experts"),
@@ -77,7 +87,8 @@ def readers_of(strategy: Strategy) -> frozenset[Reader]:
 def loss_faults(known: KnownKeys, who: str, readers: Iterable[Reader]) -> list[str]:
     """List options that replace the loss that a reader needs, or hide the logits it is made of."""
     return [
-        f"{option.key} is on, which {option.does} that {who} works with: set {option.key}: false."
+        f"{option.key} is {'on' if option.acts_when else 'false'}, which {option.does} that {who} "
+        f"works with: set {option.key}: {str(not option.acts_when).lower()}."
         for option in OPTIONS
         if option.is_on(known) and option.refused_by & set(readers)
     ]

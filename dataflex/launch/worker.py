@@ -13,7 +13,7 @@ from dataflex.bridge.arguments import device_count
 from dataflex.launch.configuration import read
 from dataflex.launch.preflight import check
 from dataflex.launch.train import FAILURES, run
-from dataflex.run.messages import explain, set_up_logging
+from dataflex.run.messages import DEBUG, explain, set_up_logging, show_traceback
 
 
 def worker(arguments: Sequence[str]) -> int:
@@ -29,6 +29,8 @@ def worker(arguments: Sequence[str]) -> int:
         failure = explain(error)
         if failure is None:
             raise
+        if DEBUG in os.environ:
+            show_traceback(type(error), error, error.__traceback__)
         if FAILURES in os.environ:
             path = Path(os.environ[FAILURES]) / f"{int(os.environ.get('RANK', '0'))}.json"
             path.write_text(json.dumps(asdict(failure)), encoding="utf-8")

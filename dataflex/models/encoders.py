@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataflex.config.values import names_a_folder
 from dataflex.data.rows import Rows
 from dataflex.models.encoder_library import check_library, load_by_library
 from gradstore.errors import BadInput
@@ -104,15 +105,12 @@ def find_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if looks_local(name):
-        raise BadInput(f"embedding_model_name_or_path {name!r} is not a folder here.")
+    if names_a_folder(name):
+        raise BadInput(
+            f"embedding_model_name_or_path {name!r} is not a folder here: name an encoder's folder "
+            "or a hub id."
+        )
     return _fetch(name)
-
-
-def looks_local(name: str) -> bool:
-    """Return whether a name can't be a hub id."""
-    path = Path(name).expanduser()
-    return path.is_absolute() or name.startswith(".") or len(path.parts) != 2
 
 
 def read_encoder(folder: Path, *, trust_remote_code: bool = False) -> Encoder:

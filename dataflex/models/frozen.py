@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dataflex.config.values import names_a_folder
 from dataflex.models.precision import autocast
 from gradstore.capture.losses import Targets, target_losses
 from gradstore.errors import BadInput
@@ -211,10 +212,12 @@ def model_path_faults(key: str, path: str) -> list[str]:
 
 def missing_folder_faults(key: str, path: str) -> list[str]:
     """List the fault of a model's path that is no folder and cannot be a hub id."""
-    folder = Path(path).expanduser()
-    if not (folder.is_absolute() or path.startswith(".") or len(folder.parts) > 2):
+    if not names_a_folder(path):
         return []
-    step = how_to_bring(folder) or f"Correct the path (from {str(Path.cwd())!r}), or name a hub id."
+    step = (
+        how_to_bring(Path(path))
+        or f"Correct the path (from {str(Path.cwd())!r}), or name a hub id."
+    )
     return [f"{key} {path!r} is not a folder on this machine. {step}"]
 
 

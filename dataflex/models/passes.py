@@ -1,8 +1,9 @@
-"""Passes over rows under the current model: batches, and each row's loss."""
+"""Passes over rows under the current model: batches that keep rows apart, and each row's loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from torch import nn
 from dataflex.data.rows import Rows
 from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows, progress
+from gradstore.capture.losses import IGNORED_LABEL
 from gradstore.capture.per_sample import batch_losses
+from gradstore.errors import BadInput
 from gradstore.export.units import plan_batches
 
 #: Padded tokens of a gradient batch where the user sets none.
@@ -25,6 +28,57 @@ def token_budget(model: nn.Module) -> int:
 
 
 RowBatch = tuple[npt.NDArray[np.int64], dict[str, Any]]
+
+Collate = Callable[[list[Any]], Any]
+
+
+def own_labels(collate: Collate) -> Collate:
+    """Return a collator whose padding is no label, so that a row's targets are its own.
+
+    With `ignore_pad_token_for_loss: false` LlamaFactory's pads labels with the pad token: training
+    learns it, and how often a row has it depends on the longest row of its batch.
+    """
+    if getattr(collate, "label_pad_token_id", IGNORED_LABEL) == IGNORED_LABEL:
+        return collate
+    own: Any = copy.copy(collate)
+    own.label_pad_token_id = IGNORED_LABEL
+    return own  # type: ignore[no-any-return]
+
+
+def max_positions(model: Any) -> int | None:  # noqa: ANN401 - a PreTrainedModel
+    """Return the most tokens a model takes, if stated; the language part's, if it has several."""
+    longest = getattr(_text_config(model), "max_position_embeddings", None)
+    return None if longest is None else int(longest)
+
+
+def longest_row(model: Any, rows: Rows) -> int | None:  # noqa: ANN401 - a PreTrainedModel
+    """Return the tokens of the longest row that can be passed through the model; None for any.
+
+    Raises:
+        BadInput: rotary frequencies depend on the longest row of a batch (`longrope`), and `rows`
+            lie on both sides of the length at which they change.
+    """
+    settings = _text_config(model)
+    rope = getattr(settings, "rope_parameters", None) or getattr(settings, "rope_scaling", None)
+    for part in (rope, *(rope or {}).values()):
+        if isinstance(part, dict) and part.get("rope_type", part.get("type")) == "longrope":
+            changes = part.get("original_max_position_embeddings") or getattr(
+                settings, "original_max_position_embeddings", None
+            )
+            longer = rows.lengths > (changes or np.inf)
+            if longer.any() and not longer.all():
+                raise BadInput(
+                    f"{int(longer.sum())} of the {len(rows)} rows of {rows.name!r} have more than "
+                    f"{changes} tokens, at which the model's position encoding (longrope) changes "
+                    "for every row of a batch: a row's features would depend on its neighbours. "
+                    f"Set cutoff_len to at most {changes}."
+                )
+    return max_positions(model)
+
+
+def _text_config(model: Any) -> Any:  # noqa: ANN401 - a PretrainedConfig
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def row_losses(
@@ -48,6 +102,7 @@ def row_losses(
         (n,) float64; NaN for rows not asked for, and for rows without a target token.
     """
     rows = run.data.train if rows is None else rows
+    longest_row(run.model, rows)  # refuses rows whose losses would depend on their batch
     # Twice the budget of a gradient pass: nothing is kept for a backward.
     budget = 2 * token_budget(run.model)
     work = -np.sort(-(rows.lengths if positions is None else rows.lengths[positions]))

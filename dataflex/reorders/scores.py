@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from gradstore.format.foreign import read_json
 
 FloatArray = npt.NDArray[np.float64]
 
+_log = logging.getLogger(__name__)
+
 #: Where scores may come from.
 Source = Literal["precomputed", "cached_selection", "model_loss"]
 
@@ -32,6 +35,10 @@ SOURCES: Mapping[Source, str | None] = {
 
 #: Kinds of files by that key.
 SUFFIXES = {"score_path": (".npy", ".json", ".jsonl"), "cache_path": (".json",)}
+
+
+#: What to do about a selection that is not as a run wrote it.
+AS_WRITTEN = "Name a selections/step_<g>.json of a run with the same data, as it was written."
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,10 @@ def model_scores(
     """
     board = context.run.board
     if board is None:
-        raise BadInput("losses are scored during training alone")
+        raise BadInput(
+            "losses are scored during training alone: set score_source: precomputed, with scores "
+            "in a column or a file"
+        )
     scored = positions
     if params.max_samples is not None and len(positions) > params.max_samples:
         generator = np.random.default_rng([seed, context.step])
@@ -153,7 +163,10 @@ def _file_scores(params: ScoreParams, n: int, rows: str) -> FloatArray:
 
 def _known(scores: FloatArray, where: str) -> FloatArray:
     if not np.isfinite(scores).any():
-        raise BadInput(f"{where}: not one of {len(scores)} scores is a finite number.")
+        raise BadInput(
+            f"{where}: not one of {len(scores)} scores is a finite number. Check "
+            "score_params.score_field and what wrote the scores."
+        )
     return scores
 
 
@@ -179,9 +192,12 @@ def read_scores(path: Path, field: str) -> FloatArray:
             content = read_json(text)
             entries = _member(content, field, where)
     except (ValueError, EOFError) as error:
-        raise BadInput(f"{where} cannot be read: {error}") from error
+        raise BadInput(
+            f"{where} cannot be read: {error}. Give one number a row: .npy, JSON list or "
+            "JSON lines."
+        ) from error
     if not isinstance(entries, list):
-        raise BadInput(f"{where} holds no list of scores.")
+        raise BadInput(f"{where} holds no list of scores: give one number a row, in their order.")
     values = [_member(entry, field, where) for entry in entries]
     return np.array(as_numbers(values, where), dtype=np.float64)
 
@@ -208,17 +224,27 @@ def _selection_scores(params: ScoreParams, data: RunData) -> FloatArray:
         metrics = {str(key): list(values) for key, values in content["metric"].items()}
         made_on = (content.get("manifest") or {}).get("rows_sha256")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{where} cannot be read (expected indices, metric): {error!r}") from error
+        raise BadInput(
+            f"{where} cannot be read (expected indices, metric): {error!r}. {AS_WRITTEN}"
+        ) from error
     if made_on not in (None, hashlib.sha256(data.train.row_set.hashes.tobytes()).hexdigest()):
         raise ProvenanceMismatch(
             f"{where} was made on other training rows (data, template, tokenizer or cutoff_len "
-            "differ): its positions would mean other rows here."
+            "differ): its positions would mean other rows here. Restore those, or name another "
+            "selection in score_params.cache_path."
         )
+    if made_on is None:
+        _log.warning("%s does not say on which rows it was made: its positions are taken as "
+                     "positions of these %d training rows", where, n)  # fmt: skip
     values = _metric(metrics, params.metric_key, where)
     if len(values) != len(indices):
-        raise BadInput(f"{where} has {len(indices)} indices, but {len(values)} scores.")
+        raise BadInput(
+            f"{where} has {len(indices)} indices, but {len(values)} scores. {AS_WRITTEN}"
+        )
     if any(not 0 <= i < n for i in indices):
-        raise BadInput(f"{where} names position {max(indices)}, but there are {n} training rows.")
+        raise BadInput(
+            f"{where} names position {max(indices)}, but there are {n} training rows. {AS_WRITTEN}"
+        )
     scores = np.full(n, np.nan)
     for i, value in zip(indices, as_numbers(values, where), strict=True):
         if not np.isfinite(scores[i]):

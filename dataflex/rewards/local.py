@@ -21,6 +21,7 @@ from dataflex.models.generate import (
     prompt_ids,
     stop_ids,
 )
+from dataflex.models.passes import max_positions
 from dataflex.rewards.base import (
     PROBE_ANSWER,
     PROBE_PROMPT,
@@ -131,7 +132,7 @@ class LocalJudge:
     def _ids(self, text: str) -> list[int]:
         """Tokenize the prompt in the model's own chat format; keep the end if it is too long."""
         ids = prompt_ids(self._tokenizer, text, for_answer=not self._classifies)
-        longest = getattr(self._model.config, "max_position_embeddings", None)
+        longest = max_positions(self._model)
         room = None if longest is None else max(1, longest - self.max_new_tokens)
         return ids if room is None else ids[-room:]
 

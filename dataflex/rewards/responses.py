@@ -25,6 +25,7 @@ from dataflex.models.generate import (
     prompt_ids,
     stop_ids,
 )
+from dataflex.models.passes import max_positions
 from dataflex.run.context import RunContext
 from dataflex.run.log import progress
 from gradstore.errors import BadInput
@@ -257,7 +258,7 @@ class Policy:
                 [*self.tokenizer(text, add_special_tokens=False)["input_ids"], *end][:limit]
                 for text in texts
             )
-        longest = _positions(self.run.model)
+        longest = max_positions(self.run.model)
         return SampledResponses(
             prompt,
             responses,
@@ -270,7 +271,7 @@ class Policy:
     def _room(self, model: Any, who: str) -> int:  # noqa: ANN401 - a PreTrainedModel
         """Return the most tokens a prompt may have so that a full-length response fits after it."""
         settings = self.settings
-        longest = _positions(model)
+        longest = max_positions(model)
         if longest is None:
             return settings.max_prompt_length
         if settings.max_new_tokens >= longest:
@@ -279,12 +280,6 @@ class Policy:
                 "for prompt and response together: set component_params.max_new_tokens lower."
             )
         return min(settings.max_prompt_length, longest - settings.max_new_tokens)
-
-
-def _positions(model: Any) -> int | None:  # noqa: ANN401 - a PreTrainedModel
-    """Return the most tokens a model takes, if stated; the language part's, if it has several."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if longest is None else int(longest)
 
 
 def in_template(template: str, prompt: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import sysconfig
 import traceback
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,6 +18,19 @@ from typing import TextIO
 from dataflex.config.secrets import redacted
 from gradstore.errors import BadInput, StoreError, StoreIOError
 from gradstore.format.names import printable
+
+#: Environment variable: processes of torchrun show tracebacks.
+DEBUG = "DATAFLEX_DEBUG"
+
+#: Words of errors other than MemoryError: a library that cannot be mapped, torch's allocator.
+NO_MEMORY = ("failed to map segment from shared object", "Cannot allocate memory",
+             "can't allocate memory", "cannot allocate memory")  # fmt: skip
+
+#: Code that is ours, and folders of code that is nobody's own: the library's and installed.
+PACKAGES = ("dataflex", "gradstore", "gradkernels")
+NOT_USERS = tuple(
+    {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,13 @@ def explain(error: BaseException) -> Failure | None:
     """Exit code and message of a failure to report in one line; None for a bug (a traceback)."""
     if isinstance(error, StoreError):
         return Failure(error.exit_code, str(error))
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
+        said = f" ({error})" if str(error) else ""
+        return Failure(
+            StoreIOError.exit_code,
+            f"not enough memory{said}. Raise the limit (ulimit -v, or the container's), or use a "
+            "smaller model, batch or data set.",
+        )
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         kind = BadInput if isinstance(error, FileNotFoundError) else StoreIOError
         where = f" ({error.filename})" if error.filename else ""
@@ -52,6 +73,12 @@ def explain(error: BaseException) -> Failure | None:
             "interrupted. Run the same command again with resume_from_checkpoint=true: it goes on "
             "from the newest checkpoint. Run it as it was if there is none yet.",
         )
+    if isinstance(error, Exception) and (place := _users_code(error)) is not None:
+        return Failure(
+            BadInput.exit_code,
+            f"{place}: {type(error).__name__}: {error}. This is code of your own; run again with "
+            "--debug for the whole traceback.",
+        )
     return None
 
 
@@ -60,6 +87,20 @@ def show_traceback(
 ) -> None:
     """Print a traceback to stderr, as Python does, but without known secrets."""
     sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, where))))
+
+
+def _users_code(error: Exception) -> str | None:
+    """Name the innermost line of a user's own code that ours called; None where there is none."""
+    found, below_ours = None, False
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        path = frame.f_code.co_filename
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] in PACKAGES:
+            below_ours = True
+        elif below_ours and not path.startswith(("<", *NOT_USERS)):
+            owner = type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else None
+            name = frame.f_code.co_name if owner is None else f"{owner}.{frame.f_code.co_name}"
+            found = f"{name} ({path}, line {line})"
+    return found
 
 
 class _PrintableFormatter(logging.Formatter):

@@ -35,7 +35,8 @@ class ReorderSeam(RowSeam):
         rows = check_rows_of(ordering.rows, len(self.run.data.train), self.run.name)
         if len(rows) != count:
             raise BadInput(
-                f"component {self.run.name!r} returned {len(rows)} rows, {count} were requested."
+                f"component {self.run.name!r} returned {len(rows)} rows, {count} were requested: "
+                "let its order() return as many positions as it is asked for."
             )
         self._record(interval, rows, ordering, time.perf_counter() - began)
         return rows

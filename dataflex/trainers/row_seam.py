@@ -178,7 +178,10 @@ class RowSeam(Seam):
         self._interval = Interval(**held)
         self._rows = np.asarray(kept["rows"], dtype=np.int64)
         if self._rows.min() < 0 or self._rows.max() >= len(self.train_dataset):
-            raise DamagedData("the checkpoint's state names rows that do not exist.")
+            raise DamagedData(
+                "the checkpoint's state names rows that do not exist: resume from an earlier "
+                "checkpoint, or start anew with overwrite_output_dir: true."
+            )
         if state.step < self._interval.stop:
             self._serve(self._interval, state.step)
 
@@ -191,7 +194,10 @@ class RowSeam(Seam):
             interval = self.run.schedule.interval(step)
             self._rows = self.rows_for(interval)
             if len(self._rows) == 0:
-                raise BadInput(f"the component chose no row at step {step}; at least 1 is needed.")
+                raise BadInput(
+                    f"component {self.run.name!r} chose no row at step {step}; at least 1 is "
+                    "needed: let it return positions of training rows."
+                )
             self._check_agreement(step)
             self._interval = interval
             if interval.kind is EventKind.UPDATE:

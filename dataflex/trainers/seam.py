@@ -25,7 +25,8 @@ from dataflex.checkpoints.state import STATE, RunState, load_state
 from dataflex.config.presets import RETIRED
 from dataflex.config.registry import target_of
 from dataflex.models.experts import freeze_routers, load_experts
-from dataflex.models.passes import row_losses
+from dataflex.models.passes import own_labels, row_losses
+from dataflex.models.vocabulary import check_vocabulary
 from dataflex.run.board import Scoreboard
 from dataflex.run.context import RunContext
 from dataflex.run.log import RunLog, as_json
@@ -183,7 +184,7 @@ class Seam(SealedCheckpoints):
         return RunContext(
             config=self.run.config,
             data=self.run.data,
-            collate=self.data_collator,
+            collate=own_labels(self.data_collator),
             model=self.model,
             output_dir=Path(self.args.output_dir),
             run_id=self.run.run_id,
@@ -208,6 +209,7 @@ class Seam(SealedCheckpoints):
             fresh: whether the run starts from the beginning.
         """
         config = self.run.config
+        check_vocabulary(self.model, self.run.data)
         if spread := self._spread() & self.run.strategy.whole_model:
             raise BadInput(
                 f"component {self.run.name!r} makes passes of its own over the model in training, "

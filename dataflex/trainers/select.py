@@ -64,7 +64,7 @@ class SelectSeam(RowSeam):
             score_seconds=selection.score_seconds,
             select_seconds=selection.select_seconds,
             pause_seconds=pause,
-            skipped=dict(selection.skipped),
+            skipped={**self.run.data.dropped, **selection.skipped},
             chosen=self._by_set(rows),
             train_sets=self._train_sets,
             won=won,

@@ -59,6 +59,8 @@ class Targets:
     def of(batch: Mapping[str, Tensor]) -> Targets:
         """Find the target positions of `batch["labels"]` (b, t).
 
+        Padding, by an `attention_mask` (b, t), predicts none.
+
         Raises:
             BadInput: there are no labels, or they are not (b, t).
         """
@@ -74,6 +76,10 @@ class Targets:
             )
         shifted = labels[:, 1:]
         chosen = shifted != IGNORED_LABEL
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.shape == labels.shape:
+            # Padding predicts nothing: where it is on the left, it would the row's first token.
+            chosen = chosen & (mask[:, :-1] != 0)
         rows, columns = chosen.nonzero(as_tuple=True)
         grid = (labels.shape[0], labels.shape[1])
         return Targets(rows, columns, shifted[rows, columns], chosen.sum(1), grid)

@@ -147,6 +147,11 @@ def test_a_bad_configuration_is_one_message_before_the_model(
     assert nothing_made(tmp_path / "run")
 
 
+def test_tokens_without_an_embedding_name_resize_vocab(cli: Any, config: Any) -> None:
+    result = cli("train", config(template="qwen"))
+    check_refusal(result, 2, "resize_vocab: true", "'<|im_end|>'", "tiny_train", loaded=True)
+
+
 def test_streaming_is_refused_for_a_selector_without_gradients_too(cli: Any, config: Any) -> None:
     path = config(component_name="random", component_params=None, streaming=True, max_steps=4)
     check_refusal(cli("train", path), 2, "streaming is on", "streaming: false")
@@ -196,7 +201,7 @@ def test_an_entry_without_a_source_and_rows_without_a_column_are_told(
                          numbers="[1, 2, 3]", goal=[row("Say yes.", "yes")] * 4)  # fmt: skip
     info = json.loads((folder / "dataset_info.json").read_text())
     (folder / "dataset_info.json").write_text(json.dumps({**info, "nowhere": {}, "word": "x"}))
-    told = {"few": "a row has no", "numbers": "'instruction'", "nowhere": "file_name",
+    told = {"few": "a row has no 'input'", "numbers": "'instruction'", "nowhere": "file_name",
             "word": "must be a mapping"}  # fmt: skip
     for name, says in told.items():
         result = cli("train", config(dataset_dir=str(folder), dataset=name, target_dataset="goal"))

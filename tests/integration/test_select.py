@@ -92,6 +92,24 @@ def test_copies_and_a_target_that_wins_all_are_told_and_unique_takes_each_row_on
     assert "distinct" not in said
 
 
+def test_a_score_does_not_depend_on_the_batch_where_padding_is_a_label(
+    cli: Any, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Training learns the padding; how much of it a row gets depends on its batch."""
+    scores = []
+    for budget in (64, 4096):
+        path = config(
+            output_dir=str(tmp_path / f"{budget}"), ignore_pad_token_for_loss=False,
+            max_samples=32, gradient_accumulation_steps=1, train_step=4, save_steps=4,
+            component_params={"proj_dim": 64, "tokens_per_batch": budget},
+        )  # fmt: skip
+        result = cli("train", path)
+        assert result.code == 0, result.err[-3000:]
+        chosen = json.loads((tmp_path / f"{budget}/dataflex/selections/step_2.json").read_text())
+        scores.append(dict(zip(chosen["indices"], chosen["metric"]["score"], strict=True)))
+    assert scores[0] == pytest.approx(scores[1], abs=2e-3)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "temperature": ({"temperature": 0}, ("temperature is 0", "above 0")),
     "quantiles": ({"quantiles": [0.66, 0.33]}, ("quantiles are [0.66, 0.33]", "two rising")),

@@ -158,6 +158,20 @@ def test_rows_that_were_tokenised_otherwise_are_refused(
         load(tokenized_path=path, **changes)
 
 
+def test_a_folder_of_the_first_format_is_still_used(tmp_path: Path) -> None:
+    path = tmp_path / "tokenised"
+    load(tokenized_path=str(path))
+    held = json.loads((path / MANIFEST).read_text())
+    later = {"layout", "files", "preserve_thinking", "mix_strategy", "interleave_probs"}
+    old = {k: v for k, v in held.items() if k not in later} | {"format": 1}
+    (path / MANIFEST).write_text(json.dumps(old))
+    loader = Loader()
+    load(loader, tokenized_path=str(path))
+    assert loader.asked == []
+    with pytest.raises(ProvenanceMismatch, match="cutoff_len 64, now 32"):
+        load(tokenized_path=str(path), cutoff_len=32)
+
+
 def test_a_folder_that_is_not_ours_or_lacks_a_part_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokenised"
     path.mkdir()

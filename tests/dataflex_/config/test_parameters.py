@@ -13,6 +13,8 @@ from dataflex.config.keys import load
 from dataflex.config.parameters import declared, faults
 from dataflex.config.presets import presets_of, resolve
 from dataflex.config.registry import KINDS, PACKAGES, constructors_of, strategies
+from dataflex.config.values import names_a_folder
+from dataflex.models.frozen import missing_folder_faults
 from gradstore.errors import BadInput
 
 
@@ -143,3 +145,13 @@ def test_a_placeholder_that_is_none_is_refused(wrong: str, tmp_path: Path) -> No
     path.write_text(f"selectors: {{a: {{name: near, params: {{indices_path: '{wrong}'}}}}}}\n")
     with pytest.raises(BadInput, match="components_cfg_file"):
         resolve("dynamic_select", "a", {}, path, {"output_dir": "x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("gpt2", False), ("org/name", False), ("./name", True), ("../a/b", True), ("/a", True),
+     ("~/a", True), ("a/b/c", True), (".", True)],
+)  # fmt: skip
+def test_one_rule_tells_a_folder_from_a_hub_id(name: str, folder: bool) -> None:
+    assert names_a_folder(name) is folder
+    assert bool(missing_folder_faults("key", name)) is folder

@@ -13,6 +13,7 @@ import torch
 from dataflex.data.images import TextsWithPictures, opened, pictures_hash, shown_batch
 from dataflex.data.rows import Rows
 from dataflex.features.vision import Anatomy
+from dataflex.models.passes import max_positions
 from dataflex.selectors.coincide import CoincideSelector
 from gradstore.errors import BadInput
 from gradstore.export.visual import VisualStates
@@ -119,7 +120,7 @@ def test_features_are_others_where_a_picture_is(llava: tuple[Any, Any], tmp_path
 def test_a_config_says_layers_and_tokens(llava: tuple[Any, Any]) -> None:
     config = llava[0].config
     anatomy = Anatomy.of(config, None, "the model")
-    assert (anatomy.layers, anatomy.dim, anatomy.longest) == ((0, 1, 2), 2 * 3 * 64, 256)
+    assert (anatomy.layers, anatomy.dim, max_positions(llava[0])) == ((0, 1, 2), 2 * 3 * 64, 256)
     with pytest.raises(BadInput, match=r"embedding_layers is \[1, 4\], but the model has layers"):
         Anatomy.of(config, (1, 4), "the model")
     with pytest.raises(BadInput, match=r"\(llama\) has no image tokens"):

@@ -23,7 +23,8 @@ from gradstore.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = ROOT / "examples" / "train_lora"
-VALUES = {"label_smoothing_factor": "0.1", "moe_aux_loss_coef": "0.01", "neftune_noise_alpha": "5"}
+VALUES = {"label_smoothing_factor": "0.1", "moe_aux_loss_coef": "0.01", "neftune_noise_alpha": "5",
+          "ignore_pad_token_for_loss": "false"}  # fmt: skip
 
 #: Examples that stand for a column of the table.
 READERS = {

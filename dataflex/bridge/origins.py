@@ -1,0 +1,109 @@
+"""Origin of rows: (data set, index in its file), carried through LlamaFactory's loader."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from dataflex.bridge.arguments import is_another_matter, reason_of, swapped
+from dataflex.bridge.row_faults import ReadRows, misfit_told
+from dataflex.data.rows import SOURCE_ROW, SOURCE_SET
+from gradstore.errors import BadInput
+
+
+@contextlib.contextmanager
+def row_sources() -> Iterator[ReadRows]:
+    """Carry (data set, index in its file) through loading, alignment and tokenisation.
+
+    Both columns are added right after the file is read. Alignment maps row to row but drops all
+    columns; tokenisation may drop rows, so it is run row by row and the survivors keep theirs.
+    Yields the rows by data set as they were read, with columns that alignment drops.
+    """
+    from llamafactory.data import loader
+
+    found = ReadRows()
+    read, align, listed = loader.load_dataset, loader.align_dataset, loader.get_dataset_list
+    processor_for = loader._get_dataset_processor
+
+    def list_named(names: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        attributes = listed(names, *args, **kwargs)
+        for name, each in zip(names or (), attributes, strict=True):
+            each.source_name = name
+        return attributes
+
+    def read_numbered(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        dataset = read(*args, **kwargs)
+        if kwargs.get("streaming") or not hasattr(dataset, "add_column"):
+            return dataset
+        if SOURCE_ROW in dataset.column_names:
+            raise BadInput(
+                f"its rows have a column {SOURCE_ROW!r}, a name that DataFlex needs for the row's "
+                "number: rename that column."
+            )
+        return dataset.add_column(SOURCE_ROW, list(range(len(dataset))))
+
+    def align_numbered(dataset: Any, dataset_attr: Any, data_args: Any, training_args: Any) -> Any:  # noqa: ANN401
+        plain = data_args.tokenized_path is None and not data_args.streaming
+        numbers = dataset[SOURCE_ROW] if plain and SOURCE_ROW in dataset.column_names else None
+        if numbers is not None:
+            found.files[dataset_attr.source_name] = dataset
+        if SOURCE_ROW in (dataset.column_names or ()):
+            dataset = dataset.remove_columns(SOURCE_ROW)
+        with misfit_told(dataset, dataset_attr, data_args):
+            aligned = align(dataset, dataset_attr, data_args, training_args)
+        if numbers is None:
+            return aligned
+        aligned = aligned.add_column(SOURCE_ROW, list(numbers))
+        found.aligned[dataset_attr.source_name] = aligned
+        found.attributes[dataset_attr.source_name] = dataset_attr
+        return aligned.add_column(SOURCE_SET, [dataset_attr.source_name] * len(aligned))
+
+    def processor_numbered(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        return _SourceCarrier(processor_for(*args, **kwargs))
+
+    with contextlib.ExitStack() as stack:
+        for name, replacement in (
+            ("get_dataset_list", list_named),
+            ("load_dataset", read_numbered),
+            ("align_dataset", align_numbered),
+            ("_get_dataset_processor", processor_numbered),
+        ):
+            stack.enter_context(swapped(loader, name, replacement))
+        yield found
+
+
+class _SourceCarrier:
+    """A dataset processor that keeps the origin of every row it does not drop."""
+
+    def __init__(self, inner: Any) -> None:  # noqa: ANN401 - LlamaFactory's DatasetProcessor
+        self.inner = inner
+
+    def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Preprocess as `inner` does, row by row if rows carry an origin and are not packed."""
+        if SOURCE_ROW not in examples or self.inner.data_args.packing:
+            dropped = {SOURCE_ROW, SOURCE_SET}
+            return dict(
+                self.inner.preprocess_dataset(
+                    {k: v for k, v in examples.items() if k not in dropped}
+                )
+            )
+        found: dict[str, list[Any]] = {}
+        for i in range(len(examples[SOURCE_ROW])):
+            try:
+                one = self.inner.preprocess_dataset({k: [v[i]] for k, v in examples.items()})
+            except Exception as error:
+                if is_another_matter(error):
+                    raise
+                where = f"data set {examples[SOURCE_SET][i]!r}: row {examples[SOURCE_ROW][i]}"
+                raise BadInput(f"{where} cannot be tokenised: {reason_of(error)}") from error
+            kept = len(next(iter(one.values()), []))
+            one = {**one, SOURCE_ROW: [examples[SOURCE_ROW][i]] * kept,
+                   SOURCE_SET: [examples[SOURCE_SET][i]] * kept}  # fmt: skip
+            for key, values in one.items():
+                found.setdefault(key, []).extend(values)
+        return found
+
+    def print_data_example(self, example: dict[str, list[int]]) -> None:
+        """Pass through."""
+        self.inner.print_data_example(example)

@@ -1,0 +1,123 @@
+"""Rows that LlamaFactory drops, or chokes on, are told: which, why, how many."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradstore.errors import BadInput
+
+DataDir = Callable[..., Path]
+
+
+def row(output: Any, **more: Any) -> dict[str, Any]:
+    return {"instruction": "copy: a", "input": "", "output": output, **more}
+
+
+GOOD = [row("a")] * 3
+SHAREGPT = {"file_name": "chat.json", "formatting": "sharegpt",
+            "columns": {"messages": "talk"}}  # fmt: skip
+
+
+def talk(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"talk": [{"from": role, "value": text} for role, text in turns]}
+
+
+def test_dropped_rows_are_one_line_with_reasons_and_counts(
+    load_rows: Any, dataset_dir: DataDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "dataflex"):
+        data = load_rows(dataset_dir(rows=[row(None), *GOOD * 4, row(None)]), val_size=3)
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith("dataflex")]
+    assert ours == ["data set 'rows': 2 of 14 rows are not used: 2 with no response (row 0, 13)"]
+    assert data.dropped == {"no_response": 2}
+    assert len(data.train) < 12, "rows held out are not dropped"
+
+
+def test_broken_conversations_are_told_by_what_is_wrong_with_them(
+    load_rows: Any, dataset_dir: DataDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = talk(("human", "copy: a"), ("gpt", "a"))
+    rows = [good, talk(("gpt", "a"), ("human", "b")), good, talk(("human", "a")), {"talk": []}]
+    folder = dataset_dir({"chat": SHAREGPT}, chat=rows)
+    with caplog.at_level(logging.WARNING, "dataflex"):
+        data = load_rows(folder, dataset="chat")
+    assert data.dropped == {"roles": 2, "no_response": 1}
+    assert "3 of 5 rows are not used: 2 with turns out of order" in caplog.text
+
+
+def test_packed_rows_are_told_where_none_is_left(load_rows: Any, dataset_dir: DataDir) -> None:
+    """They keep no origin, so that one of many is not missed."""
+    with pytest.raises(BadInput, match="3 of 3 rows are not used: 3 with no response"):
+        load_rows(dataset_dir(rows=[row(None)] * 3), packing=True)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "says"),
+    [
+        ([1, 2, 3], r"3 with a response that is not text \(row 0, 1, 2\)"),
+        ([{"a": "b"}] * 5, r"5 with a response that is not text \(row 0, 1, 2, ...\)"),
+        ([None, None], "2 with no response"),
+    ],
+    ids=["numbers", "objects", "nulls"],
+)
+@pytest.mark.parametrize("role", ["dataset", "target"])
+def test_where_every_row_is_dropped_the_reason_is_told(
+    role: str, outputs: list[Any], says: str, load_rows: Any, dataset_dir: DataDir
+) -> None:
+    folder = dataset_dir(rows=GOOD, odd=[row(output) for output in outputs])
+    asked = {"dataset": "odd"} if role == "dataset" else {"ours": {"target_dataset": ("odd",)}}
+    with pytest.raises(BadInput, match=says) as refused:
+        load_rows(folder, **asked)
+    assert "'odd'" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ([{"instruction": "a"}] * 2, "a row has no 'input': row 0, with the columns instruction"),
+        ('[{"instruction": "a", "output": "b"}, {"instruction": 3}]', "row 1 of.*'instruction'"),
+        ('{"a": 1}\n{"a": \n', "line 2 of.*not JSON"),
+        ([row("a", history=[["only one"]])] * 2, "row 0 is not in the format 'alpaca'"),
+    ],
+    ids=["no column", "two types", "broken", "history"],
+)
+def test_the_first_row_that_cannot_be_loaded_is_named(
+    content: Any, says: str, load_rows: Any, dataset_dir: DataDir
+) -> None:
+    entry = {"file_name": "odd.json", "columns": {"prompt": "instruction", "query": "input",
+             "response": "output", "history": "history"}}  # fmt: skip
+    has_history = isinstance(content, list) and "history" in content[0]
+    folder = dataset_dir({"odd": entry} if has_history else {}, rows=GOOD, odd=content)
+    with pytest.raises(BadInput, match=says) as refused:
+        load_rows(folder, dataset="rows,odd")
+    assert "data set 'odd'" in str(refused.value), "of several sets the one at fault is named"
+
+
+def test_a_column_with_a_name_of_ours_is_refused_by_name(
+    load_rows: Any, dataset_dir: DataDir
+) -> None:
+    folder = dataset_dir(rows=[row("a", _source_row=7, _source_set="x")] * 3)
+    with pytest.raises(BadInput, match=r"data set 'rows'.*column '_source_row'.*rename"):
+        load_rows(folder)
+
+
+def test_columns_with_other_names_of_ours_or_of_llamafactorys_work(
+    load_rows: Any, dataset_dir: DataDir
+) -> None:
+    odd = {"_source_set": "x", "_prompt": "p", "_response": "r", "input_ids": 3, "labels": "l",
+           "domain_id": 1, "attention_mask": "m", "images_": None}  # fmt: skip
+    plain, data = (
+        load_rows(dataset_dir(rows=GOOD)),
+        load_rows(dataset_dir(rows=[row("a", **odd)] * 3)),
+    )
+    assert data.train.dataset.to_list() == plain.train.dataset.to_list()
+    assert data.train.sources == (("rows", 0), ("rows", 1), ("rows", 2))
+    assert data.raw is not None
+    assert data.raw.numbers("domain_id").tolist() == [1, 1, 1]
+    with pytest.raises(BadInput, match=r"its columns are .*_source_set"):
+        data.raw.numbers("score")
