@@ -115,7 +115,7 @@ def resume_point(config: RunConfig) -> Path | None:
     wanted = asked.lower() == "true"
     if config.known.overwrite_output_dir and not wanted:
         return None
-    found, passed, fault = _newest_sound(config.output_dir)
+    found, passed, fault = newest_sound(config.output_dir, known_identity(config.output_dir))
     if passed and os.environ.get("RANK", "0") == "0":  # before there are ranks to ask
         start = f"resuming from {found}" if found else "no checkpoint to resume from"
         _log.warning("%s: %s", start, "; ".join(passed))
@@ -142,16 +142,21 @@ def check_sound(checkpoint: Path) -> None:
     check_resumable(checkpoint)
 
 
-def _newest_sound(output_dir: Path) -> tuple[Path | None, list[str], StoreError | None]:
-    """Return the newest sound checkpoint of the folder's run, and why newer ones are not it.
+def newest_sound(
+    output_dir: Path, run_id: str | None
+) -> tuple[Path | None, list[str], StoreError | None]:
+    """Return the newest sound checkpoint of a run, and why newer ones are not it.
 
     A new run in an old run's folder must not resume from the old one's checkpoints.
+
+    Args:
+        output_dir: the folder of the checkpoints.
+        run_id: the run; None takes any.
 
     Returns:
         The checkpoint, if any; a clause for each newer one; the first of their errors that says
         more than that a run was killed while saving.
     """
-    run_id = known_identity(output_dir)
     passed: list[str] = []
     fault: StoreError | None = None
     for path in reversed(checkpoints(output_dir)):

@@ -1,7 +1,8 @@
 """The base of our trainers: life cycle, checkpointed state, log.
 
-A mixin over public Trainer methods; it changes nothing about data or loss. `row_seam.py` adds the
-data of exact steps, `loss_seam.py` the weights of samples; a trainer of one kind is thin over them.
+A mixin over public Trainer methods (and two inner ones in `sealing.py`, around a checkpoint); it
+changes nothing about data or loss. `row_seam.py` adds the data of exact steps, `loss_seam.py` the
+weights of samples; a trainer of one kind is thin over them.
 """
 
 from __future__ import annotations

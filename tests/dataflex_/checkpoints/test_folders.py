@@ -1,7 +1,8 @@
-"""Checkpoints of a folder in the order of their steps, and of their moments by parameter."""
+"""Which checkpoint a resume takes, and in which order its optimizer's moments are."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,43 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from dataflex.checkpoints.folders import checkpoints
+from dataflex.checkpoints.folders import checkpoints, newest_sound
+from dataflex.checkpoints.seal import seal
+from dataflex.checkpoints.state import RunState
 from dataflex.checkpoints.weights import optimizer_order
 from gradstore.export.moments import AdamMoments
 
 
+def make(folder: Path, step: int, run_id: str = "mine", complete: bool = True) -> Path:
+    """A checkpoint with an optimizer in files of DeepSpeed's, which are not looked into."""
+    made = folder / f"checkpoint-{step}"
+    (made / "global_step").mkdir(parents=True)
+    RunState(step, run_id, (1, 2, 3), "sha").save(made)
+    if complete:
+        (made / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        seal(made)
+    return made
+
+
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
-    made = [tmp_path / f"checkpoint-{step}" for step in (2, 10, 9)]
-    for folder in (*made, tmp_path / "checkpoint-3.tmp"):
-        folder.mkdir()
+    made = [make(tmp_path, step) for step in (2, 10, 9)]
+    (tmp_path / "checkpoint-3.tmp").mkdir()
     assert checkpoints(tmp_path) == [made[0], made[2], made[1]]
+
+
+def test_a_resume_takes_the_newest_whole_one(tmp_path: Path) -> None:
+    make(tmp_path, 2)
+    newest = make(tmp_path, 10)
+    make(tmp_path, 12, complete=False)
+    assert newest_sound(tmp_path, None)[0] == newest
+    assert newest_sound(tmp_path, "mine")[0] == newest
+
+
+def test_a_resume_never_takes_another_runs(tmp_path: Path) -> None:
+    mine = make(tmp_path, 2)
+    make(tmp_path, 10, run_id="another")
+    assert newest_sound(tmp_path, "mine")[0] == mine
+    assert newest_sound(tmp_path, "a third")[0] is None
 
 
 class Decayed(nn.Module):
