@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,7 +92,8 @@ class _SourceCarrier:
         found: dict[str, list[Any]] = {}
         for i in range(len(examples[SOURCE_ROW])):
             try:
-                one = self.inner.preprocess_dataset({k: [v[i]] for k, v in examples.items()})
+                with _drops_told_later(self.inner):
+                    one = self.inner.preprocess_dataset({k: [v[i]] for k, v in examples.items()})
             except Exception as error:
                 if is_another_matter(error):
                     raise
@@ -107,3 +109,21 @@ class _SourceCarrier:
     def print_data_example(self, example: dict[str, list[int]]) -> None:
         """Pass through."""
         self.inner.print_data_example(example)
+
+
+@contextlib.contextmanager
+def _drops_told_later(processor: Any) -> Iterator[None]:  # noqa: ANN401 - a DatasetProcessor
+    """Keep LlamaFactory from a warning of its own for each row it drops, with the row's text.
+
+    Dropped rows are told in one line for each set (`rows.py`). With its INFO it says both.
+    """
+    logger = logging.getLogger(type(processor).__module__)
+    if logger.isEnabledFor(logging.INFO):
+        yield
+        return
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

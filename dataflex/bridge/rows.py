@@ -123,9 +123,11 @@ def _dropped(
     if any(rows.sources is None for rows in used):
         return {}
     counts: dict[str, int] = {}
-    for name in names:
+    for name in dict.fromkeys(names):  # one may be named twice
         kept = {i for rows in used for source, i in rows.sources or () if source == name}
         dropped = find_dropped(read, name, kept, bool(data_args.packing))
+        if data_args.mix_strategy != "concat":
+            dropped.pop("other", None)  # sound rows that interleaving leaves out
         if dropped and training_args.should_log:
             _log.warning("%s", told(name, dropped, len(read.files[name])))
         for reason, rows in dropped.items():
@@ -142,7 +144,7 @@ def _reasons_told(names: Iterable[str], read: ReadRows, packing: bool) -> Iterat
         if NO_ROW not in str(error):
             raise
         lines = []
-        for name in names:
+        for name in dict.fromkeys(names):
             dropped = find_dropped(read, name, (), packing)
             dropped.pop("other", None)  # sound rows, of a part that is not at fault
             if dropped:

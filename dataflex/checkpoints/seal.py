@@ -137,10 +137,14 @@ def _entry(path: Path) -> Entry:
 
 
 def _files(checkpoint: Path) -> Iterator[str]:
-    """Yield the relative path of each file but the manifest, in rising order."""
+    """Yield the relative path of each file but the manifest, in rising order.
+
+    Hidden files are those of a file manager or a synchronisation, never the Trainer's.
+    """
     for path in sorted(checkpoint.rglob("*")):
         name = path.relative_to(checkpoint).as_posix()
-        if name != MANIFEST and path.is_file() and not name.endswith(".partial"):
+        left_out = name == MANIFEST or name.endswith(".partial") or path.name.startswith(".")
+        if path.is_file() and not left_out:
             yield name
 
 

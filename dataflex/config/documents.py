@@ -13,6 +13,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigTypeError, OmegaConfBaseException
 
+from dataflex.config.secrets import keep_written_secrets
 from gradstore.errors import BadInput
 from gradstore.format.foreign import MOST_NESTED, TOO_DEEP, read_json
 
@@ -46,6 +47,7 @@ def read_settings(path: Path) -> DictConfig | ListConfig:
         Exception: as `faults_of` converts it.
     """
     text = path.read_text(encoding="utf-8-sig")
+    keep_written_secrets(text)
     settings: DictConfig | ListConfig
     if path.suffix == ".json":
         settings = OmegaConf.create(read_json(text))
@@ -72,6 +74,7 @@ def overridden(settings: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """
     for override in overrides:
         key, _, text = override.partition("=")
+        keep_written_secrets(override)
         with faults_of(_named(override)):
             _check_nesting(text)
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]

@@ -23,6 +23,9 @@ _SECRET = re.compile(
     re.IGNORECASE,
 )
 
+#: A key and its value in text that may be no sound YAML, JSON or `key=value`.
+_WRITTEN = re.compile(r"""["']?([A-Za-z_]\w*)["']?\s*[:=]\s*([^\s,][^\n]*)""")
+
 #: The name of an environment variable may be shown where a secret was expected.
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+")
 
@@ -66,6 +69,18 @@ def keep_secret(text: str) -> None:
     """Know a secret, so that `redacted` replaces it for as long as the process lives."""
     if len(text.strip()) >= _SHORTEST:
         _kept.add(text.strip())
+
+
+def keep_written_secrets(text: str) -> None:
+    """Know the values under secret names in text that is yet to be parsed, and may not parse.
+
+    A parser's complaint quotes the line that it stopped at.
+    """
+    for key, written in _WRITTEN.findall(text):
+        value = written.strip().strip("\"'")
+        if _is_secret(key, value):
+            keep_secret(written)
+            keep_secret(value)
 
 
 def redacted(text: str) -> str:

@@ -110,8 +110,11 @@ class ModelDropout:
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def install(self, model: nn.Module) -> int:
-        """Put a `RowDropout` in the place of every active `nn.Dropout`; return their number."""
-        for name, module in list(model.named_modules()):
+        """Put a `RowDropout` in the place of every active `nn.Dropout`; return their number.
+
+        One that has several places in the model, as in layers that share it, gets one in each.
+        """
+        for name, module in list(model.named_modules(remove_duplicate=False)):
             if type(module) is nn.Dropout and module.p > 0:
                 parent = model.get_submodule(name.rpartition(".")[0])
                 own = RowDropout(module.p, name, self).train(module.training)

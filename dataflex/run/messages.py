@@ -26,8 +26,11 @@ DEBUG = "DATAFLEX_DEBUG"
 NO_MEMORY = ("failed to map segment from shared object", "Cannot allocate memory",
              "can't allocate memory", "cannot allocate memory")  # fmt: skip
 
-#: Code that is ours, and folders of code that is nobody's own: the library's and installed.
+#: Code that is ours; libraries that may be installed from a folder of their developers' (editable);
+#: and folders of code that is nobody's own: Python's and installed.
 PACKAGES = ("dataflex", "gradstore", "gradkernels")
+LIBRARIES = ("llamafactory", "transformers", "peft", "trl", "accelerate", "datasets", "torch",
+             "deepspeed")  # fmt: skip
 NOT_USERS = tuple(
     {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
 )
@@ -94,9 +97,10 @@ def _users_code(error: Exception) -> str | None:
     found, below_ours = None, False
     for frame, line in traceback.walk_tb(error.__traceback__):
         path = frame.f_code.co_filename
-        if str(frame.f_globals.get("__name__", "")).partition(".")[0] in PACKAGES:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in PACKAGES:
             below_ours = True
-        elif below_ours and not path.startswith(("<", *NOT_USERS)):
+        elif below_ours and package not in LIBRARIES and not path.startswith(("<", *NOT_USERS)):
             owner = type(frame.f_locals["self"]).__name__ if "self" in frame.f_locals else None
             name = frame.f_code.co_name if owner is None else f"{owner}.{frame.f_code.co_name}"
             found = f"{name} ({path}, line {line})"

@@ -116,8 +116,13 @@ class Seam(SealedCheckpoints):
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Add the numbers since the last line to the Trainer's own."""
-        added, self._numbers = self._numbers, {}
+        """Add the numbers since the last line to the Trainer's own, but not to an evaluation's.
+
+        A model card takes every key of an evaluation's line for a metric of that evaluation.
+        """
+        added: dict[str, float] = {}
+        if not any(key.startswith("eval_") for key in logs):
+            added, self._numbers = self._numbers, {}
         super().log({**logs, **added}, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

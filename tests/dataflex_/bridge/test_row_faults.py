@@ -38,6 +38,34 @@ def test_dropped_rows_are_one_line_with_reasons_and_counts(
     assert len(data.train) < 12, "rows held out are not dropped"
 
 
+def test_a_dropped_row_is_not_told_by_llamafactory_too_unless_it_says_all(
+    load_rows: Any, dataset_dir: DataDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = dataset_dir(rows=[row(None), *GOOD])
+    said = {}
+    for level in (logging.WARNING, logging.INFO):
+        caplog.clear()
+        with caplog.at_level(level, "llamafactory"):
+            load_rows(folder)
+        said[level] = [r for r in caplog.records if "Dropped invalid" in r.getMessage()]
+    assert not said[logging.WARNING]
+    assert said[logging.INFO]
+
+
+def test_sound_rows_that_interleaving_leaves_out_and_sets_named_twice_are_not_miscounted(
+    load_rows: Any, dataset_dir: DataDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = dataset_dir(rows=GOOD * 5, few=[row(None), *GOOD])
+    with caplog.at_level(logging.WARNING, "dataflex"):
+        data = load_rows(
+            folder, dataset="rows,few", mix_strategy="interleave_under", interleave_probs="0.5,0.5"
+        )
+        assert data.dropped == {"no_response": 1}
+        assert len(data.train) < 18
+        assert load_rows(folder, dataset="few,few").dropped == {"no_response": 1}
+    assert "another fault" not in caplog.text
+
+
 def test_broken_conversations_are_told_by_what_is_wrong_with_them(
     load_rows: Any, dataset_dir: DataDir, caplog: pytest.LogCaptureFixture
 ) -> None:

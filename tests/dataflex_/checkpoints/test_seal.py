@@ -136,7 +136,8 @@ def test_a_file_removed_cut_short_or_of_another_run_is_refused_by_name(
 def test_an_added_file_that_a_resume_would_read_is_refused_others_are_not(
     name: str, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (run / "checkpoint-4" / "notes.txt").write_text("the good one")
+    for beside in ("notes.txt", ".DS_Store", "dataflex/.DS_Store"):
+        (run / "checkpoint-4" / beside).write_text("the good one")
     assert resume_point(configured(run)) == run / "checkpoint-4"
     path = run / "checkpoint-4" / name
     path.parent.mkdir(exist_ok=True)

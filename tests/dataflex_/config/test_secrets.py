@@ -83,3 +83,22 @@ def test_keys_of_a_configuration_and_of_its_presets_are_known_once_they_are_read
     with pytest.raises(BadInput):
         resolve("dynamic_select", "mine", {}, presets)
     assert redacted("open-sesame") == "***"
+
+
+@pytest.mark.parametrize(
+    ("yaml", "override"),
+    [
+        ("hf_hub_token: {hf_sesame-1\n", "seed=1"),
+        ('"hf_hub_token": "hf_sesame-1\n', "seed=1"),
+        ("seed: 1\n", "hf_hub_token={hf_sesame-1"),
+        ("seed: 1\n", "component_params.api_key=[hf_sesame-1"),
+    ],
+)
+def test_a_secret_in_text_that_does_not_parse_is_not_shown(
+    yaml: str, override: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml)
+    with pytest.raises(BadInput) as refused:
+        load(path, [override], {"seed", "hf_hub_token"})
+    assert "sesame" not in Failure(2, str(refused.value)).message

@@ -154,3 +154,15 @@ def test_the_models_own_modules_come_back(net: Net) -> None:
     dropout.remove()
     assert dict(net.named_modules()) == own
     assert not net.first.training
+
+
+def test_a_dropout_with_two_places_in_the_model_is_replaced_in_both_and_comes_back(
+    net: Net,
+) -> None:
+    shared = net.second = net.first
+    dropout = ModelDropout(seed=7)
+    dropout.install(net)
+    assert isinstance(net.first, RowDropout)
+    assert isinstance(net.second, RowDropout)
+    dropout.remove()
+    assert net.first is net.second is shared

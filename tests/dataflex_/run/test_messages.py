@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-import importlib
+import functools
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -76,3 +77,19 @@ def test_a_worker_shows_its_traceback_with_debug_alone(
     monkeypatch.setenv(DEBUG, "1")
     assert launched.worker([str(tmp_path / "no.yaml")]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_in_a_library_installed_from_its_developers_folder_is_no_users_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "own_selector.py").write_text(OWN)
+    spec = importlib.util.spec_from_file_location(
+        "peft.own_selector", tmp_path / "peft" / "own_selector.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    select = functools.partial(module.Mine().select, 3)
+    assert explain(raised(functools.partial(Ranks(0, 1).gather, select))) is None
