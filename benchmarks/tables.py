@@ -24,6 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "figures.md")
 LEVEL = 0.05
 
+#: Stands for a figure that older lines of a CSV do not have.
+UNKNOWN = "not recorded"
+
 Line = dict[str, str]
 
 
@@ -107,10 +110,18 @@ def plus_minus(found: Difference) -> str:
     return f"{found.mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def ratio(line: Line) -> str:
+def ratio(line: Line, key: str = "ratio") -> str:
     """Write a ratio with its smallest and largest pair."""
-    middle, low, high = (float(line[key]) for key in ("ratio", "ratio_min", "ratio_max"))
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    low, high = line[f"{key}_min"], line[f"{key}_max"]
+    between = f" ({float(low):.2f} to {float(high):.2f})" if low and high else ""
+    return f"{float(line[key]):.2f}{between}"
+
+
+def beside(line: Line, ours: str, other: str, digits: int) -> str:
+    """Write two figures of a line, ours / the other."""
+    if not line.get(ours) or not line.get(other):
+        return UNKNOWN
+    return f"{float(line[ours]):.{digits}f} / {float(line[other]):.{digits}f}"
 
 
 # ---- strategies --------------------------------------------------------------------------------
@@ -128,14 +139,14 @@ def strategies(name: str, reference: str, figure: str) -> str:
     def values(strategy: str, column: str, of: str) -> list[float]:
         return [float(lines[strategy, seed][column]) for seed in seeds[of]]
 
-    def beside(strategy: str) -> str:
+    def against(strategy: str) -> str:
         return PLAIN if strategy.startswith("weight: ") and PLAIN in seeds else reference
 
     others = sorted((s for s in seeds if s != reference),
                     key=lambda s: statistics.mean(values(s, figure, s)))  # fmt: skip
     columns = ("target_loss", "mean_loss")
     found = {
-        (s, c): difference(values(s, c, s), values(beside(s), c, s))
+        (s, c): difference(values(s, c, s), values(against(s), c, s))
         for s in others
         for c in columns
     }
@@ -143,7 +154,7 @@ def strategies(name: str, reference: str, figure: str) -> str:
     ranked = sorted(seeds, key=lambda s: statistics.mean(values(s, figure, s)))
     body = []
     for strategy in ranked:
-        cells = [f"`{strategy}`" + (f" against `{PLAIN}`" if beside(strategy) == PLAIN else "")]
+        cells = [f"`{strategy}`" + (f" against `{PLAIN}`" if against(strategy) == PLAIN else "")]
         for column in columns:
             mean = f"{statistics.mean(values(strategy, column, strategy)):.3f}"
             if strategy == reference:
@@ -164,7 +175,7 @@ def strategies(name: str, reference: str, figure: str) -> str:
 def cpu_seconds(lines: Sequence[Line]) -> str:
     """Write the median of a run's processor seconds, of the seeds that recorded them."""
     times = [float(line["cpu_s"]) for line in lines if line.get("cpu_s")]
-    return f"{statistics.median(times):.0f}" if times else "not recorded"
+    return f"{statistics.median(times):.0f}" if times else UNKNOWN
 
 
 # ---- the others --------------------------------------------------------------------------------
@@ -173,19 +184,16 @@ def cpu_seconds(lines: Sequence[Line]) -> str:
 def export() -> str:
     """Cost of a selection's export."""
     lines = newest((li for li in read(RESULTS / "export_ratio.csv") if not li.get("chip")),
-                   "projection").values()  # fmt: skip
+                   "projection", "rows").values()  # fmt: skip
     body = [
-        (f"{line['projection']}, d = {line['d']}", ratio(line), line["limit"], line["pairs"],
-         f"{float(line['export_s']):.1f} / {float(line['plain_s']):.1f}",
-         f"{float(line['export_cpu_s']):.1f} / {float(line['plain_cpu_s']):.1f}")
+        (f"{line['projection']}, d = {line['d']}", f"{line['rows']}, {int(line['tokens']):,}",
+         ratio(line), line["limit"], line["pairs"], beside(line, "export_s", "plain_s", 1),
+         beside(line, "export_cpu_s", "plain_cpu_s", 1))
         for line in lines
     ]  # fmt: skip
-    head = ("projection", "export / plain, median (pairs)", "limit", "pairs", "wall s", "CPU s")
-    first = next(iter(lines))
-    work = (
-        f"{first['rows']} rows, {first['tokens']} tokens, batches of {first['token_budget']} tokens"
-    )
-    return f"{table(head, body)}\n\n{work}; {where(lines)}."
+    head = ("projection", "rows, tokens", "export / plain, median (pairs)", "limit", "pairs",
+            "wall s", "CPU s")  # fmt: skip
+    return f"{table(head, body)}\n\n{where(lines)}."
 
 
 def shares() -> str:
@@ -227,13 +235,12 @@ def passes() -> str:
     weighted = newest(read(RESULTS / "weighting_cost.csv"), "workload", "accumulation").values()
     body = [
         (f"pass of the `loss` selector over a plain evaluation pass ({line['workload']})",
-         ratio(line), line["pairs"],
-         f"{float(line['losses_cpu_s']):.2f} / {float(line['plain_cpu_s']):.2f}")
+         ratio(line), line["pairs"], beside(line, "losses_cpu_s", "plain_cpu_s", 2))
         for line in asked
     ] + [
         (f"step of the `loss` weighter over a plain one, accumulation {line['accumulation']} "
-         f"({line['workload']})", ratio(line), line["pairs"],
-         f"{float(line['weighted_cpu_s']):.3f} / {float(line['plain_cpu_s']):.3f}")
+         f"({line['workload']})", ratio(line), line["pairs"] or UNKNOWN,
+         beside(line, "weighted_cpu_s", "plain_cpu_s", 3))
         for line in weighted
     ]  # fmt: skip
     head = ("", "ratio, median (pairs)", "pairs", "CPU s")
@@ -246,12 +253,8 @@ def scoring() -> str:
     body = [
         (f"{int(line['rows']):,} x {int(line['dim']):,}", line["chip"] or "CPU",
          f"{float(line['peak_mib']):.0f} MiB",
-         f"{float(line['speed_ratio']):.2f}" + (
-             f" ({float(line['speed_ratio_min']):.2f} to {float(line['speed_ratio_max']):.2f})"
-             if line["speed_ratio_min"] else ""),
-         line["rounds"] or "not recorded",
-         f"{float(line['ours_cpu_s']):.2f} / {float(line['plain_cpu_s']):.2f}"
-         if line["ours_cpu_s"] else "not recorded")
+         ratio(line, "speed_ratio"), line["rounds"] or UNKNOWN,
+         beside(line, "ours_cpu_s", "plain_cpu_s", 2))
         for line in lines
     ]  # fmt: skip
     head = ("float16 rows", "device", "peak above the interpreter", "speed / plain torch", "rounds",
