@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dataflex.data.files import changed_parts, identity
 from dataflex.data.rows import ROW_FIELDS, tokenizer_hash
-from gradstore.errors import DamagedData, ProvenanceMismatch
+from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch
 from gradstore.format.foreign import read_json
 from gradstore.storage.replace import replace_file
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 #: 1 was written by runs that mix domains, without `FIELDS_2`, layout and files.
 FORMAT = 2
 MANIFEST = "dataflex_manifest.json"
+
+#: Files by which `datasets` tells a folder that it saved: of several splits, of one.
+SAVED = ("dataset_dict.json", "state.json")
 
 #: DataArguments that decide which rows there are and which tokens they have.
 FIELDS = (*ROW_FIELDS, "packing", "neat_packing", "max_samples", "val_size", "tool_format",
@@ -136,6 +139,11 @@ class TokenisedPath:
         if (self.path / MANIFEST).exists():
             self._manifest()
             return
+        if not any((self.path / name).exists() for name in SAVED):
+            raise BadInput(
+                f"tokenized_path {str(self.path)!r} is a folder that holds no tokenised rows (none "
+                f"of {', '.join(SAVED)}). Name another folder, which need not exist yet."
+            )
         _log.warning(
             "tokenized_path %r has no record of what its rows were made of (no %s): they are used "
             "as they are, even if template, cutoff_len, tokenizer or data files are others now. "

@@ -20,8 +20,11 @@ from gradstore.format.foreign import MOST_NESTED, TOO_DEEP, read_json
 #: Characters of an override that a message shows.
 _SHOWN = 60
 
-#: Where a path in the home folder begins: in a text, or in a comma string of them.
-_HOME = re.compile(r"(^|,\s*)~(?=/)")
+#: Where a path in the home folder begins: in a text, and in a comma string of words without blanks
+#: (a sentence, such as a system prompt, may speak of `~/` behind a comma).
+_HOME = re.compile(r"^()~(?=/)")
+_HOMES = re.compile(r"(^|,\s*)~(?=/)")
+_COMMA_STRING = re.compile(r"[^\s,]+(\s*,\s*[^\s,]+)+")
 
 
 @contextlib.contextmanager
@@ -89,13 +92,14 @@ def at_home(value: Any) -> Any:  # noqa: ANN401 - YAML values
     """Replace the `~/` that a text begins with by the user's home folder, in lists and mappings.
 
     No shell does so for a value in a file, and for few words of a command line. In a comma string
-    each part counts.
+    of paths each part counts; in a sentence nothing does.
 
     >>> at_home({"a": "a, ~/b", "b": ["~c", 3]}) == {"a": f"a, {Path.home()}/b", "b": ["~c", 3]}
     True
     """
     if isinstance(value, str):
-        return _HOME.sub(lambda found: f"{found[1]}{Path.home()}", value)
+        begins = _HOMES if _COMMA_STRING.fullmatch(value) else _HOME
+        return begins.sub(lambda found: f"{found[1]}{Path.home()}", value)
     if isinstance(value, dict):
         return {key: at_home(each) for key, each in value.items()}
     return [at_home(each) for each in value] if isinstance(value, list) else value

@@ -131,8 +131,11 @@ class LossSeam(Seam):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Add the weights since the last line: to the screen, events.jsonl and the log."""
-        if self._pending and "loss" in logs:
+        """Add the weights since the last line: to the screen, events.jsonl and the log.
+
+        The last line, `train_runtime`, has those of steps that no other line came after.
+        """
+        if self._pending and not {"loss", "train_runtime"}.isdisjoint(logs):
             numbers = summary(np.concatenate(self._pending))
             self._pending = []
             self.add_to_log(numbers)

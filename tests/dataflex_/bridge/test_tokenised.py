@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dataflex.bridge.tokenised import FORMAT, MANIFEST
-from gradstore.errors import ProvenanceMismatch
+from gradstore.errors import BadInput, ProvenanceMismatch
 
 ROWS = [{"instruction": f"sort: {i} 1", "input": "", "output": f"1 {i}"} for i in range(2, 8)]
 DataDir = Callable[..., Path]
@@ -92,6 +92,15 @@ def test_a_folder_without_a_record_is_used_with_a_warning(
     (path / MANIFEST).write_text("{")
     with pytest.raises(ProvenanceMismatch, match="no readable"):
         load_rows(folder, tokenized_path=str(path))
+
+
+def test_a_folder_of_something_else_is_refused_and_nobody_is_told_to_remove_it(
+    load_rows: Any, dataset_dir: DataDir
+) -> None:
+    folder = dataset_dir(rows=ROWS)
+    with pytest.raises(BadInput, match="holds no tokenised rows") as refused:
+        load_rows(folder, tokenized_path=str(folder))
+    assert "emove" not in str(refused.value)
 
 
 def test_a_folder_of_domains_is_no_folder_of_whole_rows(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dataflex.config.documents import at_home
 from dataflex.config.keys import load
 from dataflex.config.presets import presets_of
 from gradstore.errors import BadInput
@@ -127,3 +128,19 @@ def test_an_override_that_nests_too_deeply_is_one_short_message(
     with pytest.raises(BadInput, match=r"^override 'component_params.*nest") as refused:
         run(tmp_path, override)
     assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "becomes"),
+    [
+        ("~/a", "{home}/a"),
+        ("~/my models/a", "{home}/my models/a"),
+        ("a, ~/b,~/c", "a, {home}/b,{home}/c"),
+        ("In bash, ~/ is the home folder.", "In bash, ~/ is the home folder."),
+        ("~other/a", "~other/a"),
+    ],
+)
+def test_a_path_in_the_home_folder_is_found_and_a_sentence_about_it_is_left(
+    text: str, becomes: str
+) -> None:
+    assert at_home(text) == becomes.format(home=Path.home())

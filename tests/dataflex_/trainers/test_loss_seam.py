@@ -26,6 +26,7 @@ from dataflex.data.rows import Rows, RunData
 from dataflex.run.ranks import Ranks
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.trainers.job import Job, Run
+from dataflex.trainers.loss_seam import LossSeam
 from dataflex.trainers.seam import trainer_class
 from dataflex.trainers.weight import WeightSeam
 from dataflex.weighters.base import FloatArray, MeasuredBatch, WeightContext, Weighter
@@ -396,3 +397,27 @@ def test_one_sample_at_a_time_is_told(make: MakeTrainer, caplog: pytest.LogCaptu
         assert "one sample" not in caplog.text
         make([1, 3], Told([1, 1]), per_device_train_batch_size=1, accumulation=2)
         assert "raise per_device_train_batch_size" in caplog.text
+
+
+def test_steps_that_no_line_of_training_came_after_are_in_the_last_line() -> None:
+    """A run shorter than `logging_steps` has no other line."""
+
+    class Base:
+        def log(self, logs: dict[str, float]) -> None:
+            lines.append(logs)
+
+    class Logged(LossSeam, Base):
+        """A seam over a Trainer that only logs."""
+
+    lines: list[dict[str, float]] = []
+    updates: list[str] = []
+    made: Any = object.__new__(Logged)
+    made._numbers, made._pending = {}, [np.array([0.5, 1.5])]
+    made.state = SimpleNamespace(global_step=3)
+    made.run = SimpleNamespace(ranks=Ranks(), name="loss")
+    made.log_files = SimpleNamespace(update=lambda kind, *_, **__: updates.append(kind))
+    made.log({"eval_loss": 1.0})
+    made.log({"train_runtime": 2.0})
+    assert updates == ["weight"]
+    assert lines[0] == {"eval_loss": 1.0}
+    assert lines[1]["dataflex/weight_max"] == 1.5
