@@ -13,10 +13,14 @@ import pytest
 
 from dataflex.api import Forecast, Mixer, Selection, Selector, Strategy
 from dataflex.config.registry import PACKAGES, strategies
+from dataflex.features import forecasts
 from dataflex.launch import dry_run
 from dataflex.run.board import Scoreboard
 from dataflex.run.forecast import print_forecasts
 from dataflex.run.strategy import adapt, ask_forecasts
+from dataflex.selectors.coincide import CoincideSelector
+from dataflex.selectors.less import LessSelector
+from dataflex.selectors.nice import NiceSelector
 from gradstore.errors import BadInput
 
 
@@ -120,3 +124,33 @@ def test_the_launcher_knows_no_strategy() -> None:
         if isinstance(node, ast.ImportFrom) and node.module
     }
     assert not {module for module in imported if set(module.split(".")) & set(rooms)}
+
+
+@pytest.mark.parametrize(("policy", "times"), [(None, 2), ("fixed", 1)])
+def test_a_fixed_policy_of_nice_answers_once(
+    policy: str | None, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LessSelector, "forecasts", lambda *_: [])
+    (responses,) = NiceSelector(policy_model_path=policy).forecasts(None, [0, 3])  # type: ignore[arg-type]
+    assert (responses.what, responses.times, responses.seconds) == ("responses", times, None)
+
+
+@pytest.mark.parametrize(
+    ("params", "owns", "told"),
+    [
+        ({}, True, (2, 1)),
+        ({}, False, (2, None)),
+        ({"keep_generations": 3}, True, (2, 3)),
+        ({"embedding_model_name_or_path": "fixed"}, False, (1, None)),
+    ],
+)
+def test_coincide_forecasts_training_rows_alone_and_what_its_store_keeps(
+    params: dict[str, Any], owns: bool, told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(CoincideSelector, "source", lambda *_: "source")
+    monkeypatch.setattr(forecasts, "embedding_forecasts", lambda *args: given.extend(args) or [])
+    data = SimpleNamespace(train="train", targets=("target",))
+    run: Any = SimpleNamespace(data=data, config=SimpleNamespace(owns_store=owns))
+    CoincideSelector(**params).forecasts(run, [0, 3])
+    assert given == [run, "source", told[0], ("train",), told[1]]
