@@ -12,22 +12,19 @@ a ratio is the median over the pairs. Prints one table and appends to results/ex
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from gradkernels import ProjectionSpec
+from report import RESULTS, Took, append, compared, echo, machine, timed
 
 from gradstore.export.features import FeatureSpec, Recipe
 from gradstore.export.moments import AdamMoments
@@ -42,9 +39,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 REAL = HERE.parent / "examples" / "real"
-RESULTS = HERE / "results" / "export_ratio.csv"
 Method = Literal["sjlt", "rademacher"]
-Pairs = dict[Method, list[tuple[float, float]]]
+Pairs = dict[Method, list[tuple[Took, Took]]]
 LIMITS: dict[Method, float] = {"sjlt": 1.05, "rademacher": 1.25}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SPEAKERS = {
@@ -137,25 +133,27 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def plain(self) -> float:
-        """Seconds of one pass of forward and backward."""
-        self.model.eval()
-        self.synchronize()
-        began = time.perf_counter()
-        for batch in self.batches():
-            self.model(**batch, use_cache=False).loss.backward()
-            self.model.zero_grad(set_to_none=True)
-        self.synchronize()
-        return time.perf_counter() - began
+    def plain(self) -> Took:
+        """Time one pass of forward and backward."""
 
-    def export(self, method: Method, dim: int) -> float:
-        """Seconds of one export into a new store, plan and commit included."""
+        def one_pass() -> None:
+            for batch in self.batches():
+                self.model(**batch, use_cache=False).loss.backward()
+                self.model.zero_grad(set_to_none=True)
+
+        self.model.eval()
+        return timed(one_pass, self.synchronize)
+
+    def export(self, method: Method, dim: int) -> Took:
+        """Time one export into a new store, plan and commit included."""
         with tempfile.TemporaryDirectory(prefix="export-ratio-") as folder:
-            self.synchronize()
-            began = time.perf_counter()
-            with StoreWriter(Path(folder) / "store", provenance={"benchmark": method}) as writer:
-                self._write(writer, method, dim)
-            return time.perf_counter() - began
+
+            def into_a_store() -> None:
+                path = Path(folder) / "store"
+                with StoreWriter(path, provenance={"benchmark": method}) as writer:
+                    self._write(writer, method, dim)
+
+            return timed(into_a_store, self.synchronize)
 
     def _write(self, writer: StoreWriter, method: Method, dim: int) -> None:
         projection = ProjectionSpec(method=method, p=self.p, d=dim, seed=1)
@@ -201,71 +199,35 @@ def lora_model(device: torch.device, *, random_weights: bool = False) -> torch.n
     return model.to(device)
 
 
-def median_ratio(pairs: list[tuple[float, float]]) -> float:
-    """Median over (plain, export) pairs of export / plain."""
-    return statistics.median(export / plain for plain, export in pairs)
-
-
 def measure(bench: Bench, dim: int, pairs: int) -> Pairs:
     """(plain, export) seconds of each projection: A B A B, after one pass of every kind."""
-    echo(f"warm-up: {bench.plain():.1f} s plain")
+    echo(f"warm-up: {bench.plain().wall:.1f} s plain")
     for method in LIMITS:
-        echo(f"warm-up: {bench.export(method, dim):.1f} s {method}")
+        echo(f"warm-up: {bench.export(method, dim).wall:.1f} s {method}")
     found: Pairs = {method: [] for method in LIMITS}
     for number in range(1, pairs + 1):
         for method, results in found.items():
             results.append((bench.plain(), bench.export(method, dim)))
             plain, export = results[-1]
-            echo(f"pair {number} of {pairs}: plain {plain:.1f} s, {method} {export:.1f} s")
+            echo(
+                f"pair {number} of {pairs}: plain {plain.wall:.1f} s, {method} {export.wall:.1f} s"
+            )
     return found
 
 
-def echo(message: str) -> None:
-    """Print one line and flush it."""
-    sys.stdout.write(message + "\n")
-    sys.stdout.flush()
-
-
-def hardware(device: torch.device) -> str:
-    """Name of the processor (and of the GPU) that the figures belong to."""
-    cpu = "unknown CPU"
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    cpu = f"{cpu}, {os.cpu_count()} cores"
-    return f"{torch.cuda.get_device_name(device)}; {cpu}" if device.type == "cuda" else cpu
-
-
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a CSV file, with a header if it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def report(bench: Bench, found: Pairs, dim: int) -> list[dict[str, Any]]:
-    """One row per projection: medians, ratio, limit."""
+def lines_of(bench: Bench, found: Pairs, dim: int) -> list[dict[str, Any]]:
+    """One line per projection: medians, ratio and its spread, limit."""
+    chip = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else None
     n, tokens = len(bench.rows), sum(len(row["input_ids"]) for row in bench.rows)
     return [
-        {
-            "date": datetime.now(UTC).date().isoformat(),
-            "hardware": hardware(bench.device),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
+        machine(chip=chip)
+        | {
             "rows": n,
             "tokens": tokens,
             "token_budget": bench.token_budget,
             "projection": method,
             "d": dim,
-            "pairs": len(pairs),
-            "plain_s": round(statistics.median(plain for plain, _ in pairs), 3),
-            "export_s": round(statistics.median(export for _, export in pairs), 3),
-            "ratio": round(median_ratio(pairs), 4),
+            **compared([e for _, e in pairs], [p for p, _ in pairs], ("export", "plain")),
             "limit": LIMITS[method],
         }
         for method, pairs in found.items()
@@ -284,7 +246,12 @@ def main() -> None:
     parser.add_argument(
         "--random-weights", action="store_true", help="config alone: times do not depend on values"
     )
-    parser.add_argument("--csv", type=Path, default=RESULTS, help="where the figures are appended")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        default=RESULTS / "export_ratio.csv",
+        help="where the figures are appended",
+    )
     options = parser.parse_args()
     if not (REAL / "model" / "config.json").is_file():
         sys.exit("no examples/real/model: run `uv run python examples/real/prepare.py` first")
@@ -301,14 +268,16 @@ def main() -> None:
         device,
     )
     bench.train_a_little()
-    results = report(bench, measure(bench, options.dim, options.pairs), options.dim)
+    results = lines_of(bench, measure(bench, options.dim, options.pairs), options.dim)
     append(options.csv, results)
-    echo(f"\n{results[0]['hardware']}; {len(rows)} rows, {results[0]['tokens']} tokens")
-    echo(f"{'projection':<12}{'plain s':>10}{'export s':>10}{'ratio':>8}{'limit':>8}")
+    first = results[0]
+    echo(f"\n{first['chip'] or first['cpu']}; {first['rows']} rows, {first['tokens']} tokens")
+    echo(f"{'projection':<12}{'plain s':>10}{'export s':>10}{'ratio':>8}{'spread':>14}{'limit':>8}")
     for row in results:
         echo(
             f"{row['projection']:<12}{row['plain_s']:>10.1f}{row['export_s']:>10.1f}"
-            f"{row['ratio']:>8.3f}{row['limit']:>8.2f}"
+            f"{row['ratio']:>8.3f}{row['ratio_min']:>8.2f}-{row['ratio_max']:.2f}"
+            f"{row['limit']:>9.2f}"
         )
 
 

@@ -12,15 +12,12 @@ results/loss_pass.csv, and exits 1 if a ratio is above 1.05.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from report import RESULTS, append, echo, machine
+from report import RESULTS, append, compared, echo, machine, timed
 from workloads import Workload, llama, tiny
 
 from dataflex.models.passes import batches, row_losses, token_budget
@@ -40,13 +37,6 @@ def plain_pass(run: RunContext) -> None:
     model.train(was_training)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall-clock of one call."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def measure(workload: Workload, pairs: int, folder: Path) -> dict[str, object]:
     """Median seconds of both passes, and the median ratio of a pair."""
     run = workload.context(folder)
@@ -54,18 +44,14 @@ def measure(workload: Workload, pairs: int, folder: Path) -> dict[str, object]:
     plain_pass(run)
     if not np.isfinite(found).all():
         raise SystemExit("not every row has a loss")
-    timed = [(seconds(lambda: row_losses(run)), seconds(lambda: plain_pass(run)))
-             for _ in range(pairs)]  # fmt: skip
-    ratios = [losses / plain for losses, plain in timed]
+    ours, plain = [], []
+    for _ in range(pairs):
+        ours.append(timed(lambda: row_losses(run)))
+        plain.append(timed(lambda: plain_pass(run)))
     return {
         "workload": workload.name,
         "rows": len(run.data.train),
-        "pairs": pairs,
-        "losses_s": round(statistics.median(losses for losses, _ in timed), 3),
-        "plain_s": round(statistics.median(plain for _, plain in timed), 3),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
+        **compared(ours, plain, ("losses", "plain")),
     }
 
 

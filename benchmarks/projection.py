@@ -11,16 +11,11 @@ turns (A B A B), medians; seconds are per row of the whole gradient.
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from gradkernels import Accumulator, ProjectionSpec
+from report import RESULTS, Took, append, compared, echo, machine, timed
 
 HIDDEN, KEYS, INNER, RANK, LAYERS = 576, 192, 1536, 16, 30
 # (inputs, outputs) of q, k, v, o, gate, up, down; each has an A (r x inputs) and a B (outputs x r).
@@ -32,6 +27,8 @@ SHAPES = (
 BLOCKS = [RANK * size for shape in SHAPES for size in shape]
 P = LAYERS * sum(BLOCKS)  # 4,884,480
 SLICE = 8192  # parameters of the ready matrix
+
+NAMES = ("seconds_per_row", "beside_seconds_per_row")
 
 # method, rows, d, layers that are really projected (the rest by proportion)
 CASES = [
@@ -53,10 +50,6 @@ GPU_CASES = [
     ("rademacher", 64, 4096, 30),
     ("gaussian", 64, 4096, 6),
 ]
-COLUMNS = [
-    "date", "cpu", "cores", "threads", "load", "torch", "method", "p", "d", "rows",
-    "seconds_per_row", "beside", "beside_seconds_per_row", "ratio",
-]  # fmt: skip
 
 
 def project_blocks(spec: ProjectionSpec, blocks: list[torch.Tensor]) -> torch.Tensor:
@@ -69,16 +62,18 @@ def project_blocks(spec: ProjectionSpec, blocks: list[torch.Tensor]) -> torch.Te
     return accumulator.result()
 
 
-def seconds(work: Callable[[], torch.Tensor]) -> float:
-    """Time one call, to the end of the device's work, and look at its result."""
-    wait()
-    begin = time.perf_counter()
-    out = work()
-    wait()
-    took = time.perf_counter() - begin
-    if not out.isfinite().all() or not out.any():
+def took(work: Callable[[], torch.Tensor], scale: float) -> Took:
+    """Time one call, to the end of the device's work, and look at its result.
+
+    Args:
+        work: projects.
+        scale: seconds are multiplied by it: to those per row of a whole gradient.
+    """
+    found: list[torch.Tensor] = []
+    time = timed(lambda: found.append(work()), wait)
+    if not found[0].isfinite().all() or not found[0].any():
         raise RuntimeError("the projection returned zeros or non-finite numbers")
-    return took
+    return Took(time.wall * scale, time.cpu * scale)
 
 
 def wait() -> None:
@@ -89,23 +84,26 @@ def wait() -> None:
 
 def measure(
     method: str, rows: int, d: int, layers: int, repeats: int, device: str
-) -> tuple[float, float]:
-    """Return median seconds per row and whole gradient: ours, and the ready matrix's."""
+) -> dict[str, float | int]:
+    """Time ours and the ready matrix's, per row of the whole gradient, in turns."""
     spec = ProjectionSpec(method, p=P, d=d)  # type: ignore[arg-type]
     matrix = torch.randn(SLICE, d, device=device)
     ours, ready = [], []
     for turn in range(repeats + 1):
         blocks = [torch.randn(rows, size, device=device) for size in layers * BLOCKS]
         x = torch.randn(rows, SLICE, device=device)
-        times = seconds(lambda: project_blocks(spec, blocks)), seconds(lambda: x @ matrix)  # noqa: B023
+        times = (
+            took(lambda: project_blocks(spec, blocks), LAYERS / layers / rows),  # noqa: B023
+            took(lambda: x @ matrix, P / SLICE / rows),  # noqa: B023
+        )
         if turn:  # the first turn warms up
-            ours.append(times[0] * LAYERS / layers / rows)
-            ready.append(times[1] * P / SLICE / rows)
-    return statistics.median(ours), statistics.median(ready)
+            ours.append(times[0])
+            ready.append(times[1])
+    return compared(ours, ready, NAMES, digits=6)
 
 
-def measure_trak(params: int, rows: int, d: int) -> tuple[float, float]:
-    """Return seconds per row of a gradient of `params`, by proportion for P: TRAK's, and ours."""
+def measure_trak(params: int, rows: int, d: int, repeats: int) -> dict[str, float | int]:
+    """Time TRAK's projector and ours, per row of a gradient of `params`, by proportion for P."""
     from trak.projectors import BasicProjector, ProjectionType
 
     projector = BasicProjector(
@@ -114,20 +112,12 @@ def measure_trak(params: int, rows: int, d: int) -> tuple[float, float]:
     x = torch.randn(rows, params)
     spec = ProjectionSpec("rademacher", p=params, d=d)
     project_blocks(spec, [x])
-    theirs = seconds(lambda: projector.project(x, model_id=0))
-    ours = seconds(lambda: project_blocks(spec, [x]))
-    return theirs / rows * P / params, ours / rows * P / params
-
-
-def cpu_name() -> str:
-    """Return the processor's name as the system gives it, with family and model on Linux."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor() or platform.machine()
-    pairs = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in pairs.items()}
-    name = fields.get("model name", platform.machine())
-    return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})"
+    scale = P / params / rows
+    theirs, ours = [], []
+    for _ in range(repeats):
+        theirs.append(took(lambda: projector.project(x, model_id=0), scale))
+        ours.append(took(lambda: project_blocks(spec, [x]), scale))
+    return compared(theirs, ours, NAMES, digits=6)
 
 
 def main() -> None:
@@ -138,35 +128,27 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     on_gpu = args.device != "cpu"
-    chip = torch.cuda.get_device_name(args.device) if on_gpu else cpu_name()
-    common = [
-        time.strftime("%Y-%m-%d"), chip, os.cpu_count(), torch.get_num_threads(),
-        round(os.getloadavg()[0], 1), torch.__version__,
-    ]  # fmt: skip
-    print(f"{common[1]}, {common[2]} cores, {common[3]} threads, torch {common[5]}; p = {P:,}")
-    print(f"load of the machine before the start: {common[4]} (above 0.5, expect slower figures)")
-    print(f"{'method':<12}{'d':>6}{'rows':>6}{'s/row':>12}{'beside s/row':>14}{'ratio':>9}  beside")
-    results: list[tuple[str, int, int, float, float]] = [
-        (method, d, rows, *measure(method, rows, d, layers, args.repeats, args.device))
+    where = machine(chip=torch.cuda.get_device_name(args.device) if on_gpu else None)
+    echo(f"{where['chip'] or where['cpu']}, {where['threads']} threads, torch {where['torch']}; "
+         f"p = {P:,}; load before the start {where['load']}")  # fmt: skip
+    found = [
+        (method, d, rows, "ready matrix", measure(method, rows, d, layers, args.repeats,
+                                                  args.device))
         for method, rows, d, layers in (GPU_CASES if on_gpu else CASES)
-    ]
+    ]  # fmt: skip
     if args.trak:
-        trak, ours = measure_trak(params=2000, rows=16, d=4096)
-        results.append(("trak basic", 4096, 16, trak, ours))
+        trak = measure_trak(params=2000, rows=16, d=4096, repeats=args.repeats)
+        found.append(("trak basic", 4096, 16, "our rademacher", trak))
+    echo(f"{'method':<12}{'d':>6}{'rows':>6}{'s/row':>12}{'beside s/row':>14}{'ratio':>9}  beside")
     lines = []
-    for method, d, rows, took, other in results:
-        beside = "our rademacher" if method == "trak basic" else "ready matrix"
-        print(
-            f"{method:<12}{d:>6}{rows:>6}{took:>12.5f}{other:>14.4f}{took / other:>9.3f}  {beside}"
-        )
-        numbers = [f"{took:.6f}", beside, f"{other:.6f}", f"{took / other:.4f}"]
-        lines.append([*common, method, P, d, rows, *numbers])
-    target = Path(__file__).parent / "results" / "projection.csv"
-    target.parent.mkdir(exist_ok=True)
-    new = not target.exists()
-    with target.open("a", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows(([COLUMNS] if new else []) + lines)
+    for method, d, rows, beside, times in found:
+        ours, other = times["seconds_per_row_s"], times["beside_seconds_per_row_s"]
+        echo(f"{method:<12}{d:>6}{rows:>6}{ours:>12.5f}{other:>14.4f}{times['ratio']:>9.3f}  "
+             f"{beside}")  # fmt: skip
+        named = {key.removesuffix("_s"): value for key, value in times.items()}
+        case = {"method": method, "p": P, "d": d, "rows": rows, "beside": beside}
+        lines.append(where | case | named)
+    append(RESULTS / "projection.csv", lines)
 
 
 if __name__ == "__main__":

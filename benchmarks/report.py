@@ -1,32 +1,48 @@
-"""What the benchmarks of the embedded example share: where and when, and one CSV per claim."""
+"""What benchmarks share: where and when, timed work, ratios with their spread, CSVs per claim.
+
+Imports no library at its top: a benchmark of memory starts its measured processes from one that
+has loaded none.
+"""
 
 from __future__ import annotations
 
 import csv
 import os
+import statistics
 import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def machine() -> dict[str, Any]:
-    """Date, processor, cores, threads of torch, its version, load: first columns of a result.
+def machine(threads: int | None = None, chip: str | None = None) -> dict[str, Any]:
+    """Date, processor, cores, threads, torch's version, load: the first columns of a result.
 
-    `load` is the machine's average over the last minute, this benchmark included; `cpu_s` of a
-    result, where it has one, are processor seconds, which other work on the machine changes less.
+    Args:
+        threads: of the measured process; None for this one's, by torch.
+        chip: name of a GPU that the work ran on; None for the processor.
+
+    `load` is the machine's average over the last minute, this benchmark included; `cpu_s` columns
+    are processor seconds, which other work on the machine changes less than wall-clock.
     """
+    if threads is None:
+        import torch
+
+        threads = torch.get_num_threads()
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "cpu": processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "threads": threads,
+        "torch": version("torch"),
         "load": round(os.getloadavg()[0], 1),
+        "chip": chip or "",
     }
 
 
@@ -40,7 +56,45 @@ def processor() -> str:
     return f"{name} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
+@dataclass(frozen=True)
+class Took:
+    """Wall-clock and processor seconds of one call, all threads of the process together."""
+
+    wall: float
+    cpu: float
+
+
+def timed(work: Callable[[], object], wait: Callable[[], object] = lambda: None) -> Took:
+    """Time one call; `wait` waits for a device before and after it."""
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    wait()
+    return Took(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def compared(
+    ours: Sequence[Took], beside: Sequence[Took], names: tuple[str, str], digits: int = 3
+) -> dict[str, float | int]:
+    """Compare two works timed in turns (A B A B): medians, and the ratio with its spread.
+
+    Returns:
+        `<name>_s` and `<name>_cpu_s`, medians in seconds; `ratio`, the median over the pairs of
+        ours / beside, `ratio_min` and `ratio_max`; `pairs`.
+    """
+    ratios = [a.wall / b.wall for a, b in zip(ours, beside, strict=True)]
+    found: dict[str, float | int] = {"pairs": len(ratios)}
+    for name, times in zip(names, (ours, beside), strict=True):
+        found[f"{name}_s"] = round(statistics.median(t.wall for t in times), digits)
+        found[f"{name}_cpu_s"] = round(statistics.median(t.cpu for t in times), digits)
+    return found | {
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_min": round(min(ratios), 4),
+        "ratio_max": round(max(ratios), 4),
+    }
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Append rows to a CSV file; columns that it lacks are added, empty in its older rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     older = read(path) if path.exists() else []

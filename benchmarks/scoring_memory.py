@@ -19,10 +19,8 @@ results/scoring_memory.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -30,9 +28,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from report import RESULTS, Took, append, compared, machine, timed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.store.generation import Generation
 
-RESULTS = Path(__file__).resolve().parent / "results" / "scoring_memory.csv"
 LIMIT_MIB = 1024
 TARGET_SETS = 4
 TARGET_ROWS = 8
@@ -75,11 +72,14 @@ def main() -> int:
         for rows in options.rows:
             store = os.path.join(folder, str(rows))
             written = child("write", store, rows, options)
-            line = {"rows": rows, "dim": options.dim, "write_seconds": written["seconds"]}
+            line: dict[str, Any] = {"rows": rows, "dim": options.dim}
+            line["write_seconds"] = written["seconds"]
             line |= child("memory", store, rows, options) | child("speed", store, rows, options)
-            lines.append(describe(options) | line)
+            chip = line.pop("chip")
+            where = machine(options.threads, chip) | {"device": options.device}
+            lines.append(where | line)
     show(lines)
-    save(lines)
+    append(RESULTS / "scoring_memory.csv", lines)
     grown = lines[-1]["peak_mib"] - lines[0]["peak_mib"]
     print(f"peak grows by {grown:.0f} MiB from {options.rows[0]:,} to {options.rows[1]:,} rows")
     return int(any(line["peak_mib"] > LIMIT_MIB for line in lines))
@@ -182,32 +182,31 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         "plain_read": lambda: plain(files, queries, read_file),
         "plain_map": lambda: plain(files, queries, map_file),
     }
-    wall: dict[str, list[float]] = {name: [] for name in ways}
-    processor: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[Took]] = {name: [] for name in ways}
     for way in ways.values():
         way()
     for _ in range(options.repeats):
         for name, way in ways.items():
-            wall_began, processor_began = time.perf_counter(), time.process_time()
-            way()
-            wall[name].append(time.perf_counter() - wall_began)
-            processor[name].append(time.process_time() - processor_began)
-    size = feature_bytes(options)
-    rates = {f"{n}_gb_s": round(size / statistics.median(t) / 1e9, 2) for n, t in wall.items()}
+            times[name].append(timed(way))
+    size, medians = feature_bytes(options), {n: median_wall(t) for n, t in times.items()}
+    faster = min(("plain_read", "plain_map"), key=lambda name: medians[name])
+    # Speeds, not times: of ours, over the faster plain way.
+    beside = compared(times[faster], times["ours"], ("plain", "ours"))
     return {
-        **rates,
-        "speed_ratio": ratio(wall),
-        "cpu_time_ratio": ratio(processor),
-        "torch": torch.__version__,
-        "chip": torch.cuda.get_device_name() if options.device != "cpu" else processor_name(),
+        **{f"{name}_gb_s": round(size / wall / 1e9, 2) for name, wall in medians.items()},
+        "speed_ratio": beside["ratio"],
+        "speed_ratio_min": beside["ratio_min"],
+        "speed_ratio_max": beside["ratio_max"],
+        "rounds": beside["pairs"],
+        "ours_cpu_s": beside["ours_cpu_s"],
+        "plain_cpu_s": beside["plain_cpu_s"],
+        "chip": torch.cuda.get_device_name() if options.device != "cpu" else "",
     }
 
 
-def ratio(times: dict[str, list[float]]) -> float:
-    """Speed of ours over the faster plain way: median over the rounds, so drift cancels."""
-    faster = min(("plain_read", "plain_map"), key=lambda name: statistics.median(times[name]))
-    pairs = zip(times[faster], times["ours"], strict=True)
-    return round(statistics.median(plain_s / ours_s for plain_s, ours_s in pairs), 3)
+def median_wall(times: list[Took]) -> float:
+    """Take the median of wall-clock seconds."""
+    return statistics.median(took.wall for took in times)
 
 
 def plain(
@@ -269,41 +268,10 @@ def peak_kib() -> int:
 # ---- report ----------------------------------------------------------------------------------
 
 
-def describe(options: argparse.Namespace) -> dict[str, Any]:
-    """Where and when."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "cpu": processor_name(),
-        "cores": os.cpu_count(),
-        "threads": options.threads,
-        "device": options.device,
-        "load": round(os.getloadavg()[0], 1),
-    }
-
-
-def processor_name() -> str:
-    """Read the processor's name in Linux."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
 def show(lines: list[dict[str, Any]]) -> None:
     """Print one table, a line per figure and a column per n."""
     for key in lines[0]:
         print(f"{key:18}" + "".join(f"{line[key]!s:>28}" for line in lines))
-
-
-def save(lines: list[dict[str, Any]]) -> None:
-    """Append to the CSV, with a header where the file is new."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(lines[0]), lineterminator="\n")
-        if new:
-            table.writeheader()
-        table.writerows(lines)
 
 
 if __name__ == "__main__":

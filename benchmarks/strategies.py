@@ -99,14 +99,14 @@ def train(config: Path, output_dir: Path, options: list[str]) -> tuple[dict[str,
              "DISABLE_VERSION_CHECK": "1"}  # fmt: skip
     output_dir.mkdir(parents=True)
     with (output_dir / "screen.txt").open("w+", encoding="utf-8") as screen:
-        run = subprocess.Popen(command, cwd=ROOT, env=os.environ | quiet, stdout=screen,
-                               stderr=subprocess.STDOUT)  # fmt: skip
-        _, status, used = os.wait4(run.pid, 0)
-        run.returncode = os.waitstatus_to_exitcode(status)
-        if run.returncode:
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | quiet, stdout=screen,
+                                   stderr=subprocess.STDOUT)  # fmt: skip
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
             screen.seek(0)
             raise SystemExit(
-                f"{' '.join(command)} ended with {run.returncode}:\n{screen.read()[-3000:]}"
+                f"{' '.join(command)} ended with {process.returncode}:\n{screen.read()[-3000:]}"
             )
     found = json.loads((output_dir / "all_results.json").read_text(encoding="utf-8"))
     return dict(found), used.ru_utime + used.ru_stime
@@ -214,7 +214,7 @@ def main() -> int:
         with ThreadPoolExecutor(options.jobs) as pool:
             lines = list(pool.map(lambda item: run(*item, Path(folder)), work))
     show(lines, options.seeds)
-    append(options.csv, [machine() | line for line in lines])
+    append(options.csv, [machine(threads=1) | line for line in lines])
     missed = claims(lines)
     for sentence in missed:
         echo(sentence)

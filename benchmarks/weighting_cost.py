@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, append, echo, machine
+from report import RESULTS, Took, append, compared, echo, machine
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from workloads import Workload, llama, tiny
 
@@ -34,22 +34,29 @@ BATCH = 8
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of a step to the end of the next: all that a step does."""
+    """Times from the end of a step to the end of the next: all that a step does."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._last = 0.0
+        self.steps: list[Took] = []
+        self._last: Took | None = None
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Start the clock of a run: its first step is not counted."""
-        self._last = 0.0
+        self._last = None
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Record the time of a step."""
-        now = time.perf_counter()
-        if self._last:
-            self.seconds.append(now - self._last)
+        now = Took(time.perf_counter(), time.process_time())
+        if self._last is not None:
+            self.steps.append(Took(now.wall - self._last.wall, now.cpu - self._last.cpu))
         self._last = now
+
+    def median(self) -> Took:
+        """Take the median of the steps since the last call, and forget them."""
+        steps, self.steps = self.steps, []
+        return Took(
+            statistics.median(s.wall for s in steps), statistics.median(s.cpu for s in steps)
+        )
 
 
 def trainer(
@@ -79,23 +86,22 @@ def trainer(
 def measure(
     workload: Workload, accumulation: int, steps: int, rounds: int, folder: Path
 ) -> dict[str, object]:
-    """Median seconds of a step, plain and weighted."""
+    """Time a step, plain and weighted: the median of each round's steps."""
     plain = trainer(workload, accumulation, steps, folder, weighted=False)
     weighted = trainer(workload, accumulation, steps, folder, weighted=True)
+    times: tuple[list[Took], list[Took]] = ([], [])
     for number in range(rounds + 1):
-        for made, clock in (plain, weighted):
+        for (made, clock), taken in zip((plain, weighted), times, strict=True):
             made.train()
-            if number == 0:
-                clock.seconds.clear()  # a warm-up
-    each = [statistics.median(clock.seconds) for _, clock in (plain, weighted)]
+            took = clock.median()
+            if number:  # the first round warms up
+                taken.append(took)
     return {
         "workload": workload.name,
         "accumulation": accumulation,
         "rows_per_step": BATCH * accumulation,
-        "steps": len(plain[1].seconds),
-        "plain_ms": round(1e3 * each[0], 1),
-        "weighted_ms": round(1e3 * each[1], 1),
-        "ratio": round(each[1] / each[0], 3),
+        "steps": rounds * (steps - 1),
+        **compared(times[1], times[0], ("weighted", "plain"), digits=4),
     }
 
 

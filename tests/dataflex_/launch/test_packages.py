@@ -28,7 +28,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *there: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"use_swanlab": True}, "use_swanlab is True, .*: pip install swanlab$"),
+        ({"use_swanlab": True}, r"use_swanlab is True, .*\[swanlab\]'$"),
         ({"use_unsloth": True}, "pip install unsloth$"),
         ({"enable_liger_kernel": True}, "pip install liger-kernel$"),
         ({"quantization_bit": 4}, "quantization_bit is 4, .*: pip install bitsandbytes$"),

@@ -1,0 +1,313 @@
+"""Tables of README.md and docs/figures.md, written from results/*.csv.
+
+    uv run python benchmarks/tables.py              # rewrites both pages
+    uv run python benchmarks/tables.py --check      # exits 1 where a page says something else
+
+A page holds `<!-- figures: NAME -->` ... `<!-- end -->`; what stands between is the table of that
+name, made of the newest lines of its CSV, with the machine they were measured on. A difference is
+bold only where seeds carry it: a paired t test against the table's reference, corrected by Holm's
+method for the comparisons of the table, at 5%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from report import RESULTS, echo, read
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "figures.md")
+LEVEL = 0.05
+
+Line = dict[str, str]
+
+
+# ---- seeds -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A strategy minus its reference, seed by seed: mean, half of the 95% interval, p-value."""
+
+    mean: float
+    half: float
+    p: float
+
+
+def difference(ours: Sequence[float], reference: Sequence[float]) -> Difference:
+    """Compare by a paired t test; both (n,), in the order of the seeds."""
+    from scipy import stats
+
+    each = [a - b for a, b in zip(ours, reference, strict=True)]
+    error = statistics.stdev(each) / len(each) ** 0.5
+    half = float(stats.t.ppf(1 - LEVEL / 2, len(each) - 1)) * error
+    return Difference(statistics.mean(each), half, float(stats.ttest_1samp(each, 0.0).pvalue))
+
+
+def carried(p_values: Sequence[float]) -> list[bool]:
+    """Say which of several p-values are below 5% after Holm's correction."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    found, holds = [False] * len(p_values), True
+    for rank, i in enumerate(order):
+        holds = holds and p_values[i] <= LEVEL / (len(p_values) - rank)
+        found[i] = holds
+    return found
+
+
+def newest(lines: Iterable[Line], *keys: str) -> dict[tuple[str, ...], Line]:
+    """Keep the last line of each combination of keys."""
+    return {tuple(line[key] for key in keys): line for line in lines}
+
+
+# ---- words of tables ---------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """Write a Markdown table."""
+    rule = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *body))
+
+
+def bold(text: str, *, when: bool) -> str:
+    """Mark a figure."""
+    return f"**{text}**" if when else text
+
+
+def where(lines: Iterable[Line]) -> str:
+    """Name the machines, threads and load that lines were measured with."""
+    found: dict[tuple[str, ...], list[float]] = {}
+    for line in lines:
+        chip = line.get("chip") or line["cpu"]
+        key = (chip, line["cores"], line["threads"], line["torch"].partition("+")[0], line["date"])
+        loads = found.setdefault(key, [])
+        if line.get("load"):
+            loads.append(float(line["load"]))
+    return "; ".join(
+        f"{cpu}, {cores} cores, {threads} thread{'s' if threads != '1' else ''}, torch {torch}, "
+        + (f"load {spread(loads, 1)}, " if loads else "load not recorded, ")
+        + date
+        for (cpu, cores, threads, torch, date), loads in found.items()
+    )
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Write the smallest and the largest value, once if they are equal."""
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def plus_minus(found: Difference) -> str:
+    """Write a difference with its interval."""
+    low, high = found.mean - found.half, found.mean + found.half
+    return f"{found.mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def ratio(line: Line) -> str:
+    """Write a ratio with its smallest and largest pair."""
+    middle, low, high = (float(line[key]) for key in ("ratio", "ratio_min", "ratio_max"))
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+# ---- strategies --------------------------------------------------------------------------------
+
+#: Strategies that do not choose rows are compared with plain training.
+PLAIN = "static"
+
+
+def strategies(name: str, reference: str, figure: str) -> str:
+    """Compare every strategy of one table of strategies.csv with its reference, by seed."""
+    lines = newest((li for li in read(RESULTS / "strategies.csv") if li["table"] == name),
+                   "strategy", "seed")  # fmt: skip
+    seeds = {s: sorted(seed for t, seed in lines if t == s) for s, _ in lines}
+
+    def values(strategy: str, column: str, of: str) -> list[float]:
+        return [float(lines[strategy, seed][column]) for seed in seeds[of]]
+
+    def beside(strategy: str) -> str:
+        return PLAIN if strategy.startswith("weight: ") and PLAIN in seeds else reference
+
+    others = sorted((s for s in seeds if s != reference),
+                    key=lambda s: statistics.mean(values(s, figure, s)))  # fmt: skip
+    columns = ("target_loss", "mean_loss")
+    found = {
+        (s, c): difference(values(s, c, s), values(beside(s), c, s))
+        for s in others
+        for c in columns
+    }
+    marked = dict(zip(found, carried([d.p for d in found.values()]), strict=True))
+    ranked = sorted(seeds, key=lambda s: statistics.mean(values(s, figure, s)))
+    body = []
+    for strategy in ranked:
+        cells = [f"`{strategy}`" + (f" against `{PLAIN}`" if beside(strategy) == PLAIN else "")]
+        for column in columns:
+            mean = f"{statistics.mean(values(strategy, column, strategy)):.3f}"
+            if strategy == reference:
+                cells += [mean, ""]
+                continue
+            key = strategy, column
+            cells += [mean, bold(plus_minus(found[key]), when=marked[key])]
+        cells += [
+            str(len(seeds[strategy])),
+            cpu_seconds([lines[strategy, s] for s in seeds[strategy]]),
+        ]
+        body.append(cells)
+    head = ("", "target's skill", f"minus `{reference}` (95%)", "all skills",
+            f"minus `{reference}` (95%)", "seeds", "CPU s")  # fmt: skip
+    return table(head, body) + "\n\n" + where(lines.values()) + "."
+
+
+def cpu_seconds(lines: Sequence[Line]) -> str:
+    """Write the median of a run's processor seconds, of the seeds that recorded them."""
+    times = [float(line["cpu_s"]) for line in lines if line.get("cpu_s")]
+    return f"{statistics.median(times):.0f}" if times else "not recorded"
+
+
+# ---- the others --------------------------------------------------------------------------------
+
+
+def export() -> str:
+    """Cost of a selection's export."""
+    lines = newest((li for li in read(RESULTS / "export_ratio.csv") if not li.get("chip")),
+                   "projection").values()  # fmt: skip
+    body = [
+        (f"{line['projection']}, d = {line['d']}", ratio(line), line["limit"], line["pairs"],
+         f"{float(line['export_s']):.1f} / {float(line['plain_s']):.1f}",
+         f"{float(line['export_cpu_s']):.1f} / {float(line['plain_cpu_s']):.1f}")
+        for line in lines
+    ]  # fmt: skip
+    head = ("projection", "export / plain, median (pairs)", "limit", "pairs", "wall s", "CPU s")
+    first = next(iter(lines))
+    work = (
+        f"{first['rows']} rows, {first['tokens']} tokens, batches of {first['token_budget']} tokens"
+    )
+    return f"{table(head, body)}\n\n{work}; {where(lines)}."
+
+
+def shares() -> str:
+    """Share of the target's skill among the best rows, by feature."""
+    lines = [li for li in read(RESULTS / "target_share.csv") if li["seed"] != "mean"]
+    found = newest(lines, "method", "step", "seed")
+    methods = dict.fromkeys(method for method, _, _ in found)
+    steps = sorted({int(step) for _, step, _ in found})
+    body = []
+    for method in methods:
+        cells = [method]
+        for step in map(str, steps):
+            each = [
+                float(li["share"]) for (m, s, _), li in found.items() if (m, s) == (method, step)
+            ]
+            cells.append(f"{statistics.mean(each):.3f} ({spread(each, 3)})")
+        body.append([*cells, str(len(each))])
+    head = ("feature", *(f"after {step} steps (seeds)" for step in steps), "seeds")
+    return f"{table(head, body)}\n\n{where(found.values())}."
+
+
+def noise() -> str:
+    """Error that a projection adds to a cosine."""
+    lines = newest(read(RESULTS / "projection_noise.csv"), "step", "projection", "stored").values()
+    body = [
+        (line["projection"], line["step"], line["stored"], f"{float(line['std_over_theory']):.3f}",
+         f"{float(line['worst_seed']):.3f}", f"{float(line['top5_overlap']):.1%}", line["pairs"],
+         line["seeds"])
+        for line in lines
+    ]  # fmt: skip
+    head = ("projection", "step", "stored", "std over (1 - ρ²)/√d", "worst seed",
+            "top 5% in common with exact", "pairs", "seeds")  # fmt: skip
+    return f"{table(head, body)}\n\n{where(lines)}."
+
+
+def passes() -> str:
+    """Cost of asking for losses, and of weights."""
+    asked = newest(read(RESULTS / "loss_pass.csv"), "workload").values()
+    weighted = newest(read(RESULTS / "weighting_cost.csv"), "workload", "accumulation").values()
+    body = [
+        (f"pass of the `loss` selector over a plain evaluation pass ({line['workload']})",
+         ratio(line), line["pairs"],
+         f"{float(line['losses_cpu_s']):.2f} / {float(line['plain_cpu_s']):.2f}")
+        for line in asked
+    ] + [
+        (f"step of the `loss` weighter over a plain one, accumulation {line['accumulation']} "
+         f"({line['workload']})", ratio(line), line["pairs"],
+         f"{float(line['weighted_cpu_s']):.3f} / {float(line['plain_cpu_s']):.3f}")
+        for line in weighted
+    ]  # fmt: skip
+    head = ("", "ratio, median (pairs)", "pairs", "CPU s")
+    return f"{table(head, body)}\n\n{where([*asked, *weighted])}."
+
+
+def scoring() -> str:
+    """Memory and speed of scoring a stored generation."""
+    lines = newest(read(RESULTS / "scoring_memory.csv"), "chip", "rows").values()
+    body = [
+        (f"{int(line['rows']):,} x {int(line['dim']):,}", line["chip"] or "CPU",
+         f"{float(line['peak_mib']):.0f} MiB",
+         f"{float(line['speed_ratio']):.2f}" + (
+             f" ({float(line['speed_ratio_min']):.2f} to {float(line['speed_ratio_max']):.2f})"
+             if line["speed_ratio_min"] else ""),
+         line["rounds"] or "not recorded",
+         f"{float(line['ours_cpu_s']):.2f} / {float(line['plain_cpu_s']):.2f}"
+         if line["ours_cpu_s"] else "not recorded")
+        for line in lines
+    ]  # fmt: skip
+    head = ("float16 rows", "device", "peak above the interpreter", "speed / plain torch", "rounds",
+            "CPU s")  # fmt: skip
+    return f"{table(head, body)}\n\n{where(lines)}."
+
+
+def tsds() -> str:
+    """Cost of a selection by TSDS."""
+    lines = newest(read(RESULTS / "tsds_cost.csv"), "parameters", "rows").values()
+    body = [
+        (line["parameters"], f"{int(line['rows']):,}", f"{float(line['cpu_s']):.2f}",
+         f"{float(line['seconds']):.2f} ({float(line['seconds_min']):.2f} to "
+         f"{float(line['seconds_max']):.2f})")
+        for line in lines
+    ]  # fmt: skip
+    head = ("parameters", "rows", "CPU s, median of 3", "wall s (spread)")
+    return f"{table(head, body)}\n\n{where(lines)}."
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "export": export,
+    "strategies": lambda: strategies("rows", "random", "target_loss"),
+    "mixtures": lambda: strategies("mixtures", "mix: static", "mean_loss"),
+    "orders": lambda: strategies("orders", "order: shuffle", "mean_loss"),
+    "shares": shares,
+    "noise": noise,
+    "passes": passes,
+    "scoring": scoring,
+    "tsds": tsds,
+}
+
+
+def filled(page: str) -> str:
+    """Return a page with each of its tables as the CSVs have it."""
+
+    def one(match: re.Match[str]) -> str:
+        return f"<!-- figures: {match[1]} -->\n\n{TABLES[match[1]]()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- figures: (\w+) -->.*?<!-- end -->", one, page, flags=re.DOTALL)
+
+
+def main() -> int:
+    """Rewrite the pages, or say which of them are out of date."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    stale = [page for page in PAGES if filled(text := page.read_text(encoding="utf-8")) != text]
+    for page in stale:
+        echo(f"{page.relative_to(ROOT)}: " + ("out of date" if options.check else "rewritten"))
+        if not options.check:
+            page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    return int(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
