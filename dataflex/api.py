@@ -10,6 +10,7 @@ from dataflex.data.rows import Domains, RawRows, Rows, RunData
 from dataflex.mixers.base import DomainLosses, Mixer
 from dataflex.reorders.base import Ordering, Reorder
 from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.forecast import Forecast, measured_seconds
 from dataflex.run.strategy import FSDP, ZERO3, Strategy
 from dataflex.selectors.base import Selection, Selector
 from dataflex.weighters.base import (
@@ -28,6 +29,7 @@ __all__ = [
     "DomainLosses",
     "Domains",
     "FloatArray",
+    "Forecast",
     "LossContributor",
     "MeasuredBatch",
     "Mixer",
@@ -43,5 +45,6 @@ __all__ = [
     "UpdateContext",
     "WeightContext",
     "Weighter",
+    "measured_seconds",
     "register",
 ]

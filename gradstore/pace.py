@@ -76,13 +76,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def gibibytes(count: float) -> str:
-    """Show bytes as GiB.
+def size(count: float) -> str:
+    """Show bytes in the unit that suits them, with at most three digits.
 
-    >>> gibibytes(3 << 29), gibibytes(1 << 20)
-    ('1.5 GiB', '0.00098 GiB')
+    >>> size(3 << 29), size(15 << 20), size(2_280_000), size(1023 << 10), size(12)
+    ('1.5 GiB', '15 MiB', '2.17 MiB', '0.999 MiB', '12 B')
     """
-    return f"{count / 2**30:.2g} GiB" if count < 100 << 30 else f"{count / 2**30:.0f} GiB"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB" if count < 999.5 else f"{count:,.0f} TiB"
 
 
 def long_pass(what: str, rows: int, seconds: float, stored_bytes: int = 0) -> str:
@@ -90,6 +94,8 @@ def long_pass(what: str, rows: int, seconds: float, stored_bytes: int = 0) -> st
 
     >>> long_pass("gradients of train/5", 100_000, 11_000, 3 << 29)
     'gradients of train/5: 100,000 rows, about 3.1 h by the first rows, 1.5 GiB in the store'
+    >>> long_pass("gradients of train/5", 960, 40, 15 << 20)
+    'gradients of train/5: 960 rows, about 40 s by the first rows, 15 MiB in the store'
     """
-    stored = f", {gibibytes(stored_bytes)} in the store" if stored_bytes else ""
+    stored = f", {size(stored_bytes)} in the store" if stored_bytes else ""
     return f"{what}: {rows:,} rows, about {duration(seconds)} by the first rows{stored}"

@@ -51,6 +51,36 @@ def run_untouched(args: Mapping[str, Any]) -> None:
         run_exp(dict(args))
 
 
+def load_untouched(args: Mapping[str, Any]) -> int | None:
+    """Parse arguments and load rows as `run_untouched` does, and stop there; nothing is written.
+
+    Returns:
+        Number of training rows; None where they are a stream.
+
+    Raises:
+        BadInput: LlamaFactory refuses an argument, the model's folder or the rows.
+    """
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.extras.misc import has_tokenized_data
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    with configuration_faults(), as_chosen():
+        model_args, data_args, training_args, finetuning_args, _ = as_bad_input(get_train_args)(
+            dict(args)
+        )
+        module = naming_model(load_tokenizer)(model_args)
+        template = as_bad_input(get_template_and_fix_tokenizer)(module["tokenizer"], data_args)
+        if data_args.tokenized_path and not has_tokenized_data(data_args.tokenized_path):
+            data_args.tokenized_path = None  # where the run would keep its rows
+        stage = {"dpo": "rm"}.get(finetuning_args.stage, finetuning_args.stage)
+        loaded = as_bad_input(get_dataset)(
+            template, model_args, data_args, training_args, stage=stage, **module
+        )
+    train = loaded.get("train_dataset", ())
+    return len(train) if hasattr(train, "__len__") else None
+
+
 def run_replaced(config: RunConfig, session: Session) -> None:
     """Run LlamaFactory's training with our trainer in the place of its own.
 

@@ -221,3 +221,12 @@ class OwnEncoder:
     def release(self) -> None:
         """Unload the encoder."""
         self._loaded = None
+
+
+def embedder_of(run: RunContext, settings: EmbeddingSettings) -> CurrentModel | OwnEncoder:
+    """Return the source of embeddings that the settings mean.
+
+    Raises:
+        BadInput: the embedding model can't be used.
+    """
+    return (OwnEncoder if settings.frozen else CurrentModel)(run, settings)

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 from dataflex.data.rows import Rows
 from dataflex.features.embedders import (
     STORED,
-    CurrentModel,
     Embedder,
     EmbeddingSettings,
-    OwnEncoder,
+    embedder_of,
 )
 from dataflex.features.fields import libraries
 from dataflex.features.shared import export_shared
@@ -83,8 +82,7 @@ class EmbeddingService:
         """
         self.run = run
         self.frozen = settings.frozen
-        kind = OwnEncoder if settings.frozen else CurrentModel
-        self._source: Embedder = source or kind(run, settings)
+        self._source: Embedder = source or embedder_of(run, settings)
         self._own: StoreWriter | None = None
         self._writer: StoreWriter | SpaceWriter | None = None
         run.ranks.decide(lambda: self._open(opened))

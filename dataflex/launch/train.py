@@ -22,7 +22,6 @@ from dataflex.config.presets import Component
 from dataflex.launch.packages import check_reporters
 from dataflex.launch.preflight import check
 from dataflex.run.messages import Failure, RemoteFailure
-from gradstore.errors import BadInput
 
 #: Environment variable: folder in which each failing rank leaves `<rank>.json`.
 FAILURES = "DATAFLEX_FAILURES"
@@ -50,14 +49,17 @@ def train(config: RunConfig, overrides: Sequence[str], *, dry_run: bool = False)
 
 def _forecast(config: RunConfig, component: Component | None) -> None:
     """Print what training would take; train nothing, write nothing."""
-    from dataflex.launch.dry_run import train_forecast, workers_of
+    from dataflex.launch.dry_run import static_rows, train_forecast, workers_of
     from dataflex.run.forecast import print_forecasts
 
     if component is None:
-        raise BadInput(
+        rows = static_rows(config, _static(config))
+        loaded = "a stream" if rows is None else f"{rows:,} rows"
+        print(
             "train_type static is LlamaFactory's own training, which has no pass of ours to "
-            "forecast: its configuration was checked, nothing else. Leave --dry-run out."
+            f"forecast: its configuration was checked, {loaded} loaded"
         )
+        return
     workers = workers_of(os.environ)
     print_forecasts(train_forecast(config, component, workers), workers)
 

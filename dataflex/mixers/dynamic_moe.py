@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.log import progress
 from dataflex.run.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput
+
+if TYPE_CHECKING:
+    from dataflex.run.forecast import Forecast
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -59,6 +62,13 @@ class DynamicMoeMixer(Mixer):
         self.eval_batch_size = eval_batch_size
         self.proportions = np.empty(0)
         self.distances = np.empty(0)
+
+    def forecasts(self, run: RunContext, steps: Sequence[int]) -> Sequence[Forecast]:
+        """Name the pass, which is short: it is not measured."""
+        from dataflex.run.forecast import Forecast
+
+        note = "a pass over some rows of each domain"
+        return [Forecast("loads of experts", len(steps), note=note)]
 
     def start(self, run: RunContext) -> None:
         """Refuse a model without experts; begin at the opening proportions."""

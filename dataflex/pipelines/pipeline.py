@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from annotated_types import MinLen, doc
@@ -18,13 +18,16 @@ from dataflex.config.registry import register, target_of
 from dataflex.data.mixture import FIXED_RULES, check_domains
 from dataflex.data.rows import RunData
 from dataflex.pipelines.asking import Part, ask, open_with
-from dataflex.pipelines.planning import IntArray, Timetable, fit, kept_by_filter
+from dataflex.pipelines.planning import IntArray, Timetable, firings, fit, kept_by_filter
 from dataflex.pipelines.stages import BASES, Stage, arrange, build_stages
 from dataflex.run.context import DomainLosses, RunContext, UpdateContext
 from dataflex.run.schedule import Schedule
-from dataflex.run.strategy import Strategy, adapt
+from dataflex.run.strategy import Strategy, adapt, ask_forecasts
 from dataflex.selectors.base import Selector
 from dataflex.weighters.base import LossContributor
+
+if TYPE_CHECKING:
+    from dataflex.run.forecast import Forecast
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,17 @@ class Pipeline(Strategy):
                 draws = stage.spec.mode == "draw"
                 wanted = count if draws else kept_by_filter(usable, stage.spec.keep_ratio)
                 stage.strategy.check_count(wanted, data)
+
+    def forecasts(self, run: RunContext, steps: Sequence[int]) -> Sequence[Forecast]:
+        """Collect the forecasts of all stages, each for the steps at which it fires."""
+        fired = firings(steps, [stage.spec.pace for stage in self.rows])
+        asked = [[s for s, fires in zip(steps, column, strict=True) if fires] for column in fired.T]
+        asked += [[s for s in steps if s >= stage.spec.warmup_step] for stage in self.loss]
+        return [
+            forecast
+            for stage, when in zip(self.everyone, asked, strict=True)
+            for forecast in ask_forecasts(stage.strategy, run, when)
+        ]
 
     def start(self, run: RunContext) -> None:
         """Start every stage."""

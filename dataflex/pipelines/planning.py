@@ -55,38 +55,42 @@ class Timetable:
 
     @classmethod
     def of(cls, schedule: Schedule, paces: Sequence[Pace]) -> Timetable:
-        """Walk through a schedule; a stage of it that the budget cuts off counts as a whole.
-
-        A stage fires where its last firing lies `every` steps back and its warm-up is over; it
-        makes all later ones fire too, since they work on what it hands on (ALGORITHMS 5, rule 4).
-        """
-        steps, turns, stages = [], [], []
-        last: list[int | None] = [None] * len(paces)
-        counts, stage = [0] * len(paces), 0
-        for step, stage_now in _boundaries(schedule):
-            if stage_now != stage:
-                counts, stage = [0] * len(paces), stage_now
-            row, forced = [0] * len(paces), False
-            for i, pace in enumerate(paces):
-                before = last[i]
-                due = before is None or step - before >= pace.every
-                if step >= pace.warmup_step and (due or forced):
-                    counts[i] += 1
-                    row[i], last[i], forced = counts[i], step, True
-            steps.append(step)
-            turns.append(row)
-            stages.append(stage)
-        table = np.asarray(turns, dtype=np.int64).reshape(len(steps), len(paces))
-        totals = np.zeros_like(table)
-        for each in set(stages):
-            within = np.asarray(stages) == each
-            totals[within] = table[within].max(axis=0)
-        return cls(np.asarray(steps, dtype=np.int64), table, totals)
+        """Walk through a schedule; a stage of it that the budget cuts off counts as a whole."""
+        boundaries = np.asarray(_boundaries(schedule), dtype=np.int64).reshape(-1, 2)
+        steps, stages = boundaries[:, 0], boundaries[:, 1]
+        fired = firings(steps.tolist(), paces)
+        turns, totals = np.zeros(fired.shape, np.int64), np.zeros(fired.shape, np.int64)
+        for stage in np.unique(stages):
+            within = stages == stage
+            turns[within] = np.cumsum(fired[within], axis=0) * fired[within]
+            totals[within] = fired[within].sum(axis=0)
+        return cls(steps, turns, totals)
 
     def at(self, step: int) -> list[tuple[int, int]]:
         """Look up (turn, total) of each stage at a boundary; turn 0 where it does not fire."""
         (where,) = np.flatnonzero(self.steps == step)
         return list(zip(self.turns[where].tolist(), self.totals[where].tolist(), strict=True))
+
+
+def firings(steps: Sequence[int], paces: Sequence[Pace]) -> npt.NDArray[np.bool_]:
+    """Compute (b, s) at which of the rising boundaries `steps` each stage fires.
+
+    A stage fires where its last firing lies `every` steps back and its warm-up is over; it makes
+    all later ones fire too, since they work on what it hands on (ALGORITHMS 5, rule 4).
+
+    Examples:
+        >>> firings([0, 5, 10], [Pace(every=10), Pace(5, every=100)]).astype(int).tolist()
+        [[1, 0], [0, 1], [1, 1]]
+    """
+    fired = np.zeros((len(steps), len(paces)), dtype=np.bool_)
+    last: list[int | None] = [None] * len(paces)
+    for row, step in zip(fired, steps, strict=True):
+        for i, pace in enumerate(paces):
+            before = last[i]
+            due = before is None or step - before >= pace.every
+            if step >= pace.warmup_step and (due or row[:i].any()):
+                row[i], last[i] = True, step
+    return fired
 
 
 def _boundaries(schedule: Schedule) -> list[tuple[int, int]]:

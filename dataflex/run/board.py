@@ -29,13 +29,15 @@ class Measure(Protocol):
 class Scoreboard:
     """Per row, the newest loss and the step it was taken at (ALGORITHMS 5, rule 7)."""
 
-    def __init__(self, rows: Rows, measure: Measure) -> None:
+    def __init__(self, rows: Rows, measure: Measure, *, batch_tokens: int = 4096) -> None:
         """Begin with no loss known.
 
         Args:
             rows: n training rows.
             measure: takes the losses that are not known.
+            batch_tokens: padded tokens of one of its batches, which a forecast of it counts by.
         """
+        self.batch_tokens = batch_tokens
         self._rows = rows
         self._measure = measure
         self._values = np.full(len(rows), np.nan)

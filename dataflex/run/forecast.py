@@ -10,13 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from gradstore.export.units import plan_batches
 from gradstore.format.layout import UNIT_ROWS
-from gradstore.pace import duration, gibibytes
+from gradstore.pace import duration, size
+
+if TYPE_CHECKING:
+    from dataflex.run.context import RunContext
 
 Positions = npt.NDArray[np.int64]
 
@@ -31,9 +34,9 @@ class Forecast:
     Attributes:
         what: the pass, such as "gradients of train".
         times: how often it is made in the run.
-        rows: of one pass.
-        tokens: of one pass.
-        seconds: of one pass; None where it was not measured.
+        rows: of one pass; 0 where it is not known.
+        tokens: of one pass; 0 where it is not known, or none goes through a model.
+        seconds: of one pass, in this process alone; None where it was not measured.
         stored_bytes: of one pass, in the store.
         kept: how many of the passes the store keeps at once; None keeps all.
         memory_bytes: the process's peak after it was measured; 0 where it was not.
@@ -42,9 +45,9 @@ class Forecast:
 
     what: str
     times: int
-    rows: int
-    tokens: int
-    seconds: float | None
+    rows: int = 0
+    tokens: int = 0
+    seconds: float | None = None
     stored_bytes: int = 0
     kept: int | None = None
     memory_bytes: int = 0
@@ -66,8 +69,10 @@ def padded_tokens(lengths: npt.NDArray[np.int64], budget: int, unit_rows: int = 
 
     Examples:
         >>> padded_tokens(np.array([10, 6, 4, 4]), budget=12)
-        22
+        26
     """
+    from gradstore.export.units import plan_batches
+
     total = 0
     for start in range(0, len(lengths), unit_rows):
         unit = lengths[start : start + unit_rows]
@@ -96,6 +101,24 @@ def measured_seconds(
         chosen = np.sort(order[np.linspace(0, len(order) - 1, most).round().astype(np.int64)])
         seconds = timed(lambda: work(chosen))
     return seconds * padded_tokens(lengths, budget) / padded_tokens(lengths[chosen], budget)
+
+
+def losses_forecast(run: RunContext, times: int) -> Forecast:
+    """Forecast passes that take the losses of all training rows from the run's board.
+
+    Args:
+        run: with a board.
+        times: how often the model they are taken under is another one.
+    """
+    board, rows = run.board, run.data.train
+    if board is None:
+        raise RuntimeError("a run without a board has no losses to forecast")
+    # The board keeps no loss of a step below 0: every row asked for goes through the model.
+    seconds = measured_seconds(
+        lambda positions: board.losses(-1, positions), rows.lengths, board.batch_tokens
+    )
+    return Forecast(f"losses of {rows.name}", times, len(rows), int(rows.lengths.sum()), seconds,
+                    memory_bytes=peak_memory())  # fmt: skip
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -131,7 +154,7 @@ def print_forecasts(forecasts: Sequence[Forecast], world: int) -> None:
     from rich.text import Text
 
     table = Table(title="Forecast" + (f" for {world} processes" if world > 1 else ""))
-    for column in ("pass", "times", "rows", "tokens", "seconds", "GiB stored", "peak memory"):
+    for column in ("pass", "times", "rows", "tokens", "seconds", "stored", "peak memory"):
         table.add_column(column, justify="left" if column == "pass" else "right")
     total = stored = 0.0
     for f in forecasts:
@@ -139,11 +162,10 @@ def print_forecasts(forecasts: Sequence[Forecast], world: int) -> None:
         total += (f.seconds or 0.0) / world * f.times
         stored += f.all_bytes
         what = Text(f"{f.what}: {f.note}" if f.note else f.what)
-        table.add_row(what, f"{f.times:,}", f"{f.rows:,}", f"{f.tokens:,}", shown,
-                      f"{f.stored_bytes / 2**30:.3g}" if f.stored_bytes else "",
-                      gibibytes(f.memory_bytes) if f.memory_bytes else "")  # fmt: skip
+        rows, tokens = (f"{n:,}" if n else "" for n in (f.rows, f.tokens))
+        table.add_row(what, f"{f.times:,}", rows, tokens, shown,
+                      size(f.stored_bytes) if f.stored_bytes else "",
+                      size(f.memory_bytes) if f.memory_bytes else "")  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
-    console.print(
-        f"in all about {duration(total)} and {gibibytes(stored)} in the store", markup=False
-    )
+    console.print(f"in all about {duration(total)} and {size(stored)} in the store", markup=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from dataflex.config.parameters import checked
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dataflex.config.keys import RunConfig
     from dataflex.data.rows import RunData
     from dataflex.run.context import DomainLosses, RunContext
+    from dataflex.run.forecast import Forecast
 
 S = TypeVar("S", bound="Strategy")
 
@@ -76,6 +77,26 @@ class Strategy:
     def check_data(self, data: RunData, config: RunConfig) -> None:
         """Refuse rows this strategy can't work on (BadInput), before the model is loaded."""
 
+    def forecasts(self, run: RunContext, steps: Sequence[int]) -> Sequence[Forecast]:
+        """Forecast this strategy's own passes over rows, for `--dry-run`.
+
+        Called in one process, in the place of `start` and all that follows it; writes nothing. By
+        default: the losses that `scores_by_loss` declares, measured; where other attributes
+        declare passes, a line that says they were not; else none.
+
+        Args:
+            run: with its model and a board of losses.
+            steps: rising optimizer steps at which the strategy is asked; at least one.
+        """
+        from dataflex.run.forecast import Forecast, losses_forecast
+
+        found = [losses_forecast(run, len(steps))] if self.scores_by_loss else []
+        declared = self.needs_lora or self.needs_moments or self.needs_targets
+        if declared or (self.whole_model and not found):
+            note = "the class does not forecast them"
+            found.append(Forecast(f"passes of {type(self).__name__}", len(steps), note=note))
+        return found
+
     def start(self, run: RunContext) -> None:
         """Start the strategy, once before the first step; checks that need the model go here."""
 
@@ -91,6 +112,24 @@ class Strategy:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` gave; called before `start`."""
+
+
+def ask_forecasts(strategy: Strategy, run: RunContext, steps: Sequence[int]) -> list[Forecast]:
+    """Ask a strategy, which may be a user's own, to forecast its passes; none without `steps`.
+
+    Raises:
+        BadInput: it answers something else.
+    """
+    from dataflex.run.forecast import Forecast
+
+    answer: Any = strategy.forecasts(run, steps) if steps else ()
+    found = list(answer) if isinstance(answer, Iterable) else [answer]
+    if odd := [f for f in found if not isinstance(f, Forecast)]:
+        raise BadInput(
+            f"{target_of(type(strategy))}.forecasts answered a {type(odd[0]).__name__}; expected a "
+            "list of dataflex.api.Forecast, one for each pass: see docs/add-a-strategy.md."
+        )
+    return found
 
 
 def adapt(built: object, base: type[S]) -> S:

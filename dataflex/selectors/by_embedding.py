@@ -6,6 +6,7 @@ Letters: n training rows, q target rows, k neighbours, d dimensions.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from gradstore.similarity.neighbours import Neighbours
 
 if TYPE_CHECKING:
     from dataflex.features.embeddings import EmbeddingExport, EmbeddingService
+    from dataflex.run.forecast import Forecast
 
 
 class EmbeddingSelector(Selector):
@@ -92,6 +94,24 @@ class EmbeddingSelector(Selector):
         if self.file is None:
             return self.embeddings.faults(config)
         return [] if self.file.is_file() else [f"{str(self.file)!r} is not a file here."]
+
+    def forecasts(self, run: RunContext, steps: Sequence[int]) -> Sequence[Forecast]:
+        """Forecast the embeddings of all rows, and the search of the target's neighbours."""
+        if self.file is not None:
+            return ()
+        from dataflex.features.embedders import embedder_of
+        from dataflex.features.forecasts import embedding_forecasts
+        from dataflex.run.forecast import Forecast
+        from gradstore.pace import product_seconds
+
+        source, train, targets = embedder_of(run, self.embeddings), run.data.train, run.data.targets
+        times = 1 if self.embeddings.frozen else len(steps)
+        queries, n = sum(len(rows) for rows in targets), len(train)
+        seconds = product_seconds(float(queries) * n * source.dim)
+        return [
+            *embedding_forecasts(run, source, times, (train, *targets), self.keep_generations),
+            Forecast(f"search of {queries} rows' neighbours", len(steps), n, 0, seconds),
+        ]
 
     def start(self, run: RunContext) -> None:
         """Open the store; an encoder of its own embeds all rows now, once."""

@@ -25,6 +25,7 @@ from gradstore.errors import BadInput, ProvenanceMismatch
 if TYPE_CHECKING:
     from dataflex.features.gradients import CheckpointExport, FeatureService
     from dataflex.features.target_source import TargetFeatures
+    from dataflex.run.forecast import Forecast
     from gradstore.scoring.comparable import CheckpointFeatures
 
 
@@ -177,6 +178,15 @@ class InfluenceSelector(Selector):
         return select_top(scores, count, usable=candidates)
 
     # -- life cycle -------------------------------------------------------------------------------
+
+    def forecasts(self, run: RunContext, steps: Sequence[int]) -> Sequence[Forecast]:
+        """Forecast the gradients of the target rows and of the training rows."""
+        from dataflex.features.forecasts import gradient_forecasts
+
+        stored = self.scoring == "projected"
+        return gradient_forecasts(
+            run, self.settings, len(steps), stored=stored, kept=self.keep_generations
+        )
 
     def start(self, run: RunContext) -> None:
         """Open the store: its refusals come before the first training step."""

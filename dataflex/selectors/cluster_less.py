@@ -29,6 +29,7 @@ from gradstore.similarity.rows import ClusterDirections
 if TYPE_CHECKING:
     from dataflex.features.embeddings import EmbeddingExport, EmbeddingService
     from dataflex.features.gradients import CheckpointExport, FeatureService
+    from dataflex.run.forecast import Forecast
     from gradstore.scoring.comparable import CheckpointFeatures
 
 Strategy = Literal["random", "nearest", "farthest", "mixed"]
@@ -125,6 +126,33 @@ class ClusterLessSelector(LessSelector):
     def check(self, config: RunConfig) -> list[str]:
         """Return a fault if the encoder's folder is missing."""
         return [*super().check(config), *self.embeddings.faults(config)]
+
+    def forecasts(self, run: RunContext, steps: Sequence[int]) -> Sequence[Forecast]:
+        """Forecast embeddings and clusters, made once, and the gradients of representatives."""
+        from dataflex.features.embedders import embedder_of
+        from dataflex.features.forecasts import embedding_forecasts, gradient_forecasts
+
+        n, source = len(run.data.train), embedder_of(run, self.embeddings)
+        representing = min(n, self.clusters_of(n) * self.samples_per_cluster)
+        return [
+            *embedding_forecasts(run, source, 1, (run.data.train,)),
+            self._clustering(n, source.dim),
+            *gradient_forecasts(
+                run, self.settings, len(steps), sample_rows=representing, kept=self.keep_generations
+            ),
+        ]
+
+    def _clustering(self, n: int, d: int) -> Forecast:
+        """Forecast the clustering of n rows by its multiplications, at most, on the CPU."""
+        from dataflex.run.forecast import Forecast
+        from gradstore.pace import product_seconds
+        from gradstore.similarity.clusters import rows_read
+
+        k = self.clusters_of(n)
+        compared = k if self.method in ("kmeans", "spherical_kmeans") else 1
+        reads = rows_read(self.method, n, k, self.max_iter)
+        seconds = product_seconds(float(reads) * compared * d)
+        return Forecast(f"{self.method}, {k:,} clusters, at most", 1, n, 0, seconds)
 
     def start(self, run: RunContext) -> None:
         """Open the store; with an encoder of its own, embed and cluster now."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dataflex.data.rows import RunData
     from dataflex.features.embedders import Embedder
     from dataflex.features.embeddings import EmbeddingExport, EmbeddingService
+    from dataflex.run.forecast import Forecast
     from gradstore.similarity.rows import UsableRows
 
 _log = logging.getLogger(__name__)
@@ -152,6 +153,14 @@ class CoincideSelector(Selector):
 
     # -- life cycle -------------------------------------------------------------------------------
 
+    def forecasts(self, run: RunContext, steps: Sequence[int]) -> Sequence[Forecast]:
+        """Forecast the features of the training rows."""
+        from dataflex.features.forecasts import embedding_forecasts
+
+        times = 1 if self.fixed else len(steps)
+        kept = self._kept(run)
+        return embedding_forecasts(run, self.source(run), times, (run.data.train,), kept)
+
     def start(self, run: RunContext) -> None:
         """Open the store; a fixed model's features are taken now, once."""
         from dataflex.features.embedders import EmbeddingSettings
@@ -232,8 +241,7 @@ class CoincideSelector(Selector):
         rows = features.rows[spread.rows]
         if self.advance:
             self._served = np.union1d(self._served, rows)
-        keep = self.keep_generations or (1 if context.run.config.owns_store else None)
-        if keep is not None and not self.fixed:
+        if (keep := self._kept(context.run)) is not None and not self.fixed:
             service.clean(keep)
         return Selection(
             rows,
@@ -274,6 +282,10 @@ class CoincideSelector(Selector):
             features, clusters, device=device, chunk_rows=self.density_chunk,
             single=self.single_density,
         )  # fmt: skip
+
+    def _kept(self, run: RunContext) -> int | None:
+        """Return how many steps' features the store keeps; None for all."""
+        return self.keep_generations or (1 if run.config.owns_store else None)
 
     def _device(self, run: RunContext) -> str:
         """Return the device that distances are computed on."""

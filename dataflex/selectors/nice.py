@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -38,6 +38,7 @@ from gradstore.errors import BadInput
 if TYPE_CHECKING:
     from dataflex.config.keys import RunConfig
     from dataflex.data.rows import RunData
+    from dataflex.run.forecast import Forecast
 
 _log = logging.getLogger(__name__)
 
@@ -182,6 +183,14 @@ class NiceSelector(LessSelector):
                 )
 
     # -- life cycle -------------------------------------------------------------------------------
+
+    def forecasts(self, run: RunContext, steps: Sequence[int]) -> Sequence[Forecast]:
+        """Name the responses, which take as long as they get; forecast the gradients."""
+        from dataflex.run.forecast import Forecast
+
+        times = len(steps) if self.sampling.model_path is None else 1
+        responses = Forecast("responses", times, note="as long as the model's answers are")
+        return [responses, *super().forecasts(run, steps)]
 
     def start(self, run: RunContext) -> None:
         """Load or ask the judge, then open the store."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -15,6 +15,7 @@ from dataflex.run.strategy import Strategy
 if TYPE_CHECKING:
     import torch
 
+    from dataflex.run.forecast import Forecast
     from gradstore.capture.losses import Targets
 
 __all__ = [
@@ -86,6 +87,13 @@ class LossContributor(Strategy):
     hidden_layer: int | None = None
     #: Whether `measure` is called.
     measures: ClassVar[bool] = False
+
+    def forecasts(self, run: RunContext, steps: Sequence[int]) -> Sequence[Forecast]:
+        """Name the passes of weighters, which are not measured."""
+        from dataflex.run.forecast import Forecast
+
+        note = "passes over target rows, a reference or a step's window"
+        return [Forecast("weights", len(steps), note=note)]
 
     def refresh(self, run: RunContext, step: int) -> None:
         """Look at rows other than the step's own, before the passes of a step this weights.

@@ -53,8 +53,8 @@ def test_a_forecast_is_what_the_run_takes_and_writes_nothing(
     assert [int(e["tokens"]) for e in events] == [
         int(train[2].replace(",", "")) + int(target[2].replace(",", ""))
     ] * 2
-    (total,) = re.findall(r"and ([0-9.e-]+) GiB in the store", result.out)
-    assert float(total) * 2**30 == pytest.approx(blocks(folder / "gradstore"), rel=0.05)
+    (total,) = re.findall(r"and ([0-9.]+) MiB in the store", result.out)
+    assert float(total) * 2**20 == pytest.approx(blocks(folder / "gradstore"), rel=0.05)
 
     states = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     built = cli("gradstore", "build", path, "--dry-run")
@@ -69,7 +69,7 @@ def test_a_forecast_is_what_the_run_takes_and_writes_nothing(
     [
         ({"update_step": 0}, "update_step is 0"),
         ({"update_step": 400}, "the training set has 96"),  # known once rows are loaded
-        ({"train_type": "static"}, "train_type static"),
+        ({"train_type": "static", "dataset": "of_nobody"}, "of_nobody"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would(
@@ -79,6 +79,19 @@ def test_a_dry_run_refuses_what_the_run_would(
     assert result.code == 2
     assert says in result.message
     assert not (tmp_path / "run").exists()
+
+
+def test_of_static_training_all_is_checked_and_the_rows_are_loaded(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    path = config(train_type="static", max_samples=30, tokenized_path=str(tmp_path / "kept"))
+    before = sorted(tmp_path.iterdir())
+    result = cli("train", path, "--dry-run")
+    assert result.code == 0, result.err[-3000:]
+    line = result.out.splitlines()[-1]
+    assert "no pass of ours to forecast" in line
+    assert "30 rows loaded" in line
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_seconds_are_read_as_they_are_shown() -> None:

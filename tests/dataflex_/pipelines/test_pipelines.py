@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from dataflex.pipelines.stages import UNIFORM, parse_stage
 from dataflex.reorders.base import Ordering, Reorder
 from dataflex.run.board import Scoreboard
 from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.forecast import Forecast
 from dataflex.run.ranks import Ranks
 from dataflex.run.schedule import Schedule
 from dataflex.selectors.base import Selection, Selector
@@ -713,3 +715,26 @@ def test_what_has_no_say_is_told() -> None:
     assert "weights the loss and leaves rows alone" in about([alpha], **opening)
     assert about([alpha, MIX], **opening) == ""
     assert "static_mix is ignored" in about([MIX], static_mix=True)
+
+
+# -- what a dry run asks --------------------------------------------------------------------------
+
+
+def test_stages_forecast_for_the_steps_at_which_they_fire() -> None:
+    class Tells(Head):
+        def forecasts(self, run: Any, steps: Sequence[int]) -> Any:
+            return [Forecast(f"at {list(steps)}", len(steps))]
+
+    class Weighs(Alpha):
+        def forecasts(self, run: Any, steps: Sequence[int]) -> Any:
+            return [Forecast(f"weights from {steps[0]}", len(steps))]
+
+    pipeline = Pipeline([{"family": "selector", "component": "random", "every": 6},
+                         {"family": "mixer", "component": "doremi", "warmup_step": 4}])  # fmt: skip
+    (row,), (loss,) = pipeline.rows, pipeline.loss
+    pipeline.rows, pipeline.loss = (
+        (replace(row, strategy=Tells()),),
+        (replace(loss, strategy=Weighs()),),
+    )
+    told = pipeline.forecasts(None, [2, 5, 8, 11])  # type: ignore[arg-type]
+    assert [(f.what, f.times) for f in told] == [("at [2, 8]", 2), ("weights from 5", 3)]

@@ -1,0 +1,108 @@
+"""Forecasts of the passes that write features: a few rows of each set are taken and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from dataflex.data.rows import Rows
+from dataflex.features.embedders import STORED, Embedder
+from dataflex.features.gradients import projection_for
+from dataflex.features.settings import FeatureSettings
+from dataflex.models.passes import token_budget
+from dataflex.models.precision import autocast
+from dataflex.run.context import RunContext
+from dataflex.run.forecast import Forecast, Positions, measured_seconds, peak_memory
+from gradstore.capture.modelstate import borrowed
+from gradstore.export.features import Recipe
+from gradstore.export.moments import AdamMoments
+from gradstore.export.projected import compute_unit
+from gradstore.export.units import Batches
+from gradstore.format.layout import generation_bytes
+from gradstore.format.plans import UnitRange
+
+if TYPE_CHECKING:
+    from gradstore.export.features import FeatureSpec
+
+
+def gradient_forecasts(
+    run: RunContext,
+    settings: FeatureSettings,
+    times: int,
+    *,
+    sample_rows: int | None = None,
+    stored: bool = True,
+    kept: int | None = None,
+) -> list[Forecast]:
+    """Forecast the gradients of every target set and of the training rows.
+
+    Args:
+        run: with its model.
+        settings: of the features.
+        times: how often they are taken.
+        sample_rows: training rows that stand for all; None takes all.
+        stored: whether the store keeps them.
+        kept: how many of the passes it keeps at once; None keeps all.
+    """
+    projection = projection_for(run.model, settings)
+    adam = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad])
+    moments = AdamMoments.from_optimizer(adam, run.model)
+    budget = settings.tokens_per_batch or token_budget(run.model)
+
+    def forecast(rows: Rows, spec: FeatureSpec, count: int) -> Forecast:
+        recipe = Recipe(spec, projection, moments if spec.needs_moments else None)
+
+        def work(positions: Positions) -> None:
+            some = Batches(rows.dataset.select(positions.tolist()), run.collate,
+                           rows.lengths[positions], budget)  # fmt: skip
+            compute_unit(run.model, some, recipe, UnitRange(0, 0, len(positions)))
+
+        with autocast(run.model, run.autocast):
+            seconds = measured_seconds(work, rows.lengths, budget)
+        share = count / len(rows)
+        return Forecast(
+            f"gradients of {rows.name}",
+            times,
+            count,
+            round(int(rows.lengths.sum()) * share),
+            seconds * share,
+            generation_bytes(count, settings.proj_dim, settings.dtype) if stored else 0,
+            kept,
+            peak_memory(),
+        )
+
+    train = run.data.train
+    of_targets = [forecast(r, settings.target_features, len(r)) for r in run.data.targets]
+    return [*of_targets, forecast(train, settings.train_features, sample_rows or len(train))]
+
+
+def embedding_forecasts(
+    run: RunContext, source: Embedder, times: int, sets: Sequence[Rows], kept: int | None = None
+) -> list[Forecast]:
+    """Forecast the embeddings of some row sets.
+
+    Args:
+        run: with its model.
+        source: of the embeddings; gives back its memory at the end.
+        times: how often they are taken.
+        sets: the rows.
+        kept: how many of the passes the store keeps at once; None keeps all.
+    """
+    budget, found = 2 * token_budget(run.model), []
+    for rows in sets:
+
+        def work(positions: Positions, rows: Rows = rows) -> None:
+            origins = rows.sources and tuple(rows.sources[i] for i in positions.tolist())
+            some = Rows(rows.name, rows.dataset.select(positions.tolist()), origins)
+            source.unit(some, UnitRange(0, 0, len(positions)), lambda _: None)
+
+        with borrowed(run.model, freeze=False), autocast(run.model, run.autocast):
+            seconds = measured_seconds(work, rows.lengths, budget)
+        found.append(Forecast(
+            f"embeddings of {rows.name}", times, len(rows), int(rows.lengths.sum()), seconds,
+            generation_bytes(len(rows), source.dim, STORED), kept, peak_memory(),
+        ))  # fmt: skip
+    source.release()
+    return found

@@ -1,0 +1,156 @@
+"""Forecasts come from the strategies themselves, a user's own included."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dataflex.api import Forecast, Mixer, Selection, Selector, Strategy
+from dataflex.config.registry import PACKAGES, strategies
+from dataflex.features import forecasts
+from dataflex.launch import dry_run
+from dataflex.run.board import Scoreboard
+from dataflex.run.forecast import print_forecasts
+from dataflex.run.strategy import adapt, ask_forecasts
+from dataflex.selectors.coincide import CoincideSelector
+from dataflex.selectors.less import LessSelector
+from dataflex.selectors.nice import NiceSelector
+from gradstore.errors import BadInput
+
+
+def run_of(lengths: Sequence[int], asked: list[int]) -> Any:
+    """A run whose board notes how many rows it measures at once."""
+    train = SimpleNamespace(name="train", lengths=np.array(lengths))
+    rows: Any = type("Train", (), {**vars(train), "__len__": lambda _: len(lengths)})()
+
+    def measure(positions: Any, *, max_rows: int) -> Any:
+        asked.append(len(positions))
+        return np.zeros(len(lengths))
+
+    return SimpleNamespace(data=SimpleNamespace(train=rows), board=Scoreboard(rows, measure))
+
+
+class Own:
+    """A user's class that only looks like a selector."""
+
+    def select(self, count: int, context: Any) -> Selection:
+        return Selection(np.arange(count))
+
+
+class ByLoss(Own):
+    scores_by_loss = True
+
+
+class ByGradient(Own):
+    needs_lora = True
+
+
+class Telling(Own):
+    needs_lora = True
+
+    def forecasts(self, run: Any, steps: Sequence[int]) -> Any:
+        return [Forecast("my pass", len(steps), 7, 70, 1.5)]
+
+
+def test_a_users_class_is_asked_for_its_passes() -> None:
+    assert ask_forecasts(adapt(Telling(), Selector), None, [2, 4]) == [  # type: ignore[arg-type]
+        Forecast("my pass", 2, 7, 70, 1.5)
+    ]
+
+
+def test_losses_that_a_class_declares_are_measured_by_every_row_that_is_asked_for() -> None:
+    asked: list[int] = []
+    (found,) = ask_forecasts(adapt(ByLoss(), Selector), run_of([4, 8, 8, 4], asked), [0, 3, 6])
+    assert (found.what, found.times, found.rows, found.tokens) == ("losses of train", 3, 4, 24)
+    assert found.seconds is not None
+    assert asked == [1, 4]  # the first row again: the board kept no loss of it
+
+
+def test_passes_that_a_class_only_declares_are_named_as_not_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = ask_forecasts(adapt(ByGradient(), Selector), run_of([4], []), [0])
+    print_forecasts([*found, Forecast("else", 1, 1, 1, 2.0, stored_bytes=15 << 20)], world=1)
+    shown = capsys.readouterr().out
+    assert "passes of ByGradient" in shown
+    assert "not measured" in shown
+    assert "15 MiB" in shown
+    assert "in all about 2 s and 15 MiB in the store" in shown
+
+
+def test_a_strategy_without_passes_and_one_never_asked_forecast_nothing() -> None:
+    assert ask_forecasts(adapt(Own(), Selector), run_of([4], []), [0]) == []
+    assert ask_forecasts(adapt(ByLoss(), Selector), run_of([4], []), []) == []
+
+
+@pytest.mark.parametrize("answer", [None, Forecast("one", 1), ["text"]])
+def test_another_answer_is_refused(answer: Any) -> None:
+    class Odd(Mixer):
+        def forecasts(self, run: Any, steps: Sequence[int]) -> Any:
+            return answer
+
+    if isinstance(answer, Forecast):
+        assert ask_forecasts(Odd(), run_of([4], []), [0]) == [answer]
+        return
+    with pytest.raises(BadInput, match=r"Odd\.forecasts answered a (NoneType|str); expected"):
+        ask_forecasts(Odd(), run_of([4], []), [0])
+
+
+def test_every_strategy_of_ours_that_declares_passes_forecasts_them() -> None:
+    declares = ("needs_lora", "needs_moments", "needs_targets")
+    for kind in PACKAGES:
+        for name, cls in strategies(kind).items():
+            if not cls.__module__.startswith("dataflex."):
+                continue
+            strategy: Any = cls
+            silent = strategy.forecasts is Strategy.forecasts
+            passes = any(getattr(strategy, key) is True for key in declares)
+            passes |= bool(strategy.whole_model) and not strategy.scores_by_loss
+            assert not (silent and passes), f"{kind} {name} does not forecast its passes"
+
+
+def test_the_launcher_knows_no_strategy() -> None:
+    """A new strategy is forecast without a change of it."""
+    rooms = ("selectors", "mixers", "weighters", "reorders", "pipelines", "rewards")
+    imported = {
+        node.module
+        for node in ast.walk(ast.parse(inspect.getsource(dry_run)))
+        if isinstance(node, ast.ImportFrom) and node.module
+    }
+    assert not {module for module in imported if set(module.split(".")) & set(rooms)}
+
+
+@pytest.mark.parametrize(("policy", "times"), [(None, 2), ("fixed", 1)])
+def test_a_fixed_policy_of_nice_answers_once(
+    policy: str | None, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LessSelector, "forecasts", lambda *_: [])
+    (responses,) = NiceSelector(policy_model_path=policy).forecasts(None, [0, 3])  # type: ignore[arg-type]
+    assert (responses.what, responses.times, responses.seconds) == ("responses", times, None)
+
+
+@pytest.mark.parametrize(
+    ("params", "owns", "told"),
+    [
+        ({}, True, (2, 1)),
+        ({}, False, (2, None)),
+        ({"keep_generations": 3}, True, (2, 3)),
+        ({"embedding_model_name_or_path": "fixed"}, False, (1, None)),
+    ],
+)
+def test_coincide_forecasts_training_rows_alone_and_what_its_store_keeps(
+    params: dict[str, Any], owns: bool, told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(CoincideSelector, "source", lambda *_: "source")
+    monkeypatch.setattr(forecasts, "embedding_forecasts", lambda *args: given.extend(args) or [])
+    data = SimpleNamespace(train="train", targets=("target",))
+    run: Any = SimpleNamespace(data=data, config=SimpleNamespace(owns_store=owns))
+    CoincideSelector(**params).forecasts(run, [0, 3])
+    assert given == [run, "source", told[0], ("train",), told[1]]
