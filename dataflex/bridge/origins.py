@@ -98,7 +98,9 @@ class _SourceCarrier:
                 if is_another_matter(error):
                     raise
                 where = f"data set {examples[SOURCE_SET][i]!r}: row {examples[SOURCE_ROW][i]}"
-                raise BadInput(f"{where} cannot be tokenised: {reason_of(error)}") from error
+                raise BadInput(
+                    f"{where} cannot be tokenised: {reason_of(error)}. Correct or remove the row."
+                ) from error
             kept = len(next(iter(one.values()), []))
             one = {**one, SOURCE_ROW: [examples[SOURCE_ROW][i]] * kept,
                    SOURCE_SET: [examples[SOURCE_SET][i]] * kept}  # fmt: skip

@@ -22,9 +22,10 @@ from gradstore.format.names import printable
 #: Environment variable: processes of torchrun show tracebacks.
 DEBUG = "DATAFLEX_DEBUG"
 
-#: Words of errors other than MemoryError: a library that cannot be mapped, torch's allocator.
-NO_MEMORY = ("failed to map segment from shared object", "Cannot allocate memory",
-             "can't allocate memory", "cannot allocate memory")  # fmt: skip
+#: Words of errors other than MemoryError: a GPU, a library that cannot be mapped, torch's allocator.
+NO_MEMORY = ("CUDA out of memory", "failed to map segment from shared object",
+             "Cannot allocate memory", "can't allocate memory",
+             "cannot allocate memory")  # fmt: skip
 
 #: Code that is ours; libraries that may be installed from a folder of their developers' (editable);
 #: and folders of code that is nobody's own: Python's and installed.

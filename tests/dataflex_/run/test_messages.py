@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dataflex.data.rows import check_intervals
 from dataflex.launch import worker as launched
@@ -53,6 +54,7 @@ def test_a_bug_of_ours_has_no_message() -> None:
     "error",
     [
         MemoryError("Unable to allocate 3 GiB"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         ImportError("libtorch.so: failed to map segment from shared object"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
