@@ -22,7 +22,7 @@ from gradstore.format.names import printable
 #: Environment variable: processes of torchrun show tracebacks.
 DEBUG = "DATAFLEX_DEBUG"
 
-#: Words of errors other than MemoryError: a GPU, a library that cannot be mapped, torch's allocator.
+#: Words of errors other than MemoryError: a GPU's, an unmapped library's, torch's allocator's.
 NO_MEMORY = ("CUDA out of memory", "failed to map segment from shared object",
              "Cannot allocate memory", "can't allocate memory",
              "cannot allocate memory")  # fmt: skip
