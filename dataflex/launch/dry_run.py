@@ -22,6 +22,7 @@ from dataflex.features.forecasts import gradient_forecasts
 from dataflex.features.settings import FeatureSettings
 from dataflex.models.passes import batches, row_losses, token_budget
 from dataflex.models.precision import autocast
+from dataflex.models.vocabulary import check_vocabulary
 from dataflex.run.board import Scoreboard
 from dataflex.run.context import RunContext
 from dataflex.run.forecast import Forecast, Positions, measured_seconds, peak_memory
@@ -52,6 +53,7 @@ def train_forecast(config: RunConfig, component: Component, workers: int) -> lis
         schedules.append(session.plan(data, args, shape).schedule)
 
     loaded = running.load_run(_alone(config), None, plan)
+    check_vocabulary(loaded.model, loaded.data)
     run, schedule = _context(config, loaded), schedules[0]
     steps = [interval.start for interval in schedule.intervals() if interval.update]
     training = _training(run, loaded.training_args, schedule.budget, workers)

@@ -66,7 +66,7 @@ def test_raw_and_index_serve_the_same_rows_and_tell_of_them(
     lowest, highest = (int(events[1]["numbers"][f"score_{end}"]) for end in ("min", "max"))
     line = f"serves 18 rows, scores {lowest} to {highest}, 0.62 passes so far"
     assert f"step 2: sorting {line}" in result.err
-    assert "Updates of this run" in result.err
+    assert "Updates of this run" in result.out
     assert '"dataflex/passes": 1.0' in (tmp_path / "raw" / "trainer_log.jsonl").read_text()
     assert (tmp_path / "raw" / "dataflex" / "picture.png").is_file()
 

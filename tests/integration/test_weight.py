@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from dataflex.bridge.arguments import accepted_keys
 from dataflex.checkpoints.state import load_state
+from dataflex.config.keys import load
+from dataflex.launch.preflight import check
 from dataflex.run.log import read_events
+from gradstore.errors import BadInput
 
 #: A run of the plain trainer: fixture keys that only a selector needs are left out.
 PLAIN: dict[str, Any] = {
@@ -202,15 +206,29 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "asft loss": ({"use_asft_loss": True}, ("use_asft_loss is on", "set use_asft_loss: false")),
     "eaft loss": ({"use_eaft_loss": True},
                        ("use_eaft_loss is on", "set use_eaft_loss: false")),
-    "no logits to watch": (
-        {"train_type": "dynamic_mix", "component_name": "odm", "enable_liger_kernel": True,
-         "dataset": "tiny_domain_date,tiny_domain_sort", "update_step": 2},
-        ("enable_liger_kernel is on", "hides the logits that component 'odm'"),
-    ),
-    "no logits": ({"use_unsloth": True}, ("use_unsloth is on", "hides the logits")),
     "warm-up": ({"warmup_step": -1}, ("warmup_step is -1",)),
     "custom without a class": ({"component_name": "custom"}, ("target: package.module:Class",)),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"train_type": "dynamic_mix", "component_name": "odm", "enable_liger_kernel": True,
+             "dataset": "tiny_domain_date,tiny_domain_sort", "update_step": 2},
+            "enable_liger_kernel is on, which hides the logits that component 'odm'",
+        ),
+        ({"use_unsloth": True}, "use_unsloth is on, which hides the logits"),
+    ],
+)  # fmt: skip
+def test_what_hides_the_logits_is_refused_where_its_package_is_installed(
+    changes: dict[str, Any], says: str, config: Callable[..., Path]
+) -> None:
+    """Where it is not, the command line asks for the package first."""
+    path = config(**UNIFORM | {"component_params": {}} | changes)
+    with pytest.raises(BadInput, match=says):
+        check(load(path, [], accepted_keys()))
 
 
 @pytest.mark.parametrize("case", REFUSED)

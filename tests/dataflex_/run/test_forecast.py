@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +15,14 @@ from dataflex.api import Forecast, Mixer, Selection, Selector, Strategy
 from dataflex.config.registry import PACKAGES, strategies
 from dataflex.features import forecasts
 from dataflex.launch import dry_run
+from dataflex.run import forecast
 from dataflex.run.board import Scoreboard
-from dataflex.run.forecast import print_forecasts
+from dataflex.run.forecast import (
+    SLOW_ROW_SECONDS,
+    measured_seconds,
+    padded_tokens,
+    print_forecasts,
+)
 from dataflex.run.strategy import adapt, ask_forecasts
 from dataflex.selectors.coincide import CoincideSelector
 from dataflex.selectors.less import LessSelector
@@ -154,3 +160,22 @@ def test_coincide_forecasts_training_rows_alone_and_what_its_store_keeps(
     run: Any = SimpleNamespace(data=data, config=SimpleNamespace(owns_store=owns))
     CoincideSelector(**params).forecasts(run, [0, 3])
     assert given == [run, "source", told[0], ("train",), told[1]]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_forecast_is_exact_where_time_is_that_of_padded_tokens(
+    slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from one row alone, where a row takes so long that no more are measured."""
+    lengths, budget = np.random.default_rng(0).integers(5, 60, 1000), 256
+    rate = SLOW_ROW_SECONDS if slow else 1e-4
+    asked: list[np.ndarray[Any, Any]] = []
+
+    def timed(work: Callable[[], object]) -> float:
+        work()
+        return rate * padded_tokens(lengths[asked[-1]], budget)
+
+    monkeypatch.setattr(forecast, "timed", timed)
+    found = measured_seconds(asked.append, lengths, budget)
+    assert found == pytest.approx(rate * padded_tokens(lengths, budget), rel=1e-9)
+    assert len(asked) == (1 if slow else 2)
