@@ -91,6 +91,7 @@ class TrainerState:
     global_step: Count
     max_steps: int = 0
     epoch: float | None = None
+    total_flos: float = 0
     log_history: tuple[LogLine, ...] = ()
     stateful_callbacks: Mapping[str, Any] = field(default_factory=dict)
 

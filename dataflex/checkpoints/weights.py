@@ -55,6 +55,7 @@ def check_resumable(folder: Path) -> None:
     check_weights(folder)
     if any(next(folder.glob(pattern), None) for pattern in SHARDED):
         return  # DeepSpeed and FSDP keep all that in files of their own
+    _check_trainer_state(folder / "trainer_state.json")
     for pattern, keys in STATES.items():
         found = sorted(folder.glob(pattern))
         if not found and pattern not in OPTIONAL:
@@ -65,6 +66,19 @@ def check_resumable(folder: Path) -> None:
             )
         for path in found:
             load_plain(path, keys, "Resume from another checkpoint.")
+
+
+def _check_trainer_state(path: Path) -> None:
+    """Check that the Trainer takes its own state: no field that its version does not know."""
+    from transformers import TrainerState
+
+    try:
+        TrainerState.load_from_json(str(path))
+    except TypeError as error:
+        raise DamagedData(
+            f"{path} is damaged, or of another version of transformers ({error}). Resume from "
+            "another checkpoint."
+        ) from error
 
 
 def check_weights(folder: Path) -> None:

@@ -61,8 +61,9 @@ class PlacedRows:
 class RowDropout(nn.Dropout):
     """Stand-in for a module's dropout.
 
-    Inputs of another shape than (b, t, ...), such as the tokens that reach one expert, have no
-    rows: they get torch's own dropout, and so does everything while no micro-batch is placed.
+    Inputs of another shape than (b, t, h), such as the tokens that reach one expert or scores of
+    attention, have no rows: they get torch's own dropout, and so does everything while no
+    micro-batch is placed.
 
     Args:
         p: probability of a zero.
@@ -76,11 +77,11 @@ class RowDropout(nn.Dropout):
         self._dropout = dropout
 
     def forward(self, input: Tensor) -> Tensor:
-        """Zero entries of (b, t, ...) with probability p and scale the others by 1 / (1 - p)."""
+        """Zero entries of (b, t, h) with probability p and scale the others by 1 / (1 - p)."""
         rows = self._dropout.rows
         if not self.training:
             return input
-        if rows is None or tuple(input.shape[:2]) != (len(rows.spans), rows.width) or self.p == 1:
+        if rows is None or tuple(input.shape[:-1]) != (len(rows.spans), rows.width) or self.p == 1:
             return functional.dropout(input, self.p, training=True)
         keep = torch.zeros(input.shape, dtype=torch.bool, device=input.device)
         generator = self._dropout.generator(input.device)

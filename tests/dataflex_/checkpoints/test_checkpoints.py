@@ -54,6 +54,12 @@ def test_a_whole_checkpoint_can_be_resumed(checkpoint: Path) -> None:
     check_resumable(checkpoint)
 
 
+def test_a_field_that_the_trainer_does_not_know_is_refused_by_file(checkpoint: Path) -> None:
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 4, "foo": 1}')
+    with pytest.raises(DamagedData, match=r"trainer_state\.json is damaged.*foo"):
+        check_resumable(checkpoint)
+
+
 def test_sharded_checkpoints_keep_states_and_weights_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "global_step4").mkdir()
     check_resumable(tmp_path)

@@ -131,6 +131,9 @@ def test_what_has_no_rows_gets_torchs_own_dropout(net: Net) -> None:
         found = net.first(tokens)
     torch.manual_seed(5)
     assert torch.equal(found, nn.functional.dropout(tokens, P))
+    scores = torch.ones(2, 9, 9, 9)  # of attention: b, as many heads as tokens, t, t
+    with dropout.placed(batch((0, 4), (0, 9), width=9), 0, 0):
+        assert net.first(scores)[0, 4:].any()
     assert torch.equal(net.eval().first(tokens), tokens)
 
 
