@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from dataflex.bridge.quiet import choose_verbosity
-from dataflex.run.messages import DEBUG, explain, set_up_logging, show_traceback
+from dataflex.run.messages import DEBUG, end_bars, explain, set_up_logging, show_traceback
 from gradstore import cli as gradstore_cli
 from gradstore.format.names import printable
 
@@ -167,6 +167,7 @@ def _run(arguments: list[str]) -> int:
             show_traceback(type(error), error, error.__traceback__)
     if failure is None:
         return 1
+    end_bars()
     typer.echo(f"error: {printable(failure.message)}", err=True)
     return failure.code
 

@@ -89,6 +89,7 @@ def find_dropped(
     file, aligned = read.files[name], read.aligned[name]
     for i, number in enumerate(aligned[SOURCE_ROW][:]):
         if number not in left:
+            left.add(number)  # `num_samples` may take a row several times
             reason = _reason(aligned[i], file[i], read.attributes[name], cutoff_applies)
             found.setdefault(reason, []).append(int(number))
     return found

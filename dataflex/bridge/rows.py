@@ -188,7 +188,8 @@ def _load_targets(
         one.tokenized_path, one.mix_strategy, one.interleave_probs = None, "concat", None
         with naming(f"target set {name!r}"), _reasons_told([name], read, bool(data_args.packing)):
             found.append(_rows(name, call(one, as_training)["train_dataset"]))
-        _dropped([name], read, found[-1:], data_args, training_args)
+        if name not in (data_args.dataset or ()):  # else it was told as training data
+            _dropped([name], read, found[-1:], data_args, training_args)
     if not sets and float(data_args.val_size) > 0 and domains is not None:
         found.append(held_out_rows(domains))
     elif not sets and float(data_args.val_size) > 0:

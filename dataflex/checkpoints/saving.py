@@ -28,7 +28,7 @@ def disk_faults(folder: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, StoreIOError) as error:
         if isinstance(error, RuntimeError):
             ours = any(words in str(error) for words in TORCH_WRITE_FAULTS)
         else:  # an OSError without a number is a hub's, not the disk's

@@ -26,13 +26,15 @@ SCHEMA = 1
 
 #: What a resume, or DeepSpeed and FSDP in one, would read of files that the manifest does not list.
 #: Anything else may be put beside a checkpoint's own files: notes, converted weights.
-READ = ("adapter_*", "model*.safetensors", "pytorch_model*", "config.json", "trainer_state.json",
-        "optimizer*", "scheduler*", "scaler*", "rng_state*", "latest", "global_step*",
+READ = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json",
+        "pytorch_model*", "trainer_state.json", "optimizer.pt", "optimizer.bin", "optimizer_*",
+        "scheduler.pt", "scaler.pt", "rng_state*", "latest", "global_step*",
         "dataflex/*")  # fmt: skip
 
 NEXT = (
-    "Restore the file from a copy, or name another checkpoint with resume_from_checkpoint "
-    "(a checkpoint changed on purpose can be sealed again: docs/checkpoints.md)."
+    "Restore the file from a copy (remove one that was added), or name another checkpoint with "
+    "resume_from_checkpoint (one that was changed on purpose can be sealed again: "
+    "docs/checkpoints.md)."
 )
 
 
@@ -99,7 +101,10 @@ def verify(checkpoint: Path, only: Sequence[str] = ("*",)) -> None:
     if "*" in only:
         for name in _files(checkpoint):
             if name not in listed and _matches(name, READ):
-                raise _damaged(checkpoint / name, "is not among the files that were saved")
+                raise _damaged(
+                    checkpoint / name,
+                    "is not among the files that were saved, and a resume would read it",
+                )
     with _workers() as workers:
         digests = workers.map(lambda name: sha256_file(checkpoint / name, fresh=True), names)
         for name, digest in zip(names, digests, strict=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradstore.errors import StoreIOError
+from gradstore.format.foreign import read_json
 from gradstore.storage.hashing import sha256_file
 
 INFO = "dataset_info.json"
@@ -46,7 +47,7 @@ def data_files(folder: Path, entry: Any) -> list[Path]:  # noqa: ANN401 - JSON
 def read_info(folder: Any) -> dict[str, Any]:  # noqa: ANN401 - a value of dataset_dir
     """Read dataset_info.json of a folder; empty where there is none that can be read."""
     try:
-        found = json.loads((Path(folder) / INFO).read_text(encoding="utf-8"))
+        found = read_json((Path(folder) / INFO).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -201,8 +202,8 @@ def unreadable(path: Path) -> str | None:
         line = raw.count(b"\n", 0, error.start) + 1
         return f"line {line} of {str(path)!r} is not UTF-8 (byte 0x{raw[error.start]:02x})."
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = read_json(text)
+    except ValueError as error:
         return _of_lines(path, text, error)
     rows = enumerate(content if isinstance(content, list) else [content])
     return _of_two_kinds(path, ((f"row {i}", row) for i, row in rows))
@@ -214,8 +215,8 @@ def _of_lines(path: Path, text: str, whole: Exception) -> str | None:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             if line.strip():
-                rows.append((f"line {number}", json.loads(line)))
-        except (ValueError, RecursionError) as error:
+                rows.append((f"line {number}", read_json(line)))
+        except ValueError as error:
             if path.suffix == ".json" and not rows:
                 return f"{str(path)!r} is not JSON: {whole}."
             return f"line {number} of {str(path)!r} is not JSON: {error}."

@@ -129,6 +129,13 @@ class _BesideBars(logging.StreamHandler[TextIO]):
             super().emit(record)
 
 
+def end_bars() -> None:
+    """Close the progress bars that a failure has left open: its message gets a line of its own."""
+    tqdm = sys.modules.get("tqdm")
+    for bar in list(getattr(getattr(tqdm, "tqdm", None), "_instances", ())):
+        bar.close()
+
+
 def set_up_logging() -> None:
     """Send our own messages to stderr, one line each; of a run's other ranks only warnings."""
     sys.excepthook = show_traceback

@@ -62,6 +62,9 @@ def test_sound_rows_that_interleaving_leaves_out_and_sets_named_twice_are_not_mi
         )
         assert data.dropped == {"no_response": 1}
         assert len(data.train) < 18
+        caplog.clear()
+        load_rows(folder, dataset="few", ours={"target_dataset": ("few",)})
+        assert caplog.text.count("1 of 4 rows are not used") == 1, "told as training data"
         assert load_rows(folder, dataset="few,few").dropped == {"no_response": 1}
     assert "another fault" not in caplog.text
 

@@ -199,6 +199,7 @@ def test_state_and_log_come_back_as_they_were_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error",
     [OSError(28, "No space left on device"),
+     StoreIOError("cannot write dataflex/moments.safetensors: No space left on device"),
      RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
      SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")],
 )  # fmt: skip

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 from dataflex.data.rows import check_intervals
 from dataflex.launch import worker as launched
-from dataflex.run.messages import DEBUG, explain
+from dataflex.run.messages import DEBUG, end_bars, explain
 from dataflex.run.ranks import Ranks
 
 OWN = """class Mine:
@@ -95,3 +96,13 @@ def test_an_error_in_a_library_installed_from_its_developers_folder_is_no_users_
     spec.loader.exec_module(module)
     select = functools.partial(module.Mine().select, 3)
     assert explain(raised(functools.partial(Ranks(0, 1).gather, select))) is None
+
+
+def test_a_failures_message_does_not_stick_to_an_open_bar(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with tqdm(total=3, file=sys.stderr) as bar:
+        bar.update(1)
+        end_bars()
+        sys.stderr.write("error: x\n")
+    assert "\nerror: x" in capsys.readouterr().err
