@@ -32,12 +32,13 @@ class Form(BaseModel):
 class Question(Form):
     """The training rows' scores that are asked for: the options of `gradstore score`."""
 
-    checkpoints: str = Field(default="last", description="last, all or a number: the newest to combine.")
-    step: Position | None = Field(default=None, description="No checkpoint of a later step is taken.")
+    checkpoints: str = Field(default="last", description="last, all or a number of them.")
+    step: Position | None = Field(default=None, description="None is taken of a later step.")
     run: str = Field(default="", description="Prefix of the generations (gradstore_run).")
     target: list[str] = Field(default=[], description="Target sets; none given: all.")
     target_row: Position | None = Field(
-        None, description="Score by this one row of the target set; takes one target at most."
+        default=None,
+        description="Score by this one row of the first target set.",
     )
     subtasks: list[Count] = Field(default=[], description="Sizes that cut the one target set.")
     aggregation: Literal["max", "mean"] = Field(default="max", description="Over sub-tasks.")
@@ -55,7 +56,7 @@ class Budget(Question):
 
     count: Count | None = Field(default=None, description="Rows to take.")
     fraction: Score | None = Field(default=None, description="Share of the usable rows.")
-    tokens: Count | None = Field(default=None, description="Target tokens that the rows may have in all.")
+    tokens: Count | None = Field(default=None, description="Target tokens of all rows.")
 
 
 class SelectForm(Budget):
@@ -114,9 +115,9 @@ class RowFilter(Question):
     min_score: Score | None = None
     max_score: Score | None = None
     source: list[str] = Field(default=[], description="Data sets; none given: all.")
-    status: list[str] = Field(default=[], description="ok, masked, zero_norm, ...; none given: all.")
+    status: list[str] = Field(default=[], description="ok, masked, ...; none given: all.")
     contains: str = Field(default="", max_length=1000, description="Text in prompt or response.")
-    row: list[Position] = Field(default=[], max_length=1000, description="These rows; none given: all.")
+    row: list[Position] = Field(default=[], max_length=1000, description="None given: all.")
 
     @property
     def asks_scores(self) -> bool:
@@ -139,5 +140,5 @@ class MapQuery(Question):
     """`GET /v1/map`."""
 
     scored: bool = False
-    points: int = Field(default=20_000, ge=2, le=1_000_000, description="Points at most, evenly spaced.")
+    points: int = Field(default=20_000, ge=2, le=1_000_000, description="At most, evenly spaced.")
     wait: Wait = 30
