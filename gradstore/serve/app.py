@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 
-from gradstore.serve import looking, problems, questions
+from gradstore.serve import explaining, looking, problems, questions
 from gradstore.serve.answers import Unchanged, still_running, unchanged
 from gradstore.serve.jobs import StillRunning
 from gradstore.serve.security import Door
@@ -50,8 +50,8 @@ def create_app(served: Served, token: str) -> FastAPI:
     app.add_exception_handler(StillRunning, still_running)
     app.add_exception_handler(Unchanged, unchanged)
     app.add_exception_handler(Exception, _unexpected)
-    app.include_router(looking.router)
-    app.include_router(questions.router)
+    for paths in (looking, questions, explaining):
+        app.include_router(paths.router)
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/page", StaticFiles(directory=PAGE), name="page")
     app.add_middleware(Door, token=token)

@@ -87,6 +87,19 @@ class QueryForm(Form):
         )
 
 
+class PairQuery(Form):
+    """`GET /v1/pair.jsonl`: some rows of one target set."""
+
+    row: list[Position] = Field(min_length=1, max_length=100, description="Target rows.")
+    target: str = Field(default="", description="Target set; default: the first.")
+    top: int = Field(default=20, ge=1, le=1000, description="Rows on each side.")
+    checkpoints: str = "last"
+    step: Position | None = None
+    run: str = ""
+    characters: Characters = 20_000
+    wait: Wait = 30
+
+
 class DiffForm(Form):
     """`POST /v1/diff`: two selections."""
 

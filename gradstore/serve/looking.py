@@ -23,7 +23,7 @@ def stores(request: Request, served: Here, store: Newest) -> Response:
     """List the one store that is served."""
     check_unchanged(request, store)
     line = {
-        "name": store.path.name,
+        "name": "/".join(store.path.parts[-2:]),
         "path": str(store.path),
         "uuid": store.uuid,
         "schema_version": store.schema_version,

@@ -1,4 +1,4 @@
-"""Paths that ask the store: score, select, query, diff, map."""
+"""Paths that ask the store: score, select, query, diff, map, and a file for PAIR's viewer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Body, Query, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 
 from gradstore.errors import BadInput
 from gradstore.serve import asking
 from gradstore.serve.access import Here, Newest, Seconds, table_of
 from gradstore.serve.answers import answer, check_unchanged
-from gradstore.serve.forms import DiffForm, MapQuery, QueryForm, ScoreForm, SelectForm
+from gradstore.serve.forms import DiffForm, MapQuery, PairQuery, QueryForm, ScoreForm, SelectForm
+from gradstore.serve.pair_viewer import viewer_line
 from gradstore.serve.problems import RESPONSES
 from gradstore.serve.row_map import RowMap, row_map
 from gradstore.serve.rows import Table
@@ -144,6 +145,26 @@ def _selected(table: Table, picked: list[int]) -> dict[str, Any]:
     names = ("", *table.sources.names)
     return {"generation": table.generation.name, "rows": len(picked),
             "sources": {n: int(c) for n, c in zip(names, counts, strict=True) if c}}  # fmt: skip
+
+
+@router.get("/pair.jsonl", response_class=PlainTextResponse)
+def pair(
+    request: Request, served: Here, store: Newest, wanted: Annotated[PairQuery, Query()]
+) -> Response:
+    """Write target rows with their helpers and hurters for PAIR's viewer (pretraining-tda)."""
+    check_unchanged(request, store)
+    lines = []
+    for target_row in wanted.row:
+        form = QueryForm(target_row=target_row, **wanted.model_dump(exclude={"row", "wait"}))
+        scores = asking.scores_of(store, form.question(), served.desk, wanted.wait)
+        table = Table(store, scores.train, served.desk.kept, scores)
+        sides = [table.lines(rows, form.characters) for rows in asking.sides(scores, form.top)]
+        target = scores.targets[0]
+        asked = Table(store, target, served.desk.kept).lines([target_row], form.characters)[0]
+        lines.append(viewer_line(target.set, asked, *sides))
+    headers = {"ETag": f'"{commit_of(store)}"', "Vary": "Accept",
+               "Content-Disposition": 'attachment; filename="influence.jsonl"'}  # fmt: skip
+    return Response("".join(lines), media_type="application/x-ndjson", headers=headers)
 
 
 @router.get("/map")

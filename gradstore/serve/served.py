@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from gradstore.errors import BadInput
 from gradstore.serve.jobs import Desk
 from gradstore.serve.problems import Missing
@@ -14,14 +17,38 @@ from gradstore.store.generation import Generation
 from gradstore.store.reader import Store, open_store
 
 
+class Explained(Protocol):
+    """A model's answer to a question about an answer; n training rows."""
+
+    @property
+    def prompt(self) -> str:
+        """What was asked."""
+
+    @property
+    def response(self) -> str:
+        """The answer, given or generated."""
+
+    @property
+    def generated(self) -> bool:
+        """The model made the answer."""
+
+    @property
+    def generations(self) -> tuple[str, ...]:
+        """Names of the train generations that were combined, oldest first."""
+
+    @property
+    def values(self) -> npt.NDArray[np.float32]:
+        """(n,), each training row's influence; nan where it is not usable."""
+
+
 class Explainer(Protocol):
     """A model at hand: takes the gradient of an answer that is in no target set.
 
-    `dataflex.launch.explain` has one; gradstore itself never loads a model.
+    `dataflex.open_model` has one; gradstore itself never loads a model.
     """
 
-    def explain(self, prompt: str, response: str | None, top: int) -> Any:  # noqa: ANN401
-        """Return an object with prompt, response, and helped and hurt: rows with their scores."""
+    def explain(self, prompt: str, response: str | None, top: int) -> Explained:
+        """Score the training rows by an answer; response None lets the model answer."""
 
 
 class Served:

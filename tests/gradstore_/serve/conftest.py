@@ -111,6 +111,11 @@ class ExplorerKit:
         return Text(f"Please {picked}: {i}", f"It is {i}.", 9)
 
 
+@pytest.fixture
+def token() -> str:
+    return TOKEN
+
+
 @pytest.fixture(scope="session")
 def explorer() -> ExplorerKit:
     return ExplorerKit()
