@@ -5,6 +5,7 @@ Letters: n rows of a generation, m rows that pass the filter.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ from gradstore.store.reader import Store
 
 #: What is said where a store has no text.
 NO_TEXT = "run `dataflex-cli gradstore build` again with store_text: true"
+
+#: Held while text is read: threads must not share a Parquet reader.
+_READING = threading.Lock()
 
 _STATUSES = {status.name.lower(): int(status) for status in RowStatus}
 
@@ -150,10 +154,11 @@ class Table:
         if self.texts is None:
             raise BadInput(f"{self.generation.name} has no text to search; {NO_TEXT}.")
         parts = []
-        for table in self.texts.parts(["prompt", "response"]):
-            found = [pc.match_substring(table[name], words, ignore_case=True)
-                     for name in ("prompt", "response")]  # fmt: skip
-            parts.append(np.asarray(pc.or_(*found).to_numpy(), dtype=bool))
+        with _READING:
+            for table in self.texts.parts(["prompt", "response"]):
+                found = [pc.match_substring(table[name], words, ignore_case=True)
+                         for name in ("prompt", "response")]  # fmt: skip
+                parts.append(np.asarray(pc.or_(*found).to_numpy(), dtype=bool))
         return np.concatenate(parts)
 
     def lines(self, rows: Sequence[int], characters: int) -> list[dict[str, Any]]:
@@ -164,7 +169,10 @@ class Table:
             characters: prompt and response are cut to so many; their lengths are told.
         """
         check_rows(self.generation, rows)
-        texts = [None] * len(rows) if self.texts is None else self.texts.read(list(rows))
+        texts: list[Any] = [None] * len(rows)
+        if self.texts is not None:
+            with _READING:
+                texts = self.texts.read(list(rows))
         return [
             self._line(int(row), text, characters) for row, text in zip(rows, texts, strict=True)
         ]
