@@ -29,7 +29,7 @@ QUEUED = 64
 KEPT = 200
 
 #: Bytes of all results kept.
-CACHE_BYTES = 256 << 20
+CACHE_BYTES = 64 << 20
 
 
 class Sized(Protocol):
