@@ -143,9 +143,7 @@ def queries(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "scan_p50_ms": round(statistics.median(scans), 1),
         "query_p50_ms": round(statistics.median(asked), 1),
-        "above_p50_ms": round(
-            statistics.median(a - s for a, s in zip(asked, scans, strict=True)), 1
-        ),
+        "above_p50_ms": round(statistics.median(map(operator.sub, asked, scans)), 1),
         "repeats": options.repeats,
         "clients": options.clients,
         "client_queries": len(codes),
