@@ -216,8 +216,10 @@ class Desk:
         """Stop all jobs and wait for the threads, but not longer than `seconds`."""
         with self._changed:
             self._closed = True
-            for task in self._open.values():
+            for task in list(self._open.values()):
                 task.job.stop.set()
+            while self._queue:
+                self._end(self._queue.popleft(), error=Cancelled("the server is ending."))
             self._changed.notify_all()
         for thread in self._threads:
             thread.join(seconds)

@@ -52,7 +52,7 @@ class Explainer(Protocol):
 
 
 class Served:
-    """What every request works with.
+    """Things that every request works with.
 
     Attributes:
         path: the store's folder.

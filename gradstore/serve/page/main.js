@@ -19,8 +19,9 @@ function say(text, fault = false) {
 // What every view gets: the generations, and ways to open a row and to speak.
 async function facts() {
   const [{ stores: [store] }, found] = await Promise.all([get("/v1/stores"), get("/v1/generations")]);
-  const runs = [...new Set(found.generations.map((each) => each.run))].sort();
-  return { store, runs, generations: found.generations, without: found.without_text, open, say };
+  const generations = found.generations.filter((each) => each.space === "gradient");
+  const runs = [...new Set(generations.map((each) => each.run))].sort();
+  return { store, runs, generations, without: found.without_text, open, say };
 }
 
 function inRun(known, now) {

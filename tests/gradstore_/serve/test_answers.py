@@ -184,6 +184,20 @@ def test_bad_input_is_a_problem_that_says_what_to_do(
         assert content["exit_code"] == 2
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b'{"target": ["\\ud800"]}', b'{"\\ud800": 1}', b'{"fraction": NaN, "count": 1}', b"\xff\xfe",
+     b"[" * 100_000, b'{"count": ' + b"9" * 10_000 + b"}", b"", b"null",
+     b'{"target": ["\\u0000"]}'],
+    ids=range(9),
+)  # fmt: skip
+def test_a_body_that_is_no_question_is_a_problem(client: Any, body: bytes) -> None:
+    answer = client.post("/v1/select", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["detail"]
+
+
 def test_a_store_without_text_shows_source_and_number_and_how_to_add_text(
     ask: Callable[..., TestClient], explorer: Any, tmp_path: Path
 ) -> None:

@@ -101,14 +101,15 @@ def test_a_question_too_many_is_refused(desk: Desk) -> None:
         desk.ask("3", "score", 1, gates[3], 0)
 
 
-def test_closing_stops_what_runs() -> None:
+def test_closing_stops_what_runs_and_what_waits() -> None:
     desk = Desk(workers=1)
     gate = Gate()
     job = start(desk, "a", gate)
     gate.begun.wait(5)
+    waiting = start(desk, "b", gate)
     threading.Timer(0.1, gate.more.release).start()
     desk.close()
-    assert job.state == "cancelled"
+    assert (job.state, waiting.state) == ("cancelled", "cancelled")
     with pytest.raises(Cancelled):
         job.advance(1)
 

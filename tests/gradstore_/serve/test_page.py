@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ if CHROMIUM is None:
     pytest.skip("no browser: apt-get install chromium, or set CHROMIUM", allow_module_level=True)
 
 
-@pytest.fixture(scope="module")
-def site(store_path: Path) -> Iterator[str]:
-    """A running server of the store; its address without the token."""
+@contextmanager
+def served(path: Path) -> Iterator[str]:
+    """A running server of a store; its address without the token."""
     sock = listen(0)
     sock.listen()
-    app = create_app(Served(store_path), "a-token-for-the-tests")
+    app = create_app(Served(path), "a-token-for-the-tests")
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
@@ -41,6 +42,12 @@ def site(store_path: Path) -> Iterator[str]:
     yield f"http://127.0.0.1:{sock.getsockname()[1]}"
     server.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def site(store_path: Path) -> Iterator[str]:
+    with served(store_path) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +213,20 @@ def test_hostile_text_is_shown_as_text(page: Any) -> None:
     assert len(page.locator("#detail-prompt").text_content()) == 1_050_000
     assert page.locator("main img, main script, dialog img, dialog b").count() == 0
     assert "taken" not in page.title()
+
+
+def test_without_text_a_page_shows_source_and_number_and_how_to_add_text(
+    browser: Any, explorer: Any, tmp_path: Path
+) -> None:
+    with served(explorer.build(tmp_path / "s", text=False, steps=(1,))) as site:
+        page = browser.new_page(base_url=site)
+        page.goto("/?token=a-token-for-the-tests&view=rows&sort=row")
+        expect(page.locator("#spacer [role=row]").nth(4)).to_contain_text("beta[4]")
+        expect(page.locator("#spacer [role=row]").nth(4)).to_contain_text("store_text: true")
+        expect(page.get_by_label("Text holds")).to_be_disabled()
+        page.goto("/?view=ask")
+        expect(page.locator("#helped article").first).to_contain_text("store_text: true")
+        page.close()
 
 
 def test_a_wrong_address_says_what_is_wrong(browser: Any, site: str) -> None:
