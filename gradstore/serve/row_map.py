@@ -89,12 +89,19 @@ def _sample(generation: Generation) -> npt.NDArray[np.float64]:
 def _principal(centred: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64],
                                                           tuple[float, float]]:  # fmt: skip
     """Return the two principal axes, (2, d) of length 1, and their shares of the variance."""
-    _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
-    if len(axes) < 2:  # one dimension
-        axes, sizes = np.vstack([axes, np.zeros_like(axes)]), np.append(sizes, 0.0)
+    total = float(np.square(centred).sum()) or 1.0
+    if min(centred.shape) <= 2:
+        _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
+        if len(axes) < 2:  # one dimension
+            axes, sizes = np.vstack([axes, np.zeros_like(axes)]), np.append(sizes, 0.0)
+    else:
+        from scipy.sparse.linalg import svds
+
+        start = np.random.default_rng(0).standard_normal(min(centred.shape))
+        _, sizes, axes = svds(centred, k=2, v0=start)
+        axes, sizes = axes[::-1], sizes[::-1]  # the largest first
     first = axes[:2].copy()
     # A singular vector's sign is arbitrary: its largest entry is made positive.
     largest = np.abs(first).argmax(axis=1)
     first *= np.where(first[np.arange(2), largest] < 0, -1.0, 1.0)[:, None]
-    total = float((sizes**2).sum()) or 1.0
     return first, (float(sizes[0] ** 2 / total), float(sizes[1] ** 2 / total))
