@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,23 @@ class ExplorerKit:
                 Text(f"{set_}: what is {i} plus {i}?", f"It is {i + i}.", 12) for i in range(8)
             ]
             writer.keep_texts(self.rows(set_, self.target_rows), texts)
+
+    def model(self) -> Any:
+        """A stand-in for a loaded model: row 40 taught everything, row 41 spoils it."""
+        values = np.linspace(-0.5, 0.5, self.train_rows, dtype=np.float32)
+        values[[5, 7]], values[40], values[41] = np.nan, 0.9, -0.9
+
+        class Model:
+            def explain(self, prompt: str, response: str | None, top: int) -> Any:
+                return SimpleNamespace(
+                    prompt=prompt,
+                    response=response or "generated answer",
+                    generated=response is None,
+                    generations=("train/8",),
+                    values=values,
+                )
+
+        return Model()
 
     def text(self, i: int) -> Text:
         """Row 10 to 13 hold hostile text."""

@@ -7,7 +7,6 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -98,31 +97,18 @@ def test_damage_is_told_with_the_file_and_the_next_step(
 
 
 def test_without_a_model_explain_says_so_and_with_one_it_answers(
-    ask: Callable[..., Any], store_path: Path
+    ask: Callable[..., Any], store_path: Path, explorer: Any
 ) -> None:
     refused = ask(store_path).post("/v1/explain", json={"prompt": "what is 1 plus 1?"})
     assert refused.status_code == 409
     assert "gradstore explain STORE" in refused.json()["detail"]
-    values = np.random.default_rng(0).standard_normal(300).astype(np.float32)
-    values[5] = np.nan
-
-    class Model:
-        def explain(self, prompt: str, response: str | None, top: int) -> Any:
-            return SimpleNamespace(
-                prompt=prompt,
-                response=response or "two",
-                generated=response is None,
-                generations=("train/8",),
-                values=values,
-            )
-
-    client = ask(store_path, Model())
+    client = ask(store_path, explorer.model())
     assert client.get("/v1/stores").json()["stores"][0]["explains"] is True
     got = client.post("/v1/explain", json={"prompt": "what is 1 plus 1?", "top": 3}).json()
-    order = np.argsort(-np.nan_to_num(values, nan=-9.0))
-    assert [line["row"] for line in got["helped"]] == order[:3].tolist()
-    assert (got["generated"], got["target_row"]["response"]) == (True, "two")
-    assert got["hurt"][0]["score"] == float(np.nanmin(values))
+    assert [line["row"] for line in got["helped"]] == [40, 299, 298]
+    assert (got["hurt"][0]["row"], got["hurt"][0]["score"]) == (41, float(np.float32(-0.9)))
+    assert got["helped"][0]["prompt"] == explorer.text(40).prompt
+    assert (got["generated"], got["target_row"]["response"]) == (True, "generated answer")
 
 
 def test_pairs_viewer_gets_its_documented_fields(client: Any) -> None:

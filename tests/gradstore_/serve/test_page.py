@@ -29,11 +29,11 @@ if CHROMIUM is None:
 
 
 @contextmanager
-def served(path: Path) -> Iterator[str]:
+def served(path: Path, explainer: Any = None) -> Iterator[str]:
     """A running server of a store; its address without the token."""
     sock = listen(0)
     sock.listen()
-    app = create_app(Served(path), "a-token-for-the-tests")
+    app = create_app(Served(path, explainer), "a-token-for-the-tests")
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
@@ -213,6 +213,27 @@ def test_hostile_text_is_shown_as_text(page: Any) -> None:
     assert len(page.locator("#detail-prompt").text_content()) == 1_050_000
     assert page.locator("main img, main script, dialog img, dialog b").count() == 0
     assert "taken" not in page.title()
+
+
+def test_a_prompt_of_ones_own_is_asked_where_there_is_a_model(
+    browser: Any, page: Any, explorer: Any, store_path: Path
+) -> None:
+    show(page, "/")
+    page.get_by_text("Ask about a prompt of your own").click()
+    expect(page.get_by_label("Prompt")).to_be_disabled()
+    expect(page.locator("#no-model")).to_contain_text("gradstore explain STORE")
+    with served(store_path, explorer.model()) as site:
+        other = browser.new_page(base_url=site)
+        other.goto("/?token=a-token-for-the-tests")
+        other.get_by_text("Ask about a prompt of your own").click()
+        other.get_by_label("Prompt").fill("convert <b>feet</b> into metres")
+        other.get_by_role("button", name="Ask").click()
+        expect(other.locator("#target-text")).to_contain_text("convert <b>feet</b> into metres")
+        expect(other.locator("#target-text")).to_contain_text("generated answer")
+        expect(other.locator("#helped article").first).to_have_attribute("data-row", "40")
+        expect(other.locator("#hurt article").first).to_have_attribute("data-row", "41")
+        expect(other).to_have_url(re.compile("prompt=convert"))
+        other.close()
 
 
 def test_without_text_a_page_shows_source_and_number_and_how_to_add_text(
