@@ -8,9 +8,9 @@ import errno
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from dataflex.config.parameters import describe
 from dataflex.config.sources import SourceField, find_class
@@ -45,36 +45,31 @@ def described_keys() -> dict[str, SourceField]:
 def mistyped(args: Mapping[str, Any]) -> dict[str, str]:
     """Return one sentence per bad value where LlamaFactory wants a number, true/false or a choice.
 
-    Its parser takes any value for any key and fails much later, with a TypeError.
+    Its parser takes any value for any key and fails much later, with a TypeError. Annotations are
+    read from its source: nothing is imported.
     """
     faults = {}
-    for cls in argument_classes():
-        for name, hint in get_type_hints(cls).items():
-            value = args.get(name)
-            if value is not None and (choices := _choices(hint)) and value not in choices:
-                faults[name] = f"{name} is {value!r}; choose {describe(Literal[choices])}."
-            wanted = set(get_args(hint) or (hint,)) - {type(None)}
-            if value is None or not wanted <= {int, float, bool}:
-                continue
-            if isinstance(value, bool | int | float) and not _unusable(value, wanted):
-                continue
-            number = "a number" if float in wanted else "a whole number"
-            expected = "true or false" if wanted == {bool} else f"{number}, without quotes"
-            faults[name] = f"{name} is {value!r}; expected {expected}."
+    for name, field in described_keys().items():
+        value, wanted = args.get(name), field.types
+        if value is None:
+            continue
+        if field.choices and value not in field.choices:
+            faults[name] = f"{name} is {value!r}; choose {describe(Literal[field.choices])}."
+        if not wanted <= {"int", "float", "bool"}:
+            continue
+        if isinstance(value, bool | int | float) and not _unusable(value, wanted):
+            continue
+        number = "a number" if "float" in wanted else "a whole number"
+        expected = "true or false" if wanted == {"bool"} else f"{number}, without quotes"
+        faults[name] = f"{name} is {value!r}; expected {expected}."
     return faults
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:  # noqa: ANN401 - an annotation
-    """Return the values of a `Literal`, or of one that may be None; () for another annotation."""
-    options = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
-    return get_args(options[0]) if options else ()
-
-
-def _unusable(value: float, wanted: set[Any]) -> bool:
+def _unusable(value: float, wanted: Collection[str]) -> bool:
     """Return whether a value is a boolean for a number, NaN, or a fraction for a whole number."""
     if isinstance(value, bool):
-        return bool not in wanted
-    return math.isnan(value) or not (float in wanted or float(value).is_integer())
+        return "bool" not in wanted
+    return math.isnan(value) or not ("float" in wanted or float(value).is_integer())
 
 
 def argument_classes() -> tuple[Any, ...]:

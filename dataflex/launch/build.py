@@ -16,7 +16,6 @@ from dataflex.features.gradients import FeatureService
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.store_owner import built_by
 from dataflex.launch.dry_run import build_forecast
-from dataflex.launch.inputs import check_inputs
 from dataflex.launch.losses import Reader, loss_difference
 from dataflex.launch.preflight import check_gradients
 from dataflex.models.precision import autocast
@@ -53,7 +52,6 @@ def build(config: RunConfig, *, dry_run: bool = False) -> None:
         BadInput: see `check_gradients`; no checkpoint for Adam features; no moments in one.
         ProvenanceMismatch: the store holds features that can't be compared with these.
     """
-    check_inputs(config)
     check_gradients(config)
     if told := loss_difference(config.known, "gradstore build", {Reader.GRADIENTS}):
         _log.warning("%s", told)
