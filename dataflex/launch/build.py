@@ -68,7 +68,7 @@ def build(config: RunConfig, *, dry_run: bool = False) -> None:
             check_moments(checkpoint)
     first = folders[0] if folders else None
 
-    def check_data(data: RunData, _: object) -> None:
+    def check_data(data: RunData, *_: object) -> None:
         check_rows(data, needs_targets=True, subtask_sizes=config.dataflex.target_subtasks)
 
     loaded = running.load_run(config, first, check_data)

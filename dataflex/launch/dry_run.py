@@ -48,9 +48,9 @@ def train_forecast(config: RunConfig, component: Component, workers: int) -> lis
     session = TrainSession(config, component)
     schedules: list[Schedule] = []
 
-    def plan(data: RunData, args: Any) -> None:  # noqa: ANN401 - TrainingArguments
+    def plan(data: RunData, args: Any, tuned: Any) -> None:  # noqa: ANN401 - LlamaFactory's
         shape = replace(BatchShape.of(args), world=workers)
-        schedules.append(session.plan(data, args, shape).schedule)
+        schedules.append(session.plan(data, args, tuned, shape).schedule)
 
     loaded = running.load_run(_alone(config), None, plan)
     check_vocabulary(loaded.model, loaded.data)

@@ -8,8 +8,6 @@ weights of samples; a trainer of one kind is thin over them.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import logging
 import random
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -22,8 +20,6 @@ import torch
 
 from dataflex.checkpoints.saving import disk_faults
 from dataflex.checkpoints.state import STATE, RunState, load_state
-from dataflex.config.presets import RETIRED
-from dataflex.config.registry import target_of
 from dataflex.models.experts import freeze_routers, load_experts
 from dataflex.models.passes import own_labels, row_losses
 from dataflex.models.vocabulary import check_vocabulary
@@ -35,18 +31,9 @@ from dataflex.run.schedule import Schedule
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.trainers.job import Job, Run
 from dataflex.trainers.sealing import SealedCheckpoints, Sealer
-from dataflex.trainers.settings import (
-    comparable,
-    differences,
-    of_finetuning,
-    of_optimizer,
-    of_training,
-    told,
-)
-from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch, StoreError
+from dataflex.trainers.settings import check_agreement, comparable, of_run, rows_sha256
+from gradstore.errors import BadInput, DamagedData, StoreError
 from gradstore.store.cleaning import store_set_aside
-
-_log = logging.getLogger(__name__)
 
 
 class Seam(SealedCheckpoints):
@@ -64,13 +51,12 @@ class Seam(SealedCheckpoints):
     accelerator: Any
     train_dataset: Any
     data_collator: Any
-    finetuning_args: Any
     callback_handler: Any
     add_callback: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
         super().__init__(*args, **kwargs)
-        self.rows_sha256 = hashlib.sha256(self.run.data.train.row_set.hashes.tobytes()).hexdigest()
+        self.rows_sha256 = rows_sha256(self.run.data)
         self.log_files = RunLog(Path(self.args.output_dir))
         self._numbers: dict[str, float] = {}
         # Those of before training: creating a scheduler changes the Trainer's arguments.
@@ -102,7 +88,7 @@ class Seam(SealedCheckpoints):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Restore what `state.json` keeps, start the strategy, train, finish it."""
         checkpoint = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
-        self._agreed = self.settings()
+        self._agreed = self.settings(self.run)
         with contextlib.ExitStack() as stack:
             # An earlier run's store, until the strategy has started: put back where it has not.
             former = stack.enter_context(contextlib.ExitStack())
@@ -158,22 +144,10 @@ class Seam(SealedCheckpoints):
             more=self.more_state(),
         )
 
-    def settings(self) -> Mapping[str, Any]:
-        """List what a resume must agree on: settings of decisions and of the saved weights."""
-        neutral = {*RETIRED, *self.run.strategy.neutral}
-        tuned = getattr(self, "finetuning_args", None)
-        return {
-            "component_name": self.run.name,
-            "class": target_of(type(self.run.strategy)),
-            "component_params": {k: v for k, v in self.run.params.items() if k not in neutral},
-            "rows_per_step": self.run.shape.rows,
-            "seed": int(self.args.seed),
-            "targets": {t.name: t.row_set.sha256 for t in self.run.data.targets},
-            "optim": str(self.args.optim),
-            **of_finetuning(tuned),
-            "optimizer": of_optimizer(self.args, tuned),
-            "training": of_training(self.args, self.run.schedule.budget),
-        }
+    @classmethod
+    def settings(cls, run: Run) -> Mapping[str, Any]:
+        """List what a resume must agree on; the rows of `run` are known, no model is needed."""
+        return of_run(run)
 
     # -- log --------------------------------------------------------------------------------------
 
@@ -247,29 +221,7 @@ class Seam(SealedCheckpoints):
 
     def _restore(self, state: RunState, checkpoint: Path) -> None:
         """Go on where the checkpoint was: same rows, same position, same component."""
-        s = self.run.schedule
-        if state.schedule != (now := (s.warmup_step, s.update_step, s.update_times)):
-            raise BadInput(
-                f"the checkpoint was made with (warmup_step, update_step, update_times) = "
-                f"{state.schedule}, this configuration has {now}. "
-                "Restore the values, or start a new run with overwrite_output_dir: true."
-            )
-        if changed := differences(state.settings, self._agreed):
-            raise BadInput(
-                f"the checkpoint was made with other settings: {'; '.join(changed)}"
-                ". Restore them, or start a new run with overwrite_output_dir: true."
-            )
-        if self.run.ranks.leads and (note := told(state.settings, self._agreed)) is not None:
-            _log.warning("%s", note)
-        if state.step >= s.budget and self.run.ranks.leads:
-            _log.warning("nothing to train: the checkpoint is at step %d, the run ends at step %d",
-                         state.step, s.budget)  # fmt: skip
-        if state.rows_sha256 != self.rows_sha256:
-            raise ProvenanceMismatch(
-                "the checkpoint was made on other training rows (data, template, tokenizer or "
-                "cutoff_len changed). Restore them, or start a new run with "
-                "overwrite_output_dir: true."
-            )
+        check_agreement(state, self.run, self._agreed, self.rows_sha256)
         try:
             self.run.strategy.restore(state.component)
             self.restore_more(state)
