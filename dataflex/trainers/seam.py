@@ -30,7 +30,7 @@ from dataflex.run.output_owner import remember_identity
 from dataflex.run.schedule import Schedule
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.trainers.job import Job, Run
-from dataflex.trainers.sealing import SealedCheckpoints, Sealer
+from dataflex.trainers.sealing import SealedCheckpoints
 from dataflex.trainers.settings import check_agreement, comparable, of_run, rows_sha256
 from gradstore.errors import BadInput, DamagedData, StoreError
 from gradstore.store.cleaning import store_set_aside
@@ -52,7 +52,6 @@ class Seam(SealedCheckpoints):
     train_dataset: Any
     data_collator: Any
     callback_handler: Any
-    add_callback: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
         super().__init__(*args, **kwargs)
@@ -98,7 +97,7 @@ class Seam(SealedCheckpoints):
             self._begin(former, fresh=checkpoint is None)
             if checkpoint is not None:
                 load_experts(self.model, checkpoint)
-            self.add_callback(Sealer(self.run.ranks))
+            self.seal_last()
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -114,7 +113,7 @@ class Seam(SealedCheckpoints):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save; a checkpoint's state goes in before trainer_state.json, which completes it."""
         with disk_faults(Path(output_dir or self.args.output_dir)):
-            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            super().save_model(output_dir, _internal_call)
         is_checkpoint = output_dir is not None and Path(output_dir) != Path(self.args.output_dir)
         if is_checkpoint and _internal_call and self.args.should_save:
             self.save_state_beside(Path(str(output_dir)))
