@@ -8,6 +8,7 @@ import errno
 import importlib
 import math
 import os
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +94,11 @@ MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, e
 #: Keys of a model that a message about it does not repeat: its name, and secrets.
 UNTOLD = ("model_name_or_path", "hf_hub_token", "ms_hub_token", "om_hub_token", "cache_dir")
 
+#: LlamaFactory's module that makes a loaded model trainable, and the keys it goes by.
+ADAPTING = "llamafactory.model.adapter"
+TUNING = ("finetuning_type", "adapter_name_or_path", "lora_target", "additional_target",
+          "freeze_trainable_modules", "freeze_extra_modules", "oft_target")  # fmt: skip
+
 #: Frames of these packages are ours: an error raised there is a bug of ours.
 OURS = ("dataflex", "gradstore", "gradkernels")
 
@@ -140,7 +146,7 @@ def as_bad_input(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a transparent wrapper
         try:
             return function(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # whatever its libraries raise; ours and the machine's go on
             if is_another_matter(error):
                 raise
             raise BadInput(
@@ -172,7 +178,7 @@ def reason_of(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, StopIteration):
-        return "there is no row in it."
+        return "none of its rows is left: its files have none, or val_size takes them all."
     text = " ".join(str(error).split())
     if isinstance(error, ValueError | RuntimeError | OSError | ImportError) and text:
         return text
@@ -188,7 +194,7 @@ def _naming_set(function: Callable[..., Any]) -> Callable[..., Any]:
         with naming(f"data set {name!r}"):
             try:
                 return function(dataset_attr, model_args, data_args, *args)
-            except Exception as error:
+            except Exception as error:  # as in `as_bad_input`
                 if is_another_matter(error):
                     raise
                 found = map(unreadable, data_files(Path(data_args.dataset_dir), entry))
@@ -215,10 +221,12 @@ def naming_model(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a transparent wrapper
         try:
             return function(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # as in `as_bad_input`
             if is_another_matter(error):
                 raise
             (given,) = (a for a in args if hasattr(a, "model_name_or_path"))
+            if _raised_in(error, ADAPTING):
+                raise BadInput(_unadapted(args, given.model_name_or_path, error)) from error
             told = _set_keys(given)
             raise BadInput(
                 f"model_name_or_path {given.model_name_or_path!r} cannot be loaded: "
@@ -226,6 +234,28 @@ def naming_model(function: Callable[..., Any]) -> Callable[..., Any]:
             ) from error
 
     return wrapped
+
+
+def _raised_in(error: BaseException, module: str) -> bool:
+    """Return whether a line of a module is on an error's way."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__") == module for frame in frames)
+
+
+def _unadapted(args: tuple[Any, ...], model: str, error: Exception) -> str:
+    """Say which keys do not fit a model that was loaded, and cannot be made trainable."""
+    given = {k: v for each in args if dataclasses.is_dataclass(each) for k, v in vars(each).items()}
+    keys = [f"{key}: {_listed(given[key])}" for key in TUNING if given.get(key)]
+    lora = given.get("finetuning_type") == "lora" and given.get("lora_target")
+    step = " (lora_target: all takes every linear layer)" if lora else ""
+    return (
+        f"{', '.join(keys)} cannot be set up on the model {model!r}: {reason_of(error)} Correct "
+        f"the key{step}."
+    )
+
+
+def _listed(value: Any) -> str:  # noqa: ANN401 - text, a list or a set
+    return value if isinstance(value, str) else ", ".join(map(str, value))
 
 
 def _set_keys(given: Any) -> str:  # noqa: ANN401 - LlamaFactory's ModelArguments

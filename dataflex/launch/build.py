@@ -15,13 +15,12 @@ from dataflex.data.rows import RunData, check_rows
 from dataflex.features.gradients import FeatureService
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.store_owner import built_by
-from dataflex.launch.dry_run import build_forecast
+from dataflex.launch.dry_run import build_forecast, context_of
 from dataflex.launch.losses import Reader, loss_difference
 from dataflex.launch.preflight import check_gradients
 from dataflex.models.precision import autocast
 from dataflex.models.vocabulary import check_vocabulary
 from dataflex.pipelines.pipeline import build_strategy
-from dataflex.run.context import RunContext
 from dataflex.run.forecast import print_forecasts
 from dataflex.selectors.by_influence import InfluenceSelector
 from gradstore.errors import BadInput
@@ -76,19 +75,7 @@ def build(config: RunConfig, *, dry_run: bool = False) -> None:
     if dry_run:
         print_forecasts(build_forecast(loaded, config, settings, max(1, len(folders))), world=1)
         return
-    args = loaded.training_args
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "off"
-    run = RunContext(
-        config=config,
-        data=loaded.data,
-        collate=loaded.collate,
-        model=loaded.model,
-        output_dir=config.output_dir,
-        run_id=built_by(config),
-        seed=int(args.seed),
-        autocast=precision,
-    )
-    service = FeatureService(run, settings)
+    service = FeatureService(context_of(config, loaded, built_by(config)), settings)
     try:
         _export_checkpoints(service, folders)
     finally:

@@ -187,7 +187,7 @@ def _harmless(what: str) -> Iterator[None]:
     """Turn any failure into a warning: what the run wrote before is complete."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of any kind: nothing here may change a complete run's exit code
         if isinstance(error, BrokenPipeError):
             # The reader of stdout is gone; Python would fail again when it flushes at its exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
