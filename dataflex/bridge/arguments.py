@@ -94,10 +94,13 @@ MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, e
 #: Keys of a model that a message about it does not repeat: its name, and secrets.
 UNTOLD = ("model_name_or_path", "hf_hub_token", "ms_hub_token", "om_hub_token", "cache_dir")
 
-#: LlamaFactory's module that makes a loaded model trainable, and the keys it goes by.
+#: LlamaFactory's module that makes a loaded model trainable; finetuning_type -> keys it goes by.
 ADAPTING = "llamafactory.model.adapter"
-TUNING = ("finetuning_type", "adapter_name_or_path", "lora_target", "additional_target",
-          "freeze_trainable_modules", "freeze_extra_modules", "oft_target")  # fmt: skip
+TUNING = {
+    "lora": ("adapter_name_or_path", "lora_target", "additional_target"),
+    "oft": ("adapter_name_or_path", "oft_target", "additional_target"),
+    "freeze": ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
+}
 
 #: Frames of these packages are ours: an error raised there is a bug of ours.
 OURS = ("dataflex", "gradstore", "gradkernels")
@@ -245,17 +248,18 @@ def _raised_in(error: BaseException, module: str) -> bool:
 def _unadapted(args: tuple[Any, ...], model: str, error: Exception) -> str:
     """Say which keys do not fit a model that was loaded, and cannot be made trainable."""
     given = {k: v for each in args if dataclasses.is_dataclass(each) for k, v in vars(each).items()}
-    keys = [f"{key}: {_listed(given[key])}" for key in TUNING if given.get(key)]
-    lora = given.get("finetuning_type") == "lora" and given.get("lora_target")
-    step = " (lora_target: all takes every linear layer)" if lora else ""
+    kind = str(given.get("finetuning_type"))
+    set_here = [key for key in TUNING.get(kind, ()) if given.get(key)]
+    keys = [f"{key}: {_listed(given[key])}" for key in set_here] or [f"finetuning_type: {kind}"]
+    step = " (lora_target: all takes every linear layer)" if "lora_target" in set_here else ""
     return (
         f"{', '.join(keys)} cannot be set up on the model {model!r}: {reason_of(error)} Correct "
         f"the key{step}."
     )
 
 
-def _listed(value: Any) -> str:  # noqa: ANN401 - text, a list or a set
-    return value if isinstance(value, str) else ", ".join(map(str, value))
+def _listed(value: Any) -> str:  # noqa: ANN401 - text, a number, a list or a set
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple | set) else str(value)
 
 
 def _set_keys(given: Any) -> str:  # noqa: ANN401 - LlamaFactory's ModelArguments
