@@ -21,7 +21,6 @@ from dataflex.models.generate import (
     prompt_ids,
     stop_ids,
 )
-from dataflex.models.passes import max_positions
 from dataflex.rewards.base import (
     PROBE_ANSWER,
     PROBE_PROMPT,
@@ -31,6 +30,7 @@ from dataflex.rewards.base import (
     parse_score,
     refuse_probe,
 )
+from gradstore.capture.limits import max_positions
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,15 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dataflex.checkpoints.saving import disk_faults
 from dataflex.checkpoints.state import STATE, RunState, load_state
@@ -43,6 +41,7 @@ from dataflex.trainers.settings import (
     of_training,
     told,
 )
+from gradstore.capture.modelstate import random_states_kept
 from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch, StoreError
 from gradstore.store.cleaning import store_set_aside
 
@@ -215,7 +214,7 @@ class Seam(SealedCheckpoints):
         """
         config = self.run.config
         check_vocabulary(self.model, self.run.data)
-        if spread := self._spread() & self.run.strategy.whole_model:
+        if spread := sharding(self) & self.run.strategy.whole_model:
             raise BadInput(
                 f"component {self.run.name!r} makes passes of its own over the model in training, "
                 f"which cannot be made under {' and '.join(sorted(spread))}: use DDP."
@@ -238,12 +237,6 @@ class Seam(SealedCheckpoints):
         with random_states_kept():
             ranks.gather(lambda: self.run.strategy.start(self.context))
         ranks.decide(own)
-
-    def _spread(self) -> set[str]:
-        """Name how the model is sharded over devices; empty where each has all of it."""
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        found = {FSDP} if getattr(self, "is_fsdp_enabled", False) else set()
-        return found | ({ZERO3} if plugin is not None and plugin.zero_stage == 3 else set())
 
     def _restore(self, state: RunState, checkpoint: Path) -> None:
         """Go on where the checkpoint was: same rows, same position, same component."""
@@ -288,6 +281,13 @@ def trainer_class(seam: type[Seam], base: type, run: Run) -> type:
     return type(f"{seam.__name__.removesuffix('Seam')}{base.__name__}", (seam, base), {"run": run})
 
 
+def sharding(trainer: Any) -> set[str]:  # noqa: ANN401 - a transformers Trainer
+    """Name how a trainer shards its model over devices; empty where each has all of it."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    found = {FSDP} if getattr(trainer, "is_fsdp_enabled", False) else set()
+    return found | ({ZERO3} if plugin is not None and plugin.zero_stage == 3 else set())
+
+
 def keeps_moments(optimizer: Any) -> bool:  # noqa: ANN401 - an optimizer or accelerate's wrapper
     """Return true for an optimizer of the Adam family, also before its first step."""
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -304,18 +304,3 @@ def _set_early_stopping(trainer: Any, min_delta: float) -> None:  # noqa: ANN401
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, EarlyStoppingCallback):
             callback.early_stopping_threshold = min_delta
-
-
-@contextlib.contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Keep Python's, NumPy's, torch's CPU and CUDA random states as they are."""
-    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)

@@ -8,11 +8,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gradstore.errors import expect
+from gradstore.errors import BadInput, expect
 from gradstore.export.units import UnitFeatures, check_bad_rows
 from gradstore.format.layout import EMBEDDING, RowStatus
 from gradstore.format.plans import UnitRange
+from gradstore.store.generation import Generation
 from gradstore.store.generation_writer import GenerationWriter
+
+#: Reasons by status.
+_UNUSABLE = {
+    "zero_norm": "with a gradient that is zero",
+    "non_finite": "with a gradient that is not finite",
+    "masked": "masked, without a target token",
+    "too_long": "longer than the model's context",
+}
 
 
 @dataclass
@@ -72,6 +81,22 @@ class UnitSink:
             name = RowStatus(int(status)).name.lower()
             summary.status_counts[name] = summary.status_counts.get(name, 0) + int(count)
         summary.seconds = time.perf_counter() - self._began
+
+
+def check_usable(generation: Generation) -> None:
+    """Refuse a committed target set that says nothing.
+
+    Raises:
+        BadInput: none of its rows is usable; counts the reasons.
+    """
+    if not generation.usable.any():
+        counts = generation.status_counts()
+        reasons = [f"{counts[status]:,} {why}" for status, why in _UNUSABLE.items()
+                   if counts.get(status)]  # fmt: skip
+        raise BadInput(
+            f"target set {generation.set!r} has no usable row of {generation.rows:,}: "
+            f"{', '.join(reasons)}. Give it rows whose answers the model can learn from."
+        )
 
 
 def fill(
