@@ -1,3 +1,3 @@
 """LLM training on changing data: selection, mixing and weighting, on top of LlamaFactory."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from gradstore.export.projected import compute_unit, export_features
     from gradstore.export.units import Batches
     from gradstore.format.records import GenerationRecord, RowSet, row_hash
+    from gradstore.format.text_table import Text
     from gradstore.scoring.comparable import CheckpointFeatures
+    from gradstore.scoring.frames import open_store
     from gradstore.scoring.influence import influence_scores
     from gradstore.scoring.pairing import checkpoint_features
     from gradstore.scoring.query import query_influence
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from gradstore.similarity.index import FeatureIndex
     from gradstore.similarity.rows import read_unit_rows
     from gradstore.store.filling import UnitSink, fill
-    from gradstore.store.reader import open_store
     from gradstore.store.writer import StoreWriter
 
 _MODULES = {
@@ -38,6 +39,7 @@ _MODULES = {
     "Recipe": "export.features",
     "RowSet": "format.records",
     "StoreWriter": "store.writer",
+    "Text": "format.text_table",
     "UnitSink": "store.filling",
     "batch_losses": "capture.per_sample",
     "checkpoint_features": "scoring.pairing",
@@ -46,7 +48,7 @@ _MODULES = {
     "export_features": "export.projected",
     "fill": "store.filling",
     "influence_scores": "scoring.influence",
-    "open_store": "store.reader",
+    "open_store": "scoring.frames",
     "query_influence": "scoring.query",
     "read_unit_rows": "similarity.rows",
     "row_hash": "format.records",
@@ -65,6 +67,7 @@ __all__ = [
     "Recipe",
     "RowSet",
     "StoreWriter",
+    "Text",
     "UnitSink",
     "batch_losses",
     "checkpoint_features",

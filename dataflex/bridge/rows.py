@@ -89,7 +89,7 @@ def dataset_loader(
         on_data(
             RunData(
                 train, targets, tokenizer, str(data_args.template), data_args, stage, domains,
-                read.files, dropped,
+                read.files, dropped, read.aligned,
             ),
             training_args,
         )  # fmt: skip

@@ -82,6 +82,8 @@ class DataFlexConfig:
     """Gradient store; default: output_dir/gradstore."""
     gradstore_run: Name | None = None
     """Prefix of the generations that this run writes."""
+    store_text: bool = True
+    """Keep prompts and responses in the store, to be read."""
     gradstore_checkpoints: PathList = ()
     """Checkpoint folders that `gradstore build` exports."""
     target_dataset: NameList = ()

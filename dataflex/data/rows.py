@@ -17,6 +17,8 @@ from gradstore.format.records import RowSet, row_hash
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from dataflex.data.texts import RowsText
+
 IGNORED = -100
 
 #: Columns that carry a row's origin; removed again before a collator can see them.
@@ -184,6 +186,8 @@ class RunData:
         files: data set name -> its rows before preprocessing, with every column they have; empty
             where the rows come from `tokenized_path`.
         dropped: rows of the training sets that LlamaFactory left out, by reason.
+        messages: data set name -> its rows as prompt and response, before they were tokenised;
+            empty where the rows come from `tokenized_path`.
     """
 
     train: Rows
@@ -195,12 +199,19 @@ class RunData:
     domains: Domains | None = None
     files: Mapping[str, Dataset] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
+    messages: Mapping[str, Dataset] = field(default_factory=dict)
 
     @property
     def raw(self) -> RawRows | None:
         """The training rows as their files hold them; None where their origin is unknown."""
         sources = self.train.sources
         return None if sources is None else RawRows(sources, self.files)
+
+    def texts(self, rows: Rows) -> RowsText:
+        """Return prompt and response of each row of a set of this run; read when asked for."""
+        from dataflex.data.texts import RowsText
+
+        return RowsText(rows, self.messages, self.tokenizer)
 
 
 def check_rows(data: RunData, *, needs_targets: bool, subtask_sizes: Sequence[int] | None) -> None:

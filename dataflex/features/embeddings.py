@@ -20,7 +20,7 @@ from dataflex.features.embedders import (
     EmbeddingSettings,
     embedder_of,
 )
-from dataflex.features.shared import export_shared
+from dataflex.features.shared import export_shared, keep_text
 from dataflex.features.store_owner import check_owner
 from dataflex.run.context import RunContext
 from gradstore.errors import BadInput, StoreError
@@ -150,6 +150,7 @@ class EmbeddingService:
         def begin() -> Any:  # noqa: ANN401 - a GenerationWriter
             if self._writer is None:
                 raise RuntimeError("the store is open on rank 0 alone, and until close()")
+            keep_text(self.run, self._writer, rows)
             return self._writer.begin(record, rows.row_set, dim=self._source.dim, dtype=STORED)
 
         def check() -> str:

@@ -16,7 +16,7 @@ from gradkernels import ProjectionSpec
 from dataflex.data.rows import Rows
 from dataflex.features.fields import space_fields
 from dataflex.features.settings import FeatureSettings
-from dataflex.features.shared import Compute, export_shared
+from dataflex.features.shared import Compute, export_shared, keep_text
 from dataflex.features.store_owner import check_owner
 from dataflex.models.passes import longest_row
 from dataflex.run.context import RunContext
@@ -36,6 +36,7 @@ from gradstore.format.records import GenerationRecord
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.pairing import Which, checkpoint_features
 from gradstore.store.filling import ExportSummary, check_usable
+from gradstore.store.generation_writer import GenerationWriter
 from gradstore.store.writer import StoreWriter
 
 if TYPE_CHECKING:
@@ -236,12 +237,17 @@ class FeatureService:
         if is_sample:
             options["sample_of"] = "train"
         record = self._record(role, rows, step, recipe, learning_rate, options)
+
+        def begin() -> GenerationWriter:
+            keep_text(self.run, self.writer, rows)
+            return self.writer.begin(
+                record, rows.row_set, dim=self.settings.proj_dim, dtype=self.settings.dtype
+            )
+
         summary = export_shared(
             self.run.ranks,
             f"gradients of {record.name}",
-            lambda: self.writer.begin(
-                record, rows.row_set, dim=self.settings.proj_dim, dtype=self.settings.dtype
-            ),
+            begin,
             self._compute(rows, recipe, source),
             max_bad_fraction=self.settings.max_bad_fraction,
             shows_progress=self.run.shows_progress,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dataflex.data.rows import Rows
+from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows, progress
 from dataflex.run.ranks import Ranks
 from gradstore.export.units import UnitFeatures
@@ -19,6 +21,8 @@ from gradstore.format.layout import generation_bytes
 from gradstore.format.plans import UnitRange
 from gradstore.store.filling import ExportSummary, UnitSink
 from gradstore.store.generation_writer import GenerationWriter
+from gradstore.store.space_writer import SpaceWriter
+from gradstore.store.writer import StoreWriter
 
 Compute = Callable[[UnitRange, OnRows], UnitFeatures]
 
@@ -90,6 +94,12 @@ def export_shared(
             advance(sum(unit.stop - unit.start for unit in units if unit is not mine))
     ranks.decide(lambda: held[0].writer.commit())
     return ranks.decide(lambda: held[0].sink.summary)
+
+
+def keep_text(run: RunContext, writer: StoreWriter | SpaceWriter, rows: Rows) -> None:
+    """Keep the text of rows beside their features, unless `store_text` is false; on rank 0."""
+    if run.config.dataflex.store_text:
+        writer.keep_texts(rows.row_set, run.data.texts(rows))
 
 
 def _stored_bytes(writer: GenerationWriter) -> int:

@@ -2,7 +2,7 @@
 
 Commit N names its parent's sha256 and carries its own (its seal), so an edit anywhere breaks the
 chain there. There is no mutable HEAD: the newest commit is the highest N of an unbroken chain. A
-commit either adds one whole generation or retires old ones before their files are removed.
+commit adds one whole generation, or the text of one row set, or retires what clean-up removes next.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Literal
 
 from gradstore.errors import BadInput
 from gradstore.format.canonical import Json, canonical_json, seal, unseal
-from gradstore.format.layout import SCHEMA_VERSION
+from gradstore.format.layout import SCHEMA_VERSION, TEXTS_VERSION
 from gradstore.format.names import GenerationName
+from gradstore.format.text_table import TextTable
+
+_KINDS = ("generation", "retire", "texts")
 
 
 @dataclass(frozen=True)
@@ -25,26 +28,31 @@ class Commit:
         number: N, from 1.
         store_uuid: the store it belongs to.
         parent: sha256 of commit N-1, None for the first.
-        kind: `generation` adds one, `retire` takes some back.
+        kind: `generation` adds one, `texts` the text of a row set, `retire` takes some back.
         generations: the full names it adds or retires.
         plan_sha256: seal of the added generation's plan; "" for `retire`.
         units: seal of each unit record of the added generation, in order.
         chunk_bytes: bytes of the added generation's chunks.
+        texts: the tables of text that it adds or retires; from schema 2 on.
     """
 
     number: int
     store_uuid: str
     parent: str | None
-    kind: Literal["generation", "retire"]
+    kind: Literal["generation", "retire", "texts"]
     generations: tuple[str, ...]
     plan_sha256: str = ""
     units: tuple[str, ...] = ()
     chunk_bytes: int = 0
+    texts: tuple[TextTable, ...] = ()
 
     def to_dict(self) -> dict[str, Json]:
-        """Return the sealed document."""
+        """Return the sealed document: of schema 1, as far as that has words for it."""
         body = {each.name: getattr(self, each.name) for each in fields(self)}
-        return seal({"schema_version": SCHEMA_VERSION, **body})
+        texts = [table.to_dict() for table in body.pop("texts")]
+        if not texts:
+            return seal({"schema_version": SCHEMA_VERSION, **body})
+        return seal({"schema_version": TEXTS_VERSION, **body, "texts": texts})
 
     def to_bytes(self) -> bytes:
         """Return the bytes of the commit's file."""
@@ -74,12 +82,20 @@ class Commit:
                 plan_sha256=document["plan_sha256"],
                 units=tuple(document["units"]),
                 chunk_bytes=document["chunk_bytes"],
+                texts=tuple(TextTable.from_dict(each) for each in document.get("texts", ())),
             )
             same = commit.to_bytes() == data
             for name in commit.generations:
                 GenerationName.parse(name)
         except (KeyError, TypeError, AttributeError, BadInput) as error:
             raise ValueError(f"not a commit: {error!r}") from error
-        if not same or commit.kind not in ("generation", "retire") or not commit.generations:
+        if not same or commit.kind not in _KINDS or not commit._says_what_its_kind_says():
             raise ValueError("not a commit of this schema")
         return commit
+
+    def _says_what_its_kind_says(self) -> bool:
+        if self.kind == "texts":
+            return not self.generations and len(self.texts) == 1 and bool(self.texts[0].parts)
+        if self.kind == "generation":
+            return len(self.generations) == 1 and not self.texts
+        return bool(self.generations or self.texts) and not any(t.parts for t in self.texts)

@@ -15,9 +15,12 @@ from typing import Literal
 from gradstore.errors import BadInput
 from gradstore.format.canonical import canonical_json, parse, sha256_json
 
+#: Schema of a store's documents, and of a store that keeps no text.
 SCHEMA_VERSION = 1
-#: The first release that reads this schema; recorded in a store for the errors of older ones.
-NEEDS = "dataflex-gradstore>=0.1.0"
+#: Schema of a store from the first commit on that adds a table of text.
+TEXTS_VERSION = 2
+#: Schema -> the first release that reads it; recorded in a store for the errors of older ones.
+NEEDS = {SCHEMA_VERSION: "dataflex-gradstore>=0.1.0", TEXTS_VERSION: "dataflex-gradstore>=0.2.0"}
 
 UNIT_ROWS = 256
 CRC_BYTES = 4
@@ -157,9 +160,9 @@ def group_json(attributes: Mapping[str, object] | None = None) -> bytes:
     return canonical_json({"attributes": attributes or {}, "node_type": "group", "zarr_format": 3})
 
 
-def root_json(store_uuid: str) -> bytes:
+def root_json(store_uuid: str, version: int = SCHEMA_VERSION) -> bytes:
     """Build the store's own zarr.json."""
-    body = {"needs": NEEDS, "schema_version": SCHEMA_VERSION, "store_uuid": store_uuid}
+    body = {"needs": NEEDS[version], "schema_version": version, "store_uuid": store_uuid}
     return group_json({**body, "check": sha256_json(body)})
 
 
@@ -181,7 +184,7 @@ def read_root(data: bytes) -> tuple[int, str, str]:
         raise ValueError("its attributes do not fit their sha256")
     if not isinstance(version, int) or not isinstance(uuid, str) or not isinstance(needs, str):
         raise ValueError("schema_version, store_uuid or needs is missing")
-    if version < 1 or (version <= SCHEMA_VERSION and data != root_json(uuid)):
+    if version < 1 or (version in NEEDS and data != root_json(uuid, version)):
         raise ValueError("other bytes than gradstore writes")
     return version, uuid, needs
 

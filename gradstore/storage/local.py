@@ -163,6 +163,15 @@ class StoreFiles(ReadFiles):
         self.sync_directory(parent_of(relative))
         return same
 
+    def replace(self, relative: str, data: bytes) -> None:
+        """Replace one file durably: readers see the old bytes or the new ones."""
+        path = self.path(relative)
+        staged = self.stage([data])
+        with self._translated("replace", path):
+            self._step("rename", path)
+            os.replace(self.root / staged, path)
+        self.sync_directory(parent_of(relative))
+
     def move(self, source: str, target: str) -> None:
         """Rename a file or directory; the target must not exist."""
         self.make_directory(parent_of(target))

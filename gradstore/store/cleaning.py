@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from gradstore.errors import BadInput, StoreIOError
 from gradstore.format.commits import Commit
 from gradstore.format.layout import METADATA, generation_path, plan_path
 from gradstore.format.names import GenerationName
+from gradstore.format.plans import Plan
+from gradstore.format.text_table import TEXTS, TextTable
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.lock import WriterLock
 from gradstore.store.generation_writer import QUARANTINE, publish_commit
@@ -50,18 +52,21 @@ def clean_store(
         raise BadInput(f"keep_generations is {keep_generations}; keep at least 1, or null for all")
     store = view()
     retire = _superseded(store) + _too_old(store, keep_generations)
-    if retire:
+    unread = _without_rows(files, store, retire)
+    if retire or unread:
         draft = Commit(
             number=len(store.commits) + 1,
             store_uuid=store.uuid,
             parent=None if store.head is None else store.head.sha256,
             kind="retire",
             generations=tuple(retire),
+            texts=tuple(map(TextTable, unread)),
         )
         publish_commit(files, draft, view)
         store = view()
     abandoned = _abandoned(store)
     _remove_retired(files, store)
+    _remove_texts(files, store)
     for name in abandoned:
         _remove_generation(files, name)
     remove_dead_staging(files)
@@ -96,6 +101,17 @@ def _abandoned(store: Store) -> list[str]:
     return [text for text, name in parsed if name.attempt < latest[name.base()]]
 
 
+def _without_rows(files: StoreFiles, store: Store, retire: Collection[str]) -> list[str]:
+    """List the row sets whose text is kept, and which no generation will have."""
+    kept = store.text_commits()
+    if not kept:
+        return []
+    live = [c.generation for c in store.live_commits(superseded=True)]
+    names = [name for name in (*live, *store.planned()) if name not in retire]
+    read = {Plan.from_bytes(files.read(plan_path(name)))[0].rows.sha256 for name in names}
+    return [sha for sha in kept if sha not in read]
+
+
 def _remove_retired(files: StoreFiles, store: Store) -> None:
     shas = {c.generation: c.sha256 for c in store.commits if c.kind == "generation"}
     for commit in store.commits:
@@ -103,6 +119,14 @@ def _remove_retired(files: StoreFiles, store: Store) -> None:
             _remove_generation(files, name)
             if name in shas and files.exists(f"{INDEX}/{shas[name]}"):
                 files.remove_tree(f"{INDEX}/{shas[name]}")
+
+
+def _remove_texts(files: StoreFiles, store: Store) -> None:
+    """Remove the tables of text that no commit names: retired ones, and those of dead writers."""
+    kept = store.text_commits()
+    for sha in files.names(TEXTS):
+        if sha not in kept:
+            files.remove_tree(f"{TEXTS}/{sha}")
 
 
 def _remove_generation(files: StoreFiles, name: str) -> None:

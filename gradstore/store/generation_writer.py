@@ -244,7 +244,8 @@ def publish_commit(files: StoreFiles, draft: Commit, view: Callable[[], Store]) 
     Raises:
         StoreBusy: another process committed something else under this number.
     """
-    for commit in view().commits:
+    # A text may be kept, retired and kept again; a generation's name comes once.
+    for commit in view().commits if draft.generations else ():
         if replace(commit, number=draft.number, parent=draft.parent) == draft:
             return commit
     if files.publish(commit_path(draft.number), draft.to_bytes()):

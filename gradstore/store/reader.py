@@ -12,6 +12,7 @@ no store at "no/such/folder": ...
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
 from gradstore.errors import (
     BadInput,
@@ -26,8 +27,8 @@ from gradstore.format.commits import Commit
 from gradstore.format.layout import (
     COMMITS,
     METADATA,
+    NEEDS,
     PLANS,
-    SCHEMA_VERSION,
     SPACES,
     RowStatus,
     provenance_path,
@@ -39,6 +40,7 @@ from gradstore.format.provenance import read_provenance
 from gradstore.storage.reading import ReadFiles
 from gradstore.store.documents import read_chain
 from gradstore.store.generation import Generation
+from gradstore.store.texts import RowTexts
 from gradstore.store.unit_files import read_record
 
 
@@ -74,13 +76,14 @@ class Store:
         known = () if earlier is None or earlier.uuid != self.uuid else earlier.commits
         self.commits: tuple[Commit, ...] = tuple(read_chain(files, self.uuid, known))
         self._opened: dict[str, Generation] = {} if earlier is None else dict(earlier._opened)
+        self._texts: dict[str, RowTexts] = {} if earlier is None else dict(earlier._texts)
 
     def __repr__(self) -> str:
         return f'<Store "{self.path}": {len(self.commits)} commits>'
 
-    def refresh(self) -> Store:
+    def refresh(self) -> Self:
         """Return a view of the current commits that keeps what this one has already checked."""
-        return Store(self._files, self)
+        return type(self)(self._files, self)
 
     @property
     def head(self) -> Commit | None:
@@ -145,6 +148,30 @@ class Store:
         there = ", ".join(c.generation for c in self.live_commits()) or "none"
         raise BadInput(f'store "{self.path}" has no committed generation {name!r}; it has: {there}')
 
+    def text_commits(self) -> dict[str, Commit]:
+        """Map the sha256 of each row set whose text is kept to the commit that added it."""
+        kept: dict[str, Commit] = {}
+        for commit in self.commits:
+            for table in commit.texts:
+                if commit.kind == "texts":
+                    kept[table.rows_sha256] = commit
+                else:
+                    kept.pop(table.rows_sha256, None)
+        return kept
+
+    def texts(self, generation: Generation) -> RowTexts | None:
+        """Open the text of a generation's rows; None where this store keeps none.
+
+        Raises:
+            DamagedData: a file of it is missing or has another size.
+        """
+        commit = self.text_commits().get(generation.plan.rows.sha256)
+        if commit is None:
+            return None
+        if commit.sha256 not in self._texts:
+            self._texts[commit.sha256] = RowTexts(self._files, commit.texts[0])
+        return self._texts[commit.sha256]
+
     def planned(self) -> list[str]:
         """List generations that were planned and never committed; newest attempt last."""
         committed = {n for c in self.commits for n in c.generations}
@@ -158,7 +185,11 @@ class Store:
 
     def info(self) -> dict[str, Json]:
         """Describe the store: the schema of `gradstore info --json`, plus some more fields."""
-        entries = [_describe(generation) for generation in self.generations()]
+        kept = self.text_commits()
+        entries = [
+            _describe(generation) | {"text": generation.plan.rows.sha256 in kept}
+            for generation in self.generations()
+        ]
         entries += [e for e in (self._describe_planned(name) for name in self.planned()) if e]
         return {
             "store_uuid": self.uuid,
@@ -232,11 +263,12 @@ def read_identity(files: ReadFiles) -> tuple[int, str]:
             ) from error
         fault = Fault(METADATA, "the bytes gradstore wrote", str(error))
         raise DamagedFile(fault, str(files.root)) from error
-    if version > SCHEMA_VERSION:
+    if version not in NEEDS:
+        newest = max(NEEDS)
         raise ProvenanceMismatch(
-            f'store "{files.root}" has schema {version}, this release reads {SCHEMA_VERSION}; '
+            f'store "{files.root}" has schema {version}, this release reads up to {newest}; '
             f"it needs {needs!r}. Upgrade, or choose another store with gradstore=PATH",
-            [f"schema_version differs: store has {version}, this release has {SCHEMA_VERSION}"],
+            [f"schema_version differs: store has {version}, this release has {newest}"],
         )
     return version, uuid
 

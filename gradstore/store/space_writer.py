@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from gradstore.errors import DamagedData, DamagedFile, Fault, StoreIOError, expect
@@ -20,11 +20,13 @@ from gradstore.format.names import check_space
 from gradstore.format.plans import Plan
 from gradstore.format.provenance import compare, provenance_bytes, read_provenance, refuse
 from gradstore.format.records import GenerationRecord, RowSet
+from gradstore.format.text_table import Text
 from gradstore.storage.local import StoreFiles, parent_of
 from gradstore.store.attempts import choose_plan, warn_of_libraries
 from gradstore.store.documents import metadata
 from gradstore.store.generation_writer import GenerationWriter, quarantine
 from gradstore.store.reader import Store
+from gradstore.store.text_writer import keep_texts
 
 _log = logging.getLogger(__name__)
 
@@ -174,6 +176,19 @@ class SpaceWriter:
             publish_metadata(self._files, path, data, committed=needed_by_others)
         self._files.make_directory(f"{generation_path(plan.name)}/units")
         return GenerationWriter(self._files, plan, chosen.sha256, self._view)
+
+    def keep_texts(self, rows: RowSet, texts: Iterable[Text]) -> None:
+        """Keep the text of a row set, for people and pages that look into the store.
+
+        Args:
+            rows: n rows, in order; generations of the same rows share one table, in every space.
+            texts: one `Text` for each row; nothing is read of it where the store keeps them.
+
+        Raises:
+            BadInput: more or fewer texts than rows, or the writer was closed.
+            StoreIOError: not enough room.
+        """
+        keep_texts(self._files, self._view, rows, texts)
 
     def _check_free(self, needed: int, what: str) -> None:
         free = self._files.free_bytes()

@@ -21,18 +21,21 @@ from gradstore.format.layout import (
 )
 from gradstore.format.plans import Plan
 from gradstore.format.provenance import read_provenance
+from gradstore.format.text_table import part_path, texts_path
 from gradstore.storage.reading import ReadFiles
 from gradstore.store.documents import check_metadata, metadata, read_committed_plan, read_space
 from gradstore.store.generation import Generation
 from gradstore.store.reader import Store
+from gradstore.store.texts import RowTexts
 from gradstore.store.unit_files import check_unit, read_record
 
 
 def verify_store(path: str | Path) -> VerifyReport:
     """Read the whole store again from disk, without relying on earlier checks.
 
-    Checked: the root, the commit chain, each space's provenance, and of every committed generation
-    the plan, each zarr.json, each unit record, and size, crc32c and sha256 of each chunk.
+    Checked: the root, the commit chain, each space's provenance, each table of text, and of every
+    committed generation the plan, each zarr.json, each unit record, and size, crc32c and sha256 of
+    each chunk.
 
     Args:
         path: the store's folder.
@@ -56,6 +59,8 @@ def verify_store(path: str | Path) -> VerifyReport:
     live = store.live_commits(superseded=True)
     for commit in live:
         check.generation(commit)
+    for commit in store.text_commits().values():
+        check.texts(commit)
     names = tuple(commit.generation for commit in live)
     return VerifyReport(
         tuple(check.faults), check.files_seen, check.bytes_seen, names, tuple(store.planned())
@@ -138,6 +143,19 @@ class _Check:
                 if path not in seen:
                     self.add(Fault(path, "no file of this name", "one"))
         self.values(commit)
+
+    def texts(self, commit: Commit) -> None:
+        """Check the files of a table of text, and that its rows are those it is named by."""
+        table = commit.texts[0]
+        expected = [part_path(table.rows_sha256, i) for i in range(len(table.parts))]
+        for path, part in zip(expected, table.parts, strict=True):
+            self.count(path, part.bytes)
+        for fault in RowTexts(self._files, table).check():
+            self.add(fault)
+        with self._guarded():
+            for path in self._files.walk(texts_path(table.rows_sha256)):
+                if path not in expected:
+                    self.add(Fault(path, "no file of this name", "one"))
 
     def unit(self, plan: Plan, commit: Commit, index: int, sha: str) -> None:
         """Check a unit's record and each of its chunks."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +34,7 @@ from gradstore.format.layout import (
     root_json,
 )
 from gradstore.format.records import GenerationRecord, RowSet
+from gradstore.format.text_table import TEXTS, Text
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.lock import LOCK, WriterLock
 from gradstore.storage.probes import check_zarr, probe
@@ -44,7 +45,7 @@ from gradstore.store.space_writer import SpaceFields, SpaceWriter, publish_metad
 
 _log = logging.getLogger(__name__)
 
-_OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, "index"}
+_OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, TEXTS, "index"}
 
 
 class StoreWriter:
@@ -170,6 +171,10 @@ class StoreWriter:
     ) -> GenerationWriter:
         """Call `SpaceWriter.begin` of this writer's own space."""
         return self._main.begin(record, rows, dim=dim, dtype=dtype, unit_rows=unit_rows)
+
+    def keep_texts(self, rows: RowSet, texts: Iterable[Text]) -> None:
+        """Call `SpaceWriter.keep_texts`; a text belongs to rows, not to a space."""
+        self._main.keep_texts(rows, texts)
 
     def clean(self, keep_generations: int | None = None) -> list[str]:
         """Remove what is no longer needed: dead staging, abandoned plans, superseded attempts.

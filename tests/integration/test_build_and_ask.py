@@ -91,7 +91,12 @@ def test_select_writes_the_same_rows_with_their_sources(
 def test_info_has_the_schema_of_the_contract(run: dict[str, Path], cli: Any) -> None:
     told = json.loads(ok(cli("gradstore", "info", run["store"], "--json")).out)
     assert told["store_uuid"] == open_store(run["store"]).uuid
-    assert told["schema_version"] == 1
+    assert told["schema_version"] == 2  # it keeps the text of its rows
+    assert all(each["text"] for each in told["generations"])
+    opened = open_store(run["store"])
+    read = opened.texts(opened.generations()[0])
+    assert read is not None
+    assert all(text.prompt and text.response and text.data_set for text in read.read(range(3)))
     fields = {"name": str, "role": str, "step": int, "rows": int, "usable_rows": int, "dim": int,
               "dtype": str, "projection": dict, "committed": bool, "bytes": int}  # fmt: skip
     for entry in told["generations"]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dataflex.run.log import RunLog
 from dataflex.run.messages import set_up_logging
-from gradstore.cli import _print_table
+from gradstore.cli.options import print_table
 from gradstore.format.names import printable
 
 #: A tag that rich cannot close, a tag that it would obey, and one that a terminal would.
@@ -45,7 +45,7 @@ def test_the_last_table_shows_names_as_they_are(
 def test_a_table_of_a_store_shows_names_as_they_are(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _print_table(("generation", "rows"), [(name, 3)])
+    print_table(("generation", "rows"), [(name, 3)])
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert printable(name)[:6] in shown

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from gradstore.cli import app
 from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch, StoreError
 from gradstore.format.canonical import canonical_json, parse, seal
-from gradstore.format.layout import plan_path, provenance_path, root_json
+from gradstore.format.layout import NEEDS, plan_path, provenance_path, root_json
 from gradstore.format.unit_records import crc32c
 from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
@@ -178,7 +178,7 @@ def test_a_writer_refuses_a_store_whose_committed_root_is_damaged(
 def test_a_newer_schema_is_refused_and_nothing_written(kit: StoreKit, store: Path) -> None:
     attributes = parse(root_json("u"))["attributes"]
     body = {k: v for k, v in attributes.items() if k != "check"}
-    newer = {**body, "schema_version": 2, "needs": "dataflex-gradstore>=9"}
+    newer = {**body, "schema_version": max(NEEDS) + 1, "needs": "dataflex-gradstore>=9"}
     check = seal(newer)["sha256"]
     document = {"zarr_format": 3, "attributes": {**newer, "check": check}, "extra": 1}
     (store / "zarr.json").write_bytes(canonical_json(document))

@@ -1,18 +1,25 @@
-"""`dataflex-cli gradstore`: look into a store, verify it, and ask it."""
+"""Commands that look into a store and ask it: info, verify, score, select, query."""
 
 from __future__ import annotations
 
-import inspect
-import json
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import wraps
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gradstore.cli.options import (
+    AsJson,
+    Checkpoints,
+    Question,
+    Run,
+    StorePath,
+    app,
+    path_at_home,
+    print_json,
+    print_table,
+    with_question,
+)
 from gradstore.errors import BadInput, DamagedData
 from gradstore.format.names import printable
 
@@ -22,56 +29,6 @@ if TYPE_CHECKING:
     from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.scoring.influence import Scores
     from gradstore.store.generation import Generation
-
-app = typer.Typer(help="Build, inspect and query gradient stores.", no_args_is_help=True)
-
-
-def path_at_home(text: str) -> Path:
-    """Return the path that a word names; `~/` counts where no shell has replaced it (`-o=~/x`)."""
-    return Path(text).expanduser()
-
-
-StorePath = Annotated[
-    Path,
-    typer.Argument(help="Folder of the store.", metavar="STORE", parser=path_at_home),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Checkpoints = Annotated[str, typer.Option(help="Checkpoints to combine: last, all or a number.")]
-Run = Annotated[str, typer.Option(help="Prefix of the generations (gradstore_run).")]
-Targets = Annotated[
-    list[str] | None, typer.Option("--target", help="Target set; repeat for several. Default: all.")
-]
-Subtasks = Annotated[
-    str, typer.Option(help="Cut the one target set into sub-tasks of these sizes, such as 16,16.")
-]
-Aggregation = Annotated[str, typer.Option(help="Over sub-tasks: max or mean.")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """The options of every command that scores training rows."""
-
-    store: StorePath
-    checkpoints: Checkpoints = "last"
-    run: Run = ""
-    target: Targets = None
-    subtasks: Subtasks = ""
-    aggregation: Aggregation = "max"
-
-
-def with_question(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` the options of `Question` in place of its first parameter, `question`."""
-    asked = inspect.signature(Question, eval_str=True).parameters
-    _, *own = inspect.signature(command, eval_str=True).parameters.values()
-
-    @wraps(command)
-    def run(**options: Any) -> None:  # noqa: ANN401 - what Typer parsed
-        question = Question(**{name: options.pop(name) for name in asked})
-        command(question, **options)
-
-    keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
-    run.__signature__ = inspect.Signature([*asked.values(), *keyword])  # type: ignore[attr-defined]
-    return run
 
 
 @app.command()
@@ -84,7 +41,7 @@ def info(store: StorePath, as_json: AsJson = False) -> None:
         print_json(content)
         return
     typer.echo(f"store {store}  uuid {content['store_uuid']}  schema {content['schema_version']}")
-    _print_table(
+    print_table(
         ("generation", "rows", "usable", "dim", "dtype", "projection", "MB", "committed"),
         [
             (e["name"], e["rows"], e["usable_rows"], e["dim"], e["dtype"],
@@ -235,15 +192,10 @@ def query(
                     "skipped": dict(answer.skipped), **listed})  # fmt: skip
         return
     for side, entries in listed.items():
-        _print_table(
+        print_table(
             ("rank", "row", "cosine", f"source ({side})"),
             [(n, e["row"], f"{e['score']:+.4f}", e["source"]) for n, e in enumerate(entries, 1)],
         )
-
-
-def print_json(content: object) -> None:
-    """Print one JSON document on stdout, and nothing else."""
-    typer.echo(json.dumps(content, indent=1, allow_nan=False))
 
 
 def _score(question: Question) -> tuple[list[CheckpointFeatures], Scores]:
@@ -309,17 +261,3 @@ def _summary(train: Generation, scores: Scores) -> str:
 def _source(train: Generation, row: int) -> str:
     sources = train.sources
     return f"{sources[row][0]}[{sources[row][1]}]" if sources else ""
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(printable(str(cell))) for cell in row))
-    # A pipe has no width: cells are not truncated there, so that names can be searched.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)

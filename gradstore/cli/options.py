@@ -1,0 +1,86 @@
+"""Options that the commands of `dataflex-cli gradstore` share, and the way they print."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gradstore.format.names import printable
+
+app = typer.Typer(help="Build, inspect and query gradient stores.", no_args_is_help=True)
+
+
+def path_at_home(text: str) -> Path:
+    """Return the path that a word names; `~/` counts where no shell has replaced it (`-o=~/x`)."""
+    return Path(text).expanduser()
+
+
+StorePath = Annotated[
+    Path,
+    typer.Argument(help="Folder of the store.", metavar="STORE", parser=path_at_home),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Checkpoints = Annotated[str, typer.Option(help="Checkpoints to combine: last, all or a number.")]
+Run = Annotated[str, typer.Option(help="Prefix of the generations (gradstore_run).")]
+Targets = Annotated[
+    list[str] | None, typer.Option("--target", help="Target set; repeat for several. Default: all.")
+]
+Subtasks = Annotated[
+    str, typer.Option(help="Cut the one target set into sub-tasks of these sizes, such as 16,16.")
+]
+Aggregation = Annotated[str, typer.Option(help="Over sub-tasks: max or mean.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """The options of every command that scores training rows."""
+
+    store: StorePath
+    checkpoints: Checkpoints = "last"
+    run: Run = ""
+    target: Targets = None
+    subtasks: Subtasks = ""
+    aggregation: Aggregation = "max"
+
+
+def with_question(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` the options of `Question` in place of its first parameter, `question`."""
+    asked = inspect.signature(Question, eval_str=True).parameters
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+
+    @wraps(command)
+    def run(**options: Any) -> None:  # noqa: ANN401 - what Typer parsed
+        question = Question(**{name: options.pop(name) for name in asked})
+        command(question, **options)
+
+    keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+    run.__signature__ = inspect.Signature([*asked.values(), *keyword])  # type: ignore[attr-defined]
+    return run
+
+
+def print_json(content: object) -> None:
+    """Print one JSON document on stdout, and nothing else."""
+    typer.echo(json.dumps(content, indent=1, allow_nan=False))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table on stdout; cells are text, never markup."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
+    # A pipe has no width: cells are not truncated there, so that names can be searched.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -1,0 +1,196 @@
+"""Form of the table that keeps the text of a row set, in Parquet files that any reader opens.
+
+A table is cut into parts, so that one is held in memory at a time: `texts/<sha256>/<part>.parquet`,
+where sha256 is that of the ordered row hashes. Letters: n rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gradstore.format.canonical import Json
+from gradstore.format.records import HASH_BYTES, RowSet
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TEXTS = "texts"
+
+#: A part ends with the row that brings its text to so many bytes, or with so many rows.
+PART_BYTES = 64 << 20
+PART_ROWS = 1 << 16
+#: Rows that are decompressed together; as many as a unit of features has.
+GROUP_ROWS = 256
+
+
+class Text(NamedTuple):
+    """Prompt and answer of a row, for people.
+
+    Attributes:
+        prompt: what is not learned: system text, earlier turns, the request.
+        response: the answer.
+        tokens: tokens of the whole row as the model reads it.
+    """
+
+    prompt: str
+    response: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class RowText:
+    """A row of the table.
+
+    Attributes:
+        row: position in the processed data set.
+        data_set: name of the data set it comes from; None where that is unknown.
+        source_row: index in that data set's file.
+        prompt: as in `Text`.
+        response: as in `Text`.
+        tokens: as in `Text`.
+        row_hash: hash of its token ids and labels, in hex.
+    """
+
+    row: int
+    data_set: str | None
+    source_row: int | None
+    prompt: str
+    response: str
+    tokens: int
+    row_hash: str
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """One file of a table, as a commit names it.
+
+    Attributes:
+        rows: rows in it.
+        bytes: size of the file.
+        sha256: of its bytes, in hex.
+    """
+
+    rows: int
+    bytes: int
+    sha256: str
+
+    def to_list(self) -> list[Json]:
+        """Return the values that stand in a commit."""
+        return [self.rows, self.bytes, self.sha256]
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """The table of one row set, as a commit names it.
+
+    Attributes:
+        rows_sha256: `RowSet.sha256` of its rows.
+        parts: its files, in the order of the rows; none where a commit retires it.
+    """
+
+    rows_sha256: str
+    parts: tuple[TextPart, ...] = ()
+
+    def __len__(self) -> int:
+        """Return the number of rows, n."""
+        return sum(part.rows for part in self.parts)
+
+    def to_dict(self) -> dict[str, Json]:
+        """Return what a commit keeps."""
+        return {"rows_sha256": self.rows_sha256, "parts": [part.to_list() for part in self.parts]}
+
+    @classmethod
+    def from_dict(cls, document: Json) -> TextTable:
+        """Read what `to_dict` gave; raise ValueError, KeyError or TypeError for anything else."""
+        sha = document["rows_sha256"]
+        parts = tuple(TextPart(*part) for part in document["parts"])
+        numbers = [number for part in parts for number in (part.rows, part.bytes)]
+        names = [sha, *(part.sha256 for part in parts)]
+        if not all(type(number) is int and number > 0 for number in numbers):
+            raise ValueError("a part without rows or bytes")
+        if not all(isinstance(name, str) and _is_sha256(name) for name in names):
+            raise ValueError("a sha256 that is none")
+        return cls(sha, parts)
+
+
+def texts_path(rows_sha256: str) -> str:
+    """Return the path of the folder of a table."""
+    return f"{TEXTS}/{rows_sha256}"
+
+
+def part_path(rows_sha256: str, part: int) -> str:
+    """Return the path of one file of a table."""
+    return f"{texts_path(rows_sha256)}/{part}.parquet"
+
+
+def schema() -> pa.Schema:
+    """Return the columns of a table."""
+    import pyarrow as pa
+
+    columns = (
+        ("row", pa.int64()),
+        ("data_set", pa.string()),
+        ("source_row", pa.int64()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("tokens", pa.int32()),
+        ("row_hash", pa.binary(HASH_BYTES)),
+    )
+    return pa.schema([pa.field(name, kind) for name, kind in columns])
+
+
+def part_bytes(rows: RowSet, first: int, texts: Sequence[Text]) -> bytes:
+    """Build the file of the rows from `first` on, one for each text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    numbers = range(first, first + len(texts))
+    origins: Sequence[tuple[str | None, int | None]] = (
+        [(None, None)] * len(texts) if rows.sources is None else rows.sources[first : numbers.stop]
+    )
+    table = pa.table(
+        [
+            pa.array(numbers),
+            [name for name, _ in origins],
+            [row for _, row in origins],
+            [sound(text.prompt) for text in texts],
+            [sound(text.response) for text in texts],
+            [text.tokens for text in texts],
+            [rows.hashes[i].tobytes() for i in numbers],
+        ],
+        schema=schema(),
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", row_group_size=GROUP_ROWS)
+    return buffer.getvalue()
+
+
+def sound(text: str) -> str:
+    r"""Return text that UTF-8 can spell: half a surrogate pair, which JSON lets through, is marked.
+
+    >>> sound("a\ud800b")
+    'a?b'
+    """
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def rows_of(found: pa.Table) -> list[RowText]:
+    """Convert rows of a table."""
+    given: list[dict[str, Any]] = found.to_pylist()
+    return [RowText(**{**row, "row_hash": row["row_hash"].hex()}) for row in given]
+
+
+def sha256_of_rows(hashes: pa.ChunkedArray) -> str:
+    """Compute `RowSet.sha256` of a table's column `row_hash`."""
+    digest = hashlib.sha256()
+    for one in hashes.to_pylist():
+        digest.update(one)
+    return digest.hexdigest()
+
+
+def _is_sha256(text: str) -> bool:
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")

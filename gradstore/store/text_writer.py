@@ -1,0 +1,90 @@
+"""Keeping the text of a row set: parts first, then one commit that names them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+from gradstore.errors import BadInput, DamagedFile, Fault
+from gradstore.format.commits import Commit
+from gradstore.format.layout import METADATA, TEXTS_VERSION, root_json
+from gradstore.format.records import RowSet
+from gradstore.format.text_table import (
+    PART_BYTES,
+    PART_ROWS,
+    Text,
+    TextPart,
+    TextTable,
+    part_bytes,
+    part_path,
+)
+from gradstore.storage.local import StoreFiles
+from gradstore.store.generation_writer import publish_commit, quarantine
+from gradstore.store.reader import Store
+
+
+def keep_texts(
+    files: StoreFiles, view: Callable[[], Store], rows: RowSet, texts: Iterable[Text]
+) -> None:
+    """Write and commit the text of `rows`, unless the store keeps it; under the writer's lock.
+
+    A crash leaves parts without a commit; they are written again.
+
+    Args:
+        files: the store's files.
+        view: gives the store as it is now.
+        rows: n rows, in order.
+        texts: one for each row; read only where the store does not keep them.
+
+    Raises:
+        BadInput: there are more or fewer texts than rows.
+        StoreIOError: the disk is full, or cannot be written.
+    """
+    store = view()
+    if rows.sha256 in store.text_commits():
+        return
+    parts: list[TextPart] = []
+    first = 0
+    for chunk in _cut(texts):
+        if first + len(chunk) > len(rows):
+            raise BadInput(f"more than {len(rows):,} texts for {len(rows):,} rows: give one each")
+        parts.append(_publish(files, rows, first, len(parts), chunk))
+        first += len(chunk)
+    if first != len(rows):
+        raise BadInput(f"{first:,} texts for {len(rows):,} rows: give one for each row")
+    if store.schema_version < TEXTS_VERSION:
+        # Before the commit: an older release must never meet one that it cannot read.
+        files.replace(METADATA, root_json(store.uuid, TEXTS_VERSION))
+    draft = Commit(
+        number=len(store.commits) + 1,
+        store_uuid=store.uuid,
+        parent=None if store.head is None else store.head.sha256,
+        kind="texts",
+        generations=(),
+        texts=(TextTable(rows.sha256, tuple(parts)),),
+    )
+    publish_commit(files, draft, view)
+
+
+def _cut(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    """Cut texts into what one part holds."""
+    left = iter(texts)
+    while chunk := list(islice(left, 1)):
+        size = len(chunk[0].prompt) + len(chunk[0].response)
+        while len(chunk) < PART_ROWS and size < PART_BYTES:
+            more = next(left, None)
+            if more is None:
+                break
+            chunk.append(more)
+            size += len(more.prompt) + len(more.response)
+        yield chunk
+
+
+def _publish(files: StoreFiles, rows: RowSet, first: int, part: int, texts: list[Text]) -> TextPart:
+    path, data = part_path(rows.sha256, part), part_bytes(rows, first, texts)
+    if not files.publish(path, data):
+        quarantine(files, path)  # of a writer that died before it committed
+        if not files.publish(path, data):
+            raise DamagedFile(Fault(path, "no file", "another writer's"), str(files.root))
+    return TextPart(len(texts), len(data), hashlib.sha256(data).hexdigest())
