@@ -7,7 +7,6 @@ named and in what order they are made; taking a gradient and keeping bytes is th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,7 @@ from gradstore.format.plans import UnitRange
 from gradstore.format.records import GenerationRecord
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.pairing import Which, checkpoint_features
-from gradstore.store.filling import ExportSummary, check_usable
+from gradstore.store.filling import CheckpointExport, ExportSummary, check_usable
 from gradstore.store.generation_writer import GenerationWriter
 from gradstore.store.writer import StoreWriter
 
@@ -44,25 +43,6 @@ if TYPE_CHECKING:
 
     from dataflex.features.target_source import TargetFeatures
     from gradstore.store.reader import Store
-
-
-@dataclass(frozen=True)
-class CheckpointExport:
-    """The generations of one checkpoint, committed.
-
-    Attributes:
-        train: name of the generation of the training rows.
-        targets: one name per target set.
-        target_rows: rows of all target sets.
-        tokens: tokens that went through the model in this pass; 0 where everything was reused.
-        seconds: duration of the passes.
-    """
-
-    train: str
-    targets: tuple[str, ...]
-    target_rows: int
-    tokens: int
-    seconds: float
 
 
 def projection_for(model: nn.Module, settings: FeatureSettings) -> ProjectionSpec:

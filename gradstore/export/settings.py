@@ -2,12 +2,15 @@
 
 # Annotations are objects here: whoever checks a user's values reads them, from any module.
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Self
 
-from annotated_types import Ge, Interval
+from annotated_types import Ge, Interval, MinLen
 from gradkernels import ProjectionSpec
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from gradstore.errors import BadInput
 from gradstore.export.features import EpsMode, FeatureSpec, Kind
 
 
@@ -59,3 +62,44 @@ class GradientSettings:
     def target_features(self) -> FeatureSpec:
         """Targets are plain gradients: `sgd`, or `sign` when the training rows are `sign`."""
         return FeatureSpec("sign" if self.gradient_type == "sign" else "sgd")
+
+
+@dataclass(frozen=True)
+class BuildSettings(GradientSettings):
+    """Settings of `gradstore.build`, beside those of the features.
+
+    Attributes:
+        learning_rate: mean since the previous checkpoint; weights this one among others.
+        gradstore_run: prefix of the generations, where several runs share a store.
+        run_id: id of the training run that the model comes from; a store refuses another one's
+            features under the same prefix.
+        store_text: whether prompt and response of every row are kept, where they are known.
+    """
+
+    learning_rate: Annotated[float, Ge(0)] = 0.0
+    gradstore_run: str = ""
+    run_id: Annotated[str, MinLen(1)] = "gradstore.build"
+    store_text: bool = True
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """Check what a user gave by keyword.
+
+        Raises:
+            BadInput: every unknown name and every value refused.
+        """
+        known = {each.name: each.type for each in fields(cls)}
+        strict = ConfigDict(strict=True)
+        faults = [f"unknown {name!r}; accepted are {', '.join(known)}"
+                  for name in given if name not in known]  # fmt: skip
+        for name in given.keys() & known.keys():
+            try:
+                TypeAdapter(known[name], config=strict).validate_python(given[name])
+            except ValidationError as error:
+                faults.append(f"{name} is {given[name]!r}: {error.errors()[0]['msg']}")
+        if faults:
+            raise BadInput(f"settings of the build: {'; '.join(sorted(faults))}.")
+        try:
+            return cls(**given)
+        except ValueError as error:
+            raise BadInput(f"settings of the build: {error}.") from error

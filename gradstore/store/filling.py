@@ -34,6 +34,25 @@ class ExportSummary:
     status_counts: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class CheckpointExport:
+    """The generations of one checkpoint, committed.
+
+    Attributes:
+        train: name of the generation of the training rows; "" where there are none.
+        targets: one name per target set.
+        target_rows: rows of all target sets.
+        tokens: tokens that went through the model in this pass; 0 where everything was reused.
+        seconds: duration of the passes.
+    """
+
+    train: str
+    targets: tuple[str, ...]
+    target_rows: int
+    tokens: int
+    seconds: float
+
+
 class UnitSink:
     """Sink that writes computed units of one generation and stops where too many rows are bad.
 
@@ -84,18 +103,19 @@ class UnitSink:
 
 
 def check_usable(generation: Generation) -> None:
-    """Refuse a committed target set that says nothing.
+    """Refuse a committed set of rows that says nothing.
 
     Raises:
         BadInput: none of its rows is usable; counts the reasons.
     """
     if not generation.usable.any():
+        name = f"target set {generation.set!r}" if generation.set else "the training set"
         counts = generation.status_counts()
         reasons = [f"{counts[status]:,} {why}" for status, why in _UNUSABLE.items()
                    if counts.get(status)]  # fmt: skip
         raise BadInput(
-            f"target set {generation.set!r} has no usable row of {generation.rows:,}: "
-            f"{', '.join(reasons)}. Give it rows whose answers the model can learn from."
+            f"{name} has no usable row among its {generation.rows:,}: "
+            f"{', '.join(reasons)}. Give it rows that the model can learn from."
         )
 
 
