@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,17 +42,8 @@ TRAIN, TARGET = "train", "target"
 #: Template of rows that come as tokens or through a collator: whoever made them applied it.
 OWN = "of the rows' own"
 
-#: Field of a space -> the keyword that sets it.
-_KEYWORDS = {
-    "projection.method": "proj_method",
-    "projection.seed": "seed",
-    "projection.s": "sjlt_s",
-    "projection.d": "proj_dim",
-    "dim": "proj_dim",
-    "dtype": "dtype",
-}
 
-
+@random_states_kept()
 def build(
     model: nn.Module,
     tokenizer_or_collator: Any,  # noqa: ANN401 - of transformers, or any function
@@ -93,6 +83,7 @@ def build(
     expect_path(path, "the store")
     step = expect_whole(step, "step", least=0)
     _check_process()
+    expect(isinstance(model, nn.Module), "model", model, "a torch module")
     check_frozen(model)
     space = GradientSpace.of(model, options)
     held = _moments_of(moments, model, space, options.train_features)
@@ -108,12 +99,8 @@ def build(
         rows={},
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        stack.enter_context(random_states_kept())
-        writer = stack.enter_context(
-            StoreWriter(Path(path), provenance=fields, setting_keys=_KEYWORDS)
-        )
-        named = {"" if rows.name == TRAIN else rows.name: rows.row_set for rows in sets}
+    named = {"" if rows.name == TRAIN else rows.name: rows.row_set for rows in sets}
+    with StoreWriter(Path(path), provenance=fields) as writer:
         check_rows_and_run(writer.store, named, space=GRADIENT, run=options.gradstore_run,
                            run_id=options.run_id)  # fmt: skip
         checkpoint = _Checkpoint(model, space, options, writer, step, tokenizer)
