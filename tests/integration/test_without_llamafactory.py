@@ -47,10 +47,10 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     page = (ROOT / "docs" / "without-llamafactory.md").read_text()
     found = re.findall(r"```python\n(.*?)```", page, flags=re.S)
     folder = tmp_path_factory.mktemp("scripts")
-    for name, text in zip(("trainer", "trl", "script"), found, strict=True):
+    for name, text in zip(("trainer", "sft", "script"), found, strict=True):
         (folder / f"{name}.py").write_text(text.replace('"out/', f'"{folder}/'))
     (folder / "driver.py").write_text(DRIVER)
-    return [folder / f"{name}.py" for name in ("trainer", "trl", "script")]
+    return [folder / f"{name}.py" for name in ("trainer", "sft", "script")]
 
 
 def run(scripts: list[Path], *launcher: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -96,12 +96,11 @@ def test_two_processes_share_a_callbacks_passes_and_one_writes(
     text = scripts[0].read_text().replace(str(scripts[0].parent), str(tmp_path))
     text = text.replace("report_to=", "use_cpu=True, report_to=")
     script.write_text(
-        text
-        + "\nimport gradstore\n"
+        f"{text}\nimport gradstore\n"
         "if trainer.args.process_index == 0:\n"
         "    gradstore.build(trainer.model, trainer.data_collator, trainer.train_dataset,\n"
-        "                    trainer.eval_dataset, 'OUT/alone', moments=trainer.optimizer, step=6,\n"
-        "                    proj_dim=256)\n".replace("OUT", str(tmp_path))
+        f"                    trainer.eval_dataset, '{tmp_path}/alone', step=6, proj_dim=256,\n"
+        "                    moments=trainer.optimizer)\n"
     )
     (tmp_path / "driver.py").write_text(DRIVER)
     done = run([script], "-m", "torch.distributed.run", "--nproc_per_node=2",
