@@ -7,6 +7,7 @@ gradstore.build(model, tokenizer, train_rows, {"maths": rows}, "store", moments=
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ from gradstore.store.writer import StoreWriter
 
 #: Names of the training set and of a target set that has none.
 TRAIN, TARGET = "train", "target"
+
+#: Entry of a dataset_info.json for rows of two texts, as LlamaFactory reads it.
+_FORMAT = {"columns": {"prompt": "prompt", "response": "response"}}
 
 #: Template of rows that come as tokens or through a collator: whoever made them applied it.
 OWN = "of the rows' own"
@@ -144,7 +148,8 @@ class _Checkpoint:
             options={},
         )
         if options.store_text and (rows.texts is not None or self.tokenizer is not None):
-            self.writer.keep_texts(rows.row_set, self._texts(rows))
+            formats = None if rows.texts is None else {rows.name: _FORMAT}
+            self.writer.keep_texts(rows.row_set, self._texts(rows), formats)
         begun = self.writer.begin(record, rows.row_set, dim=options.proj_dim, dtype=options.dtype)
         budget = options.tokens_per_batch or token_budget(self.model)
         longest = longest_of(self.model, rows.lengths, rows.name)
@@ -160,8 +165,12 @@ class _Checkpoint:
 
     def _texts(self, rows: TokenRows) -> Iterator[Text]:
         for i, (ids, labels) in enumerate(zip(rows.input_ids, rows.labels, strict=True)):
-            pair = rows.texts[i] if rows.texts else decoded(self.tokenizer, ids, labels)
-            yield Text(*pair, len(ids))
+            if rows.texts is None:
+                yield Text(*decoded(self.tokenizer, ids, labels), len(ids))
+            else:
+                prompt, response = rows.texts[i]
+                row = {"prompt": prompt, "response": response}
+                yield Text(prompt, response, len(ids), json.dumps(row, ensure_ascii=False))
 
 
 def _advance(bar: Any, rows: int) -> None:  # noqa: ANN401 - tqdm

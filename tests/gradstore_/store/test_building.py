@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from gradstore.export.projected import compute_unit
 from gradstore.export.units import Batches
 from gradstore.format.layout import RowStatus
 from gradstore.format.plans import UnitRange
+from gradstore.scoring.as_dataset import write_dataset
 from gradstore.store import building
 from gradstore.store.verify import verify_store
 
@@ -159,6 +161,13 @@ def test_texts_are_kept_as_they_came_or_decoded(build: Build, tmp_path: Path) ->
     texts = store.texts(store.generation("train/7")).read([1, 0])
     assert [(t.prompt, t.response) for t in texts] == [("x", "y"), ("Add 1 and 2.", "3")]
     assert (texts[0].data_set, texts[0].source_row) == ("train", 1)
+    kept = store.texts(store.generation("train/7"))
+    names = write_dataset(tmp_path / "chosen", np.array([1]), np.array([0.5, 0.25]), kept)
+    assert names == ["train"]
+    line = json.loads((tmp_path / "chosen" / "train.jsonl").read_text())
+    assert line == {**rows[1], "dataflex_score": 0.25, "dataflex_rank": 1}
+    info = json.loads((tmp_path / "chosen" / "dataset_info.json").read_text())["train"]
+    assert info["columns"] == {"prompt": "prompt", "response": "response"}
     assert store.texts(store.generation("target/t/7")).read([0])[0].tokens == len(
         build.target[0]["input_ids"]
     )
