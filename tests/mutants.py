@@ -87,7 +87,7 @@ MUTANTS = [
            "for values in (input_ids, input_ids):", FORMAT),
     Mutant("gradstore/format/provenance.py", "if largest <= CANARY_TOLERANCE * size:", "if True:",
            f"{FORMAT}/test_provenance.py"),
-    Mutant("dataflex/features/fields.py", '"canary": canary(projection).tolist()', '"canary": []',
+    Mutant("gradstore/export/gradient_space.py", '"canary": canary(projection).tolist()', '"canary": []',
            "tests/dataflex_/features/test_fields.py"),
     Mutant("gradstore/storage/lock.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH", LOCK),
     Mutant("gradstore/store/writer.py", "        self._lock.acquire()\n", "", LOCK),

@@ -90,7 +90,9 @@ def build(
     expect(isinstance(model, nn.Module), "model", model, "a torch module")
     check_frozen(model)
     space = GradientSpace.of(model, options)
-    held = _moments_of(moments, model, space, options.train_features)
+    held = None  # target sets alone need no moments
+    if train_rows is not None:
+        held = _moments_of(moments, model, space, options.train_features)
     sets = list(_read_sets(train_rows, target_rows, tokenizer_or_collator))
     for rows in sets:
         _check_vocabulary(model, rows)

@@ -252,6 +252,15 @@ def test_longer_rows_than_the_context_are_kept_out_and_a_set_of_them_refused(bui
     )
 
 
+def test_a_further_target_set_needs_neither_moments_nor_training_rows(build: Build) -> None:
+    build()
+    made = build(train=None, target={"more": build.target[:4]}, moments=None)
+    assert (made.train, made.targets) == ("", ("target/more/7",))
+    store = gradstore.open_store(build.path)
+    checkpoint = gradstore.checkpoint_features(store, sets=["more"])
+    assert len(gradstore.influence_scores(checkpoint).values) == 40
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
