@@ -97,28 +97,7 @@ def build(
     for rows in sets:
         _check_vocabulary(model, rows)
     tokenizer = tokenizer_of(tokenizer_or_collator)
-    fields = space.fields(
-        model,
-        tokenizer=None if tokenizer is None else tokenizer_hash(tokenizer),
-        template=OWN,
-        stage="sft",
-        rows={},
-    )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    named = {"" if rows.name == TRAIN else rows.name: rows.row_set for rows in sets}
-    with StoreWriter(Path(path), provenance=fields) as writer:
-        check_rows_and_run(writer.store, named, space=GRADIENT, run=options.gradstore_run,
-                           run_id=options.run_id)  # fmt: skip
-        checkpoint = _Checkpoint(model, space, options, writer, step, tokenizer)
-        # Target sets first: one without a usable row is found before the many training rows.
-        made = [checkpoint.export(rows, held) for rows in sorted(sets, key=_is_train)]
-    return CheckpointExport(
-        train=next((name for rows, name, _ in made if _is_train(rows)), ""),
-        targets=tuple(name for rows, name, _ in made if not _is_train(rows)),
-        target_rows=sum(len(rows) for rows, *_ in made if not _is_train(rows)),
-        tokens=sum(summary.tokens for *_, summary in made),
-        seconds=sum(summary.seconds for *_, summary in made),
-    )
+    return _Checkpoint(model, space, options, step, tokenizer, held).export(Path(path), sets)
 
 
 @dataclass(frozen=True)
@@ -128,18 +107,43 @@ class _Checkpoint:
     model: nn.Module
     space: GradientSpace
     options: BuildSettings
-    writer: StoreWriter
     step: int
     tokenizer: Any
+    moments: AdamMoments | None
 
-    def export(
-        self, rows: TokenRows, moments: AdamMoments | None
+    def export(self, path: Path, sets: Sequence[TokenRows]) -> CheckpointExport:
+        """Make the generations of all sets in the store at `path`."""
+        options = self.options
+        fields = self.space.fields(
+            self.model,
+            tokenizer=None if self.tokenizer is None else tokenizer_hash(self.tokenizer),
+            template=OWN,
+            stage="sft",
+            rows={},
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        named = {"" if _is_train(rows) else rows.name: rows.row_set for rows in sets}
+        with StoreWriter(path, provenance=fields) as writer:
+            check_rows_and_run(writer.store, named, space=GRADIENT, run=options.gradstore_run,
+                               run_id=options.run_id)  # fmt: skip
+            # Target sets first: one without a usable row is found before the many training rows.
+            made = [self._generation(writer, rows) for rows in sorted(sets, key=_is_train)]
+        return CheckpointExport(
+            train=next((name for rows, name, _ in made if _is_train(rows)), ""),
+            targets=tuple(name for rows, name, _ in made if not _is_train(rows)),
+            target_rows=sum(len(rows) for rows, *_ in made if not _is_train(rows)),
+            tokens=sum(summary.tokens for *_, summary in made),
+            seconds=sum(summary.seconds for *_, summary in made),
+        )
+
+    def _generation(
+        self, writer: StoreWriter, rows: TokenRows
     ) -> tuple[TokenRows, str, ExportSummary]:
         """Make one generation; give the rows, its name in the store and what the pass did."""
         options, trains = self.options, _is_train(rows)
         role: Role = "train" if trains else "target"
         features = options.train_features if trains else options.target_features
-        recipe = self.space.recipe(features, self.step, moments if trains else None)
+        recipe = self.space.recipe(features, self.step, self.moments if trains else None)
         record = self.space.record(
             self.model,
             GenerationName(role, self.step, "" if trains else rows.name, options.gradstore_run),
@@ -151,8 +155,8 @@ class _Checkpoint:
         )
         if options.store_text and (rows.texts is not None or self.tokenizer is not None):
             formats = None if rows.texts is None else {rows.name: _FORMAT}
-            self.writer.keep_texts(rows.row_set, self._texts(rows), formats)
-        begun = self.writer.begin(record, rows.row_set, dim=options.proj_dim, dtype=options.dtype)
+            writer.keep_texts(rows.row_set, self._texts(rows), formats)
+        begun = writer.begin(record, rows.row_set, dim=options.proj_dim, dtype=options.dtype)
         budget = options.tokens_per_batch or token_budget(self.model)
         longest = longest_of(self.model, rows.lengths, rows.name)
         batches = Batches(rows.items, padded, rows.lengths, budget, longest)
@@ -162,7 +166,7 @@ class _Checkpoint:
             compute = partial(compute_unit, self.model, batches, recipe, on_rows=advance)
             summary = fill(begun, compute, max_bad_fraction=options.max_bad_fraction)
         begun.commit()
-        check_usable(self.writer.store.generation(begun.name))
+        check_usable(writer.store.generation(begun.name))
         return rows, begun.name, summary
 
     def _texts(self, rows: TokenRows) -> Iterator[Text]:
