@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dataflex.data.files import changed_parts, identity
-from dataflex.data.rows import ROW_FIELDS, tokenizer_hash
+from dataflex.data.rows import ROW_FIELDS
 from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch
+from gradstore.export.gradient_space import tokenizer_hash
 from gradstore.format.foreign import read_json
 from gradstore.storage.replace import replace_file
 

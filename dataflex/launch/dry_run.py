@@ -20,13 +20,14 @@ from dataflex.data.order import BatchShape
 from dataflex.data.rows import RunData
 from dataflex.features.forecasts import gradient_forecasts
 from dataflex.features.settings import FeatureSettings
-from dataflex.models.passes import batches, row_losses, token_budget
+from dataflex.models.passes import batches, row_losses
 from dataflex.models.precision import autocast
 from dataflex.models.vocabulary import check_vocabulary
 from dataflex.run.board import Scoreboard
 from dataflex.run.context import RunContext
 from dataflex.run.forecast import Forecast, Positions, measured_seconds, peak_memory
 from dataflex.run.strategy import ask_forecasts
+from gradstore.capture.limits import token_budget
 
 if TYPE_CHECKING:
     from dataflex.run.schedule import Schedule

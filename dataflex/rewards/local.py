@@ -16,7 +16,6 @@ from dataflex.models.generate import (
     prompt_ids,
     stop_ids,
 )
-from dataflex.models.passes import max_positions
 from dataflex.models.paths import model_path_faults
 from dataflex.rewards.base import (
     PROBE_ANSWER,
@@ -27,6 +26,7 @@ from dataflex.rewards.base import (
     parse_score,
     refuse_probe,
 )
+from gradstore.capture.limits import max_positions
 
 if TYPE_CHECKING:
     from torch import nn

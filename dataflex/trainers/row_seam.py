@@ -23,7 +23,8 @@ from dataflex.models.dropout import ModelDropout
 from dataflex.run.context import UpdateContext
 from dataflex.run.schedule import EventKind, Interval, Schedule, select_budget
 from dataflex.trainers.job import Job, Run
-from dataflex.trainers.seam import Seam, random_states_kept
+from dataflex.trainers.seam import Seam
+from gradstore.capture.modelstate import random_states_kept
 from gradstore.errors import BadInput, DamagedData
 
 

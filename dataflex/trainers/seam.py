@@ -8,15 +8,13 @@ weights of samples; a trainer of one kind is thin over them.
 from __future__ import annotations
 
 import contextlib
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dataflex.checkpoints.saving import disk_faults
 from dataflex.checkpoints.state import STATE, RunState, load_state
@@ -32,6 +30,7 @@ from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.trainers.job import Job, Run
 from dataflex.trainers.sealing import SealedCheckpoints
 from dataflex.trainers.settings import check_agreement, comparable, of_run, rows_sha256
+from gradstore.capture.modelstate import random_states_kept
 from gradstore.errors import BadInput, DamagedData, StoreError
 from gradstore.store.cleaning import store_set_aside
 
@@ -188,7 +187,7 @@ class Seam(SealedCheckpoints):
         """
         config = self.run.config
         check_vocabulary(self.model, self.run.data)
-        if spread := self._spread() & self.run.strategy.whole_model:
+        if spread := sharding(self) & self.run.strategy.whole_model:
             raise BadInput(
                 f"component {self.run.name!r} makes passes of its own over the model in training, "
                 f"which cannot be made under {' and '.join(sorted(spread))}: use DDP."
@@ -212,12 +211,6 @@ class Seam(SealedCheckpoints):
             ranks.gather(lambda: self.run.strategy.start(self.context))
         ranks.decide(own)
 
-    def _spread(self) -> set[str]:
-        """Name how the model is sharded over devices; empty where each has all of it."""
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        found = {FSDP} if getattr(self, "is_fsdp_enabled", False) else set()
-        return found | ({ZERO3} if plugin is not None and plugin.zero_stage == 3 else set())
-
     def _restore(self, state: RunState, checkpoint: Path) -> None:
         """Go on where the checkpoint was: same rows, same position, same component."""
         check_agreement(state, self.run, self._agreed, self.rows_sha256)
@@ -239,6 +232,13 @@ def trainer_class(seam: type[Seam], base: type, run: Run) -> type:
     return type(f"{seam.__name__.removesuffix('Seam')}{base.__name__}", (seam, base), {"run": run})
 
 
+def sharding(trainer: Any) -> set[str]:  # noqa: ANN401 - a transformers Trainer
+    """Name how a trainer shards its model over devices; empty where each has all of it."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    found = {FSDP} if getattr(trainer, "is_fsdp_enabled", False) else set()
+    return found | ({ZERO3} if plugin is not None and plugin.zero_stage == 3 else set())
+
+
 def keeps_moments(optimizer: Any) -> bool:  # noqa: ANN401 - an optimizer or accelerate's wrapper
     """Return true for an optimizer of the Adam family, also before its first step."""
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -255,18 +255,3 @@ def _set_early_stopping(trainer: Any, min_delta: float) -> None:  # noqa: ANN401
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, EarlyStoppingCallback):
             callback.early_stopping_threshold = min_delta
-
-
-@contextlib.contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Keep Python's, NumPy's, torch's CPU and CUDA random states as they are."""
-    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
