@@ -54,6 +54,7 @@ def test_a_run_started_on_the_page_selects_its_rows(tmp_path: Path) -> None:
     found = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "Finished" in found.stdout, found.stdout + found.stderr
+    assert "step 1: random chose 16 of 64 rows" in found.stdout  # in the page's own box
     output = tmp_path / "saves" / "Custom" / "lora" / "first"
     saved = yaml.safe_load((output / "training_args.yaml").read_text())
     assert saved["train_type"] == "dynamic_select"
