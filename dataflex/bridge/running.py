@@ -15,7 +15,7 @@ from dataflex.bridge.arguments import (
     swapped,
 )
 from dataflex.bridge.origins import row_sources
-from dataflex.bridge.quiet import as_chosen
+from dataflex.bridge.quiet import as_chosen, lines_on_the_page
 from dataflex.bridge.rows import Arrange, dataset_loader
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData
@@ -98,6 +98,7 @@ def run_replaced(config: RunConfig, session: Session) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(configuration_faults())
         stack.enter_context(as_chosen())
+        stack.enter_context(lines_on_the_page())
         files = stack.enter_context(row_sources())
         stack.enter_context(_log_of_our_trainer())
         tuned = stack.enter_context(_finetuning_arguments())

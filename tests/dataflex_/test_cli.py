@@ -32,7 +32,7 @@ def test_help_lists_every_command(
 ) -> None:
     code, out, _ = call(capsys, monkeypatch, "--help")
     assert code == 0
-    for command in ("train", "gradstore", "components", "version", *cli.PASSED_THROUGH):
+    for command in ("train", "gradstore", "components", "version", "webui", *cli.PASSED_THROUGH):
         assert f" {command} " in out
     code, out, _ = call(capsys, monkeypatch, "gradstore", "--help")
     assert code == 0
