@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gradstore.export.features import FeatureSpec, Recipe
     from gradstore.export.moments import AdamMoments
     from gradstore.export.projected import compute_unit, export_features
+    from gradstore.export.settings import BuildSettings
     from gradstore.export.units import Batches
     from gradstore.format.records import GenerationRecord, RowSet, row_hash
     from gradstore.format.text_table import Text
@@ -25,12 +26,15 @@ if TYPE_CHECKING:
     from gradstore.scoring.selection import select_top, write_selected
     from gradstore.similarity.index import FeatureIndex
     from gradstore.similarity.rows import read_unit_rows
-    from gradstore.store.filling import UnitSink, fill
+    from gradstore.store.building import build
+    from gradstore.store.filling import CheckpointExport, UnitSink, fill
     from gradstore.store.writer import StoreWriter
 
 _MODULES = {
     "AdamMoments": "export.moments",
     "Batches": "export.units",
+    "BuildSettings": "export.settings",
+    "CheckpointExport": "store.filling",
     "CheckpointFeatures": "scoring.comparable",
     "FeatureIndex": "similarity.index",
     "FeatureSpec": "export.features",
@@ -42,6 +46,7 @@ _MODULES = {
     "Text": "format.text_table",
     "UnitSink": "store.filling",
     "batch_losses": "capture.per_sample",
+    "build": "store.building",
     "checkpoint_features": "scoring.pairing",
     "compute_embedding_unit": "export.embeddings",
     "compute_unit": "export.projected",
@@ -59,6 +64,8 @@ _MODULES = {
 __all__ = [
     "AdamMoments",
     "Batches",
+    "BuildSettings",
+    "CheckpointExport",
     "CheckpointFeatures",
     "FeatureIndex",
     "FeatureSpec",
@@ -70,6 +77,7 @@ __all__ = [
     "Text",
     "UnitSink",
     "batch_losses",
+    "build",
     "checkpoint_features",
     "compute_embedding_unit",
     "compute_unit",

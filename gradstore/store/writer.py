@@ -103,7 +103,7 @@ class StoreWriter:
         try:
             self._prepare()
             self._main = SpaceWriter(self._files, self._view, fields)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: nobody but us would let the lock go
             self.close()
             raise
 
