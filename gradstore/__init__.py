@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gradstore.scoring.pairing import checkpoint_features
     from gradstore.scoring.query import query_influence
     from gradstore.scoring.selection import select_top, write_selected
+    from gradstore.similarity.audit import AuditOptions, audit
     from gradstore.similarity.index import FeatureIndex
     from gradstore.similarity.rows import read_unit_rows
     from gradstore.store.filling import UnitSink, fill
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AdamMoments": "export.moments",
+    "AuditOptions": "similarity.audit",
     "Batches": "export.units",
     "CheckpointFeatures": "scoring.comparable",
     "FeatureIndex": "similarity.index",
@@ -41,6 +43,7 @@ _MODULES = {
     "StoreWriter": "store.writer",
     "Text": "format.text_table",
     "UnitSink": "store.filling",
+    "audit": "similarity.audit",
     "batch_losses": "capture.per_sample",
     "checkpoint_features": "scoring.pairing",
     "compute_embedding_unit": "export.embeddings",
@@ -58,6 +61,7 @@ _MODULES = {
 
 __all__ = [
     "AdamMoments",
+    "AuditOptions",
     "Batches",
     "CheckpointFeatures",
     "FeatureIndex",
@@ -69,6 +73,7 @@ __all__ = [
     "StoreWriter",
     "Text",
     "UnitSink",
+    "audit",
     "batch_losses",
     "checkpoint_features",
     "compute_embedding_unit",
