@@ -74,6 +74,22 @@ def row_sources() -> Iterator[ReadRows]:
         yield found
 
 
+#: Columns and tags that an entry of dataset_info.json may name.
+_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools", "images",
+            "videos", "audios")  # fmt: skip
+_TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag",
+         "system_tag")  # fmt: skip
+
+
+def entry_of(attributes: Any) -> dict[str, Any]:  # noqa: ANN401 - LlamaFactory's DatasetAttr
+    """Give the entry of dataset_info.json that reads rows of the same columns; without a file."""
+
+    def named(keys: tuple[str, ...]) -> dict[str, str]:
+        return {key: found for key in keys if (found := getattr(attributes, key)) is not None}
+
+    return {"formatting": attributes.formatting, "columns": named(_COLUMNS), "tags": named(_TAGS)}
+
+
 class _SourceCarrier:
     """A dataset processor that keeps the origin of every row it does not drop."""
 

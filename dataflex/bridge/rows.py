@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataflex.bridge.arguments import as_bad_input, naming, swapped
 from dataflex.bridge.domains import held_out_rows, load_domains
+from dataflex.bridge.origins import entry_of
 from dataflex.bridge.row_faults import ReadRows, find_dropped, told
 from dataflex.bridge.tokenised import TokenisedPath, made_with
 from dataflex.config.keys import RunConfig
@@ -90,6 +91,7 @@ def dataset_loader(
             RunData(
                 train, targets, tokenizer, str(data_args.template), data_args, stage, domains,
                 read.files, dropped, read.aligned,
+                {name: entry_of(each) for name, each in read.attributes.items()},
             ),
             training_args,
         )  # fmt: skip

@@ -191,6 +191,7 @@ class RunData:
         dropped: rows of the training sets that LlamaFactory left out, by reason.
         messages: data set name -> its rows as prompt and response, before they were tokenised;
             empty where the rows come from `tokenized_path`.
+        formats: data set name -> form of its rows, as an entry of LlamaFactory's dataset_info.json.
     """
 
     train: Rows
@@ -203,6 +204,7 @@ class RunData:
     files: Mapping[str, Dataset] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
     messages: Mapping[str, Dataset] = field(default_factory=dict)
+    formats: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def raw(self) -> RawRows | None:
@@ -214,7 +216,7 @@ class RunData:
         """Return prompt and response of each row of a set of this run; read when asked for."""
         from dataflex.data.texts import RowsText
 
-        return RowsText(rows, self.messages, self.tokenizer)
+        return RowsText(rows, self.files, self.messages, self.tokenizer)
 
 
 def check_rows(data: RunData, *, needs_targets: bool, subtask_sizes: Sequence[int] | None) -> None:

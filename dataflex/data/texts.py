@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import compress
@@ -27,15 +28,23 @@ class RowsText:
     are decoded: the response is what has labels, the prompt what has none.
     """
 
-    def __init__(self, rows: Rows, messages: Mapping[str, Dataset], tokenizer: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        rows: Rows,
+        files: Mapping[str, Dataset],
+        messages: Mapping[str, Dataset],
+        tokenizer: Any,  # noqa: ANN401 - a transformers tokenizer
+    ) -> None:
         """Take the rows.
 
         Args:
             rows: n processed rows.
-            messages: data set name -> its rows as LlamaFactory aligned them, with `SOURCE_ROW`.
+            files: data set name -> its rows with every column they have.
+            messages: data set name -> the same rows as LlamaFactory aligned them.
             tokenizer: decodes the others.
         """
-        self._rows, self._messages, self._tokenizer = rows, messages, tokenizer
+        self._rows, self._files, self._messages = rows, files, messages
+        self._tokenizer = tokenizer
 
     def __len__(self) -> int:
         """Return the number of rows, n."""
@@ -58,7 +67,7 @@ class RowsText:
         wanted = [int(row) for row in rows]
         if outside := [row for row in wanted if not 0 <= row < len(self)]:
             raise BadInput(f"row {outside[0]} requested, the set has rows 0 to {len(self) - 1}")
-        found: dict[int, tuple[str, str]] = {}
+        found: dict[int, tuple[str, str, str | None]] = {}
         by_set: dict[str, dict[int, int]] = {}  # data set -> row -> place among its messages
         for row in set(wanted):
             name, number = (None, None) if not self._rows.sources else self._rows.sources[row]
@@ -66,14 +75,18 @@ class RowsText:
             if name is not None and place is not None:
                 by_set.setdefault(name, {})[row] = place
         for name, places in by_set.items():
-            columns = self._messages[name][list(places.values())]
-            for i, row in enumerate(places):
-                found[row] = _told({column: values[i] for column, values in columns.items()})
+            told = _rows_at(self._messages[name], list(places.values()))
+            originals = _rows_at(self._files[name], list(places.values()))
+            for row, messages, raw in zip(places, told, originals, strict=True):
+                found[row] = (*_told(messages), _as_json(raw))
         decoded = sorted(set(wanted) - set(found))
         if decoded:
             found |= zip(decoded, self._decoded(decoded), strict=True)
-        lengths = self._rows.lengths
-        return [Text(*found[row], int(lengths[row])) for row in wanted]
+        texts = []
+        for row in wanted:
+            prompt, response, original = found[row]
+            texts.append(Text(prompt, response, int(self._rows.lengths[row]), original))
+        return texts
 
     @cached_property
     def _places(self) -> dict[str | None, dict[Any, int]]:
@@ -83,18 +96,35 @@ class RowsText:
             for name, dataset in self._messages.items()
         }
 
-    def _decoded(self, rows: Sequence[int]) -> list[tuple[str, str]]:
+    def _decoded(self, rows: Sequence[int]) -> list[tuple[str, str, None]]:
         columns = self._rows.dataset[list(rows)]
         ids = columns["input_ids"]
         parts = []
         for row, labels in zip(ids, columns.get("labels", ids), strict=True):
             learned = [label != IGNORED for label in labels]
             prompt = [token for token, yes in zip(row, learned, strict=True) if not yes]
-            parts.append((self._decode(prompt), self._decode(list(compress(row, learned)))))
+            answer = self._decode(list(compress(row, learned)))
+            parts.append((self._decode(prompt), answer, None))
         return parts
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _rows_at(dataset: Dataset, places: list[int]) -> list[dict[str, Any]]:
+    columns: dict[str, list[Any]] = dataset[places]
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+
+
+def _as_json(row: Mapping[str, Any]) -> str | None:
+    """Spell a row of a file; None where a value (a picture, a date) has no JSON."""
+    own = {column: value for column, value in row.items() if column != SOURCE_ROW}
+    try:
+        return json.dumps(own, ensure_ascii=False)
+    except (TypeError, ValueError):
+        return None
 
 
 def _told(row: Mapping[str, Any]) -> tuple[str, str]:

@@ -99,7 +99,7 @@ def export_shared(
 def keep_text(run: RunContext, writer: StoreWriter | SpaceWriter, rows: Rows) -> None:
     """Keep the text of rows beside their features, unless `store_text` is false; on rank 0."""
     if run.config.dataflex.store_text:
-        writer.keep_texts(rows.row_set, run.data.texts(rows))
+        writer.keep_texts(rows.row_set, run.data.texts(rows), run.data.formats)
 
 
 def _stored_bytes(writer: GenerationWriter) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gradstore.cli.options import (
+    NO_TEXT,
     AsJson,
     Checkpoints,
     Question,
@@ -18,6 +19,8 @@ from gradstore.cli.options import (
     path_at_home,
     print_json,
     print_table,
+    read_text,
+    shown,
     with_question,
 )
 from gradstore.errors import BadInput, DamagedData
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.scoring.influence import Scores
     from gradstore.store.generation import Generation
+    from gradstore.store.reader import Store
+    from gradstore.store.texts import RowTexts
 
 
 @app.command()
@@ -96,10 +101,10 @@ def score(
 
     if output is not None:
         check_suffix(output)
-    pairs, scores = _score(question)
+    store, pairs, scores = _score(question)
     train: Generation = pairs[-1].train  # type: ignore[assignment]
     if output is not None:
-        write_table(output, _table_of(train, scores))
+        write_table(output, _table_of(train, scores, store.texts(train)))
     if as_json:
         print_json(
             {
@@ -123,7 +128,7 @@ def score(
 def select(
     question: Question,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "-o",
             "--output",
@@ -131,11 +136,20 @@ def select(
             metavar="PATH",
             parser=path_at_home,
         ),
-    ],
+    ] = None,
+    as_dataset: Annotated[
+        Path | None,
+        typer.Option(
+            help="New folder: a LlamaFactory data set of the rows, in their own format.",
+            metavar="DIR",
+            parser=path_at_home,
+        ),
+    ] = None,
     count: Annotated[int | None, typer.Option("-k", help="Rows to take.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the usable rows.")] = None,
 ) -> None:
     """Write the rows that help the target most, best first."""
+    from gradstore.scoring.as_dataset import check_folder, write_dataset
     from gradstore.scoring.selection import (
         check_k,
         rows_for_fraction,
@@ -144,19 +158,32 @@ def select(
     )
     from gradstore.storage.tables import check_suffix
 
-    check_suffix(output)
+    if output is None and as_dataset is None:
+        raise BadInput("give a file with -o, a folder with --as-dataset, or both.")
+    if output is not None:
+        check_suffix(output)
+    if as_dataset is not None:
+        check_folder(as_dataset)
     if (count is None) == (fraction is None):
         raise BadInput("give either -k N or --fraction F.")
     if fraction is not None:
         rows_for_fraction(fraction, 1)
-    pairs, scores = _score(question)
+    store, pairs, scores = _score(question)
     train: Generation = pairs[-1].train  # type: ignore[assignment]
+    texts = store.texts(train)
     usable = int(scores.usable.sum())
     if count is None:
         count = rows_for_fraction(fraction or 0.0, usable)
     rows = select_top(scores.values, check_k(count, usable, train.rows), usable=scores.usable)
-    write_selected(output, rows, scores.values, sources=train.sources, row_hashes=train.row_hash)
-    typer.echo(f"{len(rows)} of {usable} usable rows written to {output}")
+    if output is not None:
+        write_selected(output, rows, scores.values, sources=train.sources,
+                       row_hashes=train.row_hash, texts=texts)  # fmt: skip
+        typer.echo(f"{len(rows)} of {usable} usable rows written to {output}")
+    if as_dataset is not None:
+        names = write_dataset(as_dataset, rows, scores.values, texts)
+        typer.echo(f"{len(rows)} of {usable} usable rows written as data sets to {as_dataset}")
+        typer.echo(printable(
+            f"train on them: dataset_dir={as_dataset} dataset={','.join(names)}"))  # fmt: skip
 
 
 @app.command()
@@ -174,38 +201,52 @@ def query(
     from gradstore.scoring.query import query_influence
     from gradstore.store.reader import open_store
 
+    opened = open_store(store)
     pairs = checkpoint_features(
-        open_store(store), parse_which(checkpoints), run=run, sets=[target] if target else None
+        opened, parse_which(checkpoints), run=run, sets=[target] if target else None
     )
     answer = query_influence(pairs, target_row, top=top)
     train: Generation = pairs[-1].train  # type: ignore[assignment]
+    texts = opened.texts(train)
     sides = {"helped": answer.helped, "hurt": answer.hurt}
-    listed = {
+    listed: dict[str, list[dict[str, Any]]] = {
         side: [
             {"row": int(i), "score": float(answer.values[i]), "source": _source(train, int(i))}
+            | ({} if texts is None else read_text(texts, int(i)))
             for i in rows
         ]
         for side, rows in sides.items()
     }
+    asked: Generation = pairs[-1].targets[0]  # type: ignore[assignment]
+    wanted = opened.texts(asked)
+    about = {} if wanted is None else read_text(wanted, target_row)
     if as_json:
-        print_json({"target": pairs[-1].targets[0].name, "target_row": target_row,  # type: ignore[attr-defined]
+        print_json({"target": asked.name, "target_row": target_row, **about,
                     "skipped": dict(answer.skipped), **listed})  # fmt: skip
         return
+    if about:
+        typer.echo(printable(f"{asked.name}, row {target_row}: {shown(about)}"))
     for side, entries in listed.items():
         print_table(
-            ("rank", "row", "cosine", f"source ({side})"),
-            [(n, e["row"], f"{e['score']:+.4f}", e["source"]) for n, e in enumerate(entries, 1)],
+            ("rank", "row", "cosine", f"source ({side})", *(("text",) if texts else ())),
+            [
+                (n, e["row"], f"{e['score']:+.4f}", e["source"], *((shown(e),) if texts else ()))
+                for n, e in enumerate(entries, 1)
+            ],
         )
+    if texts is None:
+        typer.echo(NO_TEXT)
 
 
-def _score(question: Question) -> tuple[list[CheckpointFeatures], Scores]:
+def _score(question: Question) -> tuple[Store, list[CheckpointFeatures], Scores]:
     from gradstore.pace import Pace, long_pass
     from gradstore.scoring.influence import influence_scores
     from gradstore.scoring.pairing import checkpoint_features, parse_which
     from gradstore.store.reader import open_store
 
+    store = open_store(question.store)
     pairs = checkpoint_features(
-        open_store(question.store),
+        store,
         parse_which(question.checkpoints),
         run=question.run,
         sets=question.target or None,
@@ -217,19 +258,24 @@ def _score(question: Question) -> tuple[list[CheckpointFeatures], Scores]:
         raise BadInput(f"subtasks is {cut!r}; give sizes such as 16,16.") from None
     n = pairs[-1].train.rows
     pace = Pace(n, lambda seconds: typer.echo(long_pass("scores", n, seconds), err=True))
-    return pairs, influence_scores(
+    return (
+        store,
         pairs,
-        subtask_sizes=sizes,
-        aggregation=question.aggregation,  # type: ignore[arg-type]
-        on_rows=pace.advance,
+        influence_scores(
+            pairs,
+            subtask_sizes=sizes,
+            aggregation=question.aggregation,  # type: ignore[arg-type]
+            on_rows=pace.advance,
+        ),
     )
 
 
-def _table_of(train: Generation, scores: Scores) -> pa.Table:
-    """Make a table: row, score, usable, best_subtask, source_set, source_row, row_hash."""
+def _table_of(train: Generation, scores: Scores, texts: RowTexts | None) -> pa.Table:
+    """Make a table: row, score, usable, best_subtask, source_set, source_row, row_hash, text."""
     import pyarrow as pa
 
     sources = train.sources
+    text = {} if texts is None else texts.table(["prompt", "response"])
     return pa.table(
         {
             "row": pa.array(range(train.rows), pa.int64()),
@@ -241,6 +287,7 @@ def _table_of(train: Generation, scores: Scores) -> pa.Table:
             "source_row": pa.array([s[1] for s in sources] if sources else [None] * train.rows,
                                    pa.int64()),
             "row_hash": pa.array([bytes(h).hex() for h in train.row_hash], pa.string()),
+            **{name: text[name] for name in ("prompt", "response") if texts is not None},
         }
     )  # fmt: skip
 

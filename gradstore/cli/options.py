@@ -5,15 +5,25 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gradstore.format.names import printable
+
+if TYPE_CHECKING:
+    from gradstore.store.texts import RowTexts
+
+#: What a command says where it cannot show rows themselves.
+NO_TEXT = (
+    "This store keeps no text of its rows: run `dataflex-cli gradstore build` again with "
+    "store_text: true to see them here."
+)
+_SHOWN_CHARACTERS = 200
 
 app = typer.Typer(help="Build, inspect and query gradient stores.", no_args_is_help=True)
 
@@ -84,3 +94,22 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         table.add_row(*(Text(printable(str(cell))) for cell in row))
     # A pipe has no width: cells are not truncated there, so that names can be searched.
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def read_text(texts: RowTexts, row: int) -> dict[str, str]:
+    """Return prompt and response of a row."""
+    (text,) = texts.read([row])
+    return {"prompt": text.prompt, "response": text.response}
+
+
+def shown(text: Mapping[str, str]) -> str:
+    """Return prompt and response for a table's cell, long ones cut in the middle."""
+    return f"{_cut(text['prompt'])} → {_cut(text['response'])}"
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    if len(line) <= _SHOWN_CHARACTERS:
+        return line
+    half = _SHOWN_CHARACTERS // 2
+    return f"{line[:half]} … {line[-half:]}"

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gradstore.format.canonical import Json
+from gradstore.format.canonical import Json, canonical_json
 from gradstore.format.records import HASH_BYTES, RowSet
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 TEXTS = "texts"
+
+#: Data set name -> what a reader needs to know of the columns of its rows: LlamaFactory's entry in
+#: dataset_info.json (formatting, columns, tags).
+Formats = Mapping[str, Mapping[str, Json]]
+#: Key of a file's metadata that keeps them.
+FORMATS = b"dataset_info"
 
 #: A part ends with the row that brings its text to so many bytes, or with so many rows.
 PART_BYTES = 64 << 20
@@ -34,11 +40,13 @@ class Text(NamedTuple):
         prompt: what is not learned: system text, earlier turns, the request.
         response: the answer.
         tokens: tokens of the whole row as the model reads it.
+        original: the row as its file has it, as JSON; None where that is unknown or has no JSON.
     """
 
     prompt: str
     response: str
     tokens: int
+    original: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class RowText:
         response: as in `Text`.
         tokens: as in `Text`.
         row_hash: hash of its token ids and labels, in hex.
+        original: as in `Text`.
     """
 
     row: int
@@ -62,6 +71,7 @@ class RowText:
     response: str
     tokens: int
     row_hash: str
+    original: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,11 +149,12 @@ def schema() -> pa.Schema:
         ("response", pa.string()),
         ("tokens", pa.int32()),
         ("row_hash", pa.binary(HASH_BYTES)),
+        ("original", pa.string()),
     )
     return pa.schema([pa.field(name, kind) for name, kind in columns])
 
 
-def part_bytes(rows: RowSet, first: int, texts: Sequence[Text]) -> bytes:
+def part_bytes(rows: RowSet, first: int, texts: Sequence[Text], formats: Formats) -> bytes:
     """Build the file of the rows from `first` on, one for each text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -161,8 +172,9 @@ def part_bytes(rows: RowSet, first: int, texts: Sequence[Text]) -> bytes:
             [sound(text.response) for text in texts],
             [text.tokens for text in texts],
             [rows.hashes[i].tobytes() for i in numbers],
+            [None if text.original is None else sound(text.original) for text in texts],
         ],
-        schema=schema(),
+        schema=schema().with_metadata({FORMATS: canonical_json(formats)}),
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", row_group_size=GROUP_ROWS)

@@ -21,6 +21,7 @@ from gradstore.format.records import HASH_BYTES, check_sources
 from gradstore.scoring.plain_rows import as_numbers
 from gradstore.storage.replace import replace_file
 from gradstore.storage.tables import check_suffix, write_table
+from gradstore.store.texts import RowTexts
 
 
 def select_top(
@@ -125,13 +126,15 @@ def write_selected(
     *,
     sources: Sequence[tuple[str, int]] | None = None,
     row_hashes: npt.NDArray[np.uint8] | None = None,
+    texts: RowTexts | None = None,
 ) -> None:
     """Write the selected rows, atomically: JSON lines, CSV or Parquet as the name ends.
 
     One line per row, best first: `{"rank": 1, "row": 17, "score": 0.41, "source": ["alpaca", 23],
-    "row_hash": "9f..."}`. `row` is the position in the processed dataset, `source` the data set's
-    name and the index in its file; in CSV and Parquet these are columns `source_set` and
-    `source_row`. An existing file is replaced only once the new one is complete.
+    "row_hash": "9f..."}`, and `prompt` and `response` with `texts`. `row` is the position in the
+    processed dataset, `source` the data set's name and the index in its file; in CSV and Parquet
+    these are columns `source_set` and `source_row`. An existing file is replaced only once the new
+    one is complete.
 
     Args:
         path: the file.
@@ -139,6 +142,7 @@ def write_selected(
         scores: (n,) float, one per row of the dataset.
         sources: n pairs, or None (written as null).
         row_hashes: (n, 16) uint8, or None (written as null).
+        texts: of the n rows, or None.
 
     Raises:
         BadInput: a row that there is not, a chosen row without a finite score, sources or hashes
@@ -149,12 +153,45 @@ def write_selected(
     check_suffix(Path(path))
     scores = _vector(scores)
     _check_per_row(scores.size, sources, row_hashes)
+    lines = _lines(_positions(rows, scores.size), scores, sources, row_hashes)
+    if texts is not None:
+        for line, text in zip(lines, texts.read([line["row"] for line in lines]), strict=True):
+            line |= {"prompt": text.prompt, "response": text.response}
+    if Path(path).suffix == ".jsonl":
+        content = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+        replace_file(Path(path), content.encode())
+        return
+    import pyarrow as pa
+
+    for line in lines:
+        line["source_set"], line["source_row"] = line.pop("source") or (None, None)
+    columns = {
+        "rank": pa.int64(),
+        "row": pa.int64(),
+        "score": pa.float64(),
+        "source_set": pa.string(),
+        "source_row": pa.int64(),
+        "row_hash": pa.string(),
+    }
+    if texts is not None:
+        columns |= {"prompt": pa.string(), "response": pa.string()}
+    schema = pa.schema(list(columns.items()))
+    write_table(Path(path), pa.Table.from_pylist(lines, schema=schema))
+
+
+def _lines(
+    rows: Sequence[int],
+    scores: npt.NDArray[np.floating],
+    sources: Sequence[tuple[str, int]] | None,
+    row_hashes: npt.NDArray[np.uint8] | None,
+) -> list[dict[str, Any]]:
+    """Describe each chosen row, best first; raise BadInput if one has no finite score."""
     lines: list[dict[str, Any]] = []
-    for rank, row in enumerate(_positions(rows, scores.size), start=1):
+    for rank, row in enumerate(rows, start=1):
         score = float(scores[row])
         if not np.isfinite(score):
             raise BadInput(f"row {row} is chosen but its score is {score}; choose others")
-        line: dict[str, Any] = {
+        line = {
             "rank": rank,
             "row": row,
             "score": score,
@@ -162,18 +199,7 @@ def write_selected(
             "row_hash": None if row_hashes is None else bytes(row_hashes[row]).hex(),
         }
         lines.append(line)
-    if Path(path).suffix == ".jsonl":
-        text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
-        replace_file(Path(path), text.encode())
-        return
-    import pyarrow as pa
-
-    for line in lines:
-        line["source_set"], line["source_row"] = line.pop("source") or (None, None)
-    names = ("rank", "row", "score", "source_set", "source_row", "row_hash")
-    types = (pa.int64(), pa.int64(), pa.float64(), pa.string(), pa.int64(), pa.string())
-    schema = pa.schema(list(zip(names, types, strict=True)))
-    write_table(Path(path), pa.Table.from_pylist(lines, schema=schema))
+    return lines
 
 
 def _positions(rows: object, count: int) -> list[int]:

@@ -20,7 +20,7 @@ from gradstore.format.names import check_space
 from gradstore.format.plans import Plan
 from gradstore.format.provenance import compare, provenance_bytes, read_provenance, refuse
 from gradstore.format.records import GenerationRecord, RowSet
-from gradstore.format.text_table import Text
+from gradstore.format.text_table import Formats, Text
 from gradstore.storage.local import StoreFiles, parent_of
 from gradstore.store.attempts import choose_plan, warn_of_libraries
 from gradstore.store.documents import metadata
@@ -177,18 +177,21 @@ class SpaceWriter:
         self._files.make_directory(f"{generation_path(plan.name)}/units")
         return GenerationWriter(self._files, plan, chosen.sha256, self._view)
 
-    def keep_texts(self, rows: RowSet, texts: Iterable[Text]) -> None:
+    def keep_texts(
+        self, rows: RowSet, texts: Iterable[Text], formats: Formats | None = None
+    ) -> None:
         """Keep the text of a row set, for people and pages that look into the store.
 
         Args:
             rows: n rows, in order; generations of the same rows share one table, in every space.
             texts: one `Text` for each row; nothing is read of it where the store keeps them.
+            formats: of their `original`: data set -> its entry in LlamaFactory's dataset_info.json.
 
         Raises:
             BadInput: more or fewer texts than rows, or the writer was closed.
             StoreIOError: not enough room.
         """
-        keep_texts(self._files, self._view, rows, texts)
+        keep_texts(self._files, self._view, rows, texts, formats)
 
     def _check_free(self, needed: int, what: str) -> None:
         free = self._files.free_bytes()

@@ -13,6 +13,7 @@ from gradstore.format.records import RowSet
 from gradstore.format.text_table import (
     PART_BYTES,
     PART_ROWS,
+    Formats,
     Text,
     TextPart,
     TextTable,
@@ -25,7 +26,11 @@ from gradstore.store.reader import Store
 
 
 def keep_texts(
-    files: StoreFiles, view: Callable[[], Store], rows: RowSet, texts: Iterable[Text]
+    files: StoreFiles,
+    view: Callable[[], Store],
+    rows: RowSet,
+    texts: Iterable[Text],
+    formats: Formats | None = None,
 ) -> None:
     """Write and commit the text of `rows`, unless the store keeps it; under the writer's lock.
 
@@ -36,6 +41,7 @@ def keep_texts(
         view: gives the store as it is now.
         rows: n rows, in order.
         texts: one for each row; read only where the store does not keep them.
+        formats: of their `original`, by data set.
 
     Raises:
         BadInput: there are more or fewer texts than rows.
@@ -49,7 +55,9 @@ def keep_texts(
     for chunk in _cut(texts):
         if first + len(chunk) > len(rows):
             raise BadInput(f"more than {len(rows):,} texts for {len(rows):,} rows: give one each")
-        parts.append(_publish(files, rows, first, len(parts), chunk))
+        data = part_bytes(rows, first, chunk, formats or {})
+        parts.append(TextPart(len(chunk), len(data), hashlib.sha256(data).hexdigest()))
+        _publish(files, part_path(rows.sha256, len(parts) - 1), data)
         first += len(chunk)
     if first != len(rows):
         raise BadInput(f"{first:,} texts for {len(rows):,} rows: give one for each row")
@@ -71,20 +79,23 @@ def _cut(texts: Iterable[Text]) -> Iterator[list[Text]]:
     """Cut texts into what one part holds."""
     left = iter(texts)
     while chunk := list(islice(left, 1)):
-        size = len(chunk[0].prompt) + len(chunk[0].response)
+        size = _size(chunk[0])
         while len(chunk) < PART_ROWS and size < PART_BYTES:
             more = next(left, None)
             if more is None:
                 break
             chunk.append(more)
-            size += len(more.prompt) + len(more.response)
+            size += _size(more)
         yield chunk
 
 
-def _publish(files: StoreFiles, rows: RowSet, first: int, part: int, texts: list[Text]) -> TextPart:
-    path, data = part_path(rows.sha256, part), part_bytes(rows, first, texts)
+def _size(text: Text) -> int:
+    return len(text.prompt) + len(text.response) + len(text.original or "")
+
+
+def _publish(files: StoreFiles, path: str, data: bytes) -> None:
+    if files.publish(path, data):
+        return
+    quarantine(files, path)  # of a writer that died before it committed
     if not files.publish(path, data):
-        quarantine(files, path)  # of a writer that died before it committed
-        if not files.publish(path, data):
-            raise DamagedFile(Fault(path, "no file", "another writer's"), str(files.root))
-    return TextPart(len(texts), len(data), hashlib.sha256(data).hexdigest())
+        raise DamagedFile(Fault(path, "no file", "another writer's"), str(files.root))

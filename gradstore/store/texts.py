@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradstore.errors import BadInput, DamagedFile, Fault
+from gradstore.format.foreign import read_object
 from gradstore.format.text_table import (
+    FORMATS,
     GROUP_ROWS,
+    Formats,
     RowText,
     TextTable,
     part_path,
@@ -51,6 +54,17 @@ class RowTexts:
         """Bytes of its files."""
         return sum(part.bytes for part in self._table.parts)
 
+    @property
+    def formats(self) -> Formats:
+        """Data set name -> the form of its rows' `original`, as LlamaFactory's dataset_info.json.
+
+        Raises:
+            DamagedData: the first file is not the committed one.
+        """
+        metadata = self._file(0).schema_arrow.metadata or {}
+        found: Formats = read_object(metadata.get(FORMATS, b"{}").decode("utf-8"))
+        return found
+
     def read(self, rows: Sequence[int] | np.ndarray) -> list[RowText]:
         """Read rows, in the order asked for.
 
@@ -80,7 +94,7 @@ class RowTexts:
         """Read all rows.
 
         Args:
-            columns: of `row, data_set, source_row, prompt, response, tokens, row_hash`; None: all.
+            columns: of those of `text_table.schema`; None takes all.
 
         Raises:
             BadInput: a column that there is not.

@@ -34,7 +34,7 @@ from gradstore.format.layout import (
     root_json,
 )
 from gradstore.format.records import GenerationRecord, RowSet
-from gradstore.format.text_table import TEXTS, Text
+from gradstore.format.text_table import TEXTS, Formats, Text
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.lock import LOCK, WriterLock
 from gradstore.storage.probes import check_zarr, probe
@@ -172,9 +172,11 @@ class StoreWriter:
         """Call `SpaceWriter.begin` of this writer's own space."""
         return self._main.begin(record, rows, dim=dim, dtype=dtype, unit_rows=unit_rows)
 
-    def keep_texts(self, rows: RowSet, texts: Iterable[Text]) -> None:
+    def keep_texts(
+        self, rows: RowSet, texts: Iterable[Text], formats: Formats | None = None
+    ) -> None:
         """Call `SpaceWriter.keep_texts`; a text belongs to rows, not to a space."""
-        self._main.keep_texts(rows, texts)
+        self._main.keep_texts(rows, texts, formats)
 
     def clean(self, keep_generations: int | None = None) -> list[str]:
         """Remove what is no longer needed: dead staging, abandoned plans, superseded attempts.

@@ -81,7 +81,8 @@ def test_select_writes_the_same_rows_with_their_sources(
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["row"] for line in lines] == chosen
     assert [line["rank"] for line in lines] == list(range(1, len(chosen) + 1))
-    assert all(list(line) == ["rank", "row", "score", "source", "row_hash"] for line in lines)
+    keys = ["rank", "row", "score", "source", "row_hash", "prompt", "response"]
+    assert all(list(line) == keys for line in lines)
     assert all(line["source"] == ["tiny_train", line["row"]] for line in lines)
     assert all(len(bytes.fromhex(line["row_hash"])) == 16 for line in lines)
     ok(cli("gradstore", "select", run["store"], "--fraction", "0.25", "-o", output))
@@ -167,6 +168,80 @@ def test_scores_go_to_parquet(run: dict[str, Path], cli: Any, tmp_path: Path) ->
     assert set(table["source_set"]) == {"tiny_train"}
     assert all(table["usable"])
     assert set(table["best_subtask"]) <= {0, 1}
+
+
+def test_chosen_rows_are_shown_and_written_with_their_text(
+    run: dict[str, Path], cli: Any, tmp_path: Path
+) -> None:
+    ok(cli("gradstore", "select", run["store"], "-k", 3, "-o", tmp_path / "x.jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    files = json.loads((TINY / "data/train.json").read_text())
+    for line in lines:
+        original = files[line["source"][1]]
+        assert line["prompt"].startswith(original["instruction"])
+        assert line["response"] == original["output"]
+    told = ok(cli("gradstore", "query", run["store"], "--target-row", 0, "--top", 2)).out
+    best = json.loads(ok(cli("gradstore", "query", run["store"], "--target-row", 0, "--top", 2,
+                             "--json")).out)  # fmt: skip
+    assert best["prompt"].split()[0] in told
+    assert best["helped"][0]["response"].split()[0] in told
+
+
+def test_a_selection_is_a_data_set_that_trains_as_its_rows_do(
+    run: dict[str, Path], cli: Any, config: Any, tmp_path: Path
+) -> None:
+    """LlamaFactory makes of each written row the very tokens and labels that were scored."""
+    from datasets import load_from_disk
+
+    folder = tmp_path / "chosen"
+    told = ok(cli("gradstore", "select", run["store"], "-k", 16, "--as-dataset", folder)).out
+    assert f"dataset_dir={folder} dataset=tiny_train" in told
+    rows = load_from_disk(folder)["tiny_train"]
+    assert rows["dataflex_rank"][:] == list(range(1, 17))
+    assert rows["dataflex_score"][:] == sorted(rows["dataflex_score"][:], reverse=True)
+    own = {"dataset_dir": str(folder), "dataset": "tiny_train", "output_dir": str(tmp_path / "o")}
+    ok(cli("train", config(**own, train_type="static", max_samples=None, max_steps=2,
+                           target_dataset=None, eval_dataset=None)))  # fmt: skip
+    info = json.loads((folder / "dataset_info.json").read_text())
+    for name in SETS.split(","):  # the targets are not in that folder
+        file = f"{name.removeprefix('tiny_target_')}.json"
+        shutil.copy(TINY / "data/targets" / file, folder)
+        info[name] = {"file_name": file}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    plain = {"component_params": {"proj_dim": 128, "gradient_type": "sgd"}}
+    own["output_dir"] = str(tmp_path / "built")
+    ok(cli("gradstore", "build", config(**own, target_dataset=SETS, max_samples=None, **plain)))
+    (made,) = (g for g in open_store(tmp_path / "built" / "gradstore").generations()
+               if g.role == "train")  # fmt: skip
+    ok(cli("gradstore", "select", run["store"], "-k", 16, "-o", tmp_path / "x.jsonl"))
+    chosen = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert [bytes(h).hex() for h in made.row_hash] == [line["row_hash"] for line in chosen]
+    again = cli("gradstore", "select", run["store"], "-k", 16, "--as-dataset", folder)
+    assert again.code == 2
+    assert "is not empty" in again.err
+    neither = cli("gradstore", "select", run["store"], "-k", 16)
+    assert neither.code == 2
+    assert "--as-dataset" in neither.err
+
+
+def test_a_store_without_text_says_how_to_add_it(
+    run: dict[str, Path], cli: Any, config: Any, tmp_path: Path
+) -> None:
+    path = config(max_samples=20, output_dir=str(tmp_path / "run"), store_text=False,
+                  component_params={"proj_dim": 128, "gradient_type": "sgd"})  # fmt: skip
+    ok(cli("gradstore", "build", path))
+    store = tmp_path / "run" / "gradstore"
+    assert not (store / "texts").exists()
+    assert open_store(store).schema_version == 1
+    told = ok(cli("gradstore", "query", store, "--target-row", 0)).out
+    assert "store_text: true" in told
+    refused = cli("gradstore", "select", store, "-k", 2, "--as-dataset", tmp_path / "d")
+    assert refused.code == 2
+    assert "store_text: true" in refused.err
+    ok(cli("gradstore", "build", path, "store_text=true"))  # adds it, and computes nothing anew
+    told = ok(cli("gradstore", "query", store, "--target-row", 0)).out
+    assert "store_text" not in told
+    ok(cli("gradstore", "verify", store))
 
 
 def test_build_reuses_what_training_made_and_adds_the_rest(

@@ -27,15 +27,18 @@ HOSTILE = ["<script>alert(1)</script>", "\x1b[31m\x00\u202e", "[/]", "\ud800 hal
 
 
 def texts(n: int = N) -> list[Text]:
-    return [Text(f"question {i}", HOSTILE[i] if i < len(HOSTILE) else f"answer {i}", i + 3)
-            for i in range(n)]  # fmt: skip
+    answers = HOSTILE + [f"answer {i}" for i in range(len(HOSTILE), n)]
+    return [
+        Text(f"question {i}", answers[i], i + 3, json.dumps({"q": i, "a": answers[i]}))
+        for i in range(n)
+    ]
 
 
 @pytest.fixture
 def store(kit: Any, fast_path: Path) -> Path:
     path = fast_path / "s"
     with kit.writer(path) as writer:
-        writer.keep_texts(kit.rows(N), texts())
+        writer.keep_texts(kit.rows(N), texts(), {"set one": {"columns": {"prompt": "q"}}})
         kit.add(writer, n=N)
     return path
 
@@ -52,9 +55,11 @@ def test_rows_come_back_with_origin_and_hash_in_the_order_asked_for(kit: Any, st
         assert (text.row, text.data_set, text.source_row) == (row, "set one", row)
         assert (text.prompt, text.tokens) == (expected.prompt, expected.tokens)
         assert text.response == expected.response.replace("\ud800", "?")
+        assert text.original == expected.original
         assert text.row_hash == kit.rows(N).hashes[row].tobytes().hex()
     with pytest.raises(BadInput, match="rows are 0 to 599"):
         found.read([600])
+    assert found.formats == {"set one": {"columns": {"prompt": "q"}}}
     assert found.table(["row"])["row"].to_pylist() == list(range(N))
     with pytest.raises(BadInput, match="no column 'words'"):
         found.table(["words"])
