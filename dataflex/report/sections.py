@@ -211,7 +211,7 @@ def losses(run: Records) -> Section:
     series |= {f"evaluation {name}".strip(): p for name, p in run.evaluated.items() if p}
     if not series:
         return Section("losses", "")
-    said = _sentence(series)
+    said = _sentence({f"the loss of {name}": points for name, points in series.items()})
     marks = run.updates if len(run.updates) <= MOST_UPDATES else ()
     chart = charts.lines("Loss over the run", said, series, ("optimizer step", "loss"), marks)
     says = ["Dotted lines are updates."] if marks else []
@@ -309,7 +309,8 @@ def _shift(bars: Sequence[tuple[str, Mapping[str, float]]]) -> str:
 
 def _sentence(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     """Say where the first few lines begin and end."""
-    return "; ".join(_ends(name, points) for name, points in list(series.items())[:4]) + "."
+    said = "; ".join(_ends(name, points) for name, points in list(series.items())[:4])
+    return f"T{said[1:]}." if said.startswith("the ") else f"{said}."
 
 
 def _ends(name: str, points: Sequence[tuple[int, float]]) -> str:
