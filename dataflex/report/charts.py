@@ -157,7 +157,7 @@ def lines(
     shown = dict(list(series.items())[:COLOURS])
     points = [(x, y) for each in shown.values() for x, y in each if math.isfinite(y)]
     xs, ys = zip(*points, strict=True) if points else ((0.0,), (0.0,))
-    low, high = min(*ys, 0.0) if min(ys) < 0.5 * max(ys) else min(ys), max(ys)
+    low, high = min(*ys, 0.0) if min(ys) < 0.7 * max(ys) else min(ys), max(ys)
     plot = _Plot((min(xs), max(xs)), (low, high))
     drawn = plot.axes(*labels, whole=True)
     for x in marks:

@@ -106,14 +106,16 @@ def _state(run: Records) -> str:
 
 def _facts(run: Records) -> list[tuple[str, str]]:
     """List the numbers that come first."""
-    found = [("optimizer steps", number(run.end)), ("updates", number(len(run.updates)))]
+    found = [("optimizer steps", number(run.end))]
+    if run.updates:
+        found.append(("updates", number(len(run.updates))))
     if run.chosen or run.orders:
         found.append(("training rows", number(run.train_rows)))
     if wall := wall_seconds(run):
         found.append(("seconds", number(round(wall, 1))))
     if run.losses:
         found.append(("last training loss", number(run.losses[-1][1])))
-    for name, points in list(run.evaluated.items())[:2]:
+    for name, points in list(run.evaluated.items())[:1]:
         if points:
             found.append((f"last loss of {name or 'evaluation'}", number(points[-1][1])))
     return found

@@ -119,6 +119,7 @@ class Records:
     def train_rows(self) -> int:
         """The number of training rows, as far as it is known."""
         told = [int(e["train_rows"]) for e in self.events if "train_rows" in e]
+        told.append(int((self.receipt.get("rows") or {}).get("train_rows", 0)))
         return max([*told, *(int(each.rows.max()) + 1 for each in self.answers)])
 
     def lines(self, step: int, ranks: Iterable[int]) -> list[dict[str, Any]]:

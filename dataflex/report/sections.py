@@ -135,9 +135,11 @@ def scores(run: Records) -> Section:
         said = _sentence({"the mean": ranges["mean"]})
         drawn.append(charts.lines("Scores of the chosen rows", said, ranges,
                                   ("optimizer step", "score")))  # fmt: skip
-    says = ["The larger a score, the better the strategy thinks of the row."]
+    says = []
+    if any(each.spread["cut"] is not None for each in told):
+        says.append("The rows with the largest scores were chosen, down to the cut.")
     if any(each.spread["cut"] is None for each in told):
-        says.append("Without a cut, rows were drawn or limited by more than their scores.")
+        says.append("Without a cut, rows were drawn, or limited by more than their scores.")
     return Section("scores", "Scores and the cut", says, drawn)
 
 
@@ -149,16 +151,16 @@ def rows(run: Records) -> Section:
         if each.has_scores:
             order = np.argsort(-np.nan_to_num(each.scores, nan=-np.inf), kind="stable")[:ROWS]
         best = run.lines(each.step, order.tolist())
-        what = "best chosen rows" if each.has_scores else "first chosen rows"
+        what = "highest scores of chosen rows" if each.has_scores else "first chosen rows"
         if best:
             groups.append(Group(f"Step {each.step}: {what}", [_read_row(line) for line in best]))
         if lowest := run.lowest(each.step)[:ROWS]:
-            title = f"Step {each.step}: usable rows with the lowest scores"
+            title = f"Step {each.step}: lowest scores of usable rows"
             groups.append(Group(title, [_read_row(line) for line in lowest]))
     says = ["Every chosen row is in selections/step_<g>.jsonl beside this page."]
     if any(row.prompt is None for group in groups for row in group.rows):
         says.append("Text was not kept: train with store_text: true to read the rows here.")
-    return Section("rows", "The best and the worst rows", says, groups=groups)
+    return Section("rows", "Rows with the highest and the lowest scores", says, groups=groups)
 
 
 def overlap(run: Records) -> Section:
@@ -243,13 +245,14 @@ def cost(run: Records) -> Section:
     if not timed:
         return Section("cost", "")
     pause = sum(float(e["pause_seconds"]) for e in timed)
-    says = [f"{number(len(timed))} updates took {number(round(pause, 2))} s in all."]
+    took = f"{pause:,.1f} s" if pause >= 0.1 else "less than 0.1 s"
+    says = [f"{number(len(timed))} updates took {took} in all."]
     wall = wall_seconds(run)
     if wall is None:
         says.append("How long the run took is not known: one of its sessions was killed.")
     elif wall > 0:
-        says.append(f"That is {share(min(1.0, pause / wall))} of the {number(round(wall, 1))} s "
-                    "of the run.")  # fmt: skip
+        part = share(min(1.0, pause / wall)) if pause >= 0.001 * wall else "less than 0.1%"
+        says.append(f"That is {part} of the {wall:,.1f} s of the run.")
     series = {"whole pause": [(int(e["step"]), float(e["pause_seconds"])) for e in timed]}
     for key, name in PARTS.items():
         points = [(int(e["step"]), float(e[key])) for e in timed if e.get(key)]

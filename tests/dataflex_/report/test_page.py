@@ -158,13 +158,14 @@ def test_a_selections_report_has_every_section(show: Show, tmp_path: Path) -> No
         "is 25%.", "t1 4, t2 0",
         "40 usable rows with scores from 0 to 3.9; 4 chosen, all those from 3.6 upwards.",
         "40 usable rows with scores from 0 to 3.9; 4 chosen. ", "cut 3.6",
-        "Without a cut, rows were drawn or limited by more than their scores.",
-        "Step 8: best chosen rows", "prompt 39", "response 5", "lowest scores score", "prompt 2",
+        "The rows with the largest scores were chosen, down to the cut. Without a cut, rows",
+        "Step 8: highest scores of chosen rows", "prompt 39", "response 5",
+        "Step 8: lowest scores of usable rows score", "prompt 2",
         "50% to 50% of the rows had been chosen before", "Drawn at random it would be 10%.",
         "The loss of training goes from 1 at step 2 to 0.1667 at step 12; "
         "the loss of evaluation held goes from 1.5 at step 6 to 1.5 at step 12.",
         "empty 4 while the data were read", "no_target 2 at step 4, 8",
-        "2 updates took 3 s in all.", "Their passes read 2,000 tokens.",
+        "2 updates took 3.0 s in all.", "Their passes read 2,000 tokens.",
         "train_sha256 abc", "seed 7", "hf_hub_token ***", "torch",
     ):  # fmt: skip
         assert part in text, part
@@ -179,7 +180,7 @@ def test_a_cost_is_a_share_of_the_time_that_the_sessions_took(show: Show, tmp_pa
     log.receipt._began = time.monotonic() - 15
     log.receipt.end("interrupted", [])
     text = said(show())
-    assert "That is 10% of the 15 s of the run." in text
+    assert "That is 10% of the 15.0 s of the run." in text
     assert "interrupted" in text
 
 
