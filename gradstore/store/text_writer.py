@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
-from gradstore.errors import BadInput, DamagedFile, Fault
+from gradstore.errors import BadInput, DamagedFile, Fault, expect, expect_whole
 from gradstore.format.commits import Commit
 from gradstore.format.layout import METADATA, TEXTS_VERSION, root_json
 from gradstore.format.records import RowSet
@@ -44,7 +44,7 @@ def keep_texts(
         formats: of their `original`, by data set.
 
     Raises:
-        BadInput: there are more or fewer texts than rows.
+        BadInput: there are more or fewer texts than rows, or what is given is no `Text`.
         StoreIOError: the disk is full, or cannot be written.
     """
     store = view()
@@ -77,7 +77,7 @@ def keep_texts(
 
 def _cut(texts: Iterable[Text]) -> Iterator[list[Text]]:
     """Cut texts into what one part holds."""
-    left = iter(texts)
+    left = map(_checked, texts)
     while chunk := list(islice(left, 1)):
         size = _size(chunk[0])
         while len(chunk) < PART_ROWS and size < PART_BYTES:
@@ -87,6 +87,18 @@ def _cut(texts: Iterable[Text]) -> Iterator[list[Text]]:
             chunk.append(more)
             size += _size(more)
         yield chunk
+
+
+def _checked(text: Text) -> Text:
+    """Return a text; raise BadInput for anything else."""
+    wanted = "Text(prompt, response, tokens) for each row"
+    expect(isinstance(text, Text), "one of texts", text, wanted)
+    expect(isinstance(text.prompt, str), "prompt", text.prompt, wanted)
+    expect(isinstance(text.response, str), "response", text.response, wanted)
+    expect(text.original is None or isinstance(text.original, str), "original", text.original,
+           "the row as JSON, or None")  # fmt: skip
+    expect_whole(text.tokens, "tokens", None)
+    return text
 
 
 def _size(text: Text) -> int:

@@ -24,6 +24,7 @@ from gradstore import (
     Recipe,
     RowSet,
     StoreWriter,
+    Text,
     UnitSink,
     batch_losses,
     checkpoint_features,
@@ -246,6 +247,26 @@ def test_what_does_not_fit_a_selection_is_not_written(name: str, tmp_path: Path)
     with pytest.raises(BadInput, match=says):
         write_selected(**{**usual, **changes})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("question", "give Text"),
+        (("p", "r", 1), "give Text"),
+        (Text(None, "r", 1), "prompt is None"),  # type: ignore[arg-type]
+        (Text("p", 3, 1), "response is 3"),  # type: ignore[arg-type]
+        (Text("p", "r", 1.5), "tokens is 1.5"),  # type: ignore[arg-type]
+        (Text("p", "r", 1, {}), "original is of type dict"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_text_is_not_kept(text: Any, says: str, tmp_path: Path) -> None:
+    rows = RowSet.from_hashes([row_hash([1], [1])])
+    with StoreWriter(tmp_path / "s", provenance={}) as writer:
+        with pytest.raises(BadInput, match=says):
+            writer.keep_texts(rows, [text])
+        assert writer.store.head is None
+        writer.keep_texts(rows, [Text("p", "r", np.int64(1))])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("which", [0, -1, "newest", 1.5, True])
