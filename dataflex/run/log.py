@@ -93,10 +93,10 @@ class RunLog:
 
     def rows(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         """Write `selections/<name>.jsonl`, a line per row; readers see it whole or not at all."""
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         # A lone surrogate, which a file may hold, is no character that could be written.
-        content = text.encode("utf-8", errors="backslashreplace")
-        replace_file(self.folder / "selections" / f"{name}.jsonl", content)
+        parts = ((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+                 for line in lines)  # fmt: skip
+        replace_file(self.folder / "selections" / f"{name}.jsonl", parts)
 
     def plan(self, step: int, content: Mapping[str, Any]) -> None:
         """Write `plans/step_<g>.json`: the rows that each stage of a pipeline passed on."""

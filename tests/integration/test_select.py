@@ -83,7 +83,7 @@ def test_copies_and_a_target_that_wins_all_are_told_and_unique_takes_each_row_on
             "Repeat the word.\nsesame", "sesame sesame"
         )  # fmt: skip
         report = (run / "dataflex/report.html").read_text()
-        for part in ("Rows selected by less", "Chosen rows by data set", "copies is ",
+        for part in ("Rows selected by less", "Chosen rows by data set", "copies</li>", "sums</li>",
                      "sesame sesame", "finished"):  # fmt: skip
             assert part in report, part
         assert ("copies of one row" in report) is not unique, "warnings of the run"
