@@ -44,7 +44,7 @@ def record(folder: Path) -> None:
         spread = spread_of(scores, n, rows)
         kinds = {f"kind_{i}": int((rows % 8 == i).sum()) for i in range(8)}
         everyone = {f"kind_{i}": ROWS // 8 for i in range(8)}
-        manifest = {"scores": spread,
+        manifest = {"all_scores": spread,
                     "kinds": {"column": "kind", "chosen": kinds, "all": everyone}}  # fmt: skip
         log.selection(step, rows, scores[rows], manifest)
         log.rows(f"step_{step}", lines(rows.tolist(), scores[rows].tolist()))

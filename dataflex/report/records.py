@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from dataflex.run.log import read_events
 from dataflex.run.receipt import read_receipt
+from dataflex.run.spread import told_spread
 from gradstore.format.foreign import read_json
 
 FloatArray = npt.NDArray[np.float64]
@@ -169,10 +170,12 @@ def _answers(folder: Path) -> list[Chosen]:
         given = content["metric"].get("score") or []
         scores[: len(given)] = [np.nan if value is None else value for value in given]
         manifest = content.get("manifest") or {}
-        told = [value if isinstance(value := manifest.get(key), dict) else {}
-                for key in ("scores", "kinds")]  # fmt: skip
+        kinds = manifest.get("kinds")
+        if not isinstance(kinds, dict) or not {"column", "chosen", "all"} <= kinds.keys():
+            kinds = {}
         if len(rows):
-            found.append(Chosen(int(path.stem.removeprefix("step_")), rows, scores, *told))
+            step = int(path.stem.removeprefix("step_"))
+            found.append(Chosen(step, rows, scores, told_spread(manifest), kinds))
     return sorted(found, key=lambda each: each.step)
 
 

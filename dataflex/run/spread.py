@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,17 @@ BINS = 80
 
 #: Rows with the lowest scores that are named.
 LOWEST = 8
+
+
+#: Key of a selection's manifest that holds it.
+ALL_SCORES = "all_scores"
+
+
+def told_spread(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the spread in a selection's manifest; {} where a strategy has put none there."""
+    found = manifest.get(ALL_SCORES)
+    keys = {"low", "high", "counts", "chosen", "cut", "lowest_rows", "lowest_scores"}
+    return found if isinstance(found, Mapping) and keys <= found.keys() else {}
 
 
 def spread_of(

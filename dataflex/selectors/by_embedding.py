@@ -197,7 +197,7 @@ def scored(
         numbers: for the Trainer's log.
     """
     spread = spread_of(scores, candidates, rows)
-    return Selection(rows, scores[rows], numbers=numbers, manifest={"scores": spread})
+    return Selection(rows, scores[rows], numbers=numbers, manifest={"all_scores": spread})
 
 
 def load_offline(path: Path, key: str) -> npt.NDArray[Any]:

@@ -303,7 +303,7 @@ class InfluenceSelector(Selector):
                 "commit": train.commit_sha,
                 "adapter": train.record.adapter_hash,
                 "won": self.won(rows, scores.best, context.run),
-                "scores": spread_of(scores.values, candidates, rows),
+                "all_scores": spread_of(scores.values, candidates, rows),
             },
         )
 
@@ -329,6 +329,6 @@ class InfluenceSelector(Selector):
                 "scoring": "direct",
                 "feature": self.settings.gradient_type,
                 "won": self.won(rows, self.best_of(found.cosines), context.run),
-                "scores": spread_of(scores, candidates, rows),
+                "all_scores": spread_of(scores, candidates, rows),
             },
         )

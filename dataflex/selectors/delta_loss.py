@@ -95,7 +95,7 @@ class DeltaLossSelector(Selector):
             manifest={
                 "baseline": "taken" if first else "kept",
                 "window": list(window),
-                "scores": spread_of(deltas, np.isfinite(deltas), rows),
+                "all_scores": spread_of(deltas, np.isfinite(deltas), rows),
             },
         )
 

@@ -79,7 +79,7 @@ class LossSelector(Selector):
             manifest={
                 "focus": self.focus,
                 "seed": self.seed + context.step,
-                "scores": spread_of(losses, np.isfinite(losses), rows),
+                "all_scores": spread_of(losses, np.isfinite(losses), rows),
             },
         )
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from dataflex.data.kinds import Kinds, kinds_of
 from dataflex.data.texts import RowsText
 from dataflex.run.log import RunLog, finite
+from dataflex.run.spread import told_spread
 from dataflex.trainers.job import Job
 
 #: Rows whose text is read at once.
@@ -52,9 +53,9 @@ class ChosenRows:
         self._log.selection(step, rows, scores, manifest)
         listed = [None] * len(rows) if scores is None else [finite(s) for s in scores.tolist()]
         self._log.rows(f"step_{step}", self._lines(rows.tolist(), listed))
-        spread = manifest.get("scores") or {}
-        if lowest := spread.get("lowest_rows"):
-            self._log.rows(f"lowest_{step}", self._lines(lowest, spread["lowest_scores"]))
+        if spread := told_spread(manifest):
+            lowest = self._lines(spread["lowest_rows"], spread["lowest_scores"])
+            self._log.rows(f"lowest_{step}", lowest)
 
     def _lines(
         self, rows: Sequence[int], scores: Sequence[float | None]

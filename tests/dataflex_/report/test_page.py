@@ -113,7 +113,7 @@ def select(log: RunLog, step: int, rows: list[int], **more: Any) -> None:
     """What a selection of `rows` from N rows, scored 0 to 3.9, writes."""
     scores = np.arange(N) / 10
     chosen = np.array(rows)
-    manifest = {"scores": spread_of(scores, np.ones(N, dtype=bool), chosen)}
+    manifest = {"all_scores": spread_of(scores, np.ones(N, dtype=bool), chosen)}
     kinds = {"column": "skill", "chosen": {"date": len(rows)}, "all": {"add": 30, "date": 10}}
     log.selection(step, chosen, scores[chosen], {**manifest, "kinds": kinds})
     log.rows(f"step_{step}", [line(row, scores[row], **more) for row in rows])
@@ -244,7 +244,8 @@ def test_rows_without_text_say_how_to_keep_it(show: Show, tmp_path: Path) -> Non
 
 def test_records_of_earlier_versions_have_a_report(show: Show, tmp_path: Path) -> None:
     log = RunLog(tmp_path)
-    log.selection(4, np.array([3, 1]), np.array([0.5, np.nan]), {"won": {}})
+    own = {"all_scores": {"counts": 3}, "kinds": ["a user's own"]}
+    log.selection(4, np.array([3, 1]), np.array([0.5, np.nan]), own)
     log.update("select", 4, "less", "", chosen={"mine": 2}, train_rows=9)
     log.selection(8, np.array([2]), None, {})
     found = show()

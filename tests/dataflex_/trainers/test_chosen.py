@@ -65,7 +65,7 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def test_a_line_tells_rank_row_score_source_and_text(texts: Texts, tmp_path: Path) -> None:
     spread = spread_of(SCORES, np.ones(N, dtype=bool), np.array([5, 3]))
-    write(tmp_path, data(), SCORES, scores=spread)
+    write(tmp_path, data(), SCORES, all_scores=spread)
     said = {"prompt": "<b>5?", "response": "\ud800\u2028\n"}
     found = lines(tmp_path, "step_4")
     assert found[0] == {"rank": 1, "row": 5, "score": 1.0, "source": ["mine", 15], **said}
@@ -80,7 +80,7 @@ def test_a_line_tells_rank_row_score_source_and_text(texts: Texts, tmp_path: Pat
     assert content["manifest"]["kinds"] == {
         "column": "kind", "chosen": {"b": 3}, "all": {"a": 3, "b": 3}
     }  # fmt: skip
-    assert content["manifest"]["scores"]["cut"] == 0.75
+    assert content["manifest"]["all_scores"]["cut"] == 0.75
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -103,3 +103,10 @@ def test_texts_are_read_many_at_once(
     write(tmp_path, data(), None)
     assert texts.asked == [2, 1]
     assert [line["prompt"] for line in lines(tmp_path, "step_4")] == ["<b>5?", "<b>1?", "<b>3?"]
+
+
+@pytest.mark.parametrize("own", [[1, 2], "text", {"counts": 3}])
+def test_a_strategys_own_manifest_may_hold_anything(own: Any, texts: Texts, tmp_path: Path) -> None:
+    write(tmp_path, data(), None, all_scores=own)
+    assert len(lines(tmp_path, "step_4")) == 3
+    assert not list(tmp_path.rglob("lowest*"))
