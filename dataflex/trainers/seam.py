@@ -216,8 +216,6 @@ class Seam(SealedCheckpoints):
             ranks.gather(lambda: self.run.strategy.start(self.context))
         ranks.decide(own)
 
-<<<<<<< HEAD
-=======
     def _told(self) -> tuple[str, dict[str, Any], dict[str, Any]]:
         """Give what the receipt says of the run: its id, its configuration, its rows."""
         run, data = self.run, self.run.data
@@ -232,13 +230,6 @@ class Seam(SealedCheckpoints):
         }
         return run.run_id, {**run.config.llamafactory, **config}, rows
 
-    def _spread(self) -> set[str]:
-        """Name how the model is sharded over devices; empty where each has all of it."""
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        found = {FSDP} if getattr(self, "is_fsdp_enabled", False) else set()
-        return found | ({ZERO3} if plugin is not None and plugin.zero_stage == 3 else set())
-
->>>>>>> i10-report
     def _restore(self, state: RunState, checkpoint: Path) -> None:
         """Go on where the checkpoint was: same rows, same position, same component."""
         check_agreement(state, self.run, self._agreed, self.rows_sha256)
