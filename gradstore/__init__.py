@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gradstore.scoring.pairing import checkpoint_features
     from gradstore.scoring.query import query_influence
     from gradstore.scoring.selection import select_top, write_selected
+    from gradstore.similarity.audit import AuditOptions, audit
     from gradstore.similarity.index import FeatureIndex
     from gradstore.similarity.rows import read_unit_rows
     from gradstore.store.building import build
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AdamMoments": "export.moments",
+    "AuditOptions": "similarity.audit",
     "Batches": "export.units",
     "BuildSettings": "export.settings",
     "CheckpointExport": "store.filling",
@@ -45,6 +47,7 @@ _MODULES = {
     "StoreWriter": "store.writer",
     "Text": "format.text_table",
     "UnitSink": "store.filling",
+    "audit": "similarity.audit",
     "batch_losses": "capture.per_sample",
     "build": "store.building",
     "checkpoint_features": "scoring.pairing",
@@ -63,6 +66,7 @@ _MODULES = {
 
 __all__ = [
     "AdamMoments",
+    "AuditOptions",
     "Batches",
     "BuildSettings",
     "CheckpointExport",
@@ -76,6 +80,7 @@ __all__ = [
     "StoreWriter",
     "Text",
     "UnitSink",
+    "audit",
     "batch_losses",
     "build",
     "checkpoint_features",

@@ -161,6 +161,11 @@ class Generation:
         return self._column("tokens")
 
     @cached_property
+    def loss(self) -> np.ndarray | None:
+        """(n,) float32, mean loss over each row's target tokens; None where none were kept."""
+        return self._column("loss") if self._plan.losses else None
+
+    @cached_property
     def row_hash(self) -> np.ndarray:
         """(n, 16) uint8, hash of each row's token ids and labels."""
         found = self._column("row_hash")

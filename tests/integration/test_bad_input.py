@@ -383,6 +383,12 @@ QUESTIONS = {
     "sub-tasks": (["score", "--subtasks", "2,3"], ["5", "4"]),
     "sub-tasks of words": (["score", "--subtasks", "two"], ["subtasks is 'two'"]),
     "no such row": (["query", "--target-row", "4"], ["row 4", "0-3"]),
+    "audit's neighbours": (["audit", "--neighbours", "38"], ["neighbours is 38", "at most 37"]),
+    "audit's neighbours 0": (["audit", "--neighbours", "0"], ["neighbours is 0", "at least 1"]),
+    "audit's file": (["audit", "-o", "audit.xlsx"], ["audit.xlsx", ".parquet, .csv, .jsonl"]),
+    "audit's checkpoints": (["audit", "--checkpoints", "newest"], ["'newest'", "last, all"]),
+    "audit's set": (["audit", "--target", "gaol"], ["gaol", "goal"]),
+    "audit's top": (["audit", "--top", "0"], ["top is 0"]),
     "top 0": (["query", "--target-row", "0", "--top", "0"], ["top is 0"]),
 }
 
@@ -398,7 +404,7 @@ def test_a_question_that_cannot_be_answered(
     assert not (tmp_path / "selected.jsonl").exists()
 
 
-@pytest.mark.parametrize("command", ["info", "verify", "score"])
+@pytest.mark.parametrize("command", ["info", "verify", "score", "audit"])
 def test_a_folder_that_is_no_store_is_refused(command: str, cli: Any, tmp_path: Path) -> None:
     check_refusal(cli("gradstore", command, tmp_path), 2, str(tmp_path))
     check_refusal(cli("gradstore", command, tmp_path / "nothing"), 2, "nothing")
