@@ -20,8 +20,9 @@ import torch
 from report import RESULTS, append, compared, echo, machine, timed
 from workloads import Workload, llama, tiny
 
-from dataflex.models.passes import batches, row_losses, token_budget
+from dataflex.models.passes import batches, row_losses
 from dataflex.run.context import RunContext
+from gradstore.capture.limits import token_budget
 
 LIMIT = 1.05
 

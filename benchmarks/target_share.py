@@ -27,12 +27,12 @@ from gradkernels import Accumulator, ProjectionSpec
 from report import RESULTS, append, echo, machine
 from tinyrun import SKILLS, Held, TinyRun, as_stored, gather
 
-from dataflex.features.gradients import effective_seed
 from dataflex.selectors.loss import band_weights, draw, tempered
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
 from gradstore.export.direct import target_directions
 from gradstore.export.features import FeatureMap, FeatureSpec
+from gradstore.export.gradient_space import effective_seed
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import export_features
 from gradstore.scoring.comparable import CheckpointFeatures

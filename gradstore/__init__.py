@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gradstore.export.features import FeatureSpec, Recipe
     from gradstore.export.moments import AdamMoments
     from gradstore.export.projected import compute_unit, export_features
+    from gradstore.export.settings import BuildSettings
     from gradstore.export.units import Batches
     from gradstore.format.records import GenerationRecord, RowSet, row_hash
     from gradstore.format.text_table import Text
@@ -23,14 +24,19 @@ if TYPE_CHECKING:
     from gradstore.scoring.pairing import checkpoint_features
     from gradstore.scoring.query import query_influence
     from gradstore.scoring.selection import select_top, write_selected
+    from gradstore.similarity.audit import AuditOptions, audit
     from gradstore.similarity.index import FeatureIndex
     from gradstore.similarity.rows import read_unit_rows
-    from gradstore.store.filling import UnitSink, fill
+    from gradstore.store.building import build
+    from gradstore.store.filling import CheckpointExport, UnitSink, fill
     from gradstore.store.writer import StoreWriter
 
 _MODULES = {
     "AdamMoments": "export.moments",
+    "AuditOptions": "similarity.audit",
     "Batches": "export.units",
+    "BuildSettings": "export.settings",
+    "CheckpointExport": "store.filling",
     "CheckpointFeatures": "scoring.comparable",
     "FeatureIndex": "similarity.index",
     "FeatureSpec": "export.features",
@@ -41,7 +47,9 @@ _MODULES = {
     "StoreWriter": "store.writer",
     "Text": "format.text_table",
     "UnitSink": "store.filling",
+    "audit": "similarity.audit",
     "batch_losses": "capture.per_sample",
+    "build": "store.building",
     "checkpoint_features": "scoring.pairing",
     "compute_embedding_unit": "export.embeddings",
     "compute_unit": "export.projected",
@@ -58,7 +66,10 @@ _MODULES = {
 
 __all__ = [
     "AdamMoments",
+    "AuditOptions",
     "Batches",
+    "BuildSettings",
+    "CheckpointExport",
     "CheckpointFeatures",
     "FeatureIndex",
     "FeatureSpec",
@@ -69,7 +80,9 @@ __all__ = [
     "StoreWriter",
     "Text",
     "UnitSink",
+    "audit",
     "batch_losses",
+    "build",
     "checkpoint_features",
     "compute_embedding_unit",
     "compute_unit",

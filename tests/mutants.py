@@ -87,8 +87,8 @@ MUTANTS = [
            "for values in (input_ids, input_ids):", FORMAT),
     Mutant("gradstore/format/provenance.py", "if largest <= CANARY_TOLERANCE * size:", "if True:",
            f"{FORMAT}/test_provenance.py"),
-    Mutant("dataflex/features/fields.py", '"canary": canary(projection).tolist()', '"canary": []',
-           "tests/dataflex_/features/test_fields.py"),
+    Mutant("gradstore/export/gradient_space.py", '"canary": canary(projection).tolist()',
+           '"canary": []', "tests/dataflex_/features/test_fields.py"),
     Mutant("gradstore/storage/lock.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH", LOCK),
     Mutant("gradstore/store/writer.py", "        self._lock.acquire()\n", "", LOCK),
     Mutant("gradstore/store/cleaning.py", "sorted(each)[:-keep]", "sorted(each)[keep:]", RUNS),
@@ -270,7 +270,7 @@ def run_tests(
                 os.dup2(told.fileno(), 2)
                 signal.alarm(LONGEST)  # of a mistake that makes its tests wait for ever
                 code = int(pytest.main([*OPTIONS, *tests]))
-            except BaseException:
+            except BaseException:  # of any kind: a child must never return into its parent's code
                 traceback.print_exc()
                 code = 3
             sys.stdout.flush()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -272,25 +269,3 @@ def check_intervals(rows: int, warmup_step: int, update_step: int, global_batch:
 
 #: DataArguments fields that change which tokens a row has or which of them are targets.
 ROW_FIELDS = ("cutoff_len", "train_on_prompt", "mask_history")
-
-
-def tokenizer_hash(tokenizer: Any) -> str:  # noqa: ANN401 - a transformers tokenizer
-    """Compute the path-free sha256 of the files a tokenizer saves, chat template included."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        digest = hashlib.sha256()
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                content = path.read_bytes()
-                if path.name == "tokenizer_config.json":
-                    content = _without_paths(content)
-                digest.update(f"{path.name}:{len(content)}:".encode() + content)
-    return digest.hexdigest()
-
-
-def _without_paths(content: bytes) -> bytes:
-    settings: Mapping[str, Any] = json.loads(content)
-    volatile = {"name_or_path", "_name_or_path", "special_tokens_map_file", "tokenizer_file"}
-    return json.dumps(
-        {k: v for k, v in settings.items() if k not in volatile}, sort_keys=True
-    ).encode()

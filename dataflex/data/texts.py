@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataflex.data.rows import IGNORED, SOURCE_ROW, Rows
+from dataflex.data.rows import SOURCE_ROW, Rows
 from gradstore.errors import BadInput
+from gradstore.export.token_rows import decoded
 from gradstore.format.text_table import Text
 
 if TYPE_CHECKING:
@@ -99,16 +99,8 @@ class RowsText:
     def _decoded(self, rows: Sequence[int]) -> list[tuple[str, str, None]]:
         columns = self._rows.dataset[list(rows)]
         ids = columns["input_ids"]
-        parts = []
-        for row, labels in zip(ids, columns.get("labels", ids), strict=True):
-            learned = [label != IGNORED for label in labels]
-            prompt = [token for token, yes in zip(row, learned, strict=True) if not yes]
-            answer = self._decode(list(compress(row, learned)))
-            parts.append((self._decode(prompt), answer, None))
-        return parts
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        pairs = zip(ids, columns.get("labels", ids), strict=True)
+        return [(*decoded(self._tokenizer, row, labels), None) for row, labels in pairs]
 
 
 def _rows_at(dataset: Dataset, places: list[int]) -> list[dict[str, Any]]:

@@ -13,9 +13,10 @@ import numpy.typing as npt
 from dataflex.data.rows import Rows
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.target_source import TargetFeatures
-from dataflex.models.passes import batches, longest_row, token_budget, whole_rows
+from dataflex.models.passes import batches, longest_row, whole_rows
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.log import OnRows, progress
+from gradstore.capture.limits import token_budget
 from gradstore.export.combined import combined_directions
 from gradstore.export.direct import TargetDirections, direct_cosines, target_directions
 from gradstore.export.moments import AdamMoments

@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from dataflex.config.values import names_a_folder
-from dataflex.data.rows import Rows, tokenizer_hash
-from dataflex.features.fields import attention_of, named_parameters, row_fields
+from dataflex.data.rows import Rows
+from dataflex.features.fields import row_fields
 from dataflex.models.encoders import (
     Encoder,
     TextEncoder,
     Texts,
     find_encoder,
 )
-from dataflex.models.passes import longest_row, token_budget
+from dataflex.models.passes import longest_row
 from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows
+from gradstore.capture.limits import token_budget
 from gradstore.errors import BadInput
 from gradstore.export.embeddings import compute_embedding_unit
+from gradstore.export.gradient_space import attention_of, named_parameters, tokenizer_hash
 from gradstore.export.pooling import HiddenStates
 from gradstore.export.units import Batches
 from gradstore.storage.hashing import tensor_hash

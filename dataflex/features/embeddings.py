@@ -20,11 +20,11 @@ from dataflex.features.embedders import (
     EmbeddingSettings,
     embedder_of,
 )
-from dataflex.features.fields import libraries
 from dataflex.features.shared import export_shared, keep_text
 from dataflex.features.store_owner import check_owner
 from dataflex.run.context import RunContext
 from gradstore.errors import BadInput, StoreError
+from gradstore.export.gradient_space import libraries
 from gradstore.format.names import GenerationName, Role
 from gradstore.format.records import embedding_record
 from gradstore.store.writer import StoreWriter

@@ -11,10 +11,10 @@ from dataflex.data.rows import Rows
 from dataflex.features.embedders import STORED, Embedder
 from dataflex.features.gradients import projection_for
 from dataflex.features.settings import FeatureSettings
-from dataflex.models.passes import token_budget
 from dataflex.models.precision import autocast
 from dataflex.run.context import RunContext
 from dataflex.run.forecast import Forecast, Positions, measured_seconds, peak_memory
+from gradstore.capture.limits import token_budget
 from gradstore.capture.modelstate import borrowed
 from gradstore.export.features import Recipe
 from gradstore.export.moments import AdamMoments

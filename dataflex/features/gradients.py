@@ -6,26 +6,25 @@ named and in what order they are made; taking a gradient and keeping bytes is th
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from gradkernels import ProjectionSpec
 
 from dataflex.data.rows import Rows
-from dataflex.features.fields import adapter_hash, attention_of, libraries, space_fields
+from dataflex.features.fields import space_fields
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.shared import Compute, export_shared, keep_text
 from dataflex.features.store_owner import check_owner
-from dataflex.models.passes import longest_row, token_budget
+from dataflex.models.passes import longest_row
 from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows
-from gradstore.capture.per_sample import GradientCapture
-from gradstore.errors import BadInput, StoreError
+from gradstore.capture.limits import token_budget
+from gradstore.errors import StoreError
 from gradstore.export.combined import WeightedSums, compute_combined_unit
 from gradstore.export.features import FeatureSpec, Recipe
+from gradstore.export.gradient_space import GradientSpace
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
 from gradstore.export.units import Batches, UnitFeatures
@@ -35,7 +34,7 @@ from gradstore.format.plans import UnitRange
 from gradstore.format.records import GenerationRecord
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.pairing import Which, checkpoint_features
-from gradstore.store.filling import ExportSummary
+from gradstore.store.filling import CheckpointExport, ExportSummary, check_usable
 from gradstore.store.generation_writer import GenerationWriter
 from gradstore.store.writer import StoreWriter
 
@@ -46,42 +45,13 @@ if TYPE_CHECKING:
     from gradstore.store.reader import Store
 
 
-@dataclass(frozen=True)
-class CheckpointExport:
-    """The generations of one checkpoint, committed.
-
-    Attributes:
-        train: name of the generation of the training rows.
-        targets: one name per target set.
-        target_rows: rows of all target sets.
-        tokens: tokens that went through the model in this pass; 0 where everything was reused.
-        seconds: duration of the passes.
-    """
-
-    train: str
-    targets: tuple[str, ...]
-    target_rows: int
-    tokens: int
-    seconds: float
-
-
-def effective_seed(base: int, step: int) -> int:
-    """Derive the projection seed of one checkpoint, so noise averages out over checkpoints."""
-    digest = hashlib.blake2b(f"{base}:{step}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def projection_for(model: nn.Module, settings: FeatureSettings) -> ProjectionSpec:
     """Return the projection of a model's gradients, with the base seed.
 
     Raises:
         BadInput: the model has more than one active adapter, or nothing to train.
     """
-    with GradientCapture(model) as capture:
-        p = capture.p
-    return ProjectionSpec(
-        settings.proj_method, p=p, d=settings.proj_dim, seed=settings.seed, s=settings.sjlt_s
-    )
+    return GradientSpace.of(model, settings).projection
 
 
 class FeatureService:
@@ -100,18 +70,24 @@ class FeatureService:
         """
         self.run = run
         self.settings = settings
-        with GradientCapture(run.model) as capture:
-            self.slots = capture.slots
-        self.projection = projection_for(run.model, settings)
+        self.space = GradientSpace.of(run.model, settings)
         self._writer: StoreWriter | None = None
-        run.ranks.decide(self._open)
+        self.open()
+
+    def open(self) -> None:
+        """Take the store's lock, after `close`; collective. Raises as the constructor does."""
+        self.run.ranks.decide(self._open)
+
+    @cached_property
+    def _fields(self) -> dict[str, Any]:
+        """The MUST-EQUAL fields, which take a pass over the model's frozen weights."""
+        return space_fields(self.run.model, self.run.data, self.space)
 
     def _open(self) -> None:
         run = self.run
-        fields = space_fields(run.model, run.data, self.slots, self.projection, self.settings.dtype)
         path = run.config.store_path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = StoreWriter(path, space="gradient", provenance=fields)
+        self._writer = StoreWriter(path, space="gradient", provenance=self._fields)
         try:
             check_owner(self._writer.store, run)
         except StoreError:
@@ -164,7 +140,7 @@ class FeatureService:
             name, summary = self.export_rows(
                 "target", rows, step, self.settings.target_features, source=source
             )
-            self.run.ranks.decide(lambda rows=rows, name=name: self._check_usable(rows, name))  # type: ignore[misc]
+            self.run.ranks.decide(lambda name=name: check_usable(self.store.generation(name)))  # type: ignore[misc]
             targets.append(name)
             tokens, seconds = tokens + summary.tokens, seconds + summary.seconds
         train, summary = self.export_rows(
@@ -236,8 +212,7 @@ class FeatureService:
         Returns:
             The generation's name in the store (on every rank), and what the pass did.
         """
-        projection = self.projection.with_seed(effective_seed(self.settings.seed, step))
-        recipe = Recipe(features, projection, moments)
+        recipe = self.space.recipe(features, step, moments)
         options: dict[str, Any] = {} if source is None else {"source": source.options}
         if is_sample:
             options["sample_of"] = "train"
@@ -246,7 +221,11 @@ class FeatureService:
         def begin() -> GenerationWriter:
             keep_text(self.run, self.writer, rows)
             return self.writer.begin(
-                record, rows.row_set, dim=projection.d, dtype=self.settings.dtype
+                record,
+                rows.row_set,
+                dim=self.settings.proj_dim,
+                dtype=self.settings.dtype,
+                losses=source is None,  # others sum up several answers
             )
 
         summary = export_shared(
@@ -287,29 +266,12 @@ class FeatureService:
         options: Mapping[str, Any],
     ) -> GenerationRecord:
         set_name = rows.name if role == "target" else ""
-        run = self.run.config.store_run
-        moments, projection = recipe.moments, recipe.projection
-        return GenerationRecord(
-            name=str(GenerationName(role, step, set_name, run)),
-            role=role,
-            step=step,
-            set=set_name,
+        return self.space.record(
+            self.run.model,
+            GenerationName(role, step, set_name, self.run.config.store_run),
+            recipe,
             run_id=self.run.run_id,
-            adapter_hash=adapter_hash(self.run.model, self.slots),
-            optimizer_hash=moments.sha256() if moments is not None else None,
-            effective_seed=projection.seed,
             autocast=self.run.autocast,
-            attention=attention_of(self.run.model),
-            projection=projection.to_dict(),
-            feature=recipe.features.kind,
-            feature_options={**asdict(recipe.features), **options},
             learning_rate=learning_rate,
-            libraries=libraries(),
+            options=options,
         )
-
-    def _check_usable(self, rows: Rows, name: str) -> None:
-        if not self.store.generation(name).usable.any():
-            raise BadInput(
-                f"target set {rows.name!r} has no usable row: every gradient is zero, not "
-                "finite, or the row is masked."
-            )

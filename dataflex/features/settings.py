@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
-from annotated_types import Interval
-from gradkernels import ProjectionSpec
-
-from dataflex.config.parameters import Count, Natural, Share, checked
-from gradstore.export.features import FeatureSpec
+from dataflex.config.parameters import checked
+from gradstore.export.settings import GradientSettings
 
 
 @checked
 @dataclass(frozen=True)
-class FeatureSettings:
+class FeatureSettings(GradientSettings):
     """Settings of gradient features, from a user's parameters.
 
     Args:
@@ -34,28 +30,3 @@ class FeatureSettings:
         BadParameter: a value of a wrong type or out of range.
         ValueError: more non-zeros than dimensions.
     """
-
-    gradient_type: Literal["adam_marginal", "adam", "sgd", "sign"] = "adam_marginal"
-    adam_eps_mode: Literal["inside", "outside"] = "inside"
-    bias_correction: bool = False
-    proj_method: Literal["sjlt", "rademacher", "gaussian"] = "sjlt"
-    proj_dim: Annotated[int, Interval(ge=1, le=1 << 24)] = 8192
-    sjlt_s: Count = 8
-    seed: Natural = 42
-    dtype: Literal["float16", "bfloat16"] = "float16"
-    tokens_per_batch: Count | None = None
-    max_bad_fraction: Share = 0.01
-
-    def __post_init__(self) -> None:
-        """Let the projection check how its parameters relate to each other."""
-        ProjectionSpec(self.proj_method, p=1, d=self.proj_dim, seed=self.seed, s=self.sjlt_s)
-
-    @property
-    def train_features(self) -> FeatureSpec:
-        """Specification of the feature computed from a training row's gradient."""
-        return FeatureSpec(self.gradient_type, self.adam_eps_mode, self.bias_correction)
-
-    @property
-    def target_features(self) -> FeatureSpec:
-        """Targets are plain gradients: `sgd`, or `sign` when the training rows are `sign`."""
-        return FeatureSpec("sign" if self.gradient_type == "sign" else "sgd")

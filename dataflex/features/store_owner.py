@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from dataflex.run.context import RunContext
 from dataflex.run.output_owner import known_identity
 from gradstore.format.layout import GRADIENT, METADATA
-from gradstore.format.names import space_run
-from gradstore.format.provenance import Difference, refuse
+from gradstore.store.ownership import check_rows_and_run
 from gradstore.store.reader import open_store
 
 if TYPE_CHECKING:
@@ -39,10 +38,7 @@ def built_by(config: RunConfig) -> str:
 
 
 def check_owner(store: Store, run: RunContext, *, space: str = GRADIENT, run_id: str = "") -> None:
-    """Refuse rows or a run that the first export would be refused for.
-
-    Generations of another run under the same prefix would be scored together with this run's, so
-    they are refused whatever their steps.
+    """Refuse rows or a run that the first export would be refused for, see `check_rows_and_run`.
 
     Args:
         store: opened for writing; what makes features comparable was compared already.
@@ -54,32 +50,7 @@ def check_owner(store: Store, run: RunContext, *, space: str = GRADIENT, run_id:
     Raises:
         ProvenanceMismatch: lists every set with other rows, and another run's id.
     """
-    stored = store.generations()
-    newest = {(str(g.role), g.set): g for g in stored}
-    sets = [("train.rows", ("train", ""), run.data.train)]
-    sets += [(f"target.{t.name}.rows", ("target", t.name), t) for t in run.data.targets]
-    differences = []
-    for field, key, rows in sets:
-        known = newest.get(key)
-        note = "" if known is None else rows.row_set.difference(known.plan.rows)
-        if known is not None and note:
-            note = f"{note} (stored with {known.name})"
-            hashes = known.plan.rows.sha256, rows.row_set.sha256
-            differences.append(Difference(field, *hashes, note=note))
-    same_rows = not differences
+    data = run.data
+    sets = {"": data.train.row_set, **{rows.name: rows.row_set for rows in data.targets}}
     run_id = run_id or run.run_id
-    prefix = space_run(space, run.config.store_run)
-    others = [
-        g
-        for g in stored
-        if g.record.run == prefix and (g.space != space or g.record.run_id != run_id)
-    ]
-    if others:
-        other, theirs = others[-1], others[-1].record.run_id
-        note = f"{other.name} was made by run {theirs}, this is run {run_id}"
-        if other.space != space:
-            note = f"{other.name} is of space {other.space!r}, this run writes to {space!r}"
-        differences.append(Difference("run_id", theirs, run_id, note=note))
-    if differences:
-        hint = "keep this run's generations apart with gradstore_run=NAME" if same_rows else ""
-        raise refuse(str(store.path), differences, hint=hint)
+    check_rows_and_run(store, sets, space=space, run=run.config.store_run, run_id=run_id)

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dataflex.data.images import TextsWithPictures, pictures_hash, shown_batch
-from dataflex.data.rows import Rows, tokenizer_hash
+from dataflex.data.rows import Rows
 from dataflex.features.embedders import STORED
-from dataflex.features.fields import attention_of, named_parameters, row_fields
+from dataflex.features.fields import row_fields
 from dataflex.models.encoders import DECIDING, DTYPES, find_folder
-from dataflex.models.passes import longest_row, token_budget
+from dataflex.models.passes import longest_row
 from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows
+from gradstore.capture.limits import token_budget
 from gradstore.errors import BadInput
 from gradstore.export.embeddings import compute_embedding_unit
+from gradstore.export.gradient_space import attention_of, named_parameters, tokenizer_hash
 from gradstore.export.units import Batches
 from gradstore.export.visual import VISUAL_KEYS, VisualStates, even_layers, visual_token_ids
 from gradstore.storage.hashing import hash_folder_files, tensor_hash

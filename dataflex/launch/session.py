@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dataflex.checkpoints.folders import checkpoints, resume_point, run_identity
+from dataflex.checkpoints.state import RunState, described_state
 from dataflex.config.keys import RunConfig
 from dataflex.config.presets import Component
 from dataflex.data.order import BatchShape
@@ -24,6 +25,7 @@ from dataflex.run.output_owner import own_output
 from dataflex.run.ranks import Ranks
 from dataflex.trainers.job import Job, Run
 from dataflex.trainers.seam import Seam, trainer_class
+from dataflex.trainers.settings import check_agreement, rows_sha256, told
 from gradstore.storage.lock import WriterLock
 
 if TYPE_CHECKING:
@@ -75,22 +77,32 @@ class TrainSession:
             return self.strategy.order_raw_rows
         return None
 
-    def take_data(self, data: RunData, training_args: Any) -> None:  # noqa: ANN401
+    def take_data(self, data: RunData, training_args: Any, tuned: Any) -> None:  # noqa: ANN401
         """Check the rows, plan the run and own its folder, before the model is loaded.
 
         Args:
             data: from the bridge.
             training_args: LlamaFactory's TrainingArguments.
+            tuned: its FinetuningArguments.
         """
-        planned = self.plan(data, training_args, BatchShape.of(training_args))
+        planned = self.plan(data, training_args, tuned, BatchShape.of(training_args))
         self._run = replace(planned, run_id=planned.ranks.decide(self._own))
 
-    def plan(self, data: RunData, training_args: Any, shape: BatchShape) -> Run:  # noqa: ANN401
-        """Check the rows and plan the run, which has no id yet; nothing is written.
+    def plan(
+        self,
+        data: RunData,
+        training_args: Any,  # noqa: ANN401 - LlamaFactory's dataclasses
+        tuned: Any,  # noqa: ANN401
+        shape: BatchShape,
+    ) -> Run:
+        """Check the rows, plan the run, which has no id yet, and compare it with its checkpoint.
+
+        Nothing is written.
 
         Args:
             data: from the bridge.
             training_args: LlamaFactory's TrainingArguments.
+            tuned: its FinetuningArguments.
             shape: of one optimizer step.
         """
         ours = self.config.dataflex
@@ -104,12 +116,31 @@ class TrainSession:
             training_args,
             shape,
             Ranks(int(training_args.process_index), int(training_args.world_size)),
+            tuned=tuned,
         )
         schedule = self.seam.plan(job)
         if not ours.static_mix and not any(i.update for i in schedule.intervals()):
             _log.warning("the run of %d steps ends before its first update", schedule.budget)
         self.strategy.check_data(data, self.config)
-        return Run(**vars(job), schedule=schedule, run_id="")
+        run = Run(**vars(job), schedule=schedule, run_id="")
+        if self.checkpoint is not None:
+            self._compare(run, described_state(self.checkpoint))
+        return run
+
+    def _compare(self, run: Run, state: RunState) -> None:
+        """Refuse a resume that would not be the same run; tell changes that it may have."""
+        now = self.seam.settings(run)
+        # LlamaFactory fills in this one while it loads a model whose vocabulary it resizes; the
+        # trainer compares all again.
+        unsettled = () if now.get("additional_target") else ("additional_target",)
+        check_agreement(state, run, now, rows_sha256(run.data), unsettled)
+        if not run.ranks.leads:
+            return
+        if (note := told(state.settings, now)) is not None:
+            _log.warning("%s", note)
+        if state.step >= run.schedule.budget:
+            _log.warning("nothing to train: the checkpoint is at step %d, the run ends at step %d",
+                         state.step, run.schedule.budget)  # fmt: skip
 
     def _own(self) -> str:
         """Lock the output folder; return the run's id, which every rank writes into checkpoints."""
@@ -156,7 +187,7 @@ def _harmless(what: str) -> Iterator[None]:
     """Turn any failure into a warning: what the run wrote before is complete."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of any kind: nothing here may change a complete run's exit code
         if isinstance(error, BrokenPipeError):
             # The reader of stdout is gone; Python would fail again when it flushes at its exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,19 +13,10 @@ from torch import nn
 from dataflex.data.rows import Rows
 from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows, progress
+from gradstore.capture.limits import longest_of, token_budget
 from gradstore.capture.losses import IGNORED_LABEL
 from gradstore.capture.per_sample import batch_losses
-from gradstore.errors import BadInput
 from gradstore.export.units import plan_batches
-
-#: Padded tokens of a gradient batch where the user sets none.
-CPU_TOKENS, GPU_TOKENS = 2048, 16384
-
-
-def token_budget(model: nn.Module) -> int:
-    """Return the number of padded tokens of a gradient batch that suits the model's device."""
-    return GPU_TOKENS if next(model.parameters()).device.type == "cuda" else CPU_TOKENS
-
 
 RowBatch = tuple[npt.NDArray[np.int64], dict[str, Any]]
 
@@ -45,40 +36,13 @@ def own_labels(collate: Collate) -> Collate:
     return own  # type: ignore[no-any-return]
 
 
-def max_positions(model: Any) -> int | None:  # noqa: ANN401 - a PreTrainedModel
-    """Return the most tokens a model takes, if stated; the language part's, if it has several."""
-    longest = getattr(_text_config(model), "max_position_embeddings", None)
-    return None if longest is None else int(longest)
-
-
 def longest_row(model: Any, rows: Rows) -> int | None:  # noqa: ANN401 - a PreTrainedModel
     """Return the tokens of the longest row that can be passed through the model; None for any.
 
     Raises:
-        BadInput: rotary frequencies depend on the longest row of a batch (`longrope`), and `rows`
-            lie on both sides of the length at which they change.
+        BadInput: a row's features would depend on its batch, see `longest_of`.
     """
-    settings = _text_config(model)
-    rope = getattr(settings, "rope_parameters", None) or getattr(settings, "rope_scaling", None)
-    for part in (rope, *(rope or {}).values()):
-        if isinstance(part, dict) and part.get("rope_type", part.get("type")) == "longrope":
-            changes = part.get("original_max_position_embeddings") or getattr(
-                settings, "original_max_position_embeddings", None
-            )
-            longer = rows.lengths > (changes or np.inf)
-            if longer.any() and not longer.all():
-                raise BadInput(
-                    f"{int(longer.sum())} of the {len(rows)} rows of {rows.name!r} have more than "
-                    f"{changes} tokens, at which the model's position encoding (longrope) changes "
-                    "for every row of a batch: a row's features would depend on its neighbours. "
-                    f"Set cutoff_len to at most {changes}."
-                )
-    return max_positions(model)
-
-
-def _text_config(model: Any) -> Any:  # noqa: ANN401 - a PretrainedConfig
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return longest_of(model, rows.lengths, rows.name)
 
 
 def row_losses(

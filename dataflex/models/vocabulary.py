@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dataflex.data.rows import Rows, RunData
+from gradstore.capture.limits import vocabulary_size
 from gradstore.errors import BadInput
 from gradstore.export.visual import visual_token_ids
 
@@ -22,8 +23,7 @@ def check_vocabulary(model: Any, data: RunData) -> None:  # noqa: ANN401 - a Pre
     Raises:
         BadInput: names the set, the first such row, its tokens, and `resize_vocab`.
     """
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    size = getattr(embeddings, "num_embeddings", None)
+    size = vocabulary_size(model)
     if size is None:
         return
     elsewhere = set(visual_token_ids(getattr(model, "config", None)))

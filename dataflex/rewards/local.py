@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dataflex.models.frozen import (
-    load_language_model,
-    load_model,
-    model_path_faults,
-    named_faults,
-)
+from dataflex.models.frozen import load_language_model, load_model, named_faults
 from dataflex.models.generate import (
     continuations,
     groups_of_similar_length,
@@ -21,7 +16,7 @@ from dataflex.models.generate import (
     prompt_ids,
     stop_ids,
 )
-from dataflex.models.passes import max_positions
+from dataflex.models.paths import model_path_faults
 from dataflex.rewards.base import (
     PROBE_ANSWER,
     PROBE_PROMPT,
@@ -31,6 +26,7 @@ from dataflex.rewards.base import (
     parse_score,
     refuse_probe,
 )
+from gradstore.capture.limits import max_positions
 
 if TYPE_CHECKING:
     from torch import nn

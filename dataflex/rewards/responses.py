@@ -25,9 +25,9 @@ from dataflex.models.generate import (
     prompt_ids,
     stop_ids,
 )
-from dataflex.models.passes import max_positions
 from dataflex.run.context import RunContext
 from dataflex.run.log import progress
+from gradstore.capture.limits import max_positions
 from gradstore.errors import BadInput
 
 

@@ -23,10 +23,11 @@ from dataflex.selectors.base import Selection, Selector
 from gradstore.errors import BadInput, ProvenanceMismatch
 
 if TYPE_CHECKING:
-    from dataflex.features.gradients import CheckpointExport, FeatureService
+    from dataflex.features.gradients import FeatureService
     from dataflex.features.target_source import TargetFeatures
     from dataflex.run.forecast import Forecast
     from gradstore.scoring.comparable import CheckpointFeatures
+    from gradstore.store.filling import CheckpointExport
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ from gradstore.similarity.rows import ClusterDirections
 
 if TYPE_CHECKING:
     from dataflex.features.embeddings import EmbeddingExport, EmbeddingService
-    from dataflex.features.gradients import CheckpointExport, FeatureService
+    from dataflex.features.gradients import FeatureService
     from dataflex.run.forecast import Forecast
     from gradstore.scoring.comparable import CheckpointFeatures
+    from gradstore.store.filling import CheckpointExport
 
 Strategy = Literal["random", "nearest", "farthest", "mixed"]
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from dataflex.trainers.seam import Seam, random_states_kept
+from dataflex.trainers.seam import Seam
 from dataflex.trainers.weights import (
     SampleStats,
     check_weights,
@@ -34,7 +34,7 @@ from gradstore.capture.losses import (
     model_inputs,
     target_losses,
 )
-from gradstore.capture.modelstate import borrowed
+from gradstore.capture.modelstate import borrowed, random_states_kept
 
 _log = logging.getLogger(__name__)
 

@@ -8,22 +8,16 @@ weights of samples; a trainer of one kind is thin over them.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import logging
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dataflex.checkpoints.saving import disk_faults
 from dataflex.checkpoints.state import STATE, RunState, load_state
-from dataflex.config.presets import RETIRED
-from dataflex.config.registry import target_of
 from dataflex.models.experts import freeze_routers, load_experts
 from dataflex.models.passes import own_labels, row_losses
 from dataflex.models.vocabulary import check_vocabulary
@@ -34,19 +28,11 @@ from dataflex.run.output_owner import remember_identity
 from dataflex.run.schedule import Schedule
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.trainers.job import Job, Run
-from dataflex.trainers.sealing import SealedCheckpoints, Sealer
-from dataflex.trainers.settings import (
-    comparable,
-    differences,
-    of_finetuning,
-    of_optimizer,
-    of_training,
-    told,
-)
-from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch, StoreError
+from dataflex.trainers.sealing import SealedCheckpoints
+from dataflex.trainers.settings import check_agreement, comparable, of_run, rows_sha256
+from gradstore.capture.modelstate import random_states_kept
+from gradstore.errors import BadInput, DamagedData, StoreError
 from gradstore.store.cleaning import store_set_aside
-
-_log = logging.getLogger(__name__)
 
 
 class Seam(SealedCheckpoints):
@@ -64,13 +50,11 @@ class Seam(SealedCheckpoints):
     accelerator: Any
     train_dataset: Any
     data_collator: Any
-    finetuning_args: Any
     callback_handler: Any
-    add_callback: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
         super().__init__(*args, **kwargs)
-        self.rows_sha256 = hashlib.sha256(self.run.data.train.row_set.hashes.tobytes()).hexdigest()
+        self.rows_sha256 = rows_sha256(self.run.data)
         self.log_files = RunLog(Path(self.args.output_dir))
         self._numbers: dict[str, float] = {}
         # Those of before training: creating a scheduler changes the Trainer's arguments.
@@ -102,7 +86,7 @@ class Seam(SealedCheckpoints):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Restore what `state.json` keeps, start the strategy, train, finish it."""
         checkpoint = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
-        self._agreed = self.settings()
+        self._agreed = self.settings(self.run)
         with contextlib.ExitStack() as stack:
             # An earlier run's store, until the strategy has started: put back where it has not.
             former = stack.enter_context(contextlib.ExitStack())
@@ -112,7 +96,7 @@ class Seam(SealedCheckpoints):
             self._begin(former, fresh=checkpoint is None)
             if checkpoint is not None:
                 load_experts(self.model, checkpoint)
-            self.add_callback(Sealer(self.run.ranks))
+            self.seal_last()
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -128,7 +112,7 @@ class Seam(SealedCheckpoints):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save; a checkpoint's state goes in before trainer_state.json, which completes it."""
         with disk_faults(Path(output_dir or self.args.output_dir)):
-            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            super().save_model(output_dir, _internal_call)
         is_checkpoint = output_dir is not None and Path(output_dir) != Path(self.args.output_dir)
         if is_checkpoint and _internal_call and self.args.should_save:
             self.save_state_beside(Path(str(output_dir)))
@@ -158,22 +142,10 @@ class Seam(SealedCheckpoints):
             more=self.more_state(),
         )
 
-    def settings(self) -> Mapping[str, Any]:
-        """List what a resume must agree on: settings of decisions and of the saved weights."""
-        neutral = {*RETIRED, *self.run.strategy.neutral}
-        tuned = getattr(self, "finetuning_args", None)
-        return {
-            "component_name": self.run.name,
-            "class": target_of(type(self.run.strategy)),
-            "component_params": {k: v for k, v in self.run.params.items() if k not in neutral},
-            "rows_per_step": self.run.shape.rows,
-            "seed": int(self.args.seed),
-            "targets": {t.name: t.row_set.sha256 for t in self.run.data.targets},
-            "optim": str(self.args.optim),
-            **of_finetuning(tuned),
-            "optimizer": of_optimizer(self.args, tuned),
-            "training": of_training(self.args, self.run.schedule.budget),
-        }
+    @classmethod
+    def settings(cls, run: Run) -> Mapping[str, Any]:
+        """List what a resume must agree on; the rows of `run` are known, no model is needed."""
+        return of_run(run)
 
     # -- log --------------------------------------------------------------------------------------
 
@@ -215,7 +187,7 @@ class Seam(SealedCheckpoints):
         """
         config = self.run.config
         check_vocabulary(self.model, self.run.data)
-        if spread := self._spread() & self.run.strategy.whole_model:
+        if spread := sharding(self) & self.run.strategy.whole_model:
             raise BadInput(
                 f"component {self.run.name!r} makes passes of its own over the model in training, "
                 f"which cannot be made under {' and '.join(sorted(spread))}: use DDP."
@@ -239,37 +211,9 @@ class Seam(SealedCheckpoints):
             ranks.gather(lambda: self.run.strategy.start(self.context))
         ranks.decide(own)
 
-    def _spread(self) -> set[str]:
-        """Name how the model is sharded over devices; empty where each has all of it."""
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        found = {FSDP} if getattr(self, "is_fsdp_enabled", False) else set()
-        return found | ({ZERO3} if plugin is not None and plugin.zero_stage == 3 else set())
-
     def _restore(self, state: RunState, checkpoint: Path) -> None:
         """Go on where the checkpoint was: same rows, same position, same component."""
-        s = self.run.schedule
-        if state.schedule != (now := (s.warmup_step, s.update_step, s.update_times)):
-            raise BadInput(
-                f"the checkpoint was made with (warmup_step, update_step, update_times) = "
-                f"{state.schedule}, this configuration has {now}. "
-                "Restore the values, or start a new run with overwrite_output_dir: true."
-            )
-        if changed := differences(state.settings, self._agreed):
-            raise BadInput(
-                f"the checkpoint was made with other settings: {'; '.join(changed)}"
-                ". Restore them, or start a new run with overwrite_output_dir: true."
-            )
-        if self.run.ranks.leads and (note := told(state.settings, self._agreed)) is not None:
-            _log.warning("%s", note)
-        if state.step >= s.budget and self.run.ranks.leads:
-            _log.warning("nothing to train: the checkpoint is at step %d, the run ends at step %d",
-                         state.step, s.budget)  # fmt: skip
-        if state.rows_sha256 != self.rows_sha256:
-            raise ProvenanceMismatch(
-                "the checkpoint was made on other training rows (data, template, tokenizer or "
-                "cutoff_len changed). Restore them, or start a new run with "
-                "overwrite_output_dir: true."
-            )
+        check_agreement(state, self.run, self._agreed, self.rows_sha256)
         try:
             self.run.strategy.restore(state.component)
             self.restore_more(state)
@@ -288,6 +232,13 @@ def trainer_class(seam: type[Seam], base: type, run: Run) -> type:
     return type(f"{seam.__name__.removesuffix('Seam')}{base.__name__}", (seam, base), {"run": run})
 
 
+def sharding(trainer: Any) -> set[str]:  # noqa: ANN401 - a transformers Trainer
+    """Name how a trainer shards its model over devices; empty where each has all of it."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    found = {FSDP} if getattr(trainer, "is_fsdp_enabled", False) else set()
+    return found | ({ZERO3} if plugin is not None and plugin.zero_stage == 3 else set())
+
+
 def keeps_moments(optimizer: Any) -> bool:  # noqa: ANN401 - an optimizer or accelerate's wrapper
     """Return true for an optimizer of the Adam family, also before its first step."""
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -304,18 +255,3 @@ def _set_early_stopping(trainer: Any, min_delta: float) -> None:  # noqa: ANN401
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, EarlyStoppingCallback):
             callback.early_stopping_threshold = min_delta
-
-
-@contextlib.contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Keep Python's, NumPy's, torch's CPU and CUDA random states as they are."""
-    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)

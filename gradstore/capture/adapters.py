@@ -42,6 +42,18 @@ def check_adapters(model: nn.Module) -> None:
         )
 
 
+def check_frozen(model: nn.Module) -> None:
+    """Raise BadInput where a model has no frozen part: gradients of whole models are not stored."""
+    parameters = list(model.parameters())
+    if parameters and all(parameter.requires_grad for parameter in parameters):
+        count = sum(parameter.numel() for parameter in parameters)
+        raise BadInput(
+            f"the model has no adapter: all of its {count:,} parameters are trained, and their "
+            "gradients are too large to take of each row. Add a LoRA adapter "
+            "(peft.get_peft_model), or freeze the rest."
+        )
+
+
 def watched_linears(
     model: nn.Module, parameters: Mapping[ParameterSlot, nn.Parameter]
 ) -> list[HookedModule]:

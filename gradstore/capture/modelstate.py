@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -45,6 +47,21 @@ def borrowed(model: nn.Module, *, freeze: bool) -> Iterator[None]:
             module.training = flag
         for config, key, value, _ in switches:
             setattr(config, key, value)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Keep Python's, NumPy's, torch's CPU and CUDA random states as they are."""
+    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
 
 
 def _configs(model: nn.Module) -> list[Any]:

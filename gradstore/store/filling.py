@@ -8,11 +8,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gradstore.errors import expect
+from gradstore.errors import BadInput, expect
 from gradstore.export.units import UnitFeatures, check_bad_rows
 from gradstore.format.layout import EMBEDDING, RowStatus
 from gradstore.format.plans import UnitRange
+from gradstore.store.generation import Generation
 from gradstore.store.generation_writer import GenerationWriter
+
+#: Reasons by status.
+_UNUSABLE = {
+    "zero_norm": "with a gradient that is zero",
+    "non_finite": "with a gradient that is not finite",
+    "masked": "masked, without a target token",
+    "too_long": "longer than the model's context",
+}
 
 
 @dataclass
@@ -23,6 +32,25 @@ class ExportSummary:
     tokens: int = 0
     seconds: float = 0.0
     status_counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckpointExport:
+    """The generations of one checkpoint, committed.
+
+    Attributes:
+        train: name of the generation of the training rows; "" where there are none.
+        targets: one name per target set.
+        target_rows: rows of all target sets.
+        tokens: tokens that went through the model in this pass; 0 where everything was reused.
+        seconds: duration of the passes.
+    """
+
+    train: str
+    targets: tuple[str, ...]
+    target_rows: int
+    tokens: int
+    seconds: float
 
 
 class UnitSink:
@@ -64,7 +92,9 @@ class UnitSink:
             self._limit,
             self._what,
         )
-        self._writer.write_unit(done.unit.index, done.features, done.norm, done.status, done.tokens)
+        self._writer.write_unit(
+            done.unit.index, done.features, done.norm, done.status, done.tokens, done.loss
+        )
         summary = self.summary
         summary.rows += len(done.status)
         summary.tokens += done.model_tokens
@@ -72,6 +102,23 @@ class UnitSink:
             name = RowStatus(int(status)).name.lower()
             summary.status_counts[name] = summary.status_counts.get(name, 0) + int(count)
         summary.seconds = time.perf_counter() - self._began
+
+
+def check_usable(generation: Generation) -> None:
+    """Refuse a committed set of rows that says nothing.
+
+    Raises:
+        BadInput: none of its rows is usable; counts the reasons.
+    """
+    if not generation.usable.any():
+        name = f"target set {generation.set!r}" if generation.set else "the training set"
+        counts = generation.status_counts()
+        reasons = [f"{counts[status]:,} {why}" for status, why in _UNUSABLE.items()
+                   if counts.get(status)]  # fmt: skip
+        raise BadInput(
+            f"{name} has no usable row among its {generation.rows:,}: "
+            f"{', '.join(reasons)}. Give it rows that the model can learn from."
+        )
 
 
 def fill(

@@ -12,9 +12,10 @@ from gradkernels import ProjectionSpec, canary
 from torch import nn
 
 from dataflex.data.rows import ROW_FIELDS, RunData
-from dataflex.features.fields import adapter_hash, space_fields
+from dataflex.features.fields import space_fields
 from gradstore.capture.slots import trainable_slots
 from gradstore.errors import ProvenanceMismatch
+from gradstore.export.gradient_space import GradientSpace, adapter_hash
 from gradstore.store.writer import StoreWriter
 
 SPEC = ProjectionSpec("sjlt", p=12, d=8, seed=3)
@@ -45,7 +46,7 @@ def fields(
     arguments = SimpleNamespace(**{name: 1 for name in ROW_FIELDS} | rows)
     nothing: Any = None
     data = RunData(nothing, (), tokenizer or Saved(), "default", arguments, "sft")
-    return space_fields(net, data, list(trainable_slots(net)), spec, "float16")
+    return space_fields(net, data, GradientSpace(list(trainable_slots(net)), spec, "float16"))
 
 
 def test_the_projection_is_told_with_its_canary() -> None:

@@ -13,8 +13,8 @@ import torch
 from dataflex.data.images import TextsWithPictures, opened, pictures_hash, shown_batch
 from dataflex.data.rows import Rows
 from dataflex.features.vision import Anatomy
-from dataflex.models.passes import max_positions
 from dataflex.selectors.coincide import CoincideSelector
+from gradstore.capture.limits import max_positions
 from gradstore.errors import BadInput
 from gradstore.export.visual import VisualStates
 

@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from dataflex.data.rows import Rows
-from dataflex.models.passes import longest_row, max_positions, own_labels, row_losses
+from dataflex.models.passes import longest_row, own_labels, row_losses
+from gradstore.capture.limits import max_positions
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.errors import BadInput
 

@@ -1,0 +1,70 @@
+"""The limits of a model that a pass over rows must keep: positions, embeddings, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from gradstore.errors import BadInput
+
+#: Padded tokens of a gradient batch where the user sets none.
+CPU_TOKENS, GPU_TOKENS = 2048, 16384
+
+
+def token_budget(model: nn.Module) -> int:
+    """Return the number of padded tokens of a gradient batch that suits the model's device."""
+    return GPU_TOKENS if next(model.parameters()).device.type == "cuda" else CPU_TOKENS
+
+
+def vocabulary_size(model: Any) -> int | None:  # noqa: ANN401 - a PreTrainedModel
+    """Return the number of tokens that a model has embeddings for, if it tells."""
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return getattr(embeddings, "num_embeddings", None)
+
+
+def max_positions(model: Any) -> int | None:  # noqa: ANN401 - a PreTrainedModel
+    """Return the most tokens a model takes, if stated; the language part's, if it has several."""
+    longest = getattr(_text_config(model), "max_position_embeddings", None)
+    return None if longest is None else int(longest)
+
+
+def longest_of(
+    model: Any,  # noqa: ANN401 - a PreTrainedModel
+    lengths: npt.NDArray[np.int64],
+    name: str,
+) -> int | None:
+    """Return the tokens of the longest row that can be passed through the model; None for any.
+
+    Args:
+        model: the model.
+        lengths: (n,) tokens of each row.
+        name: of the rows, for the message.
+
+    Raises:
+        BadInput: rotary frequencies depend on the longest row of a batch (`longrope`), and the rows
+            lie on both sides of the length at which they change.
+    """
+    settings = _text_config(model)
+    rope = getattr(settings, "rope_parameters", None) or getattr(settings, "rope_scaling", None)
+    for part in (rope, *(rope or {}).values()):
+        if isinstance(part, dict) and part.get("rope_type", part.get("type")) == "longrope":
+            changes = part.get("original_max_position_embeddings") or getattr(
+                settings, "original_max_position_embeddings", None
+            )
+            longer = lengths > (changes or np.inf)
+            if longer.any() and not longer.all():
+                raise BadInput(
+                    f"{int(longer.sum())} of the {len(lengths)} rows of {name!r} have more than "
+                    f"{changes} tokens, at which the model's position encoding (longrope) changes "
+                    "for every row of a batch: a row's features would depend on its neighbours. "
+                    f"Set cutoff_len to at most {changes}."
+                )
+    return max_positions(model)
+
+
+def _text_config(model: Any) -> Any:  # noqa: ANN401 - a PretrainedConfig
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

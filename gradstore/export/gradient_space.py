@@ -1,0 +1,189 @@
+"""The gradient features of one model: what makes them comparable, and the record of each export."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from gradkernels import ProjectionSpec, canary
+from torch import nn
+
+from gradstore.capture.per_sample import GradientCapture
+from gradstore.capture.slots import ParameterSlot, parameter_name
+from gradstore.export.features import FeatureSpec, Recipe
+from gradstore.export.moments import AdamMoments
+from gradstore.export.settings import GradientSettings
+from gradstore.format.names import GenerationName
+from gradstore.format.records import GenerationRecord
+from gradstore.storage.hashing import tensor_hash
+
+
+def effective_seed(base: int, step: int) -> int:
+    """Derive the projection seed of one checkpoint, so noise averages out over checkpoints."""
+    digest = hashlib.blake2b(f"{base}:{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True)
+class GradientSpace:
+    """The gradient features of one model.
+
+    Attributes:
+        slots: the trained parameters, in gradient order.
+        projection: with the base seed.
+        dtype: of stored features.
+    """
+
+    slots: Sequence[ParameterSlot]
+    projection: ProjectionSpec
+    dtype: str
+
+    @classmethod
+    def of(cls, model: nn.Module, settings: GradientSettings) -> Self:
+        """Find what a model trains.
+
+        Raises:
+            BadInput: the model has more than one active adapter, or nothing to train.
+        """
+        with GradientCapture(model) as capture:
+            return cls(capture.slots, settings.projection(capture.p), settings.dtype)
+
+    def fields(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: str | None,
+        template: str,
+        stage: str,
+        rows: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Return the MUST-EQUAL fields of the space.
+
+        Args:
+            model: the model in training.
+            tokenizer: its hash; None where the rows' origin is unknown.
+            template: name or hash of the chat template.
+            stage: sft or pt.
+            rows: settings that decide which tokens a row has.
+        """
+        parameters, trained = named_parameters(model), {slot.name for slot in self.slots}
+        projection = self.projection
+        return {
+            "dim": projection.d,
+            "dtype": self.dtype,
+            "loss": "sum over rows of each row's mean over its target tokens",
+            "projection": {**projection.to_dict(), "canary": canary(projection).tolist()},
+            "parameters": [
+                f"{s.name} {list(s.shape)} {str(parameters[s.name].dtype).removeprefix('torch.')}"
+                for s in self.slots
+            ],
+            "base_model": tensor_hash((n, p) for n, p in parameters.items() if n not in trained),
+            "tokenizer": tokenizer,
+            "template": template,
+            "stage": stage,
+            "rows": dict(rows),
+        }
+
+    def recipe(self, features: FeatureSpec, step: int, moments: AdamMoments | None) -> Recipe:
+        """Return the way from gradients to the features of one checkpoint's generation."""
+        seed = effective_seed(self.projection.seed, step)
+        return Recipe(features, self.projection.with_seed(seed), moments)
+
+    def record(
+        self,
+        model: nn.Module,
+        name: GenerationName,
+        recipe: Recipe,
+        *,
+        run_id: str,
+        autocast: str,
+        learning_rate: float | None,
+        options: Mapping[str, Any],
+    ) -> GenerationRecord:
+        """Record what makes a generation at the model's present state.
+
+        Args:
+            model: the model in training.
+            name: role, set, step and prefix of the run.
+            recipe: from `recipe`.
+            run_id: the same for a run and its resumes.
+            autocast: dtype name of mixed precision, or "off".
+            learning_rate: mean since the previous generation of training rows.
+            options: what the features depend on beside model, rows and recipe.
+        """
+        moments = recipe.moments
+        return GenerationRecord(
+            name=str(name),
+            role=name.role,
+            step=name.step,
+            set=name.set,
+            run_id=run_id,
+            adapter_hash=adapter_hash(model, self.slots),
+            optimizer_hash=moments.sha256() if moments is not None else None,
+            effective_seed=recipe.projection.seed,
+            autocast=autocast,
+            attention=attention_of(model),
+            projection=recipe.projection.to_dict(),
+            feature=recipe.features.kind,
+            feature_options={**asdict(recipe.features), **options},
+            learning_rate=learning_rate,
+            libraries=libraries(),
+        )
+
+
+def attention_of(model: nn.Module) -> str:
+    """Return the name of the attention implementation; it moves features by rounding."""
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+
+
+def adapter_hash(model: nn.Module, slots: Sequence[ParameterSlot]) -> str:
+    """Compute the sha256 of the trained parameters' names and values."""
+    trained = {slot.name for slot in slots}
+    return tensor_hash((n, p) for n, p in named_parameters(model).items() if n in trained)
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return parameters by the names the store uses (wrappers' prefixes stripped)."""
+    return {parameter_name(name): p for name, p in model.named_parameters()}
+
+
+def libraries() -> dict[str, str]:
+    """Return library and GPU versions; a difference in them only causes a warning."""
+    found = {}
+    for name in ("torch", "transformers", "peft", "zarr"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a store needs no transformers
+            continue
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def tokenizer_hash(tokenizer: Any) -> str:  # noqa: ANN401 - whatever saves itself to files
+    """Compute the path-free sha256 of the files a tokenizer saves, chat template included."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        digest = hashlib.sha256()
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                content = path.read_bytes()
+                if path.name == "tokenizer_config.json":
+                    content = _without_paths(content)
+                digest.update(f"{path.name}:{len(content)}:".encode() + content)
+    return digest.hexdigest()
+
+
+def _without_paths(content: bytes) -> bytes:
+    settings: Mapping[str, Any] = json.loads(content)
+    volatile = {"name_or_path", "_name_or_path", "special_tokens_map_file", "tokenizer_file"}
+    return json.dumps(
+        {k: v for k, v in settings.items() if k not in volatile}, sort_keys=True
+    ).encode()

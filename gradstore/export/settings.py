@@ -1,0 +1,105 @@
+"""Settings of gradient features: of what kind they are, how they are projected and stored."""
+
+# Annotations are objects here: whoever checks a user's values reads them, from any module.
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Self
+
+from annotated_types import Ge, Interval, MinLen
+from gradkernels import ProjectionSpec
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from gradstore.errors import BadInput
+from gradstore.export.features import EpsMode, FeatureSpec, Kind
+
+
+@dataclass(frozen=True)
+class GradientSettings:
+    """Settings of gradient features, the same for the training rows and the target sets of a store.
+
+    Attributes:
+        gradient_type: feature of a training row, see `gradstore.export.features`.
+        adam_eps_mode: whether eps stands inside the root or outside.
+        bias_correction: whether the moments are corrected for their start at zero.
+        proj_method: sjlt, rademacher or gaussian.
+        proj_dim: projected dimensions d.
+        sjlt_s: non-zeros per parameter of sjlt.
+        seed: of the projection; each checkpoint projects with hash(seed, step).
+        dtype: of stored features.
+        tokens_per_batch: padded tokens of a gradient batch; None chooses by device.
+        max_bad_fraction: share of rows with non-finite gradients above which an export stops.
+
+    Raises:
+        ValueError: more non-zeros than dimensions.
+    """
+
+    gradient_type: Kind = "adam_marginal"
+    adam_eps_mode: EpsMode = "inside"
+    bias_correction: bool = False
+    proj_method: Literal["sjlt", "rademacher", "gaussian"] = "sjlt"
+    proj_dim: Annotated[int, Interval(ge=1, le=1 << 24)] = 8192
+    sjlt_s: Annotated[int, Ge(1)] = 8
+    seed: Annotated[int, Ge(0)] = 42
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    tokens_per_batch: Annotated[int, Ge(1)] | None = None
+    max_bad_fraction: Annotated[float, Interval(ge=0, le=1)] = 0.01
+
+    def __post_init__(self) -> None:
+        """Let the projection check how its parameters relate to each other."""
+        self.projection(1)
+
+    def projection(self, p: int) -> ProjectionSpec:
+        """Return the projection of p parameters, with the base seed."""
+        return ProjectionSpec(self.proj_method, p=p, d=self.proj_dim, seed=self.seed, s=self.sjlt_s)
+
+    @property
+    def train_features(self) -> FeatureSpec:
+        """Specification of the feature computed from a training row's gradient."""
+        return FeatureSpec(self.gradient_type, self.adam_eps_mode, self.bias_correction)
+
+    @property
+    def target_features(self) -> FeatureSpec:
+        """Targets are plain gradients: `sgd`, or `sign` when the training rows are `sign`."""
+        return FeatureSpec("sign" if self.gradient_type == "sign" else "sgd")
+
+
+@dataclass(frozen=True)
+class BuildSettings(GradientSettings):
+    """Settings of `gradstore.build`, beside those of the features.
+
+    Attributes:
+        learning_rate: mean since the previous checkpoint; weights this one among others.
+        gradstore_run: prefix of the generations, where several runs share a store.
+        run_id: id of the training run that the model comes from; a store refuses another one's
+            features under the same prefix.
+        store_text: whether prompt and response of every row are kept, where they are known.
+    """
+
+    learning_rate: Annotated[float, Ge(0)] = 0.0
+    gradstore_run: str = ""
+    run_id: Annotated[str, MinLen(1)] = "gradstore.build"
+    store_text: bool = True
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """Check what a user gave by keyword.
+
+        Raises:
+            BadInput: every unknown name and every value refused.
+        """
+        known = {each.name: each.type for each in fields(cls)}
+        strict = ConfigDict(strict=True)
+        faults = [f"unknown {name!r}; accepted are {', '.join(known)}"
+                  for name in given if name not in known]  # fmt: skip
+        for name in given.keys() & known.keys():
+            try:
+                TypeAdapter(known[name], config=strict).validate_python(given[name])
+            except ValidationError as error:
+                faults.append(f"{name} is {given[name]!r}: {error.errors()[0]['msg']}")
+        if faults:
+            raise BadInput(f"settings of the build: {'; '.join(sorted(faults))}.")
+        try:
+            return cls(**given)
+        except ValueError as error:
+            raise BadInput(f"settings of the build: {error}.") from error

@@ -1,0 +1,250 @@
+"""`gradstore.build`: the generations of one state of a model, in one call, without a trainer.
+
+```
+gradstore.build(model, tokenizer, train_rows, {"maths": rows}, "store", moments=optimizer, step=100)
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from gradstore.capture.adapters import check_frozen
+from gradstore.capture.limits import longest_of, token_budget, vocabulary_size
+from gradstore.capture.modelstate import random_states_kept
+from gradstore.errors import BadInput, expect, expect_path, expect_whole
+from gradstore.export.features import FeatureMap, FeatureSpec
+from gradstore.export.gradient_space import GradientSpace, tokenizer_hash
+from gradstore.export.moments import AdamMoments
+from gradstore.export.projected import compute_unit
+from gradstore.export.settings import BuildSettings
+from gradstore.export.token_rows import TokenRows, decoded, padded, read_rows, tokenizer_of
+from gradstore.export.units import Batches
+from gradstore.format.layout import GRADIENT
+from gradstore.format.names import GenerationName, Role
+from gradstore.format.text_table import Text
+from gradstore.store.filling import CheckpointExport, ExportSummary, check_usable, fill
+from gradstore.store.ownership import check_rows_and_run
+from gradstore.store.writer import StoreWriter
+
+#: Names of the training set and of a target set that has none.
+TRAIN, TARGET = "train", "target"
+
+#: Entry of a dataset_info.json for rows of two texts, as LlamaFactory reads it.
+_FORMAT = {"columns": {"prompt": "prompt", "response": "response"}}
+
+#: Template of rows that come as tokens or through a collator: whoever made them applied it.
+OWN = "of the rows' own"
+
+
+@random_states_kept()
+def build(
+    model: nn.Module,
+    tokenizer_or_collator: Any,  # noqa: ANN401 - of transformers, or any function
+    train_rows: Sequence[Any] | None,
+    target_rows: Mapping[str, Sequence[Any]] | Sequence[Any] | None,
+    path: str | os.PathLike[str],
+    *,
+    moments: Any = None,  # noqa: ANN401 - AdamMoments or an optimizer
+    step: int = 0,
+    **settings: Any,  # noqa: ANN401 - of BuildSettings
+) -> CheckpointExport:
+    """Take the gradient of every row at the model's present state and commit the features.
+
+    Interrupted, by a kill too, the same call goes on where it was; repeated, it computes nothing.
+    The model, its gradients, hooks and every random state are left as they are.
+
+    Args:
+        model: a causal language model with one LoRA adapter, on the device it shall run on. Inside
+            `torch.autocast` the passes are made under it.
+        tokenizer_or_collator: a tokenizer, for rows of `prompt` and `response`; or a collator, for
+            rows it takes; or None for rows of `input_ids` and `labels`.
+        train_rows: n rows; None for none.
+        target_rows: rows of each target set by its name, or those of one set; None for none.
+        path: the store's folder, made if need be.
+        moments: for Adam features: `AdamMoments`, or the optimizer that holds them.
+        step: g, optimizer steps the model has made; names the generations.
+        **settings: fields of `gradstore.BuildSettings`, as `gradient_type` and `proj_dim`.
+
+    Raises:
+        BadInput: no adapter, moments missing, rows that can't be used, a process other than rank 0.
+        ProvenanceMismatch: the store's features come of another model, tokenizer, projection, run
+            or of other rows; lists the differences.
+        StoreBusy: another process writes to the store.
+        StoreIOError: the disk is full, or cannot be written.
+    """
+    options = BuildSettings.of(settings)
+    expect_path(path, "the store")
+    step = expect_whole(step, "step", least=0)
+    _check_process()
+    expect(isinstance(model, nn.Module), "model", model, "a torch module")
+    check_frozen(model)
+    space = GradientSpace.of(model, options)
+    held = None  # target sets alone need no moments
+    if train_rows is not None:
+        held = _moments_of(moments, model, space, options.train_features)
+    sets = list(_read_sets(train_rows, target_rows, tokenizer_or_collator))
+    for rows in sets:
+        _check_vocabulary(model, rows)
+    tokenizer = tokenizer_of(tokenizer_or_collator)
+    return _Checkpoint(model, space, options, step, tokenizer, held).export(Path(path), sets)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A state of the model, whose generations are made one by one."""
+
+    model: nn.Module
+    space: GradientSpace
+    options: BuildSettings
+    step: int
+    tokenizer: Any
+    moments: AdamMoments | None
+
+    def export(self, path: Path, sets: Sequence[TokenRows]) -> CheckpointExport:
+        """Make the generations of all sets in the store at `path`."""
+        options = self.options
+        fields = self.space.fields(
+            self.model,
+            tokenizer=None if self.tokenizer is None else tokenizer_hash(self.tokenizer),
+            template=OWN,
+            stage="sft",
+            rows={},
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        named = {"" if _is_train(rows) else rows.name: rows.row_set for rows in sets}
+        with StoreWriter(path, provenance=fields) as writer:
+            check_rows_and_run(writer.store, named, space=GRADIENT, run=options.gradstore_run,
+                               run_id=options.run_id)  # fmt: skip
+            # Target sets first: one without a usable row is found before the many training rows.
+            made = [self._generation(writer, rows) for rows in sorted(sets, key=_is_train)]
+        return CheckpointExport(
+            train=next((name for rows, name, _ in made if _is_train(rows)), ""),
+            targets=tuple(name for rows, name, _ in made if not _is_train(rows)),
+            target_rows=sum(len(rows) for rows, *_ in made if not _is_train(rows)),
+            tokens=sum(summary.tokens for *_, summary in made),
+            seconds=sum(summary.seconds for *_, summary in made),
+        )
+
+    def _generation(
+        self, writer: StoreWriter, rows: TokenRows
+    ) -> tuple[TokenRows, str, ExportSummary]:
+        """Make one generation; give the rows, its name in the store and what the pass did."""
+        options, trains = self.options, _is_train(rows)
+        role: Role = "train" if trains else "target"
+        features = options.train_features if trains else options.target_features
+        recipe = self.space.recipe(features, self.step, self.moments if trains else None)
+        record = self.space.record(
+            self.model,
+            GenerationName(role, self.step, "" if trains else rows.name, options.gradstore_run),
+            recipe,
+            run_id=options.run_id,
+            autocast=_autocast(self.model),
+            learning_rate=options.learning_rate if trains else None,
+            options={},
+        )
+        if options.store_text and (rows.texts is not None or self.tokenizer is not None):
+            formats = None if rows.texts is None else {rows.name: _FORMAT}
+            writer.keep_texts(rows.row_set, self._texts(rows), formats)
+        begun = writer.begin(record, rows.row_set, dim=options.proj_dim, dtype=options.dtype)
+        budget = options.tokens_per_batch or token_budget(self.model)
+        longest = longest_of(self.model, rows.lengths, rows.name)
+        batches = Batches(rows.items, padded, rows.lengths, budget, longest)
+        left = sum(unit.stop - unit.start for unit in begun.pending)
+        with tqdm(total=left, desc=record.name, unit="row", disable=None, leave=False) as bar:
+            advance = partial(_advance, bar)
+            compute = partial(compute_unit, self.model, batches, recipe, on_rows=advance)
+            summary = fill(begun, compute, max_bad_fraction=options.max_bad_fraction)
+        begun.commit()
+        check_usable(writer.store.generation(begun.name))
+        return rows, begun.name, summary
+
+    def _texts(self, rows: TokenRows) -> Iterator[Text]:
+        for i, (ids, labels) in enumerate(zip(rows.input_ids, rows.labels, strict=True)):
+            if rows.texts is None:
+                yield Text(*decoded(self.tokenizer, ids, labels), len(ids))
+            else:
+                prompt, response = rows.texts[i]
+                row = {"prompt": prompt, "response": response}
+                yield Text(prompt, response, len(ids), json.dumps(row, ensure_ascii=False))
+
+
+def _advance(bar: Any, rows: int) -> None:  # noqa: ANN401 - tqdm
+    bar.update(rows)
+
+
+def _is_train(rows: TokenRows) -> bool:
+    return rows.name == TRAIN
+
+
+def _check_process() -> None:
+    """Refuse a process other than the first: one writes a store."""
+    rank = int(os.environ.get("RANK", "0") or 0)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank = torch.distributed.get_rank()
+    if rank:
+        raise BadInput(
+            f"gradstore.build was called by rank {rank} of a distributed run, and one process "
+            "writes a store. Call it on rank 0 alone, or let the ranks share the passes: "
+            "dataflex.integrations.GradientStoreCallback."
+        )
+
+
+def _moments_of(
+    given: Any,  # noqa: ANN401
+    model: nn.Module,
+    space: GradientSpace,
+    features: FeatureSpec,
+) -> AdamMoments | None:
+    """Read the moments that features need; refuse them where one is missing."""
+    if not features.needs_moments:
+        return None
+    held = given
+    if given is not None and not isinstance(given, AdamMoments):
+        held = AdamMoments.from_optimizer(given, model)
+    FeatureMap(features, space.slots, held)
+    return held  # type: ignore[no-any-return]
+
+
+def _read_sets(train: Any, targets: Any, by: Any) -> Iterator[TokenRows]:  # noqa: ANN401
+    """Read every set of rows, the training set first."""
+    if targets is not None and not isinstance(targets, Mapping):
+        targets = {TARGET: targets}
+    expect(train is not None or bool(targets), "train_rows and target_rows", None,
+           "one of them at least")  # fmt: skip
+    if train is not None:
+        yield read_rows(TRAIN, train, by)
+    for name, rows in (targets or {}).items():
+        if name == TRAIN or not isinstance(name, str) or not name:
+            raise BadInput(f"a target set is named {name!r}; choose another name.")
+        yield read_rows(name, rows, by)
+
+
+def _check_vocabulary(model: nn.Module, rows: TokenRows) -> None:
+    """Refuse a token without an embedding: on an accelerator it ends in a device assertion."""
+    size = vocabulary_size(model)
+    largest = [max(ids) for ids in rows.input_ids]
+    if size is not None and max(largest) >= size:
+        row = next(i for i, token in enumerate(largest) if token >= size)
+        raise BadInput(
+            f"{rows.name!r}, row {row}, has token {largest[row]}, the model has embeddings for "
+            f"{size}. Tokenise with the model's own tokenizer, or call resize_token_embeddings."
+        )
+
+
+def _autocast(model: nn.Module) -> str:
+    """Name the precision that the caller's autocast gives the model's device."""
+    device = next(model.parameters()).device.type
+    if not torch.is_autocast_enabled(device):
+        return "off"
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[torch.get_autocast_dtype(device)]
