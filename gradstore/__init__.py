@@ -27,14 +27,13 @@ if TYPE_CHECKING:
     from gradstore.similarity.index import FeatureIndex
     from gradstore.similarity.rows import read_unit_rows
     from gradstore.store.building import build
-    from gradstore.store.filling import CheckpointExport, UnitSink, fill
+    from gradstore.store.filling import UnitSink, fill
     from gradstore.store.writer import StoreWriter
 
 _MODULES = {
     "AdamMoments": "export.moments",
     "Batches": "export.units",
     "BuildSettings": "export.settings",
-    "CheckpointExport": "store.filling",
     "CheckpointFeatures": "scoring.comparable",
     "FeatureIndex": "similarity.index",
     "FeatureSpec": "export.features",
@@ -65,7 +64,6 @@ __all__ = [
     "AdamMoments",
     "Batches",
     "BuildSettings",
-    "CheckpointExport",
     "CheckpointFeatures",
     "FeatureIndex",
     "FeatureSpec",

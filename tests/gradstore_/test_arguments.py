@@ -16,6 +16,7 @@ import gradstore
 from gradstore import (
     AdamMoments,
     Batches,
+    BuildSettings,
     CheckpointFeatures,
     FeatureIndex,
     FeatureSpec,
@@ -27,6 +28,7 @@ from gradstore import (
     Text,
     UnitSink,
     batch_losses,
+    build,
     checkpoint_features,
     compute_embedding_unit,
     compute_unit,
@@ -209,6 +211,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "data set": (lambda: Batches(3, list, [1]), "rows that have a length"),
     "sink": (lambda: UnitSink(None), "what StoreWriter.begin returns"),
     "filling": (lambda: fill(None, len), "what StoreWriter.begin returns"),
+    "build's model": (lambda: build("m", None, [], None, "s"), "give a torch module"),
+    "build's path": (lambda: build(LINEAR, None, [], None, None), "the store is None; give a path"),
+    "build's setting": (lambda: build(LINEAR, None, [], None, "s", dim=3), "unknown 'dim'"),
+    "a build's number": (lambda: BuildSettings.of({"proj_dim": "8"}), "proj_dim is '8'"),
 }  # fmt: skip
 
 
