@@ -2,7 +2,7 @@
 #
 #   docker build -t dataflex .                          # a CPU: torch without CUDA
 #   docker build -t dataflex --build-arg TORCH=cu130 .  # NVIDIA GPUs; torch brings its CUDA along
-#   docker run --rm -v "$PWD/runs:/work/runs" dataflex train examples/train_lora/selectors/less.yaml
+#   docker run --rm -v "$PWD/runs:/app/runs" dataflex train examples/train_lora/selectors/less.yaml
 #
 # On a GPU add `--gpus all` to `docker run`. BASE may be any Debian or Ubuntu with Python 3.11 to
 # 3.13 in itself or in its packages, such as nvidia/cuda:13.0.2-base-ubuntu24.04. TORCH is a folder of
@@ -21,10 +21,10 @@ RUN if ! python3 -c "import ensurepip" 2>/dev/null; then \
       && rm -rf /var/lib/apt/lists/*; \
     fi \
     && useradd --create-home --uid 10001 dataflex \
-    && install -d -o dataflex /work /work/runs /opt/dataflex
+    && install -d -o dataflex /app /app/runs /opt/dataflex
 
 USER 10001
-WORKDIR /work
+WORKDIR /app
 COPY --chown=dataflex pyproject.toml README.md LICENSE source/
 COPY --chown=dataflex dataflex source/dataflex/
 COPY --chown=dataflex gradstore source/gradstore/
@@ -32,7 +32,7 @@ COPY --chown=dataflex kernels source/kernels/
 COPY --chown=dataflex examples examples/
 
 # faiss-gpu needs 1.2 GB of CUDA 12 beside torch's CUDA 13; on a CPU faiss-cpu does the same.
-WORKDIR /work/source
+WORKDIR /app/source
 RUN python3 -m venv /tmp/uv \
     && /tmp/uv/bin/pip install --no-cache-dir "uv==${UV}" \
     && python3 -m venv --without-pip /opt/dataflex \
@@ -45,9 +45,9 @@ RUN python3 -m venv /tmp/uv \
        esac \
     && /tmp/uv/bin/uv pip install --no-cache --python /opt/dataflex/bin/python \
          --overrides /tmp/overrides.txt "${backend[@]}" . \
-    && rm -rf /tmp/uv /tmp/overrides.txt /work/source
+    && rm -rf /tmp/uv /tmp/overrides.txt /app/source
 
 ENV PATH=/opt/dataflex/bin:$PATH
-WORKDIR /work
+WORKDIR /app
 ENTRYPOINT ["dataflex-cli"]
 CMD ["--help"]

@@ -275,6 +275,28 @@ def tsds() -> str:
     return f"{table(head, body)}\n\n{where(lines)}."
 
 
+def audits() -> str:
+    """Wrong answers found by each signal of an audit, against the loss."""
+    lines = newest(read(RESULTS / "audit.csv"), "setting", "signal", "seed").values()
+    found: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        found.setdefault((line["setting"], line["signal"]), []).append(line)
+    areas = {key: [float(line["auroc"]) for line in of] for key, of in found.items()}
+    compared = {key: difference(areas[key], areas[key[0], "loss"])
+                for key in areas if key[1] != "loss"}  # fmt: skip
+    marks = dict(zip(compared, carried([each.p for each in compared.values()]), strict=True))
+    settings = list(dict.fromkeys(setting for setting, _ in found))
+    body = []
+    for key in sorted(areas, key=lambda k: (settings.index(k[0]), -statistics.mean(areas[k]))):
+        shares = [float(line["precision"]) for line in found[key]]
+        both = (f"{statistics.mean(of):.3f} ({spread(of, 3)})" for of in (areas[key], shares))
+        ahead = bold(plus_minus(compared[key]), when=marks[key]) if key in compared else ""
+        body.append((*key, *both, ahead, str(len(shares))))
+    head = ("checkpoints", "signal", "AUROC (seeds)", "precision (seeds)",
+            "AUROC beside loss (95%)", "seeds")  # fmt: skip
+    return f"{table(head, body)}\n\n{where(lines)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "export": export,
     "strategies": lambda: strategies("rows", "random", "target_loss"),
@@ -285,6 +307,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "passes": passes,
     "scoring": scoring,
     "tsds": tsds,
+    "audit": audits,
 }
 
 

@@ -57,7 +57,6 @@ PASSED_THROUGH = {
     "eval": "Evaluate a model (llamafactory-cli).",
     "export": "Merge adapters and export a model (llamafactory-cli).",
     "webchat": "Chat in a web page (llamafactory-cli).",
-    "webui": "LlamaBoard (llamafactory-cli).",
     "env": "Show the environment (llamafactory-cli).",
 }
 
@@ -122,6 +121,14 @@ def components(as_json: AsJson = False) -> None:
         gradstore_cli.print_json(catalogue())
     else:
         show(catalogue())
+
+
+@app.command()
+def webui() -> None:
+    """Open LlamaBoard; a run whose "extra arguments" have keys of DataFlex goes through it."""
+    from dataflex.launch.webui import open_page
+
+    open_page()
 
 
 @app.command()

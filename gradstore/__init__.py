@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gradstore.scoring.pairing import checkpoint_features
     from gradstore.scoring.query import query_influence
     from gradstore.scoring.selection import select_top, write_selected
+    from gradstore.similarity.audit import AuditOptions, audit
     from gradstore.similarity.index import FeatureIndex
     from gradstore.similarity.rows import read_unit_rows
     from gradstore.store.building import build
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AdamMoments": "export.moments",
+    "AuditOptions": "similarity.audit",
     "Batches": "export.units",
     "BuildSettings": "export.settings",
     "CheckpointFeatures": "scoring.comparable",
@@ -44,6 +46,7 @@ _MODULES = {
     "StoreWriter": "store.writer",
     "Text": "format.text_table",
     "UnitSink": "store.filling",
+    "audit": "similarity.audit",
     "batch_losses": "capture.per_sample",
     "build": "store.building",
     "checkpoint_features": "scoring.pairing",
@@ -62,6 +65,7 @@ _MODULES = {
 
 __all__ = [
     "AdamMoments",
+    "AuditOptions",
     "Batches",
     "BuildSettings",
     "CheckpointFeatures",
@@ -74,6 +78,7 @@ __all__ = [
     "StoreWriter",
     "Text",
     "UnitSink",
+    "audit",
     "batch_losses",
     "build",
     "checkpoint_features",

@@ -270,7 +270,7 @@ def run_tests(
                 os.dup2(told.fileno(), 2)
                 signal.alarm(LONGEST)  # of a mistake that makes its tests wait for ever
                 code = int(pytest.main([*OPTIONS, *tests]))
-            except BaseException:
+            except BaseException:  # of any kind: a child must never return into its parent's code
                 traceback.print_exc()
                 code = 3
             sys.stdout.flush()

@@ -4,6 +4,7 @@ Relied on, all of LlamaFactory 0.9.5:
 
 - `hparams`: the five argument classes and `get_train_args`;
 - `train.tuner`: `run_exp(args: dict)`, `get_train_args` and `LogCallback._write_log`;
+- `model.adapter`: what it raises is about the keys of a `finetuning_type`, not the model's folder;
 - `train.<stage>.workflow`: `load_tokenizer`, `load_model` and `get_template_and_fix_tokenizer` of
   every stage, `get_dataset` and `CustomSeq2SeqTrainer` or `CustomTrainer` of sft and pt;
 - `data.loader`: `get_dataset_list`, `load_dataset`, `align_dataset` and `_get_dataset_processor`,

@@ -8,9 +8,10 @@ import errno
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from dataflex.config.parameters import describe
 from dataflex.config.sources import SourceField, find_class
@@ -45,36 +46,31 @@ def described_keys() -> dict[str, SourceField]:
 def mistyped(args: Mapping[str, Any]) -> dict[str, str]:
     """Return one sentence per bad value where LlamaFactory wants a number, true/false or a choice.
 
-    Its parser takes any value for any key and fails much later, with a TypeError.
+    Its parser takes any value for any key and fails much later, with a TypeError. Annotations are
+    read from its source: nothing is imported.
     """
     faults = {}
-    for cls in argument_classes():
-        for name, hint in get_type_hints(cls).items():
-            value = args.get(name)
-            if value is not None and (choices := _choices(hint)) and value not in choices:
-                faults[name] = f"{name} is {value!r}; choose {describe(Literal[choices])}."
-            wanted = set(get_args(hint) or (hint,)) - {type(None)}
-            if value is None or not wanted <= {int, float, bool}:
-                continue
-            if isinstance(value, bool | int | float) and not _unusable(value, wanted):
-                continue
-            number = "a number" if float in wanted else "a whole number"
-            expected = "true or false" if wanted == {bool} else f"{number}, without quotes"
-            faults[name] = f"{name} is {value!r}; expected {expected}."
+    for name, field in described_keys().items():
+        value, wanted = args.get(name), field.types
+        if value is None:
+            continue
+        if field.choices and value not in field.choices:
+            faults[name] = f"{name} is {value!r}; choose {describe(Literal[field.choices])}."
+        if not wanted <= {"int", "float", "bool"}:
+            continue
+        if isinstance(value, bool | int | float) and not _unusable(value, wanted):
+            continue
+        number = "a number" if "float" in wanted else "a whole number"
+        expected = "true or false" if wanted == {"bool"} else f"{number}, without quotes"
+        faults[name] = f"{name} is {value!r}; expected {expected}."
     return faults
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:  # noqa: ANN401 - an annotation
-    """Return the values of a `Literal`, or of one that may be None; () for another annotation."""
-    options = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
-    return get_args(options[0]) if options else ()
-
-
-def _unusable(value: float, wanted: set[Any]) -> bool:
+def _unusable(value: float, wanted: Collection[str]) -> bool:
     """Return whether a value is a boolean for a number, NaN, or a fraction for a whole number."""
     if isinstance(value, bool):
-        return bool not in wanted
-    return math.isnan(value) or not (float in wanted or float(value).is_integer())
+        return "bool" not in wanted
+    return math.isnan(value) or not ("float" in wanted or float(value).is_integer())
 
 
 def argument_classes() -> tuple[Any, ...]:
@@ -97,6 +93,14 @@ MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, e
 
 #: Keys of a model that a message about it does not repeat: its name, and secrets.
 UNTOLD = ("model_name_or_path", "hf_hub_token", "ms_hub_token", "om_hub_token", "cache_dir")
+
+#: LlamaFactory's module that makes a loaded model trainable; finetuning_type -> keys it goes by.
+ADAPTING = "llamafactory.model.adapter"
+TUNING = {
+    "lora": ("adapter_name_or_path", "lora_target", "additional_target"),
+    "oft": ("adapter_name_or_path", "oft_target", "additional_target"),
+    "freeze": ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
+}
 
 #: Frames of these packages are ours: an error raised there is a bug of ours.
 OURS = ("dataflex", "gradstore", "gradkernels")
@@ -145,7 +149,7 @@ def as_bad_input(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a transparent wrapper
         try:
             return function(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # whatever its libraries raise; ours and the machine's go on
             if is_another_matter(error):
                 raise
             raise BadInput(
@@ -177,7 +181,7 @@ def reason_of(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, StopIteration):
-        return "there is no row in it."
+        return "none of its rows is left: its files have none, or val_size takes them all."
     text = " ".join(str(error).split())
     if isinstance(error, ValueError | RuntimeError | OSError | ImportError) and text:
         return text
@@ -193,7 +197,7 @@ def _naming_set(function: Callable[..., Any]) -> Callable[..., Any]:
         with naming(f"data set {name!r}"):
             try:
                 return function(dataset_attr, model_args, data_args, *args)
-            except Exception as error:
+            except Exception as error:  # as in `as_bad_input`
                 if is_another_matter(error):
                     raise
                 found = map(unreadable, data_files(Path(data_args.dataset_dir), entry))
@@ -220,10 +224,12 @@ def naming_model(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a transparent wrapper
         try:
             return function(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # as in `as_bad_input`
             if is_another_matter(error):
                 raise
             (given,) = (a for a in args if hasattr(a, "model_name_or_path"))
+            if _raised_in(error, ADAPTING):
+                raise BadInput(_unadapted(args, given.model_name_or_path, error)) from error
             told = _set_keys(given)
             raise BadInput(
                 f"model_name_or_path {given.model_name_or_path!r} cannot be loaded: "
@@ -231,6 +237,29 @@ def naming_model(function: Callable[..., Any]) -> Callable[..., Any]:
             ) from error
 
     return wrapped
+
+
+def _raised_in(error: BaseException, module: str) -> bool:
+    """Return whether a line of a module is on an error's way."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__") == module for frame in frames)
+
+
+def _unadapted(args: tuple[Any, ...], model: str, error: Exception) -> str:
+    """Say which keys do not fit a model that was loaded, and cannot be made trainable."""
+    given = {k: v for each in args if dataclasses.is_dataclass(each) for k, v in vars(each).items()}
+    kind = str(given.get("finetuning_type"))
+    set_here = [key for key in TUNING.get(kind, ()) if given.get(key)]
+    keys = [f"{key}: {_listed(given[key])}" for key in set_here] or [f"finetuning_type: {kind}"]
+    step = " (lora_target: all takes every linear layer)" if "lora_target" in set_here else ""
+    return (
+        f"{', '.join(keys)} cannot be set up on the model {model!r}: {reason_of(error)} Correct "
+        f"the key{step}."
+    )
+
+
+def _listed(value: Any) -> str:  # noqa: ANN401 - text, a number, a list or a set
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple | set) else str(value)
 
 
 def _set_keys(given: Any) -> str:  # noqa: ANN401 - LlamaFactory's ModelArguments

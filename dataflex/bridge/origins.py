@@ -110,7 +110,7 @@ class _SourceCarrier:
             try:
                 with _drops_told_later(self.inner):
                     one = self.inner.preprocess_dataset({k: [v[i]] for k, v in examples.items()})
-            except Exception as error:
+            except Exception as error:  # of any kind: a template or a tokenizer's own code
                 if is_another_matter(error):
                     raise
                 where = f"data set {examples[SOURCE_SET][i]!r}: row {examples[SOURCE_ROW][i]}"

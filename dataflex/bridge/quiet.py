@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dataflex.bridge.arguments import swapped
+from dataflex.config.secrets import redacted
 
 VERBOSITY = "LLAMAFACTORY_VERBOSITY"
 
@@ -72,3 +73,32 @@ def as_chosen() -> Iterator[None]:
 
 def _say_nothing(*_: object) -> None:
     pass
+
+
+@contextlib.contextmanager
+def lines_on_the_page() -> Iterator[None]:
+    """Show our own lines where LlamaBoard shows LlamaFactory's, in a run that it started."""
+    if os.environ.get("LLAMABOARD_ENABLED") != "1":
+        yield
+        return
+    handler = _OnThePage()
+    ours = logging.getLogger("dataflex")
+    ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+
+
+class _OnThePage(logging.Handler):
+    """Handler that hands lines to the file which LlamaFactory's callback opens for the page."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, if the file is open."""
+        from llamafactory.extras.logging import LoggerHandler
+
+        line = logging.makeLogRecord(record.__dict__)
+        line.msg, line.args = redacted(record.getMessage()), None
+        for handler in logging.getLogger("llamafactory").handlers:
+            if isinstance(handler, LoggerHandler):
+                handler.handle(line)

@@ -20,6 +20,17 @@ REASONS = {
     "other": "another fault",
 }
 
+#: Reasons why a row is dropped -> what to do.
+REMEDIES = {
+    "no_response": "give each row a response (columns.response in dataset_info.json names where)",
+    "response_not_text": 'write each response as text, in quotes ("42")',
+    "roles": "let turns take turns, the user's first, with the roles that tags in "
+    "dataset_info.json name",
+    "several_responses": "give each row one response",
+    "too_long": "raise cutoff_len",
+    "other": "compare a row with LlamaFactory's data formats",
+}
+
 #: Row numbers by reason, of one data set.
 Dropped = dict[str, list[int]]
 
@@ -48,7 +59,7 @@ def misfit_told(dataset: Any, attributes: Any, data_args: Any) -> Iterator[None]
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of any kind: a row that the converter's code did not expect
         if reason := _misfit(dataset, attributes, data_args):
             raise BadInput(reason) from error
         raise
@@ -64,7 +75,7 @@ def _misfit(dataset: Any, attributes: Any, data_args: Any) -> str | None:  # noq
             convert(row)
         except KeyError as error:
             return f"a row has no {error}: row {i}, with the columns {', '.join(map(str, row))}."
-        except Exception as error:
+        except Exception as error:  # of any kind, as above
             return (
                 f"row {i} is not in the format {attributes.formatting!r} with columns as "
                 f"dataset_info.json says ({type(error).__name__}: {error})."
@@ -104,6 +115,11 @@ def told(name: str, dropped: Dropped, total: int) -> str:
     ]
     count = sum(map(len, dropped.values()))
     return f"data set {name!r}: {count} of {total} rows are not used: {'; '.join(parts)}"
+
+
+def remedy(dropped: Dropped) -> str:
+    """Say what to do about the reason by which most rows of a data set were dropped."""
+    return REMEDIES[max(dropped, key=lambda reason: len(dropped[reason]))]
 
 
 def _reason(

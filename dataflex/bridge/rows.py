@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dataflex.bridge.arguments import as_bad_input, naming, swapped
 from dataflex.bridge.domains import held_out_rows, load_domains
 from dataflex.bridge.origins import entry_of
-from dataflex.bridge.row_faults import ReadRows, find_dropped, told
+from dataflex.bridge.row_faults import ReadRows, find_dropped, remedy, told
 from dataflex.bridge.tokenised import TokenisedPath, made_with
 from dataflex.config.keys import RunConfig
 from dataflex.config.registry import BY_DOMAIN
@@ -150,8 +150,11 @@ def _reasons_told(names: Iterable[str], read: ReadRows, packing: bool) -> Iterat
             dropped = find_dropped(read, name, (), packing)
             dropped.pop("other", None)  # sound rows, of a part that is not at fault
             if dropped:
-                lines.append(told(name, dropped, len(read.files[name])))
-        raise BadInput("\n".join([str(error), *lines])) from error
+                lines.append(f"{told(name, dropped, len(read.files[name]))}. To mend it, "
+                             f"{remedy(dropped)}.")  # fmt: skip
+        if not lines:
+            raise
+        raise BadInput("\n".join(["no row is left.", *lines])) from error
 
 
 def _whole(

@@ -15,10 +15,13 @@ from dataflex.bridge.arguments import (
     swapped,
 )
 from dataflex.bridge.origins import row_sources
-from dataflex.bridge.quiet import as_chosen
-from dataflex.bridge.rows import Arrange, OnData, dataset_loader
+from dataflex.bridge.quiet import as_chosen, lines_on_the_page
+from dataflex.bridge.rows import Arrange, dataset_loader
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData
+
+#: Takes rows, TrainingArguments and FinetuningArguments.
+OnParsed = Callable[[RunData, Any, Any], None]
 
 
 class Session(Protocol):
@@ -34,8 +37,8 @@ class Session(Protocol):
         """The order to put raw training rows in before they are tokenised, if any."""
         ...
 
-    def take_data(self, data: RunData, training_args: Any) -> None:  # noqa: ANN401
-        """Take the processed rows and the TrainingArguments, before a model is loaded."""
+    def take_data(self, data: RunData, training_args: Any, tuned: Any) -> None:  # noqa: ANN401
+        """Take rows, TrainingArguments and FinetuningArguments, before a model is loaded."""
         ...
 
     def trainer_for(self, base: type) -> Callable[..., Any]:
@@ -95,14 +98,37 @@ def run_replaced(config: RunConfig, session: Session) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(configuration_faults())
         stack.enter_context(as_chosen())
+        stack.enter_context(lines_on_the_page())
         files = stack.enter_context(row_sources())
         stack.enter_context(_log_of_our_trainer())
-        load = dataset_loader(config, sft.get_dataset, session.take_data, files, session.arrange)
+        tuned = stack.enter_context(_finetuning_arguments())
+
+        def take(data: RunData, training_args: object) -> None:
+            session.take_data(data, training_args, tuned[-1])
+
+        load = dataset_loader(config, sft.get_dataset, take, files, session.arrange)
         for workflow, trainer in ((sft, "CustomSeq2SeqTrainer"), (pt, "CustomTrainer")):
             ours = session.trainer_for(getattr(workflow, trainer))
             stack.enter_context(swapped(workflow, trainer, ours))
             stack.enter_context(swapped(workflow, "get_dataset", load))
         run_exp(dict(session.args))
+
+
+@contextlib.contextmanager
+def _finetuning_arguments() -> Iterator[list[Any]]:
+    """Give a list that takes the FinetuningArguments once LlamaFactory has parsed them."""
+    from llamafactory.train import tuner
+
+    found: list[Any] = []
+    parse = tuner.get_train_args
+
+    def kept(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a transparent wrapper
+        parsed = parse(*args, **kwargs)
+        found.append(parsed[3])
+        return parsed
+
+    with swapped(tuner, "get_train_args", kept):
+        yield found
 
 
 @contextlib.contextmanager
@@ -146,14 +172,14 @@ class ExportInputs:
     training_args: Any
 
 
-def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> ExportInputs:
+def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnParsed) -> ExportInputs:
     """Load data and model as a training run would, with a checkpoint's adapter active.
 
     Args:
         config: the configuration of the run.
         checkpoint: a folder with an adapter; None for a fresh one.
-        on_data: called with the processed rows and the TrainingArguments before the model is
-            loaded; the place to refuse rows.
+        on_data: called with the processed rows, TrainingArguments and FinetuningArguments before
+            the model is loaded; the place to refuse rows.
     """
     from llamafactory.data import (
         SFTDataCollatorWith4DAttentionMask,
@@ -180,7 +206,7 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnData) -> Exp
         held: list[RunData] = []
 
         def hold(data: RunData, training_args: object) -> None:
-            on_data(data, training_args)
+            on_data(data, training_args, finetuning_args)
             held.append(data)
 
         load = dataset_loader(config, get_dataset, hold, files)

@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -48,6 +49,9 @@ MEDIA = ("image_max_pixels", "image_min_pixels", "image_do_pan_and_scan", "crop_
 Parts = Mapping[str, "Dataset | None"]
 
 Layout = Literal["whole", "by domain"]
+
+#: A sha256 in hexadecimal digits.
+_HASH = re.compile("[0-9a-f]{64}")
 
 _log = logging.getLogger(__name__)
 
@@ -239,10 +243,17 @@ class TokenisedPath:
         if "datasets" not in wanted:  # a run may name the folder alone
             skipped |= {"datasets", "max_samples", "interleave_probs"}
         return [
-            f"{k} {held.get(k)!r}, now {wanted.get(k)!r}"
+            f"{k} {_shown(held.get(k))}, now {_shown(wanted.get(k))}"
             for k in {**wanted, **held}
             if k not in skipped and wanted.get(k) != held.get(k)
         ]
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401 - a JSON value
+    """Return a value for a message; of a hash its beginning, which tells two apart as well."""
+    if isinstance(value, str) and _HASH.fullmatch(value):
+        return f"{value[:8]}..."
+    return repr(value)
 
 
 def _folder(index: int, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ from dataflex.checkpoints.state import (
     STATE,
     TRAINER_STATE,
     Incomplete,
+    check_step,
     described_state,
     load_state,
     trainer_state,
@@ -60,7 +62,7 @@ def _check_exportable(folder: Path) -> None:
     check_weights(folder)
     trainer_state(folder)
     if (folder / STATE).exists():
-        described_state(folder)
+        check_step(folder, described_state(folder))
 
 
 def _is_usable(folder: Path, output_dir: Path) -> bool:
@@ -97,7 +99,8 @@ def resume_point(config: RunConfig) -> Path | None:
     """Return the checkpoint to resume from; None for a run from the start.
 
     A named one must be sound; else the newest sound one of output_dir is taken, unless
-    `overwrite_output_dir` is set. Newer ones that are passed over are told in one line.
+    `overwrite_output_dir` is set. Newer ones that are passed over are told in one line; where all
+    are, the newest one's fault is told, and how many others there are.
 
     Raises:
         BadInput: the named checkpoint is incomplete, or none is there to resume from.
@@ -116,11 +119,16 @@ def resume_point(config: RunConfig) -> Path | None:
     if config.known.overwrite_output_dir and not wanted:
         return None
     found, passed, fault = newest_sound(config.output_dir, known_identity(config.output_dir))
+    if found is None and fault is not None:
+        others = len(passed) - 1
+        raise type(fault)(
+            f"{fault} {others} more in {str(config.output_dir)!r} cannot be resumed from either."
+            if others
+            else str(fault)
+        ) from fault
     if passed and os.environ.get("RANK", "0") == "0":  # before there are ranks to ask
         start = f"resuming from {found}" if found else "no checkpoint to resume from"
         _log.warning("%s: %s", start, "; ".join(passed))
-    if found is None and fault is not None:
-        raise fault
     if found is None and wanted:
         raise BadInput(
             f"resume_from_checkpoint is true, but {str(config.output_dir)!r} has no complete "
@@ -192,6 +200,16 @@ def run_identity(config: RunConfig, checkpoint: Path | None) -> str:
 def run_id_of(checkpoint: Path) -> str:
     """Return the id of the run that wrote a complete checkpoint."""
     return described_state(checkpoint).run_id
+
+
+def of_run(found: list[Path], run_id: str) -> set[Path]:
+    """Return those of some checkpoints that a run has written whole."""
+    own = set()
+    for path in found:
+        with contextlib.suppress(StoreError):
+            if run_id_of(path) == run_id:
+                own.add(path)
+    return own
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

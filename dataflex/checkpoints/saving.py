@@ -68,17 +68,28 @@ def clear_place(checkpoint: Path) -> None:
         ) from error
 
 
-def remove_older(found: list[Path], limit: int | None, kept: set[Path]) -> None:
-    """Remove the oldest checkpoints until `limit` are left.
+def remove_older(
+    found: list[Path], limit: int | None, present: Path, best: Path | None, own: set[Path]
+) -> None:
+    """Remove checkpoints until `limit` are left: those of no use to this run, then by their steps.
+
+    The Trainer would go by the folders' times, which a copy or a touched file changes. Those of
+    this run at a later step stay, beyond the limit: it goes on from an earlier one, and will
+    replace or pass them.
 
     Args:
-        found: the checkpoint folders of an output_dir.
+        found: the checkpoint folders of an output_dir, by rising step.
         limit: `save_total_limit`; None or 0 keeps all.
-        kept: those that stay in any case: the newest, and the best.
+        present: the one just saved, which stays.
+        best: the best one, which stays.
+        own: those that this run has written whole.
     """
     if not limit or limit < 0:
         return
-    by_age = sorted(found, key=lambda path: path.stat().st_mtime_ns)
-    surplus = len(by_age) - max(limit, len(kept))
-    for path in [path for path in by_age if path not in kept][: max(0, surplus)]:
+    ahead = set(found[found.index(present) + 1 :]) & own
+    kept = {present, *({best} & set(found) if best is not None else ())} - ahead
+    surplus = len(found) - len(ahead) - max(limit, len(kept))
+    useless_first = sorted(found, key=lambda path: path in own)  # stable: by step within the two
+    going = [path for path in useless_first if path not in kept | ahead]
+    for path in going[: max(0, surplus)]:
         shutil.rmtree(path, ignore_errors=True)

@@ -118,8 +118,8 @@ def load_state(checkpoint: Path) -> RunState:
         BadInput: it was made by another schema.
         DamagedData: state.json or its arrays are damaged, or a field has an impossible value.
     """
-    trainer_state(checkpoint)
     state = described_state(checkpoint)
+    check_step(checkpoint, state)
     try:
         with np.load(checkpoint / "dataflex" / ARRAYS, allow_pickle=False) as file:
             arrays = dict(file)
@@ -129,6 +129,21 @@ def load_state(checkpoint: Path) -> RunState:
             f"{checkpoint / 'dataflex' / ARRAYS} is missing or damaged ({error}). {_NEXT}"
         ) from error
     return replace(state, **held)
+
+
+def check_step(checkpoint: Path, state: RunState) -> None:
+    """Check that a checkpoint's state and the Trainer's are of one step.
+
+    Raises:
+        Incomplete: the Trainer's is missing.
+        DamagedData: one is of another checkpoint, or damaged.
+    """
+    theirs = trainer_state(checkpoint).global_step
+    if state.step != theirs:
+        raise DamagedData(
+            f"{checkpoint / STATE} is of step {state.step}, {TRAINER_STATE} beside it of step "
+            f"{theirs}: they are not of one checkpoint. {_NEXT}"
+        )
 
 
 def described_state(checkpoint: Path) -> RunState:

@@ -132,7 +132,7 @@ def group(constructor: Callable[..., None]) -> type | None:
 def _hints(constructor: Callable[..., None]) -> Mapping[str, Any]:
     try:
         return get_type_hints(constructor, include_extras=True)
-    except Exception:  # whatever evaluating a user's annotations raises
+    except Exception:  # evaluating a user's annotations runs code of theirs, which raises anything
         return {}
 
 

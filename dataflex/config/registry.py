@@ -226,7 +226,7 @@ def imported(target: str, key: str, form: str) -> Any:  # noqa: ANN401 - whateve
         sys.path.insert(0, str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:  # the module's own code runs here
+    except Exception as error:  # the module's own code runs here, and raises anything
         reason = f"{type(error).__name__}: {error}"
         raise BadInput(f"{key} {target!r} cannot be imported: {reason}") from error
 

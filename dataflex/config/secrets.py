@@ -10,21 +10,26 @@ import html
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import quote, quote_plus
 
 #: Stands where a secret was.
 HIDDEN = "***"
 
-#: Names of keys with secret values: `hf_hub_token`, `swanlab_api_key`, `password`; not `eos_token`.
+#: Names of keys with secret values: `hf_hub_token`, `swanlab_api_key`, `X-Api-Key`, `password`; not
+#: `eos_token` or `add_tokens`.
 _SECRET = re.compile(
-    r"(?:token|(?:.*_)?(?:password|passwd|secret|webhook_url|(?:api|access|secret|private)_?key|"
-    r"(?:hub|api|access|auth|bearer)_?token))",
+    r"(?:token|(?:.*[-_])?(?:passwords?|passwd|passphrase|secrets?|webhook_url|credentials?|"
+    r"authorization|bearer|(?:api|access|secret|private|judge|auth|account|signing)[-_]?keys?|"
+    r"(?:hub|api|access|auth|bearer|judge)[-_]?tokens?))",
     re.IGNORECASE,
 )
 
+#: What stands before the secret in the value of an Authorization header.
+_SCHEME = re.compile(r"(?:bearer|basic|token)\s+(\S.*)", re.IGNORECASE)
+
 #: A key and its value in text that may be no sound YAML, JSON or `key=value`.
-_WRITTEN = re.compile(r"""["']?([A-Za-z_]\w*)["']?\s*[:=]\s*([^\s,][^\n]*)""")
+_WRITTEN = re.compile(r"""["']?([A-Za-z_][\w-]*)["']?\s*[:=]\s*([^\s,][^\n]*)""")
 
 #: The name of an environment variable may be shown where a secret was expected.
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+")
@@ -42,33 +47,41 @@ def is_variable(text: str) -> bool:
 
 def without_secrets(value: Any) -> Any:  # noqa: ANN401 - YAML values
     """Return a copy in which texts under secret names are replaced, at any depth."""
+    return _replaced(value, under=False)
+
+
+def _replaced(value: Any, under: bool) -> Any:  # noqa: ANN401 - YAML values
+    """Replace the texts in a value that has a secret name, or is `under` one, and look deeper."""
     if isinstance(value, Mapping):
-        return {
-            key: HIDDEN if _is_secret(key, inner) else without_secrets(inner)
-            for key, inner in value.items()
-        }
+        return {key: _replaced(inner, under or _is_named(key)) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(without_secrets, value))
-    return value
+        return type(value)(_replaced(inner, under) for inner in value)
+    return HIDDEN if under and _is_secret(value) else value
 
 
-def keep_secrets(value: Any) -> None:  # noqa: ANN401 - YAML values
-    """Know the texts under secret names, at any depth, so that `redacted` replaces them."""
+def keep_secrets(value: Any, under: bool = False) -> None:  # noqa: ANN401 - YAML values
+    """Know the texts under secret names, at any depth, so that `redacted` replaces them.
+
+    Args:
+        value: of a configuration.
+        under: true where its own name is secret.
+    """
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            if _is_secret(key, inner):
-                keep_secret(inner)
-            else:
-                keep_secrets(inner)
+            keep_secrets(inner, under or _is_named(key))
     elif isinstance(value, list | tuple):
         for inner in value:
-            keep_secrets(inner)
+            keep_secrets(inner, under)
+    elif under and _is_secret(value):
+        keep_secret(value)
 
 
 def keep_secret(text: str) -> None:
     """Know a secret, so that `redacted` replaces it for as long as the process lives."""
-    if len(text.strip()) >= _SHORTEST:
-        _kept.add(text.strip())
+    bare = _SCHEME.fullmatch(text.strip())
+    for known in (text.strip(), *(bare.groups() if bare is not None else ())):
+        if len(known) >= _SHORTEST:
+            _kept.add(known)
 
 
 def keep_written_secrets(text: str) -> None:
@@ -78,9 +91,14 @@ def keep_written_secrets(text: str) -> None:
     """
     for key, written in _WRITTEN.findall(text):
         value = written.strip().strip("\"'")
-        if _is_secret(key, value):
-            keep_secret(written)
-            keep_secret(value)
+        if not _is_named(key) or not _is_secret(value):
+            continue
+        keep_secret(written)
+        keep_secret(value)
+        if value[0] in "[{":  # a complaint may quote one of several
+            for part in re.split(r"[\s,\[\]{}\"']+", value):
+                if part not in ("null", "true", "false"):
+                    keep_secret(part)
 
 
 def redacted(text: str) -> str:
@@ -93,6 +111,11 @@ def redacted(text: str) -> str:
     return text
 
 
-def _is_secret(key: object, value: object) -> bool:
-    named = isinstance(key, str) and _SECRET.fullmatch(key) is not None
-    return named and isinstance(value, str) and bool(value) and not is_variable(value)
+def _is_named(key: object) -> bool:
+    """Return whether a key's name says that its value is secret."""
+    return isinstance(key, str) and _SECRET.fullmatch(key) is not None
+
+
+def _is_secret(value: object) -> TypeGuard[str]:
+    """Return whether a value under a secret name is a secret: text, no variable's name."""
+    return isinstance(value, str) and bool(value) and not is_variable(value)

@@ -26,11 +26,15 @@ class SourceField:
         name: its name.
         help: its `metadata["help"]`, or the docstring below it; "" without one.
         owner: the class that declares it, after its package: `transformers.TrainingArguments`.
+        types: names of the types in its annotation, `None` left out; a `Literal` is one of them.
+        choices: the values of its `Literal`, if it has one.
     """
 
     name: str
     help: str
     owner: str
+    types: frozenset[str] = frozenset()
+    choices: tuple[object, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,12 @@ class SourceClass:
             if not class_variable and options.get("init") != "False":
                 words = options.get("help") or _text(getattr(after, "value", None))
                 owner = f"{self.module.partition('.')[0]}.{self.node.name}"
-                found[name] = SourceField(name, " ".join(words.split()), owner)
+                parts = list(_alternatives(statement.annotation))
+                choices = [value for part in parts for value in _literal(part)]
+                types = frozenset(ast.unparse(part) for part in parts)
+                found[name] = SourceField(
+                    name, " ".join(words.split()), owner, types, tuple(choices)
+                )
         return found
 
     def parameters(self) -> frozenset[str] | None:
@@ -182,6 +191,34 @@ def _origin(module: str, path: Path, node: ast.ImportFrom) -> str:
     above = module.split(".")
     above = above[: len(above) - node.level + (path.name == "__init__.py")]
     return ".".join([*above, *([node.module] if node.module else [])])
+
+
+def _alternatives(annotation: ast.expr) -> Iterator[ast.expr]:
+    """Yield the parts of `A | B`, `Optional[A]` or `Union[A, B]`, but not `None`."""
+    if isinstance(annotation, ast.BinOp):
+        yield from _alternatives(annotation.left)
+        yield from _alternatives(annotation.right)
+    elif isinstance(annotation, ast.Subscript) and _called(annotation) in ("Optional", "Union"):
+        inner = annotation.slice
+        for part in inner.elts if isinstance(inner, ast.Tuple) else [inner]:
+            yield from _alternatives(part)
+    elif isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        yield from _alternatives(ast.parse(annotation.value, mode="eval").body)
+    elif not (isinstance(annotation, ast.Constant) and annotation.value is None):
+        yield annotation
+
+
+def _literal(annotation: ast.expr) -> tuple[object, ...]:
+    """Return the values of a `Literal[...]`; () for another annotation."""
+    if not isinstance(annotation, ast.Subscript) or _called(annotation) != "Literal":
+        return ()
+    values = ast.literal_eval(annotation.slice)
+    return values if isinstance(values, tuple) else (values,)
+
+
+def _called(annotation: ast.Subscript) -> str:
+    """Return the name before the brackets, without its module."""
+    return ast.unparse(annotation.value).rpartition(".")[2]
 
 
 def _options(value: ast.expr | None) -> dict[str, str]:

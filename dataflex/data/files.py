@@ -88,12 +88,28 @@ def changed_parts(
         here = any(part != ITS_ENTRY for part in parts)
         for part in {**before, **parts}:
             gone = part not in parts and not (here and part != ITS_ENTRY)
-            if not gone and before.get(part) != parts.get(part):
-                changed.append(
-                    f"data set {name!r}: {part} was {before.get(part, 'not there')}, is now "
-                    f"{parts.get(part, 'not there')}"
-                )
+            was, now_is = before.get(part), parts.get(part)
+            if gone or was == now_is:
+                continue
+            keys = _changed_keys(was, now_is) if part == ITS_ENTRY else []
+            changed.append(
+                f"data set {name!r}: {part} has other values of {', '.join(keys)}"
+                if keys
+                else f"data set {name!r}: {part} was {was or 'not there'}, is now "
+                f"{now_is or 'not there'}"
+            )
     return changed
+
+
+def _changed_keys(was: str | None, now_is: str | None) -> list[str]:
+    """List the keys by which two entries differ; empty where one is no mapping."""
+    try:
+        before, after = read_json(was or ""), read_json(now_is or "")
+    except ValueError:
+        return []
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return []
+    return [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
 
 
 def entry_faults(entry: Mapping[str, Any]) -> list[str]:

@@ -221,7 +221,11 @@ class FeatureService:
         def begin() -> GenerationWriter:
             keep_text(self.run, self.writer, rows)
             return self.writer.begin(
-                record, rows.row_set, dim=self.settings.proj_dim, dtype=self.settings.dtype
+                record,
+                rows.row_set,
+                dim=self.settings.proj_dim,
+                dtype=self.settings.dtype,
+                losses=source is None,  # others sum up several answers
             )
 
         summary = export_shared(

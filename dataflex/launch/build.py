@@ -15,14 +15,12 @@ from dataflex.data.rows import RunData, check_rows
 from dataflex.features.gradients import FeatureService
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.store_owner import built_by
-from dataflex.launch.dry_run import build_forecast
-from dataflex.launch.inputs import check_inputs
+from dataflex.launch.dry_run import build_forecast, context_of
 from dataflex.launch.losses import Reader, loss_difference
 from dataflex.launch.preflight import check_gradients
 from dataflex.models.precision import autocast
 from dataflex.models.vocabulary import check_vocabulary
 from dataflex.pipelines.pipeline import build_strategy
-from dataflex.run.context import RunContext
 from dataflex.run.forecast import print_forecasts
 from dataflex.selectors.by_influence import InfluenceSelector
 from gradstore.errors import BadInput
@@ -53,7 +51,6 @@ def build(config: RunConfig, *, dry_run: bool = False) -> None:
         BadInput: see `check_gradients`; no checkpoint for Adam features; no moments in one.
         ProvenanceMismatch: the store holds features that can't be compared with these.
     """
-    check_inputs(config)
     check_gradients(config)
     if told := loss_difference(config.known, "gradstore build", {Reader.GRADIENTS}):
         _log.warning("%s", told)
@@ -70,7 +67,7 @@ def build(config: RunConfig, *, dry_run: bool = False) -> None:
             check_moments(checkpoint)
     first = folders[0] if folders else None
 
-    def check_data(data: RunData, _: object) -> None:
+    def check_data(data: RunData, *_: object) -> None:
         check_rows(data, needs_targets=True, subtask_sizes=config.dataflex.target_subtasks)
 
     loaded = running.load_run(config, first, check_data)
@@ -78,19 +75,7 @@ def build(config: RunConfig, *, dry_run: bool = False) -> None:
     if dry_run:
         print_forecasts(build_forecast(loaded, config, settings, max(1, len(folders))), world=1)
         return
-    args = loaded.training_args
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "off"
-    run = RunContext(
-        config=config,
-        data=loaded.data,
-        collate=loaded.collate,
-        model=loaded.model,
-        output_dir=config.output_dir,
-        run_id=built_by(config),
-        seed=int(args.seed),
-        autocast=precision,
-    )
-    service = FeatureService(run, settings)
+    service = FeatureService(context_of(config, loaded, built_by(config)), settings)
     try:
         _export_checkpoints(service, folders)
     finally:

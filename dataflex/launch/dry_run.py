@@ -32,6 +32,9 @@ from gradstore.capture.limits import token_budget
 if TYPE_CHECKING:
     from dataflex.run.schedule import Schedule
 
+#: In the place of a run's id: nothing is written.
+DRY_RUN = "dry run"
+
 
 def train_forecast(config: RunConfig, component: Component, workers: int) -> list[Forecast]:
     """Check a run as far as its trainer, measure a few rows, and forecast its passes.
@@ -49,13 +52,13 @@ def train_forecast(config: RunConfig, component: Component, workers: int) -> lis
     session = TrainSession(config, component)
     schedules: list[Schedule] = []
 
-    def plan(data: RunData, args: Any) -> None:  # noqa: ANN401 - TrainingArguments
+    def plan(data: RunData, args: Any, tuned: Any) -> None:  # noqa: ANN401 - LlamaFactory's
         shape = replace(BatchShape.of(args), world=workers)
-        schedules.append(session.plan(data, args, shape).schedule)
+        schedules.append(session.plan(data, args, tuned, shape).schedule)
 
     loaded = running.load_run(_alone(config), None, plan)
     check_vocabulary(loaded.model, loaded.data)
-    run, schedule = _context(config, loaded), schedules[0]
+    run, schedule = _measurable(context_of(config, loaded, DRY_RUN)), schedules[0]
     steps = [interval.start for interval in schedule.intervals() if interval.update]
     training = _training(run, loaded.training_args, schedule.budget, workers)
     return [training, *ask_forecasts(session.strategy, run, steps)]
@@ -88,7 +91,8 @@ def build_forecast(
         settings: of the features.
         checkpoints: for how many generations are made of each set.
     """
-    return gradient_forecasts(_context(config, loaded), settings, checkpoints)
+    run = _measurable(context_of(config, loaded, DRY_RUN))
+    return gradient_forecasts(run, settings, checkpoints)
 
 
 def workers_of(env: Any) -> int:  # noqa: ANN401 - os.environ
@@ -109,27 +113,36 @@ def _alone(config: RunConfig, args: Mapping[str, Any] | None = None) -> RunConfi
     return replace(config, llamafactory=alone)
 
 
-def _context(config: RunConfig, loaded: running.ExportInputs) -> RunContext:
-    """Return the run as a strategy sees it, with a board of losses as in training."""
+def context_of(config: RunConfig, loaded: running.ExportInputs, run_id: str) -> RunContext:
+    """Return a run outside of training as a strategy sees it.
+
+    Args:
+        config: of the run.
+        loaded: model and rows.
+        run_id: what generations that it writes are marked with.
+    """
     args = loaded.training_args
-    run = RunContext(
+    return RunContext(
         config=config,
         data=loaded.data,
         collate=loaded.collate,
         model=loaded.model,
         output_dir=config.output_dir,
-        run_id="dry run",
+        run_id=run_id,
         seed=int(args.seed),
         autocast="bf16" if args.bf16 else "fp16" if args.fp16 else "off",
-        shows_progress=False,
     )
+
+
+def _measurable(run: RunContext) -> RunContext:
+    """Give a run a board of losses as in training, and no bars."""
 
     def measure(positions: Positions, *, max_rows: int) -> npt.NDArray[np.float64]:
         with autocast(run.model, run.autocast):
             return row_losses(run, positions, max_rows=max_rows)
 
-    board = Scoreboard(loaded.data.train, measure, batch_tokens=2 * token_budget(run.model))
-    return replace(run, board=board)
+    board = Scoreboard(run.data.train, measure, batch_tokens=2 * token_budget(run.model))
+    return replace(run, board=board, shows_progress=False)
 
 
 def _training(run: RunContext, args: Any, steps: int, workers: int) -> Forecast:  # noqa: ANN401

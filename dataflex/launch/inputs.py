@@ -10,7 +10,7 @@ from dataflex.config.keys import RunConfig
 from dataflex.config.known import KnownKeys
 from dataflex.config.registry import unknown
 from dataflex.data.files import SOURCES, entry_faults, file_faults
-from dataflex.models.frozen import how_to_bring, missing_folder_faults
+from dataflex.models.paths import how_to_bring, missing_folder_faults
 from gradstore.errors import BadInput, StoreIOError
 from gradstore.format.foreign import read_object
 

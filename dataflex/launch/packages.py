@@ -140,7 +140,9 @@ def check_reporters(keys: Mapping[str, Any]) -> None:
     listed = given if isinstance(given, list) else [given]
     named = [name for name in listed if name not in ("none", "all", None)]
     if extra := {str(name) for name in named} - set(REPORTERS):
-        raise BadInput(unknown("report_to", extra, (*REPORTERS, "all", "none")))
+        several = [n.strip() for text in extra for n in text.split(",") if "," in text]
+        step = f" Several are a list: report_to: [{', '.join(several)}]." if several else ""
+        raise BadInput(unknown("report_to", extra, (*REPORTERS, "all", "none")) + step)
     faults = [
         f"report_to is {name}, which needs a package that is not installed: "
         f"{REPORTERS[name].command}. Or set report_to: none."

@@ -7,7 +7,6 @@ import logging
 from dataflex.config.keys import DataFlexConfig, RunConfig
 from dataflex.config.presets import Component
 from dataflex.config.registry import BY_DOMAIN
-from dataflex.launch.inputs import check_inputs
 from dataflex.launch.losses import loss_difference, loss_faults, readers_of
 from dataflex.mixers.base import Mixer
 from dataflex.mixers.faults import domain_faults, rule_faults
@@ -30,7 +29,7 @@ OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "u
 
 
 def check(config: RunConfig) -> Component | None:
-    """Check everything that can be refused from the configuration alone.
+    """Check what strategies and trainers refuse of a configuration that `read` has checked.
 
     Returns:
         The component of a dynamic train_type, resolved; None for `static`.
@@ -38,7 +37,6 @@ def check(config: RunConfig) -> Component | None:
     Raises:
         BadInput: every fault found, one per line.
     """
-    check_inputs(config)
     if config.dataflex.train_type == "static":
         if config.dataflex.freeze_gate:
             raise BadInput(

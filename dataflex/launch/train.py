@@ -50,15 +50,10 @@ def train(config: RunConfig, overrides: Sequence[str], *, dry_run: bool = False)
 def _forecast(config: RunConfig, component: Component | None) -> None:
     """Print what training would take; train nothing, write nothing."""
     from dataflex.launch.dry_run import static_rows, train_forecast, workers_of
-    from dataflex.run.forecast import print_forecasts
+    from dataflex.run.forecast import print_forecasts, print_nothing_to_forecast
 
     if component is None:
-        rows = static_rows(config, _static(config))
-        loaded = "a stream" if rows is None else f"{rows:,} rows"
-        print(
-            "train_type static is LlamaFactory's own training, which has no pass of ours to "
-            f"forecast: its configuration was checked, {loaded} loaded"
-        )
+        print_nothing_to_forecast(static_rows(config, _static(config)))
         return
     workers = workers_of(os.environ)
     print_forecasts(train_forecast(config, component, workers), workers)
@@ -72,9 +67,8 @@ def run(config: RunConfig, component: Component | None) -> None:
     from dataflex.launch.session import TrainSession
 
     session = TrainSession(config, component)
-    with contextlib.closing(session):
+    with contextlib.closing(session), session.shown():
         running.run_replaced(config, session)
-        session.show()
 
 
 def _static(config: RunConfig) -> dict[str, Any]:

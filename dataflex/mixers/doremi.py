@@ -76,7 +76,7 @@ class DoremiMixer(Mixer, LossContributor):
 
     def check(self, config: RunConfig) -> list[str]:
         """Check that the reference is named, and exists if it is a folder."""
-        from dataflex.models.frozen import reference_faults
+        from dataflex.models.paths import reference_faults
 
         faults = reference_faults(self.reference_model_path, KEY)
         return [f"{fault} Run 1 of DoReMi (component static) trains it." for fault in faults]

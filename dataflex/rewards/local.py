@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dataflex.models.frozen import (
-    load_language_model,
-    load_model,
-    model_path_faults,
-    named_faults,
-)
+from dataflex.models.frozen import load_language_model, load_model, named_faults
 from dataflex.models.generate import (
     continuations,
     groups_of_similar_length,
@@ -21,6 +16,7 @@ from dataflex.models.generate import (
     prompt_ids,
     stop_ids,
 )
+from dataflex.models.paths import model_path_faults
 from dataflex.rewards.base import (
     PROBE_ANSWER,
     PROBE_PROMPT,

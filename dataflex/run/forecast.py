@@ -169,3 +169,19 @@ def print_forecasts(forecasts: Sequence[Forecast], world: int) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     console.print(f"in all about {duration(total)} and {size(stored)} in the store", markup=False)
+
+
+def print_nothing_to_forecast(rows: int | None) -> None:
+    """Say on stdout that LlamaFactory's own training was checked.
+
+    Args:
+        rows: of the training set; None for a stream.
+    """
+    from rich.console import Console
+
+    loaded = "a stream" if rows is None else f"{rows:,} rows"
+    told = (
+        "train_type static is LlamaFactory's own training, which has no pass of ours to "
+        f"forecast: its configuration was checked, {loaded} loaded"
+    )
+    Console().print(told, markup=False, highlight=False, soft_wrap=True)

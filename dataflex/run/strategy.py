@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound="Strategy")
 
-#: Ways to spread a model over devices, members of `Strategy.whole_model`.
-FSDP, ZERO3 = "FSDP", "DeepSpeed ZeRO-3"
+FSDP = "FSDP"
+"""A model's parameters sharded by FSDP: a member of `Strategy.whole_model`."""
+ZERO3 = "DeepSpeed ZeRO-3"
+"""The same by DeepSpeed's ZeRO-3."""
 
 
 class Strategy:

@@ -18,7 +18,7 @@ from annotated_types import Gt, Le, MinLen
 from dataflex.config.parameters import Count, ModelDtype, ModelName, Natural
 from dataflex.config.registry import register
 from dataflex.data.images import have_pictures
-from dataflex.models.frozen import model_path_faults
+from dataflex.models.paths import model_path_faults
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.log import progress
 from dataflex.run.strategy import FSDP, ZERO3

@@ -16,7 +16,7 @@ from annotated_types import Gt
 
 from dataflex.config.parameters import Count, Natural, Share
 from dataflex.config.registry import register
-from dataflex.models.frozen import model_path_faults
+from dataflex.models.paths import model_path_faults
 from dataflex.rewards.base import Judge, RewardPrompts, Verdict
 from dataflex.rewards.function import FunctionJudge
 from dataflex.rewards.local import LocalJudge

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dataflex.config.keys import RunConfig
@@ -26,6 +26,7 @@ class Job:
         args: LlamaFactory's TrainingArguments.
         shape: of one optimizer step.
         ranks: this process among those of the run.
+        tuned: LlamaFactory's FinetuningArguments; None without LlamaFactory.
     """
 
     config: RunConfig
@@ -35,6 +36,7 @@ class Job:
     args: Any
     shape: BatchShape
     ranks: Ranks
+    tuned: Any = field(default=None, kw_only=True)
 
     @property
     def name(self) -> str:

@@ -21,6 +21,7 @@ from dataflex.pipelines.pipeline import Pipeline, Plan
 from dataflex.pipelines.stages import UNIFORM
 from dataflex.run.schedule import EventKind, Interval
 from dataflex.selectors.base import Selection
+from dataflex.trainers.job import Job, Run
 from dataflex.trainers.loss_seam import LossSeam
 from dataflex.trainers.metrics import (
     ByDomain,
@@ -45,7 +46,6 @@ class LegoSeam(LossSeam, RowSeam):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
         super().__init__(*args, **kwargs)
-        self.ordered = self.pipeline.reorder is not None
         self.timetable = self.pipeline.timetable(self.run.schedule)
         if self.run.ranks.leads:
             _log.info("pipeline: %s", self.pipeline.describe())
@@ -64,6 +64,11 @@ class LegoSeam(LossSeam, RowSeam):
         return domains_of(self.run.data)
 
     # -- rows -------------------------------------------------------------------------------------
+
+    @classmethod
+    def keeps_order(cls, job: Job) -> bool:
+        """Keep the order that a reorder stage has made."""
+        return job.strategy.reorder is not None or super().keeps_order(job)
 
     def rows_for(self, interval: Interval) -> npt.NDArray[np.int64]:
         """Open with the pipeline's warm-up, or follow its plan."""
@@ -129,7 +134,7 @@ class LegoSeam(LossSeam, RowSeam):
                     "stage": part.stage.spec.name,
                     **part.answer.manifest,
                 }
-                self.log_files.selection(step, indices, part.answer.scores, manifest)
+                self.chosen_rows.write(step, indices, part.answer.scores, manifest)
 
     # -- losses -----------------------------------------------------------------------------------
 
@@ -167,16 +172,15 @@ class LegoSeam(LossSeam, RowSeam):
         if state.more["board"] and self.context.board is not None:
             self.context.board.restore(state.more["board"])
 
-    def settings(self) -> Mapping[str, Any]:
+    @classmethod
+    def settings(cls, run: Run) -> Mapping[str, Any]:
         """Add the stages' parameters, the domains and the opening mixture, which must agree too."""
-        opening = self.run.config.dataflex.init_mixture_proportions
+        opening, domains = run.config.dataflex.init_mixture_proportions, domains_of(run.data)
         return {
-            **super().settings(),
-            "stages": self.pipeline.resolved(),
+            **super().settings(run),
+            "stages": run.strategy.resolved(),
             "init_mixture_proportions": None if opening is None else list(opening),
-            "rows of the domains": dict(
-                zip(self.domains.names, self.domains.sizes.tolist(), strict=True)
-            ),
+            "rows of the domains": dict(zip(domains.names, domains.sizes.tolist(), strict=True)),
         }
 
 

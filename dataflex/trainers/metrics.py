@@ -49,13 +49,26 @@ def largest(values: Mapping[str, float], form: str) -> str:
 def selection_metrics(
     data: RunData, rows: npt.NDArray[np.int64], selection: Selection
 ) -> dict[str, float]:
-    """Collect the metrics of a selection, for the Trainer's log."""
+    """Collect the metrics of a selection, for the Trainer's log.
+
+    `skipped` counts what the event names by reason: rows that LlamaFactory dropped, and rows that
+    got no score.
+    """
     return {
         "kept_share": len(np.unique(rows)) / len(data.train),
-        "skipped": float(sum(selection.skipped.values())),
+        "skipped": float(sum(skipped_rows(data, selection).values())),
         **selection.numbers,
         **score_metrics(selection.scores),
     }
+
+
+def skipped_rows(data: RunData, selection: Selection) -> dict[str, int]:
+    """Count the training sets' rows that could not be chosen, by reason.
+
+    Packed rows and those of a `tokenized_path` keep no origin: which of a file's rows they lack is
+    not known.
+    """
+    return {**data.dropped, **selection.skipped}
 
 
 def score_metrics(scores: npt.NDArray[np.floating[Any]] | None) -> dict[str, float]:

@@ -23,7 +23,7 @@ from dataflex.data.mixture import (
 )
 from dataflex.data.rows import Domains
 from dataflex.run.schedule import EventKind, Interval, Schedule, mix_budget
-from dataflex.trainers.job import Job
+from dataflex.trainers.job import Job, Run
 from dataflex.trainers.loss_seam import LossSeam
 from dataflex.trainers.metrics import ByDomain, domain_metrics, domains_summary, flat, largest
 from dataflex.trainers.row_seam import RowSeam
@@ -167,16 +167,17 @@ class MixSeam(LossSeam, RowSeam):
         super().restore_more(state)
         self.cursors.read = np.asarray(state.more["read"], dtype=np.int64)
 
-    def settings(self) -> Mapping[str, Any]:
+    @classmethod
+    def settings(cls, run: Run) -> Mapping[str, Any]:
         """Add the rows of a domain and the opening mixture, which must agree too."""
-        ours = self.run.config.dataflex
+        ours, domains = run.config.dataflex, domains_of(run.data)
         opening = ours.init_mixture_proportions
         return {
-            **super().settings(),
+            **super().settings(run),
             "static_mix": ours.static_mix,
             "mixture_sample_rule": ours.mixture_sample_rule,
             "init_mixture_proportions": None if opening is None else list(opening),
-            "rows of the domains": self._by_domain(self.domains.sizes),
+            "rows of the domains": dict(zip(domains.names, domains.sizes.tolist(), strict=True)),
         }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from dataflex.data.rows import check_intervals
 from dataflex.models.dropout import ModelDropout
 from dataflex.run.context import UpdateContext
 from dataflex.run.schedule import EventKind, Interval, Schedule, select_budget
-from dataflex.trainers.job import Job
+from dataflex.trainers.chosen import ChosenRows
+from dataflex.trainers.job import Job, Run
 from dataflex.trainers.seam import Seam
 from gradstore.capture.modelstate import random_states_kept
 from gradstore.errors import BadInput, DamagedData
@@ -67,6 +69,11 @@ class RowSeam(Seam):
     def rows_for(self, interval: Interval) -> npt.NDArray[np.int64]:
         """Decide the rows (k,) of an interval that begins now, the same on every rank."""
         raise TypeError(f"{type(self).__name__} does not implement rows_for")
+
+    @cached_property
+    def chosen_rows(self) -> ChosenRows:
+        """The writer of selections, on rank 0."""
+        return ChosenRows(self.run, self.log_files)
 
     def update_context(self, interval: Interval) -> UpdateContext:
         """Build the view that a strategy has when `interval` begins."""
@@ -164,9 +171,10 @@ class RowSeam(Seam):
             "rate_steps": self._rate_steps,
         }
 
-    def settings(self) -> Mapping[str, Any]:
+    @classmethod
+    def settings(cls, run: Run) -> Mapping[str, Any]:
         """Add the shuffling of an interval's rows, which must agree too."""
-        return {**super().settings(), "in_given_order": self._in_given_order()}
+        return {**super().settings(run), "in_given_order": cls.keeps_order(run)}
 
     def restore_more(self, state: RunState) -> None:
         """Restore the same interval, the same rows, the same position."""
@@ -218,7 +226,7 @@ class RowSeam(Seam):
             raise RuntimeError(f"the ranks disagree about the rows of step {step}: a bug")
 
     def _serve(self, interval: Interval, step: int) -> None:
-        seed = None if self._in_given_order() else (int(self.args.seed), interval.start)
+        seed = None if self.keeps_order(self.run) else (int(self.args.seed), interval.start)
         self._order = RowOrder(self._rows, seed)
         self._batches = loader(
             self.train_dataset,
@@ -231,9 +239,10 @@ class RowSeam(Seam):
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
 
-    def _in_given_order(self) -> bool:
-        finetuning = getattr(self, "finetuning_args", None)
-        return self.ordered or bool(getattr(finetuning, "disable_shuffling", False))
+    @classmethod
+    def keeps_order(cls, job: Job) -> bool:
+        """Return true where an interval's rows are trained in the order they are given."""
+        return cls.ordered or bool(getattr(job.tuned, "disable_shuffling", False))
 
 
 def check_rows_of(answer: object, n: int, name: str) -> npt.NDArray[np.int64]:

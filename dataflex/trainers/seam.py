@@ -8,8 +8,6 @@ weights of samples; a trainer of one kind is thin over them.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +18,6 @@ import numpy.typing as npt
 
 from dataflex.checkpoints.saving import disk_faults
 from dataflex.checkpoints.state import STATE, RunState, load_state
-from dataflex.config.presets import RETIRED
-from dataflex.config.registry import target_of
 from dataflex.models.experts import freeze_routers, load_experts
 from dataflex.models.passes import own_labels, row_losses
 from dataflex.models.vocabulary import check_vocabulary
@@ -32,20 +28,11 @@ from dataflex.run.output_owner import remember_identity
 from dataflex.run.schedule import Schedule
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.trainers.job import Job, Run
-from dataflex.trainers.sealing import SealedCheckpoints, Sealer
-from dataflex.trainers.settings import (
-    comparable,
-    differences,
-    of_finetuning,
-    of_optimizer,
-    of_training,
-    told,
-)
+from dataflex.trainers.sealing import SealedCheckpoints
+from dataflex.trainers.settings import check_agreement, comparable, of_run, rows_sha256
 from gradstore.capture.modelstate import random_states_kept
-from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch, StoreError
+from gradstore.errors import BadInput, DamagedData, StoreError
 from gradstore.store.cleaning import store_set_aside
-
-_log = logging.getLogger(__name__)
 
 
 class Seam(SealedCheckpoints):
@@ -63,13 +50,11 @@ class Seam(SealedCheckpoints):
     accelerator: Any
     train_dataset: Any
     data_collator: Any
-    finetuning_args: Any
     callback_handler: Any
-    add_callback: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
         super().__init__(*args, **kwargs)
-        self.rows_sha256 = hashlib.sha256(self.run.data.train.row_set.hashes.tobytes()).hexdigest()
+        self.rows_sha256 = rows_sha256(self.run.data)
         self.log_files = RunLog(Path(self.args.output_dir))
         self._numbers: dict[str, float] = {}
         # Those of before training: creating a scheduler changes the Trainer's arguments.
@@ -101,17 +86,20 @@ class Seam(SealedCheckpoints):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Restore what `state.json` keeps, start the strategy, train, finish it."""
         checkpoint = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
-        self._agreed = self.settings()
+        self._agreed = self.settings(self.run)
         with contextlib.ExitStack() as stack:
             # An earlier run's store, until the strategy has started: put back where it has not.
             former = stack.enter_context(contextlib.ExitStack())
             stack.callback(self.run.strategy.finish)
+            step = 0
             if checkpoint is not None:
-                self._restore(load_state(checkpoint), checkpoint)
-            self._begin(former, fresh=checkpoint is None)
+                state = load_state(checkpoint)
+                self._restore(state, checkpoint)
+                step = state.step
+            self._begin(former, step, fresh=checkpoint is None)
             if checkpoint is not None:
                 load_experts(self.model, checkpoint)
-            self.add_callback(Sealer(self.run.ranks))
+            self.seal_last()
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -127,7 +115,7 @@ class Seam(SealedCheckpoints):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save; a checkpoint's state goes in before trainer_state.json, which completes it."""
         with disk_faults(Path(output_dir or self.args.output_dir)):
-            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            super().save_model(output_dir, _internal_call)
         is_checkpoint = output_dir is not None and Path(output_dir) != Path(self.args.output_dir)
         if is_checkpoint and _internal_call and self.args.should_save:
             self.save_state_beside(Path(str(output_dir)))
@@ -157,22 +145,10 @@ class Seam(SealedCheckpoints):
             more=self.more_state(),
         )
 
-    def settings(self) -> Mapping[str, Any]:
-        """List what a resume must agree on: settings of decisions and of the saved weights."""
-        neutral = {*RETIRED, *self.run.strategy.neutral}
-        tuned = getattr(self, "finetuning_args", None)
-        return {
-            "component_name": self.run.name,
-            "class": target_of(type(self.run.strategy)),
-            "component_params": {k: v for k, v in self.run.params.items() if k not in neutral},
-            "rows_per_step": self.run.shape.rows,
-            "seed": int(self.args.seed),
-            "targets": {t.name: t.row_set.sha256 for t in self.run.data.targets},
-            "optim": str(self.args.optim),
-            **of_finetuning(tuned),
-            "optimizer": of_optimizer(self.args, tuned),
-            "training": of_training(self.args, self.run.schedule.budget),
-        }
+    @classmethod
+    def settings(cls, run: Run) -> Mapping[str, Any]:
+        """List what a resume must agree on; the rows of `run` are known, no model is needed."""
+        return of_run(run)
 
     # -- log --------------------------------------------------------------------------------------
 
@@ -205,11 +181,12 @@ class Seam(SealedCheckpoints):
         """Measure losses (n,) of training rows under the present model, for the scoreboard."""
         return row_losses(self.context, positions, max_rows=max_rows)
 
-    def _begin(self, former: contextlib.ExitStack, *, fresh: bool) -> None:
+    def _begin(self, former: contextlib.ExitStack, step: int, *, fresh: bool) -> None:
         """Start the strategy: the last place for refusals, before a step is trained.
 
         Args:
             former: takes an earlier run's store that must be put back if the strategy refuses.
+            step: g, optimizer steps finished.
             fresh: whether the run starts from the beginning.
         """
         config = self.run.config
@@ -230,6 +207,7 @@ class Seam(SealedCheckpoints):
             # After the strategy's refusals: they leave an earlier run's records as they were.
             if fresh:
                 self.log_files.clear()
+            self.log_files.receipt.begin(*self._told(), step)
             former.close()
 
         ranks = self.run.ranks
@@ -238,31 +216,23 @@ class Seam(SealedCheckpoints):
             ranks.gather(lambda: self.run.strategy.start(self.context))
         ranks.decide(own)
 
+    def _told(self) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """Give what the receipt says of the run: its id, its configuration, its rows."""
+        run, data = self.run, self.run.data
+        config = {**vars(run.config.dataflex), "component_params": dict(run.params)}
+        rows = {
+            "train_rows": len(data.train),
+            "train_sha256": self.rows_sha256,
+            "targets": {t.name: [len(t), t.row_set.sha256] for t in data.targets},
+            "template": data.template,
+            "stage": data.stage,
+            "dropped": dict(data.dropped),
+        }
+        return run.run_id, {**run.config.llamafactory, **config}, rows
+
     def _restore(self, state: RunState, checkpoint: Path) -> None:
         """Go on where the checkpoint was: same rows, same position, same component."""
-        s = self.run.schedule
-        if state.schedule != (now := (s.warmup_step, s.update_step, s.update_times)):
-            raise BadInput(
-                f"the checkpoint was made with (warmup_step, update_step, update_times) = "
-                f"{state.schedule}, this configuration has {now}. "
-                "Restore the values, or start a new run with overwrite_output_dir: true."
-            )
-        if changed := differences(state.settings, self._agreed):
-            raise BadInput(
-                f"the checkpoint was made with other settings: {'; '.join(changed)}"
-                ". Restore them, or start a new run with overwrite_output_dir: true."
-            )
-        if self.run.ranks.leads and (note := told(state.settings, self._agreed)) is not None:
-            _log.warning("%s", note)
-        if state.step >= s.budget and self.run.ranks.leads:
-            _log.warning("nothing to train: the checkpoint is at step %d, the run ends at step %d",
-                         state.step, s.budget)  # fmt: skip
-        if state.rows_sha256 != self.rows_sha256:
-            raise ProvenanceMismatch(
-                "the checkpoint was made on other training rows (data, template, tokenizer or "
-                "cutoff_len changed). Restore them, or start a new run with "
-                "overwrite_output_dir: true."
-            )
+        check_agreement(state, self.run, self._agreed, self.rows_sha256)
         try:
             self.run.strategy.restore(state.component)
             self.restore_more(state)

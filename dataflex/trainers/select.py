@@ -15,7 +15,13 @@ from dataflex.data.rows import RunData
 from dataflex.run.log import SelectionEvent, as_json
 from dataflex.run.schedule import EventKind, Interval
 from dataflex.selectors.base import Selection, ask
-from dataflex.trainers.metrics import count_by_set, score_range, selection_metrics, won_by
+from dataflex.trainers.metrics import (
+    count_by_set,
+    score_range,
+    selection_metrics,
+    skipped_rows,
+    won_by,
+)
 from dataflex.trainers.row_seam import RowSeam, check_rows_of
 
 _log = logging.getLogger(__name__)
@@ -53,7 +59,7 @@ class SelectSeam(RowSeam):
         train = self.run.data.train
         won = dict(selection.manifest.get("won", {}))
         manifest = {**self.manifest(len(rows), self.run.params), **selection.manifest}
-        self.log_files.selection(step, rows, selection.scores, manifest)
+        self.chosen_rows.write(step, rows, selection.scores, manifest)
         event = SelectionEvent(
             step=step,
             component=self.run.name,
@@ -64,7 +70,7 @@ class SelectSeam(RowSeam):
             score_seconds=selection.score_seconds,
             select_seconds=selection.select_seconds,
             pause_seconds=pause,
-            skipped={**self.run.data.dropped, **selection.skipped},
+            skipped=skipped_rows(self.run.data, selection),
             chosen=self._by_set(rows),
             train_sets=self._train_sets,
             won=won,

@@ -7,11 +7,18 @@ they have none.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from dataflex.checkpoints.state import RunState
+from dataflex.config.presets import RETIRED
+from dataflex.config.registry import target_of
 from dataflex.config.secrets import without_secrets
+from dataflex.data.rows import RunData
+from dataflex.trainers.job import Run
+from gradstore.errors import BadInput, ProvenanceMismatch
 
 #: Keys that say which parameters are trained, and thus what a checkpoint holds.
 FINETUNING = ("finetuning_type", "lora_rank", "lora_alpha", "lora_target", "additional_target",
@@ -59,6 +66,68 @@ ACTING = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ra
 
 #: Schedulers whose state holds their settings, too.
 STATEFUL = ("reduce_lr_on_plateau", "greedy")
+
+
+def of_run(run: Run) -> dict[str, Any]:
+    """Return what every kind of run agrees on with its resume, of decisions and saved weights."""
+    neutral = {*RETIRED, *run.strategy.neutral}
+    # A dry run is not sharded, whatever the run itself is: asked is the configuration.
+    sharding = {key: bool(getattr(run.config.known, key)) for key in SHARDING}
+    return {
+        "component_name": run.name,
+        "class": target_of(type(run.strategy)),
+        "component_params": {k: v for k, v in run.params.items() if k not in neutral},
+        "rows_per_step": run.shape.rows,
+        "seed": int(run.args.seed),
+        "targets": {t.name: t.row_set.sha256 for t in run.data.targets},
+        "optim": str(run.args.optim),
+        **of_finetuning(run.tuned),
+        "optimizer": {**of_optimizer(run.args, run.tuned), **sharding},
+        "training": of_training(run.args, run.schedule.budget),
+    }
+
+
+def rows_sha256(data: RunData) -> str:
+    """Hash the training rows, in their order."""
+    return hashlib.sha256(data.train.row_set.hashes.tobytes()).hexdigest()
+
+
+def check_agreement(
+    state: RunState, run: Run, now: Mapping[str, Any], rows: str, unsettled: Collection[str] = ()
+) -> None:
+    """Compare a checkpoint with the run that goes on from it.
+
+    Args:
+        state: of the checkpoint.
+        run: planned.
+        now: the run's settings.
+        rows: the hash of its training rows.
+        unsettled: keys that have no value yet.
+
+    Raises:
+        BadInput: schedule or settings differ.
+        ProvenanceMismatch: the rows do.
+    """
+    s = run.schedule
+    if state.schedule != (planned := (s.warmup_step, s.update_step, s.update_times)):
+        raise BadInput(
+            f"the checkpoint was made with (warmup_step, update_step, update_times) = "
+            f"{state.schedule}, this configuration has {planned}. "
+            "Restore the values, or start a new run with overwrite_output_dir: true."
+        )
+    held = {key: value for key, value in state.settings.items() if key not in unsettled}
+    settled = {key: value for key, value in now.items() if key not in unsettled}
+    if changed := differences(held, settled):
+        raise BadInput(
+            f"the checkpoint was made with other settings: {'; '.join(changed)}"
+            ". Restore them, or start a new run with overwrite_output_dir: true."
+        )
+    if state.rows_sha256 != rows:
+        raise ProvenanceMismatch(
+            "the checkpoint was made on other training rows (data, template, tokenizer or "
+            "cutoff_len changed). Restore them, or start a new run with "
+            "overwrite_output_dir: true."
+        )
 
 
 def of_finetuning(tuned: Any) -> dict[str, Any]:  # noqa: ANN401 - FinetuningArguments or None

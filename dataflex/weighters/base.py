@@ -29,6 +29,7 @@ __all__ = [
 
 
 FloatArray = npt.NDArray[np.float64]
+"""A NumPy array of float64."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,9 +48,10 @@ def info(store: StorePath, as_json: AsJson = False) -> None:
         return
     typer.echo(f"store {store}  uuid {content['store_uuid']}  schema {content['schema_version']}")
     print_table(
-        ("generation", "rows", "usable", "dim", "dtype", "projection", "MB", "committed"),
+        ("generation", "rows", "usable", "skipped", "dim", "dtype", "projection", "MB",
+         "committed"),
         [
-            (e["name"], e["rows"], e["usable_rows"], e["dim"], e["dtype"],
+            (e["name"], e["rows"], e["usable_rows"], counted(e["status"]), e["dim"], e["dtype"],
              e["projection"].get("method", e["feature"]), f"{e['bytes'] / 1e6:.1f}", e["committed"])
             for e in content["generations"]
         ],
@@ -297,7 +299,7 @@ def _summary(train: Generation, scores: Scores) -> str:
 
     good = scores.values[scores.usable]
     quartiles = ", ".join(f"{q:+.4f}" for q in np.quantile(good, [0, 0.25, 0.5, 0.75, 1]))
-    skipped = ", ".join(f"{v} {k}" for k, v in scores.skipped.items() if v) or "none"
+    skipped = counted(scores.skipped) or "none"
     return (
         f"{train.name}: {len(good)} of {train.rows} rows scored, skipped: {skipped}\n"
         f"score minimum, quartiles, maximum: {quartiles}\n"
@@ -308,3 +310,8 @@ def _summary(train: Generation, scores: Scores) -> str:
 def _source(train: Generation, row: int) -> str:
     sources = train.sources
     return f"{sources[row][0]}[{sources[row][1]}]" if sources else ""
+
+
+def counted(status: Mapping[str, int]) -> str:
+    """Write why rows are not usable and how many: `3 masked, 1 nonfinite`; "" where all are."""
+    return ", ".join(f"{count} {why}" for why, count in status.items() if count and why != "ok")

@@ -20,7 +20,7 @@ import torch
 from gradkernels import Accumulator
 from torch import Tensor, nn
 
-from gradstore.capture.losses import Targets
+from gradstore.capture.losses import BatchStats, Targets
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
 from gradstore.export.direct import TargetDirections, mean_direction
@@ -125,12 +125,18 @@ def compute_combined_unit(
                 np.array([each.row for each in group], dtype=np.int64),
                 accumulator.result(),
                 sum_of_squares(gradients),
-                torch.tensor([each.tokens for each in group], device=gradients.device),
+                _without_losses([each.tokens for each in group], gradients.device),
             )
 
     model_tokens = sum(sum(each.lengths) for each in sums.rows)
     with closing(parts):  # or a traceback would keep the model frozen
         return join_unit(unit, recipe.projection.d, projected(), model_tokens, on_rows)
+
+
+def _without_losses(target_tokens: Sequence[int], device: torch.device) -> BatchStats:
+    """Return the statistics of sums: a sum of several sequences has no loss of its own."""
+    tokens = torch.tensor(target_tokens, device=device)
+    return BatchStats(torch.full(tokens.shape, torch.nan, device=device), tokens)
 
 
 def combined_directions(

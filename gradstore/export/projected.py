@@ -17,6 +17,7 @@ import torch
 from gradkernels import Accumulator, ProjectionSpec
 from torch import Tensor, nn
 
+from gradstore.capture.losses import BatchStats
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput, expect, expect_whole
@@ -152,11 +153,11 @@ class _Exporter:
             accumulator.add(feature, slot.start)
 
         stats = self.capture.capture(self._move(batch), sink)
-        return finished_rows(rows, accumulator.result(), squares, stats.target_tokens)
+        return finished_rows(rows, accumulator.result(), squares, stats)
 
     def gathered(self, batches: Iterable[RowBatch]) -> Iterator[FeatureRows]:
         """Collect whole features of several small batches, then project them together."""
-        group: list[tuple[npt.NDArray[np.int64], Tensor]] = []
+        group: list[tuple[npt.NDArray[np.int64], BatchStats]] = []
         buffer = torch.empty((self.gather_rows, self.capture.p), device=self.device)
         filled = 0
         for rows, batch in batches:
@@ -172,19 +173,22 @@ class _Exporter:
                 part[:, slot.start : slot.start + slot.numel] = self.map.apply_(slot, gradient)
 
             stats = self.capture.capture(self._move(batch), sink)
-            group.append((rows, stats.target_tokens))
+            group.append((rows, stats))
             filled += len(rows)
         if filled:
             yield self._project(buffer[:filled], group)
 
     def _project(
-        self, features: Tensor, group: list[tuple[npt.NDArray[np.int64], Tensor]]
+        self, features: Tensor, group: list[tuple[npt.NDArray[np.int64], BatchStats]]
     ) -> FeatureRows:
         accumulator = Accumulator(self.projection, len(features), device=self.device)
         accumulator.add(features, 0)
         rows = np.concatenate([rows for rows, _ in group])
-        tokens = torch.cat([tokens for _, tokens in group])
-        return finished_rows(rows, accumulator.result(), sum_of_squares(features), tokens)
+        stats = BatchStats(
+            torch.cat([stats.loss for _, stats in group]),
+            torch.cat([stats.target_tokens for _, stats in group]),
+        )
+        return finished_rows(rows, accumulator.result(), sum_of_squares(features), stats)
 
     def _move(self, batch: Batch) -> dict[str, Any]:
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -197,18 +201,19 @@ def sum_of_squares(x: Tensor) -> Tensor:
 
 
 def finished_rows(
-    rows: npt.NDArray[np.int64], projected: Tensor, squares: Tensor, target_tokens: Tensor
+    rows: npt.NDArray[np.int64], projected: Tensor, squares: Tensor, stats: BatchStats
 ) -> FeatureRows:
-    """Build host rows with status from projected (b, d), squared norms (b,), target tokens (b,)."""
+    """Build host rows with status from projected (b, d), squared norms (b,) and the batch's own."""
     norm = squares.sqrt()
     # A projected row may overflow where its norm does not.
     finite = torch.isfinite(projected).all(dim=1)
-    status = row_status(torch.where(finite, norm, torch.nan), target_tokens)
+    status = row_status(torch.where(finite, norm, torch.nan), stats.target_tokens)
     projected[status != RowStatus.OK] = torch.nan
     return FeatureRows(
         rows=rows,
         features=projected.cpu().numpy(),
         norm=norm.float().cpu().numpy(),
         status=status.cpu().numpy(),
-        tokens=target_tokens.to(torch.int32).cpu().numpy(),
+        tokens=stats.target_tokens.to(torch.int32).cpu().numpy(),
+        loss=stats.loss.float().cpu().numpy(),
     )

@@ -49,6 +49,7 @@ class FeatureRows:
         norm: (b,) float32, Euclidean norm of the feature before projection.
         status: (b,) uint8, `RowStatus`.
         tokens: (b,) int32, target tokens.
+        loss: (b,) float32, mean loss over the target tokens; None where the pass has none.
     """
 
     rows: npt.NDArray[np.int64]
@@ -56,6 +57,7 @@ class FeatureRows:
     norm: npt.NDArray[np.float32]
     status: npt.NDArray[np.uint8]
     tokens: npt.NDArray[np.int32]
+    loss: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class UnitFeatures:
         status: (k,) uint8, `RowStatus`.
         tokens: (k,) int32, target tokens.
         model_tokens: tokens of the rows that went through the model.
+        loss: (k,) float32, mean loss over the target tokens; nan where the pass has none.
     """
 
     unit: UnitRange
@@ -77,6 +80,7 @@ class UnitFeatures:
     status: npt.NDArray[np.uint8]
     tokens: npt.NDArray[np.int32]
     model_tokens: int
+    loss: npt.NDArray[np.float32] | None = None
 
 
 def plan_batches(
@@ -186,13 +190,16 @@ def join_unit(
     norm = np.full(k, np.nan, dtype=np.float32)
     status = np.full(k, RowStatus.TOO_LONG, dtype=np.uint8)
     tokens = np.zeros(k, dtype=np.int32)
+    loss = np.full(k, np.nan, dtype=np.float32)
     for part in parts:
         at = part.rows - unit.start
         features[at], norm[at] = part.features, part.norm
         status[at], tokens[at] = part.status, part.tokens
+        if part.loss is not None:
+            loss[at] = part.loss
         if on_rows is not None:
             on_rows(len(part.rows))
-    return UnitFeatures(unit, features, norm, status, tokens, model_tokens)
+    return UnitFeatures(unit, features, norm, status, tokens, model_tokens, loss)
 
 
 def row_status(norm: Tensor, target_tokens: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ from typing import Literal
 from gradstore.errors import BadInput
 from gradstore.format.canonical import canonical_json, parse, sha256_json
 
-#: Schema of a store's documents, and of a store that keeps no text.
+#: Schema of a store's documents, and of a store that keeps neither text nor losses.
 SCHEMA_VERSION = 1
 #: Schema of a store from the first commit on that adds a table of text.
 TEXTS_VERSION = 2
+#: Schema of a store from the first generation on that keeps the losses of its rows.
+LOSSES_VERSION = TEXTS_VERSION
 #: Schema -> the first release that reads it; recorded in a store for the errors of older ones.
 NEEDS = {SCHEMA_VERSION: "dataflex-gradstore>=0.1.0", TEXTS_VERSION: "dataflex-gradstore>=0.2.0"}
 
@@ -102,10 +104,10 @@ def check_dtype(dtype: str) -> str:
     return dtype
 
 
-def arrays(dim: int, dtype: str) -> tuple[ArraySpec, ...]:
-    """List the arrays of a generation of (n, dim) features, features first."""
+def arrays(dim: int, dtype: str, losses: bool = False) -> tuple[ArraySpec, ...]:
+    """List the arrays of a generation of (n, dim) features, features first; losses where kept."""
     stored, fill = FEATURE_DTYPES[check_dtype(dtype)]
-    return (
+    found = (
         ArraySpec("features", stored, dim, fill),
         ArraySpec("scale", "float32", None, "NaN"),
         ArraySpec("norm", "float32", None, "NaN"),
@@ -113,13 +115,14 @@ def arrays(dim: int, dtype: str) -> tuple[ArraySpec, ...]:
         ArraySpec("tokens", "int32", None, 0),
         ArraySpec("row_hash", "uint8", 16, 0),
     )
+    return (*found, ArraySpec("loss", "float32", None, "NaN")) if losses else found
 
 
 def generation_bytes(
     rows: int, dim: int, dtype: str = "float16", unit_rows: int = UNIT_ROWS
 ) -> int:
     """Compute the bytes on disk of a generation of `rows`, each file rounded up to whole blocks."""
-    per_unit = [spec.chunk_bytes(unit_rows) for spec in arrays(dim, dtype)]
+    per_unit = [spec.chunk_bytes(unit_rows) for spec in arrays(dim, dtype, losses=True)]
     blocks = sum(-(-size // BLOCK_BYTES) for size in per_unit)
     record_and_folders = 3
     units = -(-rows // unit_rows)

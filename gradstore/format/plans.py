@@ -15,6 +15,7 @@ import numpy as np
 from gradstore.errors import BadInput
 from gradstore.format.canonical import Json, canonical_json, seal, unseal
 from gradstore.format.layout import (
+    LOSSES_VERSION,
     MAX_DIM,
     MAX_UNIT_ROWS,
     SCHEMA_VERSION,
@@ -64,6 +65,8 @@ class Plan:
         dim: d.
         dtype: float16 or bfloat16.
         unit_rows: rows per unit; only the last unit may hold fewer.
+        losses: a loss is kept for each row; the document of a plan without does not say so, as
+            those of the first schema do not.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Plan:
     dim: int
     dtype: str
     unit_rows: int = UNIT_ROWS
+    losses: bool = False
 
     def __post_init__(self) -> None:
         check_space(self.space)
@@ -98,7 +102,7 @@ class Plan:
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
         """The arrays of the generation, features first."""
-        return arrays(self.dim, self.dtype)
+        return arrays(self.dim, self.dtype, self.losses)
 
     def identity(self) -> dict[str, Json]:
         """Return the fields that must be equal for an earlier attempt to be reused or resumed."""
@@ -117,7 +121,7 @@ class Plan:
         return canonical_json(
             seal(
                 {
-                    "schema_version": SCHEMA_VERSION,
+                    "schema_version": _version(self.losses),
                     "generation": self.name,
                     "space": self.space,
                     "provenance_sha256": self.provenance_sha256,
@@ -128,6 +132,7 @@ class Plan:
                     "row_count": len(self.rows),
                     "source_names": None if self.rows.sources is None else names,
                     "units": [self._unit(unit, names) for unit in self.units],
+                    **({"losses": True} if self.losses else {}),
                 }
             )
         )
@@ -150,8 +155,11 @@ class Plan:
             ValueError: the bytes are not a plan.
         """
         document = unseal(data)
-        if set(document) != _KEYS or document["schema_version"] != SCHEMA_VERSION:
+        losses = document.get("losses", False)
+        if losses is not ("losses" in document) or set(document) - {"losses"} != _KEYS:
             raise ValueError("missing or unknown fields")
+        if document["schema_version"] != _version(losses):
+            raise ValueError("another schema")
         try:
             rows = _read_rows(document)
             plan = cls(
@@ -163,6 +171,7 @@ class Plan:
                 dim=document["dim"],
                 dtype=document["dtype"],
                 unit_rows=document["unit_rows"],
+                losses=losses,
             )
             ranges = [[unit.start, unit.stop] for unit in plan.units]
             if [unit["rows"] for unit in document["units"]] != ranges:
@@ -173,6 +182,11 @@ class Plan:
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"not a plan: {error!r}") from error
         return plan, document["sha256"]
+
+
+def _version(losses: bool) -> int:
+    """Return the first schema that has words for a plan."""
+    return LOSSES_VERSION if losses else SCHEMA_VERSION
 
 
 def _read_rows(document: dict[str, Json]) -> RowSet:

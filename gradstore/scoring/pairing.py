@@ -34,7 +34,8 @@ def checkpoint_features(
         which: the newest checkpoint, all of them, or how many of the newest.
         run: prefix of the generations (`gradstore_run`).
         space: whose generations; embeddings are never mixed with gradients.
-        sets: target sets, in this order; None takes those of the newest checkpoint, by name.
+        sets: target sets, in this order; None takes those of the newest checkpoint, by name. An
+            empty list takes none, for what needs the training rows alone.
         until: no checkpoint of a later step is taken.
         fewer: take what there is where `which` asks for more, as a run that has just begun does.
         train_set: name of a sample of the training rows that stands for all; "" takes all.
@@ -45,6 +46,39 @@ def checkpoint_features(
     Raises:
         BadInput: no such checkpoint, or a checkpoint lacks one of the sets.
     """
+    trains, targets = _found(store, run, space, until, train_set)
+    if not trains:
+        raise _nothing_to_score(store, run, space)
+    chosen = _newest(sorted(trains), which, fewer)
+    wanted = tuple(sets) if sets is not None else tuple(sorted(targets.get(chosen[-1], {})))
+    if sets is None or wanted:
+        _check_targets(store, {step: list(targets.get(step, {})) for step in chosen}, wanted)
+    _check_kinds({step: trains[step].record.feature for step in chosen})
+    weights = checkpoint_weights([trains[s].record.learning_rate or 0.0 for s in chosen])
+    return [
+        CheckpointFeatures(
+            trains[step], tuple(targets[step][name] for name in wanted), float(weight)
+        )
+        for step, weight in zip(chosen, weights, strict=True)
+    ]
+
+
+def shared_sets(store: Store, which: Which = "last", *, run: str = "") -> list[str]:
+    """List the target sets of gradients that every one of the chosen checkpoints has, by name.
+
+    Raises:
+        BadInput: no such checkpoint.
+    """
+    chosen = [pair.train for pair in checkpoint_features(store, which, run=run, sets=[])]
+    _, targets = _found(store, run, GRADIENT, None, "")
+    steps = [train.step for train in chosen if isinstance(train, Generation)]
+    return sorted(set.intersection(*(set(targets.get(step, {})) for step in steps)))
+
+
+def _found(
+    store: Store, run: str, space: str, until: int | None, train_set: str
+) -> tuple[dict[int, Generation], dict[int, dict[str, Generation]]]:
+    """Map each step to its training generation, and to its target generations by set."""
     expect(hasattr(store, "generations"), "store", store, "what open_store(path) returns")
     trains: dict[int, Generation] = {}
     targets: dict[int, dict[str, Generation]] = {}
@@ -57,19 +91,7 @@ def checkpoint_features(
             trains[generation.step] = generation
         elif generation.role == "target" and not generation.record.is_sample:
             targets.setdefault(generation.step, {})[generation.set] = generation
-    if not trains:
-        raise _nothing_to_score(store, run, space)
-    chosen = _newest(sorted(trains), which, fewer)
-    wanted = tuple(sets) if sets is not None else tuple(sorted(targets.get(chosen[-1], {})))
-    _check_targets(store, {step: list(targets.get(step, {})) for step in chosen}, wanted)
-    _check_kinds({step: trains[step].record.feature for step in chosen})
-    weights = checkpoint_weights([trains[s].record.learning_rate or 0.0 for s in chosen])
-    return [
-        CheckpointFeatures(
-            trains[step], tuple(targets[step][name] for name in wanted), float(weight)
-        )
-        for step, weight in zip(chosen, weights, strict=True)
-    ]
+    return trains, targets
 
 
 def _nothing_to_score(store: Store, run: str, space: str) -> BadInput:

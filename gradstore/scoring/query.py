@@ -17,6 +17,7 @@ from gradstore.format.layout import RowStatus
 from gradstore.scoring.combine import CHUNK_ROWS, combine, count_skipped
 from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
 from gradstore.scoring.scan import as_device
+from gradstore.scoring.selection import select_top
 from gradstore.scoring.subtasks import Subtask
 
 
@@ -89,7 +90,8 @@ def query_influence(
     one = Subtask(target, target_row, target_row + 1, f"target row {target_row}")
     codes = combine(checkpoints, [one], keep, as_device(device), chunk_rows)
     values[codes != RowStatus.OK] = np.nan
-    rows = np.flatnonzero(codes == RowStatus.OK)
-    helped = rows[np.argsort(-values[rows], kind="stable")][:top]
-    hurt = rows[np.argsort(values[rows], kind="stable")][:top]
-    return RowInfluence(values, codes == RowStatus.OK, helped, hurt, count_skipped(codes))
+    usable = codes == RowStatus.OK
+    count = min(top, int(usable.sum()))
+    helped = select_top(values, count, usable=usable)
+    hurt = select_top(-values, count, usable=usable)
+    return RowInfluence(values, usable, helped, hurt, count_skipped(codes))

@@ -61,10 +61,17 @@ class UsableRows:
 
     ndim = 2
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, generation: Generation, usable: npt.NDArray[np.bool_] | None = None) -> None:
+        """Choose the rows.
+
+        Args:
+            generation: whose.
+            usable: (n,) bool, some of its usable rows; None takes all.
+        """
         self._generation = generation
+        chosen = generation.usable if usable is None else usable
         #: (m,) int64, positions in the data set.
-        self.rows = np.flatnonzero(generation.usable).astype(np.int64)
+        self.rows = np.flatnonzero(chosen).astype(np.int64)
         self.shape = (len(self.rows), generation.dim)
 
     def __len__(self) -> int:

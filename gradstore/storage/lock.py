@@ -77,7 +77,7 @@ class WriterLock:
             with self._files.operation("write", path):
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, canonical_json(_this_process()), 0)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the lock lives as long as the descriptor
             os.close(fd)
             raise
         self._fd = fd

@@ -155,7 +155,7 @@ def store_set_aside(path: Path) -> Iterator[None]:
         os.rename(path, renamed)
     try:
         yield
-    except BaseException:
+    except BaseException:  # Ctrl-C too: the store must be back whatever ends the block
         with _removal(path):
             shutil.rmtree(path, ignore_errors=True)  # what the block has put in its place
             os.rename(renamed, path)

@@ -92,7 +92,9 @@ class UnitSink:
             self._limit,
             self._what,
         )
-        self._writer.write_unit(done.unit.index, done.features, done.norm, done.status, done.tokens)
+        self._writer.write_unit(
+            done.unit.index, done.features, done.norm, done.status, done.tokens, done.loss
+        )
         summary = self.summary
         summary.rows += len(done.status)
         summary.tokens += done.model_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -29,7 +30,8 @@ class Generation:
     """Features of n rows at one checkpoint, as one commit published them.
 
     Opening checks the plan, the provenance, every zarr.json and every unit record against the
-    commit. Each chunk's size and crc32c are checked before its first use, once per process.
+    commit. Each chunk's size and crc32c are checked before its first use, once per process. Several
+    threads may read at the same time.
 
     Attributes:
         name: full name, with `.attempt` from the second on.
@@ -159,6 +161,11 @@ class Generation:
         return self._column("tokens")
 
     @cached_property
+    def loss(self) -> np.ndarray | None:
+        """(n,) float32, mean loss over each row's target tokens; None where none were kept."""
+        return self._column("loss") if self._plan.losses else None
+
+    @cached_property
     def row_hash(self) -> np.ndarray:
         """(n, 16) uint8, hash of each row's token ids and labels."""
         found = self._column("row_hash")
@@ -257,9 +264,11 @@ class Generation:
     def _chunk(self, spec: ArraySpec, unit: int, *, keep: bool = True) -> np.ndarray:
         """Map one chunk, without its crc32c; keep the last few maps for random access."""
         name = spec.chunk_path(unit)
-        if name in self._maps:
-            self._maps.move_to_end(name)
-            return self._maps[name]
+        known = self._maps.get(name)
+        if known is not None:
+            with suppress(KeyError):  # another thread has just let go of it
+                self._maps.move_to_end(name)
+            return known
         expected = self._records[unit].files[name]
         path = f"{generation_path(self.name)}/{name}"
         try:

@@ -11,7 +11,14 @@ import numpy as np
 from gradstore.errors import BadInput, DamagedData, DamagedFile, StoreBusy
 from gradstore.format.codec import encode, settle_status
 from gradstore.format.commits import Commit
-from gradstore.format.layout import RowStatus, commit_path, generation_path, unit_path
+from gradstore.format.layout import (
+    METADATA,
+    RowStatus,
+    commit_path,
+    generation_path,
+    root_json,
+    unit_path,
+)
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.unit_records import UnitRecord
 from gradstore.storage.local import STAGING, StoreFiles, parent_of
@@ -94,6 +101,7 @@ class GenerationWriter:
         norm: np.ndarray,
         status: np.ndarray,
         tokens: np.ndarray,
+        loss: np.ndarray | None = None,
     ) -> None:
         """Publish one unit; when this returns it survives a crash.
 
@@ -104,6 +112,8 @@ class GenerationWriter:
             status: (k,) uint8 `RowStatus`; a row called ok that holds NaN, infinity or only zeros
                 is stored as non_finite or zero_norm.
             tokens: (k,) target tokens per row.
+            loss: (k,) float32, mean loss over the target tokens; needed where the plan keeps
+                losses, left out otherwise.
 
         Raises:
             BadInput: the unit is not pending, or a shape is wrong.
@@ -116,7 +126,7 @@ class GenerationWriter:
                 f"unit {index} of {self.name} is not pending: finished, or not planned; "
                 "take one of `pending`"
             )
-        values = self._encode(unit, features, norm, status, tokens)
+        values = self._encode(unit, features, norm, status, tokens) | self._losses(unit, loss)
         published = publish_unit(self._files, self.plan, self._plan_sha, unit, values)
         if published is None:
             raise StoreBusy(
@@ -204,6 +214,19 @@ class GenerationWriter:
             "row_hash": self.plan.rows.hashes[unit.start : unit.stop],
         }
 
+    def _losses(self, unit: UnitRange, loss: np.ndarray | None) -> dict[str, np.ndarray]:
+        """Return the array of losses, where the plan keeps them."""
+        if not self.plan.losses:  # also where an earlier release made the plan
+            return {}
+        k = unit.stop - unit.start
+        given = np.empty(0) if loss is None else np.asarray(loss, np.float32)
+        if given.shape != (k,):
+            raise BadInput(
+                f"unit {unit.index} of {self.name} needs losses ({k},), not {given.shape}; give "
+                "them, or begin the generation without losses"
+            )
+        return {"loss": given}
+
     def _finished(self, unit: UnitRange) -> tuple[UnitRecord, str] | None:
         """Return the record of a unit that is complete on disk; quarantine other files of it."""
         base, files = generation_path(self.name), self._files
@@ -233,6 +256,12 @@ def quarantine(files: StoreFiles, relative: str) -> None:
     while files.exists(f"{QUARANTINE}/{number}"):
         number += 1
     files.move(relative, f"{QUARANTINE}/{number}")
+
+
+def raise_schema(files: StoreFiles, store: Store, version: int) -> None:
+    """Let a store's root ask for a newer release, before anything that older ones can't read."""
+    if store.schema_version < version:
+        files.replace(METADATA, root_json(store.uuid, version))
 
 
 def publish_commit(files: StoreFiles, draft: Commit, view: Callable[[], Store]) -> Commit:

@@ -9,6 +9,7 @@ from typing import Any
 from gradstore.errors import DamagedData, DamagedFile, Fault, StoreIOError, expect
 from gradstore.format.canonical import Json, plain
 from gradstore.format.layout import (
+    LOSSES_VERSION,
     UNIT_ROWS,
     check_dtype,
     generation_bytes,
@@ -24,7 +25,7 @@ from gradstore.format.text_table import Formats, Text
 from gradstore.storage.local import StoreFiles, parent_of
 from gradstore.store.attempts import choose_plan, warn_of_libraries
 from gradstore.store.documents import metadata
-from gradstore.store.generation_writer import GenerationWriter, quarantine
+from gradstore.store.generation_writer import GenerationWriter, quarantine, raise_schema
 from gradstore.store.reader import Store
 from gradstore.store.text_writer import keep_texts
 
@@ -130,6 +131,7 @@ class SpaceWriter:
         dim: int,
         dtype: str = "float16",
         unit_rows: int = UNIT_ROWS,
+        losses: bool = False,
     ) -> GenerationWriter:
         """Plan a generation, or take up an interrupted or finished one.
 
@@ -143,6 +145,7 @@ class SpaceWriter:
             dim: d.
             dtype: float16 or bfloat16.
             unit_rows: rows per unit of a new plan; an existing plan wins.
+            losses: keep the loss of each row; an existing plan wins.
 
         Raises:
             BadInput: dim or dtype can't be stored, the name is not one of this space, or the
@@ -153,7 +156,9 @@ class SpaceWriter:
         """
         check_dtype(dtype)
         store = self._view()
-        wanted = Plan(record.name, self.space, self._seal, record, rows, dim, dtype, unit_rows)
+        wanted = Plan(
+            record.name, self.space, self._seal, record, rows, dim, dtype, unit_rows, losses
+        )
         chosen = choose_plan(self._files, store, wanted)
         plan, committed = chosen.plan, chosen.committed
         if committed is not None:
@@ -166,6 +171,8 @@ class SpaceWriter:
             done = len(self._files.names(f"{generation_path(plan.name)}/units"))
             needed -= needed * done // len(plan.units)
         self._check_free(needed, f"{plan.name} ({len(plan.rows):,} x {plan.dim:,} {plan.dtype})")
+        if plan.losses:
+            raise_schema(self._files, store, LOSSES_VERSION)
         if not self._files.publish(plan_path(plan.name), plan.to_bytes()):
             fault = Fault(plan_path(plan.name), "no plan yet", "another writer's plan")
             raise DamagedFile(fault, str(self._files.root))

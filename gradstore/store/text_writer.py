@@ -8,7 +8,7 @@ from itertools import islice
 
 from gradstore.errors import BadInput, DamagedFile, Fault, expect, expect_whole
 from gradstore.format.commits import Commit
-from gradstore.format.layout import METADATA, TEXTS_VERSION, root_json
+from gradstore.format.layout import TEXTS_VERSION
 from gradstore.format.records import RowSet
 from gradstore.format.text_table import (
     PART_BYTES,
@@ -21,7 +21,7 @@ from gradstore.format.text_table import (
     part_path,
 )
 from gradstore.storage.local import StoreFiles
-from gradstore.store.generation_writer import publish_commit, quarantine
+from gradstore.store.generation_writer import publish_commit, quarantine, raise_schema
 from gradstore.store.reader import Store
 
 
@@ -61,9 +61,7 @@ def keep_texts(
         first += len(chunk)
     if first != len(rows):
         raise BadInput(f"{first:,} texts for {len(rows):,} rows: give one for each row")
-    if store.schema_version < TEXTS_VERSION:
-        # Before the commit: an older release must never meet one that it cannot read.
-        files.replace(METADATA, root_json(store.uuid, TEXTS_VERSION))
+    raise_schema(files, store, TEXTS_VERSION)
     draft = Commit(
         number=len(store.commits) + 1,
         store_uuid=store.uuid,

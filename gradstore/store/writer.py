@@ -103,7 +103,7 @@ class StoreWriter:
         try:
             self._prepare()
             self._main = SpaceWriter(self._files, self._view, fields)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: nobody but us would let the lock go
             self.close()
             raise
 
@@ -168,9 +168,12 @@ class StoreWriter:
         dim: int,
         dtype: str = "float16",
         unit_rows: int = UNIT_ROWS,
+        losses: bool = False,
     ) -> GenerationWriter:
         """Call `SpaceWriter.begin` of this writer's own space."""
-        return self._main.begin(record, rows, dim=dim, dtype=dtype, unit_rows=unit_rows)
+        return self._main.begin(
+            record, rows, dim=dim, dtype=dtype, unit_rows=unit_rows, losses=losses
+        )
 
     def keep_texts(
         self, rows: RowSet, texts: Iterable[Text], formats: Formats | None = None

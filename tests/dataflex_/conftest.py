@@ -12,6 +12,23 @@ from dataflex.data.rows import IGNORED, Domains, Rows, RunData
 
 
 @pytest.fixture
+def logging_seam() -> Callable[[type], tuple[Any, list[dict[str, float]]]]:
+    """`logging_seam(Seam)` -> one over a Trainer that only logs, and the lines that it gets."""
+
+    def make(seam: type) -> tuple[Any, list[dict[str, float]]]:
+        class Base:
+            def log(self, logs: dict[str, float]) -> None:
+                lines.append(logs)
+
+        lines: list[dict[str, float]] = []
+        made: Any = object.__new__(type("Logged", (seam, Base), {}))
+        made._numbers = {}
+        return made, lines
+
+    return make
+
+
+@pytest.fixture
 def domain_data() -> Callable[..., RunData]:
     """`domain_data([100, 20], masked=[3])` -> RunData of domains "a", "b"; row 3 has no target."""
 

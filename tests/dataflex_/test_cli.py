@@ -32,7 +32,7 @@ def test_help_lists_every_command(
 ) -> None:
     code, out, _ = call(capsys, monkeypatch, "--help")
     assert code == 0
-    for command in ("train", "gradstore", "components", "version", *cli.PASSED_THROUGH):
+    for command in ("train", "gradstore", "components", "version", "webui", *cli.PASSED_THROUGH):
         assert f" {command} " in out
     code, out, _ = call(capsys, monkeypatch, "gradstore", "--help")
     assert code == 0
@@ -108,6 +108,42 @@ def test_a_wrong_name_is_told_before_anything_heavy_is_imported(tmp_path: Path) 
         assert told.stderr.count(says) == 2, (says, told.stderr)
     assert told.stderr.count("`dataflex-cli train --help` lists every key.") == 4
     assert max(map(len, told.stderr.splitlines())) < 500
+
+
+def test_a_wrong_input_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    """A name of a data set, a count, a model's folder: what files and values alone can tell."""
+    rows = json.dumps([{"instruction": "a", "input": "", "output": "b"}])
+    for name in ("alpaca", "arithmetic", "colours"):
+        (tmp_path / f"{name}.json").write_text(rows)
+    info = {name: {"file_name": f"{name}.json"} for name in ("alpaca", "arithmetic", "colours")}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    run = tmp_path / "run.yaml"
+    model = Path(__file__).resolve().parents[2] / "examples" / "tiny" / "model"
+    run.write_text(
+        f"output_dir: {tmp_path}/out\ntrain_type: dynamic_select\ncomponent_name: less\n"
+        f"model_name_or_path: {model}\ndataset_dir: {tmp_path}\ndataset: alpaca\n"
+        "target_dataset: colours\ndo_train: true\n"
+    )
+    words = {
+        "dataset=alpca": "dataset: unknown data set: 'alpca' (did you mean 'alpaca'?). Accepted: "
+        "alpaca, arithmetic, colours",
+        "target_dataset=coulours": "target_dataset: unknown data set: 'coulours' (did you mean "
+        "'colours'?)",
+        "eval_dataset=arithmetik": "(did you mean 'arithmetic'?)",
+        "max_samples=0": "max_samples is 0, which leaves no row",
+        "max_samples=many": "max_samples is 'many'; expected a whole number",
+        "mix_strategy=concatt": "mix_strategy is 'concatt'; choose concat, ",
+        f"dataset_dir={tmp_path}/nowhere": "does not exist: dataset_dir must hold",
+        f"model_name_or_path={tmp_path}/none": "is not a folder on this machine",
+        f"output_dir={run}/x": "is a file. Choose another.",
+    }
+    commands = [f"{name} {run} {word}" for word in words for name in ("train", "gradstore build")]
+    told = called(*commands)
+    assert told.stdout.rstrip().endswith("loaded: []"), told.stdout
+    assert told.stdout.count("exit: 2") == len(commands) - 2, told.stdout
+    assert told.stdout.count("exit: 5") == 2
+    for says in words.values():
+        assert told.stderr.count(says) == 2, (says, told.stderr)
 
 
 @pytest.mark.parametrize("word", ["version", "--version"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dataflex import __version__
 from dataflex.bridge import arguments
 from dataflex.config.keys import DataFlexConfig, load
 from dataflex.config.presets import resolve
@@ -19,7 +20,7 @@ from dataflex.launch.preflight import check
 from dataflex.pipelines.stages import ACCEPTED
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 YAMLS = sorted((ROOT / "examples").rglob("*.yaml"))
 
 
@@ -91,6 +92,11 @@ def test_the_pipeline_on_its_page_can_be_built() -> None:
     assert built.describe() == "selector loss -> mixer odm, samples weighted by loss"
     accepted = {key for keys in ACCEPTED.values() for key in keys} - {"component_params"}
     assert set(re.findall(r"^\| `(\w+)` \|", page, flags=re.M)) == accepted
+
+
+def test_the_citation_names_this_release() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == __version__
 
 
 def test_every_worked_number_of_the_specification_has_a_test() -> None:

@@ -15,6 +15,7 @@ from gradkernels import ProjectionSpec
 import gradstore
 from gradstore import (
     AdamMoments,
+    AuditOptions,
     Batches,
     BuildSettings,
     CheckpointFeatures,
@@ -27,6 +28,7 @@ from gradstore import (
     StoreWriter,
     Text,
     UnitSink,
+    audit,
     batch_losses,
     build,
     checkpoint_features,
@@ -210,6 +212,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "budget": (lambda: Batches([1], list, [1], token_budget="4"), "token_budget is '4'"),
     "data set": (lambda: Batches(3, list, [1]), "rows that have a length"),
     "sink": (lambda: UnitSink(None), "what StoreWriter.begin returns"),
+    "audit's store": (lambda: audit("store"), "what open_store"),
+    "audit's limits": (lambda: AuditOptions("3"), "neighbours is '3'"),  # type: ignore[arg-type]
+    "audit's cosine": (lambda: AuditOptions(duplicate_cosine=1.5), "duplicate_cosine is 1.5"),
+    "audit's similarity": (lambda: AuditOptions(text_similarity=None), "at most 1"),  # type: ignore[arg-type]
     "filling": (lambda: fill(None, len), "what StoreWriter.begin returns"),
     "build's model": (lambda: build("m", None, [], None, "s"), "give a torch module"),
     "build's path": (lambda: build(LINEAR, None, [], None, None), "the store is None; give a path"),

@@ -162,8 +162,12 @@ def test_all_faults_of_a_configuration_come_together(cli: Any, config: Any) -> N
     check_refusal(cli("train", path), 2, "'full'", "packing is on", "needs target rows")
 
 
-def test_a_module_name_that_the_model_lacks_names_the_model(cli: Any, config: Any) -> None:
-    check_refusal(cli("train", config(lora_target="q_porj")), 2, "q_porj", "cannot be loaded")
+def test_a_module_name_that_the_model_lacks_names_the_key(cli: Any, config: Any) -> None:
+    result = cli("train", config(lora_target="q_porj"))
+    check_refusal(
+        result, 2, "lora_target: q_porj cannot be set up on the model", "lora_target: all"
+    )
+    assert "model_name_or_path" not in result.message
 
 
 def test_a_missing_or_unreadable_configuration(cli: Any, tmp_path: Path) -> None:
@@ -218,7 +222,14 @@ def test_rows_without_a_response_leave_an_empty_target(
 ) -> None:
     folder = data_folder(tmp_path / "data", goal=[row("Say yes.", None)] * 4)
     result = cli("train", config(dataset_dir=str(folder), target_dataset="goal"))
-    check_refusal(result, 2, "target set 'goal'", "valid samples")
+    check_refusal(
+        result,
+        2,
+        "target set 'goal'",
+        "no row is left",
+        "4 with no response",
+        "give each row a response",
+    )
 
 
 def test_a_fully_masked_target_is_refused(cli: Any, config: Any, tmp_path: Path) -> None:
@@ -379,6 +390,12 @@ QUESTIONS = {
     "sub-tasks": (["score", "--subtasks", "2,3"], ["5", "4"]),
     "sub-tasks of words": (["score", "--subtasks", "two"], ["subtasks is 'two'"]),
     "no such row": (["query", "--target-row", "4"], ["row 4", "0-3"]),
+    "audit's neighbours": (["audit", "--neighbours", "38"], ["neighbours is 38", "at most 37"]),
+    "audit's neighbours 0": (["audit", "--neighbours", "0"], ["neighbours is 0", "at least 1"]),
+    "audit's file": (["audit", "-o", "audit.xlsx"], ["audit.xlsx", ".parquet, .csv, .jsonl"]),
+    "audit's checkpoints": (["audit", "--checkpoints", "newest"], ["'newest'", "last, all"]),
+    "audit's set": (["audit", "--target", "gaol"], ["gaol", "goal"]),
+    "audit's top": (["audit", "--top", "0"], ["top is 0"]),
     "top 0": (["query", "--target-row", "0", "--top", "0"], ["top is 0"]),
 }
 
@@ -394,7 +411,7 @@ def test_a_question_that_cannot_be_answered(
     assert not (tmp_path / "selected.jsonl").exists()
 
 
-@pytest.mark.parametrize("command", ["info", "verify", "score"])
+@pytest.mark.parametrize("command", ["info", "verify", "score", "audit"])
 def test_a_folder_that_is_no_store_is_refused(command: str, cli: Any, tmp_path: Path) -> None:
     check_refusal(cli("gradstore", command, tmp_path), 2, str(tmp_path))
     check_refusal(cli("gradstore", command, tmp_path / "nothing"), 2, "nothing")

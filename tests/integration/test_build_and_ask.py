@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from gradstore import open_store
@@ -134,6 +135,33 @@ def test_query_names_who_helped_and_who_hurt(run: dict[str, Path], cli: Any) -> 
     x, q = train.read(0, 96), target.read(3, 4)[0]
     cosines = x @ q / np.linalg.norm(x, axis=1) / np.linalg.norm(q)
     assert [entry["row"] for entry in told["helped"]] == np.argsort(-cosines)[:5].tolist()
+
+
+def test_audit_finds_wrong_answers_and_writes_every_signal(
+    run: dict[str, Path], cli: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "audit.parquet"
+    asked = cli("gradstore", "audit", run["store"], "--json", "--top", 7, "-o", output)
+    told = json.loads(ok(asked).out)
+    assert told["generation"] == "train/5"
+    assert told["checkpoints"] == [2, 5]
+    assert told["targets"] == ["tiny_target_date", "tiny_target_sort"]
+    assert (told["rows"], told["notes"]) == (96, [])
+    table = pq.read_table(output).to_pylist()
+    assert told["top"] == table[:7]
+    rows = json.loads((TINY / "data" / "train.json").read_text())
+    for line in table:
+        origin = rows[line["source_row"]]
+        assert line["prompt"] == f"{origin['instruction']}\n{origin['input']}"
+        assert line["response"] == origin["output"]
+        assert line["reasons"] or line["suspicion"] < 0.9
+    wrong = np.array([rows[line["source_row"]]["skill"] == "noise" for line in table])
+    assert 5 < wrong.sum() < 40
+    # The chance that a wrong answer stands before a right one.
+    assert (~wrong)[:, None].cumsum(0)[wrong].sum() < 0.1 * wrong.sum() * (~wrong).sum()
+    screen = ok(cli("gradstore", "audit", run["store"], "--top", 3)).out
+    assert table[0]["response"] in screen
+    assert "96 rows, checkpoints 2, 5, 2 target set(s)" in screen
 
 
 def test_checkpoints_and_subtasks_combine_as_e11_says(run: dict[str, Path], cli: Any) -> None:

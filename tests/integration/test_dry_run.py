@@ -70,6 +70,16 @@ def test_a_forecast_is_what_the_run_takes_and_writes_nothing(
         ({"update_step": 400}, "the training set has 96"),  # known once rows are loaded
         ({"train_type": "static", "dataset": "of_nobody"}, "of_nobody"),
         ({"template": "qwen"}, "resize_vocab"),  # known once the model is loaded
+        (
+            {
+                "train_type": "static",
+                "streaming": True,
+                "val_size": 1000,
+                "max_steps": 2,
+                "max_samples": None,
+            },
+            "none of its rows is left: its files have none, or val_size",
+        ),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would(

@@ -126,12 +126,33 @@ def test_a_resume_on_other_rows_or_another_schedule_is_refused(
     cli: Any, config: Any, tmp_path: Path
 ) -> None:
     assert cli("train", config(), faults={"kill_step": 5}).code == -9
-    other_rows = cli("train", config(max_samples=90))
-    assert other_rows.code == 3
-    assert "other training rows" in other_rows.message
-    other_schedule = cli("train", config(update_step=4))
-    assert other_schedule.code == 2
-    assert "(2, 3, 2)" in other_schedule.message
+    before = contents(tmp_path / "run")
+    for changes, code, says in (
+        ({"max_samples": 90}, 3, "other training rows"),
+        ({"update_step": 4}, 2, "(2, 3, 2)"),
+        (
+            {
+                "lora_rank": 8,
+                "lora_target": "q_proj",
+                "loraplus_lr_ratio": 4.0,
+                "component_params": {"proj_dim": 64},
+            },
+            2,
+            "'proj_dim': 64, 'seed': 123}; lora_alpha 8, "
+            "now 16; lora_rank 4, now 8; lora_target ['down_proj', 'q_proj'], now ['q_proj']; "
+            "loraplus_lr_ratio None, now 4.0.",
+        ),
+    ):
+        resumed, dry = cli("train", config(**changes)), cli("train", config(**changes), "--dry-run")
+        assert resumed.code == dry.code == code, resumed.err[-3000:] + dry.err[-3000:]
+        assert says in resumed.message
+        assert dry.message == resumed.message
+        assert "trainable params" not in resumed.out, "the model was loaded"
+    assert contents(tmp_path / "run") == before
+    changed = cli("train", config(learning_rate=1.0e-3), "--dry-run")
+    assert changed.code == 0, changed.err[-3000:]
+    assert "learning_rate 0.002, now 0.001: without effect" in changed.err
+    assert "trainable params" in changed.out
 
 
 @pytest.fixture(scope="module")
@@ -345,12 +366,17 @@ def copied(held: Path, place: Path) -> None:
     shutil.copy(held, place)
 
 
-def test_ctrl_c_says_how_to_go_on(cli: Any, config: Any) -> None:
+def test_ctrl_c_says_how_to_go_on_and_leaves_a_report(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
     result = cli("train", config(component_name="random", component_params={}),
                  faults={"interrupt_step": 3})  # fmt: skip
     assert result.code == 130
     assert "resume_from_checkpoint=true" in result.message
     assert "Traceback" not in result.err
+    report = (tmp_path / "run/dataflex/report.html").read_text()
+    assert "Rows selected by random" in report
+    assert "interrupted" in report
 
 
 def test_clean_up_keeps_what_a_resume_needs(cli: Any, config: Any, tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def run(request: dict[str, Any], rank: int | None = None) -> None:
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
+    except BaseException:  # of any kind: this is a child's end, whose exit code is the answer
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -105,6 +105,9 @@ def test_where_every_row_is_dropped_the_reason_is_told(
     with pytest.raises(BadInput, match=says) as refused:
         load_rows(folder, **asked)
     assert "'odd'" in str(refused.value)
+    step = "give each row a response" if outputs[0] is None else "write each response as text"
+    assert f"To mend it, {step}" in str(refused.value)
+    assert "README" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,22 @@ def test_rows_of_other_files_are_refused(
     load_rows(dataset_dir(rows=ROWS), tokenized_path=path)
     with pytest.raises(ProvenanceMismatch, match=r"data set 'rows': (rows.json|its entry)"):
         load_rows(dataset_dir(entries, rows=rows), tokenized_path=path)
+
+
+def test_what_differs_is_told_by_its_key_and_no_whole_hash(
+    load_rows: Any, dataset_dir: DataDir, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenised"
+    load_rows(dataset_dir(rows=ROWS), tokenized_path=str(path))
+    held = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps({**held, "tokenizer": "c0ffee" + 58 * "0"}))
+    folder = dataset_dir({"rows": {"file_name": "rows.json", "license": "mit"}}, rows=ROWS)
+    with pytest.raises(
+        ProvenanceMismatch, match=r"tokenizer c0ffee00\.\.\., now [0-9a-f]{8}\."
+    ) as no:
+        load_rows(folder, tokenized_path=str(path))
+    assert "its entry in dataset_info.json has other values of license" in str(no.value)
+    assert not re.search("[0-9a-f]{17}", str(no.value))
 
 
 def test_a_folder_without_a_record_is_used_with_a_warning(

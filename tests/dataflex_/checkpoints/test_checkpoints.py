@@ -216,15 +216,39 @@ def test_other_failures_while_saving_stay_what_they_are(error: Exception, tmp_pa
         raise error
 
 
-def test_the_oldest_checkpoints_go_and_the_best_and_the_newest_stay(tmp_path: Path) -> None:
-    folders = [tmp_path / f"checkpoint-{step}" for step in (100, 2, 4, 6)]
-    for age, folder in enumerate(folders):
+@pytest.mark.parametrize(
+    ("limit", "present", "best", "others", "left"),
+    [
+        (None, 8, None, (), [2, 4, 6, 8]),
+        (0, 8, None, (), [2, 4, 6, 8]),
+        (2, 8, None, (), [6, 8]),
+        (2, 8, 2, (), [2, 8]),
+        (1, 8, 2, (), [2, 8]),
+        (1, 4, None, (), [4, 6, 8]),  # resumed from 2: those ahead are not the Trainer's to remove
+        (2, 4, 6, (), [2, 4, 6, 8]),
+        (2, 6, None, (), [4, 6, 8]),
+        (2, 6, None, (4, 8), [2, 6]),  # of an earlier run: they go first, whatever their step
+        (3, 6, None, (4, 8), [2, 6, 8]),
+        (1, 2, 8, (4, 6, 8), [2, 8]),
+    ],
+)
+def test_checkpoints_go_by_step_and_the_present_the_best_and_those_ahead_stay(
+    limit: int | None,
+    present: int,
+    best: int | None,
+    others: tuple[int, ...],
+    left: list[int],
+    tmp_path: Path,
+) -> None:
+    """Times of the folders, which a copy changes, run the other way."""
+    folders = {step: tmp_path / f"checkpoint-{step}" for step in (2, 4, 6, 8)}
+    for step, folder in folders.items():
         folder.mkdir()
-        os.utime(folder, (age, age))
-    remove_older(folders, None, {folders[-1]})
-    assert len(list(tmp_path.iterdir())) == 4
-    remove_older(folders, 2, {folders[-1], folders[1]})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6"]
+        os.utime(folder, (100 - step, 100 - step))
+    own = {folder for step, folder in folders.items() if step not in others}
+    the_best = None if best is None else folders[best]
+    remove_older(list(folders.values()), limit, folders[present], the_best, own)
+    assert sorted(int(path.name.partition("-")[2]) for path in tmp_path.iterdir()) == left
 
 
 def test_leftovers_of_a_killed_run_are_not_sealed_with_a_new_checkpoint(checkpoint: Path) -> None:

@@ -7,13 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from dataflex.checkpoints.folders import checkpoints, newest_sound
+from dataflex.checkpoints.folders import (
+    check_sound,
+    checkpoints,
+    find_checkpoints,
+    newest_sound,
+    resume_point,
+)
 from dataflex.checkpoints.seal import seal
 from dataflex.checkpoints.state import RunState
 from dataflex.checkpoints.weights import optimizer_order
+from dataflex.config.keys import DataFlexConfig, RunConfig
+from gradstore.errors import BadInput, DamagedData
 from gradstore.export.moments import AdamMoments
 
 
@@ -40,6 +49,43 @@ def test_a_resume_takes_the_newest_whole_one(tmp_path: Path) -> None:
     make(tmp_path, 12, complete=False)
     assert newest_sound(tmp_path, None)[0] == newest
     assert newest_sound(tmp_path, "mine")[0] == newest
+
+
+def test_states_of_two_checkpoints_in_one_folder_are_refused_by_name(tmp_path: Path) -> None:
+    sound, mixed = make(tmp_path, 2), make(tmp_path, 4)
+    (mixed / "trainer_state.json").write_text(json.dumps({"global_step": 2}))
+    (mixed / "dataflex" / "manifest.json").unlink()
+    seal(mixed)
+    says = r"checkpoint-4/dataflex/state\.json is of step 4, trainer_state\.json .* of step 2"
+    with pytest.raises(DamagedData, match=says):
+        check_sound(mixed)
+    found, (passed,), _ = newest_sound(tmp_path, None)
+    assert found == sound
+    assert "is of step 4" in passed
+    (mixed / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    seal(mixed)
+    config = RunConfig(DataFlexConfig(gradstore_checkpoints=(str(mixed),)),
+                       {"output_dir": str(tmp_path)}, tmp_path)  # fmt: skip
+    with pytest.raises(DamagedData, match=says):
+        find_checkpoints(config)
+
+
+def test_where_no_checkpoint_can_be_resumed_from_the_reason_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of `save_only_model` all lack the same."""
+    for step in (2, 4, 6):
+        made = make(tmp_path, step, complete=False)
+        (made / "global_step").rmdir()
+        save_file({"a": torch.ones(2)}, made / "model.safetensors")
+        (made / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        seal(made)
+    with pytest.raises(BadInput) as refused:
+        resume_point(RunConfig(DataFlexConfig(), {"output_dir": str(tmp_path)}, tmp_path))
+    said = f"{refused.value}{caplog.text}"
+    assert said.count("has no optimizer.pt (save_only_model, or deleted)") == 1
+    assert "checkpoint-6' has no" in said
+    assert said.endswith(f"2 more in {str(tmp_path)!r} cannot be resumed from either.")
 
 
 def test_a_resume_never_takes_another_runs(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dataflex.config.parameters import declared, faults
 from dataflex.config.presets import presets_of, resolve
 from dataflex.config.registry import KINDS, PACKAGES, constructors_of, strategies
 from dataflex.config.values import names_a_folder
-from dataflex.models.frozen import missing_folder_faults
+from dataflex.models.paths import missing_folder_faults
 from gradstore.errors import BadInput
 
 

@@ -47,7 +47,9 @@ def test_a_longer_secret_is_replaced_before_one_that_is_part_of_it() -> None:
 @pytest.mark.parametrize(
     "name",
     ["hf_hub_token", "ms_hub_token", "om_hub_token", "swanlab_api_key", "api_key", "password",
-     "swanlab_lark_secret", "swanlab_lark_webhook_url", "hub_token", "token", "AWS_SECRET_KEY"],
+     "swanlab_lark_secret", "swanlab_lark_webhook_url", "hub_token", "token", "AWS_SECRET_KEY",
+     "authorization", "Proxy-Authorization", "judge_key", "judge_token", "credentials", "X-Api-Key",
+     "bearer", "api_keys"],
 )  # fmt: skip
 def test_texts_under_secret_names_are_left_out_of_files(name: str) -> None:
     params = {"judge": [{name: KEY, "temperature": 0.5}]}
@@ -60,13 +62,31 @@ def test_texts_under_secret_names_are_left_out_of_files(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("eos_token", "</s>"), ("tokens_per_batch", 128), ("max_new_tokens", 8), ("pooling", "mean"),
-     ("api_key_env", "JUDGE_KEY"), ("api_key", "JUDGE_KEY"), ("password", 3), ("monkey", "banana")],
+     ("api_key_env", "JUDGE_KEY"), ("api_key", "JUDGE_KEY"), ("password", 3), ("monkey", "banana"),
+     ("add_tokens", "<tool>"), ("stop_tokens", ["</s>"]), ("api_keys", ["JUDGE_KEY"]),
+     ("sort_key", "length")],
 )  # fmt: skip
 def test_what_only_sounds_like_a_secret_is_shown(name: str, value: object) -> None:
     """DataFlex 1.1.0's `api_key` is the name of an environment variable."""
     assert without_secrets({name: value}) == {name: value}
     keep_secrets({name: value})
     assert redacted(str(value)) == str(value)
+
+
+def test_every_text_in_a_list_or_a_mapping_under_a_secret_name_is_secret() -> None:
+    params = {
+        "hub_tokens": ["hf_first", "hf_second", "HF_TOKEN"],
+        "credentials": {"user": "ada-of-old", "rights": [{"key": "sk-third"}], "tries": 3},
+        "headers": {"Authorization": "Bearer sk-fourth"},
+    }
+    assert without_secrets(params) == {
+        "hub_tokens": ["***", "***", "HF_TOKEN"],
+        "credentials": {"user": "***", "rights": [{"key": "***"}], "tries": 3},
+        "headers": {"Authorization": "***"},
+    }
+    keep_secrets(params)
+    said = "hf_first hf_second HF_TOKEN ada-of-old sk-third 'Bearer sk-fourth' sk-fourth"
+    assert redacted(said) == "*** *** HF_TOKEN *** *** '***' ***"
 
 
 def test_keys_of_a_configuration_and_of_its_presets_are_known_once_they_are_read(
@@ -92,6 +112,7 @@ def test_keys_of_a_configuration_and_of_its_presets_are_known_once_they_are_read
         ('"hf_hub_token": "hf_sesame-1\n', "seed=1"),
         ("seed: 1\n", "hf_hub_token={hf_sesame-1"),
         ("seed: 1\n", "component_params.api_key=[hf_sesame-1"),
+        ("headers: {X-Api-Key: [other-one, hf_sesame-1\n", "seed=1"),
     ],
 )
 def test_a_secret_in_text_that_does_not_parse_is_not_shown(

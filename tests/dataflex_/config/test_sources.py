@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -38,9 +39,25 @@ def test_keys_are_the_fields_of_llamafactorys_classes(monkeypatch: pytest.Monkey
     assert len(keys) > 300
     helps = {name: " ".join(str(f.metadata.get("help", "")).split()) for name, f in live.items()}
     assert {name: key.help for name, key in keys.items()} == helps
+    hints = {n: h for c in arguments.argument_classes() for n, h in get_type_hints(c).items()}
+    for name, key in keys.items():
+        parts = {part for part in _alternatives(hints[name]) if part is not type(None)}
+        choices = [
+            value for part in parts if get_origin(part) is Literal for value in get_args(part)
+        ]
+        assert list(key.choices) == choices, name
+        plain = {part.__name__ for part in parts if part in (bool, int, float)}
+        assert key.types & {"bool", "int", "float"} == plain, name
+        assert len(key.types) == len(parts), name
     monkeypatch.setenv("USE_MCA", "1")  # then the classes themselves are asked
     monkeypatch.setattr(arguments, "argument_classes", lambda: [Other])
     assert arguments.accepted_keys() == {"mine"}
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The parts of a union, or the annotation alone."""
+    union = get_origin(hint) in (Union, UnionType)
+    return get_args(hint) if union else (hint,)
 
 
 @dataclasses.dataclass

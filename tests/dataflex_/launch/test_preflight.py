@@ -10,6 +10,7 @@ import pytest
 from dataflex.bridge import arguments
 from dataflex.config.keys import load
 from dataflex.config.presets import resolve
+from dataflex.launch.configuration import read
 from dataflex.launch.preflight import check
 from dataflex.run.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput
@@ -47,9 +48,8 @@ def test_values_of_wrong_types_are_told_together_and_once(
     monkeypatch.chdir(EXAMPLES.parents[1])
     wrong = ["adapter_name_or_path=5", "optim=[sgd]", "max_steps=many", "cutoff_len=long"]
     path = EXAMPLES / "selectors" / "less.yaml"
-    config = load(path, wrong, arguments.accepted_keys())
     with pytest.raises(BadInput) as refused:
-        check(config)
+        read(path, wrong)
     lines = str(refused.value).splitlines()
     keys = [line.removeprefix(f"{path}: ").split(" is ")[0] for line in lines]
     assert sorted(keys) == sorted(key.partition("=")[0] for key in wrong)
@@ -121,5 +121,5 @@ def test_a_value_is_shown_as_it_was_written_with_its_choices(
     monkeypatch.chdir(EXAMPLES.parents[1])
     path = EXAMPLES / "selectors" / "less.yaml"
     with pytest.raises(BadInput) as refused:
-        check(load(path, [override], arguments.accepted_keys()))
+        check(read(path, [override]))
     assert says in str(refused.value)

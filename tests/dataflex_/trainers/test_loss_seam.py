@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.nn import functional
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 from dataflex.config.keys import DataFlexConfig, RunConfig
@@ -27,6 +27,7 @@ from dataflex.run.ranks import Ranks
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.trainers.job import Job, Run
 from dataflex.trainers.loss_seam import LossSeam
+from dataflex.trainers.sealing import Sealer
 from dataflex.trainers.seam import trainer_class
 from dataflex.trainers.weight import WeightSeam
 from dataflex.weighters.base import FloatArray, MeasuredBatch, WeightContext, Weighter
@@ -388,6 +389,15 @@ def test_a_step_that_is_only_watched_is_bit_for_bit_the_plain_one(make: MakeTrai
     np.testing.assert_allclose(seen, [[1, 3, 5]], atol=1e-5)
 
 
+def test_a_trainer_that_trains_twice_seals_once_and_last(make: MakeTrainer) -> None:
+    trainer = make([1, 3], Told([1, 1]))
+    trainer.train()
+    trainer.add_callback(TrainerCallback())  # such as one that LlamaFactory adds later
+    trainer.train()
+    sealers = [isinstance(each, Sealer) for each in trainer.callback_handler.callbacks]
+    assert sealers.index(True) == len(sealers) - 1
+
+
 def test_one_sample_at_a_time_is_told(make: MakeTrainer, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         make([1, 3], LossWeighter(), per_device_train_batch_size=1, accumulation=1)
@@ -399,20 +409,11 @@ def test_one_sample_at_a_time_is_told(make: MakeTrainer, caplog: pytest.LogCaptu
         assert "raise per_device_train_batch_size" in caplog.text
 
 
-def test_steps_that_no_line_of_training_came_after_are_in_the_last_line() -> None:
+def test_steps_that_no_line_of_training_came_after_are_in_the_last_line(logging_seam: Any) -> None:
     """A run shorter than `logging_steps` has no other line."""
-
-    class Base:
-        def log(self, logs: dict[str, float]) -> None:
-            lines.append(logs)
-
-    class Logged(LossSeam, Base):
-        """A seam over a Trainer that only logs."""
-
-    lines: list[dict[str, float]] = []
+    made, lines = logging_seam(LossSeam)
     updates: list[str] = []
-    made: Any = object.__new__(Logged)
-    made._numbers, made._pending = {}, [np.array([0.5, 1.5])]
+    made._pending = [np.array([0.5, 1.5])]
     made.state = SimpleNamespace(global_step=3)
     made.run = SimpleNamespace(ranks=Ranks(), name="loss")
     made.log_files = SimpleNamespace(update=lambda kind, *_, **__: updates.append(kind))

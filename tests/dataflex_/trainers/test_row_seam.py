@@ -28,7 +28,7 @@ class Served(RowSeam):
         self.args: Any = SimpleNamespace(seed=5, process_index=0, dataloader_num_workers=0,
                                          dataloader_pin_memory=False)  # fmt: skip
         self.run: Any = SimpleNamespace(shape=BatchShape(3, 1, 1), schedule=Schedule(2, 4, 2, 10),
-                                        ranks=Ranks())  # fmt: skip
+                                        ranks=Ranks(), tuned=None)  # fmt: skip
         self.lr_scheduler: Any = SimpleNamespace(get_last_lr=lambda: [0.25])
         self.asked: list[int] = []
 

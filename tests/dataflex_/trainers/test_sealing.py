@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from dataflex.checkpoints.seal import MANIFEST, is_sealed
+from dataflex.checkpoints.seal import MANIFEST, is_sealed, seal
+from dataflex.checkpoints.state import RunState
 from dataflex.run.ranks import Ranks
 from dataflex.trainers import sealing
 from dataflex.trainers.sealing import SealedCheckpoints, Sealer
 from gradstore.errors import BadInput, StoreIOError
+
+RUN = "a run's id"
 
 
 class Stock:
@@ -26,13 +29,20 @@ class Stock:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         folder.mkdir()
         (folder / "trainer_state.json").write_text("{}")
+        schedule = (0, 1, 1)
+        RunState(self.state.global_step, RUN, schedule, "sha").save(folder)
+        self.save_model(str(folder))
+
+    def save_model(self, output_dir: str) -> None:
+        limit = self.args.save_total_limit
+        (Path(output_dir) / "training_args.bin").write_text(f"limit {limit}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         raise ValueError("loaded state dict has a different number of parameter groups")
 
 
 class Sealing(SealedCheckpoints, Stock):
-    run = SimpleNamespace(ranks=Ranks())  # type: ignore[assignment]
+    run = SimpleNamespace(ranks=Ranks(), run_id=RUN)  # type: ignore[assignment]
 
 
 @pytest.fixture
@@ -48,7 +58,7 @@ def trainer(tmp_path: Path) -> Sealing:
 
 def save(trainer: Sealing) -> None:
     trainer._save_checkpoint(None, trial=None)
-    Sealer(Ranks()).on_save(trainer.args, trainer.state, None)
+    Sealer(Ranks(), RUN).on_save(trainer.args, trainer.state, None)
 
 
 def names(folder: Path) -> list[str]:
@@ -61,7 +71,7 @@ def test_an_older_checkpoint_goes_once_the_new_one_is_sealed(
     trainer._save_checkpoint(None, trial=None)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
     assert not is_sealed(tmp_path / "checkpoint-4")
-    Sealer(Ranks()).on_save(trainer.args, trainer.state, None)
+    Sealer(Ranks(), RUN).on_save(trainer.args, trainer.state, None)
     assert names(tmp_path) == ["checkpoint-4"]
     assert (tmp_path / "checkpoint-4" / MANIFEST).is_file()
 
@@ -78,6 +88,23 @@ def test_an_older_checkpoint_stays_where_the_new_one_cannot_be_sealed(
     assert is_sealed(tmp_path / "checkpoint-2")
 
 
+def test_a_saved_training_args_has_the_users_limit(trainer: Sealing, tmp_path: Path) -> None:
+    """It was None there, as while a checkpoint is saved: whoever goes on from it kept all."""
+    assert (tmp_path / "checkpoint-2" / "training_args.bin").read_text() == "limit 1"
+    trainer.save_model(str(tmp_path))
+    assert (tmp_path / "training_args.bin").read_text() == "limit 1"
+
+
+@pytest.mark.parametrize(("of", "left"), [(RUN, [4, 6]), ("another", [4])])
+def test_a_later_checkpoint_stays_if_it_is_of_this_run(
+    of: str, left: list[int], trainer: Sealing, tmp_path: Path
+) -> None:
+    RunState(6, of, (0, 1, 1), "sha").save(tmp_path / "checkpoint-6")
+    seal(tmp_path / "checkpoint-6")
+    save(trainer)
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in left]
+
+
 def test_the_best_checkpoint_stays(trainer: Sealing, tmp_path: Path) -> None:
     trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
     save(trainer)
@@ -90,7 +117,9 @@ def test_nothing_of_an_earlier_folder_is_in_a_new_checkpoint(
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4" / "rng_state_1.pth").write_bytes(b"of a run of two")
     save(trainer)
-    assert names(tmp_path / "checkpoint-4") == ["dataflex", "trainer_state.json"]
+    assert names(tmp_path / "checkpoint-4") == [
+        "dataflex", "trainer_state.json", "training_args.bin"
+    ]  # fmt: skip
 
 
 def test_a_limit_is_put_back_when_saving_fails(

@@ -54,19 +54,11 @@ def test_a_changed_setting_and_another_schedule_are_refused_with_both_values() -
         made._restore(state({}, schedule=(1, 2, 2)), Path("c"))
 
 
-def test_a_line_of_an_evaluation_has_no_number_of_ours_the_next_line_of_training_has_all() -> None:
+def test_a_line_of_an_evaluation_has_no_number_of_ours_the_next_line_of_training_has_all(
+    logging_seam: Any,
+) -> None:
     """A model card takes every key of such a line for a metric; it failed on `kept_share`."""
-
-    class Base:
-        def log(self, logs: dict[str, float]) -> None:
-            lines.append(logs)
-
-    class Logged(Seam, Base):
-        """A seam over a Trainer that only logs."""
-
-    lines: list[dict[str, float]] = []
-    made: Any = object.__new__(Logged)
-    made._numbers = {}
+    made, lines = logging_seam(Seam)
     made.add_to_log({"kept_share": 0.05})
     for line in ({"eval_loss": 1.0}, {"loss": 2.0}, {"loss": 3.0}):
         made.log(line)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from dataflex.data.rows import RunData
 from dataflex.run.log import SelectionEvent
-from dataflex.trainers.metrics import count_by_set, won_by
+from dataflex.selectors.base import Selection
+from dataflex.trainers.metrics import count_by_set, selection_metrics, skipped_rows, won_by
 from dataflex.trainers.select import warmup_rows, warnings_of
 
 
@@ -26,6 +30,17 @@ def test_a_warm_up_depends_on_seed_and_stage_and_draws_rows_with_a_target_once()
     assert rows != drawn(seed=1, stage=1)
     assert len(set(rows)) == 20
     assert all(row % 7 for row in rows)
+
+
+def test_the_log_counts_the_rows_that_the_event_names(
+    domain_data: Callable[..., RunData],
+) -> None:
+    """Those dropped by LlamaFactory were in the event alone."""
+    data = replace(domain_data([30, 10]), dropped={"no_response": 2})
+    rows = np.arange(4)
+    chosen = Selection(rows, skipped={"masked": 1})
+    assert skipped_rows(data, chosen) == {"no_response": 2, "masked": 1}
+    assert selection_metrics(data, rows, chosen)["skipped"] == 3.0
 
 
 def event(**values: Any) -> SelectionEvent:

@@ -14,13 +14,14 @@ from gradkernels.reference import matrix_rows, scale
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradstore.capture.per_sample import GradientCapture
+from gradstore.capture.per_sample import GradientCapture, batch_losses
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
 from gradstore.export.features import FeatureMap, FeatureSpec, Recipe
 from gradstore.export.projected import compute_unit, export_features
 from gradstore.export.units import Batches, plan_batches
 from gradstore.format.layout import RowStatus, generation_path
+from gradstore.format.plans import UnitRange
 from gradstore.format.records import RowSet, row_hash
 from gradstore.store.filling import fill
 from gradstore.store.reader import open_store
@@ -292,6 +293,24 @@ def test_the_token_budget_changes_no_feature_beyond_rounding(
         found.append(generation.read(0, N))
     for other in found[1:]:
         assert row_errors(other, found[0]).max() <= 2**-10
+
+
+@pytest.mark.parametrize("method", ["sjlt", "rademacher"])
+def test_a_unit_has_the_losses_of_a_plain_pass(llama: Any, model: Any, method: Any) -> None:
+    rows = llama.rows(9)
+    rows[4] = {**rows[4], "labels": [-100] * len(rows[4]["labels"])}
+    lengths = [len(row["input_ids"]) for row in rows]
+    p = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    recipe = Recipe(FeatureSpec("sgd"), ProjectionSpec(method, p=p, d=16, seed=1))
+    longest = sorted(lengths)[-2]
+    batches = Batches(rows, llama.collate, lengths, token_budget=50, longest=longest)
+    done = compute_unit(model, batches, recipe, UnitRange(0, 0, 9))
+    assert done.loss is not None
+    for row, loss in enumerate(done.loss):
+        plain = batch_losses(model, llama.collate(rows[row : row + 1])).loss.item()
+        expected = np.nan if lengths[row] > longest else plain
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert np.isnan(done.loss).sum() == 1 + sum(length > longest for length in lengths)
 
 
 @pytest.mark.parametrize("stop_after", [1, 9, 20])

@@ -200,6 +200,10 @@ def test_the_command_line_scores_gradients_and_lists_every_space(
     shown = run.invoke(app, ["info", str(both.path)])
     assert shown.exit_code == 0
     assert "embedding" in shown.stdout
+    reasons = {f"{n} {why}" for e in listed for why, n in e["status"].items() if n and why != "ok"}
+    assert reasons, "some rows are skipped"
+    for reason in reasons:
+        assert reason in shown.stdout
 
 
 def test_clean_up_keeps_the_newest_of_each_space(kit: StoreKit, both: Store) -> None:

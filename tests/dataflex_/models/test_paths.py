@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dataflex.models.frozen import missing_folder_faults, model_path_faults, reference_faults
+from dataflex.models.paths import missing_folder_faults, model_path_faults, reference_faults
 
 
 def test_a_missing_folder_is_told_with_the_script_that_brings_it(tmp_path: Path) -> None:

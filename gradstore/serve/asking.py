@@ -1,0 +1,181 @@
+"""Questions to the store: scores of all training rows, once per question and commit.
+
+Letters: n train rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradstore.errors import BadInput
+from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.scoring.influence import influence_scores
+from gradstore.scoring.pairing import checkpoint_features, parse_which
+from gradstore.scoring.query import query_influence
+from gradstore.scoring.selection import check_k, rows_for_fraction, select_top
+from gradstore.serve.forms import Budget, Question
+from gradstore.serve.jobs import Desk
+from gradstore.store.generation import Generation
+from gradstore.store.reader import Store
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """Scores of all rows of a training generation.
+
+    Attributes:
+        key: names question and commits.
+        train: the newest generation of the training rows.
+        targets: the target generations of the same checkpoint.
+        values: (n,) float32; nan where a row is not usable.
+        best_subtask: (n,) int32, -1 where there is none.
+        skipped: number of unusable rows by reason.
+    """
+
+    key: Hashable
+    train: Generation
+    targets: tuple[Generation, ...]
+    values: npt.NDArray[np.float32]
+    best_subtask: npt.NDArray[np.int32]
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> npt.NDArray[np.bool_]:
+        """(n,) bool."""
+        return ~np.isnan(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the vectors."""
+        return self.values.nbytes + self.best_subtask.nbytes
+
+
+def pairs_of(store: Store, question: Question) -> list[CheckpointFeatures]:
+    """Pair the generations that a question is about; raises as `checkpoint_features` does."""
+    return checkpoint_features(
+        store,
+        parse_which(question.checkpoints),
+        run=question.run,
+        sets=question.target or None,
+        until=question.step,
+    )
+
+
+def scores_of(store: Store, question: Question, desk: Desk, wait: float) -> RowScores:
+    """Return the scores of all training rows, computed or kept.
+
+    Args:
+        store: at its newest commit.
+        question: what they are asked by.
+        desk: where it is computed.
+        wait: seconds.
+
+    Raises:
+        StillRunning: it takes longer than `wait`.
+        TooMany: too many scans wait.
+        BadInput: as for `influence_scores` and `query_influence`.
+        ProvenanceMismatch: as there.
+    """
+    pairs = pairs_of(store, question)
+    _check_target_row(pairs, question)
+    commits = tuple(
+        (each.commit_sha, pair.weight)  # type: ignore[attr-defined]
+        for pair in pairs
+        for each in (pair.train, *pair.targets)
+    )
+    key = ("score", commits, question.target_row, tuple(question.subtasks), question.aggregation)
+
+    def compute(on_rows: Callable[[int], None]) -> RowScores:
+        return _score(key, pairs, question, on_rows)
+
+    return desk.ask(key, "score", pairs[-1].train.rows, compute, wait)
+
+
+def _check_target_row(pairs: list[CheckpointFeatures], question: Question) -> None:
+    """Refuse a target row that there is not before a job is made of it."""
+    if question.target_row is None:
+        return
+    if question.subtasks:
+        raise BadInput("target_row and subtasks are both given; ask by one row, or by sub-tasks.")
+    first = pairs[-1].targets[0]
+    if question.target_row >= first.rows:
+        raise BadInput(
+            f"target row {question.target_row} requested, the set has rows 0-{first.rows - 1}; "
+            "name one of them"
+        )
+
+
+def _score(
+    key: Hashable,
+    pairs: list[CheckpointFeatures],
+    question: Question,
+    on_rows: Callable[[int], None],
+) -> RowScores:
+    train: Any = pairs[-1].train
+    targets: Any = pairs[-1].targets
+    if question.target_row is not None:
+        one = query_influence(pairs, question.target_row, top=1, on_rows=on_rows)
+        best = np.where(one.usable, 0, -1).astype(np.int32)
+        return RowScores(key, train, targets[:1], one.values, best, one.skipped)
+    found = influence_scores(
+        pairs,
+        subtask_sizes=question.subtasks or None,
+        aggregation=question.aggregation,
+        on_rows=on_rows,
+    )
+    return RowScores(key, train, targets, found.values, found.best_subtask, found.skipped)
+
+
+def sides(scores: RowScores, top: int) -> tuple[list[int], list[int]]:
+    """Return the rows that helped most and those that hurt most, at most `top` each."""
+    usable = scores.usable
+    count = min(top, int(usable.sum()))
+    helped = select_top(scores.values, count, usable=usable)
+    hurt = select_top(-scores.values, count, usable=usable)
+    return helped.tolist(), hurt.tolist()
+
+
+def chosen(scores: RowScores, budget: Budget) -> list[int]:
+    """Return the rows of a selection, best first.
+
+    Raises:
+        BadInput: not exactly one budget, or one that no row fits into.
+    """
+    given = [n for n in ("count", "fraction", "tokens") if getattr(budget, n) is not None]
+    if len(given) != 1:
+        raise BadInput(
+            f"the selection has {' and '.join(given) or 'no budget'}; give exactly one of count, "
+            "fraction, tokens."
+        )
+    usable = int(scores.usable.sum())
+    if budget.tokens is not None:
+        return _within_tokens(scores, budget.tokens)
+    if budget.fraction is not None:
+        count = rows_for_fraction(budget.fraction, usable)
+    else:
+        count = budget.count or 0
+    k = check_k(count, usable, scores.train.rows)
+    return [int(row) for row in select_top(scores.values, k, usable=scores.usable)]
+
+
+def _within_tokens(scores: RowScores, tokens: int) -> list[int]:
+    """Return the longest run of the best rows whose target tokens fit into a budget."""
+    ranked = select_top(scores.values, int(scores.usable.sum()), usable=scores.usable)
+    spent = np.cumsum(scores.train.tokens[ranked].astype(np.int64))
+    count = int(np.searchsorted(spent, tokens, side="right"))
+    if count == 0:
+        raise BadInput(
+            f"tokens is {tokens}, the best row alone has {int(spent[0])}; give a larger budget."
+        )
+    return [int(row) for row in ranked[:count]]
+
+
+def histogram(scores: RowScores, bins: int) -> dict[str, list[float] | list[int]]:
+    """Count the usable rows' scores in equal bins: {"edges": (bins + 1), "counts": (bins)}."""
+    counts, edges = np.histogram(scores.values[scores.usable].astype(np.float64), bins=bins)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}

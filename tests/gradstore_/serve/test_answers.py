@@ -1,0 +1,211 @@
+"""What the API answers equals what the library computes; bad input is a problem document."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from fastapi.testclient import TestClient
+
+from gradstore.scoring.influence import influence_scores
+from gradstore.scoring.pairing import checkpoint_features
+from gradstore.scoring.query import query_influence
+from gradstore.scoring.selection import select_top
+from gradstore.store.reader import open_store
+
+ARROW = {"Accept": "application/vnd.apache.arrow.stream"}
+
+
+def table(response: Any) -> Any:
+    assert response.headers["content-type"] == ARROW["Accept"]
+    return pa.ipc.open_stream(io.BytesIO(response.content)).read_all()
+
+
+def test_the_store_and_its_generations_are_listed_with_the_commit_as_etag(
+    client: TestClient, store_path: Path
+) -> None:
+    store = open_store(store_path)
+    (line,) = client.get("/v1/stores").json()["stores"]
+    assert store.head is not None
+    assert (line["uuid"], line["commit"]) == (store.uuid, store.head.sha256)
+    answer = client.get("/v1/generations")
+    assert answer.headers["etag"] == f'"{store.head.sha256}"'
+    lines = {each["name"]: each for each in answer.json()["generations"]}
+    assert set(lines) == {each.name for each in store.generations()}
+    assert lines["train/8"]["usable_rows"] == 298
+    assert lines["train/8"]["text"] is True
+    again = client.get("/v1/generations", headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+def test_scores_are_those_of_the_library_in_json_and_in_arrow(
+    client: TestClient, store_path: Path
+) -> None:
+    pairs = checkpoint_features(open_store(store_path), "all", sets=["two"])
+    wanted = influence_scores(pairs).values
+    form = {"checkpoints": "all", "target": ["two"]}
+    got = client.post("/v1/score", json=form).json()
+    assert (got["usable_rows"], got["skipped"]) == (298, {"zero_norm": 1, "non_finite": 1})
+    assert got["scores"] == [None if np.isnan(v) else float(v) for v in wanted]
+    assert sum(got["histogram"]["counts"]) == 298
+    columns = table(client.post("/v1/score", json=form, headers=ARROW))
+    np.testing.assert_array_equal(columns["score"].to_numpy(), wanted)
+
+
+def test_a_query_names_helpers_and_hurters_with_text(client: TestClient, store_path: Path) -> None:
+    pairs = checkpoint_features(open_store(store_path), sets=["one"])
+    wanted = query_influence(pairs, 3, top=4)
+    got = client.post("/v1/query", json={"target": "one", "target_row": 3, "top": 4}).json()
+    for side in ("helped", "hurt"):
+        rows = [line["row"] for line in got[side]]
+        assert rows == getattr(wanted, side).tolist()
+        assert [line["score"] for line in got[side]] == [float(wanted.values[r]) for r in rows]
+    assert got["target_row"]["prompt"] == "one: what is 3 plus 3?"
+    assert got["helped"][0]["prompt"]
+    sides = table(client.post("/v1/query", json={"target": "one", "target_row": 3}, headers=ARROW))
+    assert set(sides["side"].to_pylist()) == {"helped", "hurt"}
+    assert sides["source_set"][0].as_py() in ("alpha", "beta", "gamma")
+
+
+def test_selections_keep_to_their_budget(client: TestClient, store_path: Path) -> None:
+    store = open_store(store_path)
+    scores = influence_scores(checkpoint_features(store))
+    got = client.post("/v1/select", json={"count": 20}).json()
+    ranked = select_top(scores.values, 298)
+    assert [line["row"] for line in got["rows"]] == ranked[:20].tolist()
+    assert got["rows"][0]["rank"] == 1
+    tokens = store.generation("train/8").tokens
+    got = client.post("/v1/select", json={"tokens": 500}).json()
+    k = got["chosen"]
+    assert got["tokens"] == tokens[ranked[:k]].sum() <= 500 < tokens[ranked[: k + 1]].sum()
+    assert client.post("/v1/select", json={"fraction": 0.1}).json()["chosen"] == 29
+
+
+def test_two_selections_are_compared(client: TestClient) -> None:
+    early, late = {"step": 4, "count": 50}, {"step": 8, "count": 60}
+    rows = {
+        name: {line["row"] for line in client.post("/v1/select", json=form).json()["rows"]}
+        for name, form in (("early", early), ("late", late))
+    }
+    got = client.post("/v1/diff", json={"before": early, "after": late, "top": 1000}).json()
+    assert {line["row"] for line in got["entered"]} == rows["late"] - rows["early"]
+    assert {line["row"] for line in got["left"]} == rows["early"] - rows["late"]
+    assert got["kept"] == len(rows["early"] & rows["late"])
+    assert (got["before"]["generation"], got["after"]["generation"]) == ("train/4", "train/8")
+    assert sum(got["after"]["sources"].values()) == 60
+
+
+def test_rows_come_in_pages_sorted_and_filtered(client: TestClient) -> None:
+    def get(**query: Any) -> Any:
+        answer = client.get("/v1/rows", params=query)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    first, second = get(limit=7), get(limit=7, offset=7)
+    assert [line["row"] for line in first["rows"] + second["rows"]] == list(range(14))
+    assert (first["total"], first["matched"]) == (300, 300)
+    by_score = [line["score"] for line in get(sort="-score", limit=1000)["rows"]]
+    assert by_score[-2:] == [None, None]
+    assert by_score[:-2] == sorted(by_score[:-2], reverse=True)
+    lengths = [line["tokens"] for line in get(sort="length", limit=1000)["rows"]]
+    assert lengths == sorted(lengths)
+    sources = [line["source"] for line in get(sort="source", limit=1000)["rows"]]
+    assert sources == sorted(sources)
+    cut = by_score[40]
+    assert get(min_score=cut, limit=0)["matched"] == 41
+    assert get(source="beta", limit=1)["matched"] == 100
+    assert get(status=["zero_norm", "non_finite"])["matched"] == 2
+    assert [line["row"] for line in get(contains="PLEASE", row=[1, 2, 10])["rows"]] == [1, 2]
+    assert get(generation="target/one/8", limit=3)["rows"][2]["response"] == "It is 4."
+    columns = table(client.get("/v1/rows", params={"limit": 5}, headers=ARROW))
+    assert columns["source_row"].to_pylist() == [0, 1, 2, 3, 4]
+
+
+def test_long_text_is_cut_with_its_length_and_given_whole_for_one_row(client: TestClient) -> None:
+    line = client.get("/v1/rows", params={"row": 13}).json()["rows"][0]
+    assert (len(line["prompt"]), line["prompt_length"]) == (400, 1_050_000)
+    whole = client.get("/v1/rows/13").json()
+    assert len(whole["prompt"]) == 1_050_000
+    assert len(whole["row_hash"]) == 32
+
+
+def test_the_map_is_the_pca_of_the_unit_rows(client: TestClient, store_path: Path) -> None:
+    generation = open_store(store_path).generation("train/8")
+    values = generation.read(0, 300)[generation.usable].astype(np.float64)
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    centred = values - values.mean(axis=0)
+    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    got = client.get("/v1/map", params={"scored": True}).json()
+    points = np.array([got["x"], got["y"]]).T
+    np.testing.assert_allclose(np.abs(points), np.abs(left[:, :2] * sizes[:2]), atol=2e-4)
+    np.testing.assert_allclose(got["explained"], sizes[:2] ** 2 / (sizes**2).sum(), rtol=1e-6)
+    assert len(got["score"]) == got["usable_rows"] == 298
+    assert len(client.get("/v1/map", params={"points": 50}).json()["row"]) == 50
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "given", "status", "said"),
+    [
+        ("get", "/v1/rows/300", None, 404, "rows 0 to 299, not 300"),
+        ("get", "/v1/rows?row=300", None, 404, "rows 0 to 299, not 300"),
+        ("get", "/v1/rows?generation=train/5", None, 404, "it has: train/4"),
+        ("get", "/v1/rows?generation=nonsense", None, 404, "names are [run/]train/STEP"),
+        ("get", "/v1/rows?source=delta", None, 404, "alpha, beta, gamma"),
+        ("get", "/v1/rows?sort=size", None, 422, "query.sort"),
+        ("get", "/v1/rows?srot=row", None, 422, "srot"),
+        ("get", "/v1/rows?status=fine", None, 422, "choose ok, masked"),
+        ("get", "/v1/jobs/none", None, 404, "/v1/jobs lists"),
+        ("get", "/v1/nothing", None, 404, "Not Found"),
+        ("get", "/v1/score", None, 405, "Method Not Allowed"),
+        ("post", "/v1/query", {"target_row": 8}, 422, "the set has rows 0-7"),
+        ("post", "/v1/query", {"target": "six", "target_row": 0}, 422, "it has one, two"),
+        ("post", "/v1/select", {"count": 299}, 422, "298 usable, 2 skipped"),
+        ("post", "/v1/select", {}, 422, "exactly one of count, fraction, tokens"),
+        ("post", "/v1/select", {"tokens": 1, "count": 1}, 422, "exactly one of"),
+        ("post", "/v1/score", {"checkpoints": "3"}, 422, "the store has 2"),
+        ("post", "/v1/score", {"run": "other"}, 422, "no committed train generation of run"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_a_problem_that_says_what_to_do(
+    client: TestClient, method: str, path: str, given: Any, status: int, said: str
+) -> None:
+    answer = client.request(method, path, json=given)
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    content = answer.json()
+    assert said in content["detail"]
+    assert content["status"] == status
+    if status == 422:
+        assert content["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"target": ["\\ud800"]}', b'{"\\ud800": 1}', b'{"fraction": NaN, "count": 1}', b"\xff\xfe",
+     b"[" * 100_000, b'{"count": ' + b"9" * 10_000 + b"}", b"", b"null",
+     b'{"target": ["\\u0000"]}'],
+    ids=range(9),
+)  # fmt: skip
+def test_a_body_that_is_no_question_is_a_problem(client: Any, body: bytes) -> None:
+    answer = client.post("/v1/select", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["detail"]
+
+
+def test_a_store_without_text_shows_source_and_number_and_how_to_add_text(
+    ask: Callable[..., TestClient], explorer: Any, tmp_path: Path
+) -> None:
+    client = ask(explorer.build(tmp_path / "s", text=False, steps=(1,)))
+    got = client.get("/v1/rows", params={"limit": 1}).json()
+    assert got["text"] is False
+    assert (got["rows"][0]["source"], got["rows"][0]["prompt"]) == (["alpha", 0], None)
+    assert "store_text: true" in client.get("/v1/generations").json()["without_text"]
+    refused = client.get("/v1/rows", params={"contains": "a"})
+    assert refused.status_code == 422
+    assert "store_text: true" in refused.json()["detail"]

@@ -1,0 +1,176 @@
+"""Long work has progress and an end, is done once, and never more at a time than is good."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from gradstore.errors import BadInput
+from gradstore.serve.jobs import Desk, Job, Kept, StillRunning
+from gradstore.serve.problems import Cancelled, Missing, TooMany
+
+
+@dataclass(frozen=True)
+class Value:
+    """A result of some bytes."""
+
+    number: int
+    nbytes: int = 8
+
+
+class Gate:
+    """A computation that goes on row by row as the test lets it."""
+
+    def __init__(self, rows: int = 4) -> None:
+        self.rows, self.calls = rows, 0
+        self.more = threading.Semaphore(0)
+        self.begun = threading.Event()
+
+    def __call__(self, on_rows: Callable[[int], None]) -> Value:
+        self.calls += 1
+        self.begun.set()
+        for _ in range(self.rows):
+            self.more.acquire()
+            on_rows(1)
+        return Value(self.calls)
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    opened = Desk(workers=1, queued=2)
+    yield opened
+    opened.close()
+
+
+def start(desk: Desk, key: str, gate: Gate) -> Job:
+    with pytest.raises(StillRunning) as running:
+        desk.ask(key, "score", gate.rows, gate, 0)
+    return running.value.job
+
+
+def test_a_question_joins_its_job_and_is_then_kept(desk: Desk) -> None:
+    gate = Gate()
+    job = start(desk, "a", gate)
+    assert start(desk, "a", gate) is job
+    gate.begun.wait(5)
+    gate.more.release(2)
+    while job.done < 2:
+        pass
+    assert (job.describe()["state"], job.describe()["progress"]) == ("running", 0.5)
+    gate.more.release(2)
+    assert desk.ask("a", "score", 4, gate, 5) == Value(1)
+    assert desk.ask("a", "score", 4, gate, 0) == Value(1)
+    assert (gate.calls, job.describe()["progress"]) == (1, 1.0)
+
+
+def test_a_job_that_waits_or_runs_can_be_cancelled(desk: Desk) -> None:
+    first, second = Gate(), Gate()
+    running, waiting = start(desk, "a", first), start(desk, "b", second)
+    first.begun.wait(5)
+    assert desk.cancel(waiting.id).state == "cancelled"
+    desk.cancel(running.id)
+    first.more.release()
+    again = Gate(rows=0)
+    assert desk.ask("a", "score", 0, again, 5) == Value(1)
+    assert (running.state, first.calls, second.calls) == ("cancelled", 1, 0)
+    with pytest.raises(Missing):
+        desk.cancel("nothing")
+
+
+def test_those_who_wait_are_told_of_a_failure_and_may_ask_again(desk: Desk) -> None:
+    def fails(on_rows: Callable[[int], None]) -> Value:
+        raise BadInput("no row is usable")
+
+    for _ in range(2):
+        with pytest.raises(BadInput, match="no row is usable"):
+            desk.ask("a", "score", 1, fails, 5)
+    assert [job.state for job in desk.jobs()] == ["failed", "failed"]
+
+
+def test_a_question_too_many_is_refused(desk: Desk) -> None:
+    gates = [Gate() for _ in range(4)]
+    start(desk, "0", gates[0])
+    gates[0].begun.wait(5)
+    for number in (1, 2):
+        start(desk, str(number), gates[number])
+    with pytest.raises(TooMany, match="2 scans wait"):
+        desk.ask("3", "score", 1, gates[3], 0)
+
+
+def test_closing_stops_what_runs_and_what_waits() -> None:
+    desk = Desk(workers=1)
+    gate = Gate()
+    job = start(desk, "a", gate)
+    gate.begun.wait(5)
+    waiting = start(desk, "b", gate)
+    threading.Timer(0.1, gate.more.release).start()
+    desk.close()
+    assert (job.state, waiting.state) == ("cancelled", "cancelled")
+    with pytest.raises(Cancelled):
+        job.advance(1)
+
+
+def test_kept_results_stay_within_their_bytes() -> None:
+    kept = Kept(limit=100)
+    for number in range(50):
+        kept.put(number, Value(number, nbytes=30))
+    assert [kept.get(number) is not None for number in (46, 47, 48, 49)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    kept.put("large", Value(0, nbytes=1000))
+    assert kept.get("large") is not None
+    kept.put("small", Value(1, nbytes=1))
+    assert (kept.get("large"), kept.get(49)) == (None, None)
+
+
+def test_a_scan_that_is_not_done_in_time_is_answered_with_its_job(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradstore.serve import asking
+
+    gate, whole = threading.Event(), asking.influence_scores
+
+    def slow(*args: Any, **named: Any) -> Any:
+        gate.wait(10)
+        return whole(*args, **named)
+
+    monkeypatch.setattr(asking, "influence_scores", slow)
+    answer = client.post("/v1/score?wait=0", json={})
+    job = answer.json()
+    assert (answer.status_code, answer.headers["location"]) == (202, f"/v1/jobs/{job['id']}")
+    assert client.get(answer.headers["location"]).json()["state"] in ("queued", "running")
+    assert client.get("/v1/jobs").json()["jobs"][0]["id"] == job["id"]
+    gate.set()
+    assert client.post("/v1/score?wait=10", json={}).status_code == 200
+    assert client.get(f"/v1/jobs/{job['id']}").json()["progress"] == 1.0
+    assert client.delete(f"/v1/jobs/{job['id']}").status_code == 202
+
+
+def test_more_scans_than_may_wait_are_answered_429(
+    ask: Callable[..., Any], store_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradstore.serve import asking
+
+    gate = threading.Event()
+
+    def never(*_: Any, **named: Any) -> Any:
+        gate.wait(10)
+        raise BadInput("stopped")
+
+    monkeypatch.setattr(asking, "query_influence", never)
+    client = ask(store_path)
+    client.app.state.served.desk._limit = 3
+    answers = [client.post("/v1/query?wait=0", json={"target_row": i % 8, "target": set_})
+               for set_ in ("one", "two") for i in range(8)]  # fmt: skip
+    gate.set()
+    assert {answer.status_code for answer in answers} == {202, 429}
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.headers["retry-after"] == "1"
+    assert refused.headers["content-type"] == "application/problem+json"
