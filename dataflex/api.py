@@ -11,6 +11,7 @@ from dataflex.mixers.base import DomainLosses, Mixer
 from dataflex.reorders.base import Ordering, Reorder
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.forecast import Forecast, measured_seconds
+from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP, ZERO3, Strategy
 from dataflex.selectors.base import Selection, Selector
 from dataflex.weighters.base import (
@@ -47,4 +48,5 @@ __all__ = [
     "Weighter",
     "measured_seconds",
     "register",
+    "spread_of",
 ]

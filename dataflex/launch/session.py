@@ -7,7 +7,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,12 @@ from dataflex.data.order import BatchShape
 from dataflex.data.rows import RawRows, RunData, check_rows
 from dataflex.pipelines.pipeline import build_strategy
 from dataflex.reorders.base import Reorder
-from dataflex.report.picture import draw
+from dataflex.report import page, picture
 from dataflex.run.log import RunLog
+from dataflex.run.messages import explain
 from dataflex.run.output_owner import own_output
 from dataflex.run.ranks import Ranks
+from dataflex.run.receipt import warnings_kept
 from dataflex.trainers.job import Job, Run
 from dataflex.trainers.seam import Seam, trainer_class
 from dataflex.trainers.settings import check_agreement, rows_sha256, told
@@ -152,20 +154,43 @@ class TrainSession:
         if self._lock is not None:
             self._lock.release()
 
-    def show(self) -> None:
-        """Draw a picture, then print the table of updates, last of all and on stdout.
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the run when the context ends; one that fails or is interrupted, as far as it is."""
+        with warnings_kept() as warnings:
+            try:
+                yield
+            except BaseException as error:
+                failure = explain(error)
+                message = f"{type(error).__name__}: {error}" if failure is None else failure.message
+                stopped = isinstance(error, KeyboardInterrupt)
+                self._draw("interrupted" if stopped else f"failed: {message}", warnings)
+                raise
+            self.show(warnings)
+
+    def show(self, warnings: Sequence[str] = ()) -> None:
+        """Draw picture and report, then print the table of updates, last of all and on stdout.
 
         Whatever goes wrong here is a warning: the run is complete by now.
         """
         if self._log is None:
             return
-        log, folder = self._log, self._log.folder
-        with _harmless("the picture of the run was not drawn"):
-            if (picture := draw(folder)) is not None:
-                _log.info("picture: %s", picture)
-        _log.info("all files: %s", folder)
+        self._draw("finished", warnings)
+        _log.info("all files: %s", self._log.folder)
         with _harmless("the table of updates was not printed"):
-            log.table()
+            self._log.table()
+
+    def _draw(self, how: str, warnings: Sequence[str]) -> None:
+        """Close the receipt; draw picture and report of what was recorded since it was opened."""
+        if self._log is None or not self._log.receipt.is_open:
+            return
+        folder = self._log.folder
+        with _harmless("the receipt of the run was not written"):
+            self._log.receipt.end(how, warnings)
+        for what, draw in (("picture", picture.draw), ("report", page.draw)):
+            with _harmless(f"the {what} of the run was not drawn"):
+                if (path := draw(folder)) is not None:
+                    _log.info("%s: %s", what, path)
 
     def trainer_for(self, base: type) -> Callable[..., Any]:
         """Make a callable that builds our trainer in the place of LlamaFactory's class `base`."""
@@ -191,4 +216,4 @@ def _harmless(what: str) -> Iterator[None]:
         if isinstance(error, BrokenPipeError):
             # The reader of stdout is gone; Python would fail again when it flushes at its exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _log.warning("%s (%s: %s); the run is complete", what, type(error).__name__, error)
+        _log.warning("%s (%s: %s); its other files stay", what, type(error).__name__, error)

@@ -67,9 +67,8 @@ def run(config: RunConfig, component: Component | None) -> None:
     from dataflex.launch.session import TrainSession
 
     session = TrainSession(config, component)
-    with contextlib.closing(session):
+    with contextlib.closing(session), session.shown():
         running.run_replaced(config, session)
-        session.show()
 
 
 def _static(config: RunConfig) -> dict[str, Any]:

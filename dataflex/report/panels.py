@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,16 +78,16 @@ def by_set(axis: Axes, run: Records) -> None:
     bars = [(f"step {e['step']}", e["chosen"]) for e in told]
     if pool := told[-1].get("train_sets"):
         bars = [("all rows", pool), *bars]
-    names, table = _shares([counts for _, counts in bars], run.sets)
-    base = np.zeros(len(bars))
-    for share, colour in zip(table.T, _colours(names), strict=True):
-        axis.bar(np.arange(len(bars)), share, bottom=base, color=colour, width=0.8)
-        base += share
-    turned = 45 if len(bars) > 9 else 0
-    axis.set_xticks(np.arange(len(bars)), [name for name, _ in bars], fontsize=8, rotation=turned)
-    axis.set_ylim(0, 1)
-    axis.set_ylabel("share", fontsize=9)
-    _legend(axis, names)
+    _bars(axis, bars, run.sets)
+
+
+def by_kind(axis: Axes, run: Records) -> None:
+    """Draw the kinds' shares of the chosen rows, a bar per update, beside those of all rows."""
+    told = [each for each in run.chosen if each.kinds]
+    told = [told[i] for i in _even(len(told), MOST_BARS)]
+    bars = [(f"step {each.step}", each.kinds["chosen"]) for each in told]
+    pool = told[-1].kinds["all"]
+    _bars(axis, [("all rows", pool), *bars], list(pool))
 
 
 def slice_width(run: Records) -> int:
@@ -164,6 +164,22 @@ def lines(key: str) -> Callable[[Axes, Records], None]:
 
 
 # -- parts ----------------------------------------------------------------------------------------
+
+
+def _bars(
+    axis: Axes, bars: Sequence[tuple[str, Mapping[str, float]]], found: Sequence[str]
+) -> None:
+    """Draw shares of the names that were found, a labelled bar for each of the counts."""
+    names, table = _shares([counts for _, counts in bars], found)
+    base = np.zeros(len(bars))
+    for share, colour in zip(table.T, _colours(names), strict=True):
+        axis.bar(np.arange(len(bars)), share, bottom=base, color=colour, width=0.8)
+        base += share
+    turned = 45 if len(bars) > 9 else 0
+    axis.set_xticks(np.arange(len(bars)), [name for name, _ in bars], fontsize=8, rotation=turned)
+    axis.set_ylim(0, 1)
+    axis.set_ylabel("share", fontsize=9)
+    _legend(axis, names)
 
 
 def _band(axis: Axes, steps: Sequence[int], ends: FloatArray) -> None:

@@ -75,11 +75,16 @@ def draw(folder: Path) -> Path | None:
 
 def title_of(run: Records) -> str:
     """Name what is decided, the strategy that does it, and the run."""
+    what, by = heading(run)
+    return printable(f"{what} by {by}\nrun {run.name}, {run.end} steps")
+
+
+def heading(run: Records) -> tuple[str, str]:
+    """Name what is decided, and the strategy that does it."""
     by = ", ".join(sorted({str(e["component"]) for e in run.events}))
     if stages := run.names("kept"):
         by += f" ({', '.join(stages)})"
-    what = DECIDES.get(str(run.events[0]["event"]), "Data decided")
-    return printable(f"{what} by {by}\nrun {run.name}, {run.end} steps")
+    return DECIDES.get(str(run.events[0]["event"]), "Data decided"), by
 
 
 def panels_of(run: Records) -> list[Panel]:
@@ -114,6 +119,9 @@ def _selected(run: Records) -> list[Panel]:
         )
     if len(run.sets) > 1:
         found.append(Panel("data sets of the chosen rows", panels.by_set, by_step=False))
+    elif kinds := [each.kinds for each in run.chosen if each.kinds]:
+        title = f"chosen rows by {kinds[-1]['column']}"
+        found.append(Panel(title, panels.by_kind, by_step=False))
     elif len(run.names("proportions")) < 2:
         width = panels.slice_width(run)
         each = "is one row" if width == 1 else f"is {width} neighbouring rows"

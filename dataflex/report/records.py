@@ -1,10 +1,13 @@
-"""A run's records as a picture needs them."""
+"""A run's records as its picture and its report need them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.run.log import read_events
+from dataflex.run.receipt import read_receipt
+from dataflex.run.spread import told_spread
 from gradstore.format.foreign import read_json
 
 FloatArray = npt.NDArray[np.float64]
@@ -25,11 +30,15 @@ class Chosen:
         step: g, optimizer steps finished.
         rows: (k,) int64 positions in the training set, in the strategy's order.
         scores: (k,) in the same order, NaN where a row has none.
+        spread: of the scores of all rows, as `run.spread` tells it; {} where it was not told.
+        kinds: `column`, and counts of rows by kind: `chosen` and `all`; {} where rows have none.
     """
 
     step: int
     rows: npt.NDArray[np.int64]
     scores: FloatArray
+    spread: Mapping[str, Any] = field(default_factory=dict)
+    kinds: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def has_scores(self) -> bool:
@@ -48,6 +57,8 @@ class Records:
         losses: (step, loss) of training, by step.
         evaluated: losses on held-out data, name -> (step, loss) by step.
         steps: optimizer steps that the Trainer finished, as far as it wrote that.
+        folder: `output_dir/dataflex`.
+        receipt: content of receipt.json; {} where there is none.
     """
 
     name: str
@@ -56,6 +67,8 @@ class Records:
     losses: Sequence[tuple[int, float]]
     evaluated: Mapping[str, Sequence[tuple[int, float]]]
     steps: int
+    folder: Path = Path()
+    receipt: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Records:
@@ -64,12 +77,12 @@ class Records:
         Args:
             folder: `output_dir/dataflex`.
         """
-        path = folder.parent / "trainer_state.json"
-        state = read_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        losses, evaluated = _history(state.get("log_history", ()))
+        receipt = read_receipt(folder) or {}
+        steps, history = _trained(folder.parent, receipt)
+        losses, evaluated = _history([*history, *_evaluated(folder.parent, receipt, steps)])
         name = "/".join(folder.resolve().parent.parts[-2:])
-        steps = int(state.get("global_step", 0))
-        return cls(name, read_events(folder), _answers(folder), losses, evaluated, steps)
+        return cls(name, read_events(folder), _answers(folder), losses, evaluated, steps,
+                   folder, receipt)  # fmt: skip
 
     @cached_property
     def updates(self) -> list[int]:
@@ -107,7 +120,28 @@ class Records:
     def train_rows(self) -> int:
         """The number of training rows, as far as it is known."""
         told = [int(e["train_rows"]) for e in self.events if "train_rows" in e]
+        told.append(int((self.receipt.get("rows") or {}).get("train_rows", 0)))
         return max([*told, *(int(each.rows.max()) + 1 for each in self.answers)])
+
+    def lines(self, step: int, ranks: Iterable[int]) -> list[dict[str, Any]]:
+        """Read lines of `selections/step_<g>.jsonl`, by position; [] where there is no file."""
+        path = self.folder / "selections" / f"step_{step}.jsonl"
+        if not path.is_file():
+            return []
+        wanted = sorted(set(ranks))
+        found = {}
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for i, line in enumerate(islice(file, wanted[-1] + 1 if wanted else 0)):
+                if i in wanted:
+                    found[i] = read_json(line)
+        return [found[i] for i in ranks if i in found]
+
+    def lowest(self, step: int) -> list[dict[str, Any]]:
+        """Read the usable rows with the lowest scores, where the strategy told them."""
+        path = self.folder / "selections" / f"lowest_{step}.jsonl"
+        if not path.is_file():
+            return []
+        return [read_json(line) for line in path.read_text("utf-8").split("\n") if line]
 
     def names(self, key: str) -> dict[str, float]:
         """Return the names in the mappings that events hold under `key`, each with its sum."""
@@ -135,9 +169,51 @@ def _answers(folder: Path) -> list[Chosen]:
         scores = np.full(len(rows), np.nan)
         given = content["metric"].get("score") or []
         scores[: len(given)] = [np.nan if value is None else value for value in given]
+        manifest = content.get("manifest") or {}
+        kinds = manifest.get("kinds")
+        if not isinstance(kinds, dict) or not {"column", "chosen", "all"} <= kinds.keys():
+            kinds = {}
         if len(rows):
-            found.append(Chosen(int(path.stem.removeprefix("step_")), rows, scores))
+            step = int(path.stem.removeprefix("step_"))
+            found.append(Chosen(step, rows, scores, told_spread(manifest), kinds))
     return sorted(found, key=lambda each: each.step)
+
+
+def _evaluated(output_dir: Path, receipt: Mapping[str, Any], steps: int) -> list[dict[str, Any]]:
+    """Read the evaluation after the last step, which the Trainer's log no longer gets."""
+    path = output_dir / "eval_results.json"
+    if not steps or not path.is_file() or path.stat().st_mtime < _began(receipt):
+        return []
+    return [{**read_json(path.read_text(encoding="utf-8")), "step": steps}]
+
+
+def _began(receipt: Mapping[str, Any]) -> float:
+    """Return the time at which the last session began, as files are stamped; 0 if unknown."""
+    sessions = receipt.get("sessions")
+    return datetime.fromisoformat(sessions[-1]["began"]).timestamp() if sessions else 0.0
+
+
+def _trained(
+    output_dir: Path, receipt: Mapping[str, Any]
+) -> tuple[int, Sequence[Mapping[str, Any]]]:
+    """Read what the Trainer logged: steps finished, and its lines.
+
+    It writes trainer_state.json when it has finished. Of a run that did not, or of a later one than
+    that file's, LlamaFactory's log tells, line by line.
+    """
+    state, log = output_dir / "trainer_state.json", output_dir / "trainer_log.jsonl"
+    if state.is_file() and (state.stat().st_mtime >= _began(receipt) or not log.is_file()):
+        content = read_json(state.read_text(encoding="utf-8"))
+        return int(content.get("global_step", 0)), content.get("log_history", ())
+    if not log.is_file():
+        return 0, ()
+    by_step: dict[tuple[int, bool], dict[str, Any]] = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # a kill may have cut the last one
+            told = read_json(line)
+            step = int(told["current_steps"])
+            by_step[step, "loss" in told] = {**told, "step": step}
+    return max((step for step, _ in by_step), default=0), list(by_step.values())
 
 
 def _history(
@@ -145,12 +221,12 @@ def _history(
 ) -> tuple[list[tuple[int, float]], dict[str, list[tuple[int, float]]]]:
     """Sort out the losses that the Trainer logged: of training, and of each evaluation set."""
     losses: list[tuple[int, float]] = []
-    evaluated: dict[str, list[tuple[int, float]]] = {}
+    evaluated: dict[str, dict[int, float]] = {}
     for line in history:
         for key, value in line.items():
             if key == "loss":
                 losses.append((int(line["step"]), float(value)))
             elif key.startswith("eval_") and key.endswith("loss"):
                 name = key.removeprefix("eval_").removesuffix("loss").strip("_")
-                evaluated.setdefault(name, []).append((int(line["step"]), float(value)))
-    return losses, evaluated
+                evaluated.setdefault(name, {})[int(line["step"])] = float(value)
+    return losses, {name: sorted(points.items()) for name, points in evaluated.items()}

@@ -1,4 +1,4 @@
-"""The records of a run: events.jsonl, selections/step_<g>.json, progress, a table."""
+"""The records of a run: events.jsonl, selections/, receipt.json, progress, a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.config.secrets import without_secrets
+from dataflex.run.receipt import RECEIPT, Receipt
 from gradstore.format.foreign import read_json
 from gradstore.format.names import printable
 from gradstore.pace import Pace, long_pass
@@ -62,6 +63,7 @@ class RunLog:
 
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / "dataflex"
+        self.receipt = Receipt(self.folder)
         self._updates: list[Update] = []
         self._lines: list[Update] = []
 
@@ -69,7 +71,7 @@ class RunLog:
         """Forget what an earlier run left here; a new run in the same folder starts clean."""
         for name in ("selections", "plans"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for name in ("events.jsonl", "picture.png"):
+        for name in ("events.jsonl", "picture.png", "report.html", RECEIPT):
             (self.folder / name).unlink(missing_ok=True)
 
     def selection(
@@ -80,7 +82,7 @@ class RunLog:
         manifest: Mapping[str, Any],
     ) -> None:
         """Write `selections/step_<g>.json`; `scores` (k,) in the order of `indices` (k,)."""
-        listed = [] if scores is None else [_finite(s) for s in scores.tolist()]
+        listed = [] if scores is None else [finite(s) for s in scores.tolist()]
         content = {
             "indices": indices.tolist(),
             "metric": {"score": listed},
@@ -88,6 +90,13 @@ class RunLog:
         }
         path = self.folder / "selections" / f"step_{step}.json"
         replace_file(path, json.dumps(content).encode())
+
+    def rows(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write `selections/<name>.jsonl`, a line per row; readers see it whole or not at all."""
+        # A lone surrogate, which a file may hold, is no character that could be written.
+        parts = ((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+                 for line in lines)  # fmt: skip
+        replace_file(self.folder / "selections" / f"{name}.jsonl", parts)
 
     def plan(self, step: int, content: Mapping[str, Any]) -> None:
         """Write `plans/step_<g>.json`: the rows that each stage of a pipeline passed on."""
@@ -229,7 +238,7 @@ def progress(
         yield advance
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """Return the value, or None if not finite: JSON has no NaN, a row without a score has null."""
     return value if math.isfinite(value) else None
 

@@ -6,7 +6,7 @@ Letters: n training rows, q target rows, k neighbours, d dimensions.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from dataflex.config.keys import RunConfig
 from dataflex.config.parameters import Count, ModelDtype, ModelName
 from dataflex.data.rows import Rows
 from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, Selector
 from gradstore.errors import BadInput
@@ -179,6 +180,24 @@ class EmbeddingSelector(Selector):
                 "commit": train.commit_sha,
             },
         )
+
+
+def scored(
+    rows: npt.NDArray[np.int64],
+    scores: npt.NDArray[np.float64],
+    candidates: npt.NDArray[np.bool_],
+    numbers: Mapping[str, float],
+) -> Selection:
+    """Return a selection with the scores of its rows, and the spread of all candidates' scores.
+
+    Args:
+        rows: (m,) chosen positions.
+        scores: (n,) of all rows, NaN where a row has none.
+        candidates: (n,) bool, rows that might have been chosen.
+        numbers: for the Trainer's log.
+    """
+    spread = spread_of(scores, candidates, rows)
+    return Selection(rows, scores[rows], numbers=numbers, manifest={"all_scores": spread})
 
 
 def load_offline(path: Path, key: str) -> npt.NDArray[Any]:

@@ -18,6 +18,7 @@ from dataflex.data.rows import Rows
 from dataflex.features.settings import FeatureSettings
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.log import progress
+from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, Selector
 from gradstore.errors import BadInput, ProvenanceMismatch
@@ -278,7 +279,8 @@ class InfluenceSelector(Selector):
             service.checkpoints(self.which, context.step, self.train_set), count, context
         )
         clock.append(time.perf_counter())
-        rows = self.take(scores.values, count, context.among_candidates(scores.usable))
+        candidates = context.among_candidates(scores.usable)
+        rows = self.take(scores.values, count, candidates)
         clock.append(time.perf_counter())
         if self.keep_generations is not None:
             # Generations since the last checkpoint are kept in addition: a resume starts before
@@ -302,6 +304,7 @@ class InfluenceSelector(Selector):
                 "commit": train.commit_sha,
                 "adapter": train.record.adapter_hash,
                 "won": self.won(rows, scores.best, context.run),
+                "all_scores": spread_of(scores.values, candidates, rows),
             },
         )
 
@@ -327,5 +330,6 @@ class InfluenceSelector(Selector):
                 "scoring": "direct",
                 "feature": self.settings.gradient_type,
                 "won": self.won(rows, self.best_of(found.cosines), context.run),
+                "all_scores": spread_of(scores, candidates, rows),
             },
         )

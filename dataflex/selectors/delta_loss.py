@@ -14,6 +14,7 @@ from annotated_types import Gt, Le
 from dataflex.config.parameters import Count, Natural
 from dataflex.config.registry import register
 from dataflex.run.context import UpdateContext
+from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP
 from dataflex.selectors.base import Selection, Selector
 from dataflex.selectors.loss import current_losses, draw
@@ -91,7 +92,11 @@ class DeltaLossSelector(Selector):
                 "window_start": float(window[0]),
                 "window_stop": float(window[1]),
             },
-            manifest={"baseline": "taken" if first else "kept", "window": list(window)},
+            manifest={
+                "baseline": "taken" if first else "kept",
+                "window": list(window),
+                "all_scores": spread_of(deltas, np.isfinite(deltas), rows),
+            },
         )
 
     def _losses(self, context: UpdateContext) -> tuple[FloatArray, FloatArray, int]:

@@ -13,6 +13,7 @@ from annotated_types import Gt
 from dataflex.config.parameters import Count, Natural, Positive
 from dataflex.config.registry import register
 from dataflex.run.context import UpdateContext
+from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP
 from dataflex.selectors.base import Selection, Selector
 from gradstore.errors import BadInput
@@ -75,7 +76,11 @@ class LossSelector(Selector):
             select_seconds=time.perf_counter() - scored,
             skipped={"no_loss": len(context.candidates) - int(np.isfinite(losses).sum())},
             numbers={"loss_mean": float(np.nanmean(losses))},
-            manifest={"focus": self.focus, "seed": self.seed + context.step},
+            manifest={
+                "focus": self.focus,
+                "seed": self.seed + context.step,
+                "all_scores": spread_of(losses, np.isfinite(losses), rows),
+            },
         )
 
 

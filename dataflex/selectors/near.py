@@ -14,7 +14,7 @@ from dataflex.config.registry import register
 from dataflex.data.rows import RunData
 from dataflex.run.context import UpdateContext
 from dataflex.selectors.base import Selection
-from dataflex.selectors.by_embedding import EmbeddingSelector, load_offline, rows_of_file
+from dataflex.selectors.by_embedding import EmbeddingSelector, load_offline, rows_of_file, scored
 from gradstore.errors import BadInput
 from gradstore.similarity.neighbours import Matrix, Neighbours, column_order, growing_order
 
@@ -90,7 +90,9 @@ class NearSelector(EmbeddingSelector):
         served = np.zeros(n, dtype=np.bool_) if self._served is None else self._served
         found = next_rows(rows, served, count)
         self._served = served if self.advance else None
-        return Selection(rows[found], scores[found], numbers={"named": float(len(rows))})
+        named = np.full(n, np.nan)
+        named[rows] = scores
+        return scored(rows[found], named, allowed, {"named": float(len(rows))})
 
     def _of_file(self, context: UpdateContext) -> Matrix:
         if self._matrix is None:

@@ -27,7 +27,7 @@ from dataflex.config.registry import register
 from dataflex.data.rows import RunData
 from dataflex.run.context import UpdateContext
 from dataflex.selectors.base import Selection
-from dataflex.selectors.by_embedding import EmbeddingSelector, load_offline, rows_of_file
+from dataflex.selectors.by_embedding import EmbeddingSelector, load_offline, rows_of_file, scored
 from gradstore.errors import BadInput
 from gradstore.similarity.neighbours import Neighbours, growing_order
 
@@ -132,7 +132,7 @@ class TsdsSelector(EmbeddingSelector):
                 "Raise max_K or lower update_step."
             )
         numbers = {"drawable": float((mass > 0).sum()), "topped_up": float(missing)}
-        return Selection(rows, mass[rows], numbers=numbers)
+        return scored(rows, mass, context.among_candidates(usable), numbers)
 
     def _of(self, neighbours: Neighbours, n: int) -> FloatArray:
         """Compute (n,) mass of each row, kept as long as the embeddings stay the same."""

@@ -134,7 +134,7 @@ class LegoSeam(LossSeam, RowSeam):
                     "stage": part.stage.spec.name,
                     **part.answer.manifest,
                 }
-                self.log_files.selection(step, indices, part.answer.scores, manifest)
+                self.chosen_rows.write(step, indices, part.answer.scores, manifest)
 
     # -- losses -----------------------------------------------------------------------------------
 

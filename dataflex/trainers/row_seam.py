@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from dataflex.data.rows import check_intervals
 from dataflex.models.dropout import ModelDropout
 from dataflex.run.context import UpdateContext
 from dataflex.run.schedule import EventKind, Interval, Schedule, select_budget
+from dataflex.trainers.chosen import ChosenRows
 from dataflex.trainers.job import Job, Run
 from dataflex.trainers.seam import Seam
 from gradstore.capture.modelstate import random_states_kept
@@ -67,6 +69,11 @@ class RowSeam(Seam):
     def rows_for(self, interval: Interval) -> npt.NDArray[np.int64]:
         """Decide the rows (k,) of an interval that begins now, the same on every rank."""
         raise TypeError(f"{type(self).__name__} does not implement rows_for")
+
+    @cached_property
+    def chosen_rows(self) -> ChosenRows:
+        """The writer of selections, on rank 0."""
+        return ChosenRows(self.run, self.log_files)
 
     def update_context(self, interval: Interval) -> UpdateContext:
         """Build the view that a strategy has when `interval` begins."""

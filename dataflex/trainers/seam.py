@@ -91,9 +91,12 @@ class Seam(SealedCheckpoints):
             # An earlier run's store, until the strategy has started: put back where it has not.
             former = stack.enter_context(contextlib.ExitStack())
             stack.callback(self.run.strategy.finish)
+            step = 0
             if checkpoint is not None:
-                self._restore(load_state(checkpoint), checkpoint)
-            self._begin(former, fresh=checkpoint is None)
+                state = load_state(checkpoint)
+                self._restore(state, checkpoint)
+                step = state.step
+            self._begin(former, step, fresh=checkpoint is None)
             if checkpoint is not None:
                 load_experts(self.model, checkpoint)
             self.seal_last()
@@ -178,11 +181,12 @@ class Seam(SealedCheckpoints):
         """Measure losses (n,) of training rows under the present model, for the scoreboard."""
         return row_losses(self.context, positions, max_rows=max_rows)
 
-    def _begin(self, former: contextlib.ExitStack, *, fresh: bool) -> None:
+    def _begin(self, former: contextlib.ExitStack, step: int, *, fresh: bool) -> None:
         """Start the strategy: the last place for refusals, before a step is trained.
 
         Args:
             former: takes an earlier run's store that must be put back if the strategy refuses.
+            step: g, optimizer steps finished.
             fresh: whether the run starts from the beginning.
         """
         config = self.run.config
@@ -203,6 +207,7 @@ class Seam(SealedCheckpoints):
             # After the strategy's refusals: they leave an earlier run's records as they were.
             if fresh:
                 self.log_files.clear()
+            self.log_files.receipt.begin(*self._told(), step)
             former.close()
 
         ranks = self.run.ranks
@@ -210,6 +215,20 @@ class Seam(SealedCheckpoints):
         with random_states_kept():
             ranks.gather(lambda: self.run.strategy.start(self.context))
         ranks.decide(own)
+
+    def _told(self) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """Give what the receipt says of the run: its id, its configuration, its rows."""
+        run, data = self.run, self.run.data
+        config = {**vars(run.config.dataflex), "component_params": dict(run.params)}
+        rows = {
+            "train_rows": len(data.train),
+            "train_sha256": self.rows_sha256,
+            "targets": {t.name: [len(t), t.row_set.sha256] for t in data.targets},
+            "template": data.template,
+            "stage": data.stage,
+            "dropped": dict(data.dropped),
+        }
+        return run.run_id, {**run.config.llamafactory, **config}, rows
 
     def _restore(self, state: RunState, checkpoint: Path) -> None:
         """Go on where the checkpoint was: same rows, same position, same component."""

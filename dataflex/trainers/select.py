@@ -59,7 +59,7 @@ class SelectSeam(RowSeam):
         train = self.run.data.train
         won = dict(selection.manifest.get("won", {}))
         manifest = {**self.manifest(len(rows), self.run.params), **selection.manifest}
-        self.log_files.selection(step, rows, selection.scores, manifest)
+        self.chosen_rows.write(step, rows, selection.scores, manifest)
         event = SelectionEvent(
             step=step,
             component=self.run.name,

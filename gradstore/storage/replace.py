@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from gradstore.errors import StoreIOError
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Replace a file: readers see the old bytes or the new ones, also after a crash.
 
     Its folder is made if need be.
+
+    Args:
+        path: the file.
+        content: all of it, or its parts, which are taken one by one.
 
     Raises:
         StoreIOError: the file cannot be written; the old one is untouched.
@@ -24,19 +29,22 @@ def replace_file(path: Path, content: bytes) -> None:
         write_synced(temporary, content)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, OSError):  # of whoever gives the parts
+            raise
+        size = f" ({len(content):,} bytes)" if isinstance(content, bytes) else ""
         raise StoreIOError(
-            f"cannot write {path} ({len(content):,} bytes): {error.strerror}; choose a folder that "
-            "may be written and has room"
+            f"cannot write {path}{size}: {error.strerror}; choose a folder that may be written and "
+            "has room"
         ) from error
 
 
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a new file (it must not exist) and wait until it is on disk."""
+def write_synced(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a new file (it must not exist), whole or part by part; wait until it is on disk."""
     with path.open("xb") as file:
-        file.write(content)
+        file.writelines([content] if isinstance(content, bytes) else content)
         file.flush()
         os.fsync(file.fileno())
 

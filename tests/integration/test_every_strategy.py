@@ -98,6 +98,9 @@ def test_it_runs_and_a_kill_in_mid_interval_changes_nothing(
     result = cli("train", path, *settings(path, whole), faults={"trace": str(tmp_path / "a")})
     assert result.code == 0, result.err[-3000:]
     assert (whole / "dataflex" / "picture.png").stat().st_size > 5_000
+    report = (whole / "dataflex" / "report.html").read_text()
+    assert 10_000 < len(report) < 1_500_000
+    assert all(str(event["component"]) in report for event in read_events(whole / "dataflex"))
     table = result.out.rpartition("Updates of this run")[2].splitlines()
     assert len(table) > 4, "the table of updates has rows, on stdout"
     assert not table[-1].strip("└┴─┘"), "and is the last that is said"
@@ -115,6 +118,8 @@ def test_it_runs_and_a_kill_in_mid_interval_changes_nothing(
     assert len(lines[0]) == 8
     assert weights_of(whole) == weights_of(killed)
     assert told(whole) == told(killed)
+    assert rows_to_read(whole) == rows_to_read(killed)
+    assert "Session 2" in (killed / "dataflex" / "report.html").read_text()
     states = [load_state(run / "checkpoint-6") for run in (whole, killed)]
     last = [load_state(run / "checkpoint-8") for run in (whole, killed)]
     for one, other in (states, last):
@@ -127,6 +132,11 @@ def selections(run: Path) -> dict[str, Any]:
     files = sorted((run / "dataflex" / "selections").glob("*.json"))
     found = {path.name: json.loads(path.read_text()) for path in files}
     return {name: (content["indices"], content["metric"]) for name, content in found.items()}
+
+
+def rows_to_read(run: Path) -> dict[str, str]:
+    files = (run / "dataflex" / "selections").glob("*.jsonl")
+    return {path.name: path.read_text() for path in files}
 
 
 def losses(run: Path) -> list[float]:

@@ -239,7 +239,8 @@ def test_a_judges_key_is_nowhere_in_what_a_run_says_or_writes(
     assert result.code == code, result.err[-3000:]
     if case == "answers":
         files = {file.name for file in tmp_path.rglob("*")}
-        assert {"events.jsonl", "step_1.json", "state.json", "run.json", "picture.png"} <= files
+        assert {"events.jsonl", "step_1.json", "step_1.jsonl", "state.json", "run.json",
+                "picture.png", "receipt.json", "report.html"} <= files  # fmt: skip
     written = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     assert "sesame" not in result.out + result.err
     assert b"sesame" not in written

@@ -366,12 +366,17 @@ def copied(held: Path, place: Path) -> None:
     shutil.copy(held, place)
 
 
-def test_ctrl_c_says_how_to_go_on(cli: Any, config: Any) -> None:
+def test_ctrl_c_says_how_to_go_on_and_leaves_a_report(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
     result = cli("train", config(component_name="random", component_params={}),
                  faults={"interrupt_step": 3})  # fmt: skip
     assert result.code == 130
     assert "resume_from_checkpoint=true" in result.message
     assert "Traceback" not in result.err
+    report = (tmp_path / "run/dataflex/report.html").read_text()
+    assert "Rows selected by random" in report
+    assert "interrupted" in report
 
 
 def test_clean_up_keeps_what_a_resume_needs(cli: Any, config: Any, tmp_path: Path) -> None:

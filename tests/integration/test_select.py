@@ -73,6 +73,20 @@ def test_copies_and_a_target_that_wins_all_are_told_and_unique_takes_each_row_on
         chosen = json.loads((run / "dataflex/selections/step_2.json").read_text())
         assert event["won"] == chosen["manifest"]["won"]
         assert event["train_sets"] == {"sums": 14, "copies": 10}
+        lines = [json.loads(line) for line in
+                 (run / "dataflex/selections/step_2.jsonl").read_text().splitlines()]  # fmt: skip
+        assert [line["row"] for line in lines] == chosen["indices"]
+        assert [line["score"] for line in lines] == chosen["metric"]["score"]
+        assert [line["rank"] for line in lines] == list(range(1, 9))
+        assert lines[0]["source"] == ["copies", 0]
+        assert (lines[0]["prompt"], lines[0]["response"]) == (
+            "Repeat the word.\nsesame", "sesame sesame"
+        )  # fmt: skip
+        report = (run / "dataflex/report.html").read_text()
+        for part in ("Rows selected by less", "Chosen rows by data set", "copies</li>", "sums</li>",
+                     "sesame sesame", "finished"):  # fmt: skip
+            assert part in report, part
+        assert ("copies of one row" in report) is not unique, "warnings of the run"
         found[unique] = (event, chosen["indices"], result.err)
     event, rows, said = found[False]
     assert (event["distinct"], event["won"]) == (1, {"near": 8, "far": 0})

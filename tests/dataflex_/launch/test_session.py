@@ -1,4 +1,4 @@
-"""The end of a run: whatever its picture or table does, files stay, and so does exit code 0."""
+"""The end of a run: whatever its pages or table do, files stay, and so does exit code 0."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from dataflex.launch import session as module
 from dataflex.launch.session import TrainSession
 from dataflex.run.log import RunLog
+from gradstore.errors import BadInput
 
 SHOWS = """
 import os, sys
@@ -35,14 +36,18 @@ session.show()
 def ended(tmp_path: Path) -> TrainSession:
     session = object.__new__(TrainSession)
     session._log = RunLog(tmp_path)
+    session._log.receipt.begin("a", {}, {}, 0)
     session._log.update("select", 2, "less", "chose 4 rows", pause_seconds=1.0)
     return session
 
 
 @pytest.mark.parametrize(
-    ("place", "what"), [("draw", "picture of the run was not drawn"), ("table", "table of updates")]
-)
-def test_a_failure_of_the_picture_or_the_table_is_a_warning(
+    ("place", "what"),
+    [("picture.draw", "picture of the run was not drawn"),
+     ("page.draw", "report of the run was not drawn"),
+     ("receipt.end", "receipt of the run was not written"), ("table", "table of updates")],
+)  # fmt: skip
+def test_a_failure_of_a_page_or_the_table_is_a_warning(
     place: str,
     what: str,
     ended: TrainSession,
@@ -54,16 +59,50 @@ def test_a_failure_of_the_picture_or_the_table_is_a_warning(
     def fail(*_: object) -> None:
         raise ValueError("no such font")
 
-    owner = module if place == "draw" else RunLog
-    monkeypatch.setattr(owner, place, fail)
+    owners = {"picture": module.picture, "page": module.page, "receipt": ended._log.receipt}
+    owner, _, name = place.rpartition(".")
+    monkeypatch.setattr(owners[owner] if owner else RunLog, name, fail)
     monkeypatch.setattr(logging.getLogger("dataflex"), "propagate", True)
     with caplog.at_level(logging.INFO, "dataflex"):
         ended.show()
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert what in warning
     assert "no such font" in warning
-    assert ("chose 4 rows" in capsys.readouterr().out) == (place == "draw")
+    assert ("chose 4 rows" in capsys.readouterr().out) == (place != "table")
     assert (tmp_path / "dataflex" / "events.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(KeyboardInterrupt(), "interrupted"), (BadInput("row 7 is bad"), "failed: row 7 is bad"),
+     (ZeroDivisionError("by 0"), "ZeroDivisionError: by 0")],
+)  # fmt: skip
+def test_a_run_that_does_not_finish_is_shown_as_far_as_it_came(
+    error: BaseException, told: str, ended: TrainSession, tmp_path: Path
+) -> None:
+    def train() -> None:
+        logging.getLogger("dataflex").warning("be careful")
+        raise error
+
+    with pytest.raises(type(error)), ended.shown():
+        train()
+    report = (tmp_path / "dataflex/report.html").read_text()
+    assert told in report
+    assert "be careful" in report
+    assert (tmp_path / "dataflex/picture.png").is_file() is False, "it has nothing to draw here"
+
+
+def test_a_run_that_was_refused_leaves_an_earlier_ones_report(
+    ended: TrainSession, tmp_path: Path
+) -> None:
+    ended.show()
+    before = (tmp_path / "dataflex/report.html").read_bytes()
+    refused = object.__new__(TrainSession)
+    refused._log = RunLog(tmp_path)
+    with pytest.raises(BadInput), refused.shown():
+        raise BadInput("no such data set")
+    assert (tmp_path / "dataflex/report.html").read_bytes() == before
+    assert "no such data set" not in (tmp_path / "dataflex/receipt.json").read_text()
 
 
 @pytest.mark.parametrize("stdout", ["closed by its reader", "ascii"])

@@ -191,3 +191,21 @@ def test_a_run_that_logged_nothing_has_no_picture(tmp_path: Path) -> None:
     trained(tmp_path)
     (tmp_path / "dataflex").mkdir()
     assert draw(tmp_path / "dataflex") is None
+
+
+def test_kinds_of_one_data_set_are_shown_in_place_of_positions(
+    drawn: Drawn, tmp_path: Path
+) -> None:
+    log = RunLog(tmp_path)
+    for step, counts in ((4, {"date": 3, "add": 1}), (8, {"date": 4})):
+        kinds = {"column": "skill", "chosen": counts, "all": {"add": 30, "date": 10}}
+        log.selection(step, np.array([3, 1, 30, 7]), None, {"kinds": kinds})
+        log.update("select", step, "less", "", chosen={"mine": 4}, train_rows=40,
+                   train_sets={"mine": 40})  # fmt: skip
+    figure = drawn()
+    (panel,) = figure.axes
+    assert titles(figure) == ["chosen rows by skill"]
+    assert texts(figure, 0) == ["add", "date"]
+    heights = [[bar.get_height() for bar in bars] for bars in panel.containers]
+    assert heights == [[0.75, 0.25, 0], [0.25, 0.75, 1]]
+    assert panel.get_xlabel() == ""
