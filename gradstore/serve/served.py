@@ -22,7 +22,7 @@ class Explained(Protocol):
 
     @property
     def prompt(self) -> str:
-        """What was asked."""
+        """The request."""
 
     @property
     def response(self) -> str:

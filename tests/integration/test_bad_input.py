@@ -222,7 +222,14 @@ def test_rows_without_a_response_leave_an_empty_target(
 ) -> None:
     folder = data_folder(tmp_path / "data", goal=[row("Say yes.", None)] * 4)
     result = cli("train", config(dataset_dir=str(folder), target_dataset="goal"))
-    check_refusal(result, 2, "target set 'goal'", "valid samples")
+    check_refusal(
+        result,
+        2,
+        "target set 'goal'",
+        "no row is left",
+        "4 with no response",
+        "give each row a response",
+    )
 
 
 def test_a_fully_masked_target_is_refused(cli: Any, config: Any, tmp_path: Path) -> None:
