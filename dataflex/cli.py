@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,6 +111,65 @@ def build(
     from dataflex.launch.build import build as run  # imports torch
 
     run(checked, dry_run=dry_run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explained:
+    """The options of `explain` that say what is asked, and which model."""
+
+    store: gradstore_cli.StorePath
+    prompt: Annotated[str | None, typer.Option(help="What the model is asked.")] = None
+    response: Annotated[
+        str | None, typer.Option(help="The answer; without one the model answers.")
+    ] = None
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON lines {"prompt": ..., "response": ...} of several questions.',
+            parser=gradstore_cli.path_at_home,
+        ),
+    ] = None
+    generation: Annotated[
+        str | None, typer.Option(help="Train generation to ask; default: the newest.")
+    ] = None
+    checkpoints: gradstore_cli.Checkpoints = "last"
+    run: gradstore_cli.Run = ""
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Where the base model is now.", parser=gradstore_cli.path_at_home),
+    ] = None
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the checkpoint, or the folder of them, is now.",
+            parser=gradstore_cli.path_at_home,
+        ),
+    ] = None
+    verbose: Verbose = False
+
+
+@gradstore_cli.app.command("explain")
+@gradstore_cli.with_options(Explained)
+def explain_answer(
+    question: Explained,
+    changes: Overrides = None,
+    top: Annotated[int, typer.Option(help="Rows to show on each side.")] = 10,
+    why: Annotated[
+        int | None, typer.Option(help="Training row whose influence is taken apart.", metavar="ROW")
+    ] = None,
+    output: gradstore_cli.Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which training rows taught the model an answer, and which opposed it.
+
+    KEY=VALUE takes the place of what the store recorded of LlamaFactory's keys (dataset_dir, ...).
+    """
+    from dataflex.launch.asked import Asked, explain, questions_of
+
+    options = {field.name: getattr(question, field.name) for field in fields(question)}
+    questions = questions_of(*(options.pop(name) for name in ("prompt", "response", "file")))
+    asked = Asked(questions=questions, top=top, why=why, output=output, as_json=as_json)
+    explain(options.pop("store"), asked, options, changes or [])
 
 
 @app.command()

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,6 +70,24 @@ def as_chosen() -> Iterator[None]:
             yield
         finally:
             del loader.print
+
+
+@contextlib.contextmanager
+def on_stderr() -> Iterator[None]:
+    """Let LlamaFactory log to stderr, where stdout is for an answer; its own choice is stdout."""
+    from llamafactory.extras import logging as theirs
+
+    theirs.get_logger()
+    handlers = logging.getLogger("llamafactory").handlers
+    streams = [each for each in handlers if isinstance(each, logging.StreamHandler)]
+    before = [each.stream for each in streams]
+    for each in streams:
+        each.setStream(sys.stderr)
+    try:
+        yield
+    finally:
+        for each, stream in zip(streams, before, strict=True):
+            each.setStream(stream)
 
 
 def _say_nothing(*_: object) -> None:

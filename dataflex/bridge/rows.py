@@ -207,6 +207,48 @@ def _load_targets(
     return tuple(found)
 
 
+def one_row(
+    data_set: str,
+    number: int,
+    call: Callable[[Any], dict[str, Any]],
+    data_args: Any,  # noqa: ANN401 - LlamaFactory's DataArguments
+    files: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    """Tokenise one row of a data set's file as training does; None if LlamaFactory drops it.
+
+    Args:
+        data_set: its name.
+        number: index of the row in the file.
+        call: LlamaFactory's `get_dataset` for data arguments.
+        data_args: those of the run.
+        files: what `row_sources` reads.
+
+    Raises:
+        BadInput: the set cannot be loaded, or has no such row.
+    """
+    one = copy.copy(data_args)
+    one.dataset, one.eval_dataset, one.val_size, one.tokenized_path = [data_set], None, 0.0, None
+    one.mix_strategy, one.interleave_probs, one.max_samples = "concat", None, None
+    one.streaming, one.packing, one.preprocessing_num_workers = False, False, None
+
+    def chosen(raw: RawRows) -> npt.NDArray[np.int64]:
+        import numpy as np
+
+        found = np.array([i for i, source in enumerate(raw.sources) if source[1] == number])
+        if not len(found):
+            raise BadInput(f"data set {data_set!r} has {len(raw):,} rows, and no row {number}")
+        return found.astype(np.int64)
+
+    with naming(f"data set {data_set!r}"), _arranged(one, files, chosen):
+        try:
+            rows = call(one)["train_dataset"]
+        except BadInput as error:
+            if NO_ROW in str(error):
+                return None
+            raise
+    return dict(_rows(data_set, rows).dataset[0])
+
+
 def _rows(name: str, dataset: Any) -> Rows:  # noqa: ANN401 - a datasets.Dataset
     if SOURCE_ROW not in (getattr(dataset, "column_names", None) or ()):
         return Rows(name, dataset)

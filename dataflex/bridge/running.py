@@ -15,6 +15,7 @@ from dataflex.bridge.arguments import (
     swapped,
 )
 from dataflex.bridge.origins import row_sources
+from dataflex.bridge.questions import collator
 from dataflex.bridge.quiet import as_chosen, lines_on_the_page
 from dataflex.bridge.rows import Arrange, dataset_loader
 from dataflex.config.keys import RunConfig
@@ -181,11 +182,7 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnParsed) -> E
         on_data: called with the processed rows, TrainingArguments and FinetuningArguments before
             the model is loaded; the place to refuse rows.
     """
-    from llamafactory.data import (
-        SFTDataCollatorWith4DAttentionMask,
-        get_dataset,
-        get_template_and_fix_tokenizer,
-    )
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_model, load_tokenizer
 
@@ -214,20 +211,7 @@ def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnParsed) -> E
         model = naming_model(load_model)(
             module["tokenizer"], model_args, finetuning_args, is_trainable=True
         )
-    if finetuning_args.stage == "pt":
-        from transformers import DataCollatorForLanguageModeling
-
-        collate: Any = DataCollatorForLanguageModeling(tokenizer=module["tokenizer"], mlm=False)
-    else:
-        collate = SFTDataCollatorWith4DAttentionMask(
-            template=template,
-            model=model,
-            pad_to_multiple_of=8,
-            label_pad_token_id=-100,
-            attn_implementation=getattr(model.config, "_attn_implementation", None),
-            compute_dtype=model_args.compute_dtype,
-            **module,
-        )
+    collate = collator(finetuning_args.stage, template, model, model_args, module)
     return ExportInputs(model, held[0], collate, training_args)
 
 

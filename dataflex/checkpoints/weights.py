@@ -41,6 +41,20 @@ class AdapterConfig:
     lora_alpha: Annotated[float, Gt(0)] = 1
     lora_dropout: Share = 0
     target_modules: tuple[str, ...] | str | None = None
+    base_model_name_or_path: str | None = None
+
+
+def adapter_config(folder: Path) -> AdapterConfig:
+    """Read a checkpoint's adapter_config.json.
+
+    Raises:
+        DamagedData: it is damaged.
+    """
+    return read_document(
+        folder / ADAPTER_CONFIG,
+        AdapterConfig,
+        "Name another checkpoint, or restore it from a copy.",
+    )
 
 
 def check_resumable(folder: Path) -> None:
@@ -90,12 +104,10 @@ def check_weights(folder: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    kind, settings = "model", folder / ADAPTER_CONFIG
-    if settings.is_file():
+    kind = "model"
+    if (folder / ADAPTER_CONFIG).is_file():
         kind = "adapter_model"
-        read_document(
-            settings, AdapterConfig, "Name another checkpoint, or restore it from a copy."
-        )
+        adapter_config(folder)
     found = list(folder.glob(f"{kind}*.safetensors"))
     if not (found or any(next(folder.glob(pattern), None) for pattern in SHARDED)):
         raise BadInput(f"checkpoint {str(folder)!r} has no {kind}.safetensors. Name another one.")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from dataflex.data.rows import ROW_FIELDS, RunData
+from dataflex.data.rows import ROW_FIELDS
 from gradstore.export.gradient_space import tokenizer_hash
 
 if TYPE_CHECKING:
@@ -13,7 +13,27 @@ if TYPE_CHECKING:
     from gradstore.export.gradient_space import GradientSpace
 
 
-def space_fields(model: nn.Module, data: RunData, space: GradientSpace) -> dict[str, Any]:
+class Tokenised(Protocol):
+    """The part of a run's data, or of a question's, that decides which tokens a row has."""
+
+    @property
+    def tokenizer(self) -> Any:  # noqa: ANN401 - a transformers tokenizer
+        """The tokenizer, template applied."""
+
+    @property
+    def template(self) -> str:
+        """Name of the chat template."""
+
+    @property
+    def stage(self) -> str:
+        """Stage of training, "sft" or "pt"."""
+
+    @property
+    def data_args(self) -> Any:  # noqa: ANN401
+        """LlamaFactory's DataArguments."""
+
+
+def space_fields(model: nn.Module, data: Tokenised, space: GradientSpace) -> dict[str, Any]:
     """Return the MUST-EQUAL fields of the gradient space.
 
     Args:
@@ -30,7 +50,7 @@ def space_fields(model: nn.Module, data: RunData, space: GradientSpace) -> dict[
     )
 
 
-def row_fields(data: RunData) -> dict[str, Any]:
+def row_fields(data: Tokenised) -> dict[str, Any]:
     """Return LlamaFactory's settings that decide which tokens a row has; {} without it."""
     if data.data_args is None:
         return {}

@@ -7,6 +7,7 @@ named and in what order they are made; taking a gradient and keeping bytes is th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from gradkernels import ProjectionSpec
 
 from dataflex.data.rows import Rows
 from dataflex.features.fields import space_fields
+from dataflex.features.loaded_from import loaded_from
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.shared import Compute, export_shared, keep_text
 from dataflex.features.store_owner import check_owner
@@ -31,7 +33,7 @@ from gradstore.export.units import Batches, UnitFeatures
 from gradstore.format.layout import GRADIENT
 from gradstore.format.names import GenerationName, Role
 from gradstore.format.plans import UnitRange
-from gradstore.format.records import GenerationRecord
+from gradstore.format.records import LOADED_FROM, GenerationRecord
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.pairing import Which, checkpoint_features
 from gradstore.store.filling import CheckpointExport, ExportSummary, check_usable
@@ -266,7 +268,7 @@ class FeatureService:
         options: Mapping[str, Any],
     ) -> GenerationRecord:
         set_name = rows.name if role == "target" else ""
-        return self.space.record(
+        record = self.space.record(
             self.run.model,
             GenerationName(role, step, set_name, self.run.config.store_run),
             recipe,
@@ -275,3 +277,5 @@ class FeatureService:
             learning_rate=learning_rate,
             options=options,
         )
+        places = {LOADED_FROM: loaded_from(self.run.config)}
+        return replace(record, libraries={**record.libraries, **places})

@@ -1,6 +1,24 @@
 """`dataflex-cli gradstore`: look into a store, verify it, and ask it."""
 
 from gradstore.cli import asking, auditing, serving  # noqa: F401 - their commands
-from gradstore.cli.options import app, path_at_home, print_json
+from gradstore.cli.options import (
+    Checkpoints,
+    Output,
+    Run,
+    StorePath,
+    app,
+    path_at_home,
+    print_json,
+    with_options,
+)
 
-__all__ = ["app", "path_at_home", "print_json"]
+__all__ = [
+    "Checkpoints",
+    "Output",
+    "Run",
+    "StorePath",
+    "app",
+    "path_at_home",
+    "print_json",
+    "with_options",
+]

@@ -47,6 +47,16 @@ Subtasks = Annotated[
     str, typer.Option(help="Cut the one target set into sub-tasks of these sizes, such as 16,16.")
 ]
 Aggregation = Annotated[str, typer.Option(help="Over sub-tasks: max or mean.")]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        help="rows.parquet, .csv or .jsonl",
+        metavar="PATH",
+        parser=path_at_home,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +71,26 @@ class Question:
     aggregation: Aggregation = "max"
 
 
-def with_question(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` the options of `Question` in place of its first parameter, `question`."""
-    asked = inspect.signature(Question, eval_str=True).parameters
-    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+def with_options(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of the dataclass `kind` in place of its first parameter."""
+    asked = inspect.signature(kind, eval_str=True).parameters
 
-    @wraps(command)
-    def run(**options: Any) -> None:  # noqa: ANN401 - what Typer parsed
-        question = Question(**{name: options.pop(name) for name in asked})
-        command(question, **options)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
 
-    keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
-    run.__signature__ = inspect.Signature([*asked.values(), *keyword])  # type: ignore[attr-defined]
-    return run
+        @wraps(command)
+        def run(**options: Any) -> None:  # noqa: ANN401 - what Typer parsed
+            command(kind(**{name: options.pop(name) for name in asked}), **options)
+
+        keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+        run.__signature__ = inspect.Signature([*asked.values(), *keyword])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+#: Gives a command the options of `Question` in place of its first parameter.
+with_question = with_options(Question)
 
 
 def print_json(content: object) -> None:

@@ -18,6 +18,9 @@ from gradstore.format.names import GenerationName, Role, space_run
 
 HASH_BYTES = 16
 
+#: Key of `libraries` under which an exporter says where it loaded its model from; never compared.
+LOADED_FROM = "loaded_from"
+
 _NOT_IDENTITY = ("name", "run_id", "learning_rate", "libraries")
 
 
@@ -41,7 +44,8 @@ class GenerationRecord:
         feature: adam_marginal | adam | sgd | sign | embedding.
         feature_options: eps mode, bias correction, betas ...; pooling, layer ... of embeddings.
         learning_rate: mean learning rate since the previous generation, None if unknown.
-        libraries: versions, GPU, world size: a difference only warns.
+        libraries: versions, GPU, world size: a difference only warns. Under `LOADED_FROM`, where
+            model and checkpoints lay, which is not even told.
     """
 
     name: str

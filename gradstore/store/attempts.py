@@ -12,7 +12,7 @@ from gradstore.format.layout import GRADIENT, generation_path, plan_path
 from gradstore.format.names import GenerationName, space_run
 from gradstore.format.plans import Plan
 from gradstore.format.provenance import Difference, compare, refuse
-from gradstore.format.records import GenerationRecord
+from gradstore.format.records import LOADED_FROM, GenerationRecord
 from gradstore.storage.local import StoreFiles
 from gradstore.store.generation_writer import quarantine
 from gradstore.store.reader import Store
@@ -91,9 +91,13 @@ def warn_of_libraries(store: Store, plan: Plan) -> None:
     for commit in reversed(store.live_commits()):
         before = store.generation(commit.generation)
         if before.space == plan.space:
-            for difference in compare(before.record.libraries, plan.record.libraries):
+            for difference in compare(_versions(before.record), _versions(plan.record)):
                 _log.warning("%s", difference.line(str(store.path)))
             return
+
+
+def _versions(record: GenerationRecord) -> dict[str, object]:
+    return {key: value for key, value in record.libraries.items() if key != LOADED_FROM}
 
 
 def _ever_committed(store: Store) -> list[str]:

@@ -25,6 +25,7 @@ def modules_after(statement: str) -> set[str]:
         ("import gradstore; gradstore.influence_scores", FOREIGN | HEAVY | {"dataflex"}),
         ("import gradstore; gradstore.GradientCapture, gradstore.export_features",
          FOREIGN | {"dataflex", "faiss", "pyarrow", "trak"}),
+        ("import dataflex; import dataflex.launch.asked", FOREIGN | HEAVY | {"torch"}),
         ("import dataflex.cli", FOREIGN | HEAVY | {"torch"}),
     ],
 )  # fmt: skip

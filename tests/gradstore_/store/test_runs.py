@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gradstore.errors import BadInput, ProvenanceMismatch
-from gradstore.format.records import RowSet
+from gradstore.format.records import LOADED_FROM, RowSet
 from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
 
@@ -180,6 +180,18 @@ def test_libraries_only_warn(
     with kit.writer(fast_path / "s") as writer:
         kit.add(writer, "train/2", libraries={"torch": "2.11.0"})
     assert "torch" in caplog.text
+
+
+def test_places_that_a_model_was_loaded_from_are_no_difference(
+    kit: StoreKit, fast_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with kit.writer(fast_path / "s") as writer:
+        for step, place in ((1, "/here"), (2, "/there")):
+            held = {"torch": "2.11.0", LOADED_FROM: {"folders": [place]}}
+            kit.add(writer, f"train/{step}", libraries=held)
+    assert caplog.text == ""
+    generation = open_store(fast_path / "s").generation("train/2")
+    assert generation.record.libraries[LOADED_FROM] == {"folders": ["/there"]}
 
 
 def test_keep_generations_retires_the_old_ones_of_each_series(
