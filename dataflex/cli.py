@@ -7,7 +7,7 @@ import shutil
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -15,7 +15,11 @@ from typer.core import TyperCommand
 from dataflex.bridge.quiet import choose_verbosity
 from dataflex.run.messages import DEBUG, end_bars, explain, set_up_logging, show_traceback
 from gradstore import cli as gradstore_cli
+from gradstore.cli import serving
 from gradstore.format.names import printable
+
+if TYPE_CHECKING:
+    from gradstore.serve.served import Explainer
 
 HELP = "Train an LLM while its data changes: select, mix, weight, on LlamaFactory."
 
@@ -170,6 +174,15 @@ def explain_answer(
     questions = questions_of(*(options.pop(name) for name in ("prompt", "response", "file")))
     asked = Asked(questions=questions, top=top, why=why, output=output, as_json=as_json)
     explain(options.pop("store"), asked, options, changes or [])
+
+
+def _model_at_hand(store: Path) -> Explainer:
+    from dataflex.launch.serving import ModelAtHand
+
+    return ModelAtHand(store)
+
+
+serving.open_explainer = _model_at_hand
 
 
 @app.command()

@@ -56,7 +56,7 @@ def explain(
         on_rows(0)
         return _Kept(explainer.explain(form.prompt, form.response, form.top))
 
-    key = ("explain", form.prompt, form.response)
+    key = ("explain", commit_of(store), form.prompt, form.response)
     found = served.desk.ask(key, "explain", 1, compute, wait).explained
     table = _table(served.desk.kept, store, found, key)
     assert table.scores is not None

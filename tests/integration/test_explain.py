@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -327,3 +328,37 @@ def test_a_store_of_embeddings_alone_has_no_gradients_to_ask(tmp_path: Path) -> 
 
     with pytest.raises(BadInput, match="it has generations of space"):
         open_model(tmp_path / "store")
+
+
+def test_a_served_store_loads_its_model_with_the_first_prompt_and_answers_as_the_command_does(
+    built: dict[str, Path], explainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with warnings.catch_warnings():  # Starlette's client names a deprecated alias of anyio
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from fastapi.testclient import TestClient
+
+    from dataflex.launch import explain
+    from dataflex.launch.serving import ModelAtHand
+    from gradstore.serve.app import create_app
+    from gradstore.serve.served import Served
+
+    loads = []
+    load = explain.open_model
+    monkeypatch.setattr(explain, "open_model", lambda store: loads.append(1) or load(store))
+    prompt, response = row_of("train", ROW)
+    served = Served(built["adam"], ModelAtHand(built["adam"]))
+    with TestClient(create_app(served, "secret"), base_url="http://localhost") as client:
+        client.headers["Authorization"] = "Bearer secret"
+        assert client.get("/v1/stores").json()["stores"][0]["explains"] is True
+        assert not loads
+        form = {"prompt": prompt, "response": response, "top": 3}
+        found = client.post("/v1/explain?wait=60", json=form)
+        assert found.status_code == 200, found.text
+        told = [line["row"] for line in found.json()["helped"]]
+        assert told == [row.row for row in load(built["adam"]).explain(prompt, response, 3).helped]
+        again = client.post("/v1/explain?wait=60", json={**form, "prompt": f"{prompt}!"})
+        assert again.status_code == 200
+        assert len(loads) == 1
+        long = client.post("/v1/explain?wait=60", json={**form, "prompt": "word " * 5000})
+        assert long.status_code == 422
+        assert "cutoff_len" in long.json()["detail"]
