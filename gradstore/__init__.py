@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gradstore.similarity.index import FeatureIndex
     from gradstore.similarity.rows import read_unit_rows
     from gradstore.store.building import build
-    from gradstore.store.filling import CheckpointExport, UnitSink, fill
+    from gradstore.store.filling import UnitSink, fill
     from gradstore.store.writer import StoreWriter
 
 _MODULES = {
@@ -36,7 +36,6 @@ _MODULES = {
     "AuditOptions": "similarity.audit",
     "Batches": "export.units",
     "BuildSettings": "export.settings",
-    "CheckpointExport": "store.filling",
     "CheckpointFeatures": "scoring.comparable",
     "FeatureIndex": "similarity.index",
     "FeatureSpec": "export.features",
@@ -69,7 +68,6 @@ __all__ = [
     "AuditOptions",
     "Batches",
     "BuildSettings",
-    "CheckpointExport",
     "CheckpointFeatures",
     "FeatureIndex",
     "FeatureSpec",

@@ -16,11 +16,15 @@ import pytest
 import typer
 
 import dataflex.api
+import dataflex.integrations
 import gradstore
 from dataflex.cli import app
 from dataflex.config.keys import DataFlexConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+
+#: Each has a page of its public names.
+PACKAGES = (dataflex.api, dataflex.integrations, gradkernels, gradstore)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +100,7 @@ def test_the_reference_has_every_command_option_and_key(site: Path) -> None:
     assert [k for k in DataFlexConfig.__dataclass_fields__ if f"| `{k}` |" not in keys] == []
 
 
-@pytest.mark.parametrize(
-    "package", [dataflex.api, gradkernels, gradstore], ids=lambda p: p.__name__
-)
+@pytest.mark.parametrize("package", PACKAGES, ids=[package.__name__ for package in PACKAGES])
 def test_every_public_name_is_on_its_page(package: Any, site: Path) -> None:
     name = package.__name__
     page = site / "reference" / name.replace(".", "-")

@@ -156,7 +156,9 @@ class _Checkpoint:
         if options.store_text and (rows.texts is not None or self.tokenizer is not None):
             formats = None if rows.texts is None else {rows.name: _FORMAT}
             writer.keep_texts(rows.row_set, self._texts(rows), formats)
-        begun = writer.begin(record, rows.row_set, dim=options.proj_dim, dtype=options.dtype)
+        begun = writer.begin(
+            record, rows.row_set, dim=options.proj_dim, dtype=options.dtype, losses=True
+        )
         budget = options.tokens_per_batch or token_budget(self.model)
         longest = longest_of(self.model, rows.lengths, rows.name)
         batches = Batches(rows.items, padded, rows.lengths, budget, longest)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -68,6 +68,7 @@ class Generation:
         )
         self._checked: set[str] = set()
         self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._guard = threading.Lock()  # of the maps: threads share a generation
         self.record: GenerationRecord = self._plan.record
         self.rows = len(self._plan.rows)
         self.dim = self._plan.dim
@@ -264,11 +265,10 @@ class Generation:
     def _chunk(self, spec: ArraySpec, unit: int, *, keep: bool = True) -> np.ndarray:
         """Map one chunk, without its crc32c; keep the last few maps for random access."""
         name = spec.chunk_path(unit)
-        known = self._maps.get(name)
-        if known is not None:
-            with suppress(KeyError):  # another thread has just let go of it
+        with self._guard:
+            if name in self._maps:
                 self._maps.move_to_end(name)
-            return known
+                return self._maps[name]
         expected = self._records[unit].files[name]
         path = f"{generation_path(self.name)}/{name}"
         try:
@@ -286,9 +286,10 @@ class Generation:
         shape = spec.chunk_shape(self._plan.unit_rows)
         chunk = np.frombuffer(mapped[:-CRC_BYTES], dtype=little).reshape(shape)
         if keep:
-            self._maps[name] = chunk
-            while len(self._maps) > _MAPS_KEPT:
-                self._maps.popitem(last=False)
+            with self._guard:
+                self._maps[name] = chunk
+                while len(self._maps) > _MAPS_KEPT:
+                    self._maps.popitem(last=False)
         return chunk
 
     def _damaged(self, fault: Fault) -> DamagedFile:

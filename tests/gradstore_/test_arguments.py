@@ -17,6 +17,7 @@ from gradstore import (
     AdamMoments,
     AuditOptions,
     Batches,
+    BuildSettings,
     CheckpointFeatures,
     FeatureIndex,
     FeatureSpec,
@@ -29,6 +30,7 @@ from gradstore import (
     UnitSink,
     audit,
     batch_losses,
+    build,
     checkpoint_features,
     compute_embedding_unit,
     compute_unit,
@@ -215,6 +217,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "audit's cosine": (lambda: AuditOptions(duplicate_cosine=1.5), "duplicate_cosine is 1.5"),
     "audit's similarity": (lambda: AuditOptions(text_similarity=None), "at most 1"),  # type: ignore[arg-type]
     "filling": (lambda: fill(None, len), "what StoreWriter.begin returns"),
+    "build's model": (lambda: build("m", None, [], None, "s"), "give a torch module"),
+    "build's path": (lambda: build(LINEAR, None, [], None, None), "the store is None; give a path"),
+    "build's setting": (lambda: build(LINEAR, None, [], None, "s", dim=3), "unknown 'dim'"),
+    "a build's number": (lambda: BuildSettings.of({"proj_dim": "8"}), "proj_dim is '8'"),
 }  # fmt: skip
 
 

@@ -72,6 +72,7 @@ def test_features_are_those_of_the_parts_put_together_by_hand(build: Build, llam
         error = np.linalg.norm(stored - exact.features) / np.linalg.norm(exact.features)
         assert error < 1e-3, name  # float16
         np.testing.assert_allclose(store.generation(name).norm, exact.norm, rtol=1e-6)
+        np.testing.assert_allclose(store.generation(name).loss, exact.loss, rtol=1e-6)
     assert train.record.optimizer_hash == build.moments.sha256()
     assert verify_store(build.path).ok
     assert len(gradstore.influence_scores(gradstore.checkpoint_features(store)).values) == 40
