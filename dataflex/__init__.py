@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dataflex.launch.explain import Explainer, open_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {"Explainer": "launch.explain", "open_model": "launch.explain"}
 
