@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dataflex.launch.explain import Explainer, open_model
+    from dataflex.report.frames import selections_frame
 
 __version__ = "0.2.0"
 
-_MODULES = {"Explainer": "launch.explain", "open_model": "launch.explain"}
+_MODULES = {
+    "Explainer": "launch.explain",
+    "open_model": "launch.explain",
+    "selections_frame": "report.frames",
+}
 
-__all__ = ["Explainer", "open_model"]
+__all__ = ["Explainer", "open_model", "selections_frame"]
 
 
 def __getattr__(name: str) -> object:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradstore.errors import expect_path
+from gradstore.errors import BadInput, expect_path
 from gradstore.format.layout import RowStatus
-from gradstore.scoring.influence import Aggregation, influence_scores
+from gradstore.scoring.influence import Aggregation, influence_scores, subtask_influence
 from gradstore.scoring.pairing import Which, checkpoint_features
+from gradstore.scoring.query import query_influence
 from gradstore.storage.reading import ReadFiles
 from gradstore.store.generation import Generation
 from gradstore.store.reader import Store
@@ -79,6 +80,7 @@ class AskedStore(Store):
         targets: Sequence[str] | None = None,
         subtask_sizes: Sequence[int] | None = None,
         aggregation: Aggregation = "max",
+        until: int | None = None,
         text: bool = True,
     ) -> pd.DataFrame:
         """Score every training row, as `gradstore score` does; highest first.
@@ -89,6 +91,7 @@ class AskedStore(Store):
             targets: target sets; None takes all.
             subtask_sizes: cut the one target set into sub-tasks of these sizes.
             aggregation: over sub-tasks.
+            until: no checkpoint of a later step is taken; None takes them up to the newest.
             text: with `prompt` and `response`.
 
         Returns:
@@ -99,13 +102,87 @@ class AskedStore(Store):
             BadInput: no such checkpoint or target set, or sizes that do not fit.
             ProvenanceMismatch: generations that cannot be scored together.
         """
-        pairs = checkpoint_features(self, which, run=run, sets=targets)
+        pairs = checkpoint_features(self, which, run=run, sets=targets, until=until)
         scores = influence_scores(pairs, subtask_sizes=subtask_sizes, aggregation=aggregation)
         train: Generation = pairs[-1].train  # type: ignore[assignment]
         frame = self.rows_frame(train, text=text)
         frame.insert(0, "score", np.where(scores.usable, scores.values, np.nan))
         frame.insert(1, "best_subtask", scores.best_subtask)
         return frame.sort_values("score", ascending=False, kind="stable")
+
+    def influence_frame(
+        self,
+        which: Which = "last",
+        *,
+        run: str = "",
+        targets: Sequence[str] | None = None,
+        until: int | None = None,
+    ) -> pd.DataFrame:
+        """Score every training row against each target set, in one pass over the features.
+
+        Args:
+            which: as for `scores_frame`.
+            run: prefix of the generations (`gradstore_run`).
+            targets: target sets; None takes all.
+            until: as for `scores_frame`.
+
+        Returns:
+            One column per target set, named as it is, indexed by `row`: the score against that set
+            alone, null where the row is not usable.
+
+        Raises:
+            BadInput: no such checkpoint or target set.
+            ProvenanceMismatch: generations that cannot be scored together.
+        """
+        import pandas as pd
+
+        pairs = checkpoint_features(self, which, run=run, sets=targets, until=until)
+        values = subtask_influence(pairs).values
+        names = [target.set for target in pairs[-1].targets]  # type: ignore[attr-defined]
+        return pd.DataFrame(values, pd.RangeIndex(len(values), name="row"), names)
+
+    def query_frame(
+        self,
+        target_row: int,
+        target: str | None = None,
+        which: Which = "last",
+        *,
+        run: str = "",
+        top: int = 10,
+        text: bool = True,
+    ) -> pd.DataFrame:
+        """Find the training rows that helped one target row and those that hurt it.
+
+        Args:
+            target_row: row of the target set.
+            target: the target set; None takes the only one.
+            which: as for `scores_frame`.
+            run: prefix of the generations (`gradstore_run`).
+            top: rows on each side.
+            text: with `prompt` and `response`.
+
+        Returns:
+            The columns of `rows_frame` after `side` ("helped", then "hurt") and `score`, indexed by
+            `row`: helpers from the highest score, then the others from the lowest.
+
+        Raises:
+            BadInput: no such checkpoint, target set or row, several sets and none named, top < 1.
+            ProvenanceMismatch: generations that cannot be scored together.
+        """
+        import pandas as pd
+
+        sets = None if target is None else [target]
+        pairs = checkpoint_features(self, which, run=run, sets=sets)
+        names = [each.set for each in pairs[-1].targets]  # type: ignore[attr-defined]
+        if len(names) > 1:
+            raise BadInput(f"the store has target sets {', '.join(names)}; name one as target.")
+        found = query_influence(pairs, target_row, top=top)
+        train: Generation = pairs[-1].train  # type: ignore[assignment]
+        frame = self.rows_frame(train, text=text)
+        frame.insert(0, "score", found.values)
+        sides = {"helped": frame.loc[found.helped], "hurt": frame.loc[found.hurt]}
+        both = pd.concat(sides, names=["side"])
+        return both.reset_index("side")
 
     def _text_columns(self, generation: Generation) -> dict[str, object]:
         texts = self.texts(generation)
