@@ -6,6 +6,7 @@ Information alone: a model may move, and what was asked of it is checked by hash
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,15 @@ from dataflex.checkpoints.state import Incomplete, trainer_state
 from dataflex.checkpoints.weights import ADAPTER_CONFIG, adapter_config
 from dataflex.config.secrets import without_secrets
 from gradstore.errors import BadInput
+from gradstore.format.layout import GRADIENT
 from gradstore.format.records import LOADED_FROM
 
 if TYPE_CHECKING:
     from dataflex.config.keys import RunConfig
     from gradstore.store.generation import Generation
+    from gradstore.store.reader import Store
+
+_log = logging.getLogger(__name__)
 
 #: LlamaFactory's keys that decide which model is loaded and which tokens a row has. No key that
 #: lets code of a model's folder run (`trust_remote_code`): whoever asks says so anew.
@@ -140,6 +145,35 @@ def find_checkpoint(train: Generation, store: Path, named: Path | None = None) -
         + ". Name the folder with --checkpoint DIR; or ask a generation whose checkpoint is there "
         "with --generation NAME (`dataflex-cli gradstore build` makes one for each checkpoint)."
     )
+
+
+def newest_at_hand(store: Store, run: str, named: Path | None = None) -> int | None:
+    """Return the step of the newest train generation whose checkpoint is there; None if none is.
+
+    A run selects more often than it saves, so that its newest features may have no checkpoint.
+
+    Args:
+        store: of the generations.
+        run: prefix of the generations (`gradstore_run`).
+        named: as for `find_checkpoint`.
+    """
+    trains = sorted(
+        (
+            each
+            for each in store.generations()
+            if each.space == GRADIENT and each.role == "train" and each.record.run == run
+        ),
+        key=lambda each: -each.step,
+    )
+    for train in trains:
+        try:
+            find_checkpoint(train, store.path, named)
+        except BadInput:
+            continue
+        if train is not trains[0]:
+            _log.warning("%s has no checkpoint to load: %s is asked", trains[0].name, train.name)
+        return train.step
+    return None
 
 
 def _recorded(train: Generation) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from gradkernels import ProjectionSpec
 from dataflex.bridge.questions import Encoded, QuestionModel, load_for_questions
 from dataflex.bridge.quiet import choose_verbosity
 from dataflex.checkpoints.weights import checkpoint_moments, load_adapter
-from dataflex.features.loaded_from import find_checkpoint, loading_arguments
+from dataflex.features.loaded_from import find_checkpoint, loading_arguments, newest_at_hand
 from dataflex.features.question_rows import generated_answer, padded, question_row, train_row
 from dataflex.features.same_model import another_model, model_differences
 from dataflex.launch.explained import Explanation, Why, combined, found_rows, tokens_of
@@ -67,7 +67,8 @@ def open_model(
 
     Args:
         store: the store's folder.
-        generation: a train generation, such as "train/20"; None takes the newest.
+        generation: a train generation, such as "train/20"; None takes the newest whose checkpoint
+            is there.
         checkpoints: to combine, up to that one: the last, all, or how many.
         run: prefix of the generations (`gradstore_run`).
         model: where the base model is now; None for where it was.
@@ -91,8 +92,10 @@ def open_model(
         if asked.role != "train":
             raise BadInput(f"{generation!r} has target rows; name a train generation.")
         until, run = asked.step, asked.record.run
-    pairs = checkpoint_features(opened, checkpoints, run=run, until=until)
     named = None if checkpoint is None else Path(checkpoint)
+    if generation is None and checkpoints == "last":
+        until = newest_at_hand(opened, run, named)
+    pairs = checkpoint_features(opened, checkpoints, run=run, until=until)
     folders = [find_checkpoint(_train(pair), opened.path, named) for pair in pairs]
     first = None if None in folders else folders[0]
     keys = {**(changes or {}), **({} if model is None else {"model_name_or_path": str(model)})}

@@ -295,7 +295,9 @@ def test_a_model_that_moved_is_asked_for_and_one_that_changed_is_refused(
         checkpoints[4].rename(tmp_path / "away")
         for place in ("adapter_config.json", "trainer_state.json"):
             (run / place).rename(tmp_path / place)
-        absent = cli(*asked, "--model", moved)
+        older = ok(cli(*asked, "--model", TINY / "model"))
+        assert "train/4 has no checkpoint to load: train/2 is asked" in older.err
+        absent = cli(*asked, "--model", moved, "--generation", "train/4")
         assert absent.code == 2
         assert "no checkpoint of step 4, at which train/4 was made" in absent.message
         assert "those of steps 2" in absent.message
