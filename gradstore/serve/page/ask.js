@@ -48,7 +48,10 @@ async function explained(now, stale) {
 function draw(found, row, known, target) {
   const line = found.target_row;
   const words = wordsOf(`${line.prompt ?? ""} ${line.response ?? ""}`);
-  const title = line.row === undefined ? "your prompt" : `row ${row} of ${target.set}`;
+  // A question of one's own is asked of the checkpoint that the model was loaded from.
+  const title = line.row === undefined
+    ? `your prompt${found.generated ? ", answered by the model" : ""}; asked: ${found.generations.join(", ")}`
+    : `row ${row} of ${target.set}`;
   by("target-text").replaceChildren(el("p", { class: "note" }, visible(title)),
     ...texts(line, new Set(), known.without));
   for (const side of ["helped", "hurt"]) {
