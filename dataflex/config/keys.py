@@ -169,6 +169,10 @@ class RunConfig:
         """LlamaFactory's keys that DataFlex reads, typed, with LlamaFactory's defaults."""
         return KnownKeys.of(self.llamafactory)
 
+    def given(self, keys: Collection[str]) -> dict[str, Any]:
+        """Return those of LlamaFactory's `keys` that the user set to more than null or false."""
+        return {key: self.llamafactory[key] for key in keys if self.llamafactory.get(key)}
+
     def shown(self, key: str) -> str:
         """Return a LlamaFactory key's value for a message, as the user wrote it: 3, not '3'."""
         value = self.llamafactory.get(key)

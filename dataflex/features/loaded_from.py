@@ -54,7 +54,7 @@ def loaded_from(config: RunConfig) -> dict[str, Any]:
         `arguments`, LlamaFactory's keys as the user set them, local paths absolute; `folders`,
         each a checkpoint or a run's folder with checkpoints.
     """
-    given = {key: config.llamafactory[key] for key in KEPT if config.llamafactory.get(key)}
+    given = config.given(KEPT)
     for key in _PLACES:
         if key in given:
             given[key] = _absolute(given[key])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,20 @@ import pytest
 from dataflex import cli
 from dataflex.bridge import arguments
 from dataflex.config.keys import DataFlexConfig
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was() -> Iterator[None]:
+    """A command sets up its process; this one goes on with other tests."""
+    loggers = [logging.getLogger(name) for name in ("dataflex", "gradstore", "gradkernels")]
+    environment, hook = dict(os.environ), sys.excepthook
+    held = [(each.handlers[:], each.level, each.propagate) for each in loggers]
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.excepthook = hook
+    for logger, (handlers, level, propagate) in zip(loggers, held, strict=True):
+        logger.handlers, logger.level, logger.propagate = handlers, level, propagate
 
 
 def call(
