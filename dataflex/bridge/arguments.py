@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import importlib
@@ -127,8 +128,22 @@ def configuration_faults() -> Iterator[None]:
         for name in ("load_tokenizer", "load_model"):
             places.append((workflow, name, naming_model(getattr(workflow, name))))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(own_templates())
         for module, name, guarded in places:
             stack.enter_context(swapped(module, name, guarded))
+        yield
+
+
+@contextlib.contextmanager
+def own_templates() -> Iterator[None]:
+    """Let what is loaded inside change LlamaFactory's chat templates for itself alone.
+
+    `default_system`, `tool_format` and `enable_thinking` are written into the process's one
+    template of a name, where the next model of a notebook would find them.
+    """
+    from llamafactory.data import template
+
+    with swapped(template, "TEMPLATES", copy.deepcopy(template.TEMPLATES)):
         yield
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dataflex.bridge.arguments import as_bad_input, naming_model
+from dataflex.bridge.arguments import as_bad_input, naming_model, own_templates
 from dataflex.bridge.origins import row_sources
 from dataflex.bridge.quiet import as_chosen, on_stderr
 from dataflex.bridge.rows import one_row
@@ -165,7 +165,7 @@ def load_for_questions(arguments: Mapping[str, Any]) -> QuestionModel:
         "dataset": "none", "output_dir": "none", **arguments, "do_train": True,
         "overwrite_output_dir": True, "resume_from_checkpoint": None, "report_to": "none",
     }  # fmt: skip
-    with on_stderr(), as_chosen():
+    with on_stderr(), as_chosen(), own_templates():
         model_args, data_args, training_args, finetuning_args, _ = as_bad_input(get_train_args)(
             settings
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from dataflex.bridge.arguments import device_count
 from dataflex.launch.configuration import read
@@ -38,6 +41,19 @@ def worker(arguments: Sequence[str]) -> int:
     return 0
 
 
+def leave(code: int) -> NoReturn:
+    """End this process as multiprocessing ends a child: the interpreter is not taken down.
+
+    Threads of torch's process groups can outlive them. One that asks for an interpreter on its way
+    out aborts the process, and a run that has saved everything ends with exit code -6.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # as at every exit, before the handlers
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     set_up_logging()
-    sys.exit(worker(sys.argv[1:]))
+    leave(worker(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -168,22 +169,38 @@ def libraries() -> dict[str, str]:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:  # noqa: ANN401 - whatever saves itself to files
-    """Compute the path-free sha256 of the files a tokenizer saves, chat template included."""
+    """Compute the sha256 of the files a tokenizer saves, chat template included.
+
+    Where it was loaded from and what it was last called with are left out.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        _as_loaded(tokenizer).save_pretrained(folder)
         digest = hashlib.sha256()
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 content = path.read_bytes()
                 if path.name == "tokenizer_config.json":
-                    content = _without_paths(content)
+                    content = _without_place(content)
                 digest.update(f"{path.name}:{len(content)}:".encode() + content)
     return digest.hexdigest()
 
 
-def _without_paths(content: bytes) -> bytes:
-    settings: Mapping[str, Any] = json.loads(content)
-    volatile = {"name_or_path", "_name_or_path", "special_tokens_map_file", "tokenizer_file"}
-    return json.dumps(
-        {k: v for k, v in settings.items() if k not in volatile}, sort_keys=True
-    ).encode()
+def _as_loaded(tokenizer: Any) -> Any:  # noqa: ANN401
+    """Return a tokenizer without the cut and the padding of its last call, which it would save."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or (backend.truncation is None and backend.padding is None):
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _without_place(content: bytes) -> bytes:
+    settings: dict[str, Any] = json.loads(content)
+    for name in ("name_or_path", "_name_or_path", "special_tokens_map_file", "tokenizer_file"):
+        settings.pop(name, None)
+    # Written by transformers since 5: fixed, not left out, so that stores of before compare.
+    for name in settings.keys() & {"is_local", "local_files_only"}:
+        settings[name] = True
+    return json.dumps(settings, sort_keys=True).encode()

@@ -58,7 +58,6 @@ def load_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadRows:
                  "template": template, "overwrite_cache": True, "packing": False}  # fmt: skip
         data_args = DataArguments(**{**usual, **data})
         tokenizer = AutoTokenizer.from_pretrained(str(TINY / "model"))
-        prepared = get_template_and_fix_tokenizer(tokenizer, data_args)
         model_args = ModelArguments(
             model_name_or_path=str(TINY / "model"), cache_dir=str(tmp_path / "cache")
         )
@@ -69,6 +68,7 @@ def load_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadRows:
         config = RunConfig(replace(DataFlexConfig(), **(ours or {})), {}, Path("run.yaml"))
         held: list[RunData] = []
         with configuration_faults(), row_sources() as files:
+            prepared = get_template_and_fix_tokenizer(tokenizer, data_args)
             loader = dataset_loader(config, get_dataset, lambda d, _: held.append(d), files)
             loader(prepared, model_args, data_args, training_args, stage=stage, tokenizer=tokenizer)
         return held[0]
