@@ -190,7 +190,8 @@ def lora_model(device: torch.device, *, random_weights: bool = False) -> torch.n
 
     folder = str(REAL / "model")
     if random_weights:
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        settings = AutoConfig.from_pretrained(folder)
+        base = AutoModelForCausalLM.from_config(settings)  # type: ignore[no-untyped-call]
         base = base.to(torch.float32)
     else:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

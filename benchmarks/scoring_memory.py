@@ -172,10 +172,12 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
     from gradstore.scoring.influence import influence_scores
     from gradstore.scoring.scan import unit_rows
+    from gradstore.store.generation import Generation
 
     checkpoint = open_checkpoint(options.store)
     targets = [unit_rows(t.read(0, t.rows))[0].mean(axis=0) for t in checkpoint.targets]
     queries = torch.from_numpy(np.stack(targets).astype(np.float32)).to(options.device)
+    assert isinstance(checkpoint.train, Generation)
     files = chunk_files(checkpoint.train)
     ways: dict[str, Callable[[], Any]] = {
         "ours": lambda: influence_scores([checkpoint], device=options.device),

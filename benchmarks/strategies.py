@@ -212,7 +212,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="strategies-") as folder:
         work = [(name, seed) for name in options.strategies for seed in options.seeds]
         with ThreadPoolExecutor(options.jobs) as pool:
-            lines = list(pool.map(lambda item: run(*item, Path(folder)), work))
+            lines = list(pool.map(lambda item: run(item[0], item[1], Path(folder)), work))
     show(lines, options.seeds)
     append(options.csv, [machine(threads=1) | line for line in lines])
     missed = claims(lines)

@@ -297,6 +297,30 @@ def audits() -> str:
     return f"{table(head, body)}\n\n{where(lines)}."
 
 
+def looking() -> str:
+    """Time from a question to its answer, by command, by page and by API."""
+    served = list(newest(read(RESULTS / "serve.csv"), "rows", "dim").values())[-1]
+    asked = list(newest(read(RESULTS / "explain.csv"), "cpu").values())[-1]
+    page = list(newest(read(RESULTS / "report_page.csv"), "rows").values())[-1]
+    size = f"{int(served['rows']):,} x {int(served['dim']):,}"
+    body = [
+        (f"`POST /v1/query` over {size}, above the scan itself", f"{served['above_p50_ms']} ms",
+         f"scan {served['scan_p50_ms']} ms; medians of {served['repeats']}"),
+        (f"{served['client_queries']} queries by {served['clients']} clients at once",
+         f"{served['client_queries_s']} s", f"{served['errors']} errors; the server grew from "
+         f"{served['memory_before_mib']} to {served['memory_after_mib']} MiB"),
+        (f"first paint of a table of {int(served['table_rows']):,} rows with text",
+         f"{served['first_paint_ms']} ms", "request to first row, scores scanned"),
+        ("`gradstore explain`, the whole command", f"{asked['cold_s']} s",
+         f"median of {asked['colds']}, slowest {asked['cold_s_max']} s"),
+        ("`Explainer.explain`, model loaded", f"{asked['warm_s']} s",
+         f"median of {asked['warms']}, slowest {asked['warm_s_max']} s"),
+        (f"report.html of {page['updates']} updates, {int(page['chosen']):,} of "
+         f"{int(page['rows']):,} rows each", f"{page['seconds']} s", f"{page['kb']} kB"),
+    ]  # fmt: skip
+    return f"{table(('', 'took', ''), body)}\n\n{where([served, asked, page])}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "export": export,
     "strategies": lambda: strategies("rows", "random", "target_loss"),
@@ -308,6 +332,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scoring": scoring,
     "tsds": tsds,
     "audit": audits,
+    "looking": looking,
 }
 
 

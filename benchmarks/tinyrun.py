@@ -80,7 +80,7 @@ class TinyRun:
         ]
         config = load(CONFIG, overrides, arguments.accepted_keys())
         with contextlib.redirect_stdout(io.StringIO()):  # LlamaFactory prints an example per set
-            loaded = running.load_run(config, None, lambda data, arguments: None)
+            loaded = running.load_run(config, None, lambda *loaded: None)
         rows = json.loads((TINY / "data" / "train.json").read_text(encoding="utf-8"))
         sources = loaded.data.train.sources or ()
         return TinyRun(

@@ -38,7 +38,8 @@ def embeddings(n: int, centres: npt.NDArray[np.float32], seed: int) -> npt.NDArr
     generator = np.random.default_rng(seed)
     noise = generator.standard_normal((n, DIM)).astype(np.float32)
     rows = centres[generator.integers(len(centres), size=n)] + 0.05 * noise
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows
 
 
 def commit(writer: StoreWriter, name: GenerationName, rows: npt.NDArray[np.float32]) -> Generation:
@@ -83,10 +84,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="tsds-cost-") as folder:
             with StoreWriter(Path(folder) / "s", space="bench", provenance={"dim": DIM}) as writer:
                 target = embeddings(TARGETS, centres[:8], 1)
-                stored = [
+                stored = (
                     commit(writer, GenerationName("train", 0), embeddings(n, centres, 2)),
                     commit(writer, GenerationName("target", 0, "t"), target),
-                ]
+                )
             for name, params in (("defaults", {}), ("auto", {"sigma": "auto"})):
                 took, cpu = zip(*(seconds(*stored, params) for _ in range(3)), strict=True)
                 line = {

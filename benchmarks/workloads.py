@@ -77,7 +77,8 @@ def llama(rows: int) -> Workload:
         hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
         num_key_value_heads=2, vocab_size=VOCABULARY, tie_word_embeddings=True,
     )  # fmt: skip
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=16, target_modules="all-linear"))  # type: ignore[arg-type]
+    base: Any = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, VOCABULARY, (rows, TOKENS))
     prompts = rng.integers(TOKENS // 4, 3 * TOKENS // 4, rows)
