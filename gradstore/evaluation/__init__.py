@@ -1,0 +1,32 @@
+"""Metrics that say how far scores can be trusted, and the bank of retrained models they need."""
+
+from gradstore.evaluation.estimates import Estimate, estimate
+from gradstore.evaluation.ranking import (
+    average_precision,
+    mean_reciprocal_rank,
+    ndcg_at_k,
+    overlap_at,
+    recall_at_k,
+)
+from gradstore.evaluation.retraining import (
+    draw_subsets,
+    lds,
+    query_loss_difference,
+    tail_patch,
+    without_top,
+)
+
+__all__ = [
+    "Estimate",
+    "average_precision",
+    "draw_subsets",
+    "estimate",
+    "lds",
+    "mean_reciprocal_rank",
+    "ndcg_at_k",
+    "overlap_at",
+    "query_loss_difference",
+    "recall_at_k",
+    "tail_patch",
+    "without_top",
+]
