@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.bridge import arguments, running
+from dataflex.checkpoints.state import load_state
 from dataflex.config.keys import RunConfig
 from dataflex.config.presets import Component
 from dataflex.data.order import BatchShape
@@ -27,6 +28,7 @@ from dataflex.run.board import Scoreboard
 from dataflex.run.context import RunContext
 from dataflex.run.forecast import Forecast, Positions, measured_seconds, peak_memory
 from dataflex.run.strategy import ask_forecasts
+from dataflex.trainers.seam import state_taken
 from gradstore.capture.limits import token_budget
 
 if TYPE_CHECKING:
@@ -57,6 +59,9 @@ def train_forecast(config: RunConfig, component: Component, workers: int) -> lis
         schedules.append(session.plan(data, args, tuned, shape).schedule)
 
     loaded = running.load_run(_alone(config), None, plan)
+    if session.checkpoint is not None:  # as the trainer does, before the strategy starts
+        with state_taken(component.name, session.checkpoint):
+            session.strategy.restore(load_state(session.checkpoint).component)
     check_vocabulary(loaded.model, loaded.data)
     run, schedule = _measurable(context_of(config, loaded, DRY_RUN)), schedules[0]
     steps = [interval.start for interval in schedule.intervals() if interval.update]

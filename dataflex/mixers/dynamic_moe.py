@@ -64,14 +64,27 @@ class DynamicMoeMixer(Mixer):
         self.distances = np.empty(0)
 
     def forecasts(self, run: RunContext, steps: Sequence[int]) -> Sequence[Forecast]:
-        """Name the pass, which is short: it is not measured."""
-        from dataflex.run.forecast import Forecast
+        """Forecast the passes that count loads, from some of the first update's batches."""
+        from dataflex.run.forecast import batches_forecast
 
-        note = "a pass over some rows of each domain"
-        return [Forecast("loads of experts", len(steps), note=note)]
+        self._check(run)
+        plan = self._plan(run, steps[0])
+        lengths = [rows.lengths[positions] for _, rows, positions in plan]
+
+        def count(numbers: Sequence[int]) -> None:
+            self._counts(run, [plan[i] for i in numbers])
+
+        return [batches_forecast("loads of experts", len(steps), lengths, count)]
 
     def start(self, run: RunContext) -> None:
         """Refuse a model without experts; begin at the opening proportions."""
+        self._check(run)
+        if not len(self.proportions):
+            self.proportions = opening_proportions(run.config, run.data)
+            self.distances = np.zeros(len(self.proportions))
+
+    def _check(self, run: RunContext) -> None:
+        """Refuse a model without experts."""
         from dataflex.models.experts import expert_layers
 
         if not expert_layers(run.model):
@@ -80,9 +93,6 @@ class DynamicMoeMixer(Mixer):
                 f"{type(run.model).__name__} has no layer of experts with readable routing. Use a "
                 "mixture-of-experts model (Mixtral, Qwen MoE, OLMoE, DeepSeek) or another mixer."
             )
-        if not len(self.proportions):
-            self.proportions = opening_proportions(run.config, run.data)
-            self.distances = np.zeros(len(self.proportions))
 
     def state(self) -> dict[str, Any]:
         """Return the proportions that the next update starts from, and the load distances."""
@@ -100,24 +110,22 @@ class DynamicMoeMixer(Mixer):
     def mix(self, context: UpdateContext) -> FloatArray:
         """Compute (k,) proportions from the experts' loads; the ranks share the batches."""
         run = context.run
-        everyone = run.ranks.gather(lambda: self._counts(context))
+        everyone = run.ranks.gather(lambda: self._counts(run, self._plan(run, context.step)))
         self.distances = load_distances(np.sum(everyone, axis=0))
         self.proportions = exponentiated(self.proportions, self.distances, self.eta, self.c)
         return self.proportions
 
-    def _counts(self, context: UpdateContext) -> FloatArray:
-        """Count (k, L, E) choices of each expert of each layer by this rank's rows."""
+    def _counts(self, run: RunContext, plan: Sequence[Batch]) -> FloatArray:
+        """Count (k, L, E) choices of each expert of each layer by this rank's share of a plan."""
         import torch
 
         from dataflex.models.experts import counted_choices, expert_count, expert_layers, loads
         from gradstore.capture.losses import model_inputs
         from gradstore.capture.modelstate import borrowed
 
-        run = context.run
         layers = expert_layers(run.model)
         width = max(expert_count(experts) for experts in layers)
         found = np.zeros((len(domains_of(run.data).names), len(layers), width))
-        plan = self._plan(context)
         device = next(run.model.parameters()).device
         total = sum(len(positions) for _, _, positions in plan)
         with (
@@ -138,9 +146,8 @@ class DynamicMoeMixer(Mixer):
                 advance(min(len(positions) * run.ranks.world, total))
         return found
 
-    def _plan(self, context: UpdateContext) -> list[Batch]:
+    def _plan(self, run: RunContext, step: int) -> list[Batch]:
         """Plan batches of rows of similar length for all domains: the same list on every rank."""
-        run = context.run
         domains = domains_of(run.data)
         plan: list[Batch] = []
         for d, name in enumerate(domains.names):
@@ -150,7 +157,7 @@ class DynamicMoeMixer(Mixer):
             else:
                 pool = np.arange(len(rows))
             pool = np.random.default_rng([run.seed, d]).permutation(pool)[: self.eval_samples]
-            drawn = np.random.default_rng([run.seed, context.step, d]).permutation(pool)
+            drawn = np.random.default_rng([run.seed, step, d]).permutation(pool)
             drawn = drawn[: self.collect_steps * self.eval_batch_size]
             drawn = drawn[np.argsort(-rows.lengths[drawn], kind="stable")]
             plan += [(d, rows, drawn[at : at + self.eval_batch_size])

@@ -103,6 +103,31 @@ def measured_seconds(
     return seconds * padded_tokens(lengths, budget) / padded_tokens(lengths[chosen], budget)
 
 
+def batches_forecast(
+    what: str, times: int, lengths: Sequence[Positions], work: Callable[[Sequence[int]], object]
+) -> Forecast:
+    """Forecast passes over planned batches from up to four of them, spread over the plan.
+
+    The first of these is taken once before, to warm up; it counts alone where it takes long.
+
+    Args:
+        what: the pass.
+        times: how often it is made in the run.
+        lengths: (b,) tokens of the rows of each batch; at least one batch.
+        work: makes the pass over the batches with these numbers.
+    """
+    padded = [len(each) * int(each.max()) for each in lengths]
+    chosen = np.unique(np.linspace(0, len(lengths) - 1, 4).round().astype(np.int64)).tolist()
+    measured = chosen[:1]
+    seconds = timed(lambda: work(measured))
+    if seconds < SLOW_ROW_SECONDS:
+        measured = chosen
+        seconds = timed(lambda: work(measured))
+    seconds *= sum(padded) / max(sum(padded[i] for i in measured), 1)
+    rows, tokens = sum(map(len, lengths)), sum(int(each.sum()) for each in lengths)
+    return Forecast(what, times, rows, tokens, seconds, memory_bytes=peak_memory())
+
+
 def losses_forecast(run: RunContext, times: int) -> Forecast:
     """Forecast passes that take the losses of all training rows from the run's board.
 

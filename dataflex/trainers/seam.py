@@ -8,7 +8,7 @@ weights of samples; a trainer of one kind is thin over them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -233,17 +233,32 @@ class Seam(SealedCheckpoints):
     def _restore(self, state: RunState, checkpoint: Path) -> None:
         """Go on where the checkpoint was: same rows, same position, same component."""
         check_agreement(state, self.run, self._agreed, self.rows_sha256)
-        try:
+        with state_taken(self.run.name, checkpoint):
             self.run.strategy.restore(state.component)
             self.restore_more(state)
-        except StoreError:
-            raise
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedData(
-                f"{checkpoint / STATE} does not hold what component {self.run.name!r} keeps there "
-                f"({type(error).__name__}: {error}). Resume from another checkpoint, or start a "
-                "new run with overwrite_output_dir: true."
-            ) from error
+
+
+@contextlib.contextmanager
+def state_taken(name: str, checkpoint: Path) -> Iterator[None]:
+    """Name the checkpoint where what it keeps of a component cannot be taken back.
+
+    Args:
+        name: of the component.
+        checkpoint: whose state is restored in the context.
+
+    Raises:
+        DamagedData: in the place of what a state of another shape makes a component raise.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedData(
+            f"{checkpoint / STATE} does not hold what component {name!r} keeps there "
+            f"({type(error).__name__}: {error}). Resume from another checkpoint, or start a "
+            "new run with overwrite_output_dir: true."
+        ) from error
 
 
 def trainer_class(seam: type[Seam], base: type, run: Run) -> type:

@@ -5,8 +5,8 @@ Letters: b samples of a rank's micro-batch, m target rows, d hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from dataflex.run.strategy import FSDP
 from dataflex.weighters.base import FloatArray, MeasuredBatch, Weighter
 from gradstore.errors import BadInput
 from gradstore.export.pooling import HiddenStates, Pooling, pool
+
+if TYPE_CHECKING:
+    from dataflex.run.forecast import Forecast
 
 #: Rows of one data set that are embedded together.
 Piece = tuple[Rows, npt.NDArray[np.int64]]
@@ -68,7 +71,29 @@ class TargetWeighter(Weighter):
         """(d,) mean of the target rows' embeddings at the last look."""
         return self._mean
 
+    def forecasts(self, run: RunContext, steps: Sequence[int]) -> Sequence[Forecast]:
+        """Forecast the looks at the target rows; name a scoring pass, which is not measured."""
+        from dataflex.run.forecast import batches_forecast
+
+        self._check(run)
+        looked = [steps[0]]
+        for step in steps:
+            if step - looked[-1] >= self._every:
+                looked.append(step)
+        pieces, embed = self._pieces(run, steps[0]), self._embedder(run)
+        lengths = [rows.lengths[where] for rows, where in pieces]
+
+        def look(chosen: Sequence[int]) -> None:
+            self._summed(run, embed, [pieces[i] for i in chosen])
+
+        looks = batches_forecast("target embeddings", len(looked), lengths, look)
+        return [looks, *(super().forecasts(run, steps) if self.scope == "window" else ())]
+
     def start(self, run: RunContext) -> None:
+        """Refuse a layer that the model does not have."""
+        self._check(run)
+
+    def _check(self, run: RunContext) -> None:
         """Refuse a layer that the model does not have."""
         config: Any = run.model.config
         last = int(config.get_text_config().num_hidden_layers)
@@ -84,9 +109,7 @@ class TargetWeighter(Weighter):
         if self._looked >= 0 and step - self._looked < self._every:
             return
         pieces = self._pieces(run, step)
-        embed = HiddenStates(
-            run.model, layer=self.hidden_layer or 0, pooling=self._pooling, unit=False
-        )
+        embed = self._embedder(run)
         total = sum(run.ranks.gather(lambda: self._summed(run, embed, pieces)))
         self._mean = np.asarray(total / sum(len(where) for _, where in pieces))
         self._looked = step
@@ -105,6 +128,12 @@ class TargetWeighter(Weighter):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take back what `state` gave."""
         self._mean, self._looked = np.asarray(state["mean"]), int(state["looked"])
+
+    def _embedder(self, run: RunContext) -> HiddenStates:
+        """Return what embeds target rows, from the layer that samples are embedded from."""
+        return HiddenStates(
+            run.model, layer=self.hidden_layer or 0, pooling=self._pooling, unit=False
+        )
 
     def _pieces(self, run: RunContext, step: int) -> list[Piece]:
         """Split the target rows used for the mean into batches; the same on every rank."""

@@ -44,6 +44,11 @@ def test_two_processes_mix_what_one_mixes_and_routers_stay_as_they_are(
     cli: Any, moe_run: Write, tmp_path: Path
 ) -> None:
     held_out = "tiny_domain_date_eval,tiny_domain_sort_eval"
+    forecast = cli("train", moe_run(mixer_eval_dataset=held_out), "--dry-run")
+    assert forecast.code == 0, forecast.err[-3000:]
+    (line,) = [line for line in forecast.out.splitlines() if "loads of experts" in line]
+    assert line.split("│")[2].strip() == "3"
+    assert "not measured" not in line
     for ranks in (1, 2):
         path = moe_run(output_dir=str(tmp_path / str(ranks)), mixer_eval_dataset=held_out,
                        per_device_train_batch_size=2 // ranks)  # fmt: skip
@@ -74,6 +79,8 @@ def test_a_dense_model_is_refused(freeze: bool, cli: Any, config: Write, tmp_pat
     result = cli("train", path)
     assert result.code == 2
     assert ("freeze_gate is true" if freeze else "no layer of experts") in result.message
+    if not freeze:
+        assert cli("train", path, "--dry-run").message == result.message
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 

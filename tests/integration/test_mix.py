@@ -261,6 +261,8 @@ def test_an_odm_checkpoint_of_0_1_0_resumes_with_averaging_moving_and_not_withou
     refused = cli("train", mixed())
     assert refused.code == 2
     assert "Set component_params.averaging: moving" in refused.message
+    dry = cli("train", mixed(), "--dry-run")
+    assert (dry.code, dry.message) == (refused.code, refused.message)
     result = cli("train", mixed("moving.yaml", component_params={"averaging": "moving"}))
     assert result.code == 0, result.err[-3000:]
     assert [e["step"] for e in mixes(run)] == [0, 2, 5]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dataflex.checkpoints.folders import check_sound, resume_point
+from dataflex.checkpoints.seal import seal
 from dataflex.config.keys import DataFlexConfig, RunConfig
 from gradstore.errors import DamagedData
 
@@ -319,6 +320,29 @@ def test_a_new_run_that_is_refused_leaves_the_earlier_runs_log_records_and_store
     assert result.code == 2
     assert "not today" in result.message
     assert contents(run) == before
+
+
+def test_a_state_that_the_strategy_cannot_take_is_told_by_the_dry_run_as_by_the_run(
+    cli: Any, config: Any, killed: Path, tmp_path: Path
+) -> None:
+    if not (killed / "run" / "checkpoint-4").is_dir():
+        path = config(output_dir=str(killed / "run"))
+        assert cli("train", path, faults={"kill_step": 5}).code == -9
+    run = shutil.copytree(killed / "run", tmp_path / "run")
+    newest = run / "checkpoint-4"
+    sound = cli("train", config(), "--dry-run")
+    assert sound.code == 0, sound.err[-3000:]
+    state = json.loads((newest / "dataflex" / "state.json").read_text())
+    state["component"]["generations"] = "many"
+    (newest / "dataflex" / "state.json").write_text(json.dumps(state))
+    seal(newest)  # its bytes are those that were saved
+    before = contents(run)
+    dry = cli("train", config(), "--dry-run")
+    assert dry.code == 4, dry.err[-3000:]
+    assert f"{newest}/dataflex/state.json does not hold what component 'less' keeps" in dry.message
+    assert contents(run) == before
+    resumed = cli("train", config())
+    assert (resumed.code, resumed.message) == (dry.code, dry.message)
 
 
 def contents(run: Path) -> dict[Path, bytes]:

@@ -251,6 +251,18 @@ def test_a_layer_that_the_model_lacks_is_refused_before_training(
     result = cli("train", path)
     assert result.code == 2, result.err[-3000:]
     assert "embed_layer is 9" in result.message
+    dry = cli("train", path, "--dry-run")
+    assert (dry.code, dry.message) == (result.code, result.message)
+
+
+def test_a_dry_run_measures_the_looks_at_the_target_rows(
+    cli: Any, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    result = cli("train", config(**TARGETS | {"max_samples": 24}), "--dry-run")
+    assert result.code == 0, result.err[-3000:]
+    (line,) = [line for line in result.out.splitlines() if "target embeddings" in line]
+    assert "not measured" not in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_target_sets_evaluated_one_by_one_work(

@@ -13,8 +13,10 @@ import pytest
 
 from dataflex.api import Forecast, Mixer, Selection, Selector, Strategy
 from dataflex.config.registry import PACKAGES, strategies
+from dataflex.data.rows import Domains
 from dataflex.features import forecasts
 from dataflex.launch import dry_run
+from dataflex.mixers.dynamic_moe import DynamicMoeMixer
 from dataflex.run import forecast
 from dataflex.run.board import Scoreboard
 from dataflex.run.forecast import (
@@ -27,6 +29,8 @@ from dataflex.run.strategy import adapt, ask_forecasts
 from dataflex.selectors.coincide import CoincideSelector
 from dataflex.selectors.less import LessSelector
 from dataflex.selectors.nice import NiceSelector
+from dataflex.weighters.adapt import AdaptWeighter
+from dataflex.weighters.joint_update_aware import JointUpdateAwareWeighter
 from gradstore.errors import BadInput
 
 
@@ -179,3 +183,53 @@ def test_a_forecast_is_exact_where_time_is_that_of_padded_tokens(
     found = measured_seconds(asked.append, lengths, budget)
     assert found == pytest.approx(rate * padded_tokens(lengths, budget), rel=1e-9)
     assert len(asked) == (1 if slow else 2)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_forecast_of_planned_batches_is_exact_where_time_is_that_of_padded_tokens(
+    slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = np.random.default_rng(1)
+    lengths = [draw.integers(5, 60, size) for size in (8, 8, 3, 8, 8, 1, 8)]
+    padded = [len(each) * int(each.max()) for each in lengths]
+    rate = SLOW_ROW_SECONDS if slow else 1e-4
+    asked: list[Sequence[int]] = []
+
+    def timed(work: Callable[[], object]) -> float:
+        work()
+        return rate * sum(padded[i] for i in asked[-1])
+
+    monkeypatch.setattr(forecast, "timed", timed)
+    found = forecast.batches_forecast("looks", 3, lengths, asked.append)
+    assert found.seconds == pytest.approx(rate * sum(padded), rel=1e-9)
+    assert (found.what, found.times) == ("looks", 3)
+    assert (found.rows, found.tokens) == (44, sum(int(each.sum()) for each in lengths))
+    assert asked == ([[0]] if slow else [[0], [0, 2, 4, 6]])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "method", "times", "named"),
+    [
+        (DynamicMoeMixer(eval_batch_size=2), "_counts", 5, []),
+        (JointUpdateAwareWeighter(target_batch_size=2, target_update_step=3), "_summed", 2, []),
+        (AdaptWeighter(self_normalize=True), "_summed", 1, ["weights"]),
+    ],
+)
+def test_passes_over_planned_batches_are_measured(
+    strategy: Any, method: str, times: int, named: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As often as the run makes them, by the run's own method."""
+    calls: list[int] = []
+    monkeypatch.setattr(strategy, "_check", lambda _: None, raising=False)
+    monkeypatch.setattr(strategy, "_embedder", lambda _: None, raising=False)
+    monkeypatch.setattr(strategy, method, lambda *args: calls.append(len(args[-1])))
+    rows = run_of([4, 8, 8, 4, 6], []).data.train
+    domains = Domains(("a", "b"), np.array([0, 0, 1, 1, 1]), {})
+    run: Any = SimpleNamespace(
+        data=SimpleNamespace(train=rows, targets=(rows,), domains=domains), seed=1
+    )
+    measured, *rest = strategy.forecasts(run, [2, 3, 4, 5, 6])
+    assert (measured.times, measured.rows, measured.tokens) == (times, 5, 30)
+    assert measured.seconds > 0
+    assert len(calls) == 2
+    assert [each.what for each in rest] == named
