@@ -149,15 +149,17 @@ def select(
     ] = None,
     count: Annotated[int | None, typer.Option("-k", help="Rows to take.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the usable rows.")] = None,
+    token_budget: Annotated[
+        int | None, typer.Option(help="Target tokens to take, in place of a number of rows.")
+    ] = None,
+    subset: Annotated[
+        str, typer.Option(help="top: best scores; round_robin: target rows choose in turn.")
+    ] = "top",
 ) -> None:
     """Write the rows that help the target most, best first."""
+    from gradstore.cli.choosing import Choice
     from gradstore.scoring.as_dataset import check_folder, write_dataset
-    from gradstore.scoring.selection import (
-        check_k,
-        rows_for_fraction,
-        select_top,
-        write_selected,
-    )
+    from gradstore.scoring.selection import write_selected
     from gradstore.storage.tables import check_suffix
 
     if output is None and as_dataset is None:
@@ -166,17 +168,12 @@ def select(
         check_suffix(output)
     if as_dataset is not None:
         check_folder(as_dataset)
-    if (count is None) == (fraction is None):
-        raise BadInput("give either -k N or --fraction F.")
-    if fraction is not None:
-        rows_for_fraction(fraction, 1)
+    choice = Choice(subset, count, fraction, token_budget)
     store, pairs, scores = _score(question)
     train: Generation = pairs[-1].train  # type: ignore[assignment]
     texts = store.texts(train)
     usable = int(scores.usable.sum())
-    if count is None:
-        count = rows_for_fraction(fraction or 0.0, usable)
-    rows = select_top(scores.values, check_k(count, usable, train.rows), usable=scores.usable)
+    rows = choice.rows(pairs, scores)
     if output is not None:
         write_selected(output, rows, scores.values, sources=train.sources,
                        row_hashes=train.row_hash, texts=texts)  # fmt: skip

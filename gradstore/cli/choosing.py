@@ -1,0 +1,99 @@
+"""Budget and rule of `gradstore select`: the number of rows taken, and whose turn it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+import typer
+
+from gradstore.errors import BadInput, expect_whole
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from gradstore.scoring.comparable import CheckpointFeatures
+    from gradstore.scoring.influence import Scores
+    from gradstore.store.generation import Generation
+
+SUBSETS = ("top", "round_robin")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A subset rule and one of the three budgets, as asked.
+
+    Raises:
+        BadInput: an unknown rule, no budget or several, or one that no store could keep.
+    """
+
+    subset: str
+    count: int | None
+    fraction: float | None
+    token_budget: int | None
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked before rows are scored."""
+        from gradstore.scoring.selection import rows_for_fraction
+
+        if self.subset not in SUBSETS:
+            near = get_close_matches(self.subset, SUBSETS, 1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            raise BadInput(f"subset is {self.subset!r}; {meant}Choose {' or '.join(SUBSETS)}.")
+        if [self.count, self.fraction, self.token_budget].count(None) != 2:
+            raise BadInput("give either -k N or --fraction F or --token-budget T.")
+        if self.fraction is not None:
+            rows_for_fraction(self.fraction, 1)
+        if self.token_budget is not None:
+            expect_whole(self.token_budget, "--token-budget")
+
+    def rows(
+        self, checkpoints: Sequence[CheckpointFeatures], scores: Scores
+    ) -> npt.NDArray[np.int64]:
+        """Choose rows, first the first choice; round robin reads the store once more."""
+        from gradstore.scoring.selection import check_k, select_top
+        from gradstore.scoring.subset import (
+            check_serves_all,
+            round_robin_rows,
+            usable_targets,
+            within_tokens,
+        )
+
+        train: Generation = checkpoints[-1].train  # type: ignore[assignment]
+        k = check_k(self._most(scores, train), int(scores.usable.sum()), train.rows)
+        if self.subset == "top":
+            rows = select_top(scores.values, k, usable=scores.usable)
+        else:
+            rows = round_robin_rows(checkpoints, k, on_rows=_told(train.rows))
+        if self.token_budget is None:
+            return rows
+        rows = within_tokens(rows, train.tokens, self.token_budget)
+        if self.subset == "round_robin":
+            check_serves_all(len(rows), len(usable_targets(checkpoints)))
+        return rows
+
+    def _most(self, scores: Scores, train: Generation) -> int:
+        """Count the rows that the budget may hold."""
+        from gradstore.scoring.selection import rows_for_fraction
+        from gradstore.scoring.subset import most_rows_within
+
+        if self.count is not None:
+            return self.count
+        if self.fraction is not None:
+            return rows_for_fraction(self.fraction, int(scores.usable.sum()))
+        return max(1, most_rows_within(train.tokens[scores.usable], self.token_budget or 0))
+
+
+def _told(rows: int) -> Callable[[int], None]:
+    from gradstore.pace import Pace, long_pass
+
+    pace = Pace(
+        rows,
+        lambda seconds: typer.echo(
+            long_pass("comparison with each target row", rows, seconds), err=True
+        ),
+    )
+    return pace.advance

@@ -1,0 +1,98 @@
+"""`gradstore select`: which rows are taken, by which rule and within which budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gradstore.cli.choosing import Choice
+from gradstore.cli.options import app
+from gradstore.errors import BadInput
+from gradstore.scoring.pairing import checkpoint_features
+from gradstore.scoring.subset import round_robin_rows
+from gradstore.store.reader import Store, open_store
+
+
+@pytest.fixture
+def store(tmp_path: Path, kit: Any) -> Path:
+    """40 train rows of 0 to 15 target tokens, 8 target rows; some of each are not usable."""
+    path = tmp_path / "store"
+    with kit.writer(path) as writer:
+        kit.add(writer, "train/1", 40)
+        kit.add(writer, "target/dev/1", 8)
+    return path
+
+
+def chosen(store: Path, *options: str) -> list[int]:
+    output = store.with_name("selected.jsonl")
+    result = CliRunner().invoke(app, ["select", str(store), "-o", str(output), *options])
+    if result.exception is not None:
+        raise result.exception
+    return [json.loads(line)["row"] for line in output.read_text().splitlines()]
+
+
+def cosines(store: Store) -> np.ndarray:
+    """(n, t) float64 of all usable rows, nan for other train rows."""
+    train, target = store.generation("train/1"), store.generation("target/dev/1")
+    sides = []
+    for side in (train, target):
+        rows = np.full((side.rows, side.dim), np.nan)
+        rows[side.usable] = side.read(0, side.rows)[side.usable]
+        sides.append(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    return np.asarray(sides[0] @ sides[1][target.usable].T)
+
+
+def test_round_robin_serves_the_target_rows_of_a_store_in_turn(store: Path) -> None:
+    table = cosines(open_store(store))
+    expected: list[int] = []
+    for turn in range(20):
+        ranks = np.argsort(-table[:, turn % table.shape[1]], kind="stable").tolist()
+        expected.append(next(row for row in ranks if row not in expected))
+    assert chosen(store, "-k", "20", "--subset", "round_robin") == expected
+
+
+def test_the_choice_does_not_depend_on_chunks(store: Path) -> None:
+    pairs = checkpoint_features(open_store(store), "last", run="", sets=None)
+    whole = round_robin_rows(pairs, 20)
+    assert round_robin_rows(pairs, 20, chunk_rows=1).tolist() == whole.tolist()
+
+
+def test_top_is_what_select_took_before_it_had_a_choice(store: Path) -> None:
+    means = cosines(open_store(store)).mean(axis=1)
+    best = np.argsort(-np.nan_to_num(means, nan=-np.inf), kind="stable")[:7].tolist()
+    assert chosen(store, "-k", "7") == best == chosen(store, "-k", "7", "--subset", "top")
+
+
+@pytest.mark.parametrize("subset", ["top", "round_robin"])
+def test_a_token_budget_takes_the_same_order_and_ends_within_it(store: Path, subset: str) -> None:
+    train = open_store(store).generation("train/1")
+    every = chosen(store, "--fraction", "1", "--subset", subset)
+    rows = chosen(store, "--token-budget", "120", "--subset", subset)
+    assert rows == every[: len(rows)]
+    assert train.tokens[rows].sum() <= 120 < train.tokens[every[: len(rows) + 1]].sum()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("-k", "3", "--subset", "round_robin"), "3 rows cannot serve 6 target rows"),
+        (("-k", "41", "--subset", "round_robin"), "asked 41"),
+        (("-k", "3", "--subset", "round_robbin"), "did you mean 'round_robin'"),
+        (("-k", "3", "--token-budget", "9"), "either -k N or --fraction F or --token-budget T"),
+        ((), "either -k N or --fraction F or --token-budget T"),
+        (("--token-budget", "0"), "--token-budget is 0"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(store: Path, options: tuple[str, ...], told: str) -> None:
+    with pytest.raises(BadInput, match=told):
+        chosen(store, *options)
+
+
+def test_a_wrong_rule_is_told_before_a_store_is_opened() -> None:
+    with pytest.raises(BadInput, match="subset is 'best'; Choose top or round_robin"):
+        Choice("best", 3, None, None)

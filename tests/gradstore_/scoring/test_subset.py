@@ -1,0 +1,138 @@
+"""Subsets: every target row is served, ties are settled by row number, budgets are kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from gradstore.errors import BadInput
+from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.scoring.subset import (
+    BestRows,
+    most_rows_within,
+    round_robin,
+    round_robin_rows,
+    within_tokens,
+)
+
+#: Few distinct values, so that ties are common; -0.0 and nan among them.
+SCORES = st.sampled_from([-1.0, -0.5, -0.0, 0.0, 0.25, 1.0, float("nan")])
+TABLES = st.tuples(st.integers(1, 30), st.integers(1, 5)).flatmap(
+    lambda shape: arrays(np.float32, shape, elements=SCORES)
+)
+
+
+def ranked_by_sorting(table: npt.NDArray[np.float32], target: int) -> list[int]:
+    """All candidates of a target row, best first, by Python's own sort."""
+    rows = [row for row in range(len(table)) if not np.isnan(table[row, target])]
+    return sorted(rows, key=lambda row: (-float(table[row, target]), row))
+
+
+def in_turn(table: npt.NDArray[np.float32], k: int) -> list[int]:
+    """Round robin by looking at the whole matrix for every single choice."""
+    chosen: list[int] = []
+    while len(chosen) < k:
+        target = len(chosen) % table.shape[1]
+        chosen.append(next(r for r in ranked_by_sorting(table, target) if r not in chosen))
+    return chosen
+
+
+@given(TABLES, st.integers(1, 30), st.integers(1, 30))
+def test_the_best_rows_are_those_of_a_full_sort_however_rows_are_cut(
+    table: npt.NDArray[np.float32], k: int, chunk: int
+) -> None:
+    best = BestRows(table.shape[1], k)
+    for start in range(0, len(table), chunk):
+        best.add(start, table[start : start + chunk])
+    for target, found in enumerate(best.ranked().tolist()):
+        expected = ranked_by_sorting(table, target)[:k]
+        assert found == expected + [-1] * (len(found) - len(expected))
+
+
+@given(TABLES, st.data())
+def test_round_robin_is_what_choosing_from_the_whole_matrix_gives(
+    table: npt.NDArray[np.float32], data: st.DataObject
+) -> None:
+    table = np.nan_to_num(table[:, : len(table)], nan=0.75)
+    k = data.draw(st.integers(table.shape[1], len(table)))
+    best = BestRows(table.shape[1], k)
+    best.add(0, table)
+    chosen = round_robin(best.ranked(), k).tolist()
+    assert chosen == in_turn(table, k)
+    assert len(set(chosen)) == k
+
+
+def test_a_target_row_that_all_rows_help_less_is_served_as_often() -> None:
+    table = np.zeros((40, 2), dtype=np.float32)
+    table[:20, 0], table[20:, 1] = 1.0, 0.01
+    best = BestRows(2, 10)
+    best.add(0, table)
+    assert round_robin(best.ranked(), 10).tolist() == [0, 20, 1, 21, 2, 22, 3, 23, 4, 24]
+
+
+def test_fewer_rows_than_target_rows_are_refused() -> None:
+    with pytest.raises(BadInput, match=r"2 rows cannot serve 3 target rows .* at least 3"):
+        round_robin(np.array([[0, 1], [1, 2], [2, 0]]), 2)
+
+
+def test_a_list_that_ends_too_early_is_an_error_and_no_shorter_choice() -> None:
+    with pytest.raises(BadInput, match="target row 1 has no row left"):
+        round_robin(np.array([[0, 1], [0, -1]]), 2)
+
+
+@given(
+    arrays(np.int32, st.integers(1, 30), elements=st.integers(1, 50)),
+    st.integers(1, 500),
+    st.randoms(),
+)
+def test_a_token_budget_is_kept_and_the_next_row_would_exceed_it(
+    tokens: npt.NDArray[np.int32], budget: int, random: st.DataObject
+) -> None:
+    rows = list(range(len(tokens)))
+    random.shuffle(rows)  # type: ignore[attr-defined]
+    order = np.array(rows)
+    if tokens[order[0]] > budget:
+        with pytest.raises(BadInput, match=f"allow at least {tokens[order[0]]}"):
+            within_tokens(order, tokens, budget)
+        return
+    chosen = within_tokens(order, tokens, budget)
+    assert chosen.tolist() == rows[: len(chosen)]
+    assert tokens[chosen].sum() <= budget
+    assert len(chosen) == len(rows) or tokens[order[: len(chosen) + 1]].sum() > budget
+    assert len(chosen) <= most_rows_within(tokens, budget)
+
+
+def test_a_token_budget_counts_beyond_32_bits() -> None:
+    tokens = np.full(3, 2**31 - 1, dtype=np.int32)
+    assert within_tokens(np.arange(3), tokens, 2**32).tolist() == [0, 1]
+
+
+class Marked:
+    """Rows in memory, with their marks; no mark is corrected."""
+
+    def __init__(self, rows: npt.NDArray[np.float32], usable: list[bool]) -> None:
+        self.rows, self.dim = rows.shape
+        self.usable, self._rows = np.array(usable), rows
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        return self._rows[start:stop]
+
+
+def marked(usable: list[bool], second: float) -> list[CheckpointFeatures]:
+    """Rows that hurt the one target row, the second one aside."""
+    train = np.array([[-1, 0.5], [second, 0], [-1, 0]], dtype=np.float32)
+    target = Marked(np.array([[1, 0]], dtype=np.float32), [True])
+    return [CheckpointFeatures(Marked(train, usable), (target,))]
+
+
+def test_a_row_that_is_not_usable_is_not_chosen_before_one_that_hurts() -> None:
+    assert round_robin_rows(marked([True, False, True], 1), 2).tolist() == [0, 2]
+
+
+def test_a_zero_row_marked_usable_is_told_and_not_chosen() -> None:
+    with pytest.raises(BadInput, match="train row 1 is marked usable"):
+        round_robin_rows(marked([True, True, True], 0), 2)
