@@ -98,13 +98,10 @@ class _SourceCarrier:
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Preprocess as `inner` does, row by row if rows carry an origin and are not packed."""
-        if SOURCE_ROW not in examples or self.inner.data_args.packing:
-            dropped = {SOURCE_ROW, SOURCE_SET}
-            return dict(
-                self.inner.preprocess_dataset(
-                    {k: v for k, v in examples.items() if k not in dropped}
-                )
-            )
+        if SOURCE_ROW not in examples:
+            return dict(self.inner.preprocess_dataset(examples))
+        if self.inner.data_args.packing:
+            return self._packed(examples)
         found: dict[str, list[Any]] = {}
         for i in range(len(examples[SOURCE_ROW])):
             try:
@@ -124,9 +121,48 @@ class _SourceCarrier:
                 found.setdefault(key, []).extend(values)
         return found
 
+    def _packed(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Pack a batch of rows; the first packed row has the origins of all that are in."""
+        origins = {SOURCE_ROW, SOURCE_SET}
+        bare = {key: values for key, values in examples.items() if key not in origins}
+        with _drops_told_later(self.inner), _lengths_of(self.inner) as lengths:
+            made = dict(self.inner.preprocess_dataset(bare))
+        taken = list(range(len(examples[SOURCE_ROW])))
+        if lengths is not None:  # stage sft, which leaves out rows without turns and long ones
+            whole = [i for i in taken if len(examples["_prompt"][i]) % 2 == 1
+                     and len(examples["_response"][i]) == 1]  # fmt: skip
+            limit = self.inner.data_args.cutoff_len
+            fits = zip(whole, lengths, strict=True)
+            taken = [i for i, length in fits if length <= limit]
+        rows = len(next(iter(made.values()), []))
+        for key in origins if rows else ():
+            made[key] = [[examples[key][i] for i in taken], *([] for _ in range(rows - 1))]
+        return made
+
     def print_data_example(self, example: dict[str, list[int]]) -> None:
         """Pass through."""
         self.inner.print_data_example(example)
+
+
+@contextlib.contextmanager
+def _lengths_of(processor: Any) -> Iterator[list[int] | None]:  # noqa: ANN401
+    """Collect the tokens of each row that a processor encodes; None if it encodes them together."""
+    encode = getattr(processor, "_encode_data_example", None)
+    if encode is None:
+        yield None
+        return
+    lengths: list[int] = []
+
+    def measured(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        encoded = encode(*args, **kwargs)
+        lengths.append(len(encoded[0]))
+        return encoded
+
+    processor._encode_data_example = measured
+    try:
+        yield lengths
+    finally:
+        del processor._encode_data_example
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from dataflex.bridge.arguments import as_bad_input, naming, swapped
@@ -122,11 +123,13 @@ def _dropped(
     training_args: Any,  # noqa: ANN401
 ) -> dict[str, int]:
     """Count the rows of data sets that LlamaFactory dropped, by reason; one line for each set."""
-    if any(rows.sources is None for rows in used):
+    origins = [rows.sources if rows.packed is None else rows.packed for rows in used]
+    if None in origins:
         return {}
+    left = {origin for each in origins for origin in each or ()}
     counts: dict[str, int] = {}
     for name in dict.fromkeys(names):  # one may be named twice
-        kept = {i for rows in used for source, i in rows.sources or () if source == name}
+        kept = {i for source, i in left if source == name}
         dropped = find_dropped(read, name, kept, bool(data_args.packing))
         if data_args.mix_strategy != "concat":
             dropped.pop("other", None)  # sound rows that interleaving leaves out
@@ -252,8 +255,12 @@ def one_row(
 def _rows(name: str, dataset: Any) -> Rows:  # noqa: ANN401 - a datasets.Dataset
     if SOURCE_ROW not in (getattr(dataset, "column_names", None) or ()):
         return Rows(name, dataset)
-    origins = tuple(zip(dataset[SOURCE_SET], dataset[SOURCE_ROW], strict=True))
-    return Rows(name, dataset.remove_columns([SOURCE_SET, SOURCE_ROW]), origins)
+    sets, numbers = dataset[SOURCE_SET][:], dataset[SOURCE_ROW][:]
+    bare = dataset.remove_columns([SOURCE_SET, SOURCE_ROW])
+    if not any(isinstance(each, list) for each in numbers):
+        return Rows(name, bare, tuple(zip(sets, numbers, strict=True)))
+    packed = zip(chain.from_iterable(sets), chain.from_iterable(numbers), strict=True)
+    return Rows(name, bare, packed=tuple(packed))
 
 
 @contextlib.contextmanager

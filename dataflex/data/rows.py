@@ -34,11 +34,13 @@ class Rows:
         name: the user's name for it.
         dataset: n rows with `input_ids` and (except in stage pt) `labels`.
         sources: (data set name, index in its file) of each row, or None where unknown.
+        packed: the same of the rows that were packed into these n, in no order; else None.
     """
 
     name: str
     dataset: Dataset
     sources: tuple[tuple[str, int], ...] | None = None
+    packed: tuple[tuple[str, int], ...] | None = None
 
     def __len__(self) -> int:
         """Return the number of rows, n."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dataflex.bridge.origins import _SourceCarrier
+from dataflex.data.rows import SOURCE_ROW, SOURCE_SET
 from gradstore.errors import BadInput
 
 DataDir = Callable[..., Path]
@@ -81,8 +84,60 @@ def test_broken_conversations_are_told_by_what_is_wrong_with_them(
     assert "3 of 5 rows are not used: 2 with turns out of order" in caplog.text
 
 
+@pytest.mark.parametrize("workers", [None, 2])
+def test_rows_that_packing_leaves_out_are_told_with_their_reasons(
+    workers: int | None, load_rows: Any, dataset_dir: DataDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*GOOD, row(None), *GOOD, row(None)]
+    folder = dataset_dir(rows=rows, few=[row(None), *GOOD[:2]])
+    asked = {"dataset": "rows,few", "packing": True, "preprocessing_batch_size": 5,
+             "preprocessing_num_workers": workers}  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        data = load_rows(folder, **asked)
+    assert data.dropped == {"no_response": 3}
+    assert "2 of 8 rows are not used: 2 with no response (row 3, 7)" in caplog.text
+    assert "1 of 3 rows are not used: 1 with no response (row 0)" in caplog.text
+    assert len(data.train) < len(rows), "packed"
+    assert not [name for name in data.train.dataset.column_names if name.startswith("_source")]
+    assert data.train.sources is None
+    assert sorted(data.train.packed) == sorted(
+        [("rows", i) for i in range(len(rows)) if i not in (3, 7)] + [("few", 1), ("few", 2)]
+    )
+
+
+def test_rows_too_long_to_be_packed_are_not_among_the_packed() -> None:
+    """LlamaFactory cuts text to cutoff_len; pictures can make a row longer."""
+
+    class Packing:
+        data_args = SimpleNamespace(packing=True, cutoff_len=4)
+
+        def _encode_data_example(self, length: int) -> tuple[list[int], list[int]]:
+            return [1] * length, [1] * length
+
+        def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            rows = zip(examples["_response"], examples["length"], strict=True)
+            lengths = [len(self._encode_data_example(n)[0]) for turn, n in rows if turn]
+            return {"input_ids": [[1] * 5] * sum(n <= 4 for n in lengths)}
+
+    turn = [{"role": "user", "content": "a"}]
+    made = _SourceCarrier(Packing()).preprocess_dataset(
+        {"_prompt": [turn] * 4, "_response": [turn, [], turn, turn], "length": [4, 4, 5, 3],
+         SOURCE_ROW: [7, 8, 9, 10], SOURCE_SET: ["a", "a", "b", "b"]}
+    )  # fmt: skip
+    assert made[SOURCE_ROW] == [[7, 10], []]
+    assert made[SOURCE_SET] == [["a", "b"], []]
+
+
+def test_texts_that_packing_cuts_into_blocks_are_all_used(
+    load_rows: Any, dataset_dir: DataDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "dataflex"):
+        data = load_rows(dataset_dir(rows=[row("a")] * 60), packing=True, stage="pt")
+    assert data.dropped == {}
+    assert "not used" not in caplog.text
+
+
 def test_packed_rows_are_told_where_none_is_left(load_rows: Any, dataset_dir: DataDir) -> None:
-    """They keep no origin, so that one of many is not missed."""
     with pytest.raises(BadInput, match="3 of 3 rows are not used: 3 with no response"):
         load_rows(dataset_dir(rows=[row(None)] * 3), packing=True)
 
