@@ -23,7 +23,8 @@ def row_sources() -> Iterator[ReadRows]:
     """
     from llamafactory.data import loader
 
-    found = ReadRows()
+    unnumbered = ReadRows()
+    found = ReadRows(unnumbered=unnumbered)
     read, align, listed = loader.load_dataset, loader.align_dataset, loader.get_dataset_list
     processor_for = loader._get_dataset_processor
 
@@ -45,20 +46,21 @@ def row_sources() -> Iterator[ReadRows]:
         return dataset.add_column(SOURCE_ROW, list(range(len(dataset))))
 
     def align_numbered(dataset: Any, dataset_attr: Any, data_args: Any, training_args: Any) -> Any:  # noqa: ANN401
-        plain = data_args.tokenized_path is None and not data_args.streaming
-        numbers = dataset[SOURCE_ROW] if plain and SOURCE_ROW in dataset.column_names else None
-        if numbers is not None:
-            found.files[dataset_attr.source_name] = dataset
-        if SOURCE_ROW in (dataset.column_names or ()):
+        name, numbered = dataset_attr.source_name, dataset
+        if data_args.streaming or SOURCE_ROW not in dataset.column_names:
+            numbered = None
+        else:
             dataset = dataset.remove_columns(SOURCE_ROW)
         with misfit_told(dataset, dataset_attr, data_args):
             aligned = align(dataset, dataset_attr, data_args, training_args)
-        if numbers is None:
+        if numbered is None:
             return aligned
-        aligned = aligned.add_column(SOURCE_ROW, list(numbers))
-        found.aligned[dataset_attr.source_name] = aligned
-        found.attributes[dataset_attr.source_name] = dataset_attr
-        return aligned.add_column(SOURCE_SET, [dataset_attr.source_name] * len(aligned))
+        if data_args.tokenized_path is not None:
+            unnumbered.add(name, numbered, aligned, dataset_attr)
+            return aligned
+        aligned = aligned.add_column(SOURCE_ROW, numbered[SOURCE_ROW][:])
+        found.add(name, numbered, aligned, dataset_attr)
+        return aligned.add_column(SOURCE_SET, [name] * len(aligned))
 
     def processor_numbered(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         return _SourceCarrier(processor_for(*args, **kwargs))

@@ -43,11 +43,18 @@ class ReadRows:
         files: rows with every column of their file, and their number.
         aligned: the same rows as prompt and response, in the same order.
         attributes: LlamaFactory's DatasetAttr.
+        unnumbered: those whose numbers do not go with their rows, which `tokenized_path` keeps as
+            LlamaFactory makes them; None in itself.
     """
 
     files: dict[str, Any] = field(default_factory=dict)
     aligned: dict[str, Any] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
+    unnumbered: ReadRows | None = None
+
+    def add(self, name: str, file: Any, aligned: Any, attributes: Any) -> None:  # noqa: ANN401
+        """Add a data set."""
+        self.files[name], self.aligned[name], self.attributes[name] = file, aligned, attributes
 
 
 @contextmanager
@@ -98,11 +105,21 @@ def find_dropped(
         return {}
     left, found = set(kept), Dropped()
     file, aligned = read.files[name], read.aligned[name]
-    for i, number in enumerate(aligned[SOURCE_ROW][:]):
+    for i, number in enumerate(file[SOURCE_ROW][:]):
         if number not in left:
             left.add(number)  # `num_samples` may take a row several times
             reason = _reason(aligned[i], file[i], read.attributes[name], cutoff_applies)
             found.setdefault(reason, []).append(int(number))
+    return found
+
+
+def find_faulty(read: ReadRows, name: str) -> Dropped:
+    """Find the rows of a data set that are dropped for their turns, by reason.
+
+    It is all that LlamaFactory drops without packing, and needs no list of those that are left.
+    """
+    found = find_dropped(read, name, (), cutoff_applies=False)
+    found.pop("other", None)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dataflex.bridge.arguments import as_bad_input, naming, swapped
 from dataflex.bridge.domains import held_out_rows, load_domains
 from dataflex.bridge.origins import entry_of
-from dataflex.bridge.row_faults import ReadRows, find_dropped, remedy, told
+from dataflex.bridge.row_faults import ReadRows, find_dropped, find_faulty, remedy, told
 from dataflex.bridge.tokenised import TokenisedPath, made_with
 from dataflex.config.keys import RunConfig
 from dataflex.config.registry import BY_DOMAIN
@@ -67,7 +67,7 @@ def dataset_loader(
             )  # fmt: skip
             return found
 
-        domains = None
+        domains, noted = None, None
         kept = data_args.tokenized_path is not None
         depends_on = made_with(stage, data_args, tokenizer, processor) if kept else {}
         if config.dataflex.train_type in BY_DOMAIN:
@@ -78,7 +78,7 @@ def dataset_loader(
             names = ", ".join(data_args.dataset or ())
             told_why = _reasons_told(data_args.dataset or (), read, bool(data_args.packing))
             with naming(f"dataset {names}"), told_why, _arranged(data_args, read.files, arrange):
-                module = _whole(data_args, training_args, call, depends_on)
+                module, noted = _whole(data_args, training_args, call, depends_on, read)
         if module.get("train_dataset") is None:
             raise BadInput(
                 "there is no training data: set dataset, or name a tokenized_path that holds some."
@@ -87,6 +87,7 @@ def dataset_loader(
         module["train_dataset"] = train.dataset
         used = [train, *_evaluation(module), *(domains.held_out.values() if domains else ())]
         dropped = _dropped(data_args.dataset or (), read, used, data_args, training_args)
+        dropped |= _told_of_folder(noted, training_args)
         targets = _load_targets(config, data_args, training_args, call, domains, read)
         on_data(
             RunData(
@@ -165,12 +166,34 @@ def _whole(
     training_args: Any,  # noqa: ANN401
     call: Callable[[Any, Any], dict[str, Any]],
     depends_on: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Load all training sets by one call; rows of a folder, only if they would be made the same."""
+    read: ReadRows,
+) -> tuple[dict[str, Any], Any]:
+    """Load all training sets by one call; rows of a folder, only if they would be made the same.
+
+    Returns:
+        What LlamaFactory gives, and the folder's note of dropped rows.
+    """
     if data_args.tokenized_path is None or "://" in data_args.tokenized_path:
-        return dict(call(data_args, training_args))
+        return dict(call(data_args, training_args)), None
     kept = TokenisedPath(data_args, training_args, depends_on, "whole")
-    return kept.whole(data_args, training_args, call)
+
+    def dropped() -> dict[str, Any]:
+        at_hand = read.unnumbered or read
+        return {name: {"of": len(at_hand.files[name]), "rows": find_faulty(at_hand, name)}
+                for name in at_hand.files if name in (data_args.dataset or ())}  # fmt: skip
+
+    return kept.whole(data_args, training_args, call, dropped), kept.noted
+
+
+def _told_of_folder(noted: Any, training_args: Any) -> dict[str, int]:  # noqa: ANN401
+    """Count the rows that are not in a `tokenized_path`, by reason; one line for each set."""
+    counts: dict[str, int] = {}
+    for name, note in (noted or {}).items():
+        if note["rows"] and training_args.should_log:
+            _log.warning("%s", told(name, note["rows"], note["of"]))
+        for reason, rows in note["rows"].items():
+            counts[reason] = counts.get(reason, 0) + len(rows)
+    return counts
 
 
 def _load_targets(

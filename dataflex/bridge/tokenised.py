@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dataflex.bridge.row_faults import REASONS
 from dataflex.data.files import changed_parts, identity
 from dataflex.data.rows import ROW_FIELDS
 from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 #: 1 was written by runs that mix domains, without `FIELDS_2`, layout and files.
 FORMAT = 2
 MANIFEST = "dataflex_manifest.json"
+#: Its note of rows that are not in the folder; no part of what must agree.
+DROPPED = "dropped"
 
 #: Files by which `datasets` tells a folder that it saved: of several splits, of one.
 SAVED = ("dataset_dict.json", "state.json")
@@ -89,6 +92,8 @@ class TokenisedPath:
         """
         self.path = Path(data_args.tokenized_path).expanduser()
         self._saves = bool(training_args.should_save)
+        #: What `whole` noted of dropped rows, now or when the folder was made; None if unknown.
+        self.noted: Any = None
         sets = {"datasets": list(data_args.dataset)} if data_args.dataset else {}
         if layout == "whole" and data_args.eval_dataset:
             sets["eval_datasets"] = list(data_args.eval_dataset)
@@ -120,8 +125,15 @@ class TokenisedPath:
         data_args: Any,  # noqa: ANN401
         training_args: Any,  # noqa: ANN401
         load: Callable[[Any, Any], Mapping[str, Any]],
+        dropped: Callable[[], Any],
     ) -> dict[str, Any]:
         """Let LlamaFactory read the folder, or make it, with our record in it.
+
+        Args:
+            data_args: LlamaFactory's DataArguments.
+            training_args: its TrainingArguments.
+            load: LlamaFactory's `get_dataset` for both.
+            dropped: gives a JSON value about the rows that `load` has dropped, for `noted`.
 
         Raises:
             ProvenanceMismatch: it holds rows made otherwise.
@@ -130,20 +142,20 @@ class TokenisedPath:
         one.tokenized_path = str(self.path)
         if self.is_filled:
             if self._saves:  # one rank: the others could meet a folder that it is just writing
-                self._check_whole()
+                self.noted = self._check_whole()
             return dict(load(one, training_args))
         with self._published(self._saves) as partial:
             one.tokenized_path = str(partial)
             found = dict(load(one, training_args))
+            self.noted = dropped()
             if self._saves:
-                self._record(partial, {})
+                self._record(partial, {}, self.noted)
         return found
 
-    def _check_whole(self) -> None:
-        """Compare the folder's record; warn where it has none."""
+    def _check_whole(self) -> Any:  # noqa: ANN401 - a JSON value
+        """Compare the folder's record, return its note of dropped rows; warn if there is none."""
         if (self.path / MANIFEST).exists():
-            self._manifest()
-            return
+            return self._dropped_of(self._manifest().get(DROPPED))
         if not any((self.path / name).exists() for name in SAVED):
             raise BadInput(
                 f"tokenized_path {str(self.path)!r} is a folder that holds no tokenised rows (none "
@@ -155,6 +167,24 @@ class TokenisedPath:
             "To be sure, remove the folder: the run then makes it again, with a record.",
             str(self.path), MANIFEST,
         )  # fmt: skip
+        return None
+
+    def _dropped_of(self, note: Any) -> dict[str, Any] | None:  # noqa: ANN401 - a JSON value
+        """Check a record's note of dropped rows: {set: {"of": rows, "rows": {reason: numbers}}}."""
+        if note is None:  # made by a release that noted none
+            return None
+        try:
+            return {
+                str(name): {"of": int(each["of"]),
+                            "rows": {reason: [int(row) for row in each["rows"][reason]]
+                                     for reason in REASONS if reason in each["rows"]}}
+                for name, each in note.items()
+            }  # fmt: skip
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DamagedData(
+                f"tokenized_path {str(self.path)!r} is damaged: {DROPPED!r} in {MANIFEST} is not "
+                "as it was written. Remove the folder: the next run makes it again."
+            ) from error
 
     def read(self) -> dict[str, dict[str, Dataset]] | None:
         """Read the rows of every source, or return None if there is no such folder yet.
@@ -206,8 +236,10 @@ class TokenisedPath:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _record(self, folder: Path, rows: Mapping[str, Mapping[str, int]]) -> None:
-        text = json.dumps({**self.manifest, "rows": rows}, indent=2) + "\n"
+    def _record(
+        self, folder: Path, rows: Mapping[str, Mapping[str, int]], dropped: Any = None  # noqa: ANN401
+    ) -> None:  # fmt: skip
+        text = json.dumps({**self.manifest, "rows": rows, DROPPED: dropped}, indent=2) + "\n"
         replace_file(folder / MANIFEST, text.encode())
 
     def _manifest(self) -> dict[str, Any]:
@@ -239,7 +271,7 @@ class TokenisedPath:
         if held.get("format") == 1:
             held = {**held, "format": FORMAT, "layout": "by domain"}
             wanted = {k: v for k, v in wanted.items() if k in held or k in FIELDS}
-        skipped = {"rows", "files"}
+        skipped = {"rows", "files", DROPPED}
         if "datasets" not in wanted:  # a run may name the folder alone
             skipped |= {"datasets", "max_samples", "interleave_probs"}
         return [

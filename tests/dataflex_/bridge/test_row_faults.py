@@ -105,6 +105,22 @@ def test_rows_that_packing_leaves_out_are_told_with_their_reasons(
     )
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_that_are_not_in_a_tokenized_path_are_told_when_it_is_made_and_when_it_is_read(
+    packing: bool, load_rows: Any, dataset_dir: DataDir, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    folder = dataset_dir(rows=[*GOOD, row(None), row(None)], few=GOOD)
+    asked = {"dataset": "rows,few", "packing": packing, "tokenized_path": str(tmp_path / "kept")}
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "dataflex"):
+            data = load_rows(folder, **asked)
+        assert data.dropped == {"no_response": 2}
+        assert "'rows': 2 of 5 rows are not used: 2 with no response (row 3, 4)" in caplog.text
+        assert caplog.text.count("not used") == 1
+
+
 def test_rows_too_long_to_be_packed_are_not_among_the_packed() -> None:
     """LlamaFactory cuts text to cutoff_len; pictures can make a row longer."""
 

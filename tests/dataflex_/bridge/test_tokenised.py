@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dataflex.bridge.tokenised import FORMAT, MANIFEST
-from gradstore.errors import BadInput, ProvenanceMismatch
+from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch
 
 ROWS = [{"instruction": f"sort: {i} 1", "input": "", "output": f"1 {i}"} for i in range(2, 8)]
 DataDir = Callable[..., Path]
@@ -93,6 +93,21 @@ def test_what_differs_is_told_by_its_key_and_no_whole_hash(
         load_rows(folder, tokenized_path=str(path))
     assert "its entry in dataset_info.json has other values of license" in str(no.value)
     assert not re.search("[0-9a-f]{17}", str(no.value))
+
+
+@pytest.mark.parametrize("note", [[], {"rows": 3}, {"rows": {"of": 3, "rows": ["other"]}}])
+def test_a_damaged_note_of_dropped_rows_is_told(
+    note: Any, load_rows: Any, dataset_dir: DataDir, tmp_path: Path
+) -> None:
+    folder, path = dataset_dir(rows=ROWS), tmp_path / "tokenised"
+    load_rows(folder, tokenized_path=str(path))
+    held = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps({**held, "dropped": note}))
+    with pytest.raises(DamagedData, match="'dropped' in"):
+        load_rows(folder, tokenized_path=str(path))
+    del held["dropped"]  # as releases before 0.2.0 wrote it
+    (path / MANIFEST).write_text(json.dumps(held))
+    assert load_rows(folder, tokenized_path=str(path)).dropped == {}
 
 
 def test_a_folder_without_a_record_is_used_with_a_warning(
