@@ -9,6 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+
+from gradstore.evaluation import draw_subsets
+from gradstore.evaluation.bank import _subset_hash
+
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny" / "data"
 SUBSETS = 6
 
 
@@ -16,6 +23,32 @@ def entries(bank: Path) -> dict[str, Any]:
     """What each banked retraining measured, by file."""
     found = {p.name: json.loads(p.read_text()) for p in sorted((bank / "entries").glob("*.json"))}
     return {name: entry["losses"] for name, entry in found.items()}
+
+
+def entry_of_first_subset(bank: Path) -> str:
+    """Name of the file of the first subset that the command draws."""
+    (path,) = (bank / "entries").glob(f"{_subset_hash(draw_subsets(40, 1)[0])[:32]}-42.json")
+    return path.name
+
+
+def mean_loss_by_hand(cli: Any, config: Any, folder: Path, keys: dict[str, Any]) -> float:
+    """LlamaFactory's own evaluation after its own training on a file of the first subset."""
+    held = json.loads((TINY / "train.json").read_text())
+    info = json.loads((TINY / "dataset_info.json").read_text())
+    part = [held[row] for row in np.flatnonzero(draw_subsets(40, 1)[0])]
+    (folder / "part.json").write_text(json.dumps(part))
+    for target in info.values():
+        target["file_name"] = str(TINY / target["file_name"])
+    info["part"] = {**info["tiny_train"], "file_name": "part.json"}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    ours = ("component_name", "component_params", "target_dataset", "warmup_step", "update_step",
+            "update_times")  # fmt: skip
+    path = config("plain.yaml", **keys | dict.fromkeys(ours), train_type="static", dataset="part",
+                  dataset_dir=str(folder), output_dir=str(folder / "plain"), do_eval=True,
+                  eval_dataset="tiny_target", per_device_eval_batch_size=1)  # fmt: skip
+    trained = cli("train", path)
+    assert trained.code == 0, trained.err[-3000:]
+    return float(json.loads((folder / "plain" / "eval_results.json").read_text())["eval_loss"])
 
 
 def test_a_killed_evaluation_goes_on_and_a_second_one_retrains_nothing(
@@ -52,6 +85,10 @@ def test_a_killed_evaluation_goes_on_and_a_second_one_retrains_nothing(
     first = json.loads(done.out)
     assert first["retrainings"] == SUBSETS
     assert -1 <= first["low"] <= first["mean"] <= first["high"] <= 1
+
+    assert mean_loss_by_hand(cli, config, tmp_path, keys) == pytest.approx(
+        np.mean(after[entry_of_first_subset(bank)]), rel=1e-5
+    )
 
     # A model retrained by another process gives the same losses: none leaks into the next.
     name = sorted(after)[-1]
