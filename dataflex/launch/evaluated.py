@@ -129,7 +129,7 @@ def _judged(config: RunConfig, asked: Evaluation) -> tuple[Estimate, Mask]:
     del loaded  # each retraining loads a model of its own
     queries = queries_of(data)
     if asked.scores is None:
-        judged = _influence(asked, data, queries)
+        judged = _influence(asked, config.store_run, data, queries)
     else:
         judged = _from_file(asked.scores, len(data.train), int(queries.sum()))
     retrainer = Retrainer(config, data)
@@ -167,7 +167,7 @@ def _measured(
 
 
 def _influence(
-    asked: Evaluation, data: RunData, queries: Mask
+    asked: Evaluation, run: str, data: RunData, queries: Mask
 ) -> tuple[Floats, npt.NDArray[np.int64]]:
     """Score each training row for each target row that the store can use.
 
@@ -176,7 +176,9 @@ def _influence(
         among the queries.
     """
     sets = [rows.name for rows in data.targets]
-    pairs = checkpoint_features(open_store(asked.store), parse_which(asked.checkpoints), sets=sets)
+    pairs = checkpoint_features(
+        open_store(asked.store), parse_which(asked.checkpoints), run=run, sets=sets
+    )
     held = (pairs[-1].train, *pairs[-1].targets)
     for rows, generation in zip((data.train, *data.targets), held, strict=True):
         store_differs(asked.store, rows, generation.row_hash)  # type: ignore[attr-defined]

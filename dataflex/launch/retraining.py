@@ -35,6 +35,7 @@ _NOT_KEPT: Mapping[str, Any] = {
     "do_predict": False,
     "eval_strategy": "no",
     "save_strategy": "no",
+    "logging_strategy": "no",
     "load_best_model_at_end": False,
     "report_to": "none",
     "plot_loss": False,
@@ -46,7 +47,7 @@ _NOT_KEPT: Mapping[str, Any] = {
 
 #: Keys that decide no loss; `seed` is a part of each banked entry.
 _WITHOUT_EFFECT = frozenset(_NOT_KEPT) | {
-    "output_dir", "logging_steps", "logging_dir", "logging_strategy", "save_steps", "eval_steps",
+    "output_dir", "logging_steps", "logging_dir", "save_steps", "eval_steps",
     "save_total_limit", "save_only_model", "run_name", "overwrite_cache", "seed",
     "preprocessing_num_workers", "dataset_dir",
 }  # fmt: skip
@@ -133,6 +134,8 @@ class _Session:
 
     def trainer_for(self, base: type) -> Callable[..., Any]:
         """Build LlamaFactory's own trainer, on the rows of this retraining alone."""
+        from transformers import PrinterCallback
+
         session = self
 
         class Retrained(base):  # type: ignore[misc]
@@ -148,9 +151,13 @@ class _Session:
             def save_model(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
                 """Keep nothing: a retrained model is worth the losses it gave."""
 
+            def log_metrics(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+                """Print nothing: progress is told once per retraining."""
+
         def build(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             kwargs["train_dataset"] = kwargs["train_dataset"].select(session._rows)
             trainer = Retrained(*args, **kwargs)
+            trainer.remove_callback(PrinterCallback)
             if session._stop:
                 trainer.add_callback(_stopwatch(session))
             return trainer

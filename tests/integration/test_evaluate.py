@@ -42,7 +42,7 @@ def mean_loss_by_hand(cli: Any, config: Any, folder: Path, keys: dict[str, Any])
     info["part"] = {**info["tiny_train"], "file_name": "part.json"}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     ours = ("component_name", "component_params", "target_dataset", "warmup_step", "update_step",
-            "update_times")  # fmt: skip
+            "update_times", "gradstore_run")  # fmt: skip
     path = config("plain.yaml", **keys | dict.fromkeys(ours), train_type="static", dataset="part",
                   dataset_dir=str(folder), output_dir=str(folder / "plain"), do_eval=True,
                   eval_dataset="tiny_target", per_device_eval_batch_size=1)  # fmt: skip
@@ -56,7 +56,7 @@ def test_a_killed_evaluation_goes_on_and_a_second_one_retrains_nothing(
 ) -> None:
     keys = {"component_params": {"proj_dim": 64, "gradient_type": "sgd"}, "max_samples": 40,
             "max_steps": 4, "gradient_accumulation_steps": 1, "warmup_step": 1,
-            "update_step": 1}  # fmt: skip
+            "gradstore_run": "a", "update_step": 1}  # fmt: skip
     path, store, bank = config(**keys), tmp_path / "run" / "gradstore", tmp_path / "bank"
     built = cli("gradstore", "build", path)
     assert built.code == 0, built.err[-3000:]
@@ -79,6 +79,7 @@ def test_a_killed_evaluation_goes_on_and_a_second_one_retrains_nothing(
     done = cli(*asked, "--budget", SUBSETS - len(before), "--json")
     assert done.code == 0, done.err[-3000:]
     assert f"retrained {SUBSETS} of {SUBSETS}" in done.err
+    assert "train_runtime" not in done.err  # a line for each retraining is told, no more
     after = entries(bank)
     assert before.items() <= after.items()
     assert len({tuple(losses) for losses in after.values()}) == SUBSETS
