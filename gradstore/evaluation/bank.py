@@ -89,6 +89,7 @@ class Bank:
         budget: int,
         seed: int = 0,
         tell: Callable[[Progress], None] = lambda progress: None,
+        forecast: Callable[[Mask], float] | None = None,
     ) -> Floats:
         """Return the losses (s, q) after training on each subset; retrain for those not banked.
 
@@ -98,6 +99,8 @@ class Bank:
             budget: retrainings that may be made now.
             seed: of the training.
             tell: called after each retraining.
+            forecast: seconds of retraining on a subset (n,); asked where the budget is short and
+                no entry says it.
 
         Raises:
             BadInput: before any work, if more retrainings are missing than the budget allows, or
@@ -112,7 +115,9 @@ class Bank:
         start, allowed = expect_whole(seed, "seed", 0), expect_whole(budget, "budget", 0)
         entries = {self._path(mask, start): mask for mask in masks}
         known = {path: entry for path in entries if (entry := self._entry(path)) is not None}
-        self._check_budget(len(entries) - len(known), known, allowed)
+        if (missing := len(entries) - len(known)) > allowed:
+            seconds = _mean_seconds(known) if known else forecast(masks[0]) if forecast else None
+            raise self._budget_short(missing, len(known), seconds, allowed)
         for path, mask in entries.items():
             if path in known:
                 continue
@@ -166,12 +171,12 @@ class Bank:
                 differences,
             )
 
-    def _check_budget(self, missing: int, known: Mapping[Path, Json], budget: int) -> None:
-        if missing <= budget:
-            return
-        cost = f", about {duration(missing * _mean_seconds(known))}" if known else ""
-        raise BadInput(
-            f'{missing:,} retrainings are missing in "{self.folder}" ({len(known):,} are there)'
+    def _budget_short(
+        self, missing: int, known: int, seconds: float | None, budget: int
+    ) -> BadInput:
+        cost = "" if seconds is None else f", about {duration(missing * seconds)}"
+        return BadInput(
+            f'{missing:,} retrainings are missing in "{self.folder}" ({known:,} are there)'
             f"{cost}; the budget is {budget:,}: give a budget of {missing:,}, or fewer subsets"
         )
 

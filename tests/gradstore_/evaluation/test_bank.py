@@ -81,6 +81,24 @@ def test_a_kill_at_any_step_loses_at_most_the_retraining_under_way(
     assert found[:, 1].tolist() == [np.flatnonzero(mask).max() for mask in SUBSETS]
 
 
+def test_an_empty_bank_asks_for_a_forecast_only_where_the_budget_is_short(tmp_path: Path) -> None:
+    training, asked = Training(), []
+
+    def forecast(mask: np.ndarray) -> float:
+        asked.append(mask)
+        return 90.0
+
+    with pytest.raises(BadInput, match=r"4 retrainings are missing .*about 6 min"):
+        bank(tmp_path).fill(SUBSETS, training, budget=3, forecast=forecast)
+    assert training.calls == 0
+    assert len(asked) == 1
+    np.testing.assert_array_equal(asked[0], SUBSETS[0])
+    bank(tmp_path).fill(SUBSETS[:1], training, budget=1, forecast=forecast)
+    with pytest.raises(BadInput, match="3 retrainings are missing"):
+        bank(tmp_path).fill(SUBSETS, training, budget=0, forecast=forecast)
+    assert len(asked) == 1
+
+
 def test_without_a_budget_nothing_starts_and_the_cost_is_said(tmp_path: Path) -> None:
     training = Training()
     with pytest.raises(BadInput, match=r"4 retrainings are missing .*\(0 are there\); the budget"):

@@ -1,0 +1,230 @@
+"""`dataflex-cli gradstore eval`: how far scores can be trusted, measured by retraining.
+
+Letters: n training rows, q queries, s subsets, c random controls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.bridge import running
+from dataflex.bridge.quiet import on_stderr
+from dataflex.config.keys import RunConfig
+from dataflex.data.rows import RunData, check_rows
+from dataflex.launch.preflight import check_gradients
+from dataflex.launch.retraining import Floats, Retrainer, queries_of, store_differs
+from gradstore.cli.options import print_json, print_table
+from gradstore.errors import BadInput, expect, expect_whole
+from gradstore.evaluation import Estimate, draw_subsets, lds, query_loss_difference, without_top
+from gradstore.evaluation.bank import Bank
+from gradstore.evaluation.estimates import score_matrix
+from gradstore.evaluation.retraining import LEAST_SUBSETS
+from gradstore.format.layout import RowStatus
+from gradstore.scoring.combine import CHUNK_ROWS, combine
+from gradstore.scoring.pairing import checkpoint_features, parse_which
+from gradstore.scoring.scan import as_device
+from gradstore.scoring.selection import rows_for_fraction
+from gradstore.scoring.subset import usable_targets
+from gradstore.store.reader import open_store
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_log = logging.getLogger(__name__)
+
+METRICS = ("lds", "qld")
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One call of the command.
+
+    Attributes:
+        store: whose influence is judged, unless `scores` names others.
+        bank: folder of the losses of retrained models.
+        budget: retrainings that may be made now.
+        metric: lds or qld.
+        subsets: s, of lds.
+        fraction: of the rows in a subset, of lds.
+        share: of the rows that is removed, of qld.
+        controls: c, of qld.
+        seed: of subsets and controls; the training's is the configuration's.
+        checkpoints: of the store to combine, as text.
+        scores: file of other scores.
+        as_json: print JSON.
+    """
+
+    store: Path
+    bank: Path
+    budget: int = 0
+    metric: str = "lds"
+    subsets: int = 100
+    fraction: float = 0.5
+    share: float = 0.01
+    controls: int = 5
+    seed: int = 0
+    checkpoints: str = "last"
+    scores: Path | None = None
+    as_json: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse, before anything is loaded, what could only fail later."""
+        expect(self.metric in METRICS, "--metric", self.metric, " or ".join(METRICS))
+        expect_whole(self.budget, "--budget", 0)
+        expect_whole(self.subsets, "--subsets", LEAST_SUBSETS)
+        expect_whole(self.controls, "--controls")
+        expect_whole(self.seed, "--seed", 0)
+        for fraction in (self.fraction, self.share):
+            rows_for_fraction(fraction, 1)
+        if self.scores is not None and self.scores.suffix not in (".parquet", ".npy"):
+            raise BadInput(
+                f"scores is {str(self.scores)!r}; give a .parquet file with the columns row and "
+                "score, or a .npy file of (queries, training rows)."
+            )
+
+
+def evaluate(config: RunConfig, asked: Evaluation) -> None:
+    """Retrain what the bank lacks, and print the metric with its interval.
+
+    Raises:
+        BadInput: as `check_gradients`; more retrainings are missing than the budget allows; scores
+            that do not fit the rows.
+        ProvenanceMismatch: store or bank are of other rows, or of another training.
+        DamagedData: of store or bank.
+        StoreIOError: of store or bank.
+    """
+    check_gradients(config)
+    with on_stderr(), contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
+        found, masks = _judged(config, asked)
+    name = str(asked.scores or f"influence of {asked.store}")
+    if asked.as_json:
+        print_json({"scores": name, "metric": asked.metric, "retrainings": len(masks),
+                    **found.as_json()})  # fmt: skip
+        return
+    interval = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
+    print_table(
+        ("scores", "metric", "mean and 95% interval", "queries", "retrainings"),
+        [(name, asked.metric, f"{found.mean:.3f}{interval}", len(found.values), len(masks))],
+    )
+
+
+def _judged(config: RunConfig, asked: Evaluation) -> tuple[Estimate, Mask]:
+    """Load rows and scores, then measure; return the estimate and the subsets it took."""
+
+    def check(data: RunData, *_: object) -> None:
+        check_rows(data, needs_targets=True, subtask_sizes=None)
+
+    loaded = running.load_run(config, None, check)
+    data, seed = loaded.data, int(loaded.training_args.seed)
+    del loaded  # each retraining loads a model of its own
+    queries = queries_of(data)
+    if asked.scores is None:
+        judged = _influence(asked, config.store_run, data, queries)
+    else:
+        judged = _from_file(asked.scores, len(data.train), int(queries.sum()))
+    retrainer = Retrainer(config, data)
+    bank = Bank(asked.bank, retrainer.configuration, len(data.train), int(queries.sum()))
+    return _measured(asked, bank, retrainer, seed, judged)
+
+
+def _measured(
+    asked: Evaluation,
+    bank: Bank,
+    retrainer: Retrainer,
+    seed: int,
+    judged: tuple[Floats, npt.NDArray[np.int64]],
+) -> tuple[Estimate, Mask]:
+    """Fill the bank for the metric and compute it; return it and the subsets it took."""
+    scores, scored = judged
+    rows = scores.shape[1]
+    if asked.metric == "lds":
+        masks = draw_subsets(rows, asked.subsets, asked.fraction, seed=asked.seed)
+    else:
+        # Random scores lose their top just as these do: as many rows, whatever is rounded.
+        noise = np.random.default_rng(asked.seed).random((asked.controls, rows))
+        masks = np.concatenate([without_top(scores, asked.share), without_top(noise, asked.share)])
+    losses = bank.fill(
+        masks,
+        retrainer,
+        budget=asked.budget,
+        seed=seed,
+        tell=lambda progress: _log.info("%s", progress),
+        forecast=lambda mask: retrainer.seconds(np.flatnonzero(mask), seed),
+    )[:, scored]
+    if asked.metric == "lds":
+        return lds(scores, losses, masks), masks
+    return query_loss_difference(np.diagonal(losses).copy(), losses[len(scored) :]), masks
+
+
+def _influence(
+    asked: Evaluation, run: str, data: RunData, queries: Mask
+) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """Score each training row for each target row that the store can use.
+
+    Returns:
+        (q', n) scores, 0 for a training row without a feature (no step moves it); (q',) positions
+        among the queries.
+    """
+    sets = [rows.name for rows in data.targets]
+    pairs = checkpoint_features(
+        open_store(asked.store), parse_which(asked.checkpoints), run=run, sets=sets
+    )
+    held = (pairs[-1].train, *pairs[-1].targets)
+    for rows, generation in zip((data.train, *data.targets), held, strict=True):
+        store_differs(asked.store, rows, generation.row_hash)  # type: ignore[attr-defined]
+    starts = np.cumsum([0, *(len(rows) for rows in data.targets)])
+    numbers = np.cumsum(queries) - 1  # target row -> its number among the queries
+    wanted = [each for each in usable_targets(pairs) if queries[starts[each.target] + each.start]]
+    if not wanted:
+        raise BadInput(f'store "{asked.store}" has no usable target row; build it again')
+    found = np.zeros((len(wanted), len(data.train)))
+
+    def keep(start: int, stop: int, cosines: npt.NDArray[np.float32]) -> None:
+        found[:, start:stop] = cosines.T
+
+    codes = combine(pairs, wanted, keep, as_device("cpu"), CHUNK_ROWS)
+    found[:, codes != RowStatus.OK] = 0
+    return found, np.array([numbers[starts[each.target] + each.start] for each in wanted])
+
+
+def _from_file(path: Path, rows: int, queries: int) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """Read (q, n) scores: a matrix, or one score for each row that holds for every query."""
+    import pyarrow.parquet as pq
+
+    matrix = path.suffix == ".npy"
+    try:
+        held = np.load(path, allow_pickle=False) if matrix else pq.read_table(path)
+    except (OSError, ValueError) as error:
+        raise BadInput(f'"{path}" cannot be read as scores: {error}') from error
+    values = held if matrix else _one_for_each(path, held, rows)
+    scores = score_matrix(values, str(path)) if matrix else np.tile(values, (queries, 1))
+    if scores.shape != (queries, rows):
+        raise BadInput(
+            f'"{path}" has shape {scores.shape}; give ({queries}, {rows}): a line for each '
+            "target row with a target token, a column for each training row"
+        )
+    return scores, np.arange(queries)
+
+
+def _one_for_each(path: Path, table: pa.Table, rows: int) -> Floats:
+    """Read (n,) scores in the order of the rows; one that is null is 0, as in `_influence`."""
+    for column in ("row", "score"):
+        if column not in table.column_names:
+            raise BadInput(f'"{path}" has no column {column!r}; give row and score')
+    at = table["row"].to_numpy()
+    if not np.array_equal(np.sort(at), np.arange(rows)):
+        raise BadInput(f'"{path}" does not score each of the {rows:,} training rows once')
+    given = table["score"].to_pylist()
+    values = np.zeros(rows)
+    values[at] = [0.0 if each is None else each for each in given]
+    return values

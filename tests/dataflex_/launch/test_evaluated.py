@@ -1,0 +1,120 @@
+"""`gradstore eval` with trainings that a formula stands for: what is retrained, and the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dataflex.launch.evaluated import Evaluation, _from_file, _measured
+from gradstore.errors import BadInput
+from gradstore.evaluation.bank import Bank
+
+ROWS, QUERIES = 40, 5
+EFFECTS = np.random.default_rng(3).normal(size=(QUERIES, ROWS))
+
+
+class Additive:
+    """A training in which each row lowers each query's loss by a fixed amount."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, ...]] = []
+
+    def __call__(self, rows: np.ndarray, seed: int) -> np.ndarray:
+        self.calls.append(tuple(rows))
+        return 9 - EFFECTS[:, rows].sum(axis=1)
+
+    def seconds(self, rows: np.ndarray, seed: int) -> float:
+        return 60.0
+
+
+def measured(
+    folder: Path, training: Any, scores: np.ndarray, scored: Any = None, **asked: Any
+) -> Any:
+    evaluation = Evaluation(store=folder, bank=folder / "bank", **{"budget": 99} | asked)
+    bank = Bank(folder / "bank", {"model": "additive"}, ROWS, QUERIES)
+    queries = np.arange(QUERIES) if scored is None else np.array(scored)
+    return _measured(evaluation, bank, training, 42, (scores, queries))[0]
+
+
+def test_true_effects_order_all_models_and_reversed_ones_none(tmp_path: Path) -> None:
+    training = Additive()
+    assert measured(tmp_path, training, EFFECTS, subsets=8).mean == pytest.approx(1)
+    assert measured(tmp_path, training, -EFFECTS, subsets=8).mean == pytest.approx(-1)
+    assert len(training.calls) == 8
+
+
+def test_scores_of_some_queries_are_judged_by_these_queries(tmp_path: Path) -> None:
+    some = [3, 1]
+    found = measured(tmp_path, Additive(), EFFECTS[some], some, subsets=8)
+    assert found.mean == pytest.approx(1)
+    assert len(found.values) == 2
+
+
+def test_qld_is_what_the_top_rows_gave_above_random_ones(tmp_path: Path) -> None:
+    training, some = Additive(), [4, 0, 2]
+    found = measured(
+        tmp_path, training, EFFECTS[some], some, metric="qld", share=0.1, controls=3, seed=5
+    )
+    controls = [sorted(set(range(ROWS)) - set(rows)) for rows in training.calls[len(some) :]]
+    assert [len(removed) for removed in controls] == [4, 4, 4]
+    for value, query in zip(found.values, some, strict=True):
+        top = np.sort(EFFECTS[query])[-4:].sum()
+        random = np.mean([EFFECTS[query, removed].sum() for removed in controls])
+        assert value == pytest.approx(top - random)
+
+
+def test_without_a_budget_nothing_is_trained_and_the_time_is_said(tmp_path: Path) -> None:
+    training = Additive()
+    with pytest.raises(BadInput, match=r"8 retrainings are missing .*about 8 min"):
+        measured(tmp_path, training, EFFECTS, subsets=8, budget=0)
+    assert not training.calls
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"metric": "lsd"}, "--metric is 'lsd'; give lds or qld"),
+        ({"subsets": 2}, "--subsets"),
+        ({"fraction": 0.0}, "fraction"),
+        ({"share": 1.5}, "fraction"),
+        ({"budget": -1}, "--budget"),
+        ({"controls": 0}, "--controls"),
+        ({"scores": Path("scores.txt")}, "scores.txt"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_loaded(
+    changed: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(BadInput, match=named):
+        Evaluation(store=Path("store"), bank=Path("bank"), **changed)
+
+
+def test_scores_of_a_file_hold_for_every_query_whatever_its_order(tmp_path: Path) -> None:
+    path = tmp_path / "scores.parquet"
+    pq.write_table(pa.table({"row": [2, 0, 1], "score": [0.5, None, -1.0]}), path)
+    scores, queries = _from_file(path, 3, 2)
+    assert scores.tolist() == [[0, -1, 0.5]] * 2
+    assert queries.tolist() == [0, 1]
+
+
+def test_scores_of_other_rows_are_refused(tmp_path: Path) -> None:
+    path, matrix = tmp_path / "scores.parquet", tmp_path / "scores.npy"
+    pq.write_table(pa.table({"row": [0, 1, 1], "score": [0.5, 1.0, 2.0]}), path)
+    with pytest.raises(BadInput, match="each of the 3 training rows once"):
+        _from_file(path, 3, 2)
+    np.save(matrix, np.zeros((3, 2)))
+    with pytest.raises(BadInput, match=r"give \(2, 3\)"):
+        _from_file(matrix, 3, 2)
+    np.save(matrix, np.full((2, 3), np.nan))
+    with pytest.raises(BadInput, match="finite"):
+        _from_file(matrix, 3, 2)
+    pq.write_table(pa.table({"number": [0, 1, 2]}), path)
+    with pytest.raises(BadInput, match="no column 'row'"):
+        _from_file(path, 3, 2)
+    with pytest.raises(BadInput, match="cannot be read"):
+        _from_file(tmp_path / "none.npy", 3, 2)
