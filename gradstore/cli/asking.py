@@ -153,7 +153,11 @@ def select(
         int | None, typer.Option(help="Target tokens to take, in place of a number of rows.")
     ] = None,
     subset: Annotated[
-        str, typer.Option(help="top: best scores; round_robin: target rows choose in turn.")
+        str,
+        typer.Option(
+            help="top: best scores; round_robin: target rows choose in turn; drop_harmful: scores "
+            "above 0."
+        ),
     ] = "top",
 ) -> None:
     """Write the rows that help the target most, best first."""

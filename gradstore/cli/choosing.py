@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from gradstore.scoring.influence import Scores
     from gradstore.store.generation import Generation
 
-SUBSETS = ("top", "round_robin")
+SUBSETS = ("top", "round_robin", "drop_harmful")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A subset rule and one of the three budgets, as asked.
+    """A subset rule and one of the three budgets, as asked; `drop_harmful` may do without.
 
     Raises:
         BadInput: an unknown rule, no budget or several, or one that no store could keep.
@@ -43,7 +43,8 @@ class Choice:
             near = get_close_matches(self.subset, SUBSETS, 1)
             meant = f"did you mean {near[0]!r}? " if near else ""
             raise BadInput(f"subset is {self.subset!r}; {meant}Choose {' or '.join(SUBSETS)}.")
-        if [self.count, self.fraction, self.token_budget].count(None) != 2:
+        budgets = 3 - [self.count, self.fraction, self.token_budget].count(None)
+        if budgets > 1 or (budgets == 0 and self.subset != "drop_harmful"):
             raise BadInput("give either -k N or --fraction F or --token-budget T.")
         if self.fraction is not None:
             rows_for_fraction(self.fraction, 1)
@@ -63,16 +64,35 @@ class Choice:
         )
 
         train: Generation = checkpoints[-1].train  # type: ignore[assignment]
-        k = check_k(self._most(scores, train), int(scores.usable.sum()), train.rows)
-        if self.subset == "top":
-            rows = select_top(scores.values, k, usable=scores.usable)
+        if self.subset == "drop_harmful":
+            rows = self._helpful(scores, train)
         else:
-            rows = round_robin_rows(checkpoints, k, on_rows=_told(train.rows))
+            k = check_k(self._most(scores, train), int(scores.usable.sum()), train.rows)
+            if self.subset == "top":
+                rows = select_top(scores.values, k, usable=scores.usable)
+            else:
+                rows = round_robin_rows(checkpoints, k, on_rows=_told(train.rows))
         if self.token_budget is None:
             return rows
         rows = within_tokens(rows, train.tokens, self.token_budget)
         if self.subset == "round_robin":
             check_serves_all(len(rows), len(usable_targets(checkpoints)))
+        return rows
+
+    def _helpful(self, scores: Scores, train: Generation) -> npt.NDArray[np.int64]:
+        """Choose among the rows that help, and say how many do not."""
+        from gradstore.scoring.selection import check_k
+        from gradstore.scoring.subset import drop_harmful
+
+        among = int(scores.usable.sum())
+        k = None
+        if self.count is not None or self.fraction is not None:
+            k = check_k(self._most(scores, train), among, train.rows)
+        rows = drop_harmful(scores.values, usable=scores.usable)
+        dropped = among - len(rows)
+        if k is not None:
+            rows = drop_harmful(scores.values, k, usable=scores.usable)
+        typer.echo(f"{dropped} of {among} usable rows dropped: their score is 0 or below")
         return rows
 
     def _most(self, scores: Scores, train: Generation) -> int:

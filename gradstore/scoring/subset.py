@@ -1,4 +1,4 @@
-"""Subsets that serve every target row, and budgets counted in tokens.
+"""Subsets that serve every target row or drop what hurts, and budgets counted in tokens.
 
 Letters: n train rows, t target rows, k chosen, m rows of one chunk.
 
@@ -20,7 +20,7 @@ from gradstore.format.layout import RowStatus
 from gradstore.scoring.combine import CHUNK_ROWS, combine
 from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
 from gradstore.scoring.scan import as_device
-from gradstore.scoring.selection import check_k
+from gradstore.scoring.selection import check_k, select_top
 from gradstore.scoring.subtasks import Subtask, source_name, usable_everywhere
 
 _ROW_BITS = np.uint64(32)
@@ -169,6 +169,44 @@ def usable_targets(checkpoints: Sequence[CheckpointFeatures]) -> list[Subtask]:
         for index, one_set in enumerate(sets)
         for row in np.flatnonzero(usable_everywhere(one_set))
     ]
+
+
+def drop_harmful(
+    scores: npt.NDArray[np.floating], k: int | None = None, *, usable: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
+    """Keep the usable rows whose score is above 0, or the k best of them.
+
+    To first order a step on a row lowers the target's loss by the dot product of their gradients
+    (TracIn, arXiv 2002.08484, section 3), so a score of 0 does nothing and one below 0 hurts.
+
+    Args:
+        scores: (n,) float influences; a nan is never above 0.
+        k: how many rows; None keeps all that help.
+        usable: (n,) bool, rows that may be kept.
+
+    Returns:
+        int64 rows, best first; ties go to the lower row.
+
+    Raises:
+        BadInput: no usable row helps, or fewer than k do.
+
+    Examples:
+        >>> drop_harmful(np.array([0.1, -0.2, 0.0, 0.7]), usable=np.ones(4, dtype=bool)).tolist()
+        [3, 0]
+    """
+    helpful = usable & (scores > 0)
+    count, among = int(helpful.sum()), int(usable.sum())
+    if count == 0:
+        raise BadInput(
+            f"none of {among} usable rows has a score above 0, so 'drop_harmful' keeps none; "
+            "choose another target set or the subset 'top'."
+        )
+    if k is not None and k > count:
+        raise BadInput(
+            f"asked {k} rows, but only {count} of {among} usable rows have a score above 0; ask "
+            f"for at most {count}, or leave the number out to keep them all."
+        )
+    return select_top(scores, count if k is None else k, usable=helpful)
 
 
 def within_tokens(

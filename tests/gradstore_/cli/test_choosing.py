@@ -77,6 +77,29 @@ def test_a_token_budget_takes_the_same_order_and_ends_within_it(store: Path, sub
     assert train.tokens[rows].sum() <= 120 < train.tokens[every[: len(rows) + 1]].sum()
 
 
+def test_harmful_rows_are_dropped_and_counted_with_and_without_a_budget(
+    store: Path,
+) -> None:
+    means = cosines(open_store(store)).mean(axis=1)
+    usable = np.flatnonzero(~np.isnan(means))
+    helpful = [row for row in np.argsort(-means, kind="stable").tolist() if means[row] > 0]
+    assert 5 < len(helpful) < len(usable)
+    drop = ("--subset", "drop_harmful")
+    output = store.with_name("rows.jsonl")
+    result = CliRunner().invoke(app, ["select", str(store), "-o", str(output), *drop])
+    told = f"{len(usable) - len(helpful)} of {len(usable)} usable rows dropped"
+    assert told in result.output
+    assert chosen(store, *drop) == helpful
+    assert chosen(store, "-k", "5", *drop) == helpful[:5]
+    tokens = open_store(store).generation("train/1").tokens
+    budget = int(tokens[helpful[:4]].sum())
+    within = chosen(store, "--token-budget", str(budget), *drop)
+    assert within == helpful[: len(within)]
+    assert len(within) >= 4
+    with pytest.raises(BadInput, match=f"only {len(helpful)} of {len(usable)} usable"):
+        chosen(store, "-k", str(len(usable)), *drop)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -13,6 +13,7 @@ from gradstore.errors import BadInput
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.subset import (
     BestRows,
+    drop_harmful,
     most_rows_within,
     round_robin,
     round_robin_rows,
@@ -82,6 +83,27 @@ def test_fewer_rows_than_target_rows_are_refused() -> None:
 def test_a_list_that_ends_too_early_is_an_error_and_no_shorter_choice() -> None:
     with pytest.raises(BadInput, match="target row 1 has no row left"):
         round_robin(np.array([[0, 1], [0, -1]]), 2)
+
+
+@given(arrays(np.float32, st.integers(1, 30), elements=SCORES), st.data())
+def test_what_is_kept_helps_and_nothing_better_is_dropped(
+    scores: npt.NDArray[np.float32], data: st.DataObject
+) -> None:
+    usable = data.draw(arrays(np.bool_, len(scores)))
+    helpful = [row for row in range(len(scores)) if usable[row] and float(scores[row]) > 0]
+    helpful.sort(key=lambda row: (-float(scores[row]), row))
+    if not helpful:
+        with pytest.raises(BadInput, match="has a score above 0"):
+            drop_harmful(scores, usable=usable)
+        return
+    k = data.draw(st.integers(1, len(helpful)))
+    assert drop_harmful(scores, usable=usable).tolist() == helpful
+    assert drop_harmful(scores, k, usable=usable).tolist() == helpful[:k]
+
+
+def test_rows_that_hurt_never_fill_a_budget_up() -> None:
+    with pytest.raises(BadInput, match=r"asked 3 rows, but only 2 of 4 usable .* at most 2"):
+        drop_harmful(np.array([0.5, -0.5, 0.0, 0.25]), 3, usable=np.ones(4, dtype=bool))
 
 
 @given(
