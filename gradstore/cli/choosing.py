@@ -34,6 +34,7 @@ class Choice:
     count: int | None
     fraction: float | None
     token_budget: int | None
+    quotas: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before rows are scored."""
@@ -50,6 +51,9 @@ class Choice:
             rows_for_fraction(self.fraction, 1)
         if self.token_budget is not None:
             expect_whole(self.token_budget, "--token-budget")
+        if self.quotas and self.subset != "top":
+            raise BadInput(f"--quota goes with the subset 'top', not with {self.subset!r}.")
+        self._limits(1 if self.token_budget is None else None)
 
     def rows(
         self, checkpoints: Sequence[CheckpointFeatures], scores: Scores
@@ -69,7 +73,8 @@ class Choice:
         else:
             k = check_k(self._most(scores, train), int(scores.usable.sum()), train.rows)
             if self.subset == "top":
-                rows = select_top(scores.values, k, usable=scores.usable)
+                usable = self._allowed(scores, train, k)
+                rows = select_top(scores.values, min(k, int(usable.sum())), usable=usable)
             else:
                 rows = round_robin_rows(checkpoints, k, on_rows=_told(train.rows))
         if self.token_budget is None:
@@ -78,6 +83,52 @@ class Choice:
         if self.subset == "round_robin":
             check_serves_all(len(rows), len(usable_targets(checkpoints)))
         return rows
+
+    def _limits(self, k: int | None) -> dict[str, int]:
+        """Read the quotas; a share is of k rows, None where their number is not known."""
+        from gradstore.scoring.selection import rows_for_fraction
+
+        limits: dict[str, int] = {}
+        for quota in self.quotas:
+            name, _, most = quota.rpartition("=")
+            if not name or name in limits:
+                raise BadInput(f"--quota {quota!r}: give SET=ROWS or SET=SHARE, once for a set.")
+            try:
+                limits[name] = int(most) if most.isdecimal() else -1
+                share = float(most)
+                if limits[name] < 0 and not 0 < share < 1:
+                    raise ValueError
+            except ValueError:
+                raise BadInput(
+                    f"--quota {quota!r}: {most!r} is no number of rows and no share such as 0.2."
+                ) from None
+            if limits[name] < 0:
+                if k is None:
+                    raise BadInput(
+                        f"--quota {quota!r} is a share of a number of rows; beside --token-budget "
+                        "give a number of rows."
+                    )
+                limits[name] = rows_for_fraction(share, k)
+            expect_whole(limits[name], f"--quota {quota!r}")
+        return limits
+
+    def _allowed(self, scores: Scores, train: Generation, k: int) -> npt.NDArray[np.bool_]:
+        """Mark the rows that the quotas leave to choose from."""
+        from gradstore.scoring.subset import within_quotas
+
+        if not self.quotas:
+            return scores.usable
+        if train.sources is None:
+            raise BadInput("--quota needs the data set of each row, and this store has none.")
+        names = [name for name, _ in train.sources]
+        limits = self._limits(k if self.token_budget is None else None)
+        left = within_quotas(scores.values, names, limits, usable=scores.usable)
+        if self.token_budget is None and k > (most := int(left.sum())):
+            raise BadInput(
+                f"asked {k} rows, but the quotas leave {most}; ask for at most {most}, or raise a "
+                "quota."
+            )
+        return left
 
     def _helpful(self, scores: Scores, train: Generation) -> npt.NDArray[np.int64]:
         """Choose among the rows that help, and say how many do not."""
