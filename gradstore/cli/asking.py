@@ -14,8 +14,10 @@ from gradstore.cli.options import (
     AsJson,
     Checkpoints,
     Question,
+    Quotas,
     Run,
     StorePath,
+    SubsetRule,
     app,
     path_at_home,
     print_json,
@@ -152,9 +154,8 @@ def select(
     token_budget: Annotated[
         int | None, typer.Option(help="Target tokens to take, in place of a number of rows.")
     ] = None,
-    subset: Annotated[
-        str, typer.Option(help="top: best scores; round_robin: target rows choose in turn.")
-    ] = "top",
+    subset: SubsetRule = "top",
+    quota: Quotas = None,
 ) -> None:
     """Write the rows that help the target most, best first."""
     from gradstore.cli.choosing import Choice
@@ -168,7 +169,7 @@ def select(
         check_suffix(output)
     if as_dataset is not None:
         check_folder(as_dataset)
-    choice = Choice(subset, count, fraction, token_budget)
+    choice = Choice(subset, count, fraction, token_budget, tuple(quota or ()))
     store, pairs, scores = _score(question)
     train: Generation = pairs[-1].train  # type: ignore[assignment]
     texts = store.texts(train)

@@ -59,6 +59,22 @@ Output = Annotated[
 ]
 
 
+SubsetRule = Annotated[
+    str,
+    typer.Option(
+        help="top: best scores; round_robin: target rows choose in turn; drop_harmful: scores "
+        "above 0."
+    ),
+]
+Quotas = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="At most so many rows of a data set, or such a share of the rows taken; repeat.",
+        metavar="SET=ROWS|SHARE",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """The options of every command that scores training rows."""

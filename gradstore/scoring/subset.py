@@ -1,4 +1,4 @@
-"""Subsets that serve every target row, and budgets counted in tokens.
+"""Subsets that serve every target row or drop what hurts, quotas, and budgets counted in tokens.
 
 Letters: n train rows, t target rows, k chosen, m rows of one chunk.
 
@@ -8,7 +8,7 @@ each, while chunks of rows pass by: 8 t k bytes, and up to six times that while 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from gradstore.format.layout import RowStatus
 from gradstore.scoring.combine import CHUNK_ROWS, combine
 from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
 from gradstore.scoring.scan import as_device
-from gradstore.scoring.selection import check_k
+from gradstore.scoring.selection import check_k, select_top
 from gradstore.scoring.subtasks import Subtask, source_name, usable_everywhere
 
 _ROW_BITS = np.uint64(32)
@@ -169,6 +169,88 @@ def usable_targets(checkpoints: Sequence[CheckpointFeatures]) -> list[Subtask]:
         for index, one_set in enumerate(sets)
         for row in np.flatnonzero(usable_everywhere(one_set))
     ]
+
+
+def drop_harmful(
+    scores: npt.NDArray[np.floating], k: int | None = None, *, usable: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
+    """Keep the usable rows whose score is above 0, or the k best of them.
+
+    To first order a step on a row lowers the target's loss by the dot product of their gradients
+    (TracIn, arXiv 2002.08484, section 3), so a score of 0 does nothing and one below 0 hurts.
+
+    Args:
+        scores: (n,) float influences; a nan is never above 0.
+        k: how many rows; None keeps all that help.
+        usable: (n,) bool, rows that may be kept.
+
+    Returns:
+        int64 rows, best first; ties go to the lower row.
+
+    Raises:
+        BadInput: no usable row helps, or fewer than k do.
+
+    Examples:
+        >>> drop_harmful(np.array([0.1, -0.2, 0.0, 0.7]), usable=np.ones(4, dtype=bool)).tolist()
+        [3, 0]
+    """
+    helpful = usable & (scores > 0)
+    count, among = int(helpful.sum()), int(usable.sum())
+    if count == 0:
+        raise BadInput(
+            f"none of {among} usable rows has a score above 0, so 'drop_harmful' keeps none; "
+            "choose another target set or the subset 'top'."
+        )
+    if k is not None and k > count:
+        raise BadInput(
+            f"asked {k} rows, but only {count} of {among} usable rows have a score above 0; ask "
+            f"for at most {count}, or leave the number out to keep them all."
+        )
+    return select_top(scores, count if k is None else k, usable=helpful)
+
+
+def within_quotas(
+    scores: npt.NDArray[np.floating],
+    names: Sequence[str],
+    quotas: Mapping[str, int],
+    *,
+    usable: npt.NDArray[np.bool_],
+) -> npt.NDArray[np.bool_]:
+    """Leave of each data set with a quota only its best rows, as many as the quota allows.
+
+    The best k of what is left have the highest sum of scores of all k rows within the quotas:
+    rows in groups with a limit each are a partition matroid, where taking the best first is best.
+
+    Args:
+        scores: (n,) float.
+        names: n data set names.
+        quotas: the most rows of a data set, 1 or more; a data set without one may give any number.
+        usable: (n,) bool, rows that may be left.
+
+    Returns:
+        (n,) bool, the rows that may be chosen; ties go to the lower row.
+
+    Raises:
+        BadInput: a quota below 1, or of a data set that no row is from.
+
+    Examples:
+        >>> every = np.ones(3, dtype=bool)
+        >>> within_quotas(np.array([0.1, 0.7, 0.3]), ["a", "a", "b"], {"a": 1}, usable=every)
+        array([False,  True,  True])
+    """
+    left: npt.NDArray[np.bool_] = usable & ~np.isnan(scores)
+    of_row = np.asarray(names)
+    for name, most in quotas.items():
+        most = expect_whole(most, f"quota of {name!r}")
+        of_set = of_row == name
+        if not of_set.any():
+            known = ", ".join(sorted(set(names)))
+            raise BadInput(f"quota of {name!r}, but the train rows are of: {known}.")
+        mine = left & of_set
+        if mine.sum() > most:
+            left &= ~of_set
+            left[select_top(scores, most, usable=mine)] = True
+    return left
 
 
 def within_tokens(

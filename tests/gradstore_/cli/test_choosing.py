@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from gradstore.cli.choosing import Choice
 from gradstore.cli.options import app
 from gradstore.errors import BadInput
+from gradstore.format.records import RowSet
 from gradstore.scoring.pairing import checkpoint_features
 from gradstore.scoring.subset import round_robin_rows
 from gradstore.store.reader import Store, open_store
@@ -77,6 +78,51 @@ def test_a_token_budget_takes_the_same_order_and_ends_within_it(store: Path, sub
     assert train.tokens[rows].sum() <= 120 < train.tokens[every[: len(rows) + 1]].sum()
 
 
+@pytest.mark.parametrize(("quota", "most"), [("3", 3), ("0.25", 2)])
+def test_a_quota_limits_a_data_set_and_others_fill_up(
+    tmp_path: Path, kit: Any, monkeypatch: pytest.MonkeyPatch, quota: str, most: int
+) -> None:
+    hashes = kit.rows(40).hashes
+    two = RowSet(hashes, tuple((("poems", "sums")[row % 2], row) for row in range(40)))
+    store = tmp_path / "two"
+    with kit.writer(store) as writer:
+        kit.add(writer, "target/dev/1", 8)
+        monkeypatch.setattr(kit, "rows", lambda n: two)
+        kit.add(writer, "train/1", 40)
+    sources = open_store(store).generation("train/1").sources
+    assert sources is not None
+    names = [name for name, _ in sources]
+    every = chosen(store, "--fraction", "1")
+    first = names[every[0]]
+    mine = [row for row in every if names[row] == first][:most]
+    expected = [row for row in every if names[row] != first or row in mine][:8]
+    assert expected != every[:8]
+    assert chosen(store, "-k", "8", "--quota", f"{first}={quota}") == expected
+
+
+def test_harmful_rows_are_dropped_and_counted_with_and_without_a_budget(
+    store: Path,
+) -> None:
+    means = cosines(open_store(store)).mean(axis=1)
+    usable = np.flatnonzero(~np.isnan(means))
+    helpful = [row for row in np.argsort(-means, kind="stable").tolist() if means[row] > 0]
+    assert 5 < len(helpful) < len(usable)
+    drop = ("--subset", "drop_harmful")
+    output = store.with_name("rows.jsonl")
+    result = CliRunner().invoke(app, ["select", str(store), "-o", str(output), *drop])
+    told = f"{len(usable) - len(helpful)} of {len(usable)} usable rows dropped"
+    assert told in result.output
+    assert chosen(store, *drop) == helpful
+    assert chosen(store, "-k", "5", *drop) == helpful[:5]
+    tokens = open_store(store).generation("train/1").tokens
+    budget = int(tokens[helpful[:4]].sum())
+    within = chosen(store, "--token-budget", str(budget), *drop)
+    assert within == helpful[: len(within)]
+    assert len(within) >= 4
+    with pytest.raises(BadInput, match=f"only {len(helpful)} of {len(usable)} usable"):
+        chosen(store, "-k", str(len(usable)), *drop)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -84,6 +130,16 @@ def test_a_token_budget_takes_the_same_order_and_ends_within_it(store: Path, sub
         (("-k", "41", "--subset", "round_robin"), "asked 41"),
         (("-k", "3", "--subset", "round_robbin"), "did you mean 'round_robin'"),
         (("-k", "3", "--token-budget", "9"), "either -k N or --fraction F or --token-budget T"),
+        (("-k", "3", "--quota", "nosuch=1"), "quota of 'nosuch', but the train rows are of"),
+        (("-k", "3", "--quota", "a=few"), "'few' is no number of rows and no share"),
+        (("-k", "3", "--quota", "a"), "give SET=ROWS or SET=SHARE"),
+        (("-k", "3", "--quota", "a=0"), "--quota 'a=0' is 0"),
+        (("-k", "3", "--quota", "a=1.5"), "'1.5' is no number of rows and no share"),
+        (("-k", "3", "--quota", "a=nan"), "'nan' is no number of rows and no share"),
+        (("-k", "40", "--quota", "set one=9"), "asked 40"),
+        (("-k", "20", "--quota", "set one=9"), "asked 20 rows, but the quotas leave 9"),
+        (("--token-budget", "9", "--quota", "a=0.5"), "beside --token-budget"),
+        (("-k", "9", "--subset", "round_robin", "--quota", "a=1"), "not with 'round_robin'"),
         ((), "either -k N or --fraction F or --token-budget T"),
         (("--token-budget", "0"), "--token-budget is 0"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -11,11 +13,14 @@ from hypothesis.extra.numpy import arrays
 
 from gradstore.errors import BadInput
 from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.scoring.selection import select_top
 from gradstore.scoring.subset import (
     BestRows,
+    drop_harmful,
     most_rows_within,
     round_robin,
     round_robin_rows,
+    within_quotas,
     within_tokens,
 )
 
@@ -82,6 +87,57 @@ def test_fewer_rows_than_target_rows_are_refused() -> None:
 def test_a_list_that_ends_too_early_is_an_error_and_no_shorter_choice() -> None:
     with pytest.raises(BadInput, match="target row 1 has no row left"):
         round_robin(np.array([[0, 1], [0, -1]]), 2)
+
+
+@given(arrays(np.float32, st.integers(1, 30), elements=SCORES), st.data())
+def test_what_is_kept_helps_and_nothing_better_is_dropped(
+    scores: npt.NDArray[np.float32], data: st.DataObject
+) -> None:
+    usable = data.draw(arrays(np.bool_, len(scores)))
+    helpful = [row for row in range(len(scores)) if usable[row] and float(scores[row]) > 0]
+    helpful.sort(key=lambda row: (-float(scores[row]), row))
+    if not helpful:
+        with pytest.raises(BadInput, match="has a score above 0"):
+            drop_harmful(scores, usable=usable)
+        return
+    k = data.draw(st.integers(1, len(helpful)))
+    assert drop_harmful(scores, usable=usable).tolist() == helpful
+    assert drop_harmful(scores, k, usable=usable).tolist() == helpful[:k]
+
+
+@given(arrays(np.float32, st.integers(1, 8), elements=SCORES), st.data())
+def test_the_best_within_quotas_are_the_best_of_all_choices_that_keep_them(
+    scores: npt.NDArray[np.float32], data: st.DataObject
+) -> None:
+    size = len(scores)
+    names = data.draw(st.lists(st.sampled_from("abc"), min_size=size, max_size=size))
+    quotas = data.draw(st.dictionaries(st.sampled_from(sorted(set(names))), st.integers(1, 3)))
+    usable = data.draw(arrays(np.bool_, size)) & ~np.isnan(scores)
+    left = within_quotas(scores, names, quotas, usable=usable)
+    assert not (left & ~usable).any()
+    for k in range(1, size + 1):
+        kept = [
+            rows
+            for rows in combinations(np.flatnonzero(usable).tolist(), k)
+            if all([names[row] for row in rows].count(n) <= most for n, most in quotas.items())
+        ]
+        assert bool(kept) == (left.sum() >= k)
+        if kept:
+            best = max(float(scores[list(rows)].sum()) for rows in kept)
+            assert float(scores[select_top(scores, k, usable=left)].sum()) == best
+
+
+@pytest.mark.parametrize(
+    ("quotas", "told"), [({"c": 1}, "quota of 'c', .* of: a, b"), ({"a": 0}, "quota of 'a' is 0")]
+)
+def test_a_quota_that_means_nothing_is_refused(quotas: dict[str, int], told: str) -> None:
+    with pytest.raises(BadInput, match=told):
+        within_quotas(np.zeros(2), ["a", "b"], quotas, usable=np.ones(2, dtype=bool))
+
+
+def test_rows_that_hurt_never_fill_a_budget_up() -> None:
+    with pytest.raises(BadInput, match=r"asked 3 rows, but only 2 of 4 usable .* at most 2"):
+        drop_harmful(np.array([0.5, -0.5, 0.0, 0.25]), 3, usable=np.ones(4, dtype=bool))
 
 
 @given(
