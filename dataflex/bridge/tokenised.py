@@ -91,6 +91,10 @@ class TokenisedPath:
             layout: LlamaFactory's own, or a folder per source.
         """
         self.path = Path(data_args.tokenized_path).expanduser()
+        if self.path.name in ("", ".."):
+            raise BadInput(
+                f"tokenized_path {str(self.path)!r} cannot be made anew: name a folder of its own."
+            )
         self._saves = bool(training_args.should_save)
         #: What `whole` noted of dropped rows, now or when the folder was made; None if unknown.
         self.noted: Any = None

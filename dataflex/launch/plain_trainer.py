@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from dataflex.config.keys import DataFlexConfig, RunConfig
@@ -34,6 +35,33 @@ if TYPE_CHECKING:
     import os
 
 _log = logging.getLogger(__name__)
+
+
+def past_rates(scheduler: Any, step: int, steps: range) -> list[float]:  # noqa: ANN401
+    """Compute the learning rates of steps that a resumed training took before.
+
+    Args:
+        scheduler: of the trainer, as it is after `step` steps.
+        step: where the training resumes.
+        steps: those whose rates are wanted, from 0.
+
+    Returns:
+        One each; none, with a warning, where the schedule is not a function of the step.
+    """
+    if not steps:
+        return []
+    inner = getattr(scheduler, "scheduler", scheduler)  # accelerate wraps it
+    made, left = divmod(int(getattr(inner, "last_epoch", 0)), step)
+    if made < 1 or left or not isinstance(inner, LambdaLR):
+        _log.warning(
+            "the schedule %s does not say its learning rates of steps %d to %d, before the resume: "
+            "the weight of the next export (checkpoints=all) is of the steps after it",
+            type(inner).__name__, steps.start + 1, steps.stop,
+        )  # fmt: skip
+        return []
+    # accelerate advances the schedule once a process for each step.
+    rate, factor = float(inner.base_lrs[0]), inner.lr_lambdas[0]
+    return [rate * float(factor(each * made)) for each in steps]
 
 
 class GradientStoreCallback(TrainerCallback):
@@ -105,7 +133,10 @@ class GradientStoreCallback(TrainerCallback):
                 f"gradients of single rows can't be taken under {' and '.join(sorted(spread))}, "
                 "which shards the model: use DDP."
             )
-        self._exported, self._rate_sum, self._rate_steps = -1, 0.0, 0
+        self._exported = -1
+        before = range(self._last_asked(int(state.global_step)), int(state.global_step))
+        rates = past_rates(self._trainer.lr_scheduler, int(state.global_step), before)
+        self._rate_sum, self._rate_steps = sum(rates), len(rates)
         with random_states_kept():
             run = self._context(args)
             check_frozen(run.model)
@@ -143,6 +174,11 @@ class GradientStoreCallback(TrainerCallback):
             )
             return
         self._export(step)
+
+    def _last_asked(self, step: int) -> int:
+        """Return the last step up to this one after which there is an export; 0 if none."""
+        periodic = 0 if self._every is None else step // self._every * self._every
+        return max([periodic, *(each for each in self._steps if each <= step)])
 
     # -- exporting --------------------------------------------------------------------------------
 

@@ -25,6 +25,8 @@ SCORE, RANK = "dataflex_score", "dataflex_rank"
 
 def check_folder(folder: Path) -> None:
     """Refuse a folder that holds something already, before anything is computed for it."""
+    if folder.name in ("", ".."):
+        raise BadInput(f'"{folder}" cannot be made anew: name a new folder with --as-dataset.')
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f'"{folder}" is not empty: name a new folder with --as-dataset.')
 

@@ -323,3 +323,24 @@ def test_a_model_with_nothing_to_train_is_refused(trainer: Make, tmp_path: Path)
     made.state.max_steps = 3
     with pytest.raises(BadInput, match="no parameter of the model requires grad"):
         callback.on_train_begin(made.args, made.state, made.control)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_resumed_training_gives_an_export_the_rate_of_all_its_steps(
+    schedule: str, trainer: Make, tmp_path: Path
+) -> None:
+    """`checkpoints="all"` weighs checkpoints by it."""
+
+    def rates(store: str, resume: str | None, **changes: Any) -> dict[str, Any]:
+        usual = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3,
+                 "lr_scheduler_type": schedule}  # fmt: skip
+        one = trainer(output_dir=str(tmp_path / store / "run"), **usual, **changes)
+        one.add_callback(GradientStoreCallback(one, tmp_path / store / "s", every=2, proj_dim=64))
+        one.train(resume_from_checkpoint=resume)
+        found = open_store(tmp_path / store / "s").generations()
+        return {g.name: g.record.learning_rate for g in found if g.name.startswith("train/")}
+
+    whole = rates("whole", None)
+    assert len(set(whole.values())) == 3, "it decays"
+    resumed = rates("resumed", str(tmp_path / "whole" / "run" / "checkpoint-3"))
+    assert resumed == {name: pytest.approx(whole[name]) for name in ("train/4", "train/6")}

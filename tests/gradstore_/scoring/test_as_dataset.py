@@ -12,7 +12,7 @@ import pytest
 from gradstore.errors import BadInput, StoreIOError
 from gradstore.format.records import RowSet, row_hash
 from gradstore.format.text_table import Text
-from gradstore.scoring.as_dataset import RANK, SCORE, write_dataset
+from gradstore.scoring.as_dataset import RANK, SCORE, check_folder, write_dataset
 from gradstore.store.texts import RowTexts
 from gradstore.store.writer import StoreWriter
 
@@ -91,3 +91,9 @@ def test_a_folder_in_use_is_refused_and_one_that_cannot_be_written_told(
         write_dataset(tmp_path / "file" / "out", np.array([0]), SCORES, texts)
     with pytest.raises(BadInput, match="store_text: true"):
         write_dataset(tmp_path / "out", np.array([0]), SCORES, None)
+
+
+@pytest.mark.parametrize("name", [".", "..", "/", "a/.."])
+def test_a_folder_that_has_no_name_of_its_own_is_refused(name: str) -> None:
+    with pytest.raises(BadInput, match="name a new folder"):
+        check_folder(Path(name))
