@@ -10,6 +10,7 @@ import numpy as np
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import Response
 
+from gradstore.scoring.pairing import parse_which
 from gradstore.serve.access import Here, Newest, Seconds
 from gradstore.serve.answers import answer
 from gradstore.serve.asking import RowScores, sides
@@ -52,11 +53,19 @@ def explain(
             "model that the store names."
         )
 
+    which = parse_which(form.checkpoints)
+
     def compute(on_rows: Callable[[int], None]) -> _Kept:
         on_rows(0)
-        return _Kept(explainer.explain(form.prompt, form.response, form.top))
+        return _Kept(
+            explainer.explain(
+                form.prompt, form.response, form.top,
+                checkpoints=which, run=form.run, step=form.step,
+            )
+        )  # fmt: skip
 
-    key = ("explain", commit_of(store), form.prompt, form.response)
+    asked = (form.prompt, form.response, which, form.run, form.step)
+    key = ("explain", commit_of(store), *asked)
     found = served.desk.ask(key, "explain", 1, compute, wait).explained
     table = _table(served.desk.kept, store, found, key)
     assert table.scores is not None
