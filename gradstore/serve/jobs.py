@@ -178,6 +178,7 @@ class Desk:
         Raises:
             StillRunning: it takes longer.
             TooMany: too many jobs wait.
+            Cancelled: the job was stopped, or the desk is closed.
         """
         found = self.kept.get(key)
         if found is not None:
@@ -213,20 +214,26 @@ class Desk:
         return job
 
     def close(self, seconds: float = 2.0) -> None:
-        """Stop all jobs and wait for the threads, but not longer than `seconds`."""
+        """Stop all jobs and wait for the threads, but not longer than `seconds` in all.
+
+        Those who wait for a job get Cancelled at once, also where its work goes on meanwhile.
+        """
+        until = time.monotonic() + seconds
         with self._changed:
             self._closed = True
             for task in list(self._open.values()):
                 task.job.stop.set()
-            while self._queue:
-                self._end(self._queue.popleft(), error=Cancelled("the server is ending."))
+                self._end(task, error=_ending())
+            self._queue.clear()
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(seconds)
+            thread.join(max(until - time.monotonic(), 0))
 
     def _task(self, key: Hashable, kind: str, rows: int, compute: Compute[Any]) -> _Task:
         """Join the open task of a question, or queue one."""
         with self._changed:
+            if self._closed:
+                raise _ending()
             task = self._open.get(key)
             if task is None or task.job.stop.is_set():
                 if len(self._queue) >= self._limit:
@@ -262,7 +269,9 @@ class Desk:
             self._end(task, result)
 
     def _end(self, task: _Task, result: Any = None, error: BaseException | None = None) -> None:  # noqa: ANN401
-        """Close a task, under the lock; forget the oldest finished jobs."""
+        """Close a task once, under the lock; forget the oldest finished jobs."""
+        if task.future.done():
+            return
         if self._open.get(task.key) is task:
             del self._open[task.key]
         job = task.job
@@ -278,3 +287,7 @@ class Desk:
         ]
         for name in over[: max(len(over) - KEPT, 0)]:
             del self._jobs[name]
+
+
+def _ending() -> Cancelled:
+    return Cancelled("the server is ending; ask again once it is started anew.")
