@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ class ModelAtHand:
     def explain(
         self, prompt: str, response: str | None, top: int, *,
         checkpoints: Which = "last", run: str = "", step: int | None = None,
+        on_stage: Callable[[str], None] = lambda _: None,
     ) -> Explanation:  # fmt: skip
         """Score the training rows by an answer; response None lets the model answer.
 
@@ -43,12 +44,16 @@ class ModelAtHand:
             checkpoints: to combine, up to `step`.
             run: prefix of the generations.
             step: no later checkpoint is asked; None for the newest that is there.
+            on_stage: called with what is done next.
 
         Raises:
             BadInput: no such checkpoint; the model is not where it was; as for `Explainer.explain`.
             ProvenanceMismatch: the model is another one than the store was made with.
         """
-        return self._explainer(checkpoints, run, step).explain(prompt, response, top)
+        on_stage("loading the model")
+        explainer = self._explainer(checkpoints, run, step)
+        on_stage("asking the model")
+        return explainer.explain(prompt, response, top)
 
     def _explainer(self, checkpoints: Which, run: str, step: int | None) -> Explainer:
         with self._lock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -15,7 +15,7 @@ from gradstore.serve.access import Here, Newest, Seconds
 from gradstore.serve.answers import answer
 from gradstore.serve.asking import RowScores, sides
 from gradstore.serve.forms import ExplainForm
-from gradstore.serve.jobs import Kept
+from gradstore.serve.jobs import Advance, Kept
 from gradstore.serve.problems import RESPONSES, NoModel
 from gradstore.serve.rows import Table
 from gradstore.serve.served import Explained, commit_of, generation_of
@@ -55,12 +55,13 @@ def explain(
 
     which = parse_which(form.checkpoints)
 
-    def compute(on_rows: Callable[[int], None]) -> _Kept:
-        on_rows(0)
+    def compute(advance: Advance) -> _Kept:
+        advance(0)
         return _Kept(
             explainer.explain(
                 form.prompt, form.response, form.top,
                 checkpoints=which, run=form.run, step=form.step,
+                on_stage=lambda stage: advance(0, stage),
             )
         )  # fmt: skip
 

@@ -42,8 +42,16 @@ class Sized(Protocol):
 
 Result = TypeVar("Result", bound=Sized)
 
-#: Computes a result; calls its argument with the number of rows just done.
-Compute = Callable[[Callable[[int], None]], Result]
+
+class Advance(Protocol):
+    """Report of a computation: rows just done, and what it is at where that is not rows."""
+
+    def __call__(self, rows: int, stage: str | None = None) -> None:
+        """Count rows as done; a stage takes the place of the one before."""
+
+
+#: Computes a result; reports by its argument.
+Compute = Callable[[Advance], Result]
 
 
 @dataclass
@@ -56,6 +64,7 @@ class Job:
         rows: all rows of the pass.
         done: rows done.
         state: where it is.
+        stage: what it is at, where that is not counted in rows; else "".
         created: seconds since 1970.
         error: the message of a failure.
         stop: set when it is to end early.
@@ -66,6 +75,7 @@ class Job:
     rows: int
     done: int = 0
     state: State = "queued"
+    stage: str = ""
     created: float = field(default_factory=time.time)
     error: str | None = None
     stop: threading.Event = field(default_factory=threading.Event)
@@ -75,11 +85,12 @@ class Job:
         share = 1.0 if self.state == "done" else min(self.done / max(self.rows, 1), 1.0)
         return {"id": self.id, "kind": self.kind, "state": self.state, "rows": self.rows,
                 "rows_done": self.done, "progress": round(share, 4), "created": self.created,
-                "error": self.error}  # fmt: skip
+                "stage": self.stage, "error": self.error}  # fmt: skip
 
-    def advance(self, rows: int) -> None:
-        """Count rows as done; raise Cancelled once the job is to stop."""
+    def advance(self, rows: int, stage: str | None = None) -> None:
+        """Count rows as done, and name a stage; raise Cancelled once the job is to stop."""
         self.done += rows
+        self.stage = self.stage if stage is None else stage
         if self.stop.is_set():
             raise Cancelled(f"job {self.id} was cancelled; ask the question again to start anew.")
 
@@ -90,7 +101,7 @@ class _Task:
 
     job: Job
     key: Hashable
-    compute: Callable[[Callable[[int], None]], Any]
+    compute: Compute[Any]
     future: Future[Any] = field(default_factory=Future)
 
 

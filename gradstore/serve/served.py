@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,7 +50,7 @@ class Explainer(Protocol):
 
     def explain(
         self, prompt: str, response: str | None, top: int, *,
-        checkpoints: Which, run: str, step: int | None,
+        checkpoints: Which, run: str, step: int | None, on_stage: Callable[[str], None],
     ) -> Explained:  # fmt: skip
         """Score the training rows by an answer.
 
@@ -61,6 +61,7 @@ class Explainer(Protocol):
             checkpoints: to combine, up to `step`.
             run: prefix of the generations.
             step: of the newest checkpoint to ask; None for the newest there is.
+            on_stage: called with what is done next, such as "loading the model".
         """
 
 

@@ -22,7 +22,7 @@ async function send(path, options, stale) {
       throw new Error(content.detail ?? `${answer.status} ${answer.statusText}`);
     }
     if (stale?.()) throw new Stale();
-    status(`${content.kind}: ${Math.round(100 * content.progress)} %`);
+    status(`${content.kind}: ${content.stage || `${Math.round(100 * content.progress)} %`}`);
     await pause(300);
     if (stale?.()) throw new Stale();
   }

@@ -39,5 +39,8 @@ def test_each_run_step_and_combination_has_its_own_model_and_is_loaded_once(
         assert model.explain("a", "b", 1, **asked) == expected
         assert model.explain("c", "d", 1, **asked) == expected
     assert len(opened) == 4
+    stages: list[str] = []
+    model.explain("a", "b", 1, on_stage=stages.append)
+    assert stages == ["loading the model", "asking the model"]
     with pytest.raises(BadInput, match="no committed train generation of run 'b' up to step 5"):
         model.explain("a", "b", 1, run="b", step=5)

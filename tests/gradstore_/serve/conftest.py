@@ -113,7 +113,11 @@ class ExplorerKit:
             def __init__(self) -> None:
                 self.asked: list[dict[str, Any]] = []
 
-            def explain(self, prompt: str, response: str | None, top: int, **asked: Any) -> Any:
+            def explain(
+                self, prompt: str, response: str | None, top: int, *,
+                on_stage: Any, **asked: Any,
+            ) -> Any:  # fmt: skip
+                on_stage("asking the model")
                 self.asked.append(asked)
                 return SimpleNamespace(
                     prompt=prompt,

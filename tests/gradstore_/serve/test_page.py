@@ -264,7 +264,7 @@ def test_a_question_left_for_another_is_not_asked_again_and_leaves_no_status(
 
     def busy(route: Any) -> None:
         asked.append(1)
-        body = '{"id": "x", "kind": "explain", "progress": 0}'
+        body = '{"id": "x", "kind": "explain", "stage": "loading the model", "progress": 0}'
         route.fulfill(status=answer, headers={"Retry-After": "0.2"}, body=body)
 
     with served(store_path, explorer.model()) as site:
@@ -272,6 +272,8 @@ def test_a_question_left_for_another_is_not_asked_again_and_leaves_no_status(
         page.goto("/?token=a-token-for-the-tests")
         page.route("**/v1/explain*", busy)
         page.goto("/?prompt=sort")
+        if answer == 202:
+            expect(page.locator("#status")).to_have_text("explain: loading the model")
         page.wait_for_timeout(500)
         page.get_by_role("button", name="Next").click()
         expect(page.locator("#helped article").first).to_be_visible()

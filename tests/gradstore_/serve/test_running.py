@@ -86,7 +86,8 @@ _SLOW = """
 import sys, time
 from gradstore.serve.running import serve
 class Model:
-    def explain(self, *args, **named):
+    def explain(self, *args, on_stage, **named):
+        on_stage("loading the model")
         time.sleep(60)
 try:
     serve(sys.argv[1], 0, print, Model())
@@ -106,7 +107,7 @@ def test_ctrl_c_answers_a_prompt_that_waits_for_its_model(store_path: Path) -> N
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(httpx.post, f"{base}/v1/explain?wait=50", json={"prompt": "a"},
                               headers=headers, timeout=60)  # fmt: skip
-        while not httpx.get(f"{base}/v1/jobs", headers=headers).json()["jobs"]:
+        while "loading the model" not in httpx.get(f"{base}/v1/jobs", headers=headers).text:
             time.sleep(0.05)
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
