@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradstore.errors import BadInput
+from gradstore.scoring.pairing import Which
 from gradstore.store.reader import open_store
 
 if TYPE_CHECKING:
@@ -17,33 +20,64 @@ class ModelAtHand:
     """Explainer of a store that loads its model when it is first asked.
 
     A server that only shows rows never imports torch's models. Once loaded, the model answers every
-    question, until a newer checkpoint is committed: then that one is loaded in its place.
+    question about the same run, step and checkpoints, until a newer checkpoint is committed; any
+    other question loads its own model in its place.
     """
 
     def __init__(self, store: Path) -> None:
         """Take the store's folder; nothing is read yet."""
         self._store = store
         self._lock = threading.Lock()
-        self._loaded: tuple[str, Explainer] | None = None
+        self._loaded: tuple[Hashable, Explainer] | None = None
 
-    def explain(self, prompt: str, response: str | None, top: int) -> Explanation:
+    def explain(
+        self, prompt: str, response: str | None, top: int, *,
+        checkpoints: Which = "last", run: str = "", step: int | None = None,
+        on_stage: Callable[[str], None] = lambda _: None,
+    ) -> Explanation:  # fmt: skip
         """Score the training rows by an answer; response None lets the model answer.
 
+        Args:
+            prompt: content of the user's turn.
+            response: content of the answer.
+            top: rows to name on each side.
+            checkpoints: to combine, up to `step`.
+            run: prefix of the generations.
+            step: no later checkpoint is asked; None for the newest that is there.
+            on_stage: called with what is done next.
+
         Raises:
-            BadInput: the model is not where it was; as for `Explainer.explain`.
+            BadInput: no such checkpoint; the model is not where it was; as for `Explainer.explain`.
             ProvenanceMismatch: the model is another one than the store was made with.
         """
-        return self._explainer().explain(prompt, response, top)
+        on_stage("loading the model")
+        explainer = self._explainer(checkpoints, run, step)
+        on_stage("asking the model")
+        return explainer.explain(prompt, response, top)
 
-    def _explainer(self) -> Explainer:
+    def _explainer(self, checkpoints: Which, run: str, step: int | None) -> Explainer:
         with self._lock:
-            newest = _newest_train(self._store)
-            if self._loaded is None or self._loaded[0] != newest:
+            generation = None if step is None else _train_until(self._store, run, step)
+            asked = _newest_train(self._store), generation, checkpoints, run
+            if self._loaded is None or self._loaded[0] != asked:
                 from dataflex.launch.explain import open_model
 
                 self._loaded = None  # two models need not be in memory at once
-                self._loaded = newest, open_model(self._store)
+                made = open_model(self._store, generation, checkpoints=checkpoints, run=run)
+                self._loaded = asked, made
             return self._loaded[1]
+
+
+def _train_until(store: Path, run: str, step: int) -> str:
+    """Name the newest train generation of a run that is not later than a step."""
+    found = [
+        each for each in open_store(store).generations()
+        if each.role == "train" and each.set == "" and each.record.run == run and each.step <= step
+    ]  # fmt: skip
+    if not found:
+        raise BadInput(f'store "{store}" has no committed train generation of run {run!r} up to '
+                       f"step {step}; ask for a later one.")  # fmt: skip
+    return max(found, key=lambda each: each.step).name
 
 
 def _newest_train(store: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -10,11 +10,12 @@ import numpy as np
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import Response
 
+from gradstore.scoring.pairing import parse_which
 from gradstore.serve.access import Here, Newest, Seconds
 from gradstore.serve.answers import answer
 from gradstore.serve.asking import RowScores, sides
 from gradstore.serve.forms import ExplainForm
-from gradstore.serve.jobs import Kept
+from gradstore.serve.jobs import Advance, Kept
 from gradstore.serve.problems import RESPONSES, NoModel
 from gradstore.serve.rows import Table
 from gradstore.serve.served import Explained, commit_of, generation_of
@@ -52,11 +53,20 @@ def explain(
             "model that the store names."
         )
 
-    def compute(on_rows: Callable[[int], None]) -> _Kept:
-        on_rows(0)
-        return _Kept(explainer.explain(form.prompt, form.response, form.top))
+    which = parse_which(form.checkpoints)
 
-    key = ("explain", commit_of(store), form.prompt, form.response)
+    def compute(advance: Advance) -> _Kept:
+        advance(0)
+        return _Kept(
+            explainer.explain(
+                form.prompt, form.response, form.top,
+                checkpoints=which, run=form.run, step=form.step,
+                on_stage=lambda stage: advance(0, stage),
+            )
+        )  # fmt: skip
+
+    asked = (form.prompt, form.response, which, form.run, form.step)
+    key = ("explain", commit_of(store), *asked)
     found = served.desk.ask(key, "explain", 1, compute, wait).explained
     table = _table(served.desk.kept, store, found, key)
     assert table.scores is not None

@@ -112,11 +112,14 @@ class DiffForm(Form):
 class ExplainForm(Form):
     """`POST /v1/explain`: an answer that is in no target set."""
 
-    prompt: Annotated[str, Field(min_length=1, max_length=1_000_000)]
+    prompt: Annotated[str, Field(max_length=1_000_000)]
     response: Annotated[str, Field(max_length=1_000_000)] | None = Field(
         None, description="None: the model generates one."
     )
     top: int = Field(default=10, ge=1, le=1000)
+    checkpoints: str = "last"
+    step: Position | None = None
+    run: str = ""
     characters: Characters = 2000
 
 

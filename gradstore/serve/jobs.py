@@ -42,8 +42,16 @@ class Sized(Protocol):
 
 Result = TypeVar("Result", bound=Sized)
 
-#: Computes a result; calls its argument with the number of rows just done.
-Compute = Callable[[Callable[[int], None]], Result]
+
+class Advance(Protocol):
+    """Report of a computation: rows just done, and what it is at where that is not rows."""
+
+    def __call__(self, rows: int, stage: str | None = None) -> None:
+        """Count rows as done; a stage takes the place of the one before."""
+
+
+#: Computes a result; reports by its argument.
+Compute = Callable[[Advance], Result]
 
 
 @dataclass
@@ -56,6 +64,7 @@ class Job:
         rows: all rows of the pass.
         done: rows done.
         state: where it is.
+        stage: what it is at, where that is not counted in rows; else "".
         created: seconds since 1970.
         error: the message of a failure.
         stop: set when it is to end early.
@@ -66,6 +75,7 @@ class Job:
     rows: int
     done: int = 0
     state: State = "queued"
+    stage: str = ""
     created: float = field(default_factory=time.time)
     error: str | None = None
     stop: threading.Event = field(default_factory=threading.Event)
@@ -75,11 +85,12 @@ class Job:
         share = 1.0 if self.state == "done" else min(self.done / max(self.rows, 1), 1.0)
         return {"id": self.id, "kind": self.kind, "state": self.state, "rows": self.rows,
                 "rows_done": self.done, "progress": round(share, 4), "created": self.created,
-                "error": self.error}  # fmt: skip
+                "stage": self.stage, "error": self.error}  # fmt: skip
 
-    def advance(self, rows: int) -> None:
-        """Count rows as done; raise Cancelled once the job is to stop."""
+    def advance(self, rows: int, stage: str | None = None) -> None:
+        """Count rows as done, and name a stage; raise Cancelled once the job is to stop."""
         self.done += rows
+        self.stage = self.stage if stage is None else stage
         if self.stop.is_set():
             raise Cancelled(f"job {self.id} was cancelled; ask the question again to start anew.")
 
@@ -90,7 +101,7 @@ class _Task:
 
     job: Job
     key: Hashable
-    compute: Callable[[Callable[[int], None]], Any]
+    compute: Compute[Any]
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -178,6 +189,7 @@ class Desk:
         Raises:
             StillRunning: it takes longer.
             TooMany: too many jobs wait.
+            Cancelled: the job was stopped, or the desk is closed.
         """
         found = self.kept.get(key)
         if found is not None:
@@ -213,20 +225,26 @@ class Desk:
         return job
 
     def close(self, seconds: float = 2.0) -> None:
-        """Stop all jobs and wait for the threads, but not longer than `seconds`."""
+        """Stop all jobs and wait for the threads, but not longer than `seconds` in all.
+
+        Those who wait for a job get Cancelled at once, also where its work goes on meanwhile.
+        """
+        until = time.monotonic() + seconds
         with self._changed:
             self._closed = True
             for task in list(self._open.values()):
                 task.job.stop.set()
-            while self._queue:
-                self._end(self._queue.popleft(), error=Cancelled("the server is ending."))
+                self._end(task, error=_ending())
+            self._queue.clear()
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(seconds)
+            thread.join(max(until - time.monotonic(), 0))
 
     def _task(self, key: Hashable, kind: str, rows: int, compute: Compute[Any]) -> _Task:
         """Join the open task of a question, or queue one."""
         with self._changed:
+            if self._closed:
+                raise _ending()
             task = self._open.get(key)
             if task is None or task.job.stop.is_set():
                 if len(self._queue) >= self._limit:
@@ -262,7 +280,9 @@ class Desk:
             self._end(task, result)
 
     def _end(self, task: _Task, result: Any = None, error: BaseException | None = None) -> None:  # noqa: ANN401
-        """Close a task, under the lock; forget the oldest finished jobs."""
+        """Close a task once, under the lock; forget the oldest finished jobs."""
+        if task.future.done():
+            return
         if self._open.get(task.key) is task:
             del self._open[task.key]
         job = task.job
@@ -278,3 +298,7 @@ class Desk:
         ]
         for name in over[: max(len(over) - KEPT, 0)]:
             del self._jobs[name]
+
+
+def _ending() -> Cancelled:
+    return Cancelled("the server is ending; ask again once it is started anew.")

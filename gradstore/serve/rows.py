@@ -127,10 +127,11 @@ class Table:
             passing[:] = False
             passing[list(wanted.row)] = True
         if self.scores is not None:
+            values = self.scores.values.astype(np.float64)  # a bound may lie beyond float32
             if wanted.min_score is not None:
-                passing &= self.scores.values >= np.float32(wanted.min_score)
+                passing &= values >= wanted.min_score
             if wanted.max_score is not None:
-                passing &= self.scores.values <= np.float32(wanted.max_score)
+                passing &= values <= wanted.max_score
         if wanted.source:
             passing &= np.isin(self.sources.code, [self._code(name) for name in wanted.source])
         if wanted.status:

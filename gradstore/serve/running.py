@@ -13,6 +13,7 @@ import uvicorn
 
 from gradstore.errors import BadInput
 from gradstore.serve.app import create_app
+from gradstore.serve.jobs import Desk
 from gradstore.serve.served import Explainer, Served
 
 HOST = "127.0.0.1"
@@ -94,4 +95,17 @@ def serve(
     )
     sock.listen(config.backlog)
     say(f"http://{HOST}:{sock.getsockname()[1]}/?token={token}")
-    uvicorn.Server(config).run(sockets=[sock])
+    _Server(config, served.desk).run(sockets=[sock])
+
+
+class _Server(uvicorn.Server):
+    """Server that lets go of those who wait for a job before it waits for them."""
+
+    def __init__(self, config: uvicorn.Config, desk: Desk) -> None:
+        super().__init__(config)
+        self._desk = desk
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what is still asked, then end."""
+        self._desk.close(seconds=0)
+        await super().shutdown(sockets)

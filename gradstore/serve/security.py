@@ -123,11 +123,16 @@ class Door:
 def host_name(address: str) -> str:
     """Return the host name of an address, "" where there is none.
 
+    An address with a user name has none: neither a Host nor an Origin may hold one.
+
     >>> host_name("//127.0.0.1:8400"), host_name("http://[::1]:1"), host_name("null")
     ('127.0.0.1', '::1', '')
+    >>> host_name("//evil.example@localhost")
+    ''
     """
     try:
-        return urlsplit(address).hostname or ""
+        parts = urlsplit(address)
+        return "" if "@" in parts.netloc else parts.hostname or ""
     except ValueError:
         return ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradstore.errors import BadInput
+from gradstore.scoring.pairing import Which
 from gradstore.serve.jobs import Desk
 from gradstore.serve.problems import Missing
 from gradstore.store.generation import Generation
@@ -47,8 +48,21 @@ class Explainer(Protocol):
     `dataflex.open_model` has one; gradstore itself never loads a model.
     """
 
-    def explain(self, prompt: str, response: str | None, top: int) -> Explained:
-        """Score the training rows by an answer; response None lets the model answer."""
+    def explain(
+        self, prompt: str, response: str | None, top: int, *,
+        checkpoints: Which, run: str, step: int | None, on_stage: Callable[[str], None],
+    ) -> Explained:  # fmt: skip
+        """Score the training rows by an answer.
+
+        Args:
+            prompt: the request.
+            response: its answer; None lets the model answer.
+            top: rows to name on each side.
+            checkpoints: to combine, up to `step`.
+            run: prefix of the generations.
+            step: of the newest checkpoint to ask; None for the newest there is.
+            on_stage: called with what is done next, such as "loading the model".
+        """
 
 
 class Served:

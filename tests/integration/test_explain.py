@@ -346,7 +346,7 @@ def test_a_served_store_loads_its_model_with_the_first_prompt_and_answers_as_the
 
     loads = []
     load = explain.open_model
-    monkeypatch.setattr(explain, "open_model", lambda store: loads.append(1) or load(store))
+    monkeypatch.setattr(explain, "open_model", lambda *a, **k: loads.append(1) or load(*a, **k))
     prompt, response = row_of("train", ROW)
     served = Served(built["adam"], ModelAtHand(built["adam"]))
     with TestClient(create_app(served, "secret"), base_url="http://localhost") as client:

@@ -10,8 +10,10 @@ export function tellStatus(listener) {
 async function send(path, options, stale) {
   for (;;) {
     const answer = await fetch(path, options);
+    if (stale?.()) throw new Stale();
     if (answer.status === 429) {
       await pause(1000 * Number(answer.headers.get("Retry-After") ?? 1));
+      if (stale?.()) throw new Stale();
       continue;
     }
     const content = await answer.json().catch(() => ({}));
@@ -19,23 +21,28 @@ async function send(path, options, stale) {
       if (answer.ok) return content;
       throw new Error(content.detail ?? `${answer.status} ${answer.statusText}`);
     }
-    status(`${content.kind}: ${Math.round(100 * content.progress)} %`);
     if (stale?.()) throw new Stale();
+    status(`${content.kind}: ${content.stage || `${Math.round(100 * content.progress)} %`}`);
     await pause(300);
+    if (stale?.()) throw new Stale();
   }
 }
 
 // A newer question has taken the place of one that was still being answered.
 export class Stale extends Error {}
 
-export function get(path, parameters = {}, stale) {
+export function pathOf(path, parameters) {
   const query = new URLSearchParams();
   for (const [name, value] of Object.entries(parameters)) {
     if (value === "" || value === null || value === undefined) continue;
     for (const each of Array.isArray(value) ? value : [value]) query.append(name, each);
   }
   const text = query.toString();
-  return send(text ? `${path}?${text}` : path, {}, stale);
+  return text ? `${path}?${text}` : path;
+}
+
+export function get(path, parameters = {}, stale) {
+  return send(pathOf(path, parameters), {}, stale);
 }
 
 export function post(path, body, stale) {

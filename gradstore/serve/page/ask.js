@@ -1,6 +1,6 @@
 // Who taught this? One target row, or a prompt of one's own: helpers left, hurters right.
 
-import { get, post, question } from "/page/api.js";
+import { get, pathOf, post, question } from "/page/api.js";
 import { by, card, el, texts, visible, wordsOf } from "/page/dom.js";
 import { change, read } from "/page/state.js";
 
@@ -26,29 +26,30 @@ export async function show(now, known, stale) {
     else button.removeAttribute("aria-current");
   }
   by("more-targets").onclick = () => list(target);
-  const asked = question({ ...now, row: "" });
+  const { checkpoints, run, step } = question(now);
   const found = now.prompt
-    ? await explained(now, stale)
-    : await post("/v1/query", { checkpoints: asked.checkpoints, run: asked.run, step: asked.step,
-        target: target.set, target_row: row, top: TOP }, stale);
+    ? await explained(now, { checkpoints, run, step }, stale)
+    : await post("/v1/query", { checkpoints, run, step, target: target.set, target_row: row,
+        top: TOP }, stale);
   if (stale()) return;
-  by("download").href = `/v1/pair.jsonl?${new URLSearchParams({ target: target.set, row })}`;
+  by("download").href = pathOf("/v1/pair.jsonl", { checkpoints, run, step, target: target.set, row,
+    top: TOP });
   by("download").hidden = Boolean(now.prompt);
   draw(found, row, known, target);
 }
 
-async function explained(now, stale) {
+async function explained(now, asked, stale) {
   const form = by("explain");
   form.prompt.value = now.prompt;
   form.response.value = now.response;
   by("prompt-box").open = true;
-  return post("/v1/explain", { prompt: now.prompt, response: now.response || null, top: TOP }, stale);
+  return post("/v1/explain", { ...asked, prompt: now.prompt, response: now.response || null,
+    top: TOP }, stale);
 }
 
 function draw(found, row, known, target) {
   const line = found.target_row;
   const words = wordsOf(`${line.prompt ?? ""} ${line.response ?? ""}`);
-  // A question of one's own is asked of the checkpoint that the model was loaded from.
   const title = line.row === undefined
     ? `your prompt${found.generated ? ", answered by the model" : ""}; asked: ${found.generations.join(", ")}`
     : `row ${row} of ${target.set}`;

@@ -110,12 +110,20 @@ class ExplorerKit:
         values[[5, 7]], values[40], values[41] = np.nan, 0.9, -0.9
 
         class Model:
-            def explain(self, prompt: str, response: str | None, top: int) -> Any:
+            def __init__(self) -> None:
+                self.asked: list[dict[str, Any]] = []
+
+            def explain(
+                self, prompt: str, response: str | None, top: int, *,
+                on_stage: Any, **asked: Any,
+            ) -> Any:  # fmt: skip
+                on_stage("asking the model")
+                self.asked.append(asked)
                 return SimpleNamespace(
                     prompt=prompt,
                     response=response or "generated answer",
                     generated=response is None,
-                    generations=("train/8",),
+                    generations=(f"train/{8 if asked['step'] is None else asked['step']}",),
                     values=values,
                 )
 

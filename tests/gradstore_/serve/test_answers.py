@@ -118,6 +118,8 @@ def test_rows_come_in_pages_sorted_and_filtered(client: TestClient) -> None:
     assert sources == sorted(sources)
     cut = by_score[40]
     assert get(min_score=cut, limit=0)["matched"] == 41
+    assert get(min_score=1e300, limit=0)["matched"] == 0
+    assert get(min_score=-1e300, max_score=1e300, limit=0)["matched"] == 298
     assert get(source="beta", limit=1)["matched"] == 100
     assert get(status=["zero_norm", "non_finite"])["matched"] == 2
     assert [line["row"] for line in get(contains="PLEASE", row=[1, 2, 10])["rows"]] == [1, 2]
@@ -209,3 +211,25 @@ def test_a_store_without_text_shows_source_and_number_and_how_to_add_text(
     refused = client.get("/v1/rows", params={"contains": "a"})
     assert refused.status_code == 422
     assert "store_text: true" in refused.json()["detail"]
+
+
+def test_a_prompt_is_asked_of_the_run_step_and_checkpoints_that_are_named(
+    ask: Callable[..., TestClient], explorer: Any, store_path: Path
+) -> None:
+    model = explorer.model()
+    client = ask(store_path, model)
+    newest = client.post("/v1/explain", json={"prompt": "a", "response": "b"}).json()
+    named = {"run": "", "step": 4, "checkpoints": "2"}
+    found = client.post("/v1/explain", json={"prompt": "a", "response": "b", **named}).json()
+    assert (newest["generations"], found["generations"]) == (["train/8"], ["train/4"])
+    assert model.asked == [{"checkpoints": "last", "run": "", "step": None},
+                           {"checkpoints": 2, "run": "", "step": 4}]  # fmt: skip
+    refused = client.post("/v1/explain", json={"prompt": "a", "checkpoints": "some"})
+    assert (refused.status_code, refused.json()["exit_code"]) == (422, 2)
+
+
+def test_an_empty_prompt_is_answered_as_the_command_does(
+    ask: Callable[..., TestClient], explorer: Any, store_path: Path
+) -> None:
+    found = ask(store_path, explorer.model()).post("/v1/explain", json={"prompt": ""})
+    assert (found.status_code, found.json()["target_row"]["prompt"]) == (200, "")

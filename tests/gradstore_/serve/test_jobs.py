@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,25 @@ def test_closing_stops_what_runs_and_what_waits() -> None:
     assert (job.state, waiting.state) == ("cancelled", "cancelled")
     with pytest.raises(Cancelled):
         job.advance(1)
+
+
+def test_closing_answers_those_who_wait_while_the_work_goes_on() -> None:
+    desk = Desk(workers=2)
+    gate = Gate()
+    job = start(desk, "a", gate)
+    gate.begun.wait(5)
+    began = time.monotonic()
+    threading.Timer(0.2, desk.close, [0.2]).start()
+    with pytest.raises(Cancelled, match="the server is ending"):
+        desk.ask("a", "score", gate.rows, gate, 20)
+    assert time.monotonic() - began < 5
+    with pytest.raises(Cancelled, match="the server is ending"):
+        desk.ask("b", "score", gate.rows, gate, 20)
+    gate.more.release(4)
+    for thread in desk._threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert job.state == "cancelled"
 
 
 def test_kept_results_stay_within_their_bytes() -> None:

@@ -236,6 +236,55 @@ def test_a_prompt_of_ones_own_is_asked_where_there_is_a_model(
         other.close()
 
 
+def test_run_checkpoint_and_combine_act_on_prompts_and_on_the_download(
+    browser: Any, explorer: Any, store_path: Path
+) -> None:
+    model = explorer.model()
+    with served(store_path, model) as site:
+        page = browser.new_page(base_url=site)
+        page.goto("/?token=a-token-for-the-tests")
+        show(page, "/?step=4&checkpoints=all&prompt=sort")
+        expect(page.locator("#target-text")).to_contain_text("train/4")
+        assert model.asked == [{"checkpoints": "all", "run": "", "step": 4}]
+        for address in ("/?target=two&row=3&step=4", "/?target=two&row=3&checkpoints=all"):
+            show(page, address)
+            file = page.request.get(page.locator("#download").get_attribute("href")).json()
+            shown = page.locator("#helped article").evaluate_all("a => a.map((e) => e.dataset.row)")
+            assert [int(re.findall(r"\d+", place)[0]) for place in file["proponent_ids"]] == [
+                int(row) for row in shown
+            ]
+        page.close()
+
+
+@pytest.mark.parametrize("answer", [202, 429])
+def test_a_question_left_for_another_is_not_asked_again_and_leaves_no_status(
+    browser: Any, explorer: Any, store_path: Path, answer: int
+) -> None:
+    asked = []
+
+    def busy(route: Any) -> None:
+        asked.append(1)
+        body = '{"id": "x", "kind": "explain", "stage": "loading the model", "progress": 0}'
+        route.fulfill(status=answer, headers={"Retry-After": "0.2"}, body=body)
+
+    with served(store_path, explorer.model()) as site:
+        page = browser.new_page(base_url=site)
+        page.goto("/?token=a-token-for-the-tests")
+        page.route("**/v1/explain*", busy)
+        page.goto("/?prompt=sort")
+        if answer == 202:
+            expect(page.locator("#status")).to_have_text("explain: loading the model")
+        page.wait_for_timeout(500)
+        page.get_by_role("button", name="Next").click()
+        expect(page.locator("#helped article").first).to_be_visible()
+        expect(page.locator("#target-text")).to_contain_text("row 1 of one")
+        before = len(asked)
+        page.wait_for_timeout(800)
+        assert len(asked) <= before
+        expect(page.locator("#status")).to_have_text("")
+        page.close()
+
+
 def test_without_text_a_page_shows_source_and_number_and_how_to_add_text(
     browser: Any, explorer: Any, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -79,3 +80,41 @@ def test_a_token_of_ones_own_must_be_hard_to_guess(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("GRADSTORE_TOKEN", weak)
         with pytest.raises(BadInput, match="GRADSTORE_TOKEN"):
             own_token()
+
+
+_SLOW = """
+import sys, time
+from gradstore.serve.running import serve
+class Model:
+    def explain(self, *args, on_stage, **named):
+        on_stage("loading the model")
+        time.sleep(60)
+try:
+    serve(sys.argv[1], 0, print, Model())
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_ctrl_c_answers_a_prompt_that_waits_for_its_model(store_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", _SLOW, str(store_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    base, _, token = process.stdout.readline().strip().partition("/?token=")
+    headers = {"Authorization": f"Bearer {token}"}
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(httpx.post, f"{base}/v1/explain?wait=50", json={"prompt": "a"},
+                              headers=headers, timeout=60)  # fmt: skip
+        while "loading the model" not in httpx.get(f"{base}/v1/jobs", headers=headers).text:
+            time.sleep(0.05)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=20)[1]
+        assert (waiting.result().status_code, waiting.result().json()["title"]) == (
+            409,
+            "cancelled",
+        )
+    assert (process.returncode, said) == (130, "")
+    assert time.monotonic() - began < 5

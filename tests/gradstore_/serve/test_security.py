@@ -56,7 +56,7 @@ def test_a_browser_without_the_token_is_asked_for_it(
 @pytest.mark.parametrize(
     "host",
     ["evil.example", "evil.example:8417", "127.0.0.1.evil.example", "", "[::1",
-     "localhost@evil.example:1", "192.168.1.2"],
+     "localhost@evil.example:1", "evil.example@localhost", "192.168.1.2"],
 )  # fmt: skip
 def test_another_host_name_is_refused_even_with_the_token(client: Any, host: str) -> None:
     answer = client.get("/v1/stores", headers={"Host": host})
