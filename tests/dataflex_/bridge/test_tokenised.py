@@ -162,5 +162,5 @@ def test_rows_held_out_keep_their_responses_where_evaluation_generates(
 def test_a_folder_that_has_no_name_of_its_own_is_refused(
     load_rows: Any, dataset_dir: DataDir
 ) -> None:
-    with pytest.raises(BadInput, match="tokenized_path '.' cannot be made anew"):
+    with pytest.raises(BadInput, match=r"tokenized_path '\.' cannot be made anew"):
         load_rows(dataset_dir(rows=ROWS), tokenized_path=".")
