@@ -17,8 +17,8 @@ from gradstore.errors import BadInput, expect
 
 Role = Literal["train", "target"]
 
-#: Unicode's control, format and surrogate characters.
-_UNSHOWN = ("Cc", "Cf", "Cs")
+#: Unicode's control, format and surrogate characters, line and paragraph separators.
+_UNSHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@-]*")
 _QUOTED = re.compile(r"[A-Za-z0-9%][A-Za-z0-9._%+=@-]{0,159}")

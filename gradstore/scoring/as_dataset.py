@@ -21,6 +21,8 @@ from gradstore.store.texts import RowTexts
 
 #: Columns that are added to a row's own.
 SCORE, RANK = "dataflex_score", "dataflex_rank"
+#: What LlamaFactory looks for in a folder of data sets.
+INFO = "dataset_info.json"
 
 
 def check_folder(folder: Path) -> None:
@@ -104,19 +106,41 @@ def _original(text: RowText) -> tuple[str, dict[str, Any]]:
 def _write(
     folder: Path, by_set: Mapping[str, Sequence[dict[str, Any]]], formats: Mapping[str, Any]
 ) -> None:
-    from datasets import Dataset, DatasetDict
+    from datasets import DatasetDict
 
     info = {}
     for name, rows in by_set.items():
         file = folder / f"{quote(name)}.jsonl"
-        with file.open("w", encoding="utf-8") as lines:
+        # Half a surrogate pair is no UTF-8; with a backslash it is the JSON of itself.
+        with file.open("w", encoding="utf-8", errors="backslashreplace") as lines:
             lines.writelines(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
         info[name] = {"file_name": file.name, **formats.get(name, {})}
-    splits = {quote(name): Dataset.from_list(list(rows)) for name, rows in by_set.items()}
+    files = {INFO, "dataset_dict.json", *(entry["file_name"] for entry in info.values())}
+    splits: dict[str, Any] = {}
+    for name, rows in by_set.items():
+        split = quote(name)
+        while split in files:  # a split is a folder beside them
+            split += "_"
+        splits[split] = _as_table(name, rows)
     with _without_bars():
         DatasetDict(splits).save_to_disk(folder)
     text = json.dumps(info, indent=2, ensure_ascii=False)
-    (folder / "dataset_info.json").write_text(f"{text}\n", encoding="utf-8")
+    (folder / INFO).write_text(f"{text}\n", encoding="utf-8")
+
+
+def _as_table(name: str, rows: Sequence[dict[str, Any]]) -> Any:  # noqa: ANN401 - a Dataset
+    """Make a `datasets.Dataset` of rows, with every column that one of them has."""
+    from datasets import Dataset
+    from pyarrow import ArrowException
+
+    columns = dict.fromkeys(column for row in rows for column in row)
+    try:
+        return Dataset.from_list([{key: row.get(key) for key in columns} for row in rows])
+    except (ArrowException, OverflowError, TypeError, UnicodeError) as error:
+        raise BadInput(
+            f"the rows chosen of data set {name!r} do not go into one table ({error}): a column "
+            "holds values of several types, or one beyond 64 bits. Write them with -o instead."
+        ) from error
 
 
 @contextmanager

@@ -12,13 +12,18 @@ export function el(tag, attributes = {}, ...children) {
   return made;
 }
 
-// Control characters as their pictures, direction marks as their code: what is there is seen.
+// Control characters as their pictures, marks of direction and hidden ones as their code.
 export function visible(text) {
   return text
     .replace(/[\u0000-\u0008\u000b-\u001f]/g, (c) => String.fromCharCode(0x2400 + c.charCodeAt(0)))
-    .replace(/[\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]/g,
-      (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+    .replace(HIDDEN, (c) => {
+      const code = c.codePointAt(0).toString(16);
+      return code.length > 4 ? `\\u{${code}}` : `\\u${code.padStart(4, "0")}`;
+    });
 }
+
+// As `printable` of gradstore's names: control, format, separators of lines, halves of pairs.
+const HIDDEN = /[\u007f-\u009f\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu;
 
 export const number = (value) => value.toLocaleString("en");
 export const signed = (value) => (value === null ? "–" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(4));

@@ -27,6 +27,11 @@ def test_what_is_printable_has_no_control_character_and_keeps_all_others(text: s
         assert shown == text
 
 
+def test_what_hides_or_breaks_a_name_is_spelled_out() -> None:
+    hidden = "\u2028\u2029\u061c\u00ad\u200b\ud800\U000e0041"
+    assert printable(hidden) == hidden.encode("unicode_escape").decode()
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_last_table_shows_names_as_they_are(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -97,3 +97,45 @@ def test_a_folder_in_use_is_refused_and_one_that_cannot_be_written_told(
 def test_a_folder_that_has_no_name_of_its_own_is_refused(name: str) -> None:
     with pytest.raises(BadInput, match="name a new folder"):
         check_folder(Path(name))
+
+
+def written(kit: Any, tmp_path: Path, originals: list[Any], name: str = "plain") -> Path:
+    """The folder of rows that all are of one data set."""
+    rows = RowSet.from_hashes([row_hash([i], [i]) for i in range(len(originals))],
+                              [(name, i) for i in range(len(originals))])  # fmt: skip
+    with StoreWriter(tmp_path / "s", provenance=kit.provenance) as writer:
+        given = [Text("p", "r", 1, json.dumps(one)) for one in originals]
+        writer.keep_texts(rows, given, {name: FORMATS["plain"]})
+        generation = writer.begin(kit.record(), rows, dim=4)
+        kit.fill(generation, kit.features(len(originals)))
+        generation.commit()
+        texts = writer.store.texts(writer.store.generation("train/1"))
+    assert texts is not None
+    order = np.arange(len(originals))
+    write_dataset(tmp_path / "out", order, np.zeros(len(originals)), texts)
+    return tmp_path / "out"
+
+
+def test_a_column_that_the_first_row_does_not_have_is_kept(kit: Any, tmp_path: Path) -> None:
+    from datasets import load_from_disk
+
+    split = load_from_disk(written(kit, tmp_path, [{"q": "a"}, {"q": "b", "note": "c"}]))["plain"]
+    assert split["note"][:] == [None, "c"]
+
+
+@pytest.mark.parametrize("values", [[1, "s"], [2**70, 1]])
+def test_rows_that_are_no_table_are_told_by_their_data_set(
+    values: list[Any], kit: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match="data set 'plain' do not go into one table"):
+        written(kit, tmp_path, [{"q": value} for value in values])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_data_set_may_be_called_as_a_file_of_the_folder(kit: Any, tmp_path: Path) -> None:
+    from datasets import load_from_disk
+
+    folder = written(kit, tmp_path, [{"q": "a"}], "dataset_info.json")
+    info = json.loads((folder / "dataset_info.json").read_text())
+    assert info["dataset_info.json"]["file_name"] == "dataset_info.json.jsonl"
+    assert load_from_disk(folder)["dataset_info.json_"]["q"][:] == ["a"]

@@ -83,6 +83,16 @@ def cells(page: Any, column: int) -> list[str]:
     return [str(text) for text in found]
 
 
+def test_characters_that_hide_text_are_shown_as_their_codes(page: Any) -> None:
+    shown = page.evaluate(
+        """async () => {
+          const { visible } = await import("/page/dom.js");
+          return visible("a\\u2028\\u2029\\u061c\\u00ad\\u202e\\u{e0041}\\u0007é\\n😀");
+        }"""
+    )
+    assert shown == "a\\u2028\\u2029\\u061c\\u00ad\\u202e\\u{e0041}␇é\n😀"
+
+
 def test_a_picked_row_shows_its_helpers_and_hurters(page: Any) -> None:
     show(page, "/?target=one")
     page.get_by_text("Choose another row of the set").click()
