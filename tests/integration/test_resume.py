@@ -162,6 +162,14 @@ def killed(cli: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("killed")
 
 
+def made(killed: Path, cli: Any, config: Any) -> Path:
+    """The run of `killed`, ended at step 5 by the first test that asks for it."""
+    run = killed / "run"
+    if not (run / "checkpoint-4").is_dir():
+        assert cli("train", config(output_dir=str(run)), faults={"kill_step": 5}).code == -9
+    return run
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -200,9 +208,7 @@ def killed(cli: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_resume_with_other_settings_is_refused(
     changes: dict[str, Any], says: list[str], killed: Path, cli: Any, config: Any
 ) -> None:
-    run = str(killed / "run")
-    if not (killed / "run" / "checkpoint-4").is_dir():
-        assert cli("train", config(output_dir=run), faults={"kill_step": 5}).code == -9
+    run = str(made(killed, cli, config))
     (killed / "resume_other.py").write_text(
         "from dataflex.selectors.less import LessSelector\n\nclass Other(LessSelector):\n    pass\n"
     )
@@ -284,9 +290,7 @@ def test_a_resume_behind_its_end_says_that_nothing_is_left(
 def test_a_named_checkpoint_must_be_whole(
     name: str, content: bytes | None, code: int, says: str, cli: Any, config: Any, killed: Path
 ) -> None:
-    path = config(output_dir=str(killed / "run"))
-    if not (killed / "run" / "checkpoint-4").is_dir():
-        assert cli("train", path, faults={"kill_step": 5}).code == -9
+    path = config(output_dir=str(made(killed, cli, config)))
     broken = path.parent / "checkpoint-4"
     shutil.copytree(killed / "run" / "checkpoint-4", broken)
     (broken / name).unlink()
@@ -300,10 +304,7 @@ def test_a_named_checkpoint_must_be_whole(
 def test_a_new_run_that_is_refused_leaves_the_earlier_runs_log_records_and_store(
     cli: Any, config: Any, killed: Path, tmp_path: Path
 ) -> None:
-    if not (killed / "run" / "checkpoint-4").is_dir():
-        path = config(output_dir=str(killed / "run"))
-        assert cli("train", path, faults={"kill_step": 5}).code == -9
-    run = shutil.copytree(killed / "run", tmp_path / "run")
+    run = shutil.copytree(made(killed, cli, config), tmp_path / "run")
     (tmp_path / "refusing.py").write_text(
         "from dataflex.selectors.less import LessSelector\n"
         "from gradstore.errors import BadInput\n\n"
@@ -325,10 +326,7 @@ def test_a_new_run_that_is_refused_leaves_the_earlier_runs_log_records_and_store
 def test_a_state_that_the_strategy_cannot_take_is_told_by_the_dry_run_as_by_the_run(
     cli: Any, config: Any, killed: Path, tmp_path: Path
 ) -> None:
-    if not (killed / "run" / "checkpoint-4").is_dir():
-        path = config(output_dir=str(killed / "run"))
-        assert cli("train", path, faults={"kill_step": 5}).code == -9
-    run = shutil.copytree(killed / "run", tmp_path / "run")
+    run = shutil.copytree(made(killed, cli, config), tmp_path / "run")
     newest = run / "checkpoint-4"
     sound = cli("train", config(), "--dry-run")
     assert sound.code == 0, sound.err[-3000:]
@@ -353,9 +351,7 @@ def contents(run: Path) -> dict[Path, bytes]:
 def test_each_of_200_flipped_bits_is_refused_by_name_and_the_checkpoint_before_taken(
     cli: Any, config: Any, killed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if not (killed / "run" / "checkpoint-4").is_dir():
-        path = config(output_dir=str(killed / "run"))
-        assert cli("train", path, faults={"kill_step": 5}).code == -9
+    made(killed, cli, config)
     run = tmp_path / "run"
     for name in ("checkpoint-2", "checkpoint-4", "dataflex/run.json"):
         held = killed / "run" / name
