@@ -18,6 +18,7 @@ import torch
 from gradstore.errors import BadInput, expect_whole
 from gradstore.format.layout import RowStatus
 from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.scoring.products import COSINE, InnerProduct
 from gradstore.scoring.scan import FeatureSource, Scan, exact_float32, round_chunk
 from gradstore.scoring.subtasks import Subtask, subtask_queries, usable_everywhere
 
@@ -35,6 +36,7 @@ def combine(
     keep: Callable[[int, int, npt.NDArray[np.float32]], None],
     device: torch.device,
     chunk_rows: int,
+    product: InnerProduct = COSINE,
 ) -> npt.NDArray[np.uint8]:
     """Sum similarities of every train row and every sub-task over checkpoints, chunk by chunk.
 
@@ -42,18 +44,21 @@ def combine(
         checkpoints: checked ones (`check_checkpoints`).
         subtasks: q of them.
         keep: gets `(start, stop, sums)` for consecutive chunks, sums (stop - start, q) float32:
-            sum over checkpoints of weight * (mean cosine to the sub-task's usable rows). Rows that
-            turn out not usable may hold anything.
+            sum over checkpoints of weight * (mean product with the sub-task's usable rows). Rows
+            that turn out not usable may hold anything.
         device: where the products are computed.
         chunk_rows: rows per chunk; rounded up to whole blocks.
+        product: of a train row and a target row.
 
     Returns:
         (n,) uint8 codes, `RowStatus.OK` where the row is usable at every checkpoint.
 
     Raises:
-        BadInput: chunk_rows < 1, a sub-task without a usable row, no usable train row at all.
+        BadInput: chunk_rows < 1, a sub-task without a usable row, no usable train row at all, or
+            rows that the product can't be taken of.
     """
     expect_whole(chunk_rows, "chunk_rows")
+    product.check(checkpoints)
     trains = [checkpoint.train for checkpoint in checkpoints]
     codes = start_codes(trains)
     sets = zip(*(checkpoint.targets for checkpoint in checkpoints), strict=True)
@@ -62,7 +67,13 @@ def combine(
         scans = [
             Scan(
                 checkpoint.train,
-                checkpoint.weight * subtask_queries(checkpoint.targets, subtasks, usable),
+                checkpoint.weight
+                * subtask_queries(
+                    checkpoint.targets,
+                    subtasks,
+                    usable,
+                    product.query_map(checkpoint.train, device),
+                ),
                 chunk_rows=chunk_rows,
                 device=device,
             )
@@ -72,9 +83,9 @@ def combine(
         for start in range(0, codes.size, step):
             stop = min(start + step, codes.size)
             total = np.zeros((stop - start, len(subtasks)), dtype=np.float32)
-            for scan in scans:
+            for scan, train in zip(scans, trains, strict=True):
                 products, found = scan.chunk(start, stop)
-                total += products
+                total += product.scaled(train, start, products)
                 here = codes[start:stop]
                 here[here == RowStatus.OK] = found[here == RowStatus.OK]
             keep(start, stop, total)

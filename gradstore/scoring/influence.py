@@ -1,12 +1,13 @@
-"""Exact cosine influence of every train row on the target rows (LESS, Xia et al. 2024).
+"""Exact influence of every train row on the target rows, by cosine (LESS, Xia et al. 2024).
 
 Letters: n train rows, q sub-tasks, d projected dimensions; j runs over target rows.
 
     score[i] = max_s  mean_{j in s}  sum_c  weight_c * cos(train_c[i], target_c[j])
 
-first the sum over checkpoints c, then the mean over the rows of a sub-task s, then max (or mean)
-over sub-tasks. A mean of cosines is one inner product with the mean of the unit target rows, so a
-checkpoint costs one product with q vectors, however many target rows there are.
+(or another `InnerProduct` in the cosine's place): first the sum over checkpoints c, then the mean
+over the rows of a sub-task s, then max (or mean) over sub-tasks. A mean of cosines is one inner
+product with the mean of the unit target rows, so a checkpoint costs one product with q vectors,
+however many target rows there are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
 from gradstore.scoring.combine import CHUNK_ROWS, combine, count_skipped
 from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
+from gradstore.scoring.products import COSINE, InnerProduct
 from gradstore.scoring.scan import as_device
 from gradstore.scoring.subtasks import split_rows, subtasks_of
 
@@ -35,7 +37,8 @@ class Scores:
     """One score per train row.
 
     Attributes:
-        values: (n,) float32, a weighted mean of cosines; nan where the row is not usable.
+        values: (n,) float32, a weighted mean of cosines or other products; nan where the row is not
+            usable.
         usable: (n,) bool, rows that every combined generation can use.
         best_subtask: (n,) int32, the sub-task the row helps most (ties: the first); -1 where the
             row is not usable.
@@ -53,7 +56,8 @@ class SubtaskInfluence:
     """Every train row's influence on every sub-task.
 
     Attributes:
-        values: (n, q) float32, weighted mean cosines; nan where the row is not usable.
+        values: (n, q) float32, weighted mean cosines or other products; nan where the row is not
+            usable.
         usable: (n,) bool, rows that every combined generation can use.
         skipped: number of unusable rows by reason, such as {"masked": 3}.
     """
@@ -170,6 +174,7 @@ def influence_scores(
     device: str | torch.device = "cpu",
     chunk_rows: int = CHUNK_ROWS,
     on_rows: Callable[[int], None] | None = None,
+    product: InnerProduct = COSINE,
 ) -> Scores:
     """Score every train row by its cosine influence on the target sub-tasks.
 
@@ -184,10 +189,12 @@ def influence_scores(
         device: where the products are computed.
         chunk_rows: rows between two progress calls; rounded up to a multiple of 256.
         on_rows: called with the number of rows just scored.
+        product: of a train row and a target row; a cosine unless another is asked for.
 
     Returns:
-        Scores in [-1, 1] where the weights sum to 1. Above 0, a step that includes the row lowers
-        the target's loss further than the same step without it, to first order; below 0, less far.
+        Scores in [-1, 1] where the weights sum to 1 and the product is a cosine. Above 0, a step
+        that includes the row lowers the target's loss further than the same step without it, to
+        first order; below 0, less far.
 
     Raises:
         BadInput: no checkpoint, sizes or weights that do not fit, an unknown aggregation, no usable
@@ -206,7 +213,7 @@ def influence_scores(
         if on_rows is not None:
             on_rows(stop - start)
 
-    codes = combine(checkpoints, subtasks, keep, as_device(device), chunk_rows)
+    codes = combine(checkpoints, subtasks, keep, as_device(device), chunk_rows, product)
     values[codes != RowStatus.OK] = np.nan
     best[codes != RowStatus.OK] = -1
     return Scores(values, codes == RowStatus.OK, best, count_skipped(codes))
@@ -219,6 +226,7 @@ def subtask_influence(
     device: str | torch.device = "cpu",
     chunk_rows: int = CHUNK_ROWS,
     on_rows: Callable[[int], None] | None = None,
+    product: InnerProduct = COSINE,
 ) -> SubtaskInfluence:
     """Compute `influence_scores` before aggregation over sub-tasks, keeping 4 q bytes a row.
 
@@ -235,6 +243,6 @@ def subtask_influence(
         if on_rows is not None:
             on_rows(stop - start)
 
-    codes = combine(checkpoints, subtasks, keep, as_device(device), chunk_rows)
+    codes = combine(checkpoints, subtasks, keep, as_device(device), chunk_rows, product)
     values[codes != RowStatus.OK] = np.nan
     return SubtaskInfluence(values, codes == RowStatus.OK, count_skipped(codes))

@@ -5,6 +5,7 @@ Letters: n rows, d dimensions.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -67,6 +68,13 @@ class PlainRows:
         ]
         self.status: npt.NDArray[np.uint8] = np.concatenate(parts)
         self.usable: npt.NDArray[np.bool_] = self.status == RowStatus.OK
+
+    @cached_property
+    def norm(self) -> npt.NDArray[np.float64]:
+        """(n,) float64; nan or infinite where a row is."""
+        blocks = range(0, self.rows, BLOCK_ROWS)
+        parts = (self._values[start : start + BLOCK_ROWS].astype(np.float64) for start in blocks)
+        return np.concatenate([np.linalg.norm(part, axis=1) for part in parts])
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Return rows [start, stop) as (stop - start, d) float32, of length 1 where usable."""

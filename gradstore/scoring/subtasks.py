@@ -7,7 +7,7 @@ it is not normalised again, so a sub-task whose rows disagree has a short query 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ import numpy.typing as npt
 from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
 from gradstore.scoring.scan import BLOCK_ROWS, FeatureSource, unit_rows
+
+_Rows = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def subtask_queries(
     targets: Sequence[FeatureSource],
     subtasks: Sequence[Subtask],
     usable: Sequence[npt.NDArray[np.bool_]],
+    as_queries: Callable[[_Rows, _Rows], _Rows] | None = None,
 ) -> npt.NDArray[np.float64]:
     """Compute the directions of all sub-tasks at one checkpoint.
 
@@ -109,9 +112,11 @@ def subtask_queries(
         targets: the checkpoint's target sets.
         subtasks: q of them.
         usable: per target set, (rows,) bool: rows usable at every combined checkpoint.
+        as_queries: (unit rows (m, d), their norms (m,)) -> (m, d), before the mean is taken; None
+            takes unit rows as they are.
 
     Returns:
-        (q, d) float64, row s the mean of the unit rows of sub-task s.
+        (q, d) float64, row s the mean of the queries of sub-task s.
 
     Raises:
         BadInput: a sub-task without a usable row, or a row marked usable that has no direction.
@@ -132,6 +137,10 @@ def subtask_queries(
                     f"row {row} of target set {source_name(source)} is marked usable but its "
                     "feature is zero or not finite; export this target set again"
                 )
+            if as_queries is not None:
+                norms = getattr(source, "norm", None)
+                lengths = np.ones(rows.size) if norms is None else norms[low:high][rows]
+                directions = as_queries(directions, np.asarray(lengths, dtype=np.float64))
             queries[index] += directions.sum(axis=0)
         queries[index] /= kept.size
     return queries

@@ -1,0 +1,160 @@
+"""Curvature of the stored features: the Fisher matrix of the train rows, damped and inverted.
+
+Letters: N rows that the matrix is fitted on, d projected dimensions, m target rows.
+
+Nothing is exported again: the second moment R of stored, projected gradients is the projected
+empirical Fisher matrix. It is fitted on at most `ROWS_PER_DIMENSION` * d rows (but `FEWEST_ROWS` at
+least), whole blocks spread evenly over the store, because N rows cost N d^2 multiplications. The
+scan that follows costs what it costs without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gradstore.errors import BadInput
+from gradstore.format.layout import RowStatus
+from gradstore.scoring.scan import BLOCK_ROWS, FeatureSource, exact_float32, unit_rows
+
+#: Rows that determine a d x d matrix well: its eigenvalues are within a factor (1 +- 1/2)^2 of
+#: those of all rows (Marchenko and Pastur 1967, with d / N = 1/4).
+ROWS_PER_DIMENSION = 4
+#: Fewer than this cost little in any dimension, and spare a small store the noise of a sample.
+FEWEST_ROWS = 16_384
+
+_SINGULAR = (
+    "the second moment of {rows} train rows in {dim} dimensions is singular, and damping is "
+    "{damping}; give a larger one, such as 1."
+)
+
+
+class Fisher:
+    """C = R + l I for R = X^T X / N, ready to be inverted.
+
+    With N < d it is never formed: by Woodbury's identity
+    C^-1 q = (q - X^T (X X^T + N l I)^-1 X q) / l.
+    """
+
+    def __init__(self, factor: Tensor, rows: Tensor | None, level: float) -> None:
+        """Keep what `of` computed.
+
+        Args:
+            factor: lower Cholesky factor, float64: of C (d, d), or of X X^T + N l I (N, N).
+            rows: X (N, d) float64 where the factor is (N, N), otherwise None.
+            level: l.
+        """
+        self._factor, self._rows = factor, rows
+        self.level = level
+
+    @classmethod
+    def of(
+        cls,
+        train: FeatureSource,
+        *,
+        unit: bool,
+        damping: float = 1.0,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Fit it to the usable train rows.
+
+        Args:
+            train: n rows.
+            unit: whether rows are taken at length 1, or with their norms.
+            damping: l as a multiple of the mean eigenvalue of R, its trace over d.
+            device: where the matrix lives: 8 d^2 bytes, or 8 N (N + d) where N < d.
+
+        Raises:
+            BadInput: no usable row, or a singular R without damping.
+        """
+        device, dim = torch.device(device), train.dim
+        blocks = _sampled_blocks(train, max(FEWEST_ROWS, ROWS_PER_DIMENSION * dim))
+        with exact_float32():
+            count = sum(len(rows) for rows in blocks)
+            if count < dim:
+                parts = [torch.from_numpy(x) for x in _rows_of(train, blocks, unit=unit)]
+                held = torch.cat([*parts, torch.empty(0, dim)]).to(device, torch.float64)
+                return cls._of_few(held, damping, dim)
+            moment = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+            for x in _rows_of(train, blocks, unit=unit):
+                block = torch.from_numpy(x).to(device)
+                moment += block.T @ block
+        moment /= count
+        level = damping * float(moment.trace()) / dim
+        moment.diagonal().add_(level)
+        return cls(_cholesky(moment, count, dim, damping), None, level)
+
+    @classmethod
+    def _of_few(cls, rows: Tensor, damping: float, dim: int) -> Self:
+        """Invert through the (N, N) inner products of fewer rows than dimensions."""
+        count = len(rows)
+        gram = rows @ rows.T
+        trace = float(gram.trace())
+        if trace == 0 or damping == 0:
+            raise BadInput(_SINGULAR.format(rows=count, dim=dim, damping=damping))
+        level = damping * trace / count / dim
+        gram.diagonal().add_(count * level)
+        return cls(_cholesky(gram, count, dim, damping), rows, level)
+
+    def solve(self, queries: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Compute l C^-1 q for each of (m, d) queries; tends to q as l grows."""
+        given = torch.from_numpy(np.ascontiguousarray(queries)).to(self._factor.device).T
+        if self._rows is None:
+            solved = self.level * torch.cholesky_solve(given, self._factor)
+        else:
+            inner = torch.cholesky_solve(self._rows @ given, self._factor)
+            solved = given - self._rows.T @ inner
+        return np.ascontiguousarray(solved.T.cpu().numpy())
+
+    def whitened_unit(self, queries: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Compute sqrt(l) C^-1 q / sqrt(q^T C^-1 q): a unit vector of the whitened space.
+
+        Its product with a unit row is at most 1, and tends to the cosine as l grows.
+        """
+        solved = self.solve(queries)
+        lengths = np.sqrt(np.maximum((solved * queries).sum(axis=1, keepdims=True), 0.0))
+        return solved / np.where(lengths > 0, lengths, 1.0)
+
+
+def _cholesky(matrix: Tensor, rows: int, dim: int, damping: float) -> Tensor:
+    """Return the lower factor of a damped matrix.
+
+    Raises:
+        BadInput: it is singular.
+    """
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed) or not bool(torch.isfinite(factor.diagonal()).all()):
+        raise BadInput(_SINGULAR.format(rows=rows, dim=dim, damping=damping))
+    return factor
+
+
+def _sampled_blocks(train: FeatureSource, most: int) -> list[npt.NDArray[np.int64]]:
+    """List the usable rows of whole blocks spread evenly over the source, at most about `most`."""
+    usable = np.flatnonzero(np.asarray(train.usable, dtype=bool))
+    blocks = np.split(usable, np.flatnonzero(np.diff(usable // BLOCK_ROWS)) + 1)
+    wanted = max(1, most // BLOCK_ROWS)
+    if len(usable) <= most or len(blocks) <= wanted:
+        return blocks
+    return [blocks[i] for i in np.linspace(0, len(blocks) - 1, wanted).round().astype(int)]
+
+
+def _rows_of(
+    train: FeatureSource, blocks: list[npt.NDArray[np.int64]], *, unit: bool
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Yield the rows block by block, of length 1 or of their norms before projection."""
+    for rows in blocks:
+        if rows.size == 0:
+            continue
+        start = int(rows[0]) // BLOCK_ROWS * BLOCK_ROWS
+        read = train.read(start, min(start + BLOCK_ROWS, train.rows))[rows - start]
+        directions, codes = unit_rows(read)
+        good = codes == RowStatus.OK  # the scan reports the others
+        if not unit:
+            directions *= np.asarray(train.norm, dtype=np.float64)[rows, None]  # type: ignore[attr-defined]
+        yield directions[good].astype(np.float32)

@@ -1,0 +1,185 @@
+"""Inner products of scores against their formulas in float64, with matrices formed and inverted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradstore.errors import BadInput
+from gradstore.scoring import curvature
+from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.scoring.curvature import Fisher
+from gradstore.scoring.influence import influence_scores, subtask_influence
+from gradstore.scoring.plain_rows import PlainRows
+from gradstore.scoring.products import InnerProduct
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def rows(seed: int, n: int, d: int) -> Floats:
+    """Correlated rows of very different lengths."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) / np.sqrt(d)
+    return np.asarray(mixed * rng.lognormal(0, 1, size=(n, 1)), dtype=np.float64)
+
+
+def by_formula(train: Floats, target: Floats, product: InnerProduct) -> Floats:
+    """(n, m) products as the table of `InnerProduct` has them, C formed and inverted."""
+    unit_x = train / np.linalg.norm(train, axis=1, keepdims=True)
+    unit_t = target / np.linalg.norm(target, axis=1, keepdims=True)
+    x = unit_x if product.normalize == "cosine" else train
+    if product.preconditioner == "none":
+        return x @ (target if product.normalize == "none" else unit_t).T
+    moment = x.T @ x / len(x)
+    level = product.damping * np.trace(moment) / moment.shape[0]
+    inverse = np.linalg.inv(moment + level * np.eye(moment.shape[0]))
+    if product.normalize == "none":
+        return level * x @ inverse @ target.T
+    lengths = np.sqrt(np.einsum("md,de,me->m", unit_t, inverse, unit_t))
+    return np.sqrt(level) * x @ inverse @ unit_t.T / lengths
+
+
+@pytest.mark.parametrize("normalize", ["cosine", "target", "none"])
+@pytest.mark.parametrize("preconditioner", ["none", "fisher"])
+@pytest.mark.parametrize(("n", "d"), [(40, 8), (12, 30), (300, 16)])
+def test_every_product_is_its_formula(normalize: Any, preconditioner: Any, n: int, d: int) -> None:
+    train, target = rows(1, n, d), rows(2, 5, d)
+    product = InnerProduct(normalize, preconditioner, damping=0.3)
+    checkpoint = CheckpointFeatures(train, [target[:2], target[2:]])
+
+    found = subtask_influence([checkpoint], product=product).values
+
+    each = by_formula(train, target, product)
+    expected = np.stack([each[:, :2].mean(axis=1), each[:, 2:].mean(axis=1)], axis=1)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max())
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10_000), n=st.integers(2, 40), d=st.integers(2, 40))
+def test_a_damped_cosine_is_at_most_1_and_tends_to_the_cosine(seed: int, n: int, d: int) -> None:
+    checkpoint = CheckpointFeatures(rows(seed, n, d), [rows(seed + 1, 1, d)])
+    plain = influence_scores([checkpoint]).values
+
+    damped = influence_scores([checkpoint], product=InnerProduct("cosine", "fisher", 0.1)).values
+    nearly = influence_scores([checkpoint], product=InnerProduct("cosine", "fisher", 1e6)).values
+
+    assert np.abs(damped).max() <= 1 + 1e-5
+    np.testing.assert_allclose(nearly, plain, atol=1e-4)
+
+
+def test_fewer_rows_than_dimensions_give_the_same_inverse_as_the_formed_matrix() -> None:
+    train, query = rows(3, 20, 21), rows(4, 3, 21)
+    few = Fisher.of(PlainRows(train, "t"), unit=False, damping=0.5)
+    doubled = PlainRows(np.concatenate([train, train]), "t")  # the same second moment, N > d
+
+    formed = Fisher.of(doubled, unit=False, damping=0.5)
+
+    assert formed.level == pytest.approx(few.level, rel=1e-6)
+    np.testing.assert_allclose(formed.solve(query), few.solve(query), rtol=1e-4, atol=1e-5)
+
+
+def test_whitening_finds_the_row_that_a_common_direction_hides() -> None:
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=64)
+    kinds = rng.normal(size=(4, 64)) / 2
+    of_row = np.arange(400) % 4
+    train = 4 * common + kinds[of_row] + rng.normal(size=(400, 64)) * 2
+    target = 4 * common + kinds[2] + rng.normal(size=(32, 64)) * 2
+    checkpoint = CheckpointFeatures(train, [target])
+
+    def share(product: InnerProduct) -> float:
+        scores = influence_scores([checkpoint], product=product).values
+        return float((of_row[np.argsort(-scores)[:40]] == 2).mean())
+
+    assert share(InnerProduct("cosine", "fisher")) > share(InnerProduct()) + 0.1
+
+
+def test_unusable_rows_neither_count_nor_get_a_score() -> None:
+    train, target = rows(5, 50, 6), rows(6, 4, 6)
+    broken = np.concatenate([train[:20], np.full((1, 6), np.nan), np.zeros((1, 6)), train[20:]])
+    product = InnerProduct("none", "fisher", 0.2)
+
+    found = influence_scores([CheckpointFeatures(broken, [target])], product=product)
+
+    expected = influence_scores([CheckpointFeatures(train, [target])], product=product).values
+    assert found.skipped == {"nonfinite": 1, "zero_norm": 1} or sum(found.skipped.values()) == 2
+    np.testing.assert_allclose(found.values[found.usable], expected, rtol=1e-5)
+
+
+def test_only_so_many_rows_as_the_matrix_needs_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curvature, "FEWEST_ROWS", 512)
+    train = rows(7, 256 * 20, 4)
+    starts = []
+
+    class Counted(PlainRows):
+        def read(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+            starts.append(start)
+            return super().read(start, stop)
+
+    Fisher.of(Counted(train, "t"), unit=True)
+
+    assert starts == [0, 256 * 19]
+
+
+def test_scores_do_not_depend_on_chunks_nor_on_how_a_checkpoint_is_cut() -> None:
+    checkpoint = CheckpointFeatures(rows(8, 700, 12), [rows(9, 3, 12)])
+    product = InnerProduct("target", "fisher")
+    whole = influence_scores([checkpoint], product=product)
+    chunked = influence_scores([checkpoint], product=product, chunk_rows=256)
+    np.testing.assert_array_equal(whole.values, chunked.values)
+
+
+@pytest.mark.parametrize(("n", "d"), [(5, 20), (40, 20)])
+def test_a_singular_curvature_without_damping_is_refused(n: int, d: int) -> None:
+    flat = rows(10, n, d)
+    flat[:, -1] = flat[:, 0]
+    checkpoint = CheckpointFeatures(flat, [rows(11, 2, d)])
+    with pytest.raises(BadInput, match="singular, and damping is 0"):
+        influence_scores([checkpoint], product=InnerProduct("cosine", "fisher", 0.0))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"normalize": "both"}, "normalize is 'both'; use cosine | target | none"),
+        ({"preconditioner": "kfca"}, "preconditioner is 'kfca'"),
+        ({"damping": -1.0}, "damping is -1.0"),
+        ({"damping": float("nan")}, "damping is nan"),
+        ({"damping": True}, "damping is True"),
+    ],
+)
+def test_an_unknown_name_or_number_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput, match=said.replace("|", r"\|")):
+        InnerProduct(**given)
+
+
+def test_features_of_two_kinds_have_no_common_curvature() -> None:
+    class Recorded(PlainRows):
+        def __init__(self, values: Floats, name: str, kind: str) -> None:
+            super().__init__(values, name)
+            self.record = type("Record", (), {"feature": kind})()
+
+    checkpoint = CheckpointFeatures(
+        Recorded(rows(1, 9, 4), "train/16", "adam_marginal"),
+        [Recorded(rows(2, 2, 4), "dev", "sgd")],
+    )
+    with pytest.raises(BadInput, match="train/16 holds adam_marginal and dev sgd"):
+        influence_scores([checkpoint], product=InnerProduct("cosine", "fisher"))
+    assert influence_scores([checkpoint]).usable.all()
+
+
+def test_a_source_without_norms_has_cosines_only() -> None:
+    class Bare:
+        rows, dim = 3, 4
+        usable = np.ones(3, dtype=bool)
+
+        def read(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+            return np.eye(4, dtype=np.float32)[start:stop]
+
+    checkpoint = CheckpointFeatures(Bare(), [rows(1, 2, 4)])
+    with pytest.raises(BadInput, match="no norms of its rows"):
+        influence_scores([checkpoint], product=InnerProduct("target"))
