@@ -217,9 +217,10 @@ class Choice:
         """Read the quotas of a choice of k rows; None where there are none."""
         if not self.quotas:
             return None
-        if getattr(train, "sources", None) is None:
+        sources: Sequence[tuple[str, int]] | None = getattr(train, "sources", None)
+        if sources is None:
             raise BadInput("quotas need the data set of each row, and these rows have none.")
-        return Limits.of([name for name, _ in train.sources], rows_of_quotas(self.quotas, k))
+        return Limits.of([name for name, _ in sources], rows_of_quotas(self.quotas, k))
 
     def _most(self, usable: npt.NDArray[np.bool_], train: TrainRows) -> int:
         """Count the rows that the budget may hold."""

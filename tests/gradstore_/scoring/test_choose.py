@@ -108,7 +108,7 @@ def test_fewer_rows_than_target_rows_are_told_before_the_features_are_read(
     with pytest.raises(BadInput, match="4 rows cannot serve 5 target rows"):
         select_subset([pair], 4, "round_robin")
     with pytest.raises(BadInput, match="at most 20,000"):
-        select_subset([pair], 20_001, "facility_location")
+        Rule("facility_location").check(20_001, 5)
 
 
 @pytest.mark.parametrize("subset", SUBSETS)
