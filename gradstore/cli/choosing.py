@@ -51,6 +51,10 @@ class Asked:
         int | None,
         typer.Option(help="Rows that a target row names, of knn_uniform. Default: found."),
     ] = None
+    length_correction: Annotated[
+        str,
+        typer.Option(help="Take the rows' length out of the scores of top: regression or bins."),
+    ] = "none"
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before rows are scored."""
@@ -73,7 +77,9 @@ class Asked:
                         f"--quota '{name}={most}' is a share of a number of rows; beside "
                         "--token-budget give a number of rows."
                     )
-        return Choice(rule, self.count, self.fraction, self.token_budget, quotas)
+        return Choice(
+            rule, self.count, self.fraction, self.token_budget, quotas, self.length_correction
+        )
 
     def rows(
         self, checkpoints: Sequence[CheckpointFeatures], scores: Scores

@@ -19,6 +19,7 @@ from gradstore.scoring.best_rows import StoredTable, TargetTable, best_of_each
 from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
 from gradstore.scoring.coverage import check_rows, facility_location
 from gradstore.scoring.influence import Aggregation, influence_scores
+from gradstore.scoring.length_bias import check_correction, without_length
 from gradstore.scoring.quotas import Limits, check_room, most_rows_within, within_tokens
 from gradstore.scoring.selection import check_k, rows_for_fraction
 from gradstore.scoring.subset import (
@@ -153,9 +154,11 @@ class Choice:
         fraction: share of the usable rows.
         tokens: target tokens of all rows taken.
         quotas: the most rows of a data set by name, or a share of the rows taken, between 0 and 1.
+        length: correction of the scores for the rows' lengths, one of `CORRECTIONS`; with `top`.
 
     Raises:
-        BadInput: no budget or several, or one that no store could keep.
+        BadInput: no budget or several, one that no store could keep, or a correction that does not
+            go with the rule.
     """
 
     rule: Rule
@@ -163,9 +166,16 @@ class Choice:
     fraction: float | None = None
     tokens: int | None = None
     quotas: Mapping[str, int | float] = field(default_factory=dict)
+    length: str = "none"
 
     def __post_init__(self) -> None:
         """Check everything that can be checked before rows are scored."""
+        check_correction(self.length)
+        if self.length != "none" and self.rule.name != "top":
+            raise BadInput(
+                f"length correction is {self.length!r}, but the subset is {self.rule.name!r}: only "
+                "'top' ranks by one score a row that can be corrected; leave one of them out."
+            )
         budgets = 3 - [self.count, self.fraction, self.tokens].count(None)
         if budgets > 1 or (budgets == 0 and self.rule.name != "drop_harmful"):
             raise BadInput(f"{budgets} budgets are given; give one of count, fraction, tokens.")
@@ -195,6 +205,8 @@ class Choice:
             BadInput: as `Rule.choose`, quotas without the rows' data sets, a token budget below
                 the first row's tokens, or one that does not serve every target row in turn.
         """
+        if self.length != "none":
+            scores = without_length(scores, train.tokens, self.length, usable=usable)
         everything = (self.count, self.fraction, self.tokens) == (None, None, None)
         k = int(usable.sum()) if everything else self._most(usable, train)
         if self.tokens is None:

@@ -20,6 +20,9 @@ DISCOUNT = 0.5
 #: Most rows that the greedy choice takes: its cost grows faster than k.
 MOST_ROWS = 20_000
 
+#: Gains that are computed again together, when the first of them is wanted.
+_AT_ONCE = 64
+
 #: Below this part of a similarity further rows of a target row are not kept apart.
 _NEGLIGIBLE = 1e-9
 
@@ -41,7 +44,7 @@ def facility_location(
     between them a row is penalised for each better row that serves the same target rows. F is
     monotone and submodular (a non-negative sum of ranks of uniform matroids), so the greedy choice
     reaches 1 - 1/e of the best F (Nemhauser et al. 1978), half of it under limits, and gains only
-    fall: they are computed again only when a row comes first (lazy greedy, Minoux 1978).
+    fall: they are computed again only where a row comes first (lazy greedy, Minoux 1978).
 
     Args:
         best: each target row's best rows, which name at least k rows in all.
@@ -62,23 +65,31 @@ def facility_location(
     served = _Served(best, discount)
     order: list[tuple[float, float, int]] = served.all_gains()
     heapq.heapify(order)
+    known_at = np.zeros(len(order), dtype=np.int64)  # rows taken when a gain was computed
     left = [] if limits is None else limits.most.tolist()
     taken: list[int] = []
     while len(taken) < k:
         if not order:
             raise BadInput(f"asked {k} rows, but the target rows name {len(taken)}; ask for fewer.")
-        _, likeness, place = heapq.heappop(order)
+        place = order[0][2]
         of_set = -1 if limits is None else int(limits.of_row[served.rows[place]])
         if of_set >= 0 and not left[of_set]:
-            continue
-        now = (-served.gain(place), likeness, place)
-        if order and now > order[0]:
-            heapq.heappush(order, now)
-            continue
-        served.take(place)
-        taken.append(int(served.rows[place]))
-        if of_set >= 0:
-            left[of_set] -= 1
+            heapq.heappop(order)
+        elif known_at[place] < len(taken):
+            stale: list[tuple[float, float, int]] = []
+            while order and len(stale) < _AT_ONCE and known_at[order[0][2]] < len(taken):
+                stale.append(heapq.heappop(order))
+            places = np.array([each[2] for each in stale])
+            known_at[places] = len(taken)
+            gains = served.gains(places).tolist()
+            for (_, likeness, place), gain in zip(stale, gains, strict=True):
+                heapq.heappush(order, (-gain, likeness, place))
+        else:
+            heapq.heappop(order)
+            served.take(place)
+            taken.append(int(served.rows[place]))
+            if of_set >= 0:
+                left[of_set] -= 1
     return np.array(taken, dtype=np.int64)
 
 
@@ -112,8 +123,10 @@ class _Served:
             enough = np.log(_NEGLIGIBLE) / np.log(discount) if discount else 1
             depth = min(depth, int(np.ceil(enough)))
         self._weight = np.append(discount ** np.arange(depth, dtype=np.float64), 0.0)
-        # Similarities of the taken rows with each target row, largest first.
+        # Similarities of the taken rows with each target row, largest first, and what those from a
+        # place on lose when they move down by one.
         self._best = np.zeros((len(best.rows), depth))
+        self._lost = np.zeros((len(best.rows), depth + 1))
 
     @property
     def count(self) -> int:
@@ -126,20 +139,25 @@ class _Served:
         return list(zip((-gains).tolist(), (-self._likeness).tolist(), range(self.count),
                         strict=True))  # fmt: skip
 
-    def gain(self, place: int) -> float:
-        """Return what a candidate adds to what is taken."""
-        target, value = self._of(place)
+    def gains(self, places: npt.NDArray[np.int64]) -> FloatArray:
+        """Return what each of some candidates adds to what is taken."""
+        sizes = self._bounds[places + 1] - self._bounds[places]
+        starts = np.cumsum(sizes) - sizes
+        pairs = np.repeat(self._bounds[places] - starts, sizes) + np.arange(sizes.sum())
+        target, value = self._target[pairs], self._value[pairs]
         before = self._best[target]
         above = (before >= value[:, None]).sum(axis=1)
-        after = np.arange(before.shape[1])[None, :] >= above[:, None]
-        pushed = (before * after) @ (self._weight[:-1] - self._weight[1:])
-        return float((value * self._weight[above] - pushed).sum())
+        # What is not above moves down by one place.
+        lost = self._lost[target, above]
+        return np.add.reduceat(value * self._weight[above] - lost, starts)
 
     def take(self, place: int) -> None:
         """Take a candidate."""
         target, value = self._of(place)
         with_it = np.column_stack([self._best[target], value])
-        self._best[target] = -np.sort(-with_it, axis=1)[:, :-1]
+        self._best[target] = best = -np.sort(-with_it, axis=1)[:, :-1]
+        moved = best * (self._weight[:-1] - self._weight[1:])
+        self._lost[target, :-1] = np.cumsum(moved[:, ::-1], axis=1)[:, ::-1]
 
     def _of(self, place: int) -> tuple[npt.NDArray[np.int64], FloatArray]:
         pairs = slice(self._bounds[place], self._bounds[place + 1])

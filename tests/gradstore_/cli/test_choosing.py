@@ -15,6 +15,7 @@ from gradstore.cli.options import app
 from gradstore.errors import BadInput
 from gradstore.format.records import RowSet
 from gradstore.scoring.choose import SUBSETS
+from gradstore.scoring.length_bias import without_length
 from gradstore.store.reader import Store, open_store
 
 
@@ -113,6 +114,15 @@ def test_a_quota_limits_a_data_set_and_others_fill_up(
     assert chosen(store, "-k", "8", "--quota", f"{first}={quota}") == expected
 
 
+def test_the_length_of_rows_can_be_taken_out_of_the_scores(store: Path) -> None:
+    train = open_store(store).generation("train/1")
+    means = cosines(open_store(store)).mean(axis=1)
+    left = without_length(means, train.tokens, "regression", usable=~np.isnan(means))
+    best = np.argsort(-np.nan_to_num(left, nan=-np.inf), kind="stable")[:7].tolist()
+    assert best != chosen(store, "-k", "7")
+    assert chosen(store, "-k", "7", "--length-correction", "regression") == best
+
+
 def test_harmful_rows_are_dropped_and_counted_with_and_without_a_budget(
     store: Path,
 ) -> None:
@@ -152,6 +162,7 @@ def test_harmful_rows_are_dropped_and_counted_with_and_without_a_budget(
         (("-k", "40", "--quota", "set one=9"), "asked 40"),
         (("-k", "20", "--quota", "set one=9"), "asked 20 rows, but the quotas leave 9"),
         (("--token-budget", "9", "--quota", "a=0.5"), "beside --token-budget"),
+        (("-k", "9", "--length-correction", "log"), "choose none or regression or bins"),
         (("-k", "9", "--neighbours", "3"), "only the subset 'knn_uniform' has neighbours"),
         ((), "either -k N or --fraction F or --token-budget T"),
         (("--token-budget", "0"), "--token-budget is 0"),

@@ -144,6 +144,7 @@ def test_a_token_budget_ends_the_order_of_every_rule(subset: str) -> None:
         ({"count": 3, "quotas": {"a": 0}}, "quota of 'a' is 0"),
         ({"count": 3, "quotas": {"a": 1.5}}, "quota of 'a' is 1.5"),
         ({"count": 3, "quotas": {"a": True}}, "quota of 'a' is True"),
+        ({"count": 3, "length": "log"}, "length correction is 'log'"),
     ],
 )
 def test_a_budget_that_means_nothing_is_refused(asked: dict[str, Any], told: str) -> None:
@@ -164,3 +165,16 @@ def test_quotas_without_data_sets_are_refused() -> None:
     train: Any = SimpleNamespace(sources=None)
     with pytest.raises(BadInput, match="these rows have none"):
         Choice(Rule(), count=3, quotas={"a": 1}).limits(train, 3)
+
+
+def test_a_length_correction_goes_with_top_alone_and_ranks_by_what_is_left() -> None:
+    train: Any = SimpleNamespace(tokens=np.array([2, 4, 8, 16]), rows=4)
+    scores, usable = np.array([0.9, 0.8, 0.3, 0.2]), np.ones(4, dtype=bool)
+    plain, corrected = (
+        Choice(Rule(), count=2, length=how).rows(scores, None, train, usable=usable).tolist()
+        for how in ("none", "regression")
+    )
+    assert plain == [0, 1]
+    assert corrected == [1, 3], "0.9, 0.8, 0.3, 0.2 less a line that falls by 0.26 a doubling"
+    with pytest.raises(BadInput, match="but the subset is 'round_robin': only 'top'"):
+        Choice(Rule("round_robin"), count=2, length="bins")
