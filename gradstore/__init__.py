@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gradstore.export.units import Batches
     from gradstore.format.records import GenerationRecord, RowSet, row_hash
     from gradstore.format.text_table import Text
+    from gradstore.scoring.choose import select_subset
     from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.scoring.frames import open_store
     from gradstore.scoring.influence import influence_scores
@@ -59,6 +60,7 @@ _MODULES = {
     "query_influence": "scoring.query",
     "read_unit_rows": "similarity.rows",
     "row_hash": "format.records",
+    "select_subset": "scoring.choose",
     "select_top": "scoring.selection",
     "write_selected": "scoring.selection",
 }
@@ -91,6 +93,7 @@ __all__ = [
     "query_influence",
     "read_unit_rows",
     "row_hash",
+    "select_subset",
     "select_top",
     "write_selected",
 ]

@@ -22,6 +22,7 @@ from gradstore.export.direct import TargetDirections, direct_cosines, target_dir
 from gradstore.export.moments import AdamMoments
 from gradstore.export.units import check_bad_rows
 from gradstore.format.layout import RowStatus
+from gradstore.scoring.best_rows import HeldTable, TargetTable
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class DirectInfluence:
 
     Attributes:
         cosines: (n, q) float64, NaN where a row cannot be used.
+        each: (n, t) float32, the cosines to each usable target row; None unless asked for.
         skipped: rows that cannot be used, by status.
         target_rows: usable rows of the target.
         tokens: tokens of both passes.
@@ -39,6 +41,12 @@ class DirectInfluence:
     skipped: dict[str, int]
     target_rows: int
     tokens: int
+    each: npt.NDArray[np.float32] | None = None
+
+    @property
+    def table(self) -> TargetTable | None:
+        """The cosines to each target row, as subset rules read them."""
+        return None if self.each is None else HeldTable(self.each)
 
 
 def direct_influence(
@@ -46,10 +54,14 @@ def direct_influence(
     settings: FeatureSettings,
     subtask_sizes: Sequence[int] | None,
     source: TargetFeatures | None = None,
+    *,
+    each_row: bool = False,
 ) -> DirectInfluence:
     """Compute mean cosines to the q sub-tasks without a projection (`scoring: direct`).
 
     Collective: every rank takes the target's directions, the training rows are shared.
+    With `each_row` the cosines to each target row are kept as well: a direction as long as the
+    gradient is held for every usable target row, beside one for each sub-task.
 
     Raises:
         BadInput: a sub-task without a usable row; too many rows with a non-finite gradient.
@@ -68,30 +80,29 @@ def direct_influence(
     with progress(f"exact influence at step {context.step}", total,
                   shown=run.shows_progress, told=run.ranks.leads) as advance:  # fmt: skip
         subtasks = _subtasks(data.targets, subtask_sizes)
-        directions = _directions(run, settings, subtasks, source, budget, advance)
+        directions = _directions(run, settings, subtasks, source, budget, advance, each_row)
         cosines = direct_cosines(
             run.model,
-            batches(
-                run,
-                data.train,
-                fitting,
-                budget,
-                lambda done: advance(done * run.ranks.world),
-                shared=True,
-            ),
+            batches(run, data.train, fitting, budget,
+                    lambda done: advance(done * run.ranks.world), shared=True),
             len(data.train),
             directions,
             settings.train_features,
             moments,
             status,
-        )
+        )  # fmt: skip
     cosines, status = _merged(run.ranks.gather(lambda: (cosines, status)))
     bad = np.flatnonzero(status == RowStatus.NON_FINITE).tolist()
     check_bad_rows(len(bad), bad, len(data.train), settings.max_bad_fraction)
     tokens = data.train.lengths.sum() + sum(rows.lengths.sum() for rows in data.targets)
     counts = Counter(RowStatus(int(s)).name.lower() for s in status if s != RowStatus.OK)
+    q = len(directions.rows)
     return DirectInfluence(
-        cosines.astype(np.float64), dict(counts), sum(directions.rows), int(tokens)
+        cosines[:, :q].astype(np.float64),
+        dict(counts),
+        sum(directions.rows),
+        int(tokens),
+        cosines[:, q:] if each_row else None,
     )
 
 
@@ -102,6 +113,7 @@ def _directions(
     source: TargetFeatures | None,
     budget: int,
     advance: OnRows,
+    each_row: bool,
 ) -> TargetDirections:
     """Compute the gradient direction of every sub-task, from its rows or what `source` makes."""
     if source is not None:
@@ -111,12 +123,14 @@ def _directions(
             run.collate,
             settings.target_features,
             token_budget=budget,
+            each_row=each_row,
         )
     whole = whole_rows(run.model)
     return target_directions(
         run.model,
         [batches(run, rows, positions, budget, advance, whole) for rows, positions in subtasks],
         settings.target_features,
+        each_row=each_row,
     )
 
 

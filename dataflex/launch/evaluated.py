@@ -28,11 +28,11 @@ from gradstore.evaluation.bank import Bank
 from gradstore.evaluation.estimates import score_matrix
 from gradstore.evaluation.retraining import LEAST_SUBSETS
 from gradstore.format.layout import RowStatus
+from gradstore.scoring.best_rows import usable_targets
 from gradstore.scoring.combine import CHUNK_ROWS, combine
 from gradstore.scoring.pairing import checkpoint_features, parse_which
 from gradstore.scoring.scan import as_device
 from gradstore.scoring.selection import rows_for_fraction
-from gradstore.scoring.subset import usable_targets
 from gradstore.store.reader import open_store
 
 if TYPE_CHECKING:

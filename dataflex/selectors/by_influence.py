@@ -21,6 +21,7 @@ from dataflex.run.log import progress
 from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, Selector
+from dataflex.selectors.subset_rule import SubsetRule
 from gradstore.errors import BadInput, ProvenanceMismatch
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class InfluenceSelector(Selector):
         self.which = checkpoints
         self.keep_generations = keep_generations
         self.unique = unique
+        #: The rule that turns scores into rows; a subclass that offers others sets it.
+        self.rule = SubsetRule()
         #: Name of the sample that stands for the training rows; "" where all are taken.
         self.train_set = ""
         self._service: FeatureService | None = None
@@ -275,12 +278,14 @@ class InfluenceSelector(Selector):
     ) -> Selection:
         """Score the exported rows and choose the best of them, on rank 0."""
         clock = [time.perf_counter()]
-        scores = self.score(
-            service.checkpoints(self.which, context.step, self.train_set), count, context
-        )
+        checkpoints = service.checkpoints(self.which, context.step, self.train_set)
+        scores = self.score(checkpoints, count, context)
         clock.append(time.perf_counter())
         candidates = context.among_candidates(scores.usable)
-        rows = self.take(scores.values, count, candidates)
+        if self.rule.plain:
+            rows = self.take(scores.values, count, candidates)
+        else:
+            rows = self.rule.stored_rows(count, scores.values, candidates, checkpoints, context)
         clock.append(time.perf_counter())
         if self.keep_generations is not None:
             # Generations since the last checkpoint are kept in addition: a resume starts before
@@ -303,6 +308,7 @@ class InfluenceSelector(Selector):
                 "targets": list(exported.targets),
                 "commit": train.commit_sha,
                 "adapter": train.record.adapter_hash,
+                **self.rule.told(),
                 "won": self.won(rows, scores.best, context.run),
                 "all_scores": spread_of(scores.values, candidates, rows),
             },
@@ -313,11 +319,16 @@ class InfluenceSelector(Selector):
 
         began = time.perf_counter()
         sizes = self.subtask_sizes(context.run)
-        found = direct_influence(context, self.settings, sizes, self.target_source())
+        found = direct_influence(
+            context, self.settings, sizes, self.target_source(), each_row=self.rule.per_target
+        )
         exported = time.perf_counter()
         candidates = context.among_candidates(np.asarray(np.isfinite(found.cosines).all(axis=1)))
         scores = self.fold(found.cosines, candidates, count)
-        rows = self.take(scores, count, candidates)
+        if self.rule.plain:
+            rows = self.take(scores, count, candidates)
+        else:
+            rows = self.rule.rows(count, scores, candidates, found.table, context.run.data)
         return Selection(
             rows,
             scores[rows],
@@ -329,6 +340,7 @@ class InfluenceSelector(Selector):
             manifest={
                 "scoring": "direct",
                 "feature": self.settings.gradient_type,
+                **self.rule.told(),
                 "won": self.won(rows, self.best_of(found.cosines), context.run),
                 "all_scores": spread_of(scores, candidates, rows),
             },

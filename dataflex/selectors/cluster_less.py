@@ -108,6 +108,11 @@ class ClusterLessSelector(LessSelector):
             raise ValueError(
                 f"scoring is {self.scoring!r}; cluster_less scores projected features; leave it out"
             )
+        if not self.rule.plain:
+            raise ValueError(
+                f"subset is {self.rule.subset!r}, quotas are {dict(self.rule.quotas)}; cluster_less"
+                " takes whole clusters, best first, by a rule of its own; leave both out"
+            )
         self.cluster_size, self.num_clusters = cluster_size, num_clusters
         self.samples_per_cluster = samples_per_cluster
         self.max_iter, self.chunk_rows = clustering_max_iter, assignment_chunk_size

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from dataflex.config.parameters import Count
 from dataflex.config.registry import register
+from dataflex.data.rows import RunData
 from dataflex.run.context import UpdateContext
 from dataflex.selectors.by_influence import InfluenceSelector, RowScores
+from dataflex.selectors.subset_rule import SubsetRule
 
 if TYPE_CHECKING:
     from gradstore.scoring.comparable import CheckpointFeatures
@@ -22,6 +25,10 @@ class LessSelector(InfluenceSelector):
 
     Args:
         aggregation: over sub-tasks of the target, max or mean.
+        subset: rule that turns scores into rows, top, round_robin, knn_uniform, transport,
+            facility_location or drop_harmful: docs/subset.md.
+        neighbours: rows that a target row names, of knn_uniform; null finds them.
+        quotas: the most rows an update takes of a data set, by name, or a share between 0 and 1.
         influence: as for `InfluenceSelector`.
     """
 
@@ -30,10 +37,21 @@ class LessSelector(InfluenceSelector):
     def __init__(
         self,
         aggregation: Literal["max", "mean"] = "max",
+        subset: Literal[
+            "top", "round_robin", "knn_uniform", "transport", "facility_location", "drop_harmful"
+        ] = "top",
+        neighbours: Count | None = None,
+        quotas: Mapping[str, int | float] | None = None,
         **influence: Any,  # noqa: ANN401 - the base's parameters
     ) -> None:
         super().__init__(**influence)
         self.aggregation = aggregation
+        self.rule = SubsetRule(subset, neighbours, quotas or {})
+
+    def check_count(self, count: int, data: RunData) -> None:
+        """Refuse, before the model is loaded, rows that can't be answered or chosen by the rule."""
+        super().check_count(count, data)
+        self.rule.check_count(count, data, unique=self.unique)
 
     def score(
         self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from dataflex.data.rows import RunData
 from dataflex.run.context import UpdateContext
 from dataflex.selectors.base import Selection
 from dataflex.selectors.by_embedding import EmbeddingSelector, load_offline, rows_of_file, scored
+from dataflex.selectors.subset_rule import SubsetRule
 from gradstore.errors import BadInput
 from gradstore.similarity.neighbours import Matrix, Neighbours, column_order, growing_order
 
@@ -27,6 +29,11 @@ class NearSelector(EmbeddingSelector):
         max_K: neighbours looked up for each target row; more where they name too few rows.
         advance: go on where the last update ended, and from the start when all were served; false
             answers the same rows while the embeddings stay the same.
+        subset: null reads the table of neighbours column by column; top (mean cosine), round_robin,
+            knn_uniform, transport or facility_location choose in its place: docs/subset.md.
+        neighbours: rows that a target row names, of knn_uniform; null finds them.
+        quotas: the most rows an update takes of a data set, by name, or a share between 0 and 1;
+            with a subset.
         indices_path: a .npy of DataFlex 1.1.0, (target rows, K) numbers of rows of the one training
             file, nearest first; stands for embeddings.
         embedding: as for `EmbeddingSelector`.
@@ -36,10 +43,26 @@ class NearSelector(EmbeddingSelector):
         self,
         max_K: Count = 1000,
         advance: bool = True,
+        subset: Literal["top", "round_robin", "knn_uniform", "transport", "facility_location"]
+        | None = None,
+        neighbours: Count | None = None,
+        quotas: Mapping[str, int | float] | None = None,
         indices_path: str | None = None,
         **embedding: Any,  # noqa: ANN401 - the base's parameters
     ) -> None:
         super().__init__(**embedding)
+        self.rule = None if subset is None else SubsetRule(subset, neighbours, quotas or {})
+        for key, value in {"neighbours": neighbours, "quotas": quotas}.items():
+            if value and subset is None:
+                raise ValueError(
+                    f"{key} is {value!r}, but rows are taken column by column; choose a subset such"
+                    " as round_robin, or leave it out"
+                )
+        if subset is not None and indices_path is not None:
+            raise ValueError(
+                f"subset is {subset!r}, but indices_path {indices_path!r} holds no similarities to "
+                "choose by; leave one of them out"
+            )
         self.max_k = max_K
         self.advance = advance
         self.file = None if indices_path is None else Path(indices_path).expanduser()
@@ -51,6 +74,8 @@ class NearSelector(EmbeddingSelector):
         """Raise BadInput unless enough rows are usable, and a file made offline names enough."""
         if self.file is None:
             super().check_count(count, data)
+            if self.rule is not None:
+                self.rule.check_count(count, data, unique=self.unique)
             return
         self._matrix = offline_neighbours(self.file, data)
         rows, _ = column_order(self._matrix, data.train.target_tokens > 0)
@@ -73,7 +98,9 @@ class NearSelector(EmbeddingSelector):
     def choose(
         self, count: int, context: UpdateContext, neighbours: Neighbours | None
     ) -> Selection:
-        """Choose the next rows of the order."""
+        """Choose the next rows of the order, or by the rule."""
+        if self.rule is not None and neighbours is not None:
+            return self._by_rule(count, context, neighbours, self.rule)
         n = len(context.run.data.train)
         if neighbours is None:
             allowed = context.among_candidates(np.ones(n, dtype=np.bool_))
@@ -93,6 +120,25 @@ class NearSelector(EmbeddingSelector):
         named = np.full(n, np.nan)
         named[rows] = scores
         return scored(rows[found], named, allowed, {"named": float(len(rows))})
+
+    def _by_rule(
+        self, count: int, context: UpdateContext, neighbours: Neighbours, rule: SubsetRule
+    ) -> Selection:
+        """Choose among the rows not served yet; among all again where too few of them are left."""
+        from gradstore.scoring.influence import influence_scores
+
+        scores = influence_scores([neighbours.pair], aggregation="mean")
+        allowed = context.among_candidates(scores.usable)
+        served = np.zeros(len(allowed), dtype=np.bool_) if self._served is None else self._served
+        limits = rule.limits(context.run.data, count)
+        left = allowed & ~served
+        if count > (int(left.sum()) if limits is None else limits.room(left)):
+            served, left = np.zeros(len(allowed), dtype=np.bool_), allowed
+        rows = rule.stored_rows(count, scores.values, left, [neighbours.pair], context)
+        served[rows] = True
+        self._served = served if self.advance else None
+        chosen = scored(rows, scores.values.astype(np.float64), allowed, {})
+        return replace(chosen, manifest={**chosen.manifest, **rule.told()})
 
     def _of_file(self, context: UpdateContext) -> Matrix:
         if self._matrix is None:

@@ -81,10 +81,9 @@ class NiceSelector(LessSelector):
         prompt_template: text around the prompt, with {prompt}; null leaves it as in training.
         baseline: loo (a reward counts against the mean of the row's others) or none.
         gold_fallback: a target row whose rewards carry no signal takes its own answer's gradient.
-        aggregation: over sub-tasks of the target, max or mean.
         reward_model_backend: reward_backend as DataFlex 1.1.0 calls it.
         reward_backend_params: a judge's settings as DataFlex 1.1.0 has them, by backend.
-        influence: as for `InfluenceSelector`.
+        less: as for `LessSelector`.
     """
 
     paper = "Wang et al. 2025, NICE, ICML 2025, openreview.net/forum?id=2wt8m5HUBs"
@@ -116,12 +115,11 @@ class NiceSelector(LessSelector):
         prompt_template: str | None = None,
         baseline: Baseline = "loo",
         gold_fallback: bool = False,
-        aggregation: Literal["max", "mean"] = "max",
         reward_model_backend: str | None = None,
         reward_backend_params: Mapping[str, Mapping[str, Any]] | None = None,
-        **influence: Any,  # noqa: ANN401 - the base's parameters
+        **less: Any,  # noqa: ANN401 - the base's parameters
     ) -> None:
-        super().__init__(aggregation, **influence)
+        super().__init__(**less)
         if baseline == "loo" and mc_samples == 1:
             raise ValueError(
                 "mc_samples is 1, but baseline: loo compares a response with the row's others; "

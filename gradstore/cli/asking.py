@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradstore.cli.choosing import Asked
 from gradstore.cli.options import (
     NO_TEXT,
     AsJson,
     Checkpoints,
     Question,
-    Quotas,
     Run,
     StorePath,
-    SubsetRule,
     app,
     path_at_home,
     print_json,
     print_table,
     read_text,
     shown,
+    with_options,
     with_question,
 )
 from gradstore.errors import BadInput, DamagedData
@@ -128,9 +128,10 @@ def score(
 
 
 @app.command()
-@with_question
+@with_options(Question, Asked)
 def select(
     question: Question,
+    asked: Asked,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -149,16 +150,8 @@ def select(
             parser=path_at_home,
         ),
     ] = None,
-    count: Annotated[int | None, typer.Option("-k", help="Rows to take.")] = None,
-    fraction: Annotated[float | None, typer.Option(help="Share of the usable rows.")] = None,
-    token_budget: Annotated[
-        int | None, typer.Option(help="Target tokens to take, in place of a number of rows.")
-    ] = None,
-    subset: SubsetRule = "top",
-    quota: Quotas = None,
 ) -> None:
     """Write the rows that help the target most, best first."""
-    from gradstore.cli.choosing import Choice
     from gradstore.scoring.as_dataset import check_folder, write_dataset
     from gradstore.scoring.selection import write_selected
     from gradstore.storage.tables import check_suffix
@@ -169,12 +162,11 @@ def select(
         check_suffix(output)
     if as_dataset is not None:
         check_folder(as_dataset)
-    choice = Choice(subset, count, fraction, token_budget, tuple(quota or ()))
     store, pairs, scores = _score(question)
     train: Generation = pairs[-1].train  # type: ignore[assignment]
     texts = store.texts(train)
     usable = int(scores.usable.sum())
-    rows = choice.rows(pairs, scores)
+    rows = asked.rows(pairs, scores)
     if output is not None:
         write_selected(output, rows, scores.values, sources=train.sources,
                        row_hashes=train.row_hash, texts=texts)  # fmt: skip

@@ -59,22 +59,6 @@ Output = Annotated[
 ]
 
 
-SubsetRule = Annotated[
-    str,
-    typer.Option(
-        help="top: best scores; round_robin: target rows choose in turn; drop_harmful: scores "
-        "above 0."
-    ),
-]
-Quotas = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="At most so many rows of a data set, or such a share of the rows taken; repeat.",
-        metavar="SET=ROWS|SHARE",
-    ),
-]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """The options of every command that scores training rows."""
@@ -87,19 +71,24 @@ class Question:
     aggregation: Aggregation = "max"
 
 
-def with_options(kind: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of the dataclass `kind` in place of its first parameter."""
-    asked = inspect.signature(kind, eval_str=True).parameters
+def with_options(*kinds: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of some dataclasses in place of its first parameters."""
+    asked = [inspect.signature(kind, eval_str=True).parameters for kind in kinds]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        own = list(inspect.signature(command, eval_str=True).parameters.values())[len(kinds) :]
 
         @wraps(command)
         def run(**options: Any) -> None:  # noqa: ANN401 - what Typer parsed
-            command(kind(**{name: options.pop(name) for name in asked}), **options)
+            made = [
+                kind(**{name: options.pop(name) for name in names})
+                for kind, names in zip(kinds, asked, strict=True)
+            ]
+            command(*made, **options)
 
         keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
-        run.__signature__ = inspect.Signature([*asked.values(), *keyword])  # type: ignore[attr-defined]
+        given = [each for names in asked for each in names.values()]
+        run.__signature__ = inspect.Signature([*given, *keyword])  # type: ignore[attr-defined]
         return run
 
     return decorate

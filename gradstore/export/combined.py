@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from gradstore.capture.losses import BatchStats, Targets
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
-from gradstore.export.direct import TargetDirections, mean_direction
+from gradstore.export.direct import Kept, TargetDirections, in_order, joined, mean_direction
 from gradstore.export.features import FeatureMap, FeatureSpec, Recipe
 from gradstore.export.projected import DENSE_ROWS, finished_rows, sum_of_squares
 from gradstore.export.units import (
@@ -146,22 +146,30 @@ def combined_directions(
     features: FeatureSpec,
     *,
     token_budget: int = 2048,
+    each_row: bool = False,
 ) -> TargetDirections:
-    """Compute the mean unit feature of each sub-task, without a projection.
+    """Compute the mean unit feature of each sub-task, and keep each row's if asked to.
 
     Raises:
         BadInput: a sub-task without a usable row, named by its position.
     """
-    found = []
+    found, each = [], []
     for number, rows in enumerate(subtasks):
+        kept: Kept | None = [] if each_row else None
         parts = combined_gradients(model, WeightedSums(rows, collate, token_budget), features)
         with closing(parts):
             counted = (
-                (gradients, torch.tensor([each.tokens for each in group], device=gradients.device))
+                (
+                    gradients,
+                    torch.tensor([row.tokens for row in group], device=gradients.device),
+                    [row.row for row in group],
+                )
                 for group, gradients in parts
             )
-            found.append(mean_direction(counted, number))
-    return TargetDirections(torch.stack([d for d, _ in found]), tuple(used for _, used in found))
+            found.append(mean_direction(counted, number, kept))
+        each.append(in_order(kept))
+    directions = torch.stack([direction for direction, _ in found])
+    return TargetDirections(directions, tuple(used for _, used in found), joined(each))
 
 
 def _add_up(

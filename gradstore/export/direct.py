@@ -33,14 +33,30 @@ class TargetDirections:
     Attributes:
         matrix: (q, p) float32; a sub-task's row is the mean of its unit rows, not re-normalised.
         rows: (q,) usable rows behind each direction.
+        each: (t, p) float32, the unit rows themselves, in the order of sub-tasks and rows; None
+            unless asked for.
     """
 
     matrix: Tensor
     rows: tuple[int, ...]
+    each: Tensor | None = None
+
+    @property
+    def all(self) -> Tensor:
+        """The sub-tasks' directions, and behind them those of each row: (q + t, p)."""
+        return self.matrix if self.each is None else torch.cat([self.matrix, self.each])
+
+
+#: Unit rows (u, p) of some usable rows, and the rows' numbers.
+Kept = list[tuple[Tensor, npt.NDArray[np.int64]]]
 
 
 def target_directions(
-    model: nn.Module, subtasks: Sequence[RowBatches], features: FeatureSpec
+    model: nn.Module,
+    subtasks: Sequence[RowBatches],
+    features: FeatureSpec,
+    *,
+    each_row: bool = False,
 ) -> TargetDirections:
     """Compute one direction per sub-task from its rows' unit gradients.
 
@@ -48,47 +64,73 @@ def target_directions(
         model: the model whose gradients are taken.
         subtasks: for each sub-task, its batches.
         features: `sgd`, or `sign` where the training features are `sign`.
+        each_row: keep the unit rows as well, 4 p bytes each.
 
     Raises:
         BadInput: a sub-task without a usable row, named by its position.
     """
-    means, counts = [], []
+    means, counts, each = [], [], []
     with GradientCapture(model) as capture:
         feature_map = FeatureMap(features, capture.slots, None, device=_device(model))
         for number, batches in enumerate(subtasks):
             whole = (
-                _whole_features(capture, feature_map, batch, _device(model)) for _, batch in batches
+                (*_whole_features(capture, feature_map, batch, _device(model)), rows)
+                for rows, batch in batches
             )
-            direction, used = mean_direction(whole, number)
+            kept: Kept | None = [] if each_row else None
+            direction, used = mean_direction(whole, number, kept)
             means.append(direction)
             counts.append(used)
-    return TargetDirections(torch.stack(means), tuple(counts))
+            each.append(in_order(kept))
+    return TargetDirections(torch.stack(means), tuple(counts), joined(each))
 
 
-def mean_direction(parts: Iterable[tuple[Tensor, Tensor]], number: int) -> tuple[Tensor, int]:
+def mean_direction(
+    parts: Iterable[tuple[Tensor, Tensor, Sequence[int] | npt.NDArray[np.int64]]],
+    number: int,
+    kept: Kept | None = None,
+) -> tuple[Tensor, int]:
     """Compute the mean unit row of a sub-task, and count its usable rows.
 
     Args:
-        parts: whole features (b, p) and their target tokens (b,).
+        parts: whole features (b, p), their target tokens (b,) and rows (b,).
         number: position of the sub-task, for the message.
+        kept: receives the unit rows.
 
     Raises:
         BadInput: no row can be used.
     """
     total: Tensor | None = None
     used = 0
-    for features, tokens in parts:
+    for features, tokens, rows in parts:
         norm = torch.linalg.vector_norm(features, dim=1)
         good = torch.isfinite(norm) & (norm > 0) & (tokens > 0)
-        part = (features[good] / norm[good, None]).sum(dim=0)
+        units = features[good] / norm[good, None]
+        part = units.sum(dim=0)
         total = part if total is None else total + part
         used += int(good.sum())
+        if kept is not None:
+            kept.append((units, np.asarray(rows, dtype=np.int64)[good.cpu().numpy()]))
     if total is None or not used:
         raise BadInput(
             f"sub-task {number} of the target has no usable row: every row is masked or "
             "its gradient is zero or not finite. Give it rows with target tokens, or leave it out."
         )
     return total / used, used
+
+
+def in_order(kept: Kept | None) -> Tensor | None:
+    """Join unit rows (u, p) in the order of their rows; None where none were kept."""
+    if kept is None:
+        return None
+    order = np.argsort(np.concatenate([rows for _, rows in kept]), kind="stable")
+    return torch.cat([units for units, _ in kept])[torch.from_numpy(order)]
+
+
+def joined(each: Sequence[Tensor | None]) -> Tensor | None:
+    """Join the unit rows of sub-tasks; None where none were kept."""
+    kept = [units for units in each if units is not None]
+    return torch.cat(kept) if kept else None
 
 
 def direct_cosines(
@@ -100,7 +142,7 @@ def direct_cosines(
     moments: AdamMoments | None = None,
     status: npt.NDArray[np.uint8] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Compute the mean cosine of each training row to every sub-task.
+    """Compute the mean cosine of each training row to every sub-task, and to each row if kept.
 
     Args:
         model: the model whose gradients are taken.
@@ -112,9 +154,11 @@ def direct_cosines(
         status: (n,) uint8, receives the `RowStatus` of every row given.
 
     Returns:
-        (n, q) float32; NaN for rows that cannot be used (masked, zero, not finite) or not given.
+        (n, q), or (n, q + t) with the directions of each row, float32; NaN for rows that cannot be
+        used (masked, zero, not finite) or not given.
     """
-    q = len(directions.rows)
+    matrix = directions.all
+    q = len(matrix)
     found = np.full((n, q), np.nan, dtype=np.float32)
     with GradientCapture(model) as capture:
         feature_map = FeatureMap(features, capture.slots, moments, device=_device(model))
@@ -129,7 +173,7 @@ def direct_cosines(
                 squares: Tensor = squares,
             ) -> None:
                 feature = feature_map.apply_(slot, gradient)
-                block = directions.matrix[:, slot.start : slot.start + slot.numel]
+                block = matrix[:, slot.start : slot.start + slot.numel]
                 dots.add_(feature @ block.T)
                 squares.add_(torch.linalg.vector_norm(feature, dim=1).double().square_())
 

@@ -44,8 +44,8 @@ def combine(
         checkpoints: checked ones (`check_checkpoints`).
         subtasks: q of them.
         keep: gets `(start, stop, sums)` for consecutive chunks, sums (stop - start, q) float32:
-            sum over checkpoints of weight * (mean product with the sub-task's usable rows). Rows
-            that turn out not usable may hold anything.
+            sum over checkpoints of weight * (mean product with the sub-task's usable rows); nan
+            where a row is not usable at a checkpoint.
         device: where the products are computed.
         chunk_rows: rows per chunk; rounded up to whole blocks.
         product: of a train row and a target row.
@@ -88,6 +88,7 @@ def combine(
                 total += product.scaled(train, start, products)
                 here = codes[start:stop]
                 here[here == RowStatus.OK] = found[here == RowStatus.OK]
+            total[codes[start:stop] != RowStatus.OK] = np.nan
             keep(start, stop, total)
     if not (codes == RowStatus.OK).any():
         raise BadInput(

@@ -37,9 +37,12 @@ class Neighbours:
             targets: of the target sets; rows that can't be used are left out.
             cache_dir: the store's folder of indexes, where this one is to be cached.
         """
+        from gradstore.scoring.comparable import CheckpointFeatures
         from gradstore.similarity.index import FeatureIndex
         from gradstore.similarity.rows import UsableRows
 
+        #: Both sides, as scores and subset rules read them.
+        self.pair = CheckpointFeatures(train, targets)
         self._index = FeatureIndex.build(train, cache_dir)
         self._train = UsableRows(train)
         self._queries = np.concatenate([UsableRows(g)[:] for g in targets])

@@ -41,6 +41,7 @@ from gradstore import (
     query_influence,
     read_unit_rows,
     row_hash,
+    select_subset,
     select_top,
     write_selected,
 )
@@ -82,6 +83,8 @@ def exported(**changes: Any) -> list[Any]:
 
 
 WORKS: dict[str, tuple[Callable[[], Any], Any]] = {
+    "subset of arrays": (lambda: select_subset(one(), 1, "knn_uniform"), [0]),
+    "subset k of numpy": (lambda: select_subset(one(), np.int64(2), "round_robin"), [0, 1]),
     "scores list": (lambda: select_top([0.1, 0.2], 1), [1]),
     "scores whole": (lambda: select_top([1, 2], 1), [1]),
     "scores bfloat16": (lambda: select_top(torch.tensor([0.1, 0.2]).bfloat16(), 1), [1]),
@@ -163,6 +166,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "targets 1-d": (lambda: CheckpointFeatures(EYE, [np.ones(2)]), "target set 0 has shape"),
     "weight": (lambda: CheckpointFeatures(EYE, EYE, "1"), "checkpoint_weights"),
     "sizes": (lambda: influence_scores(one(), subtask_sizes=2), "must be a list of whole numbers"),
+    "subset": (lambda: select_subset(one(), 1, "best"), "subset is 'best'; Choose top or"),
+    "subset k": (lambda: select_subset(one(), "1"), "k must be a whole number"),
+    "subset quotas": (lambda: select_subset(one(), 1, quotas={"a": 1}), "these rows have none"),
+    "subset features": (lambda: select_subset(EYE, 1), "a list of CheckpointFeatures"),
     "device": (lambda: influence_scores(one(), device="gpu"), "device 'gpu' cannot be used"),
     "chunk rows": (lambda: influence_scores(one(), chunk_rows="4"), "chunk_rows is '4'"),
     "target row": (lambda: query_influence(one(), 0.5), "target_row is 0.5"),

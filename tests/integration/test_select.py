@@ -106,6 +106,50 @@ def test_copies_and_a_target_that_wins_all_are_told_and_unique_takes_each_row_on
     assert "distinct" not in said
 
 
+@pytest.mark.parametrize("scoring", ["projected", "direct"])
+def test_target_rows_of_two_kinds_are_served_in_turn_within_quotas(
+    scoring: str, cli: Any, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A target of one row that is easy to be similar to and one that is not: top serves one."""
+    sums = [{"instruction": "Add the numbers.", "input": f"{i} and 2", "output": str(i + 2)}
+            for i in range(12)]  # fmt: skip
+    words = [
+        {"instruction": "Repeat the word.", "input": word, "output": f"{word} {word}"}
+        for word in ("sesame", "open", "close", "window", "garden", "river", "stone", "leaf")
+    ]
+    sets = {"sums": sums, "words": words, "target": [words[0], sums[3]]}
+    for name, rows in sets.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    info = {name: {"file_name": f"{name}.json"} for name in sets}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    which = {} if scoring == "direct" else {"checkpoints": "all"}
+    common = {
+        "dataset": "sums,words", "dataset_dir": str(tmp_path), "target_dataset": "target",
+        "max_samples": None, "update_step": 2, "train_step": 6, "update_times": 2,
+        "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    params = {"proj_dim": 2048, "scoring": scoring, "subset": "round_robin", **which}
+    run = tmp_path / "run"
+    result = cli("train", config(component_params=params, output_dir=str(run), **common))
+    assert result.code == 0, result.err[-3000:]
+    first = json.loads((run / "dataflex/selections/step_2.json").read_text())
+    assert first["indices"][:2] == [12, 3], "each target row's own copy among the training rows"
+    assert first["manifest"]["subset"] == "round_robin"
+    assert len(set(first["indices"])) == 8
+    run = tmp_path / "few"
+    params["quotas"] = {"words": 0.25}
+    result = cli("train", config(component_params=params, output_dir=str(run), **common))
+    assert result.code == 0, result.err[-3000:]
+    for step in (2, 4):
+        rows = json.loads((run / f"dataflex/selections/step_{step}.json").read_text())["indices"]
+        assert sum(row >= 12 for row in rows) == 2
+        assert len(set(rows)) == 8
+    params["quotas"] = {"words": 1, "sums": 2}
+    result = cli("train", config(component_params=params, output_dir=str(run), **common))
+    assert result.code == 2
+    assert "8 rows an update: asked 8 rows, but the quotas leave 3" in result.err
+
+
 def test_a_score_does_not_depend_on_the_batch_where_padding_is_a_label(
     cli: Any, config: Callable[..., Path], tmp_path: Path
 ) -> None:

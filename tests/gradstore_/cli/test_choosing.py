@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from gradstore.cli.choosing import Choice
+from gradstore.cli.choosing import Asked
 from gradstore.cli.options import app
 from gradstore.errors import BadInput
 from gradstore.format.records import RowSet
-from gradstore.scoring.pairing import checkpoint_features
-from gradstore.scoring.subset import round_robin_rows
+from gradstore.scoring.choose import SUBSETS
+from gradstore.scoring.length_bias import without_length
 from gradstore.store.reader import Store, open_store
 
 
@@ -57,10 +57,24 @@ def test_round_robin_serves_the_target_rows_of_a_store_in_turn(store: Path) -> N
     assert chosen(store, "-k", "20", "--subset", "round_robin") == expected
 
 
-def test_the_choice_does_not_depend_on_chunks(store: Path) -> None:
-    pairs = checkpoint_features(open_store(store), "last", run="", sets=None)
-    whole = round_robin_rows(pairs, 20)
-    assert round_robin_rows(pairs, 20, chunk_rows=1).tolist() == whole.tolist()
+def test_every_rule_takes_as_many_rows_as_asked(store: Path) -> None:
+    usable = set(np.flatnonzero(open_store(store).generation("train/1").usable).tolist())
+    for subset in SUBSETS:
+        rows = chosen(store, "-k", "7", "--subset", subset)
+        assert len(set(rows)) == 7
+        assert set(rows) <= usable
+
+
+def test_the_neighbours_of_knn_uniform_can_be_said(store: Path) -> None:
+    table = np.nan_to_num(cosines(open_store(store)), nan=-9)
+    order = np.argsort(-table, axis=0, kind="stable")
+    named = np.bincount(order[:3].ravel(), minlength=40)
+    likeness = [sum(table[r, j] for j in range(table.shape[1]) if r in order[:3, j])
+                for r in range(40)]  # fmt: skip
+    expected = sorted(np.flatnonzero(named).tolist(), key=lambda r: (-named[r], -likeness[r], r))
+    k = len(expected) - 2
+    knn = ("--subset", "knn_uniform", "--neighbours", "3")
+    assert chosen(store, "-k", str(k), *knn) == expected[:k]
 
 
 def test_top_is_what_select_took_before_it_had_a_choice(store: Path) -> None:
@@ -98,6 +112,15 @@ def test_a_quota_limits_a_data_set_and_others_fill_up(
     expected = [row for row in every if names[row] != first or row in mine][:8]
     assert expected != every[:8]
     assert chosen(store, "-k", "8", "--quota", f"{first}={quota}") == expected
+
+
+def test_the_length_of_rows_can_be_taken_out_of_the_scores(store: Path) -> None:
+    train = open_store(store).generation("train/1")
+    means = cosines(open_store(store)).mean(axis=1)
+    left = without_length(means, train.tokens, "regression", usable=~np.isnan(means))
+    best = np.argsort(-np.nan_to_num(left, nan=-np.inf), kind="stable")[:7].tolist()
+    assert best != chosen(store, "-k", "7")
+    assert chosen(store, "-k", "7", "--length-correction", "regression") == best
 
 
 def test_harmful_rows_are_dropped_and_counted_with_and_without_a_budget(
@@ -139,7 +162,8 @@ def test_harmful_rows_are_dropped_and_counted_with_and_without_a_budget(
         (("-k", "40", "--quota", "set one=9"), "asked 40"),
         (("-k", "20", "--quota", "set one=9"), "asked 20 rows, but the quotas leave 9"),
         (("--token-budget", "9", "--quota", "a=0.5"), "beside --token-budget"),
-        (("-k", "9", "--subset", "round_robin", "--quota", "a=1"), "not with 'round_robin'"),
+        (("-k", "9", "--length-correction", "log"), "choose none or regression or bins"),
+        (("-k", "9", "--neighbours", "3"), "only the subset 'knn_uniform' has neighbours"),
         ((), "either -k N or --fraction F or --token-budget T"),
         (("--token-budget", "0"), "--token-budget is 0"),
     ],
@@ -151,4 +175,4 @@ def test_what_cannot_be_chosen_is_refused(store: Path, options: tuple[str, ...],
 
 def test_a_wrong_rule_is_told_before_a_store_is_opened() -> None:
     with pytest.raises(BadInput, match="subset is 'best'; Choose top or round_robin"):
-        Choice("best", 3, None, None)
+        Asked(subset="best", count=3)

@@ -132,6 +132,26 @@ def test_rows_that_cannot_be_used_or_were_not_given_are_nan(
     np.testing.assert_allclose(found[[0, 1, 3, 5, 6, 7]], whole[[0, 1, 3, 5, 6, 7]], atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_each_rows_cosines_are_in_the_rows_order_and_average_to_the_subtasks(
+    llama: Any, case: dict[str, Any], size: int
+) -> None:
+    spec, rows = FeatureSpec("sgd"), [dict(row) for row in case["subtasks"][0]]
+    rows[1]["labels"] = [-100] * len(rows[1]["labels"])
+    subtasks = [llama.batches(part, size) for part in (rows, case["subtasks"][1])]
+    backwards = [list(batches)[::-1] for batches in subtasks]
+    directions = target_directions(case["model"], backwards, spec, each_row=True)
+    found = direct_cosines(case["model"], llama.batches(case["rows"], 4), TRAIN, directions, spec)
+    train = features_of(case["model"], case["train"], spec, None)
+    target = features_of(case["model"], case["target"], spec, None)
+    kept = [i for i in range(sum(TARGETS)) if i != 1]
+    expected = unit_rows(train)[0] @ unit_rows(target)[0][kept].T
+    np.testing.assert_allclose(found[:, 2:], expected, atol=1e-5)
+    first = TARGETS[0] - 1
+    np.testing.assert_allclose(found[:, 0], found[:, 2 : 2 + first].mean(axis=1), atol=1e-6)
+    np.testing.assert_allclose(found[:, 1], found[:, 2 + first :].mean(axis=1), atol=1e-6)
+
+
 def test_a_masked_target_row_is_left_out_of_its_subtask(llama: Any, case: dict[str, Any]) -> None:
     good = case["subtasks"][0]
     masked = {"input_ids": good[0]["input_ids"], "labels": [-100] * len(good[0]["labels"])}

@@ -12,16 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from gradstore.errors import BadInput
-from gradstore.scoring.comparable import CheckpointFeatures
-from gradstore.scoring.selection import select_top
+from gradstore.scoring.best_rows import BestRows, HeldTable, Ranked, best_of_each, ranked
+from gradstore.scoring.quotas import Limits, most_rows_within, within_tokens
 from gradstore.scoring.subset import (
-    BestRows,
+    best_first,
     drop_harmful,
-    most_rows_within,
+    knn_uniform,
+    neighbours_by_rule,
     round_robin,
-    round_robin_rows,
-    within_quotas,
-    within_tokens,
 )
 
 #: Few distinct values, so that ties are common; -0.0 and nan among them.
@@ -37,13 +35,34 @@ def ranked_by_sorting(table: npt.NDArray[np.float32], target: int) -> list[int]:
     return sorted(rows, key=lambda row: (-float(table[row, target]), row))
 
 
-def in_turn(table: npt.NDArray[np.float32], k: int) -> list[int]:
+def room(chosen: list[int], row: int, limits: Limits | None) -> bool:
+    """Whether a row's data set may give one more."""
+    if limits is None or limits.of_row[row] < 0:
+        return True
+    same = [each for each in chosen if limits.of_row[each] == limits.of_row[row]]
+    return len(same) < limits.most[limits.of_row[row]]
+
+
+def in_turn(table: npt.NDArray[np.float32], k: int, limits: Limits | None = None) -> list[int]:
     """Round robin by looking at the whole matrix for every single choice."""
     chosen: list[int] = []
     while len(chosen) < k:
-        target = len(chosen) % table.shape[1]
-        chosen.append(next(r for r in ranked_by_sorting(table, target) if r not in chosen))
+        order = ranked_by_sorting(table, len(chosen) % table.shape[1])
+        chosen.append(next(r for r in order if r not in chosen and room(chosen, r, limits)))
     return chosen
+
+
+def gathered(table: npt.NDArray[np.float32], k: int, limits: Limits | None = None) -> Ranked:
+    """Each target row's best rows of a whole matrix."""
+    return best_of_each(HeldTable(table), k, usable=np.ones(len(table), dtype=bool), limits=limits)
+
+
+@st.composite
+def limits_of(draw: st.DrawFn, size: int) -> Limits | None:
+    """Limits on some of three data sets, or none."""
+    names = draw(st.lists(st.sampled_from("abc"), min_size=size, max_size=size))
+    quotas = draw(st.dictionaries(st.sampled_from(sorted(set(names))), st.integers(1, 4)))
+    return Limits.of(names, quotas) if quotas else None
 
 
 @given(TABLES, st.integers(1, 30), st.integers(1, 30))
@@ -52,31 +71,36 @@ def test_the_best_rows_are_those_of_a_full_sort_however_rows_are_cut(
 ) -> None:
     best = BestRows(table.shape[1], k)
     for start in range(0, len(table), chunk):
-        best.add(start, table[start : start + chunk])
-    for target, found in enumerate(best.ranked().tolist()):
+        part = table[start : start + chunk]
+        best.add(np.arange(start, start + len(part)), part)
+    found = ranked([best])
+    for target, rows in enumerate(found.rows.tolist()):
         expected = ranked_by_sorting(table, target)[:k]
-        assert found == expected + [-1] * (len(found) - len(expected))
+        assert rows == expected + [-1] * (len(rows) - len(expected))
+        there = found.scores[target, : len(expected)]
+        assert np.array_equal(there, table[expected, target]), "scores come back as they went in"
+        assert np.isnan(found.scores[target, len(expected) :]).all()
 
 
 @given(TABLES, st.data())
 def test_round_robin_is_what_choosing_from_the_whole_matrix_gives(
     table: npt.NDArray[np.float32], data: st.DataObject
 ) -> None:
-    table = np.nan_to_num(table[:, : len(table)], nan=0.75)
-    k = data.draw(st.integers(table.shape[1], len(table)))
-    best = BestRows(table.shape[1], k)
-    best.add(0, table)
-    chosen = round_robin(best.ranked(), k).tolist()
-    assert chosen == in_turn(table, k)
+    table = np.nan_to_num(table, nan=0.75)
+    limits = data.draw(limits_of(len(table)))
+    most = len(table) if limits is None else limits.room(np.ones(len(table), dtype=bool))
+    table = table[:, :most]
+    k = data.draw(st.integers(table.shape[1], most))
+    chosen = round_robin(gathered(table, k, limits).rows, k, limits=limits).tolist()
+    assert chosen == in_turn(table, k, limits)
     assert len(set(chosen)) == k
 
 
 def test_a_target_row_that_all_rows_help_less_is_served_as_often() -> None:
     table = np.zeros((40, 2), dtype=np.float32)
     table[:20, 0], table[20:, 1] = 1.0, 0.01
-    best = BestRows(2, 10)
-    best.add(0, table)
-    assert round_robin(best.ranked(), 10).tolist() == [0, 20, 1, 21, 2, 22, 3, 23, 4, 24]
+    chosen = round_robin(gathered(table, 10).rows, 10).tolist()
+    assert chosen == [0, 20, 1, 21, 2, 22, 3, 23, 4, 24]
 
 
 def test_fewer_rows_than_target_rows_are_refused() -> None:
@@ -113,18 +137,19 @@ def test_the_best_within_quotas_are_the_best_of_all_choices_that_keep_them(
     names = data.draw(st.lists(st.sampled_from("abc"), min_size=size, max_size=size))
     quotas = data.draw(st.dictionaries(st.sampled_from(sorted(set(names))), st.integers(1, 3)))
     usable = data.draw(arrays(np.bool_, size)) & ~np.isnan(scores)
-    left = within_quotas(scores, names, quotas, usable=usable)
-    assert not (left & ~usable).any()
+    limits = Limits.of(names, quotas)
     for k in range(1, size + 1):
         kept = [
             rows
             for rows in combinations(np.flatnonzero(usable).tolist(), k)
             if all([names[row] for row in rows].count(n) <= most for n, most in quotas.items())
         ]
-        assert bool(kept) == (left.sum() >= k)
+        assert bool(kept) == (limits.room(usable) >= k)
         if kept:
             best = max(float(scores[list(rows)].sum()) for rows in kept)
-            assert float(scores[select_top(scores, k, usable=left)].sum()) == best
+            rows = best_first(scores, k, usable=usable, limits=limits)
+            assert tuple(sorted(rows.tolist())) in kept
+            assert float(scores[rows].sum()) == best
 
 
 @pytest.mark.parametrize(
@@ -132,7 +157,7 @@ def test_the_best_within_quotas_are_the_best_of_all_choices_that_keep_them(
 )
 def test_a_quota_that_means_nothing_is_refused(quotas: dict[str, int], told: str) -> None:
     with pytest.raises(BadInput, match=told):
-        within_quotas(np.zeros(2), ["a", "b"], quotas, usable=np.ones(2, dtype=bool))
+        Limits.of(["a", "b"], quotas)
 
 
 def test_rows_that_hurt_never_fill_a_budget_up() -> None:
@@ -167,28 +192,71 @@ def test_a_token_budget_counts_beyond_32_bits() -> None:
     assert within_tokens(np.arange(3), tokens, 2**32).tolist() == [0, 1]
 
 
-class Marked:
-    """Rows in memory, with their marks; no mark is corrected."""
-
-    def __init__(self, rows: npt.NDArray[np.float32], usable: list[bool]) -> None:
-        self.rows, self.dim = rows.shape
-        self.usable, self._rows = np.array(usable), rows
-
-    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
-        return self._rows[start:stop]
+# -- KNN-uniform ----------------------------------------------------------------------------------
 
 
-def marked(usable: list[bool], second: float) -> list[CheckpointFeatures]:
-    """Rows that hurt the one target row, the second one aside."""
-    train = np.array([[-1, 0.5], [second, 0], [-1, 0]], dtype=np.float32)
-    target = Marked(np.array([[1, 0]], dtype=np.float32), [True])
-    return [CheckpointFeatures(Marked(train, usable), (target,))]
+def shares_by_hand(table: npt.NDArray[np.float32], k: int, neighbours: int) -> list[int]:
+    """Rows by the probability of KNN-Uniform, straight from its formula; K grows to reach k."""
+    n, t = table.shape
+    while True:
+        probability, likeness = [0] * n, [0.0] * n
+        for target in range(t):
+            for row in ranked_by_sorting(table, target)[:neighbours]:
+                probability[row] += 1
+                likeness[row] += float(table[row, target])
+        named = [row for row in range(n) if probability[row]]
+        if len(named) >= k:
+            return sorted(named, key=lambda r: (-probability[r], -likeness[r], r))[:k]
+        neighbours += 1
 
 
-def test_a_row_that_is_not_usable_is_not_chosen_before_one_that_hurts() -> None:
-    assert round_robin_rows(marked([True, False, True], 1), 2).tolist() == [0, 2]
+@given(TABLES, st.data())
+def test_knn_uniform_is_what_its_formula_gives(
+    table: npt.NDArray[np.float32], data: st.DataObject
+) -> None:
+    table = np.nan_to_num(table, nan=0.75)
+    k = data.draw(st.integers(1, len(table)))
+    neighbours = data.draw(st.integers(1, len(table)))
+    best = gathered(table, max(k, neighbours))
+    chosen = knn_uniform(best, k, neighbours=neighbours).tolist()
+    assert chosen == shares_by_hand(table, k, neighbours)
 
 
-def test_a_zero_row_marked_usable_is_told_and_not_chosen() -> None:
-    with pytest.raises(BadInput, match="train row 1 is marked usable"):
-        round_robin_rows(marked([True, True, True], 0), 2)
+@given(arrays(np.float64, (4, 12), elements=st.floats(0, 2)), st.floats(0.01, 0.99))
+def test_the_neighbours_are_those_that_the_published_loop_stops_at(
+    distances: npt.NDArray[np.float64], alpha: float
+) -> None:
+    distances = np.sort(distances, axis=1)
+    neighbours = 1
+    while neighbours < 12:
+        gaps = distances[:, neighbours, None] - distances[:, :neighbours]
+        total, enough = alpha / 5.0 * gaps.sum(), (1 - alpha) * 4
+        if abs(total - enough) < 1e-9:
+            return  # the two sums may round to either side
+        if total >= enough:
+            break
+        neighbours += 1
+    assert neighbours_by_rule(distances, 12, alpha, 5.0) == neighbours
+
+
+def test_a_row_near_two_target_rows_goes_before_the_nearest_of_one() -> None:
+    table = np.array([[0.9, 0.0], [0.5, 0.4], [0.0, 0.8], [0.1, 0.1]], dtype=np.float32)
+    assert knn_uniform(gathered(table, 4), 3, neighbours=2).tolist() == [1, 0, 2]
+
+
+@given(TABLES, st.data())
+def test_knn_uniform_keeps_limits_and_still_takes_k(
+    table: npt.NDArray[np.float32], data: st.DataObject
+) -> None:
+    table = np.nan_to_num(table, nan=0.75)
+    limits = data.draw(limits_of(len(table)))
+    most = len(table) if limits is None else limits.room(np.ones(len(table), dtype=bool))
+    k = data.draw(st.integers(1, most))
+    chosen = knn_uniform(gathered(table, k, limits), k, neighbours=1, limits=limits).tolist()
+    assert len(set(chosen)) == k
+    assert all(room(chosen[:place], row, limits) for place, row in enumerate(chosen))
+
+
+def test_fewer_rows_than_asked_in_all_lists_are_an_error() -> None:
+    with pytest.raises(BadInput, match="asked 3 rows, but the target rows name 2"):
+        knn_uniform(gathered(np.ones((2, 2), dtype=np.float32), 2), 3)

@@ -1,0 +1,158 @@
+"""Subset rules inside a run: which of the scored rows an update takes, and quotas on data sets.
+
+Letters: n training rows, t target rows, m rows of an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dataflex.data.rows import RunData
+from dataflex.run.context import UpdateContext
+from dataflex.run.log import progress
+from gradstore.errors import BadInput
+
+if TYPE_CHECKING:
+    from gradstore.scoring.best_rows import TargetTable
+    from gradstore.scoring.comparable import CheckpointFeatures
+    from gradstore.scoring.quotas import Limits
+
+
+@dataclass(frozen=True)
+class SubsetRule:
+    """The rule that turns scores into the rows of an update.
+
+    Attributes:
+        subset: one of `gradstore.scoring.choose.SUBSETS`.
+        neighbours: K of knn_uniform; None finds it.
+        quotas: the most rows that an update takes of a data set, or a share of them.
+
+    Raises:
+        ValueError: a quota that is no number of rows and no share, or neighbours of another rule.
+    """
+
+    subset: str = "top"
+    neighbours: int | None = None
+    quotas: Mapping[str, int | float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what needs no data."""
+        from gradstore.scoring.choose import Rule, check_quotas
+
+        if self.neighbours is not None and self.subset != "knn_uniform":
+            raise ValueError(
+                f"neighbours is {self.neighbours}, but only subset: knn_uniform has neighbours, not"
+                f" {self.subset}; leave it out"
+            )
+        Rule(self.subset, self.neighbours)
+        try:
+            check_quotas(self.quotas)
+        except BadInput as error:
+            raise ValueError(f"quotas: {error}") from error
+
+    @property
+    def plain(self) -> bool:
+        """The best scores are taken, from any data set."""
+        return self.subset == "top" and not self.quotas
+
+    @property
+    def per_target(self) -> bool:
+        """The rule looks at each target row alone."""
+        from gradstore.scoring.choose import PER_TARGET
+
+        return self.subset in PER_TARGET
+
+    def check_count(self, count: int, data: RunData, *, unique: bool) -> None:
+        """Refuse, before the model is loaded, a number of rows that the rule can't choose.
+
+        Raises:
+            BadInput: fewer rows than target rows under round_robin, more than facility_location
+                takes, a quota of a data set that is not trained on, or quotas that leave fewer.
+        """
+        from gradstore.scoring.choose import Rule
+        from gradstore.scoring.quotas import check_room
+
+        if self.plain:
+            return
+        targets = sum(int((rows.target_tokens > 0).sum()) for rows in data.targets)
+        try:
+            Rule(self.subset).check(count, targets)
+            candidates = np.flatnonzero(data.train.target_tokens > 0)
+            if unique:
+                candidates = data.train.first_of_copies(candidates)
+            usable = np.zeros(len(data.train), dtype=np.bool_)
+            usable[candidates] = True
+            check_room(count, usable, self.limits(data, count))
+        except BadInput as error:
+            key = f"quotas {dict(self.quotas)}" if self.quotas else f"subset: {self.subset}"
+            raise BadInput(f"component_params, {key}, {count} rows an update: {error}") from error
+
+    def limits(self, data: RunData, count: int) -> Limits | None:
+        """Read the quotas of an update of `count` rows; None where there are none."""
+        from gradstore.scoring.choose import rows_of_quotas
+        from gradstore.scoring.quotas import Limits
+
+        if not self.quotas:
+            return None
+        if data.train.sources is None:
+            raise BadInput("the training rows do not say which data set they are from.")
+        names = [name for name, _ in data.train.sources]
+        return Limits.of(names, rows_of_quotas(self.quotas, count))
+
+    def rows(
+        self,
+        count: int,
+        scores: npt.NDArray[np.floating[Any]],
+        candidates: npt.NDArray[np.bool_],
+        table: TargetTable | None,
+        data: RunData,
+    ) -> npt.NDArray[np.int64]:
+        """Choose the rows of an update, first the first choice.
+
+        drop_harmful answers fewer than `count` where fewer help: training repeats them.
+
+        Args:
+            count: m.
+            scores: (n,) of the rows for the whole target.
+            candidates: (n,) bool, rows that may be chosen.
+            table: similarities with each target row, where `per_target`.
+            data: the run's rows.
+        """
+        from gradstore.scoring.choose import Rule
+        from gradstore.scoring.subset import drop_harmful
+
+        limits = self.limits(data, count)
+        if self.subset == "drop_harmful":
+            return drop_harmful(scores, usable=candidates, limits=limits)[:count]
+        rule = Rule(self.subset, self.neighbours)
+        return rule.choose(count, scores, table, usable=candidates, limits=limits)
+
+    def stored_rows(
+        self,
+        count: int,
+        scores: npt.NDArray[np.floating[Any]],
+        candidates: npt.NDArray[np.bool_],
+        checkpoints: Sequence[CheckpointFeatures],
+        context: UpdateContext,
+    ) -> npt.NDArray[np.int64]:
+        """Choose as `rows` does; a rule by target rows reads the stored features once more."""
+        from gradstore.scoring.best_rows import StoredTable
+
+        data = context.run.data
+        if not self.per_target:
+            return self.rows(count, scores, candidates, None, data)
+        what = f"comparison with each target row at step {context.step}"
+        with progress(what, len(scores), shown=context.run.shows_progress) as advance:
+            table = StoredTable(checkpoints, on_rows=advance)
+            return self.rows(count, scores, candidates, table, data)
+
+    def told(self) -> dict[str, Any]:
+        """Return the rule for a selection's manifest; {} for the best scores of any data set."""
+        if self.plain:
+            return {}
+        return {"subset": self.subset} | ({"quotas": dict(self.quotas)} if self.quotas else {})

@@ -1,0 +1,319 @@
+"""A choice of rows: one rule, one budget, quotas; the one door that every caller goes through.
+
+Letters: n train rows, t target rows, k chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gradstore.errors import BadInput, expect_whole
+from gradstore.scoring.best_rows import StoredTable, TargetTable, best_of_each
+from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
+from gradstore.scoring.coverage import check_rows, facility_location
+from gradstore.scoring.influence import Aggregation, influence_scores
+from gradstore.scoring.length_bias import check_correction, without_length
+from gradstore.scoring.quotas import Limits, check_room, most_rows_within, within_tokens
+from gradstore.scoring.selection import check_k, rows_for_fraction
+from gradstore.scoring.subset import (
+    MOST_NEIGHBOURS,
+    best_first,
+    check_serves_all,
+    drop_harmful,
+    knn_uniform,
+    round_robin,
+)
+from gradstore.scoring.transport import transport
+
+Subset = Literal[
+    "top", "round_robin", "knn_uniform", "transport", "facility_location", "drop_harmful"
+]
+SUBSETS: tuple[str, ...] = (
+    "top", "round_robin", "knn_uniform", "transport", "facility_location", "drop_harmful",
+)  # fmt: skip
+
+#: Rules that look at each target row alone, in a pass of the store of their own.
+PER_TARGET = frozenset({"round_robin", "knn_uniform", "transport", "facility_location"})
+
+
+class TrainRows(Protocol):
+    """Facts of the train rows that a budget needs; a store's `Generation` is one."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, n."""
+
+    @property
+    def tokens(self) -> npt.NDArray[np.integer[Any]]:
+        """(n,) target tokens."""
+
+    @property
+    def sources(self) -> Sequence[tuple[str, int]] | None:
+        """Data set and row number of each row."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A subset rule and what it may be told.
+
+    Attributes:
+        name: one of `SUBSETS`.
+        neighbours: K of `knn_uniform`; None finds it.
+
+    Raises:
+        BadInput: an unknown rule, or neighbours of another than `knn_uniform`.
+    """
+
+    name: str = "top"
+    neighbours: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check it before rows are scored."""
+        if self.name not in SUBSETS:
+            near = get_close_matches(str(self.name), SUBSETS, 1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            raise BadInput(f"subset is {self.name!r}; {meant}Choose {' or '.join(SUBSETS)}.")
+        if self.neighbours is not None:
+            expect_whole(self.neighbours, "neighbours")
+            if self.name != "knn_uniform":
+                raise BadInput(
+                    f"neighbours is {self.neighbours}, but only the subset 'knn_uniform' has "
+                    f"neighbours, not {self.name!r}; leave it out."
+                )
+
+    @property
+    def per_target(self) -> bool:
+        """The rule looks at each target row alone."""
+        return self.name in PER_TARGET
+
+    def check(self, k: int, targets: int) -> None:
+        """Raise BadInput for a number of rows that the rule cannot choose for t target rows."""
+        if self.name == "round_robin":
+            check_serves_all(k, targets)
+        if self.name == "facility_location":
+            check_rows(k)
+
+    def choose(
+        self,
+        k: int,
+        scores: npt.NDArray[np.floating[Any]],
+        table: TargetTable | None,
+        *,
+        usable: npt.NDArray[np.bool_],
+        limits: Limits | None = None,
+    ) -> npt.NDArray[np.int64]:
+        """Choose exactly k rows, in the order of choice.
+
+        Args:
+            k: how many rows.
+            scores: (n,) of the rows for the whole target; the rules `PER_TARGET` do not use them.
+            table: similarities with each target row; the other rules do not use it.
+            usable: (n,) bool, rows that may be chosen.
+            limits: the most rows of a data set.
+
+        Raises:
+            BadInput: more rows than are usable, than the limits leave or than the rule can choose;
+                all but what `drop_harmful` finds before the table is read.
+        """
+        k = check_k(k, int(usable.sum()), usable.size)
+        check_room(k, usable, limits)
+        if not self.per_target:
+            way = drop_harmful if self.name == "drop_harmful" else best_first
+            return way(scores, k, usable=usable, limits=limits)
+        assert table is not None
+        self.check(k, table.targets)
+        n = int(usable.sum())
+        # The authors limit the neighbours of KNN-KDE to a tenth of the rows; of few rows all would
+        # be everybody's neighbours.
+        most = min(MOST_NEIGHBOURS, max(1, n // 10))
+        width = max(k, self.neighbours or most) if self.name == "knn_uniform" else k
+        best = best_of_each(table, min(width, n), usable=usable, limits=limits)
+        if self.name == "round_robin":
+            return round_robin(best.rows, k, limits=limits)
+        if self.name == "knn_uniform":
+            return knn_uniform(best, k, neighbours=self.neighbours, most=most, limits=limits)
+        if self.name == "transport":
+            return transport(best, k, n, limits=limits)
+        return facility_location(best, k, limits=limits)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A rule within one of three budgets and quotas; `drop_harmful` may do without a budget.
+
+    Attributes:
+        rule: how rows are chosen.
+        count: rows to take.
+        fraction: share of the usable rows.
+        tokens: target tokens of all rows taken.
+        quotas: the most rows of a data set by name, or a share of the rows taken, between 0 and 1.
+        length: correction of the scores for the rows' lengths, one of `CORRECTIONS`; with `top`.
+
+    Raises:
+        BadInput: no budget or several, one that no store could keep, or a correction that does not
+            go with the rule.
+    """
+
+    rule: Rule
+    count: int | None = None
+    fraction: float | None = None
+    tokens: int | None = None
+    quotas: Mapping[str, int | float] = field(default_factory=dict)
+    length: str = "none"
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked before rows are scored."""
+        check_correction(self.length)
+        if self.length != "none" and self.rule.name != "top":
+            raise BadInput(
+                f"length correction is {self.length!r}, but the subset is {self.rule.name!r}: only "
+                "'top' ranks by one score a row that can be corrected; leave one of them out."
+            )
+        budgets = 3 - [self.count, self.fraction, self.tokens].count(None)
+        if budgets > 1 or (budgets == 0 and self.rule.name != "drop_harmful"):
+            raise BadInput(f"{budgets} budgets are given; give one of count, fraction, tokens.")
+        if self.fraction is not None:
+            rows_for_fraction(self.fraction, 1)
+        if self.tokens is not None:
+            expect_whole(self.tokens, "tokens")
+        check_quotas(self.quotas, shares=self.tokens is None)
+
+    def rows(
+        self,
+        scores: npt.NDArray[np.floating[Any]],
+        table: TargetTable | None,
+        train: TrainRows,
+        *,
+        usable: npt.NDArray[np.bool_],
+    ) -> npt.NDArray[np.int64]:
+        """Choose rows, first the first choice; the rules `PER_TARGET` read the table once.
+
+        Args:
+            scores: (n,) of the rows for the whole target.
+            table: similarities with each target row; needed by the rules `PER_TARGET` alone.
+            train: the train rows.
+            usable: (n,) bool, rows that may be chosen.
+
+        Raises:
+            BadInput: as `Rule.choose`, quotas without the rows' data sets, a token budget below
+                the first row's tokens, or one that does not serve every target row in turn.
+        """
+        if self.length != "none":
+            scores = without_length(scores, train.tokens, self.length, usable=usable)
+        everything = (self.count, self.fraction, self.tokens) == (None, None, None)
+        k = int(usable.sum()) if everything else self._most(usable, train)
+        if self.tokens is None:
+            check_k(k, int(usable.sum()), train.rows)
+        limits = self.limits(train, k)
+        if self.tokens is not None and limits is not None:
+            k = min(k, limits.room(usable))
+        if self.rule.name == "drop_harmful" and (everything or self.tokens is not None):
+            rows = drop_harmful(scores, usable=usable, limits=limits)
+        else:
+            rows = self.rule.choose(k, scores, table, usable=usable, limits=limits)
+        if self.tokens is None:
+            return rows
+        rows = within_tokens(rows, train.tokens, self.tokens)
+        if table is not None:
+            self.rule.check(len(rows), table.targets)
+        return rows
+
+    def limits(self, train: TrainRows, k: int) -> Limits | None:
+        """Read the quotas of a choice of k rows; None where there are none."""
+        if not self.quotas:
+            return None
+        sources: Sequence[tuple[str, int]] | None = getattr(train, "sources", None)
+        if sources is None:
+            raise BadInput("quotas need the data set of each row, and these rows have none.")
+        return Limits.of([name for name, _ in sources], rows_of_quotas(self.quotas, k))
+
+    def _most(self, usable: npt.NDArray[np.bool_], train: TrainRows) -> int:
+        """Count the rows that the budget may hold."""
+        if self.count is not None:
+            return self.count
+        if self.fraction is not None:
+            return rows_for_fraction(self.fraction, int(usable.sum()))
+        return max(1, most_rows_within(train.tokens[usable], self.tokens or 0))
+
+
+def check_quotas(quotas: Mapping[str, int | float], *, shares: bool = True) -> None:
+    """Raise BadInput for a quota that is no number of rows and no share between 0 and 1."""
+    for name, most in quotas.items():
+        if isinstance(most, float) and 0 < most < 1:
+            if not shares:
+                raise BadInput(
+                    f"quota of {name!r} is {most}, a share of a number of rows; beside a budget of "
+                    "tokens give a number of rows."
+                )
+        else:
+            expect_whole(most, f"quota of {name!r}")
+
+
+def rows_of_quotas(quotas: Mapping[str, int | float], k: int) -> dict[str, int]:
+    """Turn shares of k rows into numbers of rows: rounded down, but at least 1."""
+    return {
+        name: most if isinstance(most, int) else rows_for_fraction(most, k)
+        for name, most in quotas.items()
+    }
+
+
+def select_subset(
+    checkpoints: Sequence[CheckpointFeatures],
+    k: int,
+    subset: Subset = "top",
+    *,
+    quotas: Mapping[str, int | float] | None = None,
+    subtask_sizes: Sequence[int] | None = None,
+    aggregation: Aggregation = "max",
+    device: str | torch.device = "cpu",
+    on_rows: Callable[[int], None] | None = None,
+) -> npt.NDArray[np.int64]:
+    """Choose k train rows by a subset rule: `gradstore select` on features in hand.
+
+    Args:
+        checkpoints: features of the same train and target rows at one or more checkpoints.
+        k: how many rows.
+        subset: the rule; those that look at each target row alone read the features twice.
+        quotas: the most rows of a data set, or a share of k between 0 and 1.
+        subtask_sizes: as for `influence_scores`; for the rules that use the aggregated score.
+        aggregation: as for `influence_scores`.
+        device: where the products are computed.
+        on_rows: called with the number of rows just compared, in each pass.
+
+    Returns:
+        (k,) int64 distinct rows, in the order of choice.
+
+    Raises:
+        BadInput: what `influence_scores` or the rule cannot work with, quotas of rows whose data
+            sets are not known.
+        ProvenanceMismatch: the checkpoints hold different rows, or dims differ.
+
+    Examples:
+        >>> from gradstore import CheckpointFeatures, select_subset
+        >>> train = np.array([[1, 0.1], [1, 0], [0, 1], [0.1, 1]])
+        >>> pair = CheckpointFeatures(train, np.array([[1.0, 0], [0.5, 1]]))
+        >>> select_subset([pair], 2).tolist(), select_subset([pair], 2, "round_robin").tolist()
+        ([0, 1], [1, 3])
+    """
+    check_checkpoints(checkpoints)
+    check_k(k, n := checkpoints[0].train.rows, n)
+    choice = Choice(Rule(subset), count=k, quotas=quotas or {})
+    table = (
+        StoredTable(checkpoints, device=device, on_rows=on_rows) if choice.rule.per_target else None
+    )
+    if table is not None:
+        choice.rule.check(k, table.targets)
+    scores = influence_scores(
+        checkpoints, subtask_sizes=subtask_sizes, aggregation=aggregation, device=device,
+        on_rows=on_rows,
+    )  # fmt: skip
+    train: Any = checkpoints[-1].train
+    limits = choice.limits(train, k) if choice.quotas else None
+    return choice.rule.choose(k, scores.values, table, usable=scores.usable, limits=limits)
