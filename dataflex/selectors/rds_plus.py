@@ -1,0 +1,77 @@
+"""RDS+: rows nearest to the target's in the model's own states, target rows choosing in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from dataflex.config.parameters import Count
+from dataflex.config.registry import register
+from dataflex.run.context import UpdateContext
+from dataflex.selectors.base import Selection
+from dataflex.selectors.by_embedding import EmbeddingSelector, scored
+from gradstore.scoring.subset import round_robin
+from gradstore.similarity.neighbours import Neighbours
+
+
+@register("selector", "rds_plus")
+class RdsPlusSelector(EmbeddingSelector):
+    """Selector of rows by the model's own states, weighted by position; target rows take turns.
+
+    A row's vector is the mean of its tokens' last hidden states, prompt and response, where token i
+    of m weighs i / (1 + 2 + ... + m): a causal model's later states have seen more of the row. Each
+    target row in turn takes the row of highest cosine that none has taken in this update. An update
+    of fewer rows than there are target rows goes on with the target row whose turn is next, so that
+    over the run all are served equally often, to within one.
+
+    Args:
+        embedding_layer: index into the hidden states; -1 is the last layer's output.
+        embedding_batch_size: rows of an embedding batch, at most; tokens bound it as well.
+        keep_generations: newest steps kept of the embeddings; null keeps all.
+        unique: of rows that are copies of one another, choose none but the first.
+    """
+
+    paper = (
+        "Ivison et al. 2025, Large-Scale Data Selection for Instruction Tuning, arXiv:2503.01807"
+    )
+
+    def __init__(
+        self,
+        embedding_layer: int = -1,
+        embedding_batch_size: Count = 32,
+        keep_generations: Count | None = None,
+        unique: bool = False,
+    ) -> None:
+        super().__init__(
+            embedding_layer=embedding_layer,
+            embedding_batch_size=embedding_batch_size,
+            keep_generations=keep_generations,
+            unique=unique,
+        )
+        self.embeddings = replace(self.embeddings, pooling="position")
+        #: Target row whose turn is next, counted over the usable rows of all target sets.
+        self._next = 0
+
+    def state(self) -> dict[str, Any]:
+        """Return whose turn is next."""
+        return {"next": self._next}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with the same target row."""
+        self._next = int(state.get("next", 0))
+
+    def choose(
+        self, count: int, context: UpdateContext, neighbours: Neighbours | None
+    ) -> Selection:
+        """Let the target rows choose in turn."""
+        if neighbours is None:
+            raise RuntimeError("rds_plus reads no file made offline")
+        allowed = context.among_candidates(neighbours.usable)
+        ranked, cosines = neighbours.ranked(count, allowed)
+        turns = (self._next + np.arange(min(count, len(ranked)))) % len(ranked)
+        rows = round_robin(ranked[turns], count)
+        self._next = (self._next + count) % len(ranked)
+        return scored(rows, cosines, allowed, {})
