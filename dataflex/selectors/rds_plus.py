@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from dataflex.config.parameters import Count
 from dataflex.config.registry import register
 from dataflex.run.context import UpdateContext
 from dataflex.selectors.base import Selection
 from dataflex.selectors.by_embedding import EmbeddingSelector, scored
-from gradstore.scoring.subset import round_robin
+from dataflex.selectors.turns import Turns
 from gradstore.similarity.neighbours import Neighbours
 
 
@@ -23,9 +21,8 @@ class RdsPlusSelector(EmbeddingSelector):
 
     A row's vector is the mean of its tokens' last hidden states, prompt and response, where token i
     of m weighs i / (1 + 2 + ... + m): a causal model's later states have seen more of the row. Each
-    target row in turn takes the row of highest cosine that none has taken in this update. An update
-    of fewer rows than there are target rows goes on with the target row whose turn is next, so that
-    over the run all are served equally often, to within one.
+    target row in turn takes the row of highest cosine that none has taken in this update; turns go
+    on from one update to the next.
 
     Args:
         embedding_layer: index into the hidden states; -1 is the last layer's output.
@@ -52,16 +49,16 @@ class RdsPlusSelector(EmbeddingSelector):
             unique=unique,
         )
         self.embeddings = replace(self.embeddings, pooling="position")
-        #: Target row whose turn is next, counted over the usable rows of all target sets.
-        self._next = 0
+        #: Of the usable rows of all target sets.
+        self._turns = Turns()
 
     def state(self) -> dict[str, Any]:
         """Return whose turn is next."""
-        return {"next": self._next}
+        return {"next": self._turns.next}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on with the same target row."""
-        self._next = int(state.get("next", 0))
+        self._turns.next = int(state["next"])
 
     def choose(
         self, count: int, context: UpdateContext, neighbours: Neighbours | None
@@ -71,7 +68,4 @@ class RdsPlusSelector(EmbeddingSelector):
             raise RuntimeError("rds_plus reads no file made offline")
         allowed = context.among_candidates(neighbours.usable)
         ranked, cosines = neighbours.ranked(count, allowed)
-        turns = (self._next + np.arange(min(count, len(ranked)))) % len(ranked)
-        rows = round_robin(ranked[turns], count)
-        self._next = (self._next + count) % len(ranked)
-        return scored(rows, cosines, allowed, {})
+        return scored(self._turns.take(ranked, count), cosines, allowed, {})
