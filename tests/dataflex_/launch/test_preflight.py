@@ -91,6 +91,8 @@ def test_an_example_has_no_idle_key(
         ("dynamic_select", "less", {}, {FSDP, ZERO3}),
         ("dynamic_select", "near", {}, {FSDP, ZERO3}),
         ("dynamic_select", "rds_plus", {}, {FSDP, ZERO3}),
+        ("dynamic_select", "bm25", {}, set()),
+        ("dynamic_select", "online", {}, {FSDP, ZERO3}),
         ("dynamic_select", "near", {"embedding_model_name_or_path": "encoder"}, set()),
         ("dynamic_select", "coincide", {}, {FSDP, ZERO3}),
         ("dynamic_mix", "odm", {}, set()),
