@@ -126,7 +126,7 @@ class OnlineSelector(Selector):
             raise BadInput(
                 f"candidates is {self.candidates}: the {count} rows of an update are chosen from "
                 f"{wanted}, but {most} rows can be. Lower component_params.candidates or "
-                "update_step."
+                "update_step (in a pipeline, keep_ratio, or take mode: draw)."
             )
 
     def forecasts(self, run: RunContext, steps: Sequence[int]) -> Sequence[Forecast]:

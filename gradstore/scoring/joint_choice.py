@@ -57,7 +57,7 @@ def choose_jointly(
     The value of rows S is s(S) - redundancy / 2 * |g(S)|^2, where s(S) is the mean of their
     products with the target direction and g(S) the mean of their gradients, k of them: what a step
     gains in first order, less what it loses by curvature that is alike in all directions (GREATS,
-    NeurIPS 2024, section 4). With redundancy 1 and relative products it is largest where the mean
+    NeurIPS 2024). With redundancy 1 and relative products it is largest where the mean
     gradient is nearest to the unit direction. Rows that are alike make a long mean.
 
     Args:
