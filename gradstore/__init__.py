@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gradstore.scoring.query import query_influence
     from gradstore.scoring.selection import select_top, write_selected
     from gradstore.similarity.audit import AuditOptions, audit
+    from gradstore.similarity.bm25 import bm25_scores
     from gradstore.similarity.index import FeatureIndex
     from gradstore.similarity.rows import read_unit_rows
     from gradstore.store.building import build
@@ -49,6 +50,7 @@ _MODULES = {
     "UnitSink": "store.filling",
     "audit": "similarity.audit",
     "batch_losses": "capture.per_sample",
+    "bm25_scores": "similarity.bm25",
     "build": "store.building",
     "checkpoint_features": "scoring.pairing",
     "compute_embedding_unit": "export.embeddings",
@@ -82,6 +84,7 @@ __all__ = [
     "UnitSink",
     "audit",
     "batch_losses",
+    "bm25_scores",
     "build",
     "checkpoint_features",
     "compute_embedding_unit",

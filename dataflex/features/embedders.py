@@ -25,7 +25,7 @@ from gradstore.capture.limits import token_budget
 from gradstore.errors import BadInput
 from gradstore.export.embeddings import compute_embedding_unit
 from gradstore.export.gradient_space import attention_of, named_parameters, tokenizer_hash
-from gradstore.export.pooling import HiddenStates
+from gradstore.export.pooling import HiddenStates, Pooling
 from gradstore.export.units import Batches
 from gradstore.storage.hashing import tensor_hash
 
@@ -47,12 +47,15 @@ class EmbeddingSettings:
         dtype: `embedding_model_dtype`, of an encoder's weights: auto | fp32 | fp16 | bf16.
         layer: `embedding_layer`, index into the hidden states; -1 is the last layer's output.
         batch_rows: rows of a batch, at most; batches are bounded by tokens as well.
+        pooling: how the tokens' states of the model in training become one vector; an encoder has
+            its own way.
     """
 
     model: str | None = None
     dtype: str = "auto"
     layer: int = -1
     batch_rows: int = 32
+    pooling: Pooling = "mean"
 
     @property
     def frozen(self) -> bool:
@@ -116,6 +119,8 @@ class CurrentModel:
         self.dim = int(text.hidden_size)
         check_layer(settings.layer, int(text.num_hidden_layers) + 1)
         self.space = f"hidden.layer{settings.layer:+d}"
+        if settings.pooling != "mean":
+            self.space += f".{settings.pooling}"
         self.run_id = run.run_id
 
     def fields(self) -> dict[str, Any]:
@@ -124,7 +129,7 @@ class CurrentModel:
         return {
             "dim": self.dim,
             "dtype": STORED,
-            "pooling": "mean",
+            "pooling": self._settings.pooling,
             "layer": self._settings.layer,
             "base_model": tensor_hash((n, p) for n, p in parameters.items() if not p.requires_grad),
             "tokenizer": tokenizer_hash(data.tokenizer),
@@ -152,7 +157,8 @@ class CurrentModel:
             longest=longest_row(self._run.model, rows),
             max_rows=self._settings.batch_rows,
         )
-        states = HiddenStates(self._run.model, layer=self._settings.layer)
+        settings = self._settings
+        states = HiddenStates(self._run.model, layer=settings.layer, pooling=settings.pooling)
         return compute_embedding_unit(states, batches, unit, advance, dim=self.dim)
 
     def release(self) -> None:

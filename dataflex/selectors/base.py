@@ -89,6 +89,9 @@ class Selector(Strategy):
     distinct: bool = False
     #: Of rows that are copies of one another, only the first may be chosen.
     unique: bool = False
+    #: Meant for an update at every step: its records and lines on the screen come as often as the
+    #: Trainer's log lines, not with every answer.
+    every_step: bool = False
 
     def check_count(self, count: int, data: RunData) -> None:
         """Refuse, before the model is loaded, more rows an update than can be answered."""

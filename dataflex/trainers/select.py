@@ -46,16 +46,32 @@ class SelectSeam(RowSeam):
         name = f"component {self.run.name!r}"
         selection = ask(self.run.strategy, count, context, name, exact=True)
         rows = check_rows_of(selection.indices, len(self.run.data.train), self.run.name)
-        self._record(interval.start, rows, selection, time.perf_counter() - began)
-        return rows
-
-    def _record(
-        self, step: int, rows: npt.NDArray[np.int64], selection: Selection, pause: float
-    ) -> None:
+        pause = time.perf_counter() - began
         numbers = selection_metrics(self.run.data, rows, selection)
         self.add_to_log({**numbers, "pause_seconds": pause})
-        if not self.run.ranks.leads:
-            return
+        if self.run.ranks.leads and self._is_told(interval):
+            self._record(interval.start, rows, selection, numbers, pause)
+        return rows
+
+    def _is_told(self, interval: Interval) -> bool:
+        """Return true unless a selector answers more often than the Trainer logs.
+
+        Then the first answer is told, and those after which a log line was due.
+        """
+        if not self.run.strategy.every_step or interval.update == 1:
+            return True
+        every = max(1, int(self.state.logging_steps or 1))
+        return interval.start // every > (interval.start - interval.steps) // every
+
+    def _record(
+        self,
+        step: int,
+        rows: npt.NDArray[np.int64],
+        selection: Selection,
+        numbers: dict[str, float],
+        pause: float,
+    ) -> None:
+        """Write a selection, and tell it on the screen and in events.jsonl."""
         train = self.run.data.train
         won = dict(selection.manifest.get("won", {}))
         manifest = {**self.manifest(len(rows), self.run.params), **selection.manifest}

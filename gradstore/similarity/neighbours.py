@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gradstore.pace import LONG_SECONDS, duration, product_seconds
+from gradstore.scoring.combine import CHUNK_ROWS
+from gradstore.scoring.subset import BestRows
 
 if TYPE_CHECKING:
     from gradstore.store.generation import Generation
@@ -90,6 +92,32 @@ class Neighbours:
         cosines = self._train[places] @ sample.T
         cosines[places[:, None] == spaced[None, :]] = -1.0
         return -np.partition(-cosines, k - 1, axis=1)[:, :k]
+
+    def ranked(
+        self, k: int, allowed: npt.NDArray[np.bool_]
+    ) -> tuple[Matrix, npt.NDArray[np.float64]]:
+        """Rank, for each target row, the rows that may be chosen, in one pass over the rows.
+
+        Args:
+            k: rows of each target row's list, at least 1.
+            allowed: (n,) bool, rows that may be chosen.
+
+        Returns:
+            (q, up to k) rows, nearest first, ties to the lower row, -1 where no allowed row is left
+            (memory of it: 8 q k bytes, and up to six times that on the way); (n,) float64, each
+            allowed row's highest cosine to a target row, NaN elsewhere.
+        """
+        self._tell(len(self._queries))
+        best, rows = BestRows(len(self._queries), k), self._train.rows
+        highest = np.full(len(self.usable), np.nan)
+        for start in range(0, len(rows), CHUNK_ROWS):
+            here = slice(start, start + CHUNK_ROWS)
+            cosines = self._train[here] @ self._queries.T
+            cosines[~allowed[rows[here]]] = np.nan
+            best.add(start, cosines)
+            highest[rows[here]] = cosines.max(axis=1)  # the nan of a row that may not be chosen
+        places = best.ranked()
+        return np.where(places < 0, -1, rows[places]), highest
 
     def _tell(self, queries: int) -> None:
         """Log how long a search will take that compares the queries with every row, if long."""

@@ -30,6 +30,7 @@ from gradstore import (
     UnitSink,
     audit,
     batch_losses,
+    bm25_scores,
     build,
     checkpoint_features,
     compute_embedding_unit,
@@ -130,6 +131,8 @@ def test_plain_arguments_work(name: str) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "documents text": (lambda: bm25_scores("a", ["b"]), "documents is 'a'; give a list"),
+    "queries numbers": (lambda: bm25_scores(["a"], [1]), "queries is of type list; give"),
     "store None": (lambda: open_store(None), "the store is None; give a path"),
     "store bytes": (lambda: open_store(b"x"), "give a path"),
     "writer path": (lambda: StoreWriter(None, provenance={}), "give a path"),

@@ -31,7 +31,7 @@ MORE: dict[str, tuple[str, ...]] = {
 
 #: Run with two processes as well: at least one of each kind, and what shares work.
 TWO_PROCESSES = ("selectors/less", "selectors/loss", "selectors/nice", "selectors/random",
-                 "selectors/cluster_less", "selectors/near",
+                 "selectors/cluster_less", "selectors/near", "selectors/online",
                  "mixers/odm", "mixers/doremi_step2_dynamic", "reorders/dynamic_sorting",
                  "reorders/saw", "pipelines/hierarchical", "pipelines/doremi_then_weight",
                  "weighters/joint_update_aware", "weighters/loss")  # fmt: skip

@@ -11,9 +11,10 @@ import numpy as np
 
 from dataflex.data.rows import RunData
 from dataflex.run.log import SelectionEvent
+from dataflex.run.schedule import Schedule
 from dataflex.selectors.base import Selection
 from dataflex.trainers.metrics import count_by_set, selection_metrics, skipped_rows, won_by
-from dataflex.trainers.select import warmup_rows, warnings_of
+from dataflex.trainers.select import SelectSeam, warmup_rows, warnings_of
 
 
 def drawn(seed: int, stage: int, count: int = 20) -> list[int]:
@@ -77,3 +78,21 @@ def test_settings_that_have_no_order_are_compared_without_one() -> None:
     assert found == {"additional_target": ["embed_tokens", "lm_head"], "lora_rank": 4,
                      "lora_target": ["q_proj", "v_proj"]}  # fmt: skip
     assert comparable({"additional_target": None}) == {"additional_target": None}
+
+
+def told(every_step: bool, update_step: int, logging_steps: int) -> list[int]:
+    """The updates of 30 steps, 4 of them warm-up, that are told."""
+    seam: Any = object.__new__(SelectSeam)
+    seam.run = SimpleNamespace(strategy=SimpleNamespace(every_step=every_step))
+    seam.state = SimpleNamespace(logging_steps=logging_steps)
+    schedule = Schedule(warmup_step=4, update_step=update_step, update_times=0, budget=30)
+    return [i.start for i in schedule.intervals() if i.update and seam._is_told(i)]
+
+
+def test_a_choice_at_every_step_is_told_as_often_as_the_trainer_logs() -> None:
+    assert told(every_step=False, update_step=1, logging_steps=10) == list(range(4, 30))
+    assert told(every_step=True, update_step=1, logging_steps=10) == [4, 10, 20]
+    assert told(every_step=True, update_step=3, logging_steps=10) == [4, 10, 22]
+    assert told(every_step=True, update_step=1, logging_steps=1) == list(range(4, 30))
+    assert told(every_step=True, update_step=1, logging_steps=0) == list(range(4, 30))
+    assert told(every_step=True, update_step=12, logging_steps=5) == [4, 16, 28]
