@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gradstore.scoring.frames import open_store
     from gradstore.scoring.influence import influence_scores
     from gradstore.scoring.pairing import checkpoint_features
+    from gradstore.scoring.products import InnerProduct
     from gradstore.scoring.query import query_influence
     from gradstore.scoring.selection import select_top, write_selected
     from gradstore.similarity.audit import AuditOptions, audit
@@ -43,6 +44,7 @@ _MODULES = {
     "FeatureSpec": "export.features",
     "GenerationRecord": "format.records",
     "GradientCapture": "capture.per_sample",
+    "InnerProduct": "scoring.products",
     "Recipe": "export.features",
     "RowSet": "format.records",
     "StoreWriter": "store.writer",
@@ -77,6 +79,7 @@ __all__ = [
     "FeatureSpec",
     "GenerationRecord",
     "GradientCapture",
+    "InnerProduct",
     "Recipe",
     "RowSet",
     "StoreWriter",

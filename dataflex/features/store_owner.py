@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataflex.run.context import RunContext
 from dataflex.run.output_owner import known_identity
+from gradstore.errors import BadInput, ProvenanceMismatch
 from gradstore.format.layout import GRADIENT, METADATA
 from gradstore.store.ownership import check_rows_and_run
 from gradstore.store.reader import open_store
@@ -54,3 +56,27 @@ def check_owner(store: Store, run: RunContext, *, space: str = GRADIENT, run_id:
     sets = {"": data.train.row_set, **{rows.name: rows.row_set for rows in data.targets}}
     run_id = run_id or run.run_id
     check_rows_and_run(store, sets, space=space, run=run.config.store_run, run_id=run_id)
+
+
+def check_same_store(path: Path, expected: str | None) -> None:
+    """Refuse, before anything is created, a store that is not the checkpoint's.
+
+    Args:
+        path: of the run's store.
+        expected: uuid of the checkpoint's; None where a run starts.
+
+    Raises:
+        ProvenanceMismatch: there is another store, or none.
+    """
+    if expected is None:
+        return
+    try:
+        found = f"holds store {open_store(path).uuid}"
+    except BadInput:
+        found = "holds no store"
+    if found != f"holds store {expected}":
+        raise ProvenanceMismatch(
+            f"the checkpoint belongs to store {expected}, but {path} {found}: not this run's "
+            "store. Restore the run's store, name it with gradstore=PATH, or start a new run "
+            "with overwrite_output_dir: true."
+        )

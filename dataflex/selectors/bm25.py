@@ -170,8 +170,8 @@ class Bm25Selector(Selector):
         self, index: Bm25, count: int, allowed: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.int64]:
         """Choose the best `count` of the allowed rows, ties to the lower row."""
+        from gradstore.scoring.best_rows import BestRows, ranked
         from gradstore.scoring.selection import select_top
-        from gradstore.scoring.subset import BestRows
 
         if count == 0:
             return np.empty(0, dtype=np.int64)
@@ -180,8 +180,9 @@ class Bm25Selector(Selector):
         lists = []
         for query in self._queries:
             best = BestRows(1, count)
-            best.add(0, np.where(allowed, index.scores(query), np.float32("nan"))[:, None])
-            lists.append(best.ranked())
+            scores = np.where(allowed, index.scores(query), np.float32("nan"))
+            best.add(np.arange(len(scores)), scores[:, None])
+            lists.append(ranked([best]).rows)
         return self._turns.take(np.concatenate(lists), count)
 
 

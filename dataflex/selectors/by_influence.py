@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from annotated_types import Ge
 
 from dataflex.config.parameters import Count
 from dataflex.data.rows import Rows
@@ -21,8 +22,8 @@ from dataflex.run.log import progress
 from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, Selector
+from dataflex.selectors.product import product_of, product_told
 from dataflex.selectors.subset_rule import SubsetRule
-from gradstore.errors import BadInput, ProvenanceMismatch
 
 if TYPE_CHECKING:
     from dataflex.features.gradients import FeatureService
@@ -59,6 +60,10 @@ class InfluenceSelector(Selector):
         checkpoints: generations combined, weighted by learning rate: last, all, or a number.
         keep_generations: newest checkpoints kept in the store; null keeps all.
         unique: of rows that are copies of one another, choose none but the first.
+        normalize: whose norms a product is divided by: cosine (both rows'), target, or none.
+        preconditioner: none, or fisher: products in the metric of the training rows' second
+            moment, docs/products.md. It needs gradient_type sgd or sign.
+        damping: of fisher, as a multiple of the mean eigenvalue.
         features: as for `FeatureSettings`.
     """
 
@@ -74,9 +79,16 @@ class InfluenceSelector(Selector):
         checkpoints: Literal["last", "all"] | Count = "last",
         keep_generations: Count | None = None,
         unique: bool = False,
+        normalize: Literal["cosine", "target", "none"] = "cosine",
+        preconditioner: Literal["none", "fisher"] = "none",
+        damping: Annotated[float, Ge(0)] = 1.0,
         **features: Annotated[Any, FeatureSettings],  # noqa: ANN401 - those of that class
     ) -> None:
         self.settings = self.gradient_features = FeatureSettings(**features)
+        self.product = product_of(
+            normalize, preconditioner, damping,
+            scoring=scoring, gradient_type=self.settings.gradient_type,
+        )  # fmt: skip
         if scoring == "direct" and checkpoints != "last":
             raise ValueError(
                 f"checkpoints is {checkpoints!r}, but scoring: direct keeps no features of earlier "
@@ -167,7 +179,9 @@ class InfluenceSelector(Selector):
 
         sizes, n = self.subtask_sizes(context.run), checkpoints[0].train.rows
         with progress(f"scores at step {context.step}", n, shown=False) as advance:
-            found = subtask_influence(checkpoints, subtask_sizes=sizes, on_rows=advance)
+            found = subtask_influence(
+                checkpoints, subtask_sizes=sizes, on_rows=advance, product=self.product
+            )
         candidates = context.among_candidates(found.usable)
         return RowScores(self.fold(found.values, candidates, count), found.usable, found.skipped)
 
@@ -197,8 +211,10 @@ class InfluenceSelector(Selector):
         """Open the store: its refusals come before the first training step."""
         if self.scoring == "projected":
             from dataflex.features.gradients import FeatureService
+            from dataflex.features.store_owner import check_same_store
 
-            run.ranks.decide(lambda: self._check_store(run))
+            expected = self._restored.get("store_uuid")
+            run.ranks.decide(lambda: check_same_store(run.config.store_path, expected))
             self._service = FeatureService(run, self.settings)
 
     def finish(self) -> None:
@@ -250,25 +266,6 @@ class InfluenceSelector(Selector):
             self.sample(context.run),
         )
 
-    def _check_store(self, run: RunContext) -> None:
-        """Refuse, before anything is created, a store that is not the checkpoint's."""
-        from gradstore.store.reader import open_store
-
-        expected = self._restored.get("store_uuid")
-        if expected is None:
-            return
-        path = run.config.store_path
-        try:
-            found = f"holds store {open_store(path).uuid}"
-        except BadInput:
-            found = "holds no store"
-        if found != f"holds store {expected}":
-            raise ProvenanceMismatch(
-                f"the checkpoint belongs to store {expected}, but {path} {found}: not this run's "
-                "store. Restore the run's store, name it with gradstore=PATH, or start a new run "
-                "with overwrite_output_dir: true."
-            )
-
     def _choose(
         self,
         count: int,
@@ -285,7 +282,9 @@ class InfluenceSelector(Selector):
         if self.rule.plain:
             rows = self.take(scores.values, count, candidates)
         else:
-            rows = self.rule.stored_rows(count, scores.values, candidates, checkpoints, context)
+            rows = self.rule.stored_rows(
+                count, scores.values, candidates, checkpoints, context, self.product
+            )
         clock.append(time.perf_counter())
         if self.keep_generations is not None:
             # Generations since the last checkpoint are kept in addition: a resume starts before
@@ -308,6 +307,7 @@ class InfluenceSelector(Selector):
                 "targets": list(exported.targets),
                 "commit": train.commit_sha,
                 "adapter": train.record.adapter_hash,
+                **product_told(self.product),
                 **self.rule.told(),
                 "won": self.won(rows, scores.best, context.run),
                 "all_scores": spread_of(scores.values, candidates, rows),

@@ -63,6 +63,7 @@ class LessSelector(InfluenceSelector):
             checkpoints,
             subtask_sizes=self.subtask_sizes(context.run),
             aggregation=self.aggregation,
+            product=self.product,
         )
         best = scores.best_subtask if self.aggregation == "max" else None
         return RowScores(scores.values, scores.usable, scores.skipped, best)

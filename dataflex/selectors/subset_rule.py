@@ -20,6 +20,7 @@ from gradstore.errors import BadInput
 if TYPE_CHECKING:
     from gradstore.scoring.best_rows import TargetTable
     from gradstore.scoring.comparable import CheckpointFeatures
+    from gradstore.scoring.products import InnerProduct
     from gradstore.scoring.quotas import Limits
 
 
@@ -139,16 +140,21 @@ class SubsetRule:
         candidates: npt.NDArray[np.bool_],
         checkpoints: Sequence[CheckpointFeatures],
         context: UpdateContext,
+        product: InnerProduct | None = None,
     ) -> npt.NDArray[np.int64]:
-        """Choose as `rows` does; a rule by target rows reads the stored features once more."""
+        """Choose as `rows` does; a rule by target rows reads the stored features once more.
+
+        Its products are the scores' own; None stands for cosines.
+        """
         from gradstore.scoring.best_rows import StoredTable
+        from gradstore.scoring.products import InnerProduct
 
         data = context.run.data
         if not self.per_target:
             return self.rows(count, scores, candidates, None, data)
         what = f"comparison with each target row at step {context.step}"
         with progress(what, len(scores), shown=context.run.shows_progress) as advance:
-            table = StoredTable(checkpoints, on_rows=advance)
+            table = StoredTable(checkpoints, on_rows=advance, product=product or InnerProduct())
             return self.rows(count, scores, candidates, table, data)
 
     def told(self) -> dict[str, Any]:

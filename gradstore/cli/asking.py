@@ -166,7 +166,7 @@ def select(
     train: Generation = pairs[-1].train  # type: ignore[assignment]
     texts = store.texts(train)
     usable = int(scores.usable.sum())
-    rows = asked.rows(pairs, scores)
+    rows = asked.rows(pairs, scores, question.product())
     if output is not None:
         write_selected(output, rows, scores.values, sources=train.sources,
                        row_hashes=train.row_hash, texts=texts)  # fmt: skip
@@ -236,6 +236,7 @@ def _score(question: Question) -> tuple[Store, list[CheckpointFeatures], Scores]
     from gradstore.scoring.pairing import checkpoint_features, parse_which
     from gradstore.store.reader import open_store
 
+    product = question.product()
     store = open_store(question.store)
     pairs = checkpoint_features(
         store,
@@ -258,6 +259,7 @@ def _score(question: Question) -> tuple[Store, list[CheckpointFeatures], Scores]
             subtask_sizes=sizes,
             aggregation=question.aggregation,  # type: ignore[arg-type]
             on_rows=pace.advance,
+            product=product,
         ),
     )
 

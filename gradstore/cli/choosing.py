@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gradstore.scoring.choose import Choice
     from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.scoring.influence import Scores
+    from gradstore.scoring.products import InnerProduct
     from gradstore.store.generation import Generation
 
 
@@ -82,7 +83,7 @@ class Asked:
         )
 
     def rows(
-        self, checkpoints: Sequence[CheckpointFeatures], scores: Scores
+        self, checkpoints: Sequence[CheckpointFeatures], scores: Scores, product: InnerProduct
     ) -> npt.NDArray[np.int64]:
         """Choose rows, first the first choice; a rule by target rows reads the store once more."""
         from gradstore.scoring.best_rows import StoredTable
@@ -91,7 +92,7 @@ class Asked:
         train: Generation = checkpoints[-1].train  # type: ignore[assignment]
         table = None
         if choice.rule.per_target:
-            table = StoredTable(checkpoints, on_rows=_told(train.rows))
+            table = StoredTable(checkpoints, on_rows=_told(train.rows), product=product)
         rows = choice.rows(scores.values, table, train, usable=scores.usable)
         if self.subset == "drop_harmful":
             among = int(scores.usable.sum())

@@ -16,6 +16,7 @@ import typer
 from gradstore.format.names import printable
 
 if TYPE_CHECKING:
+    from gradstore.scoring.products import InnerProduct
     from gradstore.store.texts import RowTexts
 
 #: What a command says where it cannot show rows themselves.
@@ -47,6 +48,13 @@ Subtasks = Annotated[
     str, typer.Option(help="Cut the one target set into sub-tasks of these sizes, such as 16,16.")
 ]
 Aggregation = Annotated[str, typer.Option(help="Over sub-tasks: max or mean.")]
+Normalize = Annotated[
+    str, typer.Option(help="Whose norms products are divided by: cosine (both), target, none.")
+]
+Preconditioner = Annotated[
+    str, typer.Option(help="none; fisher: in the metric of the training rows' second moment.")
+]
+Damping = Annotated[float, typer.Option(help="Of fisher, in mean eigenvalues.")]
 Output = Annotated[
     Path | None,
     typer.Option(
@@ -69,6 +77,19 @@ class Question:
     target: Targets = None
     subtasks: Subtasks = ""
     aggregation: Aggregation = "max"
+    normalize: Normalize = "cosine"
+    preconditioner: Preconditioner = "none"
+    damping: Damping = 1.0
+
+    def product(self) -> InnerProduct:
+        """Check and join the options of the inner product.
+
+        Raises:
+            BadInput: an unknown name, or damping out of range.
+        """
+        from gradstore.scoring.products import InnerProduct
+
+        return InnerProduct(self.normalize, self.preconditioner, self.damping)  # type: ignore[arg-type]
 
 
 def with_options(*kinds: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

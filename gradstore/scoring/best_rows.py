@@ -18,8 +18,8 @@ import torch
 
 from gradstore.scoring.combine import CHUNK_ROWS, combine
 from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
-from gradstore.scoring.quotas import Limits
 from gradstore.scoring.products import COSINE, InnerProduct
+from gradstore.scoring.quotas import Limits
 from gradstore.scoring.scan import as_device
 from gradstore.scoring.subtasks import Subtask, source_name, usable_everywhere
 

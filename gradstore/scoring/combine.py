@@ -61,24 +61,8 @@ def combine(
     product.check(checkpoints)
     trains = [checkpoint.train for checkpoint in checkpoints]
     codes = start_codes(trains)
-    sets = zip(*(checkpoint.targets for checkpoint in checkpoints), strict=True)
-    usable = [usable_everywhere(one_set) for one_set in sets]
     with exact_float32():
-        scans = [
-            Scan(
-                checkpoint.train,
-                checkpoint.weight
-                * subtask_queries(
-                    checkpoint.targets,
-                    subtasks,
-                    usable,
-                    product.query_map(checkpoint.train, device),
-                ),
-                chunk_rows=chunk_rows,
-                device=device,
-            )
-            for checkpoint in checkpoints
-        ]
+        scans = _scans(checkpoints, subtasks, product, device, chunk_rows)
         step = round_chunk(chunk_rows)
         for start in range(0, codes.size, step):
             stop = min(start + step, codes.size)
@@ -96,6 +80,24 @@ def combine(
             "labels and the model's weights, and export them again"
         )
     return codes
+
+
+def _scans(
+    checkpoints: Sequence[CheckpointFeatures],
+    subtasks: Sequence[Subtask],
+    product: InnerProduct,
+    device: torch.device,
+    chunk_rows: int,
+) -> list[Scan]:
+    """Make each checkpoint's scan for the weighted queries of all sub-tasks."""
+    sets = zip(*(checkpoint.targets for checkpoint in checkpoints), strict=True)
+    usable = [usable_everywhere(one_set) for one_set in sets]
+    scans = []
+    for one in checkpoints:
+        as_queries = product.query_map(one.train, device)
+        queries = one.weight * subtask_queries(one.targets, subtasks, usable, as_queries)
+        scans.append(Scan(one.train, queries, chunk_rows=chunk_rows, device=device))
+    return scans
 
 
 def start_codes(sources: Sequence[FeatureSource]) -> npt.NDArray[np.uint8]:

@@ -30,7 +30,7 @@ QueryMap = Callable[[FloatArray, FloatArray], FloatArray]
 
 @dataclass(frozen=True)
 class InnerProduct:
-    """How a train row x and a target row t become one number.
+    """The number made of a train row x and a target row t.
 
     | normalize | without a preconditioner | with `fisher`, C = R + l I |
     |---|---|---|

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gradstore.pace import LONG_SECONDS, duration, product_seconds
+from gradstore.scoring.best_rows import BestRows, ranked
 from gradstore.scoring.combine import CHUNK_ROWS
-from gradstore.scoring.subset import BestRows
 
 if TYPE_CHECKING:
     from gradstore.store.generation import Generation
@@ -114,10 +114,9 @@ class Neighbours:
             here = slice(start, start + CHUNK_ROWS)
             cosines = self._train[here] @ self._queries.T
             cosines[~allowed[rows[here]]] = np.nan
-            best.add(start, cosines)
+            best.add(rows[here], cosines)
             highest[rows[here]] = cosines.max(axis=1)  # the nan of a row that may not be chosen
-        places = best.ranked()
-        return np.where(places < 0, -1, rows[places]), highest
+        return ranked([best]).rows, highest
 
     def _tell(self, queries: int) -> None:
         """Log how long a search will take that compares the queries with every row, if long."""

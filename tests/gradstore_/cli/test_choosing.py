@@ -176,3 +176,34 @@ def test_what_cannot_be_chosen_is_refused(store: Path, options: tuple[str, ...],
 def test_a_wrong_rule_is_told_before_a_store_is_opened() -> None:
     with pytest.raises(BadInput, match="subset is 'best'; Choose top or round_robin"):
         Asked(subset="best", count=3)
+
+
+def test_another_product_ranks_by_it_in_score_and_in_every_rule(store: Path) -> None:
+    from gradstore.scoring.influence import influence_scores
+    from gradstore.scoring.pairing import checkpoint_features
+    from gradstore.scoring.products import InnerProduct
+
+    pairs = checkpoint_features(open_store(store))
+    product = InnerProduct("cosine", "fisher", 0.2)
+    values = np.nan_to_num(influence_scores(pairs, product=product).values, nan=-np.inf)
+    options = ("--preconditioner", "fisher", "--damping", "0.2")
+
+    assert chosen(store, "-k", "9", *options) == np.argsort(-values, kind="stable")[:9].tolist()
+    assert chosen(store, "-k", "9", *options) != chosen(store, "-k", "9")
+    plain = chosen(store, "-k", "9", "--subset", "round_robin")
+    assert chosen(store, "-k", "9", "--subset", "round_robin", *options) != plain
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--preconditioner", "kfac"), "preconditioner is 'kfac'; use none | fisher"),
+        (("--normalize", "train"), "normalize is 'train'"),
+        (("--damping", "-1"), "damping is -1.0"),
+    ],
+)
+def test_an_unknown_product_is_told_before_a_store_is_opened(
+    option: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said.replace("|", r"\|")):
+        chosen(Path("nowhere"), "-k", "3", *option)
