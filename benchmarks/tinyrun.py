@@ -8,10 +8,11 @@ run does: random rows without replacement, AdamW at the file's constant learning
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import torch
 
 from dataflex.config.keys import load
 from dataflex.data.rows import Rows, RunData
+from gradstore.capture.per_sample import batch_losses
 from gradstore.export.moments import AdamMoments
 from gradstore.export.units import FeatureRows, plan_batches
 from gradstore.format.codec import decode, encode
@@ -68,20 +70,38 @@ class TinyRun:
     _optimizer: torch.optim.AdamW | None = field(default=None, repr=False)
 
     @staticmethod
-    def start(seed: int, output_dir: Path) -> TinyRun:
-        """Load model and data; `output_dir` stays empty."""
-        targets = ",".join(f"tiny_target_{skill}" for skill in SKILLS)
+    def start(
+        seed: int,
+        output_dir: Path,
+        *,
+        data_dir: Path = TINY / "data",
+        train: str = "tiny_train",
+        targets: Sequence[str] = tuple(f"tiny_target_{skill}" for skill in SKILLS),
+    ) -> TinyRun:
+        """Load model and data; `output_dir` stays empty.
+
+        Args:
+            seed: of the adapter and of the rows' order.
+            output_dir: of the run.
+            data_dir: LlamaFactory's `dataset_dir`.
+            train: its training set, in a file of the same name without `tiny_`.
+            targets: its target sets.
+        """
         overrides = [
             f"model_name_or_path={TINY / 'model'}",
-            f"dataset_dir={TINY / 'data'}",
-            f"target_dataset={targets}",
+            f"dataset_dir={data_dir}",
+            f"dataset={train}",
+            f"target_dataset={','.join(targets)}",
+            "eval_dataset=null",
+            "do_eval=false",
             f"output_dir={output_dir}",
             f"seed={seed}",
         ]
         config = load(CONFIG, overrides, arguments.accepted_keys())
         with contextlib.redirect_stdout(io.StringIO()):  # LlamaFactory prints an example per set
             loaded = running.load_run(config, None, lambda *loaded: None)
-        rows = json.loads((TINY / "data" / "train.json").read_text(encoding="utf-8"))
+        file = data_dir / f"{train.removeprefix('tiny_')}.json"
+        rows = json.loads(file.read_text(encoding="utf-8"))
         sources = loaded.data.train.sources or ()
         return TinyRun(
             model=loaded.model,
@@ -95,21 +115,55 @@ class TinyRun:
 
     def train_to(self, step: int) -> AdamMoments:
         """Take optimizer steps up to `step`; return the Adam moments there."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        if self._optimizer is None:
-            self._optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.0)
         order = np.random.default_rng(self.seed).permutation(len(self.data.train))
-        self.model.train()
         while self.step < step:
             start = self.step * self.batch_size
-            chosen = order[start : start + self.batch_size]
-            batch = self.collate([self.data.train.dataset[int(i)] for i in chosen])
-            self.model(**batch).loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)  # the Trainer's default
-            self._optimizer.step()
-            self._optimizer.zero_grad()
+            self.take_step(self.data.train, order[start : start + self.batch_size])
             self.step += 1
-        return AdamMoments.from_optimizer(self._optimizer, self.model)
+        return AdamMoments.from_optimizer(self.optimizer, self.model)
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """Parameters that train."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def optimizer(self) -> torch.optim.AdamW:
+        """The run's AdamW, made at its first step."""
+        if self._optimizer is None:
+            self._optimizer = torch.optim.AdamW(
+                self.trained, lr=self.learning_rate, weight_decay=0.0
+            )
+        return self._optimizer
+
+    def take_step(self, rows: Rows, chosen: npt.NDArray[np.int64]) -> None:
+        """Take one optimizer step on these rows."""
+        self.model.train()
+        batch = self.collate([rows.dataset[int(i)] for i in chosen])
+        self.model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)  # the Trainer's default
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @contextlib.contextmanager
+    def rewound(self) -> Iterator[None]:
+        """Give parameters and optimizer back as they are now."""
+        values = [p.detach().clone() for p in self.trained]
+        state = copy.deepcopy(self.optimizer.state_dict())
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self.trained, values, strict=True):
+                    parameter.copy_(value)
+            self.optimizer.load_state_dict(state)
+
+    def losses(self, rows: Rows) -> npt.NDArray[np.float64]:
+        """(n,) mean loss of each row's target tokens."""
+        found = np.full(len(rows), np.nan)
+        for chosen, batch in self.batches(rows):
+            found[chosen] = batch_losses(self.model, batch).loss.numpy()
+        return found
 
     def batches(self, rows: Rows) -> Iterator[RowBatch]:
         """Every row once, as the export plans its batches."""
@@ -142,6 +196,7 @@ class Held:
     """Features in memory that `influence_scores` reads like a generation of a store."""
 
     features: npt.NDArray[np.float32]
+    norm: npt.NDArray[np.float32] | None = None
 
     @property
     def rows(self) -> int:

@@ -1,0 +1,293 @@
+"""A benchmark that bites: which selection finds the rows that follow the target's rule.
+
+    uv run python benchmarks/quality/rules.py               # about an hour and a half on one core
+    uv run python benchmarks/quality/rules.py --seeds 1     # twelve minutes
+
+The rows of `rules_data.py` on the embedded model after 10 and after 60 steps on random ones, every
+rule as the target in turn (32 rows). A method takes the best 5% (50 rows). Figures, means over the
+eight rules: the *share* of the right rule among them (by chance 0.10, for 800 right rows of 8 rules
+and 200 wrong ones), and at step 60 the *loss* on 64 held-out rows of the rule after 30 more steps
+on the chosen rows. Features go through a projection (sjlt, d = 4096) and float16, as in a store.
+`cpu_s` are the processor seconds of choosing for one target from what the run has: gradients,
+embeddings or losses of the training rows included.
+
+Resumable: a seed that the CSV of this version has is not measured again. Prints a table with the
+95% interval of the paired difference to the default (t, over seeds) and Holm-corrected p values,
+appends to results/rules.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gradkernels import ProjectionSpec
+from paired import against
+from report import RESULTS, append, echo, machine, read
+from rules_data import RULES, make_rows, write_data
+from tinyrun import Held, TinyRun, as_stored
+
+from dataflex.data.rows import Rows
+from gradstore import bm25_scores
+from gradstore.export.features import FeatureSpec
+from gradstore.export.gradient_space import effective_seed
+from gradstore.export.moments import AdamMoments
+from gradstore.export.pooling import HiddenStates, Pooling
+from gradstore.export.projected import export_features
+from gradstore.scoring.choose import select_subset
+from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.scoring.influence import influence_scores
+from gradstore.scoring.products import COSINE, InnerProduct
+from gradstore.scoring.selection import rows_for_fraction, select_top
+
+FRACTION, DIM, STEPS, TRAINED_STEPS = 0.05, 4096, (10, 60), 30
+DEFAULT = "less"
+TARGETS = [f"rules_target_{rule}" for rule in RULES]
+HELD_OUT = [f"rules_heldout_{rule}" for rule in RULES]
+
+Chosen = npt.NDArray[np.int64]
+Method = Callable[["World", int], Chosen]
+
+
+@dataclass
+class World:
+    """One run at one step, and what methods have computed of it.
+
+    Attributes:
+        run: paused between two steps; targets first, held-out sets behind.
+        moments: of its optimizer.
+        texts: question and answer, by data set.
+    """
+
+    run: TinyRun
+    moments: AdamMoments
+    texts: dict[str, list[str]]
+    _made: dict[str, Any] = field(default_factory=dict)
+    _spent: dict[str, float] = field(default_factory=dict)
+    _used: set[str] = field(default_factory=set)
+    _new: float = 0.0
+
+    @property
+    def k(self) -> int:
+        """Rows taken."""
+        return rows_for_fraction(FRACTION, len(self.run.skills))
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - what `make` makes
+        """Compute something once, and keep the processor seconds that it took."""
+        if name not in self._made:
+            began = time.process_time()
+            self._made[name] = make()
+            self._spent[name] = time.process_time() - began
+            self._new += self._spent[name]
+        self._used.add(name)
+        return self._made[name]
+
+    def timed(self, choose: Callable[[], Chosen]) -> tuple[Chosen, float]:
+        """Choose rows; processor seconds of it as if nothing had been computed before."""
+        self._used.clear()
+        began, self._new = time.process_time(), 0.0
+        chosen = choose()
+        own = time.process_time() - began - self._new
+        return chosen, own + sum(self._spent[name] for name in self._used)
+
+    def features(self, kind: str, rows: Rows) -> Held:
+        """Projected features of a set, as a store gives them back."""
+
+        def make() -> Held:
+            p = sum(parameter.numel() for parameter in self.run.trained)
+            seed = effective_seed(self.run.seed, self.run.step)
+            spec = ProjectionSpec("sjlt", p=p, d=DIM, seed=seed)
+            found = np.empty((len(rows), DIM), np.float32)
+            norm = np.empty(len(rows), np.float32)
+            feature = FeatureSpec(kind)  # type: ignore[arg-type]
+            parts = export_features(
+                self.run.model, self.run.batches(rows), features=feature, projection=spec,
+                moments=self.moments if feature.needs_moments else None,
+            )  # fmt: skip
+            for part in parts:
+                found[part.rows], norm[part.rows] = part.features, part.norm
+            return Held(as_stored(found), norm)
+
+        return self.once(f"{kind} {rows.name}", make)  # type: ignore[no-any-return]
+
+    def embeddings(self, pooling: Pooling, rows: Rows) -> npt.NDArray[np.float32]:
+        """Hidden states of a set, pooled, of length 1."""
+
+        def make() -> npt.NDArray[np.float32]:
+            embed = HiddenStates(self.run.model, pooling=pooling)
+            found: dict[int, npt.NDArray[np.float32]] = {}
+            for chosen, batch in self.run.batches(rows):
+                found |= dict(zip(chosen.tolist(), embed(batch).numpy(), strict=True))
+            return np.stack([found[row] for row in range(len(rows))])
+
+        return self.once(f"{pooling} {rows.name}", make)  # type: ignore[no-any-return]
+
+
+def less(kind: str, product: InnerProduct = COSINE, subset: str = "top") -> Method:
+    """Rows by influence: a kind of feature, a product, a subset rule."""
+    of_target = "sign" if kind == "sign" else "sgd"
+
+    def choose(world: World, target: int) -> Chosen:
+        train = world.features(kind, world.run.data.train)
+        queries = world.features(of_target, world.run.data.targets[target])
+        pair = CheckpointFeatures(train, (queries,))
+        if subset != "top":
+            return select_subset([pair], world.k, subset)  # type: ignore[arg-type]
+        return select_top(influence_scores([pair], product=product).values, world.k)
+
+    return choose
+
+
+def by_embedding(pooling: Pooling, subset: str) -> Method:
+    """Rows by the model's own hidden states."""
+
+    def choose(world: World, target: int) -> Chosen:
+        train = world.embeddings(pooling, world.run.data.train)
+        pair = CheckpointFeatures(train, world.embeddings(pooling, world.run.data.targets[target]))
+        return select_subset([pair], world.k, subset)  # type: ignore[arg-type]
+
+    return choose
+
+
+def bm25(world: World, target: int) -> Chosen:
+    """Rows by the words of question and answer."""
+    scores = bm25_scores(world.texts["rules_train"], world.texts[TARGETS[target]])
+    return select_top(scores.mean(axis=0), world.k)
+
+
+def at_random(world: World, target: int) -> Chosen:
+    """Rows by lot."""
+    rng = np.random.default_rng([world.run.seed, world.run.step, target])
+    return rng.choice(len(world.run.skills), world.k, replace=False)
+
+
+def oracle(world: World, target: int) -> Chosen:
+    """Rows of the right rule, by lot."""
+    rng = np.random.default_rng([world.run.seed, world.run.step, target])
+    right = np.flatnonzero(world.run.skills == list(RULES)[target])
+    return rng.choice(right, world.k, replace=False)
+
+
+FISHER = InnerProduct("cosine", "fisher")
+METHODS: dict[str, Method] = {
+    "oracle": oracle,
+    "random": at_random,
+    "bm25": bm25,
+    "near (hidden states)": by_embedding("mean", "round_robin"),
+    "rds_plus": by_embedding("position", "round_robin"),
+    "less": less("adam_marginal"),
+    "less, published adam": less("adam"),
+    "less, sgd": less("sgd"),
+    "less, normalize: target": less("adam_marginal", InnerProduct("target")),
+    "less, round_robin": less("adam_marginal", subset="round_robin"),
+    "less, sgd, fisher": less("sgd", FISHER),
+}
+
+
+def held_out_loss(world: World, target: int, chosen: Chosen) -> float:
+    """Mean loss on the rule's held-out rows after more steps on the chosen ones."""
+    run = world.run
+    rng = np.random.default_rng([run.seed, target])
+    count = TRAINED_STEPS * run.batch_size
+    order = np.concatenate([rng.permutation(chosen) for _ in range(-(-count // len(chosen)))])
+    with run.rewound():
+        for start in range(0, count, run.batch_size):
+            run.take_step(run.data.train, order[start : start + run.batch_size])
+        return float(run.losses(run.data.targets[len(TARGETS) + target]).mean())
+
+
+def measure(world: World, names: list[str], with_loss: bool) -> list[dict[str, Any]]:
+    """One line a method: share, held-out loss, and processor seconds for one target."""
+    lines = []
+    for name in names:
+        shares, losses, seconds = [], [], []
+        for target, rule in enumerate(RULES):
+            chosen, took = world.timed(lambda: METHODS[name](world, target))  # noqa: B023
+            seconds.append(took)
+            shares.append(float((world.run.skills[chosen] == rule).mean()))
+            if with_loss:
+                losses.append(held_out_loss(world, target, chosen))
+        lines.append({
+            "method": name,
+            "step": world.run.step,
+            "seed": world.run.seed,
+            "share": round(float(np.mean(shares)), 4),
+            "loss": round(float(np.mean(losses)), 4) if with_loss else "",
+            "cpu_s": round(float(np.mean(seconds)), 2),
+        })  # fmt: skip
+        echo(", ".join(f"{key} {value}" for key, value in lines[-1].items()))
+    return lines
+
+
+def one_seed(seed: int, names: list[str]) -> list[dict[str, Any]]:
+    """All methods on the rows of one seed."""
+    lines: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="rules-") as folder:
+        data = Path(folder) / "data"
+        data.mkdir()
+        write_data(data, seed)
+        run = TinyRun.start(
+            seed, Path(folder) / "run", data_dir=data, train="rules_train",
+            targets=[*TARGETS, *HELD_OUT],
+        )  # fmt: skip
+    texts = {
+        name: [f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows]
+        for name, rows in make_rows(seed).items()
+    }
+    for step in STEPS:
+        world = World(run, run.train_to(step), texts)
+        lines += measure(world, names, with_loss=step == STEPS[-1])
+    return lines
+
+
+def show(lines: list[dict[str, Any]]) -> None:
+    """Print a table: mean over seeds, and the paired difference to the default."""
+    seeds = sorted({int(line["seed"]) for line in lines})
+    echo(f"\n{len(seeds)} seeds; differences to `{DEFAULT}` with 95% intervals, p by Holm")
+    for figure, step in (("share", STEPS[0]), ("share", STEPS[1]), ("loss", STEPS[1])):
+        table = {
+            name: [float(line[figure]) for seed in seeds for line in lines
+                   if line["method"] == name and int(line["step"]) == step
+                   and int(line["seed"]) == seed]
+            for name in dict.fromkeys(line["method"] for line in lines)
+        }  # fmt: skip
+        echo(f"\n{figure} at step {step}")
+        for name, difference in against(table, DEFAULT).items():
+            echo(f"  {name:28}{np.mean(table[name]):7.3f}   {difference}")
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 9)))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--csv", type=Path, default=RESULTS / "rules.csv")
+    options = parser.parse_args()
+    known = read(options.csv) if options.csv.exists() else []
+    done = {(line["method"], int(line["seed"])) for line in known}
+    torch.set_num_threads(1)
+    for seed in options.seeds:
+        missing = [name for name in options.methods if (name, seed) not in done]
+        if missing:
+            lines = one_seed(seed, missing)
+            append(options.csv, [machine() | line for line in lines])
+    wanted = [line for line in read(options.csv) if int(line["seed"]) in options.seeds]
+    show(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
