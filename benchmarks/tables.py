@@ -321,6 +321,72 @@ def looking() -> str:
     return f"{table(('', 'took', ''), body)}\n\n{where([served, asked, page])}."
 
 
+#: What a line of rules.csv is compared with.
+RULES_DEFAULT = "less"
+
+
+def rules() -> str:
+    """Share of the right rule, and held-out loss after training on the chosen rows."""
+    lines = newest(read(RESULTS / "rules.csv"), "method", "step", "seed")
+    methods = list(dict.fromkeys(method for method, _, _ in lines))
+    steps = sorted({step for _, step, _ in lines}, key=int)
+    figures = [("share", step) for step in steps] + [("loss", steps[-1])]
+
+    def values(method: str, figure: str, step: str) -> list[float]:
+        seeds = sorted(seed for m, s, seed in lines if (m, s) == (method, step))
+        return [float(lines[method, step, seed][figure]) for seed in seeds]
+
+    compared = {
+        (m, *f): difference(values(m, *f), values(RULES_DEFAULT, *f))
+        for m in methods if m != RULES_DEFAULT for f in figures
+    }  # fmt: skip
+    marks = dict(zip(compared, carried([each.p for each in compared.values()]), strict=True))
+    body = []
+    for method in sorted(methods, key=lambda m: statistics.mean(values(m, *figures[-1]))):
+        cells = [f"`{method}`"]
+        for figure in figures:
+            mean, key = f"{statistics.mean(values(method, *figure)):.3f}", (method, *figure)
+            gap = bold(plus_minus(compared[key]), when=marks[key]) if key in compared else ""
+            cells.append(f"{mean} {gap}".strip())
+        cells.append(f"{statistics.median(values(method, 'cpu_s', steps[-1])):.1f}")
+        body.append([*cells, str(len(values(method, *figures[-1])))])
+    head = ("", *(f"share after {step} steps" for step in steps), "held-out loss", "CPU s", "seeds")
+    return f"{table(head, body)}\n\n{where(lines.values())}."
+
+
+def effects() -> str:
+    """Rank correlation of scores with the effect of real steps."""
+    lines = newest(read(RESULTS / "effect.csv"), "score", "state", "effect", "seed")
+    states = list(dict.fromkeys(state for _, state, _, _ in lines))
+    body = []
+    for score in dict.fromkeys(score for score, _, _, _ in lines):
+        cells = [score]
+        for state in states:
+            each = [
+                [float(li["spearman"]) for (n, s, e, _), li in lines.items()
+                 if (n, s, e) == (score, state, effect)]
+                for effect in ("one", "batch")
+            ]  # fmt: skip
+            cells.append(" / ".join(f"{statistics.mean(of):.3f}" for of in each))
+        body.append([*cells, str(len(each[0]))])
+    head = ("score", *(f"step {state}" for state in states), "seeds")
+    return f"{table(head, body)}\n\n{where(lines.values())}."
+
+
+def curvature() -> str:
+    """Cost of the Fisher preconditioner."""
+    lines = newest(read(RESULTS / "curvature.csv"), "rows", "dim").values()
+    body = [
+        (f"{int(line['rows']):,} x {int(line['dim']):,}", f"{float(line['fit_s']):.1f}",
+         f"{int(line['fitted_on']):,}", f"{float(line['solve_s']):.2f}", ratio(line),
+         line["pairs"], f"{float(line['peak_mib']):.0f} MiB")
+        for line in lines
+    ]  # fmt: skip
+    head = ("float16 rows", "fit s", "rows fitted on", "solve s", "scan with / without, median "
+            "(pairs)", "pairs", "peak")  # fmt: skip
+    return f"{table(head, body)}\n\n{where(lines)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "export": export,
     "strategies": lambda: strategies("rows", "random", "target_loss"),
@@ -333,6 +399,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "tsds": tsds,
     "audit": audits,
     "looking": looking,
+    "rules": rules,
+    "effect": effects,
+    "curvature": curvature,
 }
 
 

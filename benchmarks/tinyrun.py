@@ -57,6 +57,9 @@ class TinyRun:
         learning_rate: constant.
         batch_size: rows of a step.
         seed: of the adapter and of the rows' order.
+        step: optimizer steps taken by `train_to`.
+        max_grad_norm: the Trainer's default.
+        norms: of each step's gradient before it was clipped.
     """
 
     model: Any
@@ -67,6 +70,8 @@ class TinyRun:
     batch_size: int
     seed: int
     step: int = 0
+    max_grad_norm: float = 1.0
+    norms: list[float] = field(default_factory=list)
     _optimizer: torch.optim.AdamW | None = field(default=None, repr=False)
 
     @staticmethod
@@ -113,9 +118,14 @@ class TinyRun:
             seed=seed,
         )
 
+    @property
+    def order(self) -> npt.NDArray[np.int64]:
+        """(n,) training rows in the order that `train_to` takes them."""
+        return np.random.default_rng(self.seed).permutation(len(self.data.train))
+
     def train_to(self, step: int) -> AdamMoments:
         """Take optimizer steps up to `step`; return the Adam moments there."""
-        order = np.random.default_rng(self.seed).permutation(len(self.data.train))
+        order = self.order
         while self.step < step:
             start = self.step * self.batch_size
             self.take_step(self.data.train, order[start : start + self.batch_size])
@@ -141,7 +151,8 @@ class TinyRun:
         self.model.train()
         batch = self.collate([rows.dataset[int(i)] for i in chosen])
         self.model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)  # the Trainer's default
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
+        self.norms.append(float(norm.detach()))
         self.optimizer.step()
         self.optimizer.zero_grad()
 

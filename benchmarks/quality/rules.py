@@ -11,9 +11,9 @@ on the chosen rows. Features go through a projection (sjlt, d = 4096) and float1
 `cpu_s` are the processor seconds of choosing for one target from what the run has: gradients,
 embeddings or losses of the training rows included.
 
-Resumable: a seed that the CSV of this version has is not measured again. Prints a table with the
-95% interval of the paired difference to the default (t, over seeds) and Holm-corrected p values,
-appends to results/rules.csv.
+Resumable: a method is not measured again on a seed that the CSV has. Appends to results/rules.csv,
+seed by seed, and prints means with the paired difference to the default; docs/figures.md has them
+corrected for the number of comparisons (Holm).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gradkernels import ProjectionSpec
-from paired import against
 from report import RESULTS, append, echo, machine, read
 from rules_data import RULES, make_rows, write_data
+from tables import difference, plus_minus
 from tinyrun import Held, TinyRun, as_stored
 
 from dataflex.data.rows import Rows
@@ -252,19 +252,19 @@ def one_seed(seed: int, names: list[str]) -> list[dict[str, Any]]:
 
 
 def show(lines: list[dict[str, Any]]) -> None:
-    """Print a table: mean over seeds, and the paired difference to the default."""
-    seeds = sorted({int(line["seed"]) for line in lines})
-    echo(f"\n{len(seeds)} seeds; differences to `{DEFAULT}` with 95% intervals, p by Holm")
+    """Print a table of each figure: means over seeds, and the paired difference to the default."""
     for figure, step in (("share", STEPS[0]), ("share", STEPS[1]), ("loss", STEPS[1])):
-        table = {
-            name: [float(line[figure]) for seed in seeds for line in lines
-                   if line["method"] == name and int(line["step"]) == step
-                   and int(line["seed"]) == seed]
-            for name in dict.fromkeys(line["method"] for line in lines)
-        }  # fmt: skip
-        echo(f"\n{figure} at step {step}")
-        for name, difference in against(table, DEFAULT).items():
-            echo(f"  {name:28}{np.mean(table[name]):7.3f}   {difference}")
+        here = {(line["method"], int(line["seed"])): float(line[figure]) for line in lines
+                if int(line["step"]) == step and line[figure]}  # fmt: skip
+        seeds = sorted({seed for _, seed in here})
+        methods = list(dict.fromkeys(method for method, _ in here))
+        values = {name: [here[name, seed] for seed in seeds] for name in methods}
+        echo(f"\n{figure} at step {step}, {len(seeds)} seeds; beside it minus {DEFAULT} (95%)")
+        for name in methods:
+            beside = ""
+            if name != DEFAULT and len(seeds) > 1:
+                beside = plus_minus(difference(values[name], values[DEFAULT]))
+            echo(f"  {name:28}{np.mean(values[name]):7.3f}   {beside}")
 
 
 def main() -> int:
