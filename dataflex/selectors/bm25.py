@@ -171,18 +171,13 @@ class Bm25Selector(Selector):
     ) -> npt.NDArray[np.int64]:
         """Choose the best `count` of the allowed rows, ties to the lower row."""
         from gradstore.scoring.selection import select_top
-        from gradstore.scoring.subset import BestRows
 
         if count == 0:
             return np.empty(0, dtype=np.int64)
         if self.aggregation != "round_robin":
             return select_top(self._folded, count, usable=allowed)
-        lists = []
-        for query in self._queries:
-            best = BestRows(1, count)
-            best.add(0, np.where(allowed, index.scores(query), np.float32("nan"))[:, None])
-            lists.append(best.ranked())
-        return self._turns.take(np.concatenate(lists), count)
+        lists = [select_top(index.scores(q), count, usable=allowed) for q in self._queries]
+        return self._turns.take(np.stack(lists), count)
 
 
 def texts_of(data: RunData, rows: Rows) -> Iterator[str]:
