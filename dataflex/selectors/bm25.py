@@ -170,20 +170,14 @@ class Bm25Selector(Selector):
         self, index: Bm25, count: int, allowed: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.int64]:
         """Choose the best `count` of the allowed rows, ties to the lower row."""
-        from gradstore.scoring.best_rows import BestRows, ranked
         from gradstore.scoring.selection import select_top
 
         if count == 0:
             return np.empty(0, dtype=np.int64)
         if self.aggregation != "round_robin":
             return select_top(self._folded, count, usable=allowed)
-        lists = []
-        for query in self._queries:
-            best = BestRows(1, count)
-            scores = np.where(allowed, index.scores(query), np.float32("nan"))
-            best.add(np.arange(len(scores)), scores[:, None])
-            lists.append(ranked([best]).rows)
-        return self._turns.take(np.concatenate(lists), count)
+        lists = [select_top(index.scores(q), count, usable=allowed) for q in self._queries]
+        return self._turns.take(np.stack(lists), count)
 
 
 def texts_of(data: RunData, rows: Rows) -> Iterator[str]:

@@ -103,6 +103,16 @@ def test_target_rows_take_turns_and_updates_go_on_until_all_rows_were_served(cou
     assert answers[0] == answers[1], "without advance every update answers the same"
 
 
+def test_an_update_that_starts_anew_answers_no_row_twice() -> None:
+    """The best row is the last that was not served, and the first again."""
+    one, top = selector(aggregation="max"), int(SCORES.max(axis=1).argmax())
+    others = [row for row in range(10) if row not in (top, 4)]
+    one.select(8, boundary(others))
+    found = one.select(4, boundary()).indices.tolist()
+    assert found[0] == top
+    assert len(set(found)) == 4
+
+
 def test_a_resumed_selector_goes_on_behind_the_same_rows() -> None:
     one, context = selector(), boundary()
     one.select(3, context)
