@@ -93,6 +93,8 @@ class Asked:
         if choice.rule.per_target:
             table = StoredTable(checkpoints, on_rows=_told(train.rows))
         rows = choice.rows(scores.values, table, train, usable=scores.usable)
+        if choice.length != "none":
+            typer.echo(_of_length(scores, train, choice.length))
         if self.subset == "drop_harmful":
             among = int(scores.usable.sum())
             dropped = among - int((scores.usable & (scores.values > 0)).sum())
@@ -122,6 +124,19 @@ def quotas_of(given: Sequence[str]) -> dict[str, int | float]:
         if isinstance(quotas[name], int):
             expect_whole(quotas[name], f"--quota {quota!r}")
     return quotas
+
+
+def _of_length(scores: Scores, train: Generation, how: str) -> str:
+    from gradstore.scoring.length_bias import length_correlation, without_length
+
+    left = without_length(scores.values, train.tokens, how, usable=scores.usable)
+    before, after = (
+        length_correlation(values, train.tokens, usable=scores.usable)
+        for values in (scores.values, left)
+    )
+    return (
+        f"Spearman's correlation of scores with target tokens: {before:+.2f}, by {how} {after:+.2f}"
+    )
 
 
 def _told(rows: int) -> Callable[[int], None]:

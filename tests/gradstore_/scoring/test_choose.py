@@ -94,6 +94,22 @@ def test_a_zero_row_marked_usable_is_passed_over_as_scores_pass_over_it(subset: 
         select_subset([pair], 5, subset)  # type: ignore[arg-type]
 
 
+def test_similarities_of_a_row_without_a_feature_are_nan_in_every_chunk() -> None:
+    train = np.random.default_rng(0).standard_normal((600, 3))
+    train[[7, 300, 599]] = 0
+    pair = CheckpointFeatures(Marked(train), (Marked(np.eye(3)),))
+    found = np.zeros((600, 3), dtype=np.float32)
+
+    def keep(start: int, sums: npt.NDArray[np.float32]) -> None:
+        found[start : start + len(sums)] = sums
+
+    StoredTable([pair], chunk_rows=256).stream(keep)
+    assert np.flatnonzero(np.isnan(found).all(axis=1)).tolist() == [7, 300, 599]
+    assert np.isnan(found).sum() == 9
+    unit = train / np.maximum(np.linalg.norm(train, axis=1, keepdims=True), 1e-9)
+    assert np.allclose(np.nan_to_num(found), unit, atol=1e-6)
+
+
 def test_a_row_that_is_not_usable_is_not_chosen_before_one_that_hurts() -> None:
     train = Marked(np.array([[-1, 0.5], [1, 0], [-1, 0]]), [True, False, True])
     pair = CheckpointFeatures(train, (Marked(np.array([[1.0, 0]])),))
