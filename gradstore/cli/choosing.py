@@ -81,6 +81,13 @@ class Asked:
             rule, self.count, self.fraction, self.token_budget, quotas, self.length_correction
         )
 
+    def check(self, checkpoints: Sequence[CheckpointFeatures]) -> None:
+        """Refuse what the store's rows cannot give, before they are scored (BadInput)."""
+        from gradstore.scoring.best_rows import usable_targets
+
+        train: Generation = checkpoints[-1].train  # type: ignore[assignment]
+        self.choice().check(train, len(usable_targets(checkpoints)))
+
     def rows(
         self, checkpoints: Sequence[CheckpointFeatures], scores: Scores
     ) -> npt.NDArray[np.int64]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradstore.errors import BadInput
-from gradstore.scoring.best_rows import StoredTable
+from gradstore.scoring.best_rows import StoredTable, usable_targets
 from gradstore.scoring.choose import Choice, Rule
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.influence import influence_scores
@@ -163,6 +163,13 @@ def choice_of(budget: Budget) -> Choice:
     return Choice(
         rule, budget.count, budget.fraction, budget.tokens, budget.quotas, budget.length_correction
     )
+
+
+def check(store: Store, budget: Budget) -> None:
+    """Refuse a selection that cannot be made, before anything is scored (BadInput)."""
+    pairs = pairs_of(store, budget)
+    train: Any = pairs[-1].train
+    choice_of(budget).check(train, len(usable_targets(pairs)))
 
 
 def chosen(store: Store, scores: RowScores, budget: Budget, desk: Desk, wait: float) -> list[int]:

@@ -60,7 +60,7 @@ def select(
     wait: Seconds = 10,
 ) -> Response:
     """Choose rows by a rule, within quotas and a budget of rows, of a share, or of tokens."""
-    asking.choice_of(form)
+    asking.check(store, form)
     scores = asking.scores_of(store, form, served.desk, wait)
     picked = asking.chosen(store, scores, form, served.desk, wait)
     table = Table(store, scores.train, served.desk.kept, scores)
@@ -118,6 +118,7 @@ def diff(
     """Compare two selections: which rows entered, which left."""
     tables, sets = [], []
     for budget in (form.before, form.after):
+        asking.check(store, budget)
         scores = asking.scores_of(store, budget, served.desk, wait)
         tables.append(Table(store, scores.train, served.desk.kept, scores))
         sets.append(asking.chosen(store, scores, budget, served.desk, wait))

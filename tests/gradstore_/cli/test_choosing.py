@@ -179,6 +179,25 @@ def test_what_cannot_be_chosen_is_refused(store: Path, options: tuple[str, ...],
         chosen(store, *options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-k", "3", "--subset", "round_robin"),
+        ("-k", "41"),
+        ("--fraction", "0.1", "--subset", "round_robin"),
+        ("-k", "3", "--quota", "nosuch=1"),
+        ("-k", "20", "--quota", "set one=9"),
+        ("--token-budget", "30", "--quota", "nosuch=1"),
+    ],
+)
+def test_it_is_refused_before_rows_are_scored(
+    store: Path, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradstore.scoring.influence.influence_scores", None)
+    with pytest.raises(BadInput):
+        chosen(store, *options)
+
+
 def test_a_wrong_rule_is_told_before_a_store_is_opened() -> None:
     with pytest.raises(BadInput, match="subset is 'best'; Choose top or round_robin"):
         Asked(subset="best", count=3)

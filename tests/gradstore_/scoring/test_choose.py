@@ -157,6 +157,7 @@ def test_a_token_budget_ends_the_order_of_every_rule(subset: str) -> None:
         ({"tokens": 0}, "tokens is 0"),
         ({"fraction": 2.0}, "fraction is 2.0"),
         ({"tokens": 9, "quotas": {"a": 0.5}}, "quota of 'a' is 0.5, a share"),
+        ({"rule": Rule("drop_harmful"), "quotas": {"a": 0.5}}, "number is not given"),
         ({"count": 3, "quotas": {"a": 0}}, "quota of 'a' is 0"),
         ({"count": 3, "quotas": {"a": 1.5}}, "quota of 'a' is 1.5"),
         ({"count": 3, "quotas": {"a": True}}, "quota of 'a' is True"),
@@ -165,7 +166,25 @@ def test_a_token_budget_ends_the_order_of_every_rule(subset: str) -> None:
 )
 def test_a_budget_that_means_nothing_is_refused(asked: dict[str, Any], told: str) -> None:
     with pytest.raises(BadInput, match=told):
-        Choice(Rule("top"), **asked)
+        Choice(**{"rule": Rule("top"), **asked})
+
+
+def test_a_token_budget_that_facility_location_cannot_spend_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for room in ("choose", "coverage"):
+        monkeypatch.setattr(f"gradstore.scoring.{room}.MOST_ROWS", 12)
+    pair = random_pair(2, 100, 3)
+    scores, train = influence_scores([pair]), pair.train
+
+    def within(tokens: int) -> int:
+        choice = Choice(Rule("facility_location"), tokens=tokens)
+        table: Any = StoredTable([pair])
+        return len(choice.rows(scores.values, table, train, usable=scores.usable))  # type: ignore[arg-type]
+
+    assert [within(tokens) for tokens in (35, 36)] == [11, 12]
+    with pytest.raises(BadInput, match="'facility_location' takes at most 12"):
+        within(300)
 
 
 def test_neighbours_go_with_knn_uniform_alone() -> None:

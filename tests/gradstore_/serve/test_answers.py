@@ -206,7 +206,7 @@ def test_the_map_is_the_pca_of_the_unit_rows(client: TestClient, store_path: Pat
         ("post", "/v1/select", {"count": 9, "quotas": {"alpha": 0}}, 422, "quotas"),
         ("post", "/v1/select", {"count": 9, "quotas": {"alpha": 1.5}}, 422, "quotas"),
         ("post", "/v1/select", {"count": 9, "quotas": {"delta": 1}}, 422, "quota of 'delta', but"),
-        ("post", "/v1/select", {"tokens": 9, "quotas": {"alpha": 0.5}}, 422, "beside a budget of"),
+        ("post", "/v1/select", {"tokens": 9, "quotas": {"alpha": 0.5}}, 422, "number is not given"),
         ("post", "/v1/select", {"count": 20, "subset": "transport", "target_row": 1}, 422,
          "asks each target row, but target_row 1"),
         ("post", "/v1/select", {"count": 9, "subset": "drop_harmful", "length_correction": "bins"},
