@@ -207,6 +207,8 @@ class Choice:
             check_k(k, int(train.usable.sum()), train.rows)
             self.rule.check(k, targets)
             check_room(k, train.usable, self.limits(train, k))
+        elif self.rule.name == "round_robin":  # k is the most that the tokens can be
+            self.rule.check(k, targets)
         self.limits(train, k)
 
     def rows(

@@ -188,6 +188,7 @@ def test_what_cannot_be_chosen_is_refused(store: Path, options: tuple[str, ...],
         ("-k", "3", "--quota", "nosuch=1"),
         ("-k", "20", "--quota", "set one=9"),
         ("--token-budget", "30", "--quota", "nosuch=1"),
+        ("--token-budget", "2", "--subset", "round_robin"),
     ],
 )
 def test_it_is_refused_before_rows_are_scored(
