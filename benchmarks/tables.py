@@ -288,6 +288,26 @@ def subsets() -> str:
     return f"{table(head, body)}\n\n{where(lines)}."
 
 
+def services() -> str:
+    """Target rows that each subset rule serves, where the target is of eight kinds."""
+    found = newest(read(RESULTS / "subset_service.csv"), "rule", "step", "seed")
+    body = []
+    for rule in dict.fromkeys(rule for rule, _, _ in found):
+        cells = [f"`{rule.partition(', ')[0]}`" + rule[len(rule.partition(", ")[0]) :]]
+        for step in dict.fromkeys(step for _, step, _ in found):
+            of = [line for (r, s, _), line in found.items() if (r, s) == (rule, step)]
+            cells += [f"{statistics.mean(float(line['skills']) for line in of):.2f}",
+                      f"{statistics.mean(float(line['fewest']) for line in of):.1f}",
+                      f"{statistics.mean(float(line['noise']) for line in of):.1f}"]  # fmt: skip
+        body.append(cells)
+    head = ["rule"]
+    for step in dict.fromkeys(step for _, step, _ in found):
+        head += [f"after {step} steps: skills as if evenly served, of 8", "rows of the fewest",
+                 "rows of noise"]  # fmt: skip
+    seeds = len({seed for *_, seed in found})
+    return f"{table(head, body)}\n\nMeans over {seeds} seeds; {where(found.values())}."
+
+
 def lengths() -> str:
     """Correlation of scores with the rows' lengths, and what correcting it does."""
     found = newest(read(RESULTS / "length_bias.csv"), "product", "step", "correction", "seed")
@@ -365,6 +385,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scoring": scoring,
     "tsds": tsds,
     "subsets": subsets,
+    "services": services,
     "lengths": lengths,
     "audit": audits,
     "looking": looking,
