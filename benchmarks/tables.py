@@ -275,6 +275,59 @@ def tsds() -> str:
     return f"{table(head, body)}\n\n{where(lines)}."
 
 
+def subsets() -> str:
+    """Cost of each subset rule at a million rows."""
+    lines = newest(read(RESULTS / "subset_cost.csv"), "rule", "rows").values()
+    body = [
+        (f"`{line['rule']}`" if line["rule"] != "none" else "the similarities alone",
+         f"{int(line['rows']):,} x {line['targets']}", f"{int(line['k']):,}", line["seconds"],
+         line["cpu_s"], f"{line['peak_mib']} MiB")
+        for line in lines
+    ]  # fmt: skip
+    head = ("rule", "train x target rows", "k", "wall s", "CPU s", "peak above the interpreter")
+    return f"{table(head, body)}\n\n{where(lines)}."
+
+
+def services() -> str:
+    """Target rows that each subset rule serves, where the target is of eight kinds."""
+    found = newest(read(RESULTS / "subset_service.csv"), "rule", "step", "seed")
+    body = []
+    for rule in dict.fromkeys(rule for rule, _, _ in found):
+        cells = [f"`{rule.partition(', ')[0]}`" + rule[len(rule.partition(", ")[0]) :]]
+        for step in dict.fromkeys(step for _, step, _ in found):
+            of = [line for (r, s, _), line in found.items() if (r, s) == (rule, step)]
+            cells += [f"{statistics.mean(float(line['skills']) for line in of):.2f}",
+                      f"{statistics.mean(float(line['fewest']) for line in of):.1f}",
+                      f"{statistics.mean(float(line['noise']) for line in of):.1f}"]  # fmt: skip
+        body.append(cells)
+    head = ["rule"]
+    for step in dict.fromkeys(step for _, step, _ in found):
+        head += [f"after {step} steps: skills as if evenly served, of 8", "rows of the fewest",
+                 "rows of noise"]  # fmt: skip
+    seeds = len({seed for *_, seed in found})
+    return f"{table(head, body)}\n\nMeans over {seeds} seeds; {where(found.values())}."
+
+
+def lengths() -> str:
+    """Correlation of scores with the rows' lengths, and what correcting it does."""
+    found = newest(read(RESULTS / "length_bias.csv"), "product", "step", "correction", "seed")
+    groups: dict[tuple[str, str, str], list[Line]] = {}
+    for (product, step, correction, _), line in found.items():
+        if product != "gradient norm" or correction == "none":
+            groups.setdefault((product, step, correction), []).append(line)
+    body = []
+    for (product, step, correction), of in groups.items():
+        means = {key: statistics.mean(float(line[key]) for line in of)
+                 for key in ("all", "within", "share", "tokens")}  # fmt: skip
+        best = (f"{means['share']:.3f}", f"{means['tokens']:.2f}")
+        body.append((product, step, correction, f"{means['all']:+.2f}", f"{means['within']:+.2f}",
+                     *(("", "") if product == "gradient norm" else best)))  # fmt: skip
+    seeds = len({seed for *_, seed in found})
+    head = ("product", "step", "correction", "Spearman with tokens", "within a skill",
+            "target's skill in the best 5%", "their tokens over the skill's")  # fmt: skip
+    return f"{table(head, body)}\n\nMeans over {seeds} seeds; {where(found.values())}."
+
+
 def audits() -> str:
     """Wrong answers found by each signal of an audit, against the loss."""
     lines = newest(read(RESULTS / "audit.csv"), "setting", "signal", "seed").values()
@@ -397,6 +450,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "passes": passes,
     "scoring": scoring,
     "tsds": tsds,
+    "subsets": subsets,
+    "services": services,
+    "lengths": lengths,
     "audit": audits,
     "looking": looking,
     "rules": rules,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -162,7 +162,7 @@ def select(
         check_suffix(output)
     if as_dataset is not None:
         check_folder(as_dataset)
-    store, pairs, scores = _score(question)
+    store, pairs, scores = _score(question, asked.check)
     train: Generation = pairs[-1].train  # type: ignore[assignment]
     texts = store.texts(train)
     usable = int(scores.usable.sum())
@@ -230,7 +230,9 @@ def query(
         typer.echo(NO_TEXT)
 
 
-def _score(question: Question) -> tuple[Store, list[CheckpointFeatures], Scores]:
+def _score(
+    question: Question, check: Callable[[Sequence[CheckpointFeatures]], None] = lambda _: None
+) -> tuple[Store, list[CheckpointFeatures], Scores]:
     from gradstore.pace import Pace, long_pass
     from gradstore.scoring.influence import influence_scores
     from gradstore.scoring.pairing import checkpoint_features, parse_which
@@ -244,6 +246,7 @@ def _score(question: Question) -> tuple[Store, list[CheckpointFeatures], Scores]
         run=question.run,
         sets=question.target or None,
     )
+    check(pairs)
     cut = question.subtasks
     try:
         sizes = [int(size) for size in cut.split(",")] if cut else None

@@ -82,6 +82,13 @@ class Asked:
             rule, self.count, self.fraction, self.token_budget, quotas, self.length_correction
         )
 
+    def check(self, checkpoints: Sequence[CheckpointFeatures]) -> None:
+        """Refuse what the store's rows cannot give, before they are scored (BadInput)."""
+        from gradstore.scoring.best_rows import usable_targets
+
+        train: Generation = checkpoints[-1].train  # type: ignore[assignment]
+        self.choice().check(train, len(usable_targets(checkpoints)))
+
     def rows(
         self, checkpoints: Sequence[CheckpointFeatures], scores: Scores, product: InnerProduct
     ) -> npt.NDArray[np.int64]:
@@ -94,6 +101,8 @@ class Asked:
         if choice.rule.per_target:
             table = StoredTable(checkpoints, on_rows=_told(train.rows), product=product)
         rows = choice.rows(scores.values, table, train, usable=scores.usable)
+        if choice.length != "none":
+            typer.echo(_of_length(scores, train, choice.length))
         if self.subset == "drop_harmful":
             among = int(scores.usable.sum())
             dropped = among - int((scores.usable & (scores.values > 0)).sum())
@@ -123,6 +132,19 @@ def quotas_of(given: Sequence[str]) -> dict[str, int | float]:
         if isinstance(quotas[name], int):
             expect_whole(quotas[name], f"--quota {quota!r}")
     return quotas
+
+
+def _of_length(scores: Scores, train: Generation, how: str) -> str:
+    from gradstore.scoring.length_bias import length_correlation, without_length
+
+    left = without_length(scores.values, train.tokens, how, usable=scores.usable)
+    before, after = (
+        length_correlation(values, train.tokens, usable=scores.usable)
+        for values in (scores.values, left)
+    )
+    return (
+        f"Spearman's correlation of scores with target tokens: {before:+.2f}, by {how} {after:+.2f}"
+    )
 
 
 def _told(rows: int) -> Callable[[int], None]:

@@ -5,6 +5,7 @@ Letters: n train rows, t target rows, k chosen.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -17,7 +18,7 @@ import torch
 from gradstore.errors import BadInput, expect_whole
 from gradstore.scoring.best_rows import StoredTable, TargetTable, best_of_each
 from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
-from gradstore.scoring.coverage import check_rows, facility_location
+from gradstore.scoring.coverage import MOST_ROWS, check_rows, facility_location
 from gradstore.scoring.influence import Aggregation, influence_scores
 from gradstore.scoring.length_bias import check_correction, without_length
 from gradstore.scoring.quotas import Limits, check_room, most_rows_within, within_tokens
@@ -49,6 +50,10 @@ class TrainRows(Protocol):
     @property
     def rows(self) -> int:
         """Number of rows, n."""
+
+    @property
+    def usable(self) -> npt.NDArray[np.bool_]:
+        """(n,) bool, rows that may be compared."""
 
     @property
     def tokens(self) -> npt.NDArray[np.integer[Any]]:
@@ -92,6 +97,11 @@ class Rule:
     def per_target(self) -> bool:
         """The rule looks at each target row alone."""
         return self.name in PER_TARGET
+
+    @property
+    def most(self) -> int:
+        """Largest number of rows that the rule takes."""
+        return MOST_ROWS if self.name == "facility_location" else sys.maxsize
 
     def check(self, k: int, targets: int) -> None:
         """Raise BadInput for a number of rows that the rule cannot choose for t target rows."""
@@ -183,7 +193,23 @@ class Choice:
             rows_for_fraction(self.fraction, 1)
         if self.tokens is not None:
             expect_whole(self.tokens, "tokens")
-        check_quotas(self.quotas, shares=self.tokens is None)
+        check_quotas(self.quotas, shares=self.count is not None or self.fraction is not None)
+
+    def check(self, train: TrainRows, targets: int) -> None:
+        """Raise BadInput for a choice that the rows cannot give, before anything is scored.
+
+        Args:
+            train: the train rows.
+            targets: t, the usable target rows.
+        """
+        k = self._most(train.usable, train)
+        if self.count is not None or self.fraction is not None:
+            check_k(k, int(train.usable.sum()), train.rows)
+            self.rule.check(k, targets)
+            check_room(k, train.usable, self.limits(train, k))
+        elif self.rule.name == "round_robin":  # k is the most that the tokens can be
+            self.rule.check(k, targets)
+        self.limits(train, k)
 
     def rows(
         self,
@@ -207,20 +233,22 @@ class Choice:
         """
         if self.length != "none":
             scores = without_length(scores, train.tokens, self.length, usable=usable)
-        everything = (self.count, self.fraction, self.tokens) == (None, None, None)
-        k = int(usable.sum()) if everything else self._most(usable, train)
-        if self.tokens is None:
-            check_k(k, int(usable.sum()), train.rows)
+        k = self._most(usable, train)
         limits = self.limits(train, k)
-        if self.tokens is not None and limits is not None:
-            k = min(k, limits.room(usable))
-        if self.rule.name == "drop_harmful" and (everything or self.tokens is not None):
+        if self.count is not None or self.fraction is not None:
+            return self.rule.choose(k, scores, table, usable=usable, limits=limits)
+        if self.rule.name == "drop_harmful":
             rows = drop_harmful(scores, usable=usable, limits=limits)
         else:
-            rows = self.rule.choose(k, scores, table, usable=usable, limits=limits)
+            k = k if limits is None else min(k, limits.room(usable))
+            rows = self.rule.choose(
+                min(k, self.rule.most), scores, table, usable=usable, limits=limits
+            )
         if self.tokens is None:
             return rows
         rows = within_tokens(rows, train.tokens, self.tokens)
+        if len(rows) == self.rule.most < k:
+            self.rule.check(k, 1)
         if table is not None:
             self.rule.check(len(rows), table.targets)
         return rows
@@ -240,7 +268,9 @@ class Choice:
             return self.count
         if self.fraction is not None:
             return rows_for_fraction(self.fraction, int(usable.sum()))
-        return max(1, most_rows_within(train.tokens[usable], self.tokens or 0))
+        if self.tokens is None:
+            return int(usable.sum())
+        return max(1, most_rows_within(train.tokens[usable], self.tokens))
 
 
 def check_quotas(quotas: Mapping[str, int | float], *, shares: bool = True) -> None:
@@ -249,8 +279,8 @@ def check_quotas(quotas: Mapping[str, int | float], *, shares: bool = True) -> N
         if isinstance(most, float) and 0 < most < 1:
             if not shares:
                 raise BadInput(
-                    f"quota of {name!r} is {most}, a share of a number of rows; beside a budget of "
-                    "tokens give a number of rows."
+                    f"quota of {name!r} is {most}, a share of the rows taken, but their number is "
+                    "not given; give a number of rows as the quota."
                 )
         else:
             expect_whole(most, f"quota of {name!r}")

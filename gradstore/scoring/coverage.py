@@ -76,14 +76,7 @@ def facility_location(
         if of_set >= 0 and not left[of_set]:
             heapq.heappop(order)
         elif known_at[place] < len(taken):
-            stale: list[tuple[float, float, int]] = []
-            while order and len(stale) < _AT_ONCE and known_at[order[0][2]] < len(taken):
-                stale.append(heapq.heappop(order))
-            places = np.array([each[2] for each in stale])
-            known_at[places] = len(taken)
-            gains = served.gains(places).tolist()
-            for (_, likeness, place), gain in zip(stale, gains, strict=True):
-                heapq.heappush(order, (-gain, likeness, place))
+            _renew(order, known_at, len(taken), served)
         else:
             heapq.heappop(order)
             served.take(place)
@@ -91,6 +84,22 @@ def facility_location(
             if of_set >= 0:
                 left[of_set] -= 1
     return np.array(taken, dtype=np.int64)
+
+
+def _renew(
+    order: list[tuple[float, float, int]],
+    known_at: npt.NDArray[np.int64],
+    now: int,
+    served: _Served,
+) -> None:
+    """Compute the gains of the first candidates in order again, where they are of an earlier S."""
+    stale: list[tuple[float, float, int]] = []
+    while order and len(stale) < _AT_ONCE and known_at[order[0][2]] < now:
+        stale.append(heapq.heappop(order))
+    places = np.array([place for _, _, place in stale])
+    known_at[places] = now
+    for (_, likeness, place), gain in zip(stale, served.gains(places).tolist(), strict=True):
+        heapq.heappush(order, (-gain, likeness, place))
 
 
 def check_rows(k: int) -> None:

@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from gradstore.errors import BadInput
+from gradstore.scoring.best_rows import StoredTable, usable_targets
+from gradstore.scoring.choose import Choice, Rule
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.influence import influence_scores
 from gradstore.scoring.pairing import checkpoint_features, parse_which
 from gradstore.scoring.query import query_influence
-from gradstore.scoring.selection import check_k, rows_for_fraction, select_top
+from gradstore.scoring.selection import select_top
 from gradstore.serve.forms import Budget, Question
 from gradstore.serve.jobs import Desk
 from gradstore.store.generation import Generation
@@ -140,39 +142,61 @@ def sides(scores: RowScores, top: int) -> tuple[list[int], list[int]]:
     return helped.tolist(), hurt.tolist()
 
 
-def chosen(scores: RowScores, budget: Budget) -> list[int]:
-    """Return the rows of a selection, best first.
+def choice_of(budget: Budget) -> Choice:
+    """Return the choice that a form asks for.
 
     Raises:
-        BadInput: not exactly one budget, or one that no row fits into.
+        BadInput: not exactly one budget, or parameters that do not go with the rule.
     """
     given = [n for n in ("count", "fraction", "tokens") if getattr(budget, n) is not None]
-    if len(given) != 1:
+    rule = Rule(budget.subset, budget.neighbours)
+    if len(given) > 1 or (not given and budget.subset != "drop_harmful"):
         raise BadInput(
             f"the selection has {' and '.join(given) or 'no budget'}; give exactly one of count, "
             "fraction, tokens."
         )
-    usable = int(scores.usable.sum())
-    if budget.tokens is not None:
-        return _within_tokens(scores, budget.tokens)
-    if budget.fraction is not None:
-        count = rows_for_fraction(budget.fraction, usable)
-    else:
-        count = budget.count or 0
-    k = check_k(count, usable, scores.train.rows)
-    return [int(row) for row in select_top(scores.values, k, usable=scores.usable)]
-
-
-def _within_tokens(scores: RowScores, tokens: int) -> list[int]:
-    """Return the longest run of the best rows whose target tokens fit into a budget."""
-    ranked = select_top(scores.values, int(scores.usable.sum()), usable=scores.usable)
-    spent = np.cumsum(scores.train.tokens[ranked].astype(np.int64))
-    count = int(np.searchsorted(spent, tokens, side="right"))
-    if count == 0:
+    if rule.per_target and budget.target_row is not None:
         raise BadInput(
-            f"tokens is {tokens}, the best row alone has {int(spent[0])}; give a larger budget."
+            f"subset is {budget.subset!r}, which asks each target row, but target_row "
+            f"{budget.target_row} asks one alone; leave one of them out."
         )
-    return [int(row) for row in ranked[:count]]
+    return Choice(
+        rule, budget.count, budget.fraction, budget.tokens, budget.quotas, budget.length_correction
+    )
+
+
+def check(store: Store, budget: Budget) -> None:
+    """Refuse a selection that cannot be made, before anything is scored (BadInput)."""
+    pairs = pairs_of(store, budget)
+    train: Any = pairs[-1].train
+    choice_of(budget).check(train, len(usable_targets(pairs)))
+
+
+def chosen(store: Store, scores: RowScores, budget: Budget, desk: Desk, wait: float) -> list[int]:
+    """Return the rows of a selection, first the first choice, computed or kept.
+
+    A rule that looks at each target row alone is a job of its own: it reads the store once more.
+
+    Raises:
+        StillRunning: it takes longer than `wait`.
+        TooMany: too many scans wait.
+        BadInput: as for `choice_of`, or a selection that cannot be made.
+    """
+    choice = choice_of(budget)
+
+    def rows(table: StoredTable | None) -> npt.NDArray[np.int64]:
+        return choice.rows(scores.values, table, scores.train, usable=scores.usable)
+
+    if not choice.rule.per_target:
+        return [int(row) for row in rows(None)]
+    pairs = pairs_of(store, budget)
+
+    def compute(on_rows: Callable[[int], None]) -> npt.NDArray[np.int64]:
+        return rows(StoredTable(pairs, on_rows=on_rows))
+
+    key = ("select", scores.key, budget.model_dump_json())
+    found = desk.ask(key, "select", scores.train.rows, compute, wait)
+    return [int(row) for row in found]
 
 
 def histogram(scores: RowScores, bins: int) -> dict[str, list[float] | list[int]]:

@@ -6,11 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gradstore.scoring.choose import Subset
+
 #: Largest row, step or count that is taken as a number at all.
 LARGEST = 2**53
 
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Position = Annotated[int, Field(ge=0, le=LARGEST)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Score = Annotated[float, Field(allow_inf_nan=False)]
 Wait = Annotated[
     float, Field(ge=0, le=60, allow_inf_nan=False, description="Seconds to wait; then 202.")
@@ -52,11 +55,19 @@ class ScoreForm(Question):
 
 
 class Budget(Question):
-    """A selection: a question, and one of three budgets."""
+    """A selection: a question, a rule, and one of three budgets; `drop_harmful` may do without."""
 
     count: Count | None = Field(default=None, description="Rows to take.")
     fraction: Score | None = Field(default=None, description="Share of the usable rows.")
     tokens: Count | None = Field(default=None, description="Target tokens of all rows.")
+    subset: Subset = Field(default="top", description="Rule that turns scores into rows.")
+    neighbours: Count | None = Field(default=None, description="K of knn_uniform; none: found.")
+    quotas: dict[str, Count | Share] = Field(
+        default={}, description="Most rows of a data set, or a share of the rows taken."
+    )
+    length_correction: Literal["none", "regression", "bins"] = Field(
+        default="none", description="Takes the rows' length out of the scores of top."
+    )
 
 
 class SelectForm(Budget):

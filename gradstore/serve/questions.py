@@ -59,9 +59,10 @@ def select(
     form: Annotated[SelectForm, Body()],
     wait: Seconds = 10,
 ) -> Response:
-    """Choose the best rows within a budget of rows, of a share, or of target tokens."""
+    """Choose rows by a rule, within quotas and a budget of rows, of a share, or of tokens."""
+    asking.check(store, form)
     scores = asking.scores_of(store, form, served.desk, wait)
-    picked = asking.chosen(scores, form)
+    picked = asking.chosen(store, scores, form, served.desk, wait)
     table = Table(store, scores.train, served.desk.kept, scores)
     lines = [{"rank": rank, **line}
              for rank, line in enumerate(table.lines(picked, form.characters), 1)]  # fmt: skip
@@ -117,9 +118,10 @@ def diff(
     """Compare two selections: which rows entered, which left."""
     tables, sets = [], []
     for budget in (form.before, form.after):
+        asking.check(store, budget)
         scores = asking.scores_of(store, budget, served.desk, wait)
         tables.append(Table(store, scores.train, served.desk.kept, scores))
-        sets.append(asking.chosen(scores, budget))
+        sets.append(asking.chosen(store, scores, budget, served.desk, wait))
     if not np.array_equal(tables[0].generation.row_hash, tables[1].generation.row_hash):
         raise BadInput("before and after are selections of different training rows; compare "
                        "generations of the same rows.")  # fmt: skip

@@ -49,6 +49,36 @@ def test_an_encoder_embeds_once_for_several_runs_and_any_number_of_processes(
     assert answers[0] == order[: len(answers[0])]
 
 
+def test_rows_near_most_target_rows_go_first_and_a_kill_changes_nothing(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    """Embeddings of a frozen encoder: both updates choose by the same similarities."""
+    params = {"embedding_model_name_or_path": ENCODER, "subset": "knn_uniform", "neighbours": 3}
+    common = {
+        **SHORT, "train_step": 8, "update_times": 2, "save_steps": 3, "component_name": "near",
+        "component_params": params,
+    }  # fmt: skip
+    answers = []
+    for name in ("whole", "killed"):
+        path = config(output_dir=str(tmp_path / name), **common)
+        if name == "killed":
+            assert cli("train", path, faults={"kill_step": 7}).code == -9
+            path = config(output_dir=str(tmp_path / name), resume_from_checkpoint=True, **common)
+        result = cli("train", path)
+        assert result.code == 0, result.err[-3000:]
+        files = sorted((tmp_path / name / "dataflex" / "selections").glob("*.json"))
+        answers.append([json.loads(file.read_text())["indices"] for file in files])
+    assert answers[0] == answers[1]
+    first, second = answers[0]
+    assert not set(first) & set(second), "rows served before are left out"
+    generations = {str(g.role): g for g in open_store(tmp_path / "whole/gradstore").generations()}
+    train, target = generations["train"], generations["target"]
+    cosines = target.read(0, target.rows) @ train.read(0, train.rows).T
+    named = np.argsort(-cosines, axis=1, kind="stable")[:, :3]
+    counts = np.bincount(named.ravel(), minlength=train.rows)
+    assert counts[first].tolist() == sorted(counts, reverse=True)[: len(first)]
+
+
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no encoder": (
         {"component_name": "near", "component_params": {"embedding_model_name_or_path": "./no"}},

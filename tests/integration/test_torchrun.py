@@ -69,14 +69,17 @@ def test_ctrl_c_reaches_the_workers_and_is_one_message(
     assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize("scoring", ["projected", "direct"])
+@pytest.mark.parametrize(
+    ("scoring", "subset"), [("projected", "top"), ("direct", "top"), ("direct", "knn_uniform")]
+)
 def test_two_processes_share_the_work_and_select_what_one_does(
-    scoring: str, cli: Any, config: Any, tmp_path: Path
+    scoring: str, subset: str, cli: Any, config: Any, tmp_path: Path
 ) -> None:
     """Rows 0-599 make three units: both ranks compute, rank 0 commits. Masks are those of rows."""
+    params = {"proj_dim": 128, "scoring": scoring, "subset": subset}
     changes = {"max_samples": 600, "train_step": 6, "warmup_step": 4, "save_steps": 50,
                "per_device_train_batch_size": 1, "lora_dropout": 0.1,
-               "component_params": {"proj_dim": 128, "scoring": scoring}}  # fmt: skip
+               "component_params": params}  # fmt: skip
     one = config("one.yaml", output_dir=str(tmp_path / "one"), **changes,
                  gradient_accumulation_steps=2)  # fmt: skip
     two = config("two.yaml", output_dir=str(tmp_path / "two"), **changes,

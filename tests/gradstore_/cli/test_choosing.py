@@ -15,7 +15,7 @@ from gradstore.cli.options import app
 from gradstore.errors import BadInput
 from gradstore.format.records import RowSet
 from gradstore.scoring.choose import SUBSETS
-from gradstore.scoring.length_bias import without_length
+from gradstore.scoring.length_bias import length_correlation, without_length
 from gradstore.store.reader import Store, open_store
 
 
@@ -121,6 +121,12 @@ def test_the_length_of_rows_can_be_taken_out_of_the_scores(store: Path) -> None:
     best = np.argsort(-np.nan_to_num(left, nan=-np.inf), kind="stable")[:7].tolist()
     assert best != chosen(store, "-k", "7")
     assert chosen(store, "-k", "7", "--length-correction", "regression") == best
+    output = str(store.with_name("rows.jsonl"))
+    result = CliRunner().invoke(app, ["select", str(store), "-o", output, "-k", "7",
+                                      "--length-correction", "bins"])  # fmt: skip
+    usable = ~np.isnan(means)
+    before = length_correlation(means, train.tokens, usable=usable)
+    assert f"scores with target tokens: {before:+.2f}, by bins" in result.output
 
 
 def test_harmful_rows_are_dropped_and_counted_with_and_without_a_budget(
@@ -170,6 +176,26 @@ def test_harmful_rows_are_dropped_and_counted_with_and_without_a_budget(
 )
 def test_what_cannot_be_chosen_is_refused(store: Path, options: tuple[str, ...], told: str) -> None:
     with pytest.raises(BadInput, match=told):
+        chosen(store, *options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-k", "3", "--subset", "round_robin"),
+        ("-k", "41"),
+        ("--fraction", "0.1", "--subset", "round_robin"),
+        ("-k", "3", "--quota", "nosuch=1"),
+        ("-k", "20", "--quota", "set one=9"),
+        ("--token-budget", "30", "--quota", "nosuch=1"),
+        ("--token-budget", "2", "--subset", "round_robin"),
+    ],
+)
+def test_it_is_refused_before_rows_are_scored(
+    store: Path, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradstore.scoring.influence.influence_scores", None)
+    with pytest.raises(BadInput):
         chosen(store, *options)
 
 

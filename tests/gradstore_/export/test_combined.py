@@ -103,5 +103,12 @@ def test_directions_are_means_of_unit_sums(llama: Any) -> None:
     assert found.rows == (2, 1)
     assert torch.allclose(found.matrix[0].double(), (units[0] + units[1]) / 2, atol=1e-6)
     assert torch.allclose(found.matrix[1].double(), units[2], atol=1e-6)
+    assert found.each is None
+    kept = combined_directions(
+        model, [[silent, *rows[:2]], rows[2:]], llama.collate, SGD, each_row=True
+    )
+    assert kept.each is not None
+    assert torch.allclose(kept.each.double(), torch.stack(units), atol=1e-6)
+    assert torch.equal(kept.all, torch.cat([found.matrix, kept.each]))
     with pytest.raises(BadInput, match="sub-task 0 of the target has no usable row"):
         combined_directions(model, [[silent]], llama.collate, SGD)

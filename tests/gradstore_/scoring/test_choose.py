@@ -94,6 +94,22 @@ def test_a_zero_row_marked_usable_is_passed_over_as_scores_pass_over_it(subset: 
         select_subset([pair], 5, subset)  # type: ignore[arg-type]
 
 
+def test_similarities_of_a_row_without_a_feature_are_nan_in_every_chunk() -> None:
+    train = np.random.default_rng(0).standard_normal((600, 3))
+    train[[7, 300, 599]] = 0
+    pair = CheckpointFeatures(Marked(train), (Marked(np.eye(3)),))
+    found = np.zeros((600, 3), dtype=np.float32)
+
+    def keep(start: int, sums: npt.NDArray[np.float32]) -> None:
+        found[start : start + len(sums)] = sums
+
+    StoredTable([pair], chunk_rows=256).stream(keep)
+    assert np.flatnonzero(np.isnan(found).all(axis=1)).tolist() == [7, 300, 599]
+    assert np.isnan(found).sum() == 9
+    unit = train / np.maximum(np.linalg.norm(train, axis=1, keepdims=True), 1e-9)
+    assert np.allclose(np.nan_to_num(found), unit, atol=1e-6)
+
+
 def test_a_row_that_is_not_usable_is_not_chosen_before_one_that_hurts() -> None:
     train = Marked(np.array([[-1, 0.5], [1, 0], [-1, 0]]), [True, False, True])
     pair = CheckpointFeatures(train, (Marked(np.array([[1.0, 0]])),))
@@ -141,6 +157,7 @@ def test_a_token_budget_ends_the_order_of_every_rule(subset: str) -> None:
         ({"tokens": 0}, "tokens is 0"),
         ({"fraction": 2.0}, "fraction is 2.0"),
         ({"tokens": 9, "quotas": {"a": 0.5}}, "quota of 'a' is 0.5, a share"),
+        ({"rule": Rule("drop_harmful"), "quotas": {"a": 0.5}}, "number is not given"),
         ({"count": 3, "quotas": {"a": 0}}, "quota of 'a' is 0"),
         ({"count": 3, "quotas": {"a": 1.5}}, "quota of 'a' is 1.5"),
         ({"count": 3, "quotas": {"a": True}}, "quota of 'a' is True"),
@@ -149,7 +166,25 @@ def test_a_token_budget_ends_the_order_of_every_rule(subset: str) -> None:
 )
 def test_a_budget_that_means_nothing_is_refused(asked: dict[str, Any], told: str) -> None:
     with pytest.raises(BadInput, match=told):
-        Choice(Rule("top"), **asked)
+        Choice(**{"rule": Rule("top"), **asked})
+
+
+def test_a_token_budget_that_facility_location_cannot_spend_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for room in ("choose", "coverage"):
+        monkeypatch.setattr(f"gradstore.scoring.{room}.MOST_ROWS", 12)
+    pair = random_pair(2, 100, 3)
+    scores, train = influence_scores([pair]), pair.train
+
+    def within(tokens: int) -> int:
+        choice = Choice(Rule("facility_location"), tokens=tokens)
+        table: Any = StoredTable([pair])
+        return len(choice.rows(scores.values, table, train, usable=scores.usable))  # type: ignore[arg-type]
+
+    assert [within(tokens) for tokens in (35, 36)] == [11, 12]
+    with pytest.raises(BadInput, match="'facility_location' takes at most 12"):
+        within(300)
 
 
 def test_neighbours_go_with_knn_uniform_alone() -> None:

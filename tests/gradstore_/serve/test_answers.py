@@ -12,7 +12,9 @@ import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
 
+from gradstore.scoring.choose import SUBSETS, select_subset
 from gradstore.scoring.influence import influence_scores
+from gradstore.scoring.length_bias import without_length
 from gradstore.scoring.pairing import checkpoint_features
 from gradstore.scoring.query import query_influence
 from gradstore.scoring.selection import select_top
@@ -84,6 +86,36 @@ def test_selections_keep_to_their_budget(client: TestClient, store_path: Path) -
     k = got["chosen"]
     assert got["tokens"] == tokens[ranked[:k]].sum() <= 500 < tokens[ranked[: k + 1]].sum()
     assert client.post("/v1/select", json={"fraction": 0.1}).json()["chosen"] == 29
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_a_selection_by_any_rule_is_the_librarys(
+    client: TestClient, store_path: Path, subset: Any
+) -> None:
+    pairs = checkpoint_features(open_store(store_path))
+    for quotas in ({}, {"alpha": 5}, {"alpha": 0.2, "beta": 3}):
+        wanted = select_subset(pairs, 25, subset, quotas=quotas)
+        form = {"count": 25, "subset": subset, "quotas": quotas}
+        got = client.post("/v1/select", json=form).json()
+        assert [line["row"] for line in got["rows"]] == wanted.tolist()
+        assert [line["rank"] for line in got["rows"]] == list(range(1, 26))
+    form = {"tokens": 400, "subset": subset, "quotas": {"alpha": 5}}
+    got = client.post("/v1/select", json=form).json()
+    assert got["tokens"] <= 400
+    assert sum(line["source"][0] == "alpha" for line in got["rows"]) <= 5
+
+
+def test_rows_that_hurt_are_dropped_without_a_budget_and_lengths_taken_out(
+    client: TestClient, store_path: Path
+) -> None:
+    store = open_store(store_path)
+    scores, train = influence_scores(checkpoint_features(store)), store.generation("train/8")
+    got = client.post("/v1/select", json={"subset": "drop_harmful"}).json()
+    assert got["chosen"] == int((np.nan_to_num(scores.values) > 0).sum())
+    left = without_length(scores.values, train.tokens, "bins", usable=scores.usable)
+    form = {"count": 20, "length_correction": "bins"}
+    got = client.post("/v1/select", json=form).json()
+    assert [line["row"] for line in got["rows"]] == select_top(left, 20).tolist()
 
 
 def test_two_selections_are_compared(client: TestClient) -> None:
@@ -168,6 +200,17 @@ def test_the_map_is_the_pca_of_the_unit_rows(client: TestClient, store_path: Pat
         ("post", "/v1/query", {"target": "six", "target_row": 0}, 422, "it has one, two"),
         ("post", "/v1/select", {"count": 299}, 422, "298 usable, 2 skipped"),
         ("post", "/v1/select", {}, 422, "exactly one of count, fraction, tokens"),
+        ("post", "/v1/select", {"count": 9, "subset": "best"}, 422, "subset"),
+        ("post", "/v1/select", {"count": 9, "subset": "round_robin"}, 422, "serve 16 target rows"),
+        ("post", "/v1/select", {"count": 9, "neighbours": 3}, 422, "only the subset 'knn_uniform'"),
+        ("post", "/v1/select", {"count": 9, "quotas": {"alpha": 0}}, 422, "quotas"),
+        ("post", "/v1/select", {"count": 9, "quotas": {"alpha": 1.5}}, 422, "quotas"),
+        ("post", "/v1/select", {"count": 9, "quotas": {"delta": 1}}, 422, "quota of 'delta', but"),
+        ("post", "/v1/select", {"tokens": 9, "quotas": {"alpha": 0.5}}, 422, "number is not given"),
+        ("post", "/v1/select", {"count": 20, "subset": "transport", "target_row": 1}, 422,
+         "asks each target row, but target_row 1"),
+        ("post", "/v1/select", {"count": 9, "subset": "drop_harmful", "length_correction": "bins"},
+         422, "only 'top'"),
         ("post", "/v1/select", {"tokens": 1, "count": 1}, 422, "exactly one of"),
         ("post", "/v1/score", {"checkpoints": "3"}, 422, "the store has 2"),
         ("post", "/v1/score", {"run": "other"}, 422, "no committed train generation of run"),
