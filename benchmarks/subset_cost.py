@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     began, cpu = time.perf_counter(), time.process_time()
     if options.rule not in PER_TARGET:
         table.stream(keep)
-    chosen = np.empty(0)
+    chosen = np.empty(0, dtype=np.int64)
     if options.rule != "none":
         chosen = Rule(options.rule).choose(options.k, scores, table, usable=usable)
     seconds = time.perf_counter() - began

@@ -169,10 +169,11 @@ class TinyRun:
                     parameter.copy_(value)
             self.optimizer.load_state_dict(state)
 
-    def losses(self, rows: Rows) -> npt.NDArray[np.float64]:
-        """(n,) mean loss of each row's target tokens."""
-        found = np.full(len(rows), np.nan)
-        for chosen, batch in self.batches(rows):
+    def losses(self, rows: Rows, only: int | None = None) -> npt.NDArray[np.float64]:
+        """(n,) mean loss of each row's target tokens, or of the first `only` rows."""
+        found = np.full(only or len(rows), np.nan)
+        for chosen in plan_batches(rows.lengths[: len(found)], TOKENS, BATCH_ROWS):
+            batch = self.collate([rows.dataset[int(i)] for i in chosen])
             found[chosen] = batch_losses(self.model, batch).loss.numpy()
         return found
 

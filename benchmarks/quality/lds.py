@@ -1,0 +1,182 @@
+"""How far scores can be trusted: LDS and QLD on the embedded model, against retrained models.
+
+    uv run python benchmarks/quality/lds.py                 # about forty minutes on one core
+
+One epoch of the embedded rows, 32 queries (4 target rows of each of the 8 skills). *LDS*: 100
+models retrained on random halves of the rows from the same adapter, and the rank correlation over
+them of a score's sum with the loss. *QLD* (`--qld`): a model retrained for each query without its
+top 1% and 5%, against 10 without as many rows at random. Retrained models are banked
+(`gradstore.evaluation.bank`): a run that was stopped goes on, and another score costs LDS nothing.
+Scores are taken at four steps of one epoch on all rows (50, 100, 150, 200) and averaged, features
+through a projection (sjlt, d = 4096) and float16, as in a store. Appends to results/lds.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import json
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from report import RESULTS, append, echo, machine
+from tinyrun import SKILLS, TINY, Held, TinyRun
+from world import World
+
+from gradstore import CheckpointFeatures, bm25_scores
+from gradstore.evaluation import Estimate, draw_subsets, lds, query_loss_difference, without_top
+from gradstore.evaluation.bank import Bank, Progress
+from gradstore.scoring.influence import subtask_influence
+from gradstore.scoring.products import COSINE, InnerProduct
+
+STEPS, QUERIES_OF_SKILL, SUBSETS, CONTROLS = (50, 100, 150, 200), 4, 100, 10
+SHARES = (0.01, 0.05)
+Floats = npt.NDArray[np.float64]
+
+FISHER = InnerProduct("cosine", "fisher")
+#: Feature of the training rows, and the product.
+GRADIENTS: dict[str, tuple[str, InnerProduct]] = {
+    "adam_marginal, cosine (default)": ("adam_marginal", COSINE),
+    "adam_marginal, normalize: target": ("adam_marginal", InnerProduct("target")),
+    "adam_marginal, normalize: none": ("adam_marginal", InnerProduct("none")),
+    "adam (published), cosine": ("adam", COSINE),
+    "sgd, cosine": ("sgd", COSINE),
+    "sgd, normalize: none": ("sgd", InnerProduct("none")),
+    "sgd, fisher, cosine": ("sgd", FISHER),
+    "sgd, fisher, normalize: target": ("sgd", InnerProduct("target", "fisher")),
+    "sgd, fisher, normalize: none": ("sgd", InnerProduct("none", "fisher")),
+}
+
+
+def query_losses(run: TinyRun) -> Floats:
+    """(q,) loss of each query: the first rows of every target set."""
+    return np.concatenate([run.losses(rows, QUERIES_OF_SKILL) for rows in run.data.targets])
+
+
+def retraining(run: TinyRun) -> Callable[[npt.NDArray[np.int64], int], Floats]:
+    """One epoch from the run's present state on some of its rows, in the run's order."""
+
+    def retrain(rows: npt.NDArray[np.int64], seed: int) -> Floats:
+        kept = run.order[np.isin(run.order, rows)]
+        with run.rewound():
+            for start in range(0, len(kept), run.batch_size):
+                run.take_step(run.data.train, kept[start : start + run.batch_size])
+            return query_losses(run)
+
+    return retrain
+
+
+def gradient_scores(world: World) -> dict[str, Floats]:
+    """(q, n) scores at one step, by every feature and product."""
+    train_rows, sets = world.run.data.train, world.run.data.targets
+    found = {}
+    for name, (kind, product) in GRADIENTS.items():
+        train, parts = world.features(kind, train_rows), []
+        for rows in sets:
+            whole = world.features("sgd", rows)
+            assert whole.norm is not None
+            part = Held(whole.features[:QUERIES_OF_SKILL], whole.norm[:QUERIES_OF_SKILL])
+            sizes = [1] * QUERIES_OF_SKILL
+            pair = CheckpointFeatures(train, (part,))
+            parts.append(subtask_influence([pair], subtask_sizes=sizes, product=product).values)
+        found[name] = np.concatenate(parts, axis=1).T.astype(np.float64)
+    return found
+
+
+def embedding_scores(world: World) -> dict[str, Floats]:
+    """(q, n) cosines of the model's own states at one step."""
+    found = {}
+    for name, pooling in (("near (hidden states)", "mean"), ("rds_plus", "position")):
+        train = world.embeddings(pooling, world.run.data.train)  # type: ignore[arg-type]
+        queries = np.concatenate([
+            world.embeddings(pooling, rows)[:QUERIES_OF_SKILL]  # type: ignore[arg-type]
+            for rows in world.run.data.targets
+        ])  # fmt: skip
+        found[name] = (queries @ train.T).astype(np.float64)
+    return found
+
+
+def texts() -> tuple[list[str], list[str]]:
+    """Questions and answers of the training rows, and of the queries."""
+
+    def of(path: Path) -> list[str]:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows]
+
+    targets = [of(TINY / "data" / "targets" / f"{skill}.json") for skill in SKILLS]
+    return of(TINY / "data" / "train.json"), [text for rows in targets
+                                              for text in rows[:QUERIES_OF_SKILL]]  # fmt: skip
+
+
+def all_scores(run: TinyRun) -> dict[str, Floats]:
+    """(q, n) scores of every method: means over the steps, of what a step changes."""
+    found: dict[str, Floats] = {}
+    with run.rewound():
+        for step in STEPS:
+            world = World(run, run.train_to(step), {})
+            for name, scores in (gradient_scores(world) | embedding_scores(world)).items():
+                found[name] = found.get(name, 0) + scores / len(STEPS)
+    run.step = 0
+    found["bm25"] = bm25_scores(*texts()).astype(np.float64)
+    shape = found["bm25"].shape
+    found["random"] = np.random.default_rng(0).normal(size=shape)
+    return found
+
+
+def told(progress: Progress) -> None:
+    """Print how far the bank is."""
+    echo(str(progress))
+
+
+def line_of(name: str, figure: str, found: Estimate) -> dict[str, Any]:
+    """One line of the CSV."""
+    echo(f"{figure:10}{name:36}{found}")
+    assert found.low is not None  # there are several queries
+    assert found.high is not None
+    return {"score": name, "figure": figure, "mean": round(found.mean, 4),
+            "low": round(found.low, 4), "high": round(found.high, 4)}  # fmt: skip
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bank", type=Path, default=Path("runs/lds-bank"))
+    parser.add_argument("--subsets", type=int, default=SUBSETS)
+    parser.add_argument("--qld", nargs="*", default=[], help="names of scores")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "lds.csv")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="lds-") as folder:
+        run = TinyRun.start(1, Path(folder) / "run")
+    run.train_to(0)
+    n, retrain = len(run.data.train), retraining(run)
+    queries = QUERIES_OF_SKILL * len(SKILLS)
+    bank = Bank(options.bank, {"model": "examples/tiny", "epochs": 1, "seed": 1}, n, queries)
+    subsets = draw_subsets(n, options.subsets, 0.5)
+    losses = bank.fill(subsets, retrain, budget=len(subsets), tell=told)
+    scores = all_scores(run)
+    lines = [line_of(name, "lds", lds(each, losses, subsets)) for name, each in scores.items()]
+    for share in SHARES if options.qld else ():
+        random = ~draw_subsets(n, CONTROLS, share, seed=1)
+        controls = bank.fill(random, retrain, budget=CONTROLS, tell=told)
+        for name in options.qld:
+            masks = without_top(scores[name], share)
+            removed = bank.fill(masks, retrain, budget=len(masks), tell=told)
+            found = query_loss_difference(np.diagonal(removed), controls)
+            lines.append(line_of(name, f"qld {share:.0%}", found))
+    append(options.csv, [machine() | {"subsets": options.subsets} | line for line in lines])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,104 @@
+"""A paused run and what methods of selection compute of it, each once and with its price."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import numpy.typing as npt
+from gradkernels import ProjectionSpec
+from tinyrun import Held, TinyRun, as_stored
+
+from dataflex.data.rows import Rows
+from gradstore.export.features import FeatureSpec
+from gradstore.export.gradient_space import effective_seed
+from gradstore.export.moments import AdamMoments
+from gradstore.export.pooling import HiddenStates, Pooling
+from gradstore.export.projected import export_features
+from gradstore.scoring.selection import rows_for_fraction
+
+#: Features as a store keeps them: 8 KB a row.
+DIM = 4096
+
+Chosen = npt.NDArray[np.int64]
+
+
+@dataclass
+class World:
+    """One run at one step, and what methods have computed of it.
+
+    Attributes:
+        run: paused between two steps; targets first, held-out sets behind.
+        moments: of its optimizer.
+        texts: question and answer, by data set.
+    """
+
+    run: TinyRun
+    moments: AdamMoments
+    texts: dict[str, list[str]]
+    _made: dict[str, Any] = field(default_factory=dict)
+    _spent: dict[str, float] = field(default_factory=dict)
+    _used: set[str] = field(default_factory=set)
+    _new: float = 0.0
+
+    @property
+    def k(self) -> int:
+        """Rows taken: 5%."""
+        return rows_for_fraction(0.05, len(self.run.skills))
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - what `make` makes
+        """Compute something once, and keep the processor seconds that it took."""
+        if name not in self._made:
+            began = time.process_time()
+            self._made[name] = make()
+            self._spent[name] = time.process_time() - began
+            self._new += self._spent[name]
+        self._used.add(name)
+        return self._made[name]
+
+    def timed(self, choose: Callable[[], Chosen]) -> tuple[Chosen, float]:
+        """Choose rows; processor seconds of it as if nothing had been computed before."""
+        self._used.clear()
+        began, self._new = time.process_time(), 0.0
+        chosen = choose()
+        own = time.process_time() - began - self._new
+        return chosen, own + sum(self._spent[name] for name in self._used)
+
+    def features(self, kind: str, rows: Rows) -> Held:
+        """Projected features of a set, as a store gives them back."""
+
+        def make() -> Held:
+            p = sum(parameter.numel() for parameter in self.run.trained)
+            seed = effective_seed(self.run.seed, self.run.step)
+            spec = ProjectionSpec("sjlt", p=p, d=DIM, seed=seed)
+            found = np.empty((len(rows), DIM), np.float32)
+            norm = np.empty(len(rows), np.float32)
+            feature = FeatureSpec(kind)  # type: ignore[arg-type]
+            parts = export_features(
+                self.run.model, self.run.batches(rows), features=feature, projection=spec,
+                moments=self.moments if feature.needs_moments else None,
+            )  # fmt: skip
+            for part in parts:
+                found[part.rows], norm[part.rows] = part.features, part.norm
+            return Held(as_stored(found), norm)
+
+        return self.once(f"{kind} {rows.name}", make)  # type: ignore[no-any-return]
+
+    def embeddings(self, pooling: Pooling, rows: Rows) -> npt.NDArray[np.float32]:
+        """Hidden states of a set, pooled, of length 1."""
+
+        def make() -> npt.NDArray[np.float32]:
+            embed = HiddenStates(self.run.model, pooling=pooling)
+            found: dict[int, npt.NDArray[np.float32]] = {}
+            for chosen, batch in self.run.batches(rows):
+                found |= dict(zip(chosen.tolist(), embed(batch).numpy(), strict=True))
+            return np.stack([found[row] for row in range(len(rows))])
+
+        return self.once(f"{pooling} {rows.name}", make)  # type: ignore[no-any-return]
