@@ -426,6 +426,24 @@ def effects() -> str:
     return f"{table(head, body)}\n\n{where(lines.values())}."
 
 
+def trusted() -> str:
+    """LDS and QLD of every score."""
+    lines = newest(read(RESULTS / "lds.csv"), "score", "figure")
+    figures = list(dict.fromkeys(figure for _, figure in lines))
+    scores = dict.fromkeys(score for score, _ in lines)
+    body = []
+    for score in sorted(scores, key=lambda name: -float(lines[name, "lds"]["mean"])):
+        cells = []
+        for figure in figures:
+            line = lines.get((score, figure))
+            cells.append("" if line is None else f"{float(line['mean']):.3f} "
+                         f"({float(line['low']):.3f} to {float(line['high']):.3f})")  # fmt: skip
+        body.append((score, *cells))
+    names = {"lds": "LDS (95%)"}
+    head = ("score", *(names.get(figure, f"{figure.upper()} (95%)") for figure in figures))
+    return f"{table(head, body)}\n\n{where(lines.values())}."
+
+
 def curvature() -> str:
     """Cost of the Fisher preconditioner."""
     lines = newest(read(RESULTS / "curvature.csv"), "rows", "dim").values()
@@ -458,6 +476,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rules": rules,
     "effect": effects,
     "curvature": curvature,
+    "lds": trusted,
 }
 
 
