@@ -79,7 +79,7 @@ def direct_influence(
     total = len(fitting) + (sum(len(rows) for rows in data.targets) if source is None else 0)
     with progress(f"exact influence at step {context.step}", total,
                   shown=run.shows_progress, told=run.ranks.leads) as advance:  # fmt: skip
-        subtasks = _subtasks(data.targets, subtask_sizes)
+        subtasks = subtask_rows(data.targets, subtask_sizes)
         directions = _directions(run, settings, subtasks, source, budget, advance, each_row)
         cosines = direct_cosines(
             run.model,
@@ -145,7 +145,7 @@ def _merged(
     return cosines, status
 
 
-def _subtasks(
+def subtask_rows(
     targets: Sequence[Rows], sizes: Sequence[int] | None
 ) -> list[tuple[Rows, npt.NDArray[np.int64]]]:
     """Make each target set a sub-task, or split the only set into consecutive `sizes`."""

@@ -41,6 +41,7 @@ class Forecast:
         kept: how many of the passes the store keeps at once; None keeps all.
         memory_bytes: the process's peak after it was measured; 0 where it was not.
         note: why it was not measured.
+        shared: whether processes share a pass; false where each of them makes the whole of it.
     """
 
     what: str
@@ -52,6 +53,7 @@ class Forecast:
     kept: int | None = None
     memory_bytes: int = 0
     note: str = ""
+    shared: bool = True
 
     @property
     def all_bytes(self) -> int:
@@ -172,7 +174,7 @@ def print_forecasts(forecasts: Sequence[Forecast], world: int) -> None:
 
     Args:
         forecasts: measured in this process.
-        world: processes that will share each pass.
+        world: processes of the run.
     """
     from rich.console import Console
     from rich.table import Table
@@ -183,8 +185,9 @@ def print_forecasts(forecasts: Sequence[Forecast], world: int) -> None:
         table.add_column(column, justify="left" if column == "pass" else "right")
     total = stored = 0.0
     for f in forecasts:
-        shown = "not measured" if f.seconds is None else duration(f.seconds / world)
-        total += (f.seconds or 0.0) / world * f.times
+        seconds = (f.seconds or 0.0) / (world if f.shared else 1)
+        shown = "not measured" if f.seconds is None else duration(seconds)
+        total += seconds * f.times
         stored += f.all_bytes
         what = Text(f"{f.what}: {f.note}" if f.note else f.what)
         rows, tokens = (f"{n:,}" if n else "" for n in (f.rows, f.tokens))

@@ -31,7 +31,9 @@ def settings(example: str, *overrides: str) -> FeatureSettings:
     return feature_settings(load(path, list(overrides), arguments.accepted_keys()))
 
 
-@pytest.mark.parametrize("name", ["near", "tsds", "coincide", "loss", "delta_loss", "random"])
+@pytest.mark.parametrize(
+    "name", ["near", "tsds", "coincide", "loss", "delta_loss", "mirror", "random"]
+)
 def test_a_selector_without_gradients_gets_those_of_less_and_one_line_says_so(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

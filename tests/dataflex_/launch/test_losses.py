@@ -30,7 +30,8 @@ VALUES = {"label_smoothing_factor": "0.1", "moe_aux_loss_coef": "0.01", "neftune
 READERS = {
     "gradients": ("selectors/less", "selectors/icons", "selectors/cluster_less", "selectors/nice",
                   "gradstore build"),
-    "losses of rows": ("selectors/loss", "selectors/delta_loss", "reorders/dynamic_sorting"),
+    "losses of rows": ("selectors/loss", "selectors/delta_loss", "selectors/mirror",
+                       "reorders/dynamic_sorting"),
     "observed losses": ("mixers/odm",),
     "weights": ("weighters/loss", "weighters/custom"),
 }  # fmt: skip

@@ -89,6 +89,7 @@ def test_an_example_has_no_idle_key(
         ("dynamic_select", "loss", {}, {FSDP}),
         ("dynamic_select", "delta_loss", {}, {FSDP}),
         ("dynamic_select", "less", {}, {FSDP, ZERO3}),
+        ("dynamic_select", "mirror", {}, {FSDP, ZERO3}),
         ("dynamic_select", "near", {}, {FSDP, ZERO3}),
         ("dynamic_select", "rds_plus", {}, {FSDP, ZERO3}),
         ("dynamic_select", "bm25", {}, set()),
