@@ -33,8 +33,10 @@ from report import RESULTS, append, echo, machine, read
 from rules_data import RULES, make_rows, write_data
 from tables import difference, plus_minus
 from tinyrun import TinyRun
+from workloads import Workload
 from world import Chosen, World
 
+from dataflex.models.trained import ShortTraining, trained_on
 from gradstore import bm25_scores
 from gradstore.export.pooling import Pooling
 from gradstore.scoring.choose import select_subset
@@ -83,6 +85,17 @@ def bm25(world: World, target: int) -> Chosen:
     return select_top(scores.mean(axis=0), world.k)
 
 
+def mirror(world: World, target: int) -> Chosen:
+    """Rows whose loss falls most when the model is trained on the target, 8 epochs."""
+    run = world.run
+    context = Workload("rules", run.model, run.data, run.collate).context(Path("unused"))
+    rows = run.data.targets[target]
+    before = world.once("losses", lambda: run.losses(run.data.train))
+    training = ShortTraining(epochs=8, learning_rate=run.learning_rate, batch_rows=8)
+    with trained_on(context, rows, np.arange(len(rows)), training, [run.seed, run.step]):
+        return select_top(before - run.losses(run.data.train), world.k)
+
+
 def at_random(world: World, target: int) -> Chosen:
     """Rows by lot."""
     rng = np.random.default_rng([world.run.seed, world.run.step, target])
@@ -108,6 +121,7 @@ METHODS: dict[str, Method] = {
     "less, sgd": less("sgd"),
     "less, normalize: target": less("adam_marginal", InnerProduct("target")),
     "less, round_robin": less("adam_marginal", subset="round_robin"),
+    "mirror": mirror,
     "less, sgd, fisher": less("sgd", FISHER),
 }
 
