@@ -26,6 +26,8 @@ from gradstore.replay.steps import Replayer, State, Vectors, differentiable_twic
 
 #: Relative difference between a doubling of weights and its derivative: rounding, in float32.
 _AFFINE_ERROR = 1e-2
+#: Distance from the real run's end, by its way there: rounding that Adam amplifies.
+_END_ERROR = 1e-3
 #: query_loss(parameters) -> a scalar, or (q,) losses of several queries.
 QueryLoss = Callable[[Parameters], Tensor]
 
@@ -67,6 +69,7 @@ def replay_influence(
     *,
     segment: int | None = None,
     limits: Limits | None = None,
+    tell: Callable[[int], object] = lambda steps: None,
 ) -> npt.NDArray[np.float64]:
     """Compute the derivative of a query's loss after training by each row's weight, at weight 1.
 
@@ -79,6 +82,7 @@ def replay_influence(
         query_loss: its value and derivative are taken at the parameters after the last step.
         segment: s; None for about the root of T, which keeps the fewest states.
         limits: refuse above them; None for an hour and 8 GiB.
+        tell: given how many of the `step_passes` were made since it was called last.
 
     Returns:
         (n,) float64, or (q, n) where `query_loss` gives (q,).
@@ -86,16 +90,17 @@ def replay_influence(
     Raises:
         BadInput: the run would take more than the limits; it is not deterministic; its loss has no
             second derivative, or is not a sum of rows' parts times weights; the parameters or the
-            query's loss are not finite after training.
+            query's loss are not finite after training; it ends elsewhere than `run.ended`.
     """
     segment = _segment(run, segment)
     limits = Limits() if limits is None else limits
-    engine = Replayer(run)
+    engine = Replayer(run, tell)
     with differentiable_twice():
         _check_run(engine)
         queries = _query_values(engine, engine.start(), query_loss).numel()
         _check_limits(forecast(run, queries=queries, segment=segment), run, limits)
         boundaries, end = _forwards(engine, segment)
+        _check_end(engine, end)
         losses = _query_values(engine, end, query_loss)
         cotangents = _query_cotangents(engine, end, query_loss)
         found = np.zeros((queries, run.row_count))
@@ -139,6 +144,11 @@ def forecast(run: TrainingRun, *, queries: int = 1, segment: int | None = None) 
     states = math.ceil(len(run.steps) / segment) + segment + 1
     held = states * state + segment * vector + 2 * queries * (state + vector)
     return ReplayCost(segment, states, held, len(every) * float(np.mean(seconds)))
+
+
+def step_passes(run: TrainingRun, *, queries: int = 1) -> int:
+    """Count the passes over a step: two forwards, and one backwards for each query."""
+    return (2 + queries) * len(run.steps)
 
 
 def _segment(run: TrainingRun, segment: int | None) -> int:
@@ -206,6 +216,21 @@ def _random_run(what: str, difference: float) -> BadInput:
     )
 
 
+def _check_end(engine: Replayer, end: State) -> None:
+    """Refuse a description by which the run ends elsewhere than it did."""
+    if engine.run.ended is None:
+        return
+    start, real = engine.start().vectors[0], engine.flat(engine.run.ended)
+    missed = float(torch.linalg.vector_norm(end.vectors[0] - real))
+    moved = float(torch.linalg.vector_norm(real - start))
+    if missed > _END_ERROR * moved:
+        raise BadInput(
+            f"the replayed run ends {missed:.2g} away from where the real one did, which moved its "
+            f"parameters by {moved:.2g}: it trains otherwise than replay does (another loss, "
+            "optimizer or precision); replay a run in float32, with AdamW and the plain loss."
+        )
+
+
 def _forwards(engine: Replayer, segment: int) -> tuple[list[State], State]:
     """Train; return the state at the start of each segment, and the last."""
     state, boundaries = engine.start(), []
@@ -213,6 +238,7 @@ def _forwards(engine: Replayer, segment: int) -> tuple[list[State], State]:
         if index % segment == 0:
             boundaries.append(state)
         state = engine.advance(state, engine.gradient(state.vectors[0], step.batches), index)
+        engine.tell(1)
     if not bool(torch.isfinite(state.vectors[0]).all()):
         raise BadInput(
             f"the run's parameters are not finite after {len(engine.run.steps)} steps; replay a "
@@ -237,6 +263,7 @@ def _segment_back(
         gradient = engine.gradient(state.vectors[0], engine.run.steps[index].batches)
         kept.append((state, gradient))
         state = engine.advance(state, gradient, index)
+        engine.tell(1)
     # The state that the segment ends in was computed before: a check of every step, for nothing.
     if not torch.equal(state.vectors[0], end.vectors[0]):
         difference = float((state.vectors[0] - end.vectors[0]).abs().max())
@@ -245,6 +272,7 @@ def _segment_back(
     for index in reversed(range(first, last)):
         state, gradient = kept.pop()
         cotangents, by_weight = engine.pull_back(state, gradient, index, cotangents)
+        engine.tell(len(cotangents))
         found += by_weight
     return cotangents, found
 
