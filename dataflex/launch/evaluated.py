@@ -103,7 +103,7 @@ def evaluate(config: RunConfig, asked: Evaluation) -> None:
         DamagedData: of store or bank.
         StoreIOError: of store or bank.
     """
-    check_gradients(config)
+    check_gradients(config, "gradstore eval")
     with on_stderr(), contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
         found, masks = _judged(config, asked)
     name = str(asked.scores or f"influence of {asked.store}")

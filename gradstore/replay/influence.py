@@ -55,12 +55,14 @@ class ReplayCost:
         state_bytes: of kept states, a segment's gradients and the queries' cotangents.
         seconds: estimated from the first, the middle and the last micro-batch; the optimizer's own
             arithmetic, little beside a model, is not in it.
+        training_seconds: of training once, a part of them.
     """
 
     segment: int
     kept_states: int
     state_bytes: int
     seconds: float
+    training_seconds: float
 
 
 def replay_influence(
@@ -98,7 +100,7 @@ def replay_influence(
     with differentiable_twice():
         _check_run(engine)
         queries = _query_values(engine, engine.start(), query_loss).numel()
-        _check_limits(forecast(run, queries=queries, segment=segment), run, limits)
+        refuse_above(limits, forecast(run, queries=queries, segment=segment), run)
         boundaries, end = _forwards(engine, segment)
         _check_end(engine, end)
         losses = _query_values(engine, end, query_loss)
@@ -117,10 +119,14 @@ def replay_forwards(run: TrainingRun) -> dict[str, Tensor]:
     """Train again; return the parameters after the last step, by name.
 
     Whoever describes a run compares them with those that the real run ended with.
+
+    Raises:
+        BadInput: it ends elsewhere than `run.ended`, or nowhere.
     """
     engine = Replayer(run)
     with differentiable_twice():
         _, end = _forwards(engine, len(run.steps))
+    _check_end(engine, end)
     return engine.named(end.vectors[0])
 
 
@@ -139,11 +145,13 @@ def forecast(run: TrainingRun, *, queries: int = 1, segment: int | None = None) 
     probes = [every[0], every[len(every) // 2], every[-1]]
     with differentiable_twice():
         seconds = [_seconds(engine, start.vectors[0], batch, queries) for batch in probes]
+    forwards, backwards = len(every) * np.mean(seconds, axis=0)
     vector = start.vectors[0].numel() * start.vectors[0].element_size()
     state = len(start.vectors) * vector
     states = math.ceil(len(run.steps) / segment) + segment + 1
     held = states * state + segment * vector + 2 * queries * (state + vector)
-    return ReplayCost(segment, states, held, len(every) * float(np.mean(seconds)))
+    total = float(2 * forwards + backwards)
+    return ReplayCost(segment, states, held, total, float(forwards))
 
 
 def step_passes(run: TrainingRun, *, queries: int = 1) -> int:
@@ -157,8 +165,10 @@ def _segment(run: TrainingRun, segment: int | None) -> int:
     return min(expect_whole(segment, "segment"), len(run.steps))
 
 
-def _seconds(engine: Replayer, flat: Tensor, batch: MicroBatch, queries: int) -> float:
-    """Time a micro-batch's part of a replay: two forward passes of the run and one backwards."""
+def _seconds(
+    engine: Replayer, flat: Tensor, batch: MicroBatch, queries: int
+) -> tuple[float, float]:
+    """Time a micro-batch's part of a pass of the run forwards, and of the one backwards."""
     direction = torch.ones_like(flat)
     engine.second(batch, flat, [direction])  # what only the first call pays
     _wait(flat)
@@ -168,7 +178,7 @@ def _seconds(engine: Replayer, flat: Tensor, batch: MicroBatch, queries: int) ->
     middle = time.perf_counter()
     engine.second(batch, flat, [direction] * queries)
     _wait(flat)
-    return 2 * (middle - begin) + (time.perf_counter() - middle)
+    return middle - begin, time.perf_counter() - middle
 
 
 def _wait(flat: Tensor) -> None:
@@ -176,7 +186,8 @@ def _wait(flat: Tensor) -> None:
         torch.cuda.synchronize(flat.device)
 
 
-def _check_limits(cost: ReplayCost, run: TrainingRun, limits: Limits) -> None:
+def refuse_above(limits: Limits, cost: ReplayCost, run: TrainingRun) -> None:
+    """Raise BadInput, which says what a replay would take, above the limits."""
     if cost.seconds <= limits.seconds and cost.state_bytes <= limits.state_bytes:
         return
     raise BadInput(
@@ -227,7 +238,8 @@ def _check_end(engine: Replayer, end: State) -> None:
         raise BadInput(
             f"the replayed run ends {missed:.2g} away from where the real one did, which moved its "
             f"parameters by {moved:.2g}: it trains otherwise than replay does (another loss, "
-            "optimizer or precision); replay a run in float32, with AdamW and the plain loss."
+            "optimizer or precision), or its rounding has grown: set optim: adamw_torch, whose "
+            "rounding is repeated, or replay fewer steps."
         )
 
 

@@ -75,14 +75,16 @@ class AdamW:
         """Compute parameters and moments, each (p,), after step `number` (from 1); `decay` (p,)."""
         value, first, second = state
         beta1, beta2 = self.betas
-        first = first + (gradient - first) * (1 - beta1)
-        second = second * beta2 + gradient * gradient * (1 - beta2)
+        # Operations and order are those of torch's AdamW, so that its rounding is repeated too.
+        first = torch.lerp(first, gradient, 1 - beta1)
+        second = torch.addcmul(second * beta2, gradient, gradient, value=1 - beta2)
         # Where it is 0, all gradients so far were, and the first moment is 0 too: the quotient then
         # has no slope by the second moment, whose root alone has an infinite one.
         seen = second > 0
         root = torch.where(seen, torch.where(seen, second, 1.0).sqrt(), 0.0)
         scale = root / math.sqrt(1 - beta2**number) + self.eps
-        value = value * (1 - rate * decay) - rate / (1 - beta1**number) * first / scale
+        value = value * (1 - rate * decay)
+        value = torch.addcdiv(value, first, scale, value=-rate / (1 - beta1**number))
         return value, first, second
 
 

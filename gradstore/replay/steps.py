@@ -38,13 +38,13 @@ class State:
 
 @contextmanager
 def differentiable_twice() -> Iterator[None]:
-    """Choose torch's own attention: its fused kernels have no second derivative.
+    """Explain what torch says of a model that has no second derivative.
 
     Raises:
-        BadInput: something else in the model has none.
+        BadInput: in the place of torch's error.
     """
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad():
             yield
     except (RuntimeError, NotImplementedError) as error:
         told = str(error)
@@ -167,7 +167,9 @@ class Replayer:
         """
         at = flat.detach().requires_grad_()
         weights = flat.new_ones(len(batch.rows)).requires_grad_()
-        (gradient,) = torch.autograd.grad(self.loss(batch, at, weights), at, create_graph=True)
+        # The fused kernels of torch's attention, which training has, are differentiable once.
+        with sdpa_kernel(SDPBackend.MATH):
+            (gradient,) = torch.autograd.grad(self.loss(batch, at, weights), at, create_graph=True)
         found: list[tuple[Tensor, Tensor]] = []
         for direction in directions:
             parts: tuple[Any, ...] = (None, None)
@@ -188,7 +190,9 @@ class Replayer:
     def _update(self, vectors: Vectors, gradient: Tensor, index: int) -> Vectors:
         limit = self.run.max_grad_norm
         if limit:
-            norm = torch.linalg.vector_norm(gradient)
+            parts = torch.split(gradient, self._sizes)  # as clip_grad_norm_ rounds
+            norms = torch.stack([torch.linalg.vector_norm(part) for part in parts])
+            norm = torch.linalg.vector_norm(norms)
             gradient = gradient * (limit / (norm + _CLIP_EPS)).clamp(max=1.0)
         rate = self.run.steps[index].learning_rate
         number = index + 1 + (0 if self.run.moments is None else self.run.moments.steps)

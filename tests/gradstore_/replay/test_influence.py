@@ -196,6 +196,8 @@ def test_a_run_that_ended_elsewhere_is_refused(case: Case) -> None:
     other = {name: value + 1e-3 for name, value in ended.items()}
     with pytest.raises(BadInput, match=r"ends .* away from where the real one did"):
         replay_influence(case.run(ended=other), case.query)
+    with pytest.raises(BadInput, match=r"ends .* away from where the real one did"):
+        replay_forwards(case.run(ended=other))
 
 
 @pytest.mark.parametrize("queries", [1, 3])
