@@ -248,7 +248,7 @@ def replay(
     shown = Shown(rows=rows, output=output, top=top, as_json=as_json, dry_run=dry_run)
     run(
         checked,
-        choices(asked.targets, asked.float64, asked.segment, asked.hours, asked.memory),
+        choices(asked.targets, asked.float32, asked.segment, asked.hours, asked.memory),
         shown,
     )
 

@@ -24,7 +24,9 @@ class Replayed:
     targets: Annotated[
         str, typer.Option(help="sets: mean loss of each target set; rows: each target row's.")
     ] = "sets"
-    float64: Annotated[bool, typer.Option("--float64", help="Differentiate in float64.")] = False
+    float32: Annotated[
+        bool, typer.Option("--float32", help="Differentiate in float32: faster, less exact.")
+    ] = False
     segment: Annotated[
         int | None, typer.Option(help="Steps between kept states; default: the fewest states.")
     ] = None

@@ -55,7 +55,7 @@ class Shown:
 
 
 def choices(
-    targets: str, float64: bool, segment: int | None, hours: float, memory: float
+    targets: str, float32: bool, segment: int | None, hours: float, memory: float
 ) -> Replay:
     """Return a replay's choices, its limits given in hours and GiB.
 
@@ -67,7 +67,7 @@ def choices(
     if segment is not None:
         expect_whole(segment, "--segment")
     limits = Limits(3600 * hours, int(memory * (1 << 30)))
-    return Replay(targets=targets, float64=float64, segment=segment, limits=limits)
+    return Replay(targets=targets, float64=not float32, segment=segment, limits=limits)
 
 
 def parse_rows(text: str) -> list[int] | None:

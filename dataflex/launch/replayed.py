@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -55,6 +56,15 @@ TARGETS = ("sets", "rows")
 
 _MAX_ROWS = 256
 
+_SIGNS = (
+    "Adam's first step is close to the sign of the gradient: scores of the first steps' rows hold "
+    "for tiny changes of weight alone, and may be large; warmup_steps makes the run smooth "
+    "(docs/replay.md)"
+)
+
+#: Of a run that was trained already: its price was known before.
+_DECIDED = Limits(math.inf, sys.maxsize)
+
 OnForecast = Callable[[TrainingRun, ReplayCost], None]
 
 
@@ -64,13 +74,15 @@ class Replay:
 
     Attributes:
         targets: "sets", the mean loss over each target set's rows; or "rows", each target row.
-        float64: replay in float64 what was trained in float32.
+        float64: differentiate in float64 what was trained in float32. Where a gradient is near 0
+            Adam's step has a slope of learning rate / eps, by which float32 multiplies its
+            rounding.
         segment: steps between kept states; None keeps the fewest.
         limits: refuse above them.
     """
 
     targets: str = "sets"
-    float64: bool = False
+    float64: bool = True
     segment: int | None = None
     limits: Limits = field(default_factory=Limits)
 
@@ -116,9 +128,9 @@ def replay_run(
         advances: list[Callable[[int], object]] = []  # empty until the number of steps is known
 
         def begin(recording: Recording) -> None:
-            queries = len(targets_of(recording.data, asked.targets))
-            run = recording.run
-            cost = forecast(run, queries=queries, segment=asked.segment)
+            run, cost = recording.run, _cost(recording, asked)
+            if not is_smooth(run):
+                _log.warning("%s", _SIGNS)
             told(run, cost)
             refuse_above(asked.limits, cost, run)
             advances.append(bar.enter_context(progress(
@@ -128,6 +140,25 @@ def replay_run(
         recording = record(config, begin, lambda steps: [tell(steps) for tell in advances])
         bar.close()
         return _replayed(recording, asked, shows_progress)
+
+
+def is_smooth(run: TrainingRun) -> bool:
+    """Return whether a change of weights of some hundredths changes the end in proportion.
+
+    Adam's first step from moments of 0 is learning rate x sign(gradient), but where the gradient
+    is within eps of 0: there the derivative is a slope of learning rate / eps that soon ends.
+    """
+    return run.moments is not None or run.steps[0].learning_rate == 0
+
+
+def _cost(recording: Recording, asked: Replay) -> ReplayCost:
+    """Measure a replay's price between two steps of the training."""
+    queries = len(targets_of(recording.data, asked.targets))
+    run = recording.in_float64().run if asked.float64 else recording.run
+    try:
+        return forecast(run, queries=queries, segment=asked.segment)
+    finally:
+        recording.model.float()  # as it was: all of it is float32
 
 
 def _replayed(recording: Recording, asked: Replay, shows_progress: bool) -> ReplayTable:
@@ -142,7 +173,7 @@ def _replayed(recording: Recording, asked: Replay, shows_progress: bool) -> Repl
     with progress("replay, passes over a step", step_passes(run, queries=len(targets)),
                   shown=shows_progress, told=False, unit="step") as advance:  # fmt: skip
         derivatives = replay_influence(
-            run, losses, segment=asked.segment, limits=asked.limits, tell=advance
+            run, losses, segment=asked.segment, limits=_DECIDED, tell=advance
         )
     with torch.no_grad():
         before, after = (losses(at).double().cpu().numpy() for at in (run.parameters, end))

@@ -37,7 +37,7 @@ def test_rows_that_are_no_positions_are_refused(text: str) -> None:
     ],
 )
 def test_choices_that_cannot_be_are_named(changed: dict[str, Any], named: str) -> None:
-    given = {"targets": "sets", "float64": False, "segment": None, "hours": 1.0, "memory": 8.0}
+    given = {"targets": "sets", "float32": False, "segment": None, "hours": 1.0, "memory": 8.0}
     with pytest.raises(BadInput, match=named):
         choices(**{**given, **changed})
 
@@ -48,8 +48,9 @@ def test_a_file_of_no_known_format_is_refused_before_anything_is_computed() -> N
 
 
 def test_hours_and_gib_become_limits() -> None:
-    limits = choices("rows", True, 3, 0.5, 2.0).limits
-    assert (limits.seconds, limits.state_bytes) == (1800.0, 2 << 30)
+    chosen = choices("rows", True, 3, 0.5, 2.0)
+    assert (chosen.targets, chosen.float64, chosen.segment) == ("rows", False, 3)
+    assert (chosen.limits.seconds, chosen.limits.state_bytes) == (1800.0, 2 << 30)
 
 
 def test_json_has_the_scores_of_each_target() -> None:
