@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from dataflex.bridge.quiet import choose_verbosity
-from dataflex.launch.options import Config, Replayed
+from dataflex.launch.options import Config, Evaluated, Replayed
 from dataflex.run.messages import DEBUG, Failure, end_bars, explain, set_up_logging, show_traceback
 from gradstore import cli as gradstore_cli
 from gradstore.cli import serving
@@ -171,38 +171,6 @@ def explain_answer(
     explain(options.pop("store"), asked, options, changes or [])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """The options of `eval` that say what is measured, and at what cost."""
-
-    store: gradstore_cli.StorePath
-    config: Config
-    bank: Annotated[
-        Path,
-        typer.Option(
-            help="Folder that keeps the losses of retrained models.",
-            parser=gradstore_cli.path_at_home,
-        ),
-    ]
-    budget: Annotated[int, typer.Option(help="Retrainings that may be made now.")] = 0
-    metric: Annotated[
-        str, typer.Option(help="lds: order of retrained models; qld: loss without the top rows.")
-    ] = "lds"
-    subsets: Annotated[int, typer.Option(help="lds: random subsets to retrain on.")] = 100
-    fraction: Annotated[float, typer.Option(help="lds: share of the rows in a subset.")] = 0.5
-    share: Annotated[float, typer.Option(help="qld: share of the rows to remove.")] = 0.01
-    controls: Annotated[int, typer.Option(help="qld: retrainings without random rows.")] = 5
-    seed: Annotated[int, typer.Option(help="Of the random subsets.")] = 0
-    checkpoints: gradstore_cli.Checkpoints = "last"
-    scores: Annotated[
-        Path | None,
-        typer.Option(
-            help=".parquet (row, score) or .npy (queries, rows); default: the store's influence.",
-            parser=gradstore_cli.path_at_home,
-        ),
-    ] = None
-
-
 @gradstore_cli.app.command("eval")
 @gradstore_cli.with_options(Evaluated)
 def evaluate(
@@ -211,7 +179,7 @@ def evaluate(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure how far scores can be trusted: retrain CONFIG's run on parts of its rows."""
+    """Measure how far scores can be trusted, by retraining, a replay or planted rows."""
     choose_verbosity(verbose)
     from dataflex.launch.configuration import read
 

@@ -51,6 +51,10 @@ def test_a_replay_ends_where_the_run_did_and_says_what_reweighted_runs_say(
     assert listed["row"] == list(range(20))
     assert set(listed["target"]) == {"tiny_target"}
     assert set(listed["times"]) == {1}  # the second of two epochs
+    judged = cli("gradstore", "eval", tmp_path / "no store", path, "--metric", "spearman",
+                 "--truth", table, "--scores", table, "--json")  # fmt: skip
+    assert judged.code == 0, judged.err[-3000:]
+    assert json.loads(judged.out)["mean"] == pytest.approx(1)
 
     oracle = [sys.executable, str(Path(__file__).parent / "replay_oracle.py")]
     done = subprocess.run(
