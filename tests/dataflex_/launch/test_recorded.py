@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 
-from dataflex.launch.recorded import _check_model, _optimizer_of, row_sums
+from dataflex.data.rows import Rows, RunData
+from dataflex.launch.recorded import (
+    _check_model,
+    _optimizer_of,
+    _RecordedTrainer,
+    _Session,
+    row_sums,
+)
 from gradstore.errors import BadInput
 
 
@@ -78,3 +87,28 @@ def test_dropout_and_fewer_bits_are_refused(model: nn.Sequential) -> None:
         _check_model(model, "bf16")
     with pytest.raises(BadInput, match=r"torch.bfloat16.*float32"):
         _check_model(model.bfloat16(), "no")
+
+
+@pytest.mark.parametrize(("accepts", "items"), [(True, 7), (False, 7), (True, None), (False, None)])
+def test_a_step_is_divided_as_the_trainer_divides_it(accepts: bool, items: int | None) -> None:
+    """By the step's target tokens, or by a micro-batch's own and the number of micro-batches."""
+    trainer: Any = object.__new__(_RecordedTrainer)
+    trainer.args = SimpleNamespace(device=torch.device("cpu"))
+    trainer.model_accepts_loss_kwargs = accepts
+    labels = torch.tensor([[5, -100, 1, 2], [-100, -100, 3, -100]])
+    made = trainer._noted(torch.tensor([8, 3]), {"input_ids": labels, "labels": labels}, items, 2)
+    assert made.rows.tolist() == [8, 3]
+    assert set(made.inputs.tensors) == {"input_ids"}
+    # The first token is never predicted: three targets.
+    assert made.inputs.denominator == (7 if accepts and items else 3 * 2)
+
+
+def test_several_devices_are_refused_before_a_model_is_loaded() -> None:
+    rows = Rows("t", Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]}))
+    nothing: Any = None
+    data = RunData(rows, (rows,), nothing, "default", nothing, "sft")
+    session = _Session({}, lambda begun: None, lambda steps: None)
+    session.take_data(data, SimpleNamespace(world_size=1, n_gpu=0), None)
+    for world, gpus in ((2, 1), (1, 2)):
+        with pytest.raises(BadInput, match=r"2 devices.*CUDA_VISIBLE_DEVICES=0"):
+            session.take_data(data, SimpleNamespace(world_size=world, n_gpu=gpus), None)
