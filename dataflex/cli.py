@@ -13,7 +13,8 @@ import typer
 from typer.core import TyperCommand
 
 from dataflex.bridge.quiet import choose_verbosity
-from dataflex.run.messages import DEBUG, end_bars, explain, set_up_logging, show_traceback
+from dataflex.launch.options import Config, Evaluated, Replayed
+from dataflex.run.messages import DEBUG, Failure, end_bars, explain, set_up_logging, show_traceback
 from gradstore import cli as gradstore_cli
 from gradstore.cli import serving
 from gradstore.format.names import printable
@@ -30,12 +31,6 @@ app = typer.Typer(
 )
 app.add_typer(gradstore_cli.app, name="gradstore")
 
-Config = Annotated[
-    Path,
-    typer.Argument(
-        help="YAML or JSON configuration.", metavar="CONFIG", parser=gradstore_cli.path_at_home
-    ),
-]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value, over the file's.", metavar="[KEY=VALUE]...")
 ]
@@ -176,38 +171,6 @@ def explain_answer(
     explain(options.pop("store"), asked, options, changes or [])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """The options of `eval` that say what is measured, and at what cost."""
-
-    store: gradstore_cli.StorePath
-    config: Config
-    bank: Annotated[
-        Path,
-        typer.Option(
-            help="Folder that keeps the losses of retrained models.",
-            parser=gradstore_cli.path_at_home,
-        ),
-    ]
-    budget: Annotated[int, typer.Option(help="Retrainings that may be made now.")] = 0
-    metric: Annotated[
-        str, typer.Option(help="lds: order of retrained models; qld: loss without the top rows.")
-    ] = "lds"
-    subsets: Annotated[int, typer.Option(help="lds: random subsets to retrain on.")] = 100
-    fraction: Annotated[float, typer.Option(help="lds: share of the rows in a subset.")] = 0.5
-    share: Annotated[float, typer.Option(help="qld: share of the rows to remove.")] = 0.01
-    controls: Annotated[int, typer.Option(help="qld: retrainings without random rows.")] = 5
-    seed: Annotated[int, typer.Option(help="Of the random subsets.")] = 0
-    checkpoints: gradstore_cli.Checkpoints = "last"
-    scores: Annotated[
-        Path | None,
-        typer.Option(
-            help=".parquet (row, score) or .npy (queries, rows); default: the store's influence.",
-            parser=gradstore_cli.path_at_home,
-        ),
-    ] = None
-
-
 @gradstore_cli.app.command("eval")
 @gradstore_cli.with_options(Evaluated)
 def evaluate(
@@ -216,7 +179,7 @@ def evaluate(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure how far scores can be trusted: retrain CONFIG's run on parts of its rows."""
+    """Measure how far scores can be trusted, by retraining, a replay or planted rows."""
     choose_verbosity(verbose)
     from dataflex.launch.configuration import read
 
@@ -226,6 +189,36 @@ def evaluate(
     from dataflex.launch.evaluated import evaluate as run
 
     run(checked, Evaluation(**options, as_json=as_json))
+
+
+@gradstore_cli.app.command("replay")
+@gradstore_cli.with_options(Replayed)
+def replay(
+    asked: Replayed,
+    overrides: Overrides = None,
+    rows: Annotated[
+        str, typer.Option(help="Training rows to list, such as 0,3,10-19; default: all.")
+    ] = "",
+    top: Annotated[int, typer.Option(help="Rows to show on each side.")] = 5,
+    output: gradstore_cli.Output = None,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train CONFIG's run once, and differentiate it: the exact influence of each training row."""
+    choose_verbosity(verbose)
+    from dataflex.launch.configuration import read
+
+    checked = read(asked.config, overrides or [])
+    from dataflex.launch.replay_shown import Shown, choices  # imports torch
+    from dataflex.launch.replay_shown import replay as run
+
+    shown = Shown(rows=rows, output=output, top=top, as_json=as_json, dry_run=dry_run)
+    run(
+        checked,
+        choices(asked.targets, asked.float32, asked.segment, asked.hours, asked.memory),
+        shown,
+    )
 
 
 def _model_at_hand(store: Path) -> Explainer:
@@ -280,15 +273,15 @@ def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     if debug:
         os.environ[DEBUG] = "1"  # for the processes of torchrun
+    words = [word for word in arguments if word != "--debug"]
     try:
-        words = [word for word in arguments if word != "--debug"]
         code = int(app(words, standalone_mode=False) or 0)
         if code != INTERRUPTED:
             return code
-        failure = explain(KeyboardInterrupt())
-    except typer.Abort:
-        failure = explain(KeyboardInterrupt())
-    except (Exception, KeyboardInterrupt) as error:
+        failure = _interrupted(words)
+    except (typer.Abort, KeyboardInterrupt):
+        failure = _interrupted(words)
+    except Exception as error:
         if hasattr(error, "show"):
             error.show()  # a wrong option or command: click's own message
             return int(getattr(error, "exit_code", 2))
@@ -302,6 +295,13 @@ def _run(arguments: list[str]) -> int:
     end_bars()
     typer.echo(f"error: {printable(failure.message)}", err=True)
     return failure.code
+
+
+def _interrupted(words: list[str]) -> Failure | None:
+    """Say how to go on after Ctrl-C; training alone has checkpoints."""
+    if words[:1] == ["gradstore"]:
+        return Failure(INTERRUPTED, "interrupted. Run the same command again.")
+    return explain(KeyboardInterrupt())
 
 
 def _passed_through(name: str, text: str) -> None:

@@ -18,13 +18,16 @@ import typer
 import dataflex.api
 import dataflex.integrations
 import gradstore
+import gradstore.evaluation
+import gradstore.replay
 from dataflex.cli import app
 from dataflex.config.keys import DataFlexConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
 #: Each has a page of its public names.
-PACKAGES = (dataflex.api, dataflex.integrations, gradkernels, gradstore)
+PACKAGES = (dataflex.api, dataflex.integrations, gradkernels, gradstore, gradstore.evaluation,
+            gradstore.replay)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,11 @@ class KnownKeys:
     per_device_train_batch_size: Whole = 8
     gradient_accumulation_steps: Whole = 1
     max_steps: Whole = -1
+    bf16: Switch = False
+    fp16: Switch = False
+    pure_bf16: Switch = False
+    neftune_noise_alpha: float | None = None
+    loraplus_lr_ratio: float | None = None
     num_train_epochs: float | None = None
     optim: Word = "adamw_torch_fused"
     use_galore: Switch = False
@@ -56,6 +61,7 @@ class KnownKeys:
     finetuning_type: Word = "lora"
     adapter_name_or_path: Names = ()
     create_new_adapter: Switch = False
+    lora_dropout: float = 0.0
     use_unsloth: Switch = False
     enable_liger_kernel: Switch = False
     quantization_bit: Whole | None = None

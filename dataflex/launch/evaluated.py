@@ -19,6 +19,14 @@ from dataflex.bridge import running
 from dataflex.bridge.quiet import on_stderr
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData, check_rows
+from dataflex.launch.known_rows import (
+    EXACT,
+    PLANTED,
+    against_exact,
+    against_planted,
+    planted_rows,
+    read_truth,
+)
 from dataflex.launch.preflight import check_gradients
 from dataflex.launch.retraining import Floats, Retrainer, queries_of, store_differs
 from gradstore.cli.options import print_json, print_table
@@ -40,7 +48,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-METRICS = ("lds", "qld")
+RETRAINED = ("lds", "qld")
+METRICS = (*RETRAINED, *EXACT, *PLANTED)
 
 Mask = npt.NDArray[np.bool_]
 
@@ -51,21 +60,24 @@ class Evaluation:
 
     Attributes:
         store: whose influence is judged, unless `scores` names others.
-        bank: folder of the losses of retrained models.
+        bank: folder of the losses of retrained models, of lds and qld.
         budget: retrainings that may be made now.
-        metric: lds or qld.
+        metric: one of `METRICS`.
         subsets: s, of lds.
         fraction: of the rows in a subset, of lds.
-        share: of the rows that is removed, of qld.
+        share: of the rows that is removed, of qld, or selected, of overlap.
         controls: c, of qld.
         seed: of subsets and controls; the training's is the configuration's.
         checkpoints: of the store to combine, as text.
         scores: file of other scores.
+        truth: table of `gradstore replay`, of spearman, ndcg and overlap.
+        planted: column of the training files that marks planted rows, of recall, mrr and auprc.
+        k: rows at the top, of recall and ndcg.
         as_json: print JSON.
     """
 
     store: Path
-    bank: Path
+    bank: Path | None = None
     budget: int = 0
     metric: str = "lds"
     subsets: int = 100
@@ -75,11 +87,21 @@ class Evaluation:
     seed: int = 0
     checkpoints: str = "last"
     scores: Path | None = None
+    truth: Path | None = None
+    planted: str = ""
+    k: int = 20
     as_json: bool = False
 
     def __post_init__(self) -> None:
         """Refuse, before anything is loaded, what could only fail later."""
         expect(self.metric in METRICS, "--metric", self.metric, " or ".join(METRICS))
+        needs = {"--bank FOLDER": RETRAINED, "--truth replay.parquet": EXACT,
+                 "--planted COLUMN": PLANTED}  # fmt: skip
+        given = (self.bank, self.truth, self.planted)
+        for (option, metrics), value in zip(needs.items(), given, strict=True):
+            if self.metric in metrics and not value:
+                raise BadInput(f"--metric {self.metric} needs {option}.")
+        expect_whole(self.k, "--k")
         expect_whole(self.budget, "--budget", 0)
         expect_whole(self.subsets, "--subsets", LEAST_SUBSETS)
         expect_whole(self.controls, "--controls")
@@ -94,7 +116,7 @@ class Evaluation:
 
 
 def evaluate(config: RunConfig, asked: Evaluation) -> None:
-    """Retrain what the bank lacks, and print the metric with its interval.
+    """Retrain what the bank lacks, if the metric needs it, and print it with its interval.
 
     Raises:
         BadInput: as `check_gradients`; more retrainings are missing than the budget allows; scores
@@ -103,23 +125,23 @@ def evaluate(config: RunConfig, asked: Evaluation) -> None:
         DamagedData: of store or bank.
         StoreIOError: of store or bank.
     """
-    check_gradients(config)
+    check_gradients(config, "gradstore eval")
     with on_stderr(), contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
-        found, masks = _judged(config, asked)
+        found, retrainings = _judged(config, asked)
     name = str(asked.scores or f"influence of {asked.store}")
     if asked.as_json:
-        print_json({"scores": name, "metric": asked.metric, "retrainings": len(masks),
+        print_json({"scores": name, "metric": asked.metric, "retrainings": retrainings,
                     **found.as_json()})  # fmt: skip
         return
     interval = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
     print_table(
         ("scores", "metric", "mean and 95% interval", "queries", "retrainings"),
-        [(name, asked.metric, f"{found.mean:.3f}{interval}", len(found.values), len(masks))],
+        [(name, asked.metric, f"{found.mean:.3f}{interval}", len(found.values), retrainings)],
     )
 
 
-def _judged(config: RunConfig, asked: Evaluation) -> tuple[Estimate, Mask]:
-    """Load rows and scores, then measure; return the estimate and the subsets it took."""
+def _judged(config: RunConfig, asked: Evaluation) -> tuple[Estimate, int]:
+    """Load rows and scores, then measure; return the estimate and the retrained models it took."""
 
     def check(data: RunData, *_: object) -> None:
         check_rows(data, needs_targets=True, subtask_sizes=None)
@@ -132,9 +154,19 @@ def _judged(config: RunConfig, asked: Evaluation) -> tuple[Estimate, Mask]:
         judged = _influence(asked, config.store_run, data, queries)
     else:
         judged = _from_file(asked.scores, len(data.train), int(queries.sum()))
+    scores, scored = judged
+    if asked.truth is not None and asked.metric in EXACT:
+        truth = read_truth(asked.truth, data, queries)
+        return against_exact(asked.metric, truth, scores, scored, k=asked.k, share=asked.share), 0
+    if asked.metric in PLANTED:
+        return against_planted(
+            asked.metric, planted_rows(data, asked.planted), scores, k=asked.k
+        ), 0
+    assert asked.bank is not None
     retrainer = Retrainer(config, data)
     bank = Bank(asked.bank, retrainer.configuration, len(data.train), int(queries.sum()))
-    return _measured(asked, bank, retrainer, seed, judged)
+    found, masks = _measured(asked, bank, retrainer, seed, judged)
+    return found, len(masks)
 
 
 def _measured(

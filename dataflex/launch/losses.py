@@ -22,6 +22,7 @@ class Reader(StrEnum):
     GRADIENTS = "gradients"  # the gradient of a row's loss: less, icons, nice, gradstore build
     ROW_LOSSES = "losses of rows"  # passes of its own: loss, delta_loss, orders by loss
     OBSERVED = "observed losses"  # of the training passes: odm
+    REPLAY = "replayed losses"  # gradstore replay: differentiates what training minimised
     WEIGHTS = "weights"  # multiplies each sample's part of the loss: weighters, doremi
 
 
@@ -36,6 +37,7 @@ class LossOption:
         told: whether other readers compare by another loss than training minimises.
         stage: the only stage in which it acts; "" for any.
         acts_when: the value with which it acts.
+        off: the value with which it does not, as YAML.
     """
 
     key: str
@@ -44,6 +46,7 @@ class LossOption:
     told: bool = True
     stage: str = ""
     acts_when: bool = True
+    off: str = "false"
 
     def is_on(self, known: KnownKeys) -> bool:
         """Return whether the option acts in a run with these keys."""
@@ -51,7 +54,8 @@ class LossOption:
         return acts and self.stage in ("", known.stage)
 
 
-_IN_TRAINING = frozenset({Reader.OBSERVED, Reader.WEIGHTS})
+_IN_REPLAY = frozenset({Reader.REPLAY})
+_IN_TRAINING = frozenset({Reader.OBSERVED, Reader.WEIGHTS}) | _IN_REPLAY
 
 OPTIONS = (
     *(
@@ -64,12 +68,15 @@ OPTIONS = (
         _IN_TRAINING,
         stage="sft",
         acts_when=False,
+        off="true",
     ),
-    LossOption("label_smoothing_factor", "smooths the labels"),
-    LossOption("moe_aux_loss_coef", "adds a loss that balances experts"),
+    LossOption("label_smoothing_factor", "smooths the labels", _IN_REPLAY, off="0"),
+    LossOption("moe_aux_loss_coef", "adds a loss that balances experts", _IN_REPLAY, off="0"),
     LossOption("use_unsloth", "hides the logits", _IN_TRAINING, told=False),
     # Liger's fused loss hides them where the model gets labels; to weight samples, it gets none.
-    LossOption("enable_liger_kernel", "hides the logits", frozenset({Reader.OBSERVED}), told=False),
+    LossOption(
+        "enable_liger_kernel", "hides the logits", _IN_REPLAY | {Reader.OBSERVED}, told=False
+    ),
 )
 
 
@@ -88,7 +95,7 @@ def loss_faults(known: KnownKeys, who: str, readers: Iterable[Reader]) -> list[s
     """List options that replace the loss that a reader needs, or hide the logits it is made of."""
     return [
         f"{option.key} is {'on' if option.acts_when else 'false'}, which {option.does} that {who} "
-        f"works with: set {option.key}: {str(not option.acts_when).lower()}."
+        f"works with: set {option.key}: {option.off}."
         for option in OPTIONS
         if option.is_on(known) and option.refused_by & set(readers)
     ]

@@ -7,7 +7,7 @@ import logging
 from dataflex.config.keys import DataFlexConfig, RunConfig
 from dataflex.config.presets import Component
 from dataflex.config.registry import BY_DOMAIN
-from dataflex.launch.losses import loss_difference, loss_faults, readers_of
+from dataflex.launch.losses import Reader, loss_difference, loss_faults, readers_of
 from dataflex.mixers.base import Mixer
 from dataflex.mixers.faults import domain_faults, rule_faults
 from dataflex.pipelines.pipeline import Pipeline, build_strategy
@@ -26,6 +26,32 @@ ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_
 
 #: LlamaFactory's switches for optimizers that beat `optim`.
 OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+
+#: Values of `optim` whose arithmetic a replay repeats.
+REPLAYED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+
+_RANDOM = "which makes the run another each time, and a deterministic one is what"
+_ROUNDED = "whose rounding hides the derivatives of a run, and float32 is what"
+_OTHERWISE = "which steps otherwise than the plain AdamW that"
+_SHARED = "which spreads the model, and a run on one device is what"
+
+#: Keys that, once they are set, make a run that no replay follows.
+_NOT_REPLAYED = {
+    "lora_dropout": _RANDOM,
+    "neftune_noise_alpha": _RANDOM,
+    "bf16": _ROUNDED,
+    "fp16": _ROUNDED,
+    "pure_bf16": _ROUNDED,
+    "quantization_bit": _ROUNDED,
+    "loraplus_lr_ratio": _OTHERWISE,
+    **dict.fromkeys(OTHER_OPTIMIZERS, _OTHERWISE),
+    "deepspeed": _SHARED,
+    "fsdp": _SHARED,
+    "use_mca": _SHARED,
+    "use_hyper_parallel": _SHARED,
+    "early_stopping_steps": "by which a row's weight decides how long the run is, and a fixed "
+    "number of steps is what",
+}
 
 
 def check(config: RunConfig) -> Component | None:
@@ -111,14 +137,40 @@ def _component(config: RunConfig) -> Component:
     return config.component(ours.train_type, ours.component_name, ours.component_params)
 
 
-def check_gradients(config: RunConfig) -> None:
-    """Check what any gradient export needs of a configuration, training or not."""
-    streaming = ["streaming is on, but gradstore build numbers rows: set streaming: false."]
-    faults = [*(streaming if config.known.streaming else []),
-              *_single_row_faults(config, "gradstore build"), *_lora_faults(config, "the store"),
-              *_target_faults(config, "gradstore build")]  # fmt: skip
+def check_gradients(config: RunConfig, who: str = "gradstore build") -> None:
+    """Check what gradients of single rows need of a configuration, training or not.
+
+    Args:
+        config: as it was read.
+        who: the command that takes them.
+    """
+    if faults := _gradient_faults(config, who):
+        raise BadInput("\n".join(faults))
+
+
+def check_replay(config: RunConfig) -> None:
+    """Check what a replay needs of a configuration, as far as its keys say it."""
+    known, who = config.known, "gradstore replay"
+    faults = _gradient_faults(config, who) + loss_faults(known, who, {Reader.REPLAY})
+    if known.stage != "sft":
+        faults.append(f"stage is {config.shown('stage')}, but {who} follows stage: sft.")
+    if known.optim not in REPLAYED_OPTIMIZERS:
+        faults.append(
+            f"optim is {config.shown('optim')}, but {who} follows AdamW: set optim: adamw_torch."
+        )
+    faults += [
+        f"{key} is {config.shown(key)}, {why} {who} follows: remove it."
+        for key, why in _NOT_REPLAYED.items()
+        if getattr(known, key)
+    ]
     if faults:
         raise BadInput("\n".join(faults))
+
+
+def _gradient_faults(config: RunConfig, who: str) -> list[str]:
+    streaming = [f"streaming is on, but {who} numbers rows: set streaming: false."]
+    return [*(streaming if config.known.streaming else []), *_single_row_faults(config, who),
+            *_lora_faults(config, who), *_target_faults(config, who)]  # fmt: skip
 
 
 def _trainer_faults(config: RunConfig) -> list[str]:

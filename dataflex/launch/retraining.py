@@ -58,6 +58,14 @@ _TIMED_STEPS = 4
 _MAX_ROWS = 1024
 
 
+def plain_arguments(config: RunConfig) -> dict[str, Any]:
+    """Return LlamaFactory's arguments of a run's plain training, of which nothing is kept."""
+    args = {**config.llamafactory, **_NOT_KEPT}
+    if (steps := config.dataflex.train_step) > 0:
+        args["max_steps"] = steps
+    return args
+
+
 class Retrainer:
     """The training of a configuration, on any of its rows, as `Bank.fill` calls it.
 
@@ -98,10 +106,7 @@ class Retrainer:
         return session
 
     def _args(self, seed: int) -> dict[str, Any]:
-        args = {**self._config.llamafactory, **_NOT_KEPT, "seed": seed}
-        if (steps := self._config.dataflex.train_step) > 0:
-            args["max_steps"] = steps
-        return args
+        return {**plain_arguments(self._config), "seed": seed}
 
 
 class _Session:

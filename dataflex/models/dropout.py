@@ -96,6 +96,22 @@ class RowDropout(nn.Dropout):
         return int.from_bytes(digest, "little") >> 1
 
 
+def dropouts(model: nn.Module) -> dict[str, float]:
+    """Find what drops features in training: modules, and probabilities that modules keep.
+
+    Returns:
+        Name of the module, or of its number, -> probability above 0.
+    """
+    found: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            found[name] = float(module.p)
+        for key, value in vars(module).items():  # such as an attention's own
+            if "dropout" in key and isinstance(value, float) and value > 0:
+                found[f"{name}.{key}".lstrip(".")] = value
+    return found
+
+
 class ModelDropout:
     """The dropout of a model in training.
 

@@ -207,6 +207,7 @@ def progress(
     shown: bool = True,
     told: bool = True,
     stored_bytes: int = 0,
+    unit: str = "row",
 ) -> Iterator[OnRows]:
     """Show a bar with rows, rows/s and time left, on stderr; yield `advance(rows_done)`.
 
@@ -219,6 +220,7 @@ def progress(
         shown: whether there is a bar.
         told: whether this process logs the line.
         stored_bytes: bytes that the pass adds to the store.
+        unit: what the bar counts.
     """
     from tqdm import tqdm
 
@@ -228,7 +230,7 @@ def progress(
         _log.info("%s", long_pass(description, rows, seconds, stored_bytes))
 
     pace = Pace(work, tell if told else lambda _: None)
-    with tqdm(total=rows, desc=description, unit="row", disable=not shown, leave=False,
+    with tqdm(total=rows, desc=description, unit=unit, disable=not shown, leave=False,
               dynamic_ncols=True, position=0) as bar:  # fmt: skip
 
         def advance(done: int) -> None:

@@ -6,6 +6,7 @@ from gradstore.evaluation.ranking import (
     mean_reciprocal_rank,
     ndcg_at_k,
     overlap_at,
+    rank_correlation,
     recall_at_k,
 )
 from gradstore.evaluation.retraining import (
@@ -26,6 +27,7 @@ __all__ = [
     "ndcg_at_k",
     "overlap_at",
     "query_loss_difference",
+    "rank_correlation",
     "recall_at_k",
     "tail_patch",
     "without_top",

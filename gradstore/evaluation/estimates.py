@@ -151,3 +151,12 @@ def row_masks(given: object, what: str, rows: int, count: int | None = None) -> 
     if not fits or (found.ndim == 2 and count not in (None, len(masks))):
         raise BadInput(f"{what} has shape {found.shape}; give {wanted}.")
     return masks if count is None else np.broadcast_to(masks, (count, rows))
+
+
+def spearman(predicted: Floats, measured: Floats) -> float:
+    """Compute the rank correlation of two scores, (m,) and (m,); 0 where one is constant."""
+    from scipy.stats import rankdata
+
+    one, other = (rankdata(values) - (len(values) + 1) / 2 for values in (predicted, measured))
+    norm = np.sqrt((one @ one) * (other @ other))
+    return float(one @ other / norm) if norm else 0.0

@@ -21,8 +21,11 @@ from gradstore.evaluation.estimates import (
     estimate,
     row_masks,
     score_matrix,
+    spearman,
 )
 from gradstore.scoring.selection import rows_for_fraction, select_top
+
+_LEAST_ROWS = 3
 
 
 def recall_at_k(scores: Numbers, relevant: npt.ArrayLike, k: int, *, seed: int = 0) -> Estimate:
@@ -144,6 +147,35 @@ def ndcg_at_k(scores: Numbers, exact: Numbers, k: int = 20, *, seed: int = 0) ->
             for row, gain in zip(values, gains, strict=True)
         ],
         seed=seed,
+    )
+
+
+def rank_correlation(scores: Numbers, exact: Numbers, *, seed: int = 0) -> Estimate:
+    """Compute Spearman's rank correlation of scores and exact ones, such as those of a replay.
+
+    Per query over the rows; equal scores share their mean rank. 1 is the same order, -1 the
+    reverse; a query whose scores are all equal counts as 0, since they order nothing.
+
+    Args:
+        scores: (q, n); (n,) for one query.
+        exact: (q, n) the scores they stand in for.
+        seed: of the interval's bootstrap.
+
+    Raises:
+        BadInput: shapes that do not fit, a number that is not finite, fewer than 3 rows.
+
+    Examples:
+        >>> rank_correlation([0.1, 0.9, 0.5], [3.0, 9.0, 5.0]).mean
+        1.0
+    """
+    values, truth = _paired(scores, exact)
+    if values.shape[1] < _LEAST_ROWS:
+        raise BadInput(
+            f"{values.shape[1]} rows have no rank correlation worth the name; score at least "
+            f"{_LEAST_ROWS}"
+        )
+    return estimate(
+        [spearman(row, other) for row, other in zip(values, truth, strict=True)], seed=seed
     )
 
 

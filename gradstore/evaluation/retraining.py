@@ -12,13 +12,13 @@ import numpy.typing as npt
 from gradstore.errors import BadInput, expect_whole
 from gradstore.evaluation.estimates import (
     Estimate,
-    Floats,
     Mask,
     Numbers,
     estimate,
     numbers,
     row_masks,
     score_matrix,
+    spearman,
 )
 from gradstore.scoring.selection import rows_for_fraction, select_top
 
@@ -122,7 +122,7 @@ def lds(scores: Numbers, losses: Numbers, subsets: npt.ArrayLike, *, seed: int =
         )
     sums = np.stack([values[:, mask].sum(axis=1) for mask in masks])
     return estimate(
-        [_spearman(sums[:, query], -measured[:, query]) for query in range(queries)], seed=seed
+        [spearman(sums[:, query], -measured[:, query]) for query in range(queries)], seed=seed
     )
 
 
@@ -186,12 +186,3 @@ def tail_patch(before: Numbers, after: Numbers, *, seed: int = 0) -> Estimate:
                 "to 1 (exp(-loss) of a summed loss)"
             )
     return estimate((patched - first[:, None]).mean(axis=1).tolist(), seed=seed)
-
-
-def _spearman(predicted: Floats, measured: Floats) -> float:
-    """Compute the rank correlation of (s,) and (s,); 0 where nothing is predicted."""
-    from scipy.stats import rankdata
-
-    one, other = (rankdata(values) - (len(values) + 1) / 2 for values in (predicted, measured))
-    norm = np.sqrt((one @ one) * (other @ other))
-    return float(one @ other / norm) if norm else 0.0

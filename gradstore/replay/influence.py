@@ -26,6 +26,8 @@ from gradstore.replay.steps import Replayer, State, Vectors, differentiable_twic
 
 #: Relative difference between a doubling of weights and its derivative: rounding, in float32.
 _AFFINE_ERROR = 1e-2
+#: Distance from the real run's end, by its way there: rounding that Adam amplifies.
+_END_ERROR = 1e-3
 #: query_loss(parameters) -> a scalar, or (q,) losses of several queries.
 QueryLoss = Callable[[Parameters], Tensor]
 
@@ -53,12 +55,14 @@ class ReplayCost:
         state_bytes: of kept states, a segment's gradients and the queries' cotangents.
         seconds: estimated from the first, the middle and the last micro-batch; the optimizer's own
             arithmetic, little beside a model, is not in it.
+        training_seconds: of training once, a part of them.
     """
 
     segment: int
     kept_states: int
     state_bytes: int
     seconds: float
+    training_seconds: float
 
 
 def replay_influence(
@@ -67,6 +71,7 @@ def replay_influence(
     *,
     segment: int | None = None,
     limits: Limits | None = None,
+    tell: Callable[[int], object] = lambda steps: None,
 ) -> npt.NDArray[np.float64]:
     """Compute the derivative of a query's loss after training by each row's weight, at weight 1.
 
@@ -79,6 +84,7 @@ def replay_influence(
         query_loss: its value and derivative are taken at the parameters after the last step.
         segment: s; None for about the root of T, which keeps the fewest states.
         limits: refuse above them; None for an hour and 8 GiB.
+        tell: given how many of the `step_passes` were made since it was called last.
 
     Returns:
         (n,) float64, or (q, n) where `query_loss` gives (q,).
@@ -86,16 +92,17 @@ def replay_influence(
     Raises:
         BadInput: the run would take more than the limits; it is not deterministic; its loss has no
             second derivative, or is not a sum of rows' parts times weights; the parameters or the
-            query's loss are not finite after training.
+            query's loss are not finite after training; it ends elsewhere than `run.ended`.
     """
     segment = _segment(run, segment)
     limits = Limits() if limits is None else limits
-    engine = Replayer(run)
+    engine = Replayer(run, tell)
     with differentiable_twice():
         _check_run(engine)
         queries = _query_values(engine, engine.start(), query_loss).numel()
-        _check_limits(forecast(run, queries=queries, segment=segment), run, limits)
+        refuse_above(limits, forecast(run, queries=queries, segment=segment), run)
         boundaries, end = _forwards(engine, segment)
+        _check_end(engine, end)
         losses = _query_values(engine, end, query_loss)
         cotangents = _query_cotangents(engine, end, query_loss)
         found = np.zeros((queries, run.row_count))
@@ -112,10 +119,14 @@ def replay_forwards(run: TrainingRun) -> dict[str, Tensor]:
     """Train again; return the parameters after the last step, by name.
 
     Whoever describes a run compares them with those that the real run ended with.
+
+    Raises:
+        BadInput: it ends elsewhere than `run.ended`, or nowhere.
     """
     engine = Replayer(run)
     with differentiable_twice():
         _, end = _forwards(engine, len(run.steps))
+    _check_end(engine, end)
     return engine.named(end.vectors[0])
 
 
@@ -134,11 +145,18 @@ def forecast(run: TrainingRun, *, queries: int = 1, segment: int | None = None) 
     probes = [every[0], every[len(every) // 2], every[-1]]
     with differentiable_twice():
         seconds = [_seconds(engine, start.vectors[0], batch, queries) for batch in probes]
+    forwards, backwards = len(every) * np.mean(seconds, axis=0)
     vector = start.vectors[0].numel() * start.vectors[0].element_size()
     state = len(start.vectors) * vector
     states = math.ceil(len(run.steps) / segment) + segment + 1
     held = states * state + segment * vector + 2 * queries * (state + vector)
-    return ReplayCost(segment, states, held, len(every) * float(np.mean(seconds)))
+    total = float(2 * forwards + backwards)
+    return ReplayCost(segment, states, held, total, float(forwards))
+
+
+def step_passes(run: TrainingRun, *, queries: int = 1) -> int:
+    """Count the passes over a step: two forwards, and one backwards for each query."""
+    return (2 + queries) * len(run.steps)
 
 
 def _segment(run: TrainingRun, segment: int | None) -> int:
@@ -147,8 +165,10 @@ def _segment(run: TrainingRun, segment: int | None) -> int:
     return min(expect_whole(segment, "segment"), len(run.steps))
 
 
-def _seconds(engine: Replayer, flat: Tensor, batch: MicroBatch, queries: int) -> float:
-    """Time a micro-batch's part of a replay: two forward passes of the run and one backwards."""
+def _seconds(
+    engine: Replayer, flat: Tensor, batch: MicroBatch, queries: int
+) -> tuple[float, float]:
+    """Time a micro-batch's part of a pass of the run forwards, and of the one backwards."""
     direction = torch.ones_like(flat)
     engine.second(batch, flat, [direction])  # what only the first call pays
     _wait(flat)
@@ -158,7 +178,7 @@ def _seconds(engine: Replayer, flat: Tensor, batch: MicroBatch, queries: int) ->
     middle = time.perf_counter()
     engine.second(batch, flat, [direction] * queries)
     _wait(flat)
-    return 2 * (middle - begin) + (time.perf_counter() - middle)
+    return middle - begin, time.perf_counter() - middle
 
 
 def _wait(flat: Tensor) -> None:
@@ -166,7 +186,8 @@ def _wait(flat: Tensor) -> None:
         torch.cuda.synchronize(flat.device)
 
 
-def _check_limits(cost: ReplayCost, run: TrainingRun, limits: Limits) -> None:
+def refuse_above(limits: Limits, cost: ReplayCost, run: TrainingRun) -> None:
+    """Raise BadInput, which says what a replay would take, above the limits."""
     if cost.seconds <= limits.seconds and cost.state_bytes <= limits.state_bytes:
         return
     raise BadInput(
@@ -206,6 +227,22 @@ def _random_run(what: str, difference: float) -> BadInput:
     )
 
 
+def _check_end(engine: Replayer, end: State) -> None:
+    """Refuse a description by which the run ends elsewhere than it did."""
+    if engine.run.ended is None:
+        return
+    start, real = engine.start().vectors[0], engine.flat(engine.run.ended)
+    missed = float(torch.linalg.vector_norm(end.vectors[0] - real))
+    moved = float(torch.linalg.vector_norm(real - start))
+    if missed > _END_ERROR * moved:
+        raise BadInput(
+            f"the replayed run ends {missed:.2g} away from where the real one did, which moved its "
+            f"parameters by {moved:.2g}: it trains otherwise than replay does (another loss, "
+            "optimizer or precision), or its rounding has grown: set optim: adamw_torch, whose "
+            "rounding is repeated, or replay fewer steps."
+        )
+
+
 def _forwards(engine: Replayer, segment: int) -> tuple[list[State], State]:
     """Train; return the state at the start of each segment, and the last."""
     state, boundaries = engine.start(), []
@@ -213,6 +250,7 @@ def _forwards(engine: Replayer, segment: int) -> tuple[list[State], State]:
         if index % segment == 0:
             boundaries.append(state)
         state = engine.advance(state, engine.gradient(state.vectors[0], step.batches), index)
+        engine.tell(1)
     if not bool(torch.isfinite(state.vectors[0]).all()):
         raise BadInput(
             f"the run's parameters are not finite after {len(engine.run.steps)} steps; replay a "
@@ -237,6 +275,7 @@ def _segment_back(
         gradient = engine.gradient(state.vectors[0], engine.run.steps[index].batches)
         kept.append((state, gradient))
         state = engine.advance(state, gradient, index)
+        engine.tell(1)
     # The state that the segment ends in was computed before: a check of every step, for nothing.
     if not torch.equal(state.vectors[0], end.vectors[0]):
         difference = float((state.vectors[0] - end.vectors[0]).abs().max())
@@ -245,6 +284,7 @@ def _segment_back(
     for index in reversed(range(first, last)):
         state, gradient = kept.pop()
         cotangents, by_weight = engine.pull_back(state, gradient, index, cotangents)
+        engine.tell(len(cotangents))
         found += by_weight
     return cotangents, found
 

@@ -75,15 +75,32 @@ class AdamW:
         """Compute parameters and moments, each (p,), after step `number` (from 1); `decay` (p,)."""
         value, first, second = state
         beta1, beta2 = self.betas
-        first = first + (gradient - first) * (1 - beta1)
-        second = second * beta2 + gradient * gradient * (1 - beta2)
+        # Operations and order are those of torch's AdamW, so that its rounding is repeated too.
+        first = torch.lerp(first, gradient, 1 - beta1)
+        second = torch.addcmul(second * beta2, gradient, gradient, value=1 - beta2)
         # Where it is 0, all gradients so far were, and the first moment is 0 too: the quotient then
         # has no slope by the second moment, whose root alone has an infinite one.
         seen = second > 0
         root = torch.where(seen, torch.where(seen, second, 1.0).sqrt(), 0.0)
         scale = root / math.sqrt(1 - beta2**number) + self.eps
-        value = value * (1 - rate * decay) - rate / (1 - beta1**number) * first / scale
+        value = value * (1 - rate * decay)
+        value = torch.addcdiv(value, first, scale, value=-rate / (1 - beta1**number))
         return value, first, second
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Adam's moments from before the first step, where the run goes on from an earlier one.
+
+    Attributes:
+        first: first moment by parameter name, in the parameter's shape and type.
+        second: second moment by parameter name.
+        steps: that the optimizer has taken; its bias correction counts them.
+    """
+
+    first: Parameters
+    second: Parameters
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -113,10 +130,13 @@ class TrainingRun:
         optimizer: the rule of a step.
         max_grad_norm: gradients of a step are scaled down to this global norm, as by
             `torch.nn.utils.clip_grad_norm_`; 0 for no clipping.
+        moments: of an optimizer that has stepped before; None for one that has not.
+        ended: parameters that the real run ended with; a replay that ends elsewhere is refused.
 
     Raises:
         BadInput: nothing to train, no steps, rows outside the training set, parameters of several
-            types or devices, a rate or a constant that no optimizer has.
+            types or devices, moments or an end of other parameters, a rate or a constant that no
+            optimizer has.
     """
 
     parameters: Parameters
@@ -125,6 +145,8 @@ class TrainingRun:
     row_count: int
     optimizer: AdamW | Sgd = field(default_factory=AdamW)
     max_grad_norm: float = 0.0
+    moments: Moments | None = None
+    ended: Parameters | None = None
 
     def __post_init__(self) -> None:
         values = list(self.parameters.values())
@@ -142,9 +164,25 @@ class TrainingRun:
         if isinstance(self.optimizer, AdamW):
             fits = all(0 <= beta < 1 for beta in self.optimizer.betas) and self.optimizer.eps > 0
             expect(fits, "optimizer", str(self.optimizer), "betas in [0, 1) and eps above 0")
+        self._check_state()
         expect(len(self.steps) > 0, "steps", len(self.steps), "at least one step")
         for number, step in enumerate(self.steps, 1):
             self._check_step(number, step)
+
+    def _check_state(self) -> None:
+        """Check that moments and end are of the parameters that are trained."""
+        held: list[tuple[str, Parameters | None]] = [("ended", self.ended)]
+        if self.moments is not None:
+            expect(isinstance(self.optimizer, AdamW), "moments", str(self.optimizer), "none to Sgd")
+            expect_whole(self.moments.steps, "moments.steps")
+            held += [("moments.first", self.moments.first), ("moments.second", self.moments.second)]
+        for what, given in held:
+            if given is None:
+                continue
+            found = {name: (value.shape, value.dtype) for name, value in given.items()}
+            wanted = {name: (value.shape, value.dtype) for name, value in self.parameters.items()}
+            differing = sorted(n for n in found.keys() | wanted if found.get(n) != wanted.get(n))
+            expect(not differing, what, ", ".join(differing[:3]), "a tensor like each parameter")
 
     def _check_step(self, number: int, step: Step) -> None:
         rate = step.learning_rate

@@ -10,7 +10,7 @@ Letters: p numbers that are trained, b rows of a micro-batch, q queries, n train
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradstore.errors import BadInput
-from gradstore.replay.run import MicroBatch, TrainingRun
+from gradstore.replay.run import MicroBatch, Parameters, TrainingRun
 
 Vectors = tuple[Tensor, ...]
 #: torch.nn.utils.clip_grad_norm_ adds it to the norm.
@@ -38,13 +38,13 @@ class State:
 
 @contextmanager
 def differentiable_twice() -> Iterator[None]:
-    """Choose torch's own attention: its fused kernels have no second derivative.
+    """Explain what torch says of a model that has no second derivative.
 
     Raises:
-        BadInput: something else in the model has none.
+        BadInput: in the place of torch's error.
     """
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad():
             yield
     except (RuntimeError, NotImplementedError) as error:
         told = str(error)
@@ -62,10 +62,13 @@ class Replayer:
 
     Args:
         run: what is replayed.
+        tell: given how many passes over a step were made since it was called last.
     """
 
-    def __init__(self, run: TrainingRun) -> None:
-        self.run = run
+    def __init__(
+        self, run: TrainingRun, tell: Callable[[int], object] = lambda steps: None
+    ) -> None:
+        self.run, self.tell = run, tell
         self._names = list(run.parameters)
         self._shapes = [value.shape for value in run.parameters.values()]
         self._sizes = [value.numel() for value in run.parameters.values()]
@@ -76,9 +79,17 @@ class Replayer:
         ]).detach()  # fmt: skip
 
     def start(self) -> State:
-        """Give the state before the first step; moments are 0."""
-        flat = torch.cat([value.detach().reshape(-1) for value in self.run.parameters.values()])
-        return State((flat, *(torch.zeros_like(flat) for _ in range(self.run.optimizer.moments))))
+        """Give the state before the first step."""
+        flat, moments = self.flat(self.run.parameters), self.run.moments
+        if moments is None:
+            zeros = (torch.zeros_like(flat) for _ in range(self.run.optimizer.moments))
+            return State((flat, *zeros))
+        return State((flat, self.flat(moments.first), self.flat(moments.second)))
+
+    def flat(self, named: Parameters) -> Tensor:
+        """Join tensors by name to (p,), in the order of the run's parameters."""
+        device = self._decay.device
+        return torch.cat([named[name].detach().to(device).reshape(-1) for name in self._names])
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Cut (p,) into parameters by name; a gradient flows back through them."""
@@ -156,7 +167,9 @@ class Replayer:
         """
         at = flat.detach().requires_grad_()
         weights = flat.new_ones(len(batch.rows)).requires_grad_()
-        (gradient,) = torch.autograd.grad(self.loss(batch, at, weights), at, create_graph=True)
+        # The fused kernels of torch's attention, which training has, are differentiable once.
+        with sdpa_kernel(SDPBackend.MATH):
+            (gradient,) = torch.autograd.grad(self.loss(batch, at, weights), at, create_graph=True)
         found: list[tuple[Tensor, Tensor]] = []
         for direction in directions:
             parts: tuple[Any, ...] = (None, None)
@@ -177,7 +190,10 @@ class Replayer:
     def _update(self, vectors: Vectors, gradient: Tensor, index: int) -> Vectors:
         limit = self.run.max_grad_norm
         if limit:
-            norm = torch.linalg.vector_norm(gradient)
+            parts = torch.split(gradient, self._sizes)  # as clip_grad_norm_ rounds
+            norms = torch.stack([torch.linalg.vector_norm(part) for part in parts])
+            norm = torch.linalg.vector_norm(norms)
             gradient = gradient * (limit / (norm + _CLIP_EPS)).clamp(max=1.0)
         rate = self.run.steps[index].learning_rate
-        return self.run.optimizer.update(vectors, gradient, rate, index + 1, self._decay)
+        number = index + 1 + (0 if self.run.moments is None else self.run.moments.steps)
+        return self.run.optimizer.update(vectors, gradient, rate, number, self._decay)

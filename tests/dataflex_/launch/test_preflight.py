@@ -11,7 +11,8 @@ from dataflex.bridge import arguments
 from dataflex.config.keys import load
 from dataflex.config.presets import resolve
 from dataflex.launch.configuration import read
-from dataflex.launch.preflight import check
+from dataflex.launch.losses import OPTIONS, LossOption
+from dataflex.launch.preflight import check, check_replay
 from dataflex.run.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput
 
@@ -127,3 +128,45 @@ def test_a_value_is_shown_as_it_was_written_with_its_choices(
     with pytest.raises(BadInput) as refused:
         check(read(path, [override]))
     assert says in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("lora_dropout=0.1", "lora_dropout is 0.1"),
+        ("neftune_noise_alpha=5", "neftune_noise_alpha is 5"),
+        ("bf16=true", "bf16 is True"),
+        ("fp16=true", "fp16 is True"),
+        ("pure_bf16=true", "pure_bf16 is True"),
+        ("quantization_bit=4", "quantization_bit is 4"),
+        ("loraplus_lr_ratio=16", "loraplus_lr_ratio is 16"),
+        ("use_galore=true", "use_galore is True"),
+        ("optim=sgd", "set optim: adamw_torch"),
+        ("deepspeed=zero2.json", "deepspeed is 'zero2.json'"),
+        ("early_stopping_steps=3", "early_stopping_steps is 3"),
+        ("finetuning_type=full", "finetuning_type is 'full', but gradstore replay"),
+        ("stage=dpo", "stage is 'dpo', but gradstore replay"),
+        ("streaming=true", "streaming is on, but gradstore replay"),
+        ("packing=true", "packing is on, but gradstore replay"),
+        ("neat_packing=true", "neat_packing is on, but gradstore replay"),
+    ],
+)
+def test_a_run_that_no_replay_follows_is_refused_by_its_key(change: str, named: str) -> None:
+    path = EXAMPLES / "selectors" / "less.yaml"
+    check_replay(load(path, [], arguments.accepted_keys()))
+    with pytest.raises(BadInput) as refused:
+        check_replay(load(path, [change], arguments.accepted_keys()))
+    assert named in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.key)
+def test_a_replay_follows_no_other_loss_than_the_plain_one(option: LossOption) -> None:
+    off, on = (
+        option.off,
+        "true" if option.off == "false" else "false" if option.acts_when is False else "0.1",
+    )
+    path = EXAMPLES / "selectors" / "less.yaml"
+    check_replay(load(path, [f"{option.key}={off}"], arguments.accepted_keys()))
+    with pytest.raises(BadInput, match=f"set {option.key}: {off}"):
+        check_replay(load(path, [f"{option.key}={on}"], arguments.accepted_keys()))

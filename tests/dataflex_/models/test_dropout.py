@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dataflex.models.dropout import ModelDropout, RowDropout
+from dataflex.models.dropout import ModelDropout, RowDropout, dropouts
 
 P = 0.3
 
@@ -169,3 +169,16 @@ def test_a_dropout_with_two_places_in_the_model_is_replaced_in_both_and_comes_ba
     assert isinstance(net.second, RowDropout)
     dropout.remove()
     assert net.first is net.second is shared
+
+
+class Attention(nn.Module):
+    """Attention that passes a probability on, as those of transformers do."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.attention_dropout = p
+
+
+def test_dropout_is_found_in_modules_and_in_what_they_pass_on(net: Net) -> None:
+    model = nn.Sequential(net, Attention(0.1), Attention(0.0))
+    assert dropouts(model) == {"0.first": P, "0.second": P, "1.attention_dropout": 0.1}

@@ -17,6 +17,7 @@ from gradstore.evaluation import (
     mean_reciprocal_rank,
     ndcg_at_k,
     overlap_at,
+    rank_correlation,
     recall_at_k,
 )
 
@@ -108,3 +109,24 @@ def test_marks_of_all_queries_may_be_given_once() -> None:
 def test_input_that_does_not_fit_is_named(call: Callable[[], object], said: str) -> None:
     with pytest.raises(BadInput, match=said):
         call()
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=7, max_size=7).filter(lambda v: len(set(v)) > 1),
+    st.lists(st.integers(0, 4), min_size=7, max_size=7).filter(lambda v: len(set(v)) > 1),
+)
+def test_rank_correlation_is_scipys_also_with_ties(scores: list[int], exact: list[int]) -> None:
+    from scipy.stats import spearmanr
+
+    found = rank_correlation(scores, exact)
+    assert found.mean == pytest.approx(spearmanr(scores, exact).statistic)
+
+
+def test_rank_correlation_is_of_each_query_with_an_interval_over_them() -> None:
+    exact = np.random.default_rng(0).normal(size=(3, 9))
+    scores = np.stack([exact[0] ** 3, -exact[1], np.zeros(9)])
+    found = rank_correlation(scores, exact)
+    assert found.values == pytest.approx((1, -1, 0))
+    assert found.low is not None
+    with pytest.raises(BadInput, match="2 rows have no rank correlation"):
+        rank_correlation([1.0, 2.0], [1.0, 2.0])

@@ -17,8 +17,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradstore.errors import BadInput
 from gradstore.replay import influence
-from gradstore.replay.influence import Limits, forecast, replay_forwards, replay_influence
-from gradstore.replay.run import AdamW, MicroBatch, Sgd, Step, TrainingRun
+from gradstore.replay.influence import (
+    Limits,
+    forecast,
+    replay_forwards,
+    replay_influence,
+    step_passes,
+)
+from gradstore.replay.run import AdamW, MicroBatch, Moments, Sgd, Step, TrainingRun
 from gradstore.replay.steps import Replayer
 
 N, T, WORDS, WIDTH = 24, 10, 13, 8
@@ -142,6 +148,64 @@ def test_replay_is_what_retraining_with_a_reweighted_row_converges_to(case: Case
         slope = (sides[0] - sides[1]) / 2e-4
         assert abs(found[row] - slope) <= 1e-3 * abs(slope), row
     assert found[N - 1] == 0  # never trained on
+
+
+def test_a_run_that_goes_on_is_the_second_half_of_the_whole(case: Case) -> None:
+    """Moments, their step count and the parameters of a checkpoint take the place of zeros."""
+    whole, at = case.run(), 4
+    engine = Replayer(whole)
+    state = engine.start()
+    for index in range(at):
+        gradient = engine.gradient(state.vectors[0], whole.steps[index].batches)
+        state = engine.advance(state, gradient, index)
+    parameters, first, second = (engine.named(vector) for vector in state.vectors)
+    rest = dataclasses.replace(
+        whole,
+        parameters=parameters,
+        moments=Moments(first, second, at),
+        steps=whole.steps[at:],
+        ended=replay_forwards(whole),
+    )
+    for name, value in replay_forwards(rest).items():
+        torch.testing.assert_close(value, replay_forwards(whole)[name], rtol=0, atol=1e-15)
+    weights = torch.ones(N).double()
+    found, slopes = replay_influence(rest, case.query), np.zeros(N)
+
+    def reweighted(parameters: Mapping[str, Tensor], inputs: Any, ones: Tensor) -> Tensor:
+        rows, ids = inputs
+        return case.loss(parameters, ids, ones * weights[rows])
+
+    named = [
+        Step([MicroBatch(b.rows, (b.rows, b.inputs)) for b in step.batches], step.learning_rate)
+        for step in rest.steps
+    ]
+    again = dataclasses.replace(rest, steps=named, loss=reweighted, ended=None)
+    for row in range(N):
+        sides = []
+        for change in (1e-4, -1e-4):
+            weights[row] = 1 + change
+            sides.append(float(case.query(replay_forwards(again))))
+        weights[row] = 1
+        slopes[row] = (sides[0] - sides[1]) / 2e-4
+    np.testing.assert_allclose(found, slopes, rtol=1e-3, atol=1e-9)
+
+
+def test_a_run_that_ended_elsewhere_is_refused(case: Case) -> None:
+    ended, _ = case.retrain(torch.ones(N).double())
+    replay_influence(case.run(ended=ended), case.query)
+    other = {name: value + 1e-3 for name, value in ended.items()}
+    with pytest.raises(BadInput, match=r"ends .* away from where the real one did"):
+        replay_influence(case.run(ended=other), case.query)
+    with pytest.raises(BadInput, match=r"ends .* away from where the real one did"):
+        replay_forwards(case.run(ended=other))
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_every_pass_over_a_step_is_told(case: Case, queries: int) -> None:
+    told: list[int] = []
+    query = case.query if queries == 1 else case.queries
+    replay_influence(case.run(), query, tell=told.append)
+    assert sum(told) == step_passes(case.run(), queries=queries) == T * (2 + queries)
 
 
 @pytest.mark.parametrize("segment", [1, 2, 3, 7, 10, 99])
@@ -325,6 +389,10 @@ def test_losses_that_do_not_follow_weights_or_parameters_are_refused(case: Case)
         ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
         ({"optimizer": AdamW(undecayed=frozenset({"no"}))}, "undecayed is 'no'"),
         ({"optimizer": AdamW(eps=0.0)}, "eps above 0"),
+        ({"ended": {}}, "ended is 'q.lora_A"),
+        ({"moments": Moments({}, {}, 3)}, "moments.first is"),
+        ({"moments": Moments({}, {}, 0)}, "moments.steps is 0"),
+        ({"moments": Moments({}, {}, 3), "optimizer": Sgd()}, "none to Sgd"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused(case: Case, changes: dict[str, Any], message: str) -> None:

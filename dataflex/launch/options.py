@@ -1,0 +1,78 @@
+"""Options that commands of `dataflex-cli` share or have many of; nothing heavy is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradstore.cli.options import Checkpoints, StorePath, path_at_home
+
+Config = Annotated[
+    Path,
+    typer.Argument(help="YAML or JSON configuration.", metavar="CONFIG", parser=path_at_home),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """The options of `eval` that say what is measured, and at what cost."""
+
+    store: StorePath
+    config: Config
+    bank: Annotated[
+        Path | None,
+        typer.Option(
+            help="lds, qld: folder that keeps the losses of retrained models.", parser=path_at_home
+        ),
+    ] = None
+    budget: Annotated[int, typer.Option(help="Retrainings that may be made now.")] = 0
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="lds: order of retrained models; qld: loss without the top rows; spearman, ndcg, "
+            "overlap: against --truth; recall, mrr, auprc: of --planted rows."
+        ),
+    ] = "lds"
+    subsets: Annotated[int, typer.Option(help="lds: random subsets to retrain on.")] = 100
+    fraction: Annotated[float, typer.Option(help="lds: share of the rows in a subset.")] = 0.5
+    share: Annotated[float, typer.Option(help="qld, overlap: share of the rows to take.")] = 0.01
+    controls: Annotated[int, typer.Option(help="qld: retrainings without random rows.")] = 5
+    seed: Annotated[int, typer.Option(help="Of the random subsets.")] = 0
+    checkpoints: Checkpoints = "last"
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help=".parquet (row, score) or .npy (queries, rows); default: the store's influence.",
+            parser=path_at_home,
+        ),
+    ] = None
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="Table of `gradstore replay -o`, as .parquet.", parser=path_at_home),
+    ] = None
+    planted: Annotated[
+        str,
+        typer.Option(help="Column of the files that marks planted rows.", metavar="COLUMN"),
+    ] = ""
+    k: Annotated[int, typer.Option(help="recall, ndcg: rows at the top.")] = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """The options of `replay` that say what is differentiated, and at what cost."""
+
+    config: Config
+    targets: Annotated[
+        str, typer.Option(help="sets: mean loss of each target set; rows: each target row's.")
+    ] = "sets"
+    float32: Annotated[
+        bool, typer.Option("--float32", help="Differentiate in float32: faster, less exact.")
+    ] = False
+    segment: Annotated[
+        int | None, typer.Option(help="Steps between kept states; default: the fewest states.")
+    ] = None
+    hours: Annotated[float, typer.Option(help="Refuse a replay that takes longer.")] = 1.0
+    memory: Annotated[float, typer.Option(help="Refuse above so many GiB of states.")] = 8.0

@@ -1,0 +1,135 @@
+"""`gradstore replay` on the embedded model: the real run's end, and what reweighted runs say."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: 20 rows in micro-batches of 3, two a step: the last step of an epoch has one, of 2 rows.
+RUN: dict[str, Any] = {
+    "max_samples": 20,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 2,
+    "lora_dropout": 0,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 2,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+    "optim": "adamw_torch",
+    "save_steps": 4,
+    "train_type": "static",
+    **dict.fromkeys(
+        ("component_name", "component_params", "warmup_step", "update_step", "update_times")
+    ),
+}
+
+
+def test_a_replay_ends_where_the_run_did_and_says_what_reweighted_runs_say(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    path, table = config(**RUN), tmp_path / "replay.parquet"
+    trained = cli("train", path)
+    assert trained.code == 0, trained.err[-3000:]
+    half = tmp_path / "run" / "checkpoint-4"
+    replayed = cli("gradstore", "replay", path, f"resume_from_checkpoint={half}",
+                   "--rows", "0-19", "-o", table)  # fmt: skip
+    assert replayed.code == 0, replayed.err[-3000:]
+    assert "helped" in replayed.out
+    listed = pq.read_table(table).to_pydict()
+    assert listed["row"] == list(range(20))
+    assert set(listed["target"]) == {"tiny_target"}
+    assert set(listed["times"]) == {1}  # the second of two epochs
+    judged = cli("gradstore", "eval", tmp_path / "no store", path, "--metric", "spearman",
+                 "--truth", table, "--scores", table, "--json")  # fmt: skip
+    assert judged.code == 0, judged.err[-3000:]
+    assert json.loads(judged.out)["mean"] == pytest.approx(1)
+
+    oracle = [sys.executable, str(Path(__file__).parent / "replay_oracle.py")]
+    done = subprocess.run(
+        [*oracle, path, half, tmp_path / "run", table],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["steps"] == [8, 4]
+    assert found["sizes"] == [[3, 3], [3, 3], [3, 3], [2]] * 2
+    assert found["taken"] == 4
+    assert found["rates"][0] == 0 < found["rates"][1] < found["rates"][2] > found["rates"][7]
+    assert max(found["whole"], found["rest"]) <= 1e-6
+    assert found["fused"] <= 1e-5
+    assert len(found["relative"]) == 20
+    assert max(found["relative"]) <= 1e-3
+
+
+def test_a_dry_run_says_the_price_and_a_price_above_the_limits_is_refused(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    path = config(**RUN)
+    dry = cli("gradstore", "replay", path, "--dry-run")
+    assert dry.code == 0, dry.err[-3000:]
+    assert "8 steps" in dry.out
+    assert "states" in dry.out
+    assert "in all about" in dry.out
+
+    for limit, named in (
+        ("--hours=0.000001", "limit 0.0036 s"),
+        ("--memory=0.0001", "limit 105 KiB"),
+    ):
+        refused = cli("gradstore", "replay", path, limit)
+        assert refused.code == 2, refused.err[-3000:]
+        assert "replay of 8 steps would take about" in refused.message
+        assert named in refused.message
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_ends_a_replay_with_130(config: Any, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    with told.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dataflex", "gradstore", "replay",
+             str(config(**RUN | {"num_train_epochs": 500}))],
+            stdout=file, stderr=file, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    until = time.monotonic() + 300
+    while "replay of 2000 steps" not in told.read_text() and time.monotonic() < until:
+        time.sleep(0.1)
+    begun = "replay of 2000 steps" in told.read_text()
+    process.send_signal(signal.SIGINT)
+    code = process.wait(60)
+    assert begun, told.read_text()[-3000:]
+    assert code == 130, told.read_text()[-3000:]
+    assert "error: interrupted. Run the same command again." in told.read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("lora_dropout=0.1", "lora_dropout is 0.1"),
+        ("streaming=true", "streaming is on, but gradstore replay"),
+        ("packing=true", "packing is on, but gradstore replay"),
+        ("bf16=true", "bf16 is True"),
+    ],
+)
+def test_a_run_that_no_replay_follows_is_refused_before_a_model_is_loaded(
+    cli: Any, config: Any, key: str, named: str
+) -> None:
+    refused = cli("gradstore", "replay", config(**RUN), key, *(
+        ["max_steps=3"] if "streaming" in key else []))  # fmt: skip
+    assert refused.code == 2, refused.err[-3000:]
+    assert named in refused.message
+    assert "Loading weights" not in refused.err
