@@ -47,7 +47,8 @@ class MirrorSelector(Selector):
         target_epochs: passes over the target rows.
         learning_rate: of AdamW on the target rows; null for the run's mean since the last update.
         batch_size: target rows of a step.
-        relative: divide a row's fall by its loss before.
+        relative: divide a row's fall by its loss before; the plain fall favours rows with high
+            losses, wrong answers among them.
         aggregation: over sub-tasks of the target, each with a training of its own: max or mean.
         seed: of the order of target rows, combined with the step.
         unique: of rows that are copies of one another, choose none but the first.
