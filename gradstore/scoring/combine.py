@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradstore.errors import BadInput, expect_whole
+from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.format.layout import RowStatus
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.products import COSINE, InnerProduct
@@ -58,6 +58,8 @@ def combine(
             rows that the product can't be taken of.
     """
     expect_whole(chunk_rows, "chunk_rows")
+    wanted = "an InnerProduct, such as InnerProduct('cosine', 'fisher')"
+    expect(isinstance(product, InnerProduct), "product", product, wanted)
     product.check(checkpoints)
     trains = [checkpoint.train for checkpoint in checkpoints]
     codes = start_codes(trains)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -66,7 +67,7 @@ class InnerProduct:
         for field, names in offered.items():
             if getattr(self, field) not in names:
                 raise BadInput(f"{field} is {getattr(self, field)!r}; use " + " | ".join(names))
-        number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
+        number = isinstance(self.damping, Real) and not isinstance(self.damping, bool)
         if not (number and math.isfinite(self.damping) and self.damping >= 0):
             raise BadInput(f"damping is {self.damping!r}; give a finite number of 0 or more.")
 

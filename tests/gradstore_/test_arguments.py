@@ -23,6 +23,7 @@ from gradstore import (
     FeatureSpec,
     GenerationRecord,
     GradientCapture,
+    InnerProduct,
     Recipe,
     RowSet,
     StoreWriter,
@@ -86,6 +87,15 @@ def exported(**changes: Any) -> list[Any]:
 WORKS: dict[str, tuple[Callable[[], Any], Any]] = {
     "subset of arrays": (lambda: select_subset(one(), 1, "knn_uniform"), [0]),
     "subset k of numpy": (lambda: select_subset(one(), np.int64(2), "round_robin"), [0, 1]),
+    "damping of numpy": (
+        lambda: (
+            influence_scores(
+                one(),
+                product=InnerProduct("none", "none", np.float32(2)),  # type: ignore[arg-type]
+            ).values
+        ),
+        [0.5, 0.5],
+    ),
     "scores list": (lambda: select_top([0.1, 0.2], 1), [1]),
     "scores whole": (lambda: select_top([1, 2], 1), [1]),
     "scores bfloat16": (lambda: select_top(torch.tensor([0.1, 0.2]).bfloat16(), 1), [1]),
@@ -173,6 +183,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "subset k": (lambda: select_subset(one(), "1"), "k must be a whole number"),
     "subset quotas": (lambda: select_subset(one(), 1, quotas={"a": 1}), "these rows have none"),
     "subset features": (lambda: select_subset(EYE, 1), "a list of CheckpointFeatures"),
+    "product": (lambda: influence_scores(one(), product="fisher"), "product is 'fisher'; give an"),
+    "damping": (lambda: InnerProduct(damping="1"), "damping is '1'; give a finite number"),
     "device": (lambda: influence_scores(one(), device="gpu"), "device 'gpu' cannot be used"),
     "chunk rows": (lambda: influence_scores(one(), chunk_rows="4"), "chunk_rows is '4'"),
     "target row": (lambda: query_influence(one(), 0.5), "target_row is 0.5"),
