@@ -67,7 +67,8 @@ class InnerProduct:
         for field, names in offered.items():
             if getattr(self, field) not in names:
                 raise BadInput(f"{field} is {getattr(self, field)!r}; use " + " | ".join(names))
-        number = isinstance(self.damping, Real) and not isinstance(self.damping, bool)
+        given: object = self.damping
+        number = isinstance(given, Real) and not isinstance(given, bool)
         if not (number and math.isfinite(self.damping) and self.damping >= 0):
             raise BadInput(f"damping is {self.damping!r}; give a finite number of 0 or more.")
 
