@@ -1,7 +1,7 @@
 """A benchmark that bites: which selection finds the rows that follow the target's rule.
 
     uv run python benchmarks/quality/rules.py               # about an hour and a half on one core
-    uv run python benchmarks/quality/rules.py --seeds 1     # twelve minutes
+    uv run python benchmarks/quality/rules.py --seeds 1     # about ten minutes
 
 The rows of `rules_data.py` on the embedded model after 10 and after 60 steps on random ones, every
 rule as the target in turn (32 rows). A method takes the best 5% (50 rows). Figures, means over the
@@ -39,7 +39,8 @@ from world import Chosen, World
 from dataflex.models.trained import ShortTraining, trained_on
 from gradstore import bm25_scores
 from gradstore.export.pooling import Pooling
-from gradstore.scoring.choose import select_subset
+from gradstore.scoring.best_rows import StoredTable
+from gradstore.scoring.choose import Rule, select_subset
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.influence import influence_scores
 from gradstore.scoring.products import COSINE, InnerProduct
@@ -61,9 +62,10 @@ def less(kind: str, product: InnerProduct = COSINE, subset: str = "top") -> Meth
         train = world.features(kind, world.run.data.train)
         queries = world.features(of_target, world.run.data.targets[target])
         pair = CheckpointFeatures(train, (queries,))
-        if subset != "top":
-            return select_subset([pair], world.k, subset)  # type: ignore[arg-type]
-        return select_top(influence_scores([pair], product=product).values, world.k)
+        scores = influence_scores([pair], product=product)
+        table = StoredTable([pair], product=product)
+        rule = Rule(subset)  # type: ignore[arg-type]
+        return rule.choose(world.k, scores.values, table, usable=scores.usable)
 
     return choose
 
@@ -123,6 +125,7 @@ METHODS: dict[str, Method] = {
     "less, round_robin": less("adam_marginal", subset="round_robin"),
     "mirror": mirror,
     "less, sgd, fisher": less("sgd", FISHER),
+    "less, sgd, fisher, round_robin": less("sgd", FISHER, "round_robin"),
 }
 
 
