@@ -64,7 +64,7 @@ def less(kind: str, product: InnerProduct = COSINE, subset: str = "top") -> Meth
         pair = CheckpointFeatures(train, (queries,))
         scores = influence_scores([pair], product=product)
         table = StoredTable([pair], product=product)
-        rule = Rule(subset)  # type: ignore[arg-type]
+        rule = Rule(subset)
         return rule.choose(world.k, scores.values, table, usable=scores.usable)
 
     return choose
