@@ -116,7 +116,8 @@ class GradientStoreCallback(TrainerCallback):
         self._settings = grouped(FeatureSettings, "GradientStoreCallback", settings)
         self._service: FeatureService | None = None
         self._exported = -1
-        self._rate_sum, self._rate_steps = 0.0, 0
+        #: Learning rate of each step since the last export, by the step's number from 1.
+        self._rates: dict[int, float] = {}
 
     # -- events of the Trainer --------------------------------------------------------------------
 
@@ -134,9 +135,6 @@ class GradientStoreCallback(TrainerCallback):
                 "which shards the model: use DDP."
             )
         self._exported = -1
-        before = range(self._last_asked(int(state.global_step)), int(state.global_step))
-        rates = past_rates(self._trainer.lr_scheduler, int(state.global_step), before)
-        self._rate_sum, self._rate_steps = sum(rates), len(rates)
         with random_states_kept():
             run = self._context(args)
             check_frozen(run.model)
@@ -146,13 +144,17 @@ class GradientStoreCallback(TrainerCallback):
                 # A wrong optimizer is told now: before its first step it has moments of zero.
                 FeatureMap(self._settings.train_features, self._service.space.slots,
                            self._moments())  # fmt: skip
+                step = int(state.global_step)
+                before = range(self._previous(step + 1), step)
+                rates = past_rates(self._trainer.lr_scheduler, step, before)
+                self._rates = dict(zip(range(step - len(rates) + 1, step + 1), rates, strict=True))
             finally:
                 self._service.close()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Add up the learning rate that the coming step uses."""
-        self._rate_sum += float(self._trainer.lr_scheduler.get_last_lr()[0])
-        self._rate_steps += 1
+        rate = float(self._trainer.lr_scheduler.get_last_lr()[0])
+        self._rates[int(state.global_step) + 1] = rate
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Export where this step is one of those asked for, or the last."""
@@ -175,25 +177,36 @@ class GradientStoreCallback(TrainerCallback):
             return
         self._export(step)
 
-    def _last_asked(self, step: int) -> int:
-        """Return the last step up to this one after which there is an export; 0 if none."""
-        periodic = 0 if self._every is None else step // self._every * self._every
-        return max([periodic, *(each for each in self._steps if each <= step)])
-
     # -- exporting --------------------------------------------------------------------------------
 
     def _export(self, step: int) -> None:
         """Commit the generations of a step; collective."""
         assert self._service is not None  # made when training began
         service = self._service
-        rate = self._rate_sum / self._rate_steps if self._rate_steps else 0.0
         with random_states_kept():
             service.open()
             try:
+                last = self._previous(step)
+                rates = [rate for each, rate in self._rates.items() if each > last]
+                rate = sum(rates) / len(rates) if rates else 0.0
                 service.export(step, rate, self._moments())
             finally:
                 service.close()
-        self._exported, self._rate_sum, self._rate_steps = step, 0.0, 0
+        self._exported, self._rates = step, {}
+
+    def _previous(self, step: int) -> int:
+        """Return the last step before this one that has an export, or should; 0 if none.
+
+        A training that ended between two of `every` exported its last step, too.
+        """
+        service = self._service
+        assert service is not None
+        periodic = 0 if self._every is None else (step - 1) // self._every * self._every
+        asked = max([periodic, *(each for each in self._steps if each < step)])
+        found = service.run.ranks.decide(
+            lambda: max((each for each in service.steps() if each < step), default=0)
+        )
+        return max(asked, found)
 
     def _moments(self) -> AdamMoments | None:
         if not self._settings.train_features.needs_moments:
