@@ -12,7 +12,7 @@ Letters: n training rows, d projected dimensions.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,7 @@ class Explainer:
         top: int = 10,
         *,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        on_rows: Callable[[int], None] | None = None,
     ) -> Explanation:
         """Find the training rows that helped and that hurt an answer.
 
@@ -210,6 +211,7 @@ class Explainer:
             response: content of the answer; None lets the model answer.
             top: rows to name on each side.
             max_new_tokens: length of the model's own answer, at most.
+            on_rows: called with the number of training rows just scored.
 
         Raises:
             BadInput: text that is longer than cutoff_len, empty, or has no gradient; top < 1.
@@ -224,7 +226,7 @@ class Explainer:
                 CheckpointFeatures(pair.train, [made[_train(pair).name]], pair.weight)
                 for pair in self._pairs
             ]
-            found = query_influence(pairs, 0, top=top)
+            found = query_influence(pairs, 0, top=top, on_rows=on_rows)
             helped, hurt = (
                 found_rows(rows, found.values, _train(self._pairs[-1]), self._texts)
                 for rows in (found.helped, found.hurt)

@@ -34,6 +34,7 @@ class ModelAtHand:
         self, prompt: str, response: str | None, top: int, *,
         checkpoints: Which = "last", run: str = "", step: int | None = None,
         on_stage: Callable[[str], None] = lambda _: None,
+        on_rows: Callable[[int], None] | None = None,
     ) -> Explanation:  # fmt: skip
         """Score the training rows by an answer; response None lets the model answer.
 
@@ -45,6 +46,7 @@ class ModelAtHand:
             run: prefix of the generations.
             step: no later checkpoint is asked; None for the newest that is there.
             on_stage: called with what is done next.
+            on_rows: called with the number of training rows just scored.
 
         Raises:
             BadInput: no such checkpoint; the model is not where it was; as for `Explainer.explain`.
@@ -53,7 +55,7 @@ class ModelAtHand:
         on_stage("loading the model")
         explainer = self._explainer(checkpoints, run, step)
         on_stage("asking the model")
-        return explainer.explain(prompt, response, top)
+        return explainer.explain(prompt, response, top, on_rows=on_rows)
 
     def _explainer(self, checkpoints: Which, run: str, step: int | None) -> Explainer:
         with self._lock:

@@ -62,12 +62,13 @@ def explain(
                 form.prompt, form.response, form.top,
                 checkpoints=which, run=form.run, step=form.step,
                 on_stage=lambda stage: advance(0, stage),
+                on_rows=lambda rows: advance(rows, ""),
             )
         )  # fmt: skip
 
     asked = (form.prompt, form.response, which, form.run, form.step)
     key = ("explain", commit_of(store), *asked)
-    found = served.desk.ask(key, "explain", 1, compute, wait).explained
+    found = served.desk.ask(key, "explain", _rows(store, form.run), compute, wait).explained
     table = _table(served.desk.kept, store, found, key)
     assert table.scores is not None
     helped, hurt = sides(table.scores, form.top)
@@ -87,6 +88,12 @@ def explain(
              for side, found_rows in sides_shown.items()
              for rank, line in enumerate(found_rows, 1)]  # fmt: skip
     return answer(request, store, content, lines)
+
+
+def _rows(store: Store, run: str) -> int:
+    """Count the training rows that a run's questions scan; 0 where there is no such run."""
+    trains = (g for g in store.generations() if g.role == "train" and g.set == "")
+    return max((g.rows for g in trains if g.record.run == run), default=0)
 
 
 def _table(kept: Kept, store: Store, found: Explained, key: Hashable) -> Table:

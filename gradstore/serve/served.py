@@ -51,6 +51,7 @@ class Explainer(Protocol):
     def explain(
         self, prompt: str, response: str | None, top: int, *,
         checkpoints: Which, run: str, step: int | None, on_stage: Callable[[str], None],
+        on_rows: Callable[[int], None],
     ) -> Explained:  # fmt: skip
         """Score the training rows by an answer.
 
@@ -62,6 +63,7 @@ class Explainer(Protocol):
             run: prefix of the generations.
             step: of the newest checkpoint to ask; None for the newest there is.
             on_stage: called with what is done next, such as "loading the model".
+            on_rows: called with the number of training rows just scored.
         """
 
 

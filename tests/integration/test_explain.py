@@ -119,7 +119,9 @@ def test_an_answer_that_is_a_target_row_scores_as_query_does(
 
     store = open_store(built["adam"])
     stored = query_influence(checkpoint_features(store, "all"), 3)
-    found = explainer.explain(*row_of("target", 3))
+    scored: list[int] = []
+    found = explainer.explain(*row_of("target", 3), on_rows=scored.append)
+    assert sum(scored) == len(found.values), "each training row is counted once"
     assert found.generations == ("train/2", "train/4")
     np.testing.assert_allclose(found.values, stored.values, atol=1e-5)
     assert [row.row for row in found.helped] == stored.helped.tolist()

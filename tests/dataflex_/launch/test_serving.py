@@ -23,9 +23,14 @@ def test_each_run_step_and_combination_has_its_own_model_and_is_loaded_once(
     store = SimpleNamespace(generations=lambda: trains, live_commits=lambda: commits)
     opened = []
 
+    def answer(*_: Any, on_rows: Any) -> Any:
+        if on_rows is not None:
+            on_rows(3)
+        return opened[-1]
+
     def open_model(_: Any, generation: str | None, **named: Any) -> Any:
         opened.append((generation, *named.values()))
-        return SimpleNamespace(explain=lambda *_: opened[-1])
+        return SimpleNamespace(explain=answer)
 
     monkeypatch.setattr(serving, "open_store", lambda _: store)
     monkeypatch.setattr(explain, "open_model", open_model)
@@ -39,8 +44,8 @@ def test_each_run_step_and_combination_has_its_own_model_and_is_loaded_once(
         assert model.explain("a", "b", 1, **asked) == expected
         assert model.explain("c", "d", 1, **asked) == expected
     assert len(opened) == 4
-    stages: list[str] = []
-    model.explain("a", "b", 1, on_stage=stages.append)
-    assert stages == ["loading the model", "asking the model"]
+    stages: list[str | int] = []
+    model.explain("a", "b", 1, on_stage=stages.append, on_rows=stages.append)
+    assert stages == ["loading the model", "asking the model", 3]
     with pytest.raises(BadInput, match="no committed train generation of run 'b' up to step 5"):
         model.explain("a", "b", 1, run="b", step=5)

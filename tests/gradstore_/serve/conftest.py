@@ -115,10 +115,11 @@ class ExplorerKit:
 
             def explain(
                 self, prompt: str, response: str | None, top: int, *,
-                on_stage: Any, **asked: Any,
+                on_stage: Any, on_rows: Any, **asked: Any,
             ) -> Any:  # fmt: skip
                 on_stage("asking the model")
                 self.asked.append(asked)
+                on_rows(len(values))
                 return SimpleNamespace(
                     prompt=prompt,
                     response=response or "generated answer",

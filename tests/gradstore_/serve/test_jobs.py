@@ -194,3 +194,26 @@ def test_more_scans_than_may_wait_are_answered_429(
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert refused.headers["retry-after"] == "1"
     assert refused.headers["content-type"] == "application/problem+json"
+
+
+def test_a_prompt_counts_the_training_rows_that_its_scan_has_done(
+    ask: Callable[..., Any], explorer: Any, store_path: Any
+) -> None:
+    model, gate, begun = explorer.model(), threading.Event(), threading.Event()
+    whole = model.explain
+
+    def slow(*args: Any, on_rows: Any, **named: Any) -> Any:
+        named["on_stage"]("asking the model")
+        on_rows(explorer.train_rows // 4)
+        begun.set()
+        gate.wait(10)
+        return whole(*args, on_rows=lambda _: None, **named)
+
+    model.explain = slow
+    client = ask(store_path, model)
+    job = client.post("/v1/explain?wait=0", json={"prompt": "a"}).json()
+    assert begun.wait(5)
+    shown = client.get(f"/v1/jobs/{job['id']}").json()
+    gate.set()
+    assert (shown["rows"], shown["stage"]) == (explorer.train_rows, "")
+    assert shown["progress"] == pytest.approx(0.25, abs=0.01)
