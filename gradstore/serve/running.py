@@ -88,7 +88,8 @@ def serve(
     sock = listen(port)
     config = uvicorn.Config(
         create_app(served, token),
-        log_level="warning",
+        # Its warnings are of what clients send, such as bytes that are no HTTP.
+        log_level="error",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=1,

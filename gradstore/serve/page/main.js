@@ -31,7 +31,7 @@ function inRun(known, now) {
   const steps = [...new Set(trains.map((each) => each.step))].sort((a, b) => b - a);
   const last = now.step === "" ? steps[0] : Number(now.step);
   const targets = mine.filter((each) => each.role === "target" && each.step === last);
-  return { ...known, trains, steps, targets, train: trains.findLast((each) => each.step <= last) };
+  return { ...known, run, trains, steps, targets, train: trains.findLast((each) => each.step <= last) };
 }
 
 function fill(known, now) {
@@ -67,6 +67,7 @@ async function draw(now) {
   try {
     const known = inRun(await facts(), now);
     if (stale()) return;
+    now = { ...now, run: known.run };
     fill(known, now);
     if (!known.train) throw new Error("This store has no committed training rows yet; build them first.");
     await views[view].show(now, known, stale);

@@ -120,11 +120,12 @@ class ExplorerKit:
                 on_stage("asking the model")
                 self.asked.append(asked)
                 on_rows(len(values))
+                step = 8 if asked["step"] is None else asked["step"]
                 return SimpleNamespace(
                     prompt=prompt,
                     response=response or "generated answer",
                     generated=response is None,
-                    generations=(f"train/{8 if asked['step'] is None else asked['step']}",),
+                    generations=(f"{asked['run']}/train/{step}".lstrip("/"),),
                     values=values,
                 )
 

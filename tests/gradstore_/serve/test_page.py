@@ -9,7 +9,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,9 +41,11 @@ def served(path: Path, explainer: Any = None) -> Iterator[str]:
     thread.start()
     while not server.started:
         time.sleep(0.02)
-    yield f"http://127.0.0.1:{sock.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -320,3 +324,24 @@ def test_a_wrong_address_says_what_is_wrong(browser: Any, site: str) -> None:
     page.goto("/?step=2&view=rows")
     expect(page.locator("#status")).to_have_text(re.compile("no committed train|no training rows"))
     context.close()
+
+
+def test_a_prompt_asks_the_run_that_is_shown(browser: Any, explorer: Any, tmp_path: Path) -> None:
+    """A store need not have an unnamed run; the page shows the first, and asks the model of it."""
+    with explorer.writer(tmp_path / "s") as writer:
+        for run in ("a", "b"):
+
+            def begin(record: Any, *rest: Any, run: str = run, **named: Any) -> Any:
+                return writer.begin(replace(record, name=f"{run}/{record.name}"), *rest, **named)
+
+            explorer.add(SimpleNamespace(begin=begin), 8)
+        explorer.keep_texts(writer)
+    model = explorer.model()
+    with served(tmp_path / "s", model) as site:
+        page = browser.new_page(base_url=site)
+        page.goto("/?token=a-token-for-the-tests")
+        for query, run in (("", "a"), ("&run=b", "b")):
+            page.goto(f"/?prompt=sort{query}")
+            page.locator("#target-text").get_by_text("your prompt").wait_for(timeout=20_000)
+            assert model.asked[-1]["run"] == run
+        page.close()
