@@ -33,11 +33,13 @@ QueryMap = Callable[[FloatArray, FloatArray], FloatArray]
 class InnerProduct:
     """The number made of a train row x and a target row t.
 
-    | normalize | without a preconditioner | with `fisher`, C = R + l I |
+    With C = R + l I and s = sqrt(l) C^-1 t / sqrt(t^T C^-1 t):
+
+    | normalize | plain | `fisher` |
     |---|---|---|
-    | cosine | <x, t> / (|x| |t|) | <x, s> / |x|, s = sqrt(l) C^-1 t / sqrt(t^T C^-1 t) |
-    | target | <x, t> / |t| | <x, s> |
-    | none | <x, t> | <x, l C^-1 t> |
+    | cosine | x·t / (norm(x) norm(t)) | x·s / norm(x) |
+    | target | x·t / norm(t) | x·s |
+    | none | x·t | x·l C^-1 t |
 
     R is the second moment of the train rows, unit rows where `cosine`. The factors of l bound the
     first line by 1, and make each line tend to the one without a preconditioner as l grows. The
