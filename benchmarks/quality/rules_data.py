@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "tiny"))
 
-from make import _word as made_up_word
+from make import _word as made_up_word  # type: ignore[import-not-found]
 
 Row = dict[str, str]
 Letters = list[str]
