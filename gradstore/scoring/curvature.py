@@ -76,6 +76,11 @@ class Fisher:
         blocks = _sampled_blocks(train, max(FEWEST_ROWS, ROWS_PER_DIMENSION * dim))
         with exact_float32():
             count = sum(len(rows) for rows in blocks)
+            if not count:
+                raise BadInput(
+                    f"none of the {train.rows} train rows is usable, so there is no second moment; "
+                    "check their labels and the model's weights, and export them again"
+                )
             if count < dim:
                 parts = [torch.from_numpy(x) for x in _rows_of(train, blocks, unit=unit)]
                 held = torch.cat([*parts, torch.empty(0, dim)]).to(device, torch.float64)

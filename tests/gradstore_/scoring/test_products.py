@@ -183,3 +183,9 @@ def test_a_source_without_norms_has_cosines_only() -> None:
     checkpoint = CheckpointFeatures(Bare(), [rows(1, 2, 4)])
     with pytest.raises(BadInput, match="no norms of its rows"):
         influence_scores([checkpoint], product=InnerProduct("target"))
+
+
+def test_no_usable_row_is_told_as_such_and_not_as_a_singular_matrix() -> None:
+    checkpoint = CheckpointFeatures(np.zeros((3, 4)), [rows(1, 2, 4)])
+    with pytest.raises(BadInput, match="none of the 3 train rows is usable"):
+        influence_scores([checkpoint], product=InnerProduct("cosine", "fisher"))
