@@ -458,6 +458,73 @@ def curvature() -> str:
     return f"{table(head, body)}\n\n{where(lines)}."
 
 
+def _by_seed(
+    figure: str, of: Sequence[Line], methods: Sequence[str], reference: str
+) -> dict[str, tuple[list[float], Difference | None]]:
+    """Each method's values on the seeds that all have, and the difference to a reference."""
+    found = {(line["method"], line["seed"]): float(line[figure]) for line in of if line[figure]}
+    seeds = sorted({seed for _, seed in found if all((name, seed) in found for name in methods)})
+    values = {name: [found[name, seed] for seed in seeds] for name in methods}
+    return {
+        name: (values[name], difference(values[name], values[reference])
+               if name != reference and len(seeds) > 1 else None)
+        for name in methods
+    }  # fmt: skip
+
+
+def _seed_table(lines: list[Line], columns: Sequence[tuple[str, str, str]], order: str) -> str:
+    """Means over seeds, and the difference to `less`, of columns (head, target, figure)."""
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    found = {
+        head: _by_seed(
+            figure, [line for line in lines if line["target"] == target], methods, RULES_DEFAULT
+        )
+        for head, target, figure in columns
+    }
+    gaps = {(name, head): gap for head, rows in found.items() for name, (_, gap) in rows.items()
+            if gap is not None}  # fmt: skip
+    marks = dict(zip(gaps, carried([gap.p for gap in gaps.values()]), strict=True))
+    body = []
+    for name in sorted(methods, key=lambda name: statistics.mean(found[order][name][0])):
+        cells = [f"`{name}`"]
+        for head in found:
+            beside = gaps.get((name, head))
+            gap = bold(plus_minus(beside), when=marks[name, head]) if beside else ""
+            cells.append(f"{statistics.mean(found[head][name][0]):.3f} {gap}".strip())
+        body.append([*cells, str(len(found[order][name][0]))])
+    return table(("", *found, "seeds"), body)
+
+
+def real() -> str:
+    """Compare selections on real rows: held-out loss, answers, and the price of choosing."""
+    lines = list(newest(read(RESULTS / "real.csv"), "method", "target", "seed").values())
+    chosen = [line for line in lines if line["target"] != "planted"]
+    targets = list(dict.fromkeys(line["target"] for line in chosen))
+    columns = [(f"{target}: {figure}", target, figure) for target in targets
+               for figure in ("loss", "share", "exact")
+               if any(line["target"] == target and line[figure] for line in chosen)]  # fmt: skip
+    cost = {
+        name: statistics.median(float(line["cpu_s"]) / float(line["train_s"])
+                                for line in chosen if line["method"] == name)
+        for name in dict.fromkeys(line["method"] for line in chosen)
+    }  # fmt: skip
+    told = ", ".join(f"`{name}` {ratio:.1f}" for name, ratio in sorted(
+        cost.items(), key=lambda item: item[1]))  # fmt: skip
+    return (
+        f"{_seed_table(chosen, columns, columns[0][0])}\n\nProcessor time of choosing once, as a "
+        f"multiple of training on what was chosen: {told}.\n\n{where(chosen)}."
+    )
+
+
+def planted() -> str:
+    """Compare scores by the planted poison and the planted facts that they find."""
+    newest_lines = newest(read(RESULTS / "real.csv"), "method", "target", "seed").values()
+    lines = [line for line in newest_lines if line["target"] == "planted"]
+    columns = (("poison: AUPRC", "planted", "auprc"), ("facts: recall@50", "planted", "recall"),
+               ("facts: MRR", "planted", "mrr"))  # fmt: skip
+    return f"{_seed_table(lines, columns, columns[0][0])}\n\n{where(lines)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "export": export,
     "strategies": lambda: strategies("rows", "random", "target_loss"),
@@ -477,6 +544,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "effect": effects,
     "curvature": curvature,
     "lds": trusted,
+    "real": real,
+    "planted": planted,
 }
 
 

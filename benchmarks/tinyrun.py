@@ -60,6 +60,7 @@ class TinyRun:
         step: optimizer steps taken by `train_to`.
         max_grad_norm: the Trainer's default.
         norms: of each step's gradient before it was clipped.
+        step_tokens: padded tokens that go through the model at once in a step; None for all.
     """
 
     model: Any
@@ -72,6 +73,7 @@ class TinyRun:
     step: int = 0
     max_grad_norm: float = 1.0
     norms: list[float] = field(default_factory=list)
+    step_tokens: int | None = None
     _optimizer: torch.optim.AdamW | None = field(default=None, repr=False)
 
     @staticmethod
@@ -82,6 +84,7 @@ class TinyRun:
         data_dir: Path = TINY / "data",
         train: str = "tiny_train",
         targets: Sequence[str] = tuple(f"tiny_target_{skill}" for skill in SKILLS),
+        settings: Sequence[str] = (),
     ) -> TinyRun:
         """Load model and data; `output_dir` stays empty.
 
@@ -91,6 +94,7 @@ class TinyRun:
             data_dir: LlamaFactory's `dataset_dir`.
             train: its training set, in a file of the same name without `tiny_`.
             targets: its target sets.
+            settings: further overrides of the file, such as another model.
         """
         overrides = [
             f"model_name_or_path={TINY / 'model'}",
@@ -101,6 +105,7 @@ class TinyRun:
             "do_eval=false",
             f"output_dir={output_dir}",
             f"seed={seed}",
+            *settings,
         ]
         config = load(CONFIG, overrides, arguments.accepted_keys())
         with contextlib.redirect_stdout(io.StringIO()):  # LlamaFactory prints an example per set
@@ -149,8 +154,13 @@ class TinyRun:
     def take_step(self, rows: Rows, chosen: npt.NDArray[np.int64]) -> None:
         """Take one optimizer step on these rows."""
         self.model.train()
-        batch = self.collate([rows.dataset[int(i)] for i in chosen])
-        self.model(**batch).loss.backward()
+        parts = [np.arange(len(chosen))]
+        if self.step_tokens is not None:
+            parts = plan_batches(rows.lengths[chosen], self.step_tokens)
+        batches = [self.collate([rows.dataset[int(i)] for i in chosen[part]]) for part in parts]
+        tokens = [int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches]
+        for batch, count in zip(batches, tokens, strict=True):
+            (self.model(**batch).loss * (count / sum(tokens))).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
         self.norms.append(float(norm.detach()))
         self.optimizer.step()

@@ -38,11 +38,13 @@ class World:
         run: paused between two steps; targets first, held-out sets behind.
         moments: of its optimizer.
         texts: question and answer, by data set.
+        part: of the rows that a method takes.
     """
 
     run: TinyRun
     moments: AdamMoments
     texts: dict[str, list[str]]
+    part: float = 0.05
     _made: dict[str, Any] = field(default_factory=dict)
     _spent: dict[str, float] = field(default_factory=dict)
     _used: set[str] = field(default_factory=set)
@@ -50,8 +52,8 @@ class World:
 
     @property
     def k(self) -> int:
-        """Rows taken: 5%."""
-        return rows_for_fraction(0.05, len(self.run.skills))
+        """Rows taken."""
+        return rows_for_fraction(self.part, len(self.run.skills))
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - what `make` makes
         """Compute something once, and keep the processor seconds that it took."""

@@ -20,6 +20,7 @@ from gradstore.scoring.subset import (
     knn_uniform,
     neighbours_by_rule,
     round_robin,
+    shares,
 )
 
 #: Few distinct values, so that ties are common; -0.0 and nan among them.
@@ -237,6 +238,38 @@ def test_the_neighbours_are_those_that_the_published_loop_stops_at(
             break
         neighbours += 1
     assert neighbours_by_rule(distances, 12, alpha, 5.0) == neighbours
+
+
+@pytest.mark.parametrize(
+    ("seed", "scale", "shape", "neighbours", "named", "most_named"),
+    [
+        (0, 40.0, (300, 6), 28, [162, 111, 24, 3], [7, 223, 232]),
+        (1, 120.0, (500, 9), 10, [416, 80, 3, 0, 1], [373]),
+        (2, 15.0, (200, 5), 54, [42, 73, 60, 23, 2], [114, 156]),
+    ],
+)
+def test_knn_uniform_gives_the_shares_that_its_authors_code_gives(
+    seed: int,
+    scale: float,
+    shape: tuple[int, int],
+    neighbours: int,
+    named: list[int],
+    most_named: list[int],
+) -> None:
+    """K, rows by the number of target rows that name them, and the rows named most.
+
+    Printed by `run_tsds_knn_uniform` of dcml-lab/targeted-instruction-selection at 38363fd.
+    """
+    table = np.random.default_rng(seed).normal(size=shape).astype(np.float32) * np.float32(scale)
+    best = gathered(table, len(table))
+    assert neighbours_by_rule(1.0 - best.scores, len(table)) == neighbours
+    rows, count, _ = shares(best, neighbours)
+    every = np.zeros(len(table), dtype=np.int64)
+    every[rows] = count
+    assert np.bincount(every).tolist() == named
+    assert np.flatnonzero(every == every.max()).tolist() == most_named
+    chosen = knn_uniform(best, len(most_named), most=len(table))
+    assert sorted(chosen.tolist()) == most_named
 
 
 def test_a_row_near_two_target_rows_goes_before_the_nearest_of_one() -> None:

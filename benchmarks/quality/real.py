@@ -1,0 +1,326 @@
+"""Selection on a real model and real rows: SmolLM2-135M-Instruct, thirteen kinds of rows.
+
+    uv run python examples/real/prepare.py                  # once: the model
+    uv run --with reasoning-gym==0.1.25 python benchmarks/quality/real.py --seeds 1
+                                                            # about forty minutes on two cores
+
+The rows of `real_rows.py` (32 of every kind, 16 poisoned, 16 look-alikes, 72 of facts). LoRA on all
+linear layers, 12 steps of 8 rows at random; then a kind is the target (16 rows), a method takes a
+tenth of the rows, and the run goes on for 8 steps on them. Figures: the *share* of the target's
+kind among the chosen, the *loss* on 24 held-out rows of it, and where the kind has a verifier, of
+greedy answers to them, *exact* matches and the task's own *score*. `cpu_s` are the processor
+seconds of choosing, from what the run has; `train_s` those of the steps on the chosen rows.
+
+*Planted* rows are looked for after one epoch over all rows: the area under precision and recall
+for the poison, by 8 further poisoned rows (mean of their scores), and for 24 questions about
+facts, recall among the 50 best rows and mean reciprocal rank of the rows that state the fact.
+
+Resumable: what the CSV has is not measured again. Appends to results/real.csv, line by line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import numpy.typing as npt
+import real_rows
+import torch
+from report import RESULTS, append, echo, machine, read
+from rules import FISHER, Method, at_random, by_embedding, less, mirror
+from tables import difference, plus_minus
+from tinyrun import ROOT, TinyRun
+from transformers import AutoTokenizer
+from world import Chosen, World
+
+from dataflex.data.rows import Rows
+from dataflex.models.generate import continuations
+from dataflex.rewards.responses import Exchange
+from gradstore import CheckpointFeatures, bm25_scores
+from gradstore.evaluation import average_precision, mean_reciprocal_rank, recall_at_k
+from gradstore.export.pooling import Pooling
+from gradstore.scoring.influence import subtask_influence
+from gradstore.scoring.products import COSINE, InnerProduct
+from gradstore.scoring.selection import select_top
+
+MODEL = ROOT / "examples" / "real" / "model"
+SETTINGS = (
+    f"model_name_or_path={MODEL}", "template=smollm2", "cutoff_len=512", "learning_rate=5e-4",
+    "disable_gradient_checkpointing=true",
+)  # fmt: skip
+WARM_UP, TRAINED_STEPS, STEP_TOKENS = 12, 8, 512
+PART, BEST_ROWS = 0.1, 50
+TARGETS = ("tools_en", "numbers_bars", "backward_spaced")
+SETS = [f"real_{use}_{kind}" for use in ("target", "heldout") for kind in TARGETS]
+POISON, FACTS = "real_poison", "real_facts"
+DEFAULT = "less"
+Floats = npt.NDArray[np.float64]
+
+
+# ---- methods -----------------------------------------------------------------------------------
+
+
+def bm25(world: World, target: int) -> Chosen:
+    """Rows by the words of question and answer."""
+    scores = bm25_scores(world.texts["real_train"], world.texts[SETS[target]])
+    return select_top(scores.mean(axis=0), world.k)
+
+
+def by_loss(world: World, target: int) -> Chosen:
+    """Rows that the model finds hardest; the target has no part in it."""
+    losses = world.once("losses", lambda: world.run.losses(world.run.data.train))
+    return select_top(losses, world.k)
+
+
+def oracle(world: World, target: int) -> Chosen:
+    """Rows of the target's kind: all of them, and the rest by lot."""
+    right = world.run.skills == TARGETS[target]
+    order = np.random.default_rng([world.run.seed, target]).random(len(right)) + right
+    return select_top(order, world.k)
+
+
+METHODS: dict[str, Method] = {
+    "random": at_random,
+    "oracle": oracle,
+    "less": less("adam_marginal"),
+    "less, sgd, fisher": less("sgd", FISHER),
+    "bm25": bm25,
+    "rds_plus": by_embedding("position", "round_robin"),
+    "near (hidden states)": by_embedding("mean", "round_robin"),
+    "less, round_robin": less("adam_marginal", subset="round_robin"),
+    "less, sgd, fisher, round_robin": less("sgd", FISHER, "round_robin"),
+    "mirror": mirror,
+    "loss": by_loss,
+}
+
+
+# ---- figures of a selection --------------------------------------------------------------------
+
+
+class Measured:
+    """One run's figures after training on chosen rows.
+
+    Args:
+        run: paused where the selection is made.
+        tasks: for every target that has a verifier, the generator's task of each held-out row.
+    """
+
+    def __init__(self, run: TinyRun, tasks: dict[str, list[str]]) -> None:
+        self.run, self.tasks = run, tasks
+        self.tokenizer = AutoTokenizer.from_pretrained(str(MODEL))
+
+    def after(self, target: int, chosen: Chosen) -> dict[str, Any]:
+        """Go on with the chosen rows, measure, and take the steps back."""
+        run, kind = self.run, TARGETS[target]
+        rng = np.random.default_rng([run.seed, target])
+        count = TRAINED_STEPS * run.batch_size
+        order = np.concatenate([rng.permutation(chosen) for _ in range(-(-count // len(chosen)))])
+        held_out = run.data.targets[len(TARGETS) + target]
+        with run.rewound():
+            began = time.process_time()
+            for start in range(0, count, run.batch_size):
+                run.take_step(run.data.train, order[start : start + run.batch_size])
+            took = time.process_time() - began
+            found: dict[str, Any] = {
+                "share": round(float((run.skills[chosen] == kind).mean()), 4),
+                "loss": round(float(run.losses(held_out).mean()), 4),
+                "train_s": round(took, 1),
+            }
+            return found | (self._answers(kind, held_out) if kind in self.tasks else {})
+
+    def _answers(self, kind: str, rows: Rows) -> dict[str, float]:
+        parts = [Exchange.of(rows.dataset[row]) for row in range(len(rows))]
+        stop = int(self.tokenizer.eos_token_id)
+        given = continuations(
+            self.run.model, [part.prompt for part in parts], stops=[stop], pad=stop,
+            max_new_tokens=max(len(part.reference) for part in parts) + 4,
+        )  # fmt: skip
+        texts = self.tokenizer.batch_decode(given, skip_special_tokens=True)
+        exact, score = np.mean(
+            [real_rows.accuracy(kind, text, task)
+             for text, task in zip(texts, self.tasks[kind], strict=True)], axis=0,
+        )  # fmt: skip
+        return {"exact": round(float(exact), 4), "score": round(float(score), 4)}
+
+
+# ---- planted rows ------------------------------------------------------------------------------
+
+
+def by_gradient(kind: str, product: InnerProduct = COSINE) -> Callable[[World, Rows], Floats]:
+    """(q, n) influence on every row of a set alone."""
+
+    def score(world: World, rows: Rows) -> Floats:
+        pair = CheckpointFeatures(
+            world.features(kind, world.run.data.train), (world.features("sgd", rows),)
+        )
+        found = subtask_influence([pair], subtask_sizes=[1] * len(rows), product=product)
+        return found.values.T.astype(np.float64)
+
+    return score
+
+
+def by_states(pooling: Pooling) -> Callable[[World, Rows], Floats]:
+    """(q, n) cosines of hidden states."""
+
+    def score(world: World, rows: Rows) -> Floats:
+        train = world.embeddings(pooling, world.run.data.train)
+        return (world.embeddings(pooling, rows) @ train.T).astype(np.float64)
+
+    return score
+
+
+def by_words(world: World, rows: Rows) -> Floats:
+    """(q, n) BM25."""
+    found = bm25_scores(world.texts["real_train"], world.texts[rows.name])
+    return found.astype(np.float64)
+
+
+def by_lot(world: World, rows: Rows) -> Floats:
+    """(q, n) noise."""
+    rng = np.random.default_rng([world.run.seed, len(rows)])
+    return rng.normal(size=(len(rows), len(world.run.skills)))
+
+
+SCORES: dict[str, Callable[[World, Rows], Floats]] = {
+    "random": by_lot,
+    "less": by_gradient("adam_marginal"),
+    "less, published adam": by_gradient("adam"),
+    "less, sgd": by_gradient("sgd"),
+    "less, normalize: target": by_gradient("adam_marginal", InnerProduct("target")),
+    "less, sgd, fisher": by_gradient("sgd", FISHER),
+    "less, sgd, fisher, normalize: target": by_gradient("sgd", InnerProduct("target", "fisher")),
+    "bm25": by_words,
+    "rds_plus": by_states("position"),
+    "near (hidden states)": by_states("mean"),
+}
+
+
+def planted(world: World, name: str) -> dict[str, Any]:
+    """Poison and facts found by one score."""
+    run = world.run
+    poison, facts = run.data.targets[-2:]
+    of_poison = SCORES[name](world, poison).mean(axis=0)
+    of_facts = SCORES[name](world, facts)
+    asked = np.array([line["skill"] for line in world_rows(world, FACTS)])
+    stated = asked[:, None] == run.skills[None, :]
+    return {
+        "auprc": round(average_precision(of_poison, run.skills == "poison").mean, 4),
+        "recall": round(recall_at_k(of_facts, stated, BEST_ROWS).mean, 4),
+        "mrr": round(mean_reciprocal_rank(of_facts, stated).mean, 4),
+    }
+
+
+# ---- the runs ----------------------------------------------------------------------------------
+
+
+def world_rows(world: World, name: str) -> list[dict[str, Any]]:
+    """Return the records of a data set, in the order of its rows."""
+    return [json.loads(text) for text in world.texts[f"{name} records"]]
+
+
+def texts_of(run: TinyRun, folder: Path) -> dict[str, list[str]]:
+    """Collect what every row says and its whole record, by data set, in the order of the rows."""
+    found = {}
+    names = ["real_train", *(rows.name for rows in run.data.targets)]
+    for name, rows in zip(names, (run.data.train, *run.data.targets), strict=True):
+        records = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        ordered = [records[index] for _, index in rows.sources or ()]
+        found[f"{name} records"] = [json.dumps(each) for each in ordered]
+        found[name] = ["\n".join(turn["value"] for turn in each["conversations"])
+                       for each in ordered]  # fmt: skip
+    return found
+
+
+def one_seed(
+    seed: int, done: set[tuple[str, str]], methods: list[str], given: Path | None
+) -> Iterator[dict[str, Any]]:
+    """Measure what is missing of one seed, a line at a time."""
+    with tempfile.TemporaryDirectory(prefix="real-") as temporary:
+        folder = Path(temporary) / "data"
+        folder.mkdir()
+        real_rows.write_data(folder, seed, list(TARGETS), given)
+        run = TinyRun.start(
+            seed, Path(temporary) / "run", data_dir=folder, train="real_train",
+            targets=[*SETS, POISON, FACTS], settings=SETTINGS,
+        )  # fmt: skip
+        texts = texts_of(run, folder)
+    run.step_tokens = STEP_TOKENS
+    world = World(run, run.train_to(WARM_UP), texts, part=PART)
+    tasks = {
+        kind: [record["task"] for record in world_rows(world, f"real_heldout_{kind}")]
+        for kind in TARGETS if kind in real_rows.GENERATED
+    }  # fmt: skip
+    measured = Measured(run, tasks)
+    for name in methods:
+        for target, kind in enumerate(TARGETS):
+            if (name, kind) not in done:
+                chosen, took = world.timed(lambda: METHODS[name](world, target))  # noqa: B023
+                figures = {"cpu_s": round(took, 1)} | measured.after(target, chosen)
+                yield {"method": name, "target": kind, "seed": seed} | figures
+    missing = [name for name in SCORES if (name, "planted") not in done]
+    if missing:
+        epoch = len(run.data.train) // run.batch_size
+        world = World(run, run.train_to(epoch), texts, part=PART)
+        for name in missing:
+            yield {"method": name, "target": "planted", "seed": seed} | planted(world, name)
+
+
+COLUMNS = ("method", "target", "seed", "share", "loss", "exact", "score", "cpu_s", "train_s",
+           "auprc", "recall", "mrr")  # fmt: skip
+
+
+def show(lines: list[dict[str, Any]]) -> None:
+    """Print means over seeds, and the paired difference of each method to the default."""
+    for target in (*TARGETS, "planted"):
+        figures = ("auprc", "recall", "mrr") if target == "planted" else ("share", "loss", "exact")
+        for figure in figures:
+            here = {(line["method"], int(line["seed"])): float(line[figure]) for line in lines
+                    if line["target"] == target and line[figure]}  # fmt: skip
+            names = list(dict.fromkeys(method for method, _ in here))
+            seeds = sorted({seed for _, seed in here
+                            if all((name, seed) in here for name in names)})  # fmt: skip
+            if not seeds:
+                continue
+            values = {name: [here[name, seed] for seed in seeds] for name in names}
+            echo(f"\n{target}, {figure}, {len(seeds)} seeds; beside it minus {DEFAULT} (95%)")
+            for name in names:
+                beside = ""
+                if name != DEFAULT and len(seeds) > 1:
+                    beside = plus_minus(difference(values[name], values[DEFAULT]))
+                echo(f"  {name:38}{np.mean(values[name]):7.3f}   {beside}")
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--archives", type=Path, help="folder with LlamaFactory's source archive")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "real.csv")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for seed in options.seeds:
+        known = read(options.csv) if options.csv.exists() else []
+        done = {(line["method"], line["target"]) for line in known if int(line["seed"]) == seed}
+        for line in one_seed(seed, done, options.methods, options.archives):
+            echo(", ".join(f"{key} {value}" for key, value in line.items()))
+            whole = dict.fromkeys(COLUMNS, "") | line
+            append(options.csv, [machine() | whole])
+    show(read(options.csv))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
