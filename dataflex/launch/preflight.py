@@ -79,7 +79,8 @@ def check(config: RunConfig) -> Component | None:
     for part, its_strategy in _parts(component, strategy):
         faults += _component_faults(config, part, its_strategy)
         if its_strategy.needs_moments:
-            faults += _optimizer_faults(config, f"component {part.name!r}")
+            who = f"component {part.name!r}"
+            faults += _optimizer_faults(config, who, its_strategy.without_moments)
     faults += strategy.check(config)
     if ours.train_type in BY_DOMAIN:
         faults += domain_faults(config)
@@ -249,11 +250,8 @@ def _lora_faults(config: RunConfig, who: str) -> list[str]:
     return []
 
 
-def _optimizer_faults(config: RunConfig, who: str) -> list[str]:
-    way_out = (
-        f"Use one of {', '.join(ADAM)}, or set component_params.gradient_type to sgd or sign, "
-        "which need no moments."
-    )
+def _optimizer_faults(config: RunConfig, who: str, without: str) -> list[str]:
+    way_out = f"Use one of {', '.join(ADAM)}, or set {without}, which needs no moments."
     optim = config.known.optim
     if optim not in ADAM:
         return [
@@ -262,7 +260,7 @@ def _optimizer_faults(config: RunConfig, who: str) -> list[str]:
         ]
     return [
         f"{key} is on, which keeps no Adam moments by parameter, but {who} needs them. "
-        f"Set {key}: false, or component_params.gradient_type to sgd or sign."
+        f"Set {key}: false, or {without}."
         for key in OTHER_OPTIMIZERS
         if getattr(config.known, key)
     ]

@@ -49,6 +49,8 @@ class Strategy:
     needs_targets: bool = False
     #: Reads the optimizer's Adam moments; may depend on the parameters.
     needs_moments: bool = False
+    #: What to set so that no moments are needed.
+    without_moments: ClassVar[str] = "component_params.gradient_type to sgd or sign"
     #: Weights the losses of training: options that replace them are refused.
     reads_losses: bool = False
     #: Compares rows by their losses, in passes of its own. May depend on the parameters.

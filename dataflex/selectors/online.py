@@ -67,6 +67,8 @@ class OnlineSelector(Selector):
         temperature: 0 takes the best; above 0, rows are drawn with probabilities that rise as
             exp(product / temperature).
         product: dot, in which long gradients count for more, or cosine.
+        space: gradient, or optimizer: products are of the steps that Adam would make of the
+            gradients, each coordinate divided by the root of its second moment.
         target_interval: steps from one look at the target rows to the next.
         seed: of the order of candidates, and of a draw.
         tokens_per_batch: padded tokens of a pass, at most; null goes by the device. Gradients are
@@ -79,10 +81,11 @@ class OnlineSelector(Selector):
     whole_model = frozenset({FSDP, ZERO3})
     distinct = True
     every_step = True
+    without_moments = "component_params.space to gradient"
     neutral = frozenset({"tokens_per_batch"})
     paper = (
         "Wang et al. 2024, GREATS: Online Selection of High-Quality Data for LLM Training in Every "
-        "Iteration, NeurIPS; OPUS, arXiv:2602.05400 (the draw)"
+        "Iteration, NeurIPS; OPUS, arXiv:2602.05400 (the draw, the optimizer's space)"
     )
 
     def __init__(
@@ -92,6 +95,7 @@ class OnlineSelector(Selector):
         redundancy: Annotated[float, Ge(0), AllowInfNan(False)] = 1.0,
         temperature: Annotated[float, Ge(0), AllowInfNan(False)] = 0.0,
         product: Literal["dot", "cosine"] = "dot",
+        space: Literal["gradient", "optimizer"] = "gradient",
         target_interval: Count = 20,
         seed: Natural = 42,
         tokens_per_batch: Count | None = None,
@@ -102,6 +106,8 @@ class OnlineSelector(Selector):
         self.redundancy = float(redundancy)
         self.temperature = float(temperature)
         self.product = product
+        self.space = space
+        self.needs_moments = space == "optimizer"
         self.target_interval = target_interval
         self.seed = seed
         self.tokens_per_batch = tokens_per_batch
@@ -202,7 +208,7 @@ class OnlineSelector(Selector):
         numbered = list(enumerate(sizes))
 
         def own() -> list[Group]:
-            return self._chosen(run, context.step, [
+            return self._chosen(context, [
                 (number, drawn[starts[number] : starts[number + 1]], size)
                 for number, size in run.ranks.share(numbered)
             ])  # fmt: skip
@@ -288,24 +294,26 @@ class OnlineSelector(Selector):
         return sum(int(rows.lengths[where].sum()) for rows, where in fitting)
 
     def _chosen(
-        self, run: RunContext, step: int, groups: Sequence[tuple[int, Positions, int]]
+        self, context: UpdateContext, groups: Sequence[tuple[int, Positions, int]]
     ) -> list[Group]:
         """Choose from this rank's groups.
 
         Args:
-            run: with its model.
-            step: g, of a draw's noise.
+            context: the update's model, optimizer, and step, which a draw's noise goes by.
             groups: number, candidates (n,) and k of each.
         """
         import torch
 
         assert self._capture is not None  # start() was called
+        run, scale = context.run, self._scale(context)
         device = next(run.model.parameters()).device
         direction = torch.from_numpy(self._direction).to(device)
         norm, found = float(np.linalg.norm(self._direction)), []
         with self._capture as capture:
             for number, positions, k in groups:
-                where, products = self._products(run, capture, run.data.train, positions, direction)
+                where, products = self._products(
+                    run, capture, run.data.train, positions, direction, scale
+                )
                 towards, among = relative_products(
                     products.dots.cpu().numpy(),
                     products.gram.cpu().numpy(),
@@ -314,11 +322,22 @@ class OnlineSelector(Selector):
                 )
                 noise = None
                 if self.temperature:
-                    generator = np.random.default_rng([self.seed, step, number])
+                    generator = np.random.default_rng([self.seed, context.step, number])
                     noise = self.temperature * generator.gumbel(size=len(where))
                 chosen = choose_jointly(towards, among, k, self.redundancy, noise)
                 found.append(Group(where[chosen], where, towards))
         return found
+
+    def _scale(self, context: UpdateContext) -> torch.Tensor | None:
+        """Return Adam's factor of each coordinate on the model's device; None in gradient space."""
+        from gradstore.export.moments import AdamMoments
+
+        if self.space == "gradient":
+            return None
+        assert self._capture is not None  # start() was called
+        model = context.run.model
+        moments = AdamMoments.from_optimizer(context.optimizer, model)
+        return moments.step_scale(self._capture.slots).to(next(model.parameters()).device)
 
     def _products(
         self,
@@ -327,6 +346,7 @@ class OnlineSelector(Selector):
         rows: Rows,
         positions: Positions,
         direction: torch.Tensor,
+        scale: torch.Tensor | None = None,
     ) -> tuple[Positions, RowProducts]:
         """Multiply the gradients of some rows; return them in the order of the products."""
         from dataflex.models.passes import batches
@@ -334,7 +354,7 @@ class OnlineSelector(Selector):
 
         planned = list(batches(run, rows, positions, self._budget(run), lambda _: None))
         where = np.concatenate([some for some, _ in planned])
-        return where, row_products(capture, [batch for _, batch in planned], direction)
+        return where, row_products(capture, [batch for _, batch in planned], direction, scale)
 
     def _budget(self, run: RunContext) -> int:
         from gradstore.capture.limits import token_budget

@@ -37,7 +37,10 @@ class RowProducts:
 
 
 def row_products(
-    capture: GradientCapture, batches: Sequence[Mapping[str, Tensor]], direction: Tensor
+    capture: GradientCapture,
+    batches: Sequence[Mapping[str, Tensor]],
+    direction: Tensor,
+    scale: Tensor | None = None,
 ) -> RowProducts:
     """Multiply rows' gradients with a direction and with each other, a backward for each batch.
 
@@ -48,6 +51,8 @@ def row_products(
         capture: entered.
         batches: of rows, as for `GradientCapture.capture`; n rows in all.
         direction: (p,) float32 in the layout of `capture.slots`, on the model's device.
+        scale: (p,) float32 that every gradient is multiplied with, coordinate by coordinate, such
+            as `AdamMoments.step_scale`; None leaves gradients as they are.
 
     Returns:
         Products in the order of the rows.
@@ -68,7 +73,10 @@ def row_products(
             rows: slice = rows,
             blocks: dict[ParameterSlot, Tensor] = blocks,
         ) -> None:
-            dots[rows] += block @ direction[slot.start : slot.start + slot.numel]
+            span = slice(slot.start, slot.start + slot.numel)
+            if scale is not None:
+                block = block * scale[span]
+            dots[rows] += block @ direction[span]
             gram[rows, rows] += block @ block.T
             for earlier, theirs in held:
                 crossed = (theirs[slot] @ block.T).double()

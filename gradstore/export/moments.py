@@ -138,6 +138,32 @@ class AdamMoments:
             )
         return moments
 
+    def step_scale(self, slots: Sequence[ParameterSlot]) -> Tensor:
+        """Return what Adam's next step multiplies a gradient with, momentum left out.
+
+        1 / (sqrt(beta2 v / (1 - beta2^(step + 1))) + eps), to first order in the gradient (OPUS,
+        arXiv 2602.05400, preconditions with v as it is). A coordinate that has had no gradient yet,
+        v = 0, counts nothing: its factor, 1 / eps, would drown all others. Before the first step
+        all are 1.
+
+        Args:
+            slots: where each parameter stands in the whole gradient of p coordinates.
+
+        Returns:
+            (p,) float32 on the CPU.
+
+        Raises:
+            BadInput: a parameter has no moments.
+        """
+        found = torch.zeros(sum(slot.numel for slot in slots))
+        for slot in slots:
+            moments = self.of(slot)
+            constants, v = moments.constants, moments.v.reshape(-1).double().cpu()
+            corrected = constants.beta2 * v / (1.0 - constants.beta2 ** (constants.step + 1))
+            factor = torch.where(v > 0, 1.0 / (corrected.sqrt() + constants.eps), 0.0)
+            found[slot.start : slot.start + slot.numel] = factor.float()
+        return found if bool(found.any()) else torch.ones_like(found)
+
     def sha256(self) -> str:
         """Hash names, shapes, constants and values, independent of where and how they are saved."""
         digest = hashlib.sha256()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -142,6 +143,32 @@ def test_the_rows_chosen_are_those_of_explicit_gradients_and_brute_force(
         np.testing.assert_allclose(answer.scores, cosines[answer.indices], atol=1e-6)
     assert answer.numbers["candidates"] == 27
     assert sum(answer.manifest["all_scores"]["counts"]) == 27
+
+
+def test_in_the_optimizers_space_gradients_are_divided_by_the_root_of_adams_second_moment() -> None:
+    at = context()
+    model, train = at.run.model, at.run.data.train
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=0.0, betas=(0.9, 0.99), eps=1e-6)
+    for rows in ([0, 1], [2, 3], [4, 5]):
+        batch = collate([train.dataset[i] for i in rows])
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    at = replace(at, optimizer=optimizer)
+    plain = started(at, candidates=3, group_size=9).select(9, at)
+    answer = started(at, candidates=3, group_size=9, space="optimizer").select(9, at)
+    v = [optimizer.state[p]["exp_avg_sq"].reshape(-1) for p in parameters]
+    scale = (1 / ((0.99 * torch.cat(v) / (1 - 0.99**4)).sqrt() + 1e-6)).double().numpy()
+    sets = [gradients(model, rows) for rows in at.run.data.targets]
+    means = [(t / np.linalg.norm(t, axis=1, keepdims=True)).mean(axis=0) for t in sets]
+    drawn = np.random.default_rng([42, 0]).permutation(np.delete(np.arange(N), 7))[:27]
+    scaled = gradients(model, train) * scale
+    expected = by_hand(scaled, np.mean(means, axis=0), drawn, 9, 1.0, cosine=False)
+    assert set(answer.indices.tolist()) == expected
+    assert set(answer.indices.tolist()) != set(plain.indices.tolist())
+    assert OnlineSelector(space="optimizer").needs_moments
+    assert not OnlineSelector().needs_moments
 
 
 def test_every_row_is_a_candidate_once_a_pass_and_no_row_is_its_own_rival() -> None:

@@ -38,6 +38,21 @@ def test_products_are_those_of_explicit_gradients_however_rows_are_batched(
     ]
 
 
+@pytest.mark.parametrize("sizes", [[12], [5, 7]])
+def test_a_scale_multiplies_every_gradient_first(llama: Any, sizes: list[int]) -> None:
+    model, rows = llama.model().double(), llama.rows(12)
+    generator = torch.Generator().manual_seed(1)
+    expected = llama.gradients(model, rows).numpy()
+    direction, scale = torch.rand(2, expected.shape[1], generator=generator)
+    ends = np.cumsum([0, *sizes])
+    batches = [llama.collate(rows[i:j]) for i, j in pairwise(ends)]
+    with GradientCapture(model) as capture:
+        found = row_products(capture, batches, direction, scale)
+    scaled = expected * scale.double().numpy()
+    close(found.dots, scaled @ direction.double().numpy())
+    close(found.gram, scaled @ scaled.T)
+
+
 def test_a_row_that_is_not_finite_leaves_the_others_alone(llama: Any) -> None:
     model, rows = llama.model(broken=True), llama.rows(4)
     rows[1]["input_ids"][1] = llama.broken_token

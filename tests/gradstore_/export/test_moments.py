@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import nn
 
+from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput, DamagedData, StoreIOError
 from gradstore.export.moments import AdamConstants, AdamMoments, ParameterMoments
 
@@ -27,6 +28,14 @@ def stepped(model: nn.Module, optimizer: Any, steps: int = 3) -> Any:
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
+
+
+def slots_of(model: nn.Module) -> list[ParameterSlot]:
+    found: list[ParameterSlot] = []
+    for name, parameter in model.named_parameters():
+        start = found[-1].start + found[-1].numel if found else 0
+        found.append(ParameterSlot(name, tuple(parameter.shape), start, parameter.numel()))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -76,6 +85,39 @@ def test_an_optimizer_that_has_not_stepped_has_zeros() -> None:
         assert not found.m.any()
         assert not found.v.any()
         assert found.constants.step == 0
+
+
+def test_a_step_multiplies_a_small_gradient_with_the_scale() -> None:
+    """Finite differences of torch's Adam without momentum, in a gradient small beside the root."""
+    model = small_model()
+    optimizer = stepped(model, torch.optim.Adam(model.parameters(), lr=1.0, betas=(0.0, 0.999)))
+    scale = AdamMoments.from_optimizer(optimizer, model).step_scale(slots_of(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            root = optimizer.state[parameter]["exp_avg_sq"].sqrt()
+            parameter.grad = 1e-2 * root
+    grads = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+    before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+    optimizer.step()
+    moved = before - torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    known = scale > 0
+    torch.testing.assert_close(moved[known], (scale * grads)[known], rtol=1e-3, atol=1e-6)
+
+
+def test_a_coordinate_without_a_gradient_so_far_counts_nothing() -> None:
+    model = small_model()
+    parameters = list(model.named_parameters())
+    optimizer = torch.optim.Adam(model.parameters())
+    slots = slots_of(model)
+    first = slots[0].numel
+    at_first = AdamMoments.from_optimizer(optimizer, model).step_scale(slots)
+    assert at_first.tolist() == [1.0] * (slots[-1].start + slots[-1].numel)
+    for number, (_, parameter) in enumerate(parameters):
+        parameter.grad = torch.ones_like(parameter) if number else torch.zeros_like(parameter)
+    optimizer.step()
+    scale = AdamMoments.from_optimizer(optimizer, model).step_scale(slots)
+    assert not scale[:first].any()
+    assert (scale[first:] > 0.99).all()
 
 
 def test_frozen_parameters_outside_the_optimizer_have_no_moments() -> None:
