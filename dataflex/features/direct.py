@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dataflex.data.rows import Rows
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.target_source import TargetFeatures
-from dataflex.models.passes import batches, longest_row, whole_rows
+from dataflex.models.passes import batches, fitting, longest_row, whole_rows
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.log import OnRows, progress
 from gradstore.capture.limits import token_budget
@@ -69,21 +69,21 @@ def direct_influence(
     run, data = context.run, context.run.data
     for rows in data.targets:
         longest_row(run.model, rows)
-    fitting = np.flatnonzero(data.train.lengths <= (longest_row(run.model, data.train) or np.inf))
+    short_enough = fitting(run, data.train, np.arange(len(data.train)))
     status = np.full(len(data.train), RowStatus.TOO_LONG, dtype=np.uint8)
     moments = None
     if settings.train_features.needs_moments:
         moments = AdamMoments.from_optimizer(context.optimizer, run.model)
     budget = settings.tokens_per_batch or token_budget(run.model)
     # A source takes its target pass alone, unseen; ranks share the training rows.
-    total = len(fitting) + (sum(len(rows) for rows in data.targets) if source is None else 0)
+    total = len(short_enough) + (sum(len(rows) for rows in data.targets) if source is None else 0)
     with progress(f"exact influence at step {context.step}", total,
                   shown=run.shows_progress, told=run.ranks.leads) as advance:  # fmt: skip
         subtasks = subtask_rows(data.targets, subtask_sizes)
         directions = _directions(run, settings, subtasks, source, budget, advance, each_row)
         cosines = direct_cosines(
             run.model,
-            batches(run, data.train, fitting, budget,
+            batches(run, data.train, short_enough, budget,
                     lambda done: advance(done * run.ranks.world), shared=True),
             len(data.train),
             directions,

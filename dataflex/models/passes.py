@@ -45,6 +45,11 @@ def longest_row(model: Any, rows: Rows) -> int | None:  # noqa: ANN401 - a PreTr
     return longest_of(model, rows.lengths, rows.name)
 
 
+def fitting(run: RunContext, rows: Rows, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the positions of rows that are not too long for the model."""
+    return positions[rows.lengths[positions] <= (longest_row(run.model, rows) or np.inf)]
+
+
 def row_losses(
     run: RunContext,
     positions: npt.NDArray[np.int64] | None = None,

@@ -67,8 +67,7 @@ class OnlineSelector(Selector):
         temperature: 0 takes the best; above 0, rows are drawn with probabilities that rise as
             exp(product / temperature).
         product: dot, in which long gradients count for more, or cosine.
-        space: gradient, or optimizer: products are of the steps that Adam would make of the
-            gradients, each coordinate divided by the root of its second moment.
+        space: gradient, or optimizer, where products are of the steps that Adam makes of gradients.
         target_interval: steps from one look at the target rows to the next.
         seed: of the order of candidates, and of a draw.
         tokens_per_batch: padded tokens of a pass, at most; null goes by the device. Gradients are
@@ -116,8 +115,7 @@ class OnlineSelector(Selector):
         #: (p,) float32, the mean of the target sets' directions; of the step `_looked`.
         self._direction: npt.NDArray[np.float32] = np.empty(0, dtype=np.float32)
         self._looked = -1
-        #: Pass over the rows, and how many of it were candidates.
-        self._lap, self._offset = 0, 0
+        self._lap, self._offset = 0, 0  # pass over the rows, candidates of it so far
         self._capture: GradientCapture | None = None
 
     # -- life cycle -------------------------------------------------------------------------------
@@ -197,11 +195,13 @@ class OnlineSelector(Selector):
 
     def select(self, count: int, context: UpdateContext) -> Selection:
         """Look at the target rows if it is time, then choose from the next candidates."""
+        from dataflex.models.passes import fitting
+
         run, train = context.run, context.run.data.train
         clock = [time.perf_counter()]
         tokens = self._look(run, context.step)
         clock.append(time.perf_counter())
-        drawn = self._draw(_fitting(run, train, context.candidates), self.candidates * count)
+        drawn = self._draw(fitting(run, train, context.candidates), self.candidates * count)
         sizes = [self.group_size] * (count // self.group_size)
         sizes += [rest] if (rest := count % self.group_size) else []
         starts = self.candidates * np.cumsum([0, *sizes])
@@ -213,8 +213,8 @@ class OnlineSelector(Selector):
                 for number, size in run.ranks.share(numbered)
             ])  # fmt: skip
 
-        parts, world = run.ranks.gather(own), run.ranks.world
-        groups = [parts[number % world][number // world] for number, _ in numbered]
+        parts = run.ranks.gather(own)
+        groups = [parts[i % run.ranks.world][i // run.ranks.world] for i in range(len(sizes))]
         clock.append(time.perf_counter())
         return self._answer(groups, tokens, clock, context)
 
@@ -228,14 +228,13 @@ class OnlineSelector(Selector):
             scores[group.candidates] = group.scores
         among = np.concatenate([group.candidates for group in groups])
         rows = np.concatenate([group.rows for group in groups])
-        sound = among[np.isfinite(scores[among])]
+        looked_at = np.isfinite(scores)
+        sound = among[looked_at[among]]
         if not len(rows):
             raise BadInput(
                 f"online: none of {len(among)} candidates at step {context.step} has a gradient "
                 "that is finite. Check the model and the learning rate."
             )
-        looked_at = np.zeros(len(train), dtype=np.bool_)
-        looked_at[sound] = True
         lost = len(among) - len(sound)
         return Selection(
             rows,
@@ -273,25 +272,24 @@ class OnlineSelector(Selector):
         return order[self._offset - wanted : self._offset]
 
     def _look(self, run: RunContext, step: int) -> int:
-        """Take the target's direction again if it is old enough; return the tokens of the pass."""
-        from dataflex.models.passes import batches, whole_rows
+        """Take the target's direction again if it is old enough; return the pass's tokens."""
+        from dataflex.models.passes import batches, fitting, whole_rows
         from gradstore.export.direct import target_directions
         from gradstore.export.features import FeatureSpec
 
         if self._looked >= 0 and step - self._looked < self.target_interval:
             return 0
         budget, most = self._budget(run), whole_rows(run.model)
-        fitting = [(rows, _fitting(run, rows, np.arange(len(rows)))) for rows in run.data.targets]
+        looked = [(rows, fitting(run, rows, np.arange(len(rows)))) for rows in run.data.targets]
 
         def look() -> None:
-            sets = [batches(run, rows, where, budget, lambda _: None, most)
-                    for rows, where in fitting]  # fmt: skip
+            sets = [batches(run, *pair, budget, lambda _: None, most) for pair in looked]
             found = target_directions(run.model, sets, FeatureSpec("sgd")).matrix
             self._direction = found.mean(dim=0).cpu().numpy().astype(np.float32)
 
         run.ranks.gather(look)
         self._looked = step
-        return sum(int(rows.lengths[where].sum()) for rows, where in fitting)
+        return sum(int(rows.lengths[where].sum()) for rows, where in looked)
 
     def _chosen(
         self, context: UpdateContext, groups: Sequence[tuple[int, Positions, int]]
@@ -304,9 +302,14 @@ class OnlineSelector(Selector):
         """
         import torch
 
+        from gradstore.export.moments import AdamMoments
+
         assert self._capture is not None  # start() was called
-        run, scale = context.run, self._scale(context)
+        run, scale = context.run, None
         device = next(run.model.parameters()).device
+        if self.space == "optimizer":
+            moments = AdamMoments.from_optimizer(context.optimizer, run.model)
+            scale = moments.step_scale(self._capture.slots).to(device)
         direction = torch.from_numpy(self._direction).to(device)
         norm, found = float(np.linalg.norm(self._direction)), []
         with self._capture as capture:
@@ -314,12 +317,8 @@ class OnlineSelector(Selector):
                 where, products = self._products(
                     run, capture, run.data.train, positions, direction, scale
                 )
-                towards, among = relative_products(
-                    products.dots.cpu().numpy(),
-                    products.gram.cpu().numpy(),
-                    norm,
-                    cosine=self.product == "cosine",
-                )
+                dots, gram = products.dots.cpu().numpy(), products.gram.cpu().numpy()
+                towards, among = relative_products(dots, gram, norm, cosine=self.product != "dot")
                 noise = None
                 if self.temperature:
                     generator = np.random.default_rng([self.seed, context.step, number])
@@ -327,17 +326,6 @@ class OnlineSelector(Selector):
                 chosen = choose_jointly(towards, among, k, self.redundancy, noise)
                 found.append(Group(where[chosen], where, towards))
         return found
-
-    def _scale(self, context: UpdateContext) -> torch.Tensor | None:
-        """Return Adam's factor of each coordinate on the model's device; None in gradient space."""
-        from gradstore.export.moments import AdamMoments
-
-        if self.space == "gradient":
-            return None
-        assert self._capture is not None  # start() was called
-        model = context.run.model
-        moments = AdamMoments.from_optimizer(context.optimizer, model)
-        return moments.step_scale(self._capture.slots).to(next(model.parameters()).device)
 
     def _products(
         self,
@@ -360,10 +348,3 @@ class OnlineSelector(Selector):
         from gradstore.capture.limits import token_budget
 
         return self.tokens_per_batch or token_budget(run.model)
-
-
-def _fitting(run: RunContext, rows: Rows, positions: Positions) -> Positions:
-    """Return the positions of rows that are not too long for the model."""
-    from dataflex.models.passes import longest_row
-
-    return positions[rows.lengths[positions] <= (longest_row(run.model, rows) or np.inf)]
