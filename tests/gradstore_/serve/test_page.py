@@ -350,6 +350,25 @@ def test_without_text_a_page_shows_source_and_number_and_how_to_add_text(
         page.close()
 
 
+def test_damaged_text_is_told_on_the_page_and_the_map_is_shown(
+    browser: Any, store_path: Path, tmp_path: Path
+) -> None:
+    path = shutil.copytree(store_path, tmp_path / "s")
+    train = max(path.glob("texts/*/*.parquet"), key=lambda file: file.stat().st_size)
+    data = train.read_bytes()
+    train.unlink()
+    train.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    with served(path) as site:
+        page = browser.new_page(base_url=site)
+        page.goto("/?token=a-token-for-the-tests")
+        for view in ("ask", "rows", "changes"):
+            page.goto(f"/?view={view}")
+            expect(page.locator("#status")).to_contain_text(f"{train.relative_to(path)}: expected")
+            expect(page.locator("#status")).to_contain_text("gradstore verify")
+        show(page, "/?view=map")
+        page.close()
+
+
 def test_a_wrong_address_says_what_is_wrong(browser: Any, site: str) -> None:
     context = browser.new_context(base_url=site)
     page = context.new_page()
