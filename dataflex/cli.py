@@ -163,6 +163,7 @@ def explain_answer(
 
     KEY=VALUE takes the place of what the store recorded of LlamaFactory's keys (dataset_dir, ...).
     """
+    choose_verbosity(question.verbose)
     from dataflex.launch.asked import Asked, explain, questions_of
 
     options = {field.name: getattr(question, field.name) for field in fields(question)}
@@ -222,6 +223,7 @@ def replay(
 
 
 def _model_at_hand(store: Path) -> Explainer:
+    choose_verbosity(False)
     from dataflex.launch.serving import ModelAtHand
 
     return ModelAtHand(store)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dataflex.bridge.arguments import as_bad_input, naming_model, own_templates
 from dataflex.bridge.origins import row_sources
-from dataflex.bridge.quiet import as_chosen, on_stderr
+from dataflex.bridge.quiet import of_questions
 from dataflex.bridge.rows import one_row
 
 #: No row is longer.
@@ -136,7 +136,7 @@ class QuestionModel:
             )  # fmt: skip
             return found
 
-        with on_stderr(), as_chosen(), row_sources() as read:
+        with of_questions(), row_sources() as read:
             row = one_row(data_set, number, call, self.data_args, read.files)
         if row is not None and "labels" not in row:
             row["labels"] = list(row["input_ids"])
@@ -165,7 +165,7 @@ def load_for_questions(arguments: Mapping[str, Any]) -> QuestionModel:
         "dataset": "none", "output_dir": "none", **arguments, "do_train": True,
         "overwrite_output_dir": True, "resume_from_checkpoint": None, "report_to": "none",
     }  # fmt: skip
-    with on_stderr(), as_chosen(), own_templates():
+    with of_questions(), own_templates():
         model_args, data_args, training_args, finetuning_args, _ = as_bad_input(get_train_args)(
             settings
         )

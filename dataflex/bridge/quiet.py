@@ -24,6 +24,12 @@ VERBOSITY = "LLAMAFACTORY_VERBOSITY"
 #: training has none: written beside within them, it would be left without the end of its line.
 DELAY, DELAY_SECONDS = "TQDM_DELAY", "2"
 
+#: Logger, and the beginning of what it says of LlamaFactory's own code, where no user can mend it.
+_NOT_FOR_USERS = ("transformers.configuration_utils", "`torch_dtype` is deprecated")
+
+#: The same of advice about training, which nobody wants who asks a trained model.
+_OF_TRAINING = ("llamafactory.hparams.parser", "We recommend enable")
+
 
 def choose_verbosity(verbose: bool) -> None:
     """Let LlamaFactory and transformers speak as they do by themselves, or only warn.
@@ -62,6 +68,7 @@ def as_chosen() -> Iterator[None]:
 
     bar = functools.partial(tqdm, delay=0)
     with (
+        _without(*_NOT_FOR_USERS),
         swapped(loader, "_get_dataset_processor", silent_processor_for),
         swapped(trainer_callback, "tqdm", bar),
     ):
@@ -70,6 +77,30 @@ def as_chosen() -> Iterator[None]:
             yield
         finally:
             del loader.print
+
+
+@contextlib.contextmanager
+def of_questions() -> Iterator[None]:
+    """Apply the choice to a model that is asked, not trained; its lines go to stderr."""
+    with on_stderr(), as_chosen(), contextlib.ExitStack() as stack:
+        if logging.getLogger("llamafactory").level > logging.INFO:
+            stack.enter_context(_without(*_OF_TRAINING))
+        yield
+
+
+@contextlib.contextmanager
+def _without(logger: str, beginning: str) -> Iterator[None]:
+    """Leave out what one logger says with these first words."""
+    theirs = logging.getLogger(logger)
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(beginning)
+
+    theirs.addFilter(wanted)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(wanted)
 
 
 @contextlib.contextmanager

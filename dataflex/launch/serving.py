@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,17 @@ if TYPE_CHECKING:
     from dataflex.launch.explain import Explainer
     from dataflex.launch.explained import Explanation
 
+#: Seconds after which a question that waits for its turn says so.
+TURN_SECONDS = 0.2
+
 
 class ModelAtHand:
     """Explainer of a store that loads its model when it is first asked.
 
     A server that only shows rows never imports torch's models. Once loaded, the model answers every
     question about the same run, step and checkpoints, until a newer checkpoint is committed; any
-    other question loads its own model in its place.
+    other question loads its own model in its place. Questions take turns, from loading to answer:
+    so there is one model in memory, also while a slow question is answered.
     """
 
     def __init__(self, store: Path) -> None:
@@ -52,22 +57,33 @@ class ModelAtHand:
             BadInput: no such checkpoint; the model is not where it was; as for `Explainer.explain`.
             ProvenanceMismatch: the model is another one than the store was made with.
         """
-        on_stage("loading the model")
-        explainer = self._explainer(checkpoints, run, step)
-        on_stage("asking the model")
-        return explainer.explain(prompt, response, top, on_rows=on_rows)
+        with self._turn(on_stage):
+            on_stage("loading the model")
+            explainer = self._explainer(checkpoints, run, step)
+            on_stage("asking the model")
+            return explainer.explain(prompt, response, top, on_rows=on_rows)
+
+    @contextlib.contextmanager
+    def _turn(self, on_stage: Callable[[str], None]) -> Iterator[None]:
+        """Wait until no other question holds the model; `on_stage` may raise meanwhile."""
+        while not self._lock.acquire(timeout=TURN_SECONDS):
+            on_stage("waiting for the model")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _explainer(self, checkpoints: Which, run: str, step: int | None) -> Explainer:
-        with self._lock:
-            generation = None if step is None else _train_until(self._store, run, step)
-            asked = _newest_train(self._store), generation, checkpoints, run
-            if self._loaded is None or self._loaded[0] != asked:
-                from dataflex.launch.explain import open_model
+        """Return the model that a question needs, loaded in the place of another."""
+        generation = None if step is None else _train_until(self._store, run, step)
+        asked = _newest_train(self._store), generation, checkpoints, run
+        if self._loaded is None or self._loaded[0] != asked:
+            from dataflex.launch.explain import open_model
 
-                self._loaded = None  # two models need not be in memory at once
-                made = open_model(self._store, generation, checkpoints=checkpoints, run=run)
-                self._loaded = asked, made
-            return self._loaded[1]
+            self._loaded = None  # it goes before the other one comes
+            made = open_model(self._store, generation, checkpoints=checkpoints, run=run)
+            self._loaded = asked, made
+        return self._loaded[1]
 
 
 def _train_until(store: Path, run: str, step: int) -> str:

@@ -28,13 +28,15 @@ def serve(
     ] = PORT,
 ) -> None:
     """Serve a store, read-only, on this machine: a page to explore it, and an API under /v1."""
+    # First: it chooses how much other libraries say, which they read when they are imported.
+    explainer = open_explainer(store)
     from gradstore.serve.running import serve as run
 
     def say(address: str) -> None:
         typer.echo(f"store {store} is served at\n  {address}\nCtrl-C ends it.")
 
     try:
-        run(store, port, say, open_explainer(store))
+        run(store, port, say, explainer)
     except KeyboardInterrupt:  # the way to end it, so no failure
         typer.echo("\nstopped.", err=True)
         raise SystemExit(130) from None

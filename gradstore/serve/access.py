@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Depends, Query, Request
+from fastapi import Depends, Header, Query, Request
 
 from gradstore.errors import BadInput
 from gradstore.serve import asking
 from gradstore.serve.forms import Question, Wait
+from gradstore.serve.jobs import WAITER
 from gradstore.serve.rows import Table
 from gradstore.serve.served import Served, generation_of
 from gradstore.store.generation import Generation
@@ -25,6 +26,24 @@ def store_of(served: Annotated[Served, Depends(served_of)]) -> Store:
     """Return the store at its newest commit."""
     return served.view()
 
+
+async def name_waiter(
+    gradstore_waiter: Annotated[
+        str,
+        Header(
+            max_length=64,
+            description="Name of who asks. Equal questions share one job, and DELETE on a job lets "
+            "go of this name alone: the job is cancelled once nobody is left. Give each question a "
+            "name that nobody else has; callers without one count as one.",
+        ),
+    ] = "",
+) -> None:
+    """Take the name of who asks from the request; async, so that the request's context has it."""
+    WAITER.set(gradstore_waiter)
+
+
+#: What the paths that make or end jobs depend on.
+NAMED = [Depends(name_waiter)]
 
 Here = Annotated[Served, Depends(served_of)]
 Newest = Annotated[Store, Depends(store_of)]

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Body, Request
 from fastapi.responses import Response
 
 from gradstore.scoring.pairing import parse_which
-from gradstore.serve.access import Here, Newest, Seconds
+from gradstore.serve.access import NAMED, Here, Newest, Seconds
 from gradstore.serve.answers import answer
 from gradstore.serve.asking import RowScores, sides
 from gradstore.serve.forms import ExplainForm
@@ -21,7 +21,7 @@ from gradstore.serve.rows import Table
 from gradstore.serve.served import Explained, commit_of, generation_of
 from gradstore.store.reader import Store
 
-router = APIRouter(prefix="/v1", responses=RESPONSES)
+router = APIRouter(prefix="/v1", responses=RESPONSES, dependencies=NAMED)
 
 
 @dataclass(frozen=True)

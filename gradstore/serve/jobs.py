@@ -1,7 +1,8 @@
 """Work that takes long: done by a few threads, once per question, with progress and an end.
 
 A request waits for its job some seconds and gets the result, or else the job's address. The same
-question asked meanwhile joins the same job; asked later it is answered from a bounded cache.
+question asked meanwhile joins the same job; asked later it is answered from a bounded cache. A job
+knows who asked for it, and is cancelled once nobody of them wants it any more.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar, cast
 
@@ -30,6 +32,9 @@ KEPT = 200
 
 #: Bytes of all results kept.
 CACHE_BYTES = 64 << 20
+
+#: The name of who asks, for the length of a request; those who give none share "".
+WAITER: ContextVar[str] = ContextVar("waiter", default="")
 
 
 class Sized(Protocol):
@@ -68,6 +73,7 @@ class Job:
         created: seconds since 1970.
         error: the message of a failure.
         stop: set when it is to end early.
+        waiters: names of those who asked for it; empty once it has ended.
     """
 
     id: str
@@ -79,13 +85,14 @@ class Job:
     created: float = field(default_factory=time.time)
     error: str | None = None
     stop: threading.Event = field(default_factory=threading.Event)
+    waiters: set[str] = field(default_factory=set)
 
     def describe(self) -> dict[str, Any]:
         """Return what `GET /v1/jobs/{id}` shows."""
         share = 1.0 if self.state == "done" else min(self.done / max(self.rows, 1), 1.0)
         return {"id": self.id, "kind": self.kind, "state": self.state, "rows": self.rows,
                 "rows_done": self.done, "progress": round(share, 4), "created": self.created,
-                "stage": self.stage, "error": self.error}  # fmt: skip
+                "stage": self.stage, "error": self.error, "waiters": len(self.waiters)}  # fmt: skip
 
     def advance(self, rows: int, stage: str | None = None) -> None:
         """Count rows as done, and name a stage; raise Cancelled once the job is to stop."""
@@ -215,10 +222,16 @@ class Desk:
             return self._jobs[name]
 
     def cancel(self, name: str) -> Job:
-        """Stop a job: at once if it waits, else after the rows it is at."""
+        """Let the caller (`WAITER`) go, and stop a job that nobody else asked for.
+
+        It ends at once if it waits in the queue, else after the rows it is at.
+        """
         job = self.job(name)
-        job.stop.set()
         with self._changed:
+            job.waiters.discard(WAITER.get())
+            if job.waiters:
+                return job
+            job.stop.set()
             for task in [each for each in self._queue if each.job is job]:
                 self._queue.remove(task)
                 self._end(task, error=Cancelled(f"job {job.id} was cancelled; ask again."))
@@ -255,6 +268,7 @@ class Desk:
                 self._open[key] = task
                 self._queue.append(task)
                 self._changed.notify()
+            task.job.waiters.add(WAITER.get())
             return task
 
     def _work(self) -> None:
@@ -286,6 +300,7 @@ class Desk:
         if self._open.get(task.key) is task:
             del self._open[task.key]
         job = task.job
+        job.waiters.clear()
         if error is None:
             job.state = "done"
             task.future.set_result(result)

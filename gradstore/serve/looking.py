@@ -8,14 +8,14 @@ import numpy as np
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 
-from gradstore.serve.access import Here, Newest, table_of
+from gradstore.serve.access import NAMED, Here, Newest, table_of
 from gradstore.serve.answers import answer, check_unchanged, running
 from gradstore.serve.forms import Position, Question, RowsQuery
 from gradstore.serve.problems import RESPONSES
 from gradstore.serve.rows import NO_TEXT, check_rows
 from gradstore.serve.served import commit_of, generation_lines
 
-router = APIRouter(prefix="/v1", responses=RESPONSES)
+router = APIRouter(prefix="/v1", responses=RESPONSES, dependencies=NAMED)
 
 
 @router.get("/stores")
@@ -107,5 +107,5 @@ def job(served: Here, job: str) -> dict[str, Any]:
 
 @router.delete("/jobs/{job}", status_code=202)
 def cancel(served: Here, job: str) -> Response:
-    """Stop a job."""
+    """Give a job up; it is cancelled once nobody else waits for it."""
     return running(served.desk.cancel(job))

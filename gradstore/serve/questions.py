@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse, Response
 
 from gradstore.errors import BadInput
 from gradstore.serve import asking
-from gradstore.serve.access import Here, Newest, Seconds, table_of
+from gradstore.serve.access import NAMED, Here, Newest, Seconds, table_of
 from gradstore.serve.answers import answer, check_unchanged
 from gradstore.serve.forms import DiffForm, MapQuery, PairQuery, QueryForm, ScoreForm, SelectForm
 from gradstore.serve.pair_viewer import viewer_line
@@ -19,7 +19,7 @@ from gradstore.serve.row_map import RowMap, row_map
 from gradstore.serve.rows import Table
 from gradstore.serve.served import commit_of
 
-router = APIRouter(prefix="/v1", responses=RESPONSES)
+router = APIRouter(prefix="/v1", responses=RESPONSES, dependencies=NAMED)
 
 
 @router.post("/score")

@@ -25,8 +25,8 @@ from gradstore.store.reader import Store
 #: What is said where a store has no text.
 NO_TEXT = "run `dataflex-cli gradstore build` again with store_text: true"
 
-#: Held while text is read: threads must not share a Parquet reader.
-_READING = threading.Lock()
+#: Searches at the same time: each holds a file's text, decompressed on all cores.
+_SEARCHES = threading.Semaphore(2)
 
 _STATUSES = {status.name.lower(): int(status) for status in RowStatus}
 
@@ -155,7 +155,7 @@ class Table:
         if self.texts is None:
             raise BadInput(f"{self.generation.name} has no text to search; {NO_TEXT}.")
         parts = []
-        with _READING:
+        with _SEARCHES:
             for table in self.texts.parts(["prompt", "response"]):
                 found = [pc.match_substring(table[name], words, ignore_case=True)
                          for name in ("prompt", "response")]  # fmt: skip
@@ -172,8 +172,7 @@ class Table:
         check_rows(self.generation, rows)
         texts: list[Any] = [None] * len(rows)
         if self.texts is not None:
-            with _READING:
-                texts = self.texts.read(list(rows))
+            texts = self.texts.read(list(rows))
         return [
             self._line(int(row), text, characters) for row, text in zip(rows, texts, strict=True)
         ]

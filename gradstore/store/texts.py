@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -32,7 +34,8 @@ class RowTexts:
     """Prompts and responses of n rows, as one commit published them.
 
     A file's sha256 is checked before its first use, once per process; reading a row decompresses
-    the 256 rows around it.
+    the 256 rows around it. Threads may read at once: each has readers of its own over the checked
+    bytes, since a reader of Parquet is for one.
     """
 
     def __init__(self, files: ReadFiles, table: TextTable) -> None:
@@ -40,7 +43,9 @@ class RowTexts:
         self._files = files
         self._table = table
         self._starts = np.cumsum([0, *(part.rows for part in table.parts)])
-        self._open: dict[int, pq.ParquetFile] = {}
+        self._checked: dict[int, mmap.mmap] = {}
+        self._checking = threading.Lock()
+        self._mine = threading.local()
 
     def __len__(self) -> int:
         """Return the number of rows, n."""
@@ -116,7 +121,8 @@ class RowTexts:
 
     def check(self) -> Iterator[Fault]:
         """Read every file anew and give each fault, without relying on earlier checks."""
-        self._open.clear()
+        self._checked.clear()
+        self._mine = threading.local()
         hashes = []
         for part in range(len(self._table.parts)):
             try:
@@ -138,12 +144,17 @@ class RowTexts:
             return file.read_row_group(group)
 
     def _file(self, part: int) -> pq.ParquetFile:
-        """Open a file, after comparing its bytes with the commit."""
-        if part in self._open:
-            return self._open[part]
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        """Return this thread's reader of a file, whose bytes were compared with the commit."""
+        readers: dict[int, pq.ParquetFile] = self._mine.__dict__.setdefault("readers", {})
+        if part not in readers:
+            with self._checking:
+                if part not in self._checked:
+                    self._checked[part] = self._check_bytes(part)
+            readers[part] = self._reader(part, self._checked[part])
+        return readers[part]
 
+    def _check_bytes(self, part: int) -> mmap.mmap:
+        """Map a file, and compare its bytes with the commit."""
         expected = self._table.parts[part]
         path = part_path(self._table.rows_sha256, part)
         mapped = self._files.map(path, expected.bytes)
@@ -151,13 +162,19 @@ class RowTexts:
         if found != expected.sha256:
             fault = Fault(path, f"sha256 {expected.sha256}", f"sha256 {found}")
             raise DamagedFile(fault, str(self._files.root))
-        with _damage_told(self._files, path):
-            file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(mapped)))
+        return mapped
+
+    def _reader(self, part: int, checked: mmap.mmap) -> pq.ParquetFile:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with _damage_told(self._files, part_path(self._table.rows_sha256, part)):
+            file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(checked)))
             groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             whole = groups[:-1] == [GROUP_ROWS] * (len(groups) - 1)
-            if file.schema_arrow != schema() or sum(groups) != expected.rows or not whole:
+            rows = self._table.parts[part].rows
+            if file.schema_arrow != schema() or sum(groups) != rows or not whole:
                 raise ValueError("other columns or rows than a table of text has")
-        self._open[part] = file
         return file
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -366,3 +371,33 @@ def test_a_served_store_loads_its_model_with_the_first_prompt_and_answers_as_the
         long = client.post("/v1/explain?wait=60", json={**form, "prompt": "word " * 5000})
         assert long.status_code == 422
         assert "cutoff_len" in long.json()["detail"]
+
+
+def test_a_served_model_is_loaded_quietly_and_once_for_two_who_ask_at_once(
+    built: dict[str, Path],
+) -> None:
+    """A real process: what other libraries say is chosen before they are imported."""
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("LLAMAFACTORY_VERBOSITY", "TQDM_DELAY")}  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dataflex", "gradstore", "serve", str(built["adam"]), "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**environment, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        process.stdout.readline()
+        base, _, query = process.stdout.readline().strip().partition("/?token=")
+        with httpx.Client(base_url=base, headers={"Authorization": f"Bearer {query}"}) as client:
+
+            def ask(prompt: str) -> Any:
+                form = {"prompt": prompt, "response": "1 2 3"}
+                return client.post("/v1/explain?wait=60", json=form, timeout=60)
+
+            with ThreadPoolExecutor(2) as pool:
+                answers = list(pool.map(ask, ["sort 3 1 2", "sort 2 1 3"]))
+        assert [each.status_code for each in answers] == [200, 200]
+    finally:
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[1]
+    assert (process.returncode, said) == (130, "\nstopped.\n")

@@ -1,4 +1,5 @@
-// Requests to /v1. A problem document becomes an Error with its message; 202 is waited for.
+// Requests to /v1. A problem document becomes an Error with its message; 202 is waited for, and
+// given up once a newer question has taken its place: the job ends, if nobody else waits for it.
 
 const pause = (ms) => new Promise((done) => setTimeout(done, ms));
 let status = () => {};
@@ -7,24 +8,35 @@ export function tellStatus(listener) {
   status = listener;
 }
 
+// Equal questions share one job, so each question has a name of its own to be let go by.
+const nextName = () => Array.from(crypto.getRandomValues(new Uint32Array(4)), (n) => n.toString(36)).join("-");
+
 async function send(path, options, stale) {
+  const headers = { ...options.headers, "Gradstore-Waiter": nextName() };
   for (;;) {
-    const answer = await fetch(path, options);
-    if (stale?.()) throw new Stale();
+    const answer = await fetch(path, { ...options, headers });
+    const waiting = answer.status === 202;
+    const job = waiting && answer.headers.get("Location");
+    const moveOn = () => {
+      if (!stale?.()) return;
+      if (job) fetch(job, { method: "DELETE", headers }).catch(() => {});
+      throw new Stale();
+    };
+    moveOn();
     if (answer.status === 429) {
       await pause(1000 * Number(answer.headers.get("Retry-After") ?? 1));
-      if (stale?.()) throw new Stale();
+      moveOn();
       continue;
     }
     const content = await answer.json().catch(() => ({}));
-    if (answer.status !== 202) {
+    if (!waiting) {
       if (answer.ok) return content;
       throw new Error(content.detail ?? `${answer.status} ${answer.statusText}`);
     }
-    if (stale?.()) throw new Stale();
+    moveOn();
     status(`${content.kind}: ${content.stage || `${Math.round(100 * content.progress)} %`}`);
     await pause(300);
-    if (stale?.()) throw new Stale();
+    moveOn();
   }
 }
 

@@ -6,11 +6,14 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from gradstore.store.texts import RowTexts
 
 PROBLEM = "application/problem+json"
 
@@ -94,6 +97,67 @@ def test_damage_is_told_with_the_file_and_the_next_step(
     assert (content["title"], content["exit_code"]) == ("damaged data", 4)
     assert "gradstore verify" in content["detail"]
     assert client.get("/v1/generations").status_code == 200
+
+
+@pytest.mark.parametrize("how", ["cut", "removed", "changed"])
+def test_damaged_text_is_told_and_what_needs_no_text_is_answered(
+    ask: Callable[..., Any], store_path: Path, tmp_path: Path, how: str
+) -> None:
+    path = shutil.copytree(store_path, tmp_path / "s")
+    train = max(path.glob("texts/*/*.parquet"), key=lambda file: file.stat().st_size)
+    data = train.read_bytes()
+    train.unlink()
+    if how != "removed":
+        half = len(data) // 2
+        changed = data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
+        train.write_bytes(data[:-1] if how == "cut" else changed)
+    client = ask(path)
+    query = {"target": "one", "target_row": 3}
+    refused = [
+        client.get("/v1/rows"),
+        client.get("/v1/rows/5"),
+        client.get("/v1/rows?contains=add"),
+        client.get("/v1/pair.jsonl?target=one&row=1"),
+        client.post("/v1/query", json=query),
+        client.post("/v1/select", json={"count": 3}),
+        client.post("/v1/diff", json={"before": {"count": 3}, "after": {"count": 5}}),
+    ]
+    for answer in refused:
+        assert (answer.status_code, answer.headers["content-type"]) == (409, PROBLEM)
+        content = answer.json()
+        assert (content["title"], content["exit_code"]) == ("damaged data", 4)
+        assert str(train.relative_to(path)) in content["detail"]
+        assert "gradstore verify" in content["detail"]
+    answered = [
+        client.get("/v1/map"),
+        client.get("/v1/rows?generation=target/one/8"),
+        client.post("/v1/score", json={}),
+    ]
+    assert {answer.status_code for answer in answered} == {200}
+
+
+def test_a_row_is_read_while_searches_through_all_text_go_on(
+    ask: Callable[..., Any], store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, begun = threading.Event(), threading.Semaphore(0)
+    whole = RowTexts.parts
+
+    def slow(*args: Any) -> Any:
+        begun.release()
+        gate.wait(10)
+        return whole(*args)
+
+    monkeypatch.setattr(RowTexts, "parts", slow)
+    client = ask(store_path)
+    with ThreadPoolExecutor(17) as pool:
+        found = [pool.submit(client.get, f"/v1/rows?contains=add+{n}") for n in range(16)]
+        try:
+            assert begun.acquire(timeout=5)
+            assert pool.submit(client.get, "/v1/rows/3").result(5).status_code == 200
+            assert not any(each.done() for each in found)
+        finally:
+            gate.set()
+        assert {each.result(20).status_code for each in found} == {200}
 
 
 def test_without_a_model_explain_says_so_and_with_one_it_answers(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gradstore.errors import BadInput
-from gradstore.serve.jobs import Desk, Job, Kept, StillRunning
+from gradstore.serve.jobs import WAITER, Desk, Job, Kept, StillRunning
 from gradstore.serve.problems import Cancelled, Missing, TooMany
 
 
@@ -80,6 +80,23 @@ def test_a_job_that_waits_or_runs_can_be_cancelled(desk: Desk) -> None:
     assert (running.state, first.calls, second.calls) == ("cancelled", 1, 0)
     with pytest.raises(Missing):
         desk.cancel("nothing")
+
+
+def test_a_job_is_cancelled_once_the_last_who_asked_for_it_gives_it_up(desk: Desk) -> None:
+    gate = Gate()
+    for name in ("ann", "bob", "ann"):
+        WAITER.set(name)
+        job = start(desk, "a", gate)
+    assert job.describe()["waiters"] == 2
+    for name in ("ann", "ann", "a stranger"):
+        WAITER.set(name)
+        assert desk.cancel(job.id).stop.is_set() is False
+    WAITER.set("bob")
+    assert desk.cancel(job.id).stop.is_set()
+    gate.more.release(4)
+    with pytest.raises(Missing):
+        desk.cancel("nothing")
+    WAITER.set("")
 
 
 def test_those_who_wait_are_told_of_a_failure_and_may_ask_again(desk: Desk) -> None:
@@ -171,6 +188,52 @@ def test_a_scan_that_is_not_done_in_time_is_answered_with_its_job(
     assert client.post("/v1/score?wait=10", json={}).status_code == 200
     assert client.get(f"/v1/jobs/{job['id']}").json()["progress"] == 1.0
     assert client.delete(f"/v1/jobs/{job['id']}").status_code == 202
+
+
+def test_a_client_that_gives_up_leaves_the_answer_to_the_others_of_the_same_question(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradstore.serve import asking
+
+    whole = asking.query_influence
+    gates = {name: threading.Event() for name in ("one leaves", "both leave")}
+    gate = gates["one leaves"]
+
+    def slow(*args: Any, on_rows: Any, **named: Any) -> Any:
+        gate.wait(10)
+        return whole(*args, on_rows=on_rows, **named)
+
+    monkeypatch.setattr(asking, "query_influence", slow)
+    form = {"target": "one", "target_row": 6}
+    ann, bob = ({"Gradstore-Waiter": name} for name in ("ann", "bob"))
+    first = client.post("/v1/query?wait=0", json=form, headers=ann).json()
+    second = client.post("/v1/query?wait=0", json=form, headers=bob).json()
+    assert (second["id"], second["waiters"]) == (first["id"], 2)
+    left = client.delete(f"/v1/jobs/{first['id']}", headers=ann)
+    assert (left.status_code, left.json()["waiters"]) == (202, 1)
+    gate.set()
+    answer = client.post("/v1/query?wait=10", json=form, headers=bob)
+    assert (answer.status_code, answer.json()["target_row"]["row"]) == (200, 6)
+
+    gate, form["target_row"] = gates["both leave"], 7
+    job = client.post("/v1/query?wait=0", json=form, headers=ann).json()
+    client.post("/v1/query?wait=0", json=form, headers=bob)
+    for name in (ann, bob):
+        client.delete(f"/v1/jobs/{job['id']}", headers=name)
+    gate.set()
+    until = time.monotonic() + 10
+    while (state := client.get(f"/v1/jobs/{job['id']}").json()["state"]) == "running":
+        assert time.monotonic() < until
+    assert state == "cancelled"
+
+
+def test_the_name_of_who_asks_is_documented_and_bounded(client: Any) -> None:
+    paths = client.get("/v1/openapi.json").json()["paths"]
+    for path, method in (("/v1/jobs/{job}", "delete"), ("/v1/query", "post"), ("/v1/map", "get")):
+        (told,) = [p for p in paths[path][method]["parameters"] if p["in"] == "header"]
+        assert told["name"] == "gradstore-waiter"
+        assert "Equal questions share one job" in told["description"]
+    assert client.get("/v1/jobs", headers={"Gradstore-Waiter": "x" * 65}).status_code == 422
 
 
 def test_more_scans_than_may_wait_are_answered_429(

@@ -299,6 +299,43 @@ def test_a_question_left_for_another_is_not_asked_again_and_leaves_no_status(
         page.close()
 
 
+def test_a_question_left_for_another_ends_unless_another_page_asks_it_too(
+    browser: Any, explorer: Any, store_path: Path
+) -> None:
+    model, gate = explorer.model(), threading.Event()
+    whole = model.explain
+
+    def slow(*args: Any, **named: Any) -> Any:
+        while not gate.wait(0.02):
+            named["on_stage"]("asking the model")  # raises once the job is to stop
+        return whole(*args, **named)
+
+    model.explain = slow
+    with served(store_path, model) as site:
+        pages = [browser.new_context(base_url=site).new_page() for _ in range(2)]
+        for page in pages:
+            page.goto("/?token=a-token-for-the-tests")
+            page.goto("/?prompt=sort")
+            expect(page.locator("#status")).to_have_text("explain: asking the model")
+
+        def job() -> Any:
+            return pages[0].request.get("/v1/jobs").json()["jobs"][0]
+
+        assert job()["waiters"] == 2
+        pages[0].get_by_role("button", name="Next").click()
+        expect(pages[0].locator("#target-text")).to_contain_text("row 1 of one")
+        pages[0].wait_for_timeout(1500)
+        assert (job()["kind"], job()["state"], job()["waiters"]) == ("score", "done", 0)
+        first = next(j for j in pages[0].request.get("/v1/jobs").json()["jobs"]
+                     if j["kind"] == "explain")  # fmt: skip
+        assert (first["state"], first["waiters"]) == ("running", 1)
+        pages[1].get_by_role("button", name="Next").click()
+        pages[1].wait_for_timeout(1500)
+        found = pages[0].request.get(f"/v1/jobs/{first['id']}").json()
+        gate.set()
+        assert found["state"] == "cancelled"
+
+
 def test_without_text_a_page_shows_source_and_number_and_how_to_add_text(
     browser: Any, explorer: Any, tmp_path: Path
 ) -> None:
@@ -310,6 +347,25 @@ def test_without_text_a_page_shows_source_and_number_and_how_to_add_text(
         expect(page.get_by_label("Text holds")).to_be_disabled()
         page.goto("/?view=ask")
         expect(page.locator("#helped article").first).to_contain_text("store_text: true")
+        page.close()
+
+
+def test_damaged_text_is_told_on_the_page_and_the_map_is_shown(
+    browser: Any, store_path: Path, tmp_path: Path
+) -> None:
+    path = shutil.copytree(store_path, tmp_path / "s")
+    train = max(path.glob("texts/*/*.parquet"), key=lambda file: file.stat().st_size)
+    data = train.read_bytes()
+    train.unlink()
+    train.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    with served(path) as site:
+        page = browser.new_page(base_url=site)
+        page.goto("/?token=a-token-for-the-tests")
+        for view in ("ask", "rows", "changes"):
+            page.goto(f"/?view={view}")
+            expect(page.locator("#status")).to_contain_text(f"{train.relative_to(path)}: expected")
+            expect(page.locator("#status")).to_contain_text("gradstore verify")
+        show(page, "/?view=map")
         page.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gradstore.format.commits import Commit
 from gradstore.format.text_table import Text
 from gradstore.scoring.frames import open_store as open_asked
 from gradstore.storage.local import StoreFiles
+from gradstore.storage.reading import ReadFiles
 from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
 
@@ -63,6 +65,26 @@ def test_rows_come_back_with_origin_and_hash_in_the_order_asked_for(kit: Any, st
     assert found.table(["row"])["row"].to_pylist() == list(range(N))
     with pytest.raises(BadInput, match="no column 'words'"):
         found.table(["words"])
+
+
+def test_threads_read_the_same_table_at_once_and_its_bytes_are_checked_once(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_store(store)
+    found = opened.texts(opened.generation("train/1"))
+    assert found is not None
+    mapped, whole = [], ReadFiles.map
+    monkeypatch.setattr(ReadFiles, "map", lambda *a: mapped.append(a) or whole(*a))
+
+    def look(seed: int) -> None:
+        for row in np.random.default_rng(seed).integers(0, N, 40).tolist():
+            assert found.read([row])[0].prompt == f"question {row}"
+            assert found.table(["prompt"])["prompt"][row].as_py() == f"question {row}"
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(look, seed) for seed in range(8)]:
+            done.result(60)
+    assert len(mapped) == 1
 
 
 def test_any_parquet_reader_opens_the_table(store: Path) -> None:
