@@ -66,7 +66,7 @@ ROWS: dict[str, Entry] = {
     **{
         name: Entry("rows", f"selectors/{name}", ("train_step=40",))
         for name in ("random", "loss", "delta_loss", "less", "icons", "cluster_less", "near",
-                     "tsds", "nice", "rds_plus", "bm25", "online")
+                     "tsds", "nice", "rds_plus", "bm25", "online", "mirror", "landmarks")
     },
     **{
         f"weight: {name}": Entry("rows", f"weighters/{name}", ("train_step=40",))

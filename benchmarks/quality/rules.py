@@ -28,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from report import RESULTS, append, echo, machine, read
 from rules_data import RULES, make_rows, write_data
@@ -36,7 +37,9 @@ from tinyrun import TinyRun
 from workloads import Workload
 from world import Chosen, World
 
+from dataflex.data.rows import Rows
 from dataflex.models.trained import ShortTraining, trained_on
+from dataflex.selectors.mirror import falls_of
 from gradstore import bm25_scores
 from gradstore.export.pooling import Pooling
 from gradstore.scoring.best_rows import StoredTable
@@ -45,6 +48,7 @@ from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.influence import influence_scores
 from gradstore.scoring.products import COSINE, InnerProduct
 from gradstore.scoring.selection import select_top
+from gradstore.similarity.landmarks import fit
 
 STEPS, TRAINED_STEPS = (10, 60), 30
 DEFAULT = "less"
@@ -52,6 +56,7 @@ TARGETS = [f"rules_target_{rule}" for rule in RULES]
 HELD_OUT = [f"rules_heldout_{rule}" for rule in RULES]
 
 Method = Callable[[World, int], Chosen]
+Losses = npt.NDArray[np.float64]
 
 
 def less(kind: str, product: InnerProduct = COSINE, subset: str = "top") -> Method:
@@ -87,15 +92,42 @@ def bm25(world: World, target: int) -> Chosen:
     return select_top(scores.mean(axis=0), world.k)
 
 
-def mirror(world: World, target: int) -> Chosen:
+def landmarks(count: int) -> Method:
+    """Rows by influence estimated from some rows' gradients, as selectors/landmarks.py does."""
+
+    def choose(world: World, target: int) -> Chosen:
+        train = world.run.data.train
+        at = np.sort(np.random.default_rng(42).permutation(len(train))[:count])
+        some = Rows(f"{count} landmarks", train.dataset.select(at.tolist()))
+        gradients = world.features("adam_marginal", some)
+        queries = world.features("sgd", world.run.data.targets[target])
+        known = influence_scores([CheckpointFeatures(gradients, (queries,))]).values
+        embedded = world.output_gradients(train)
+        return select_top(fit(embedded[at], known[:, None], 0.01)(embedded)[:, 0], world.k)
+
+    return choose
+
+
+def mirror(relative: bool) -> Method:
     """Rows whose loss falls most when the model is trained on the target, 8 epochs."""
+
+    def choose(world: World, target: int) -> Chosen:
+        before, after = _losses_by_target(world, target)
+        falls = falls_of(before, after[:, None], relative=relative)[:, 0]
+        return select_top(falls, world.k)
+
+    return choose
+
+
+def _losses_by_target(world: World, target: int) -> tuple[Losses, Losses]:
+    """Measure the rows' losses before and after a training on the target."""
     run = world.run
     context = Workload("rules", run.model, run.data, run.collate).context(Path("unused"))
     rows = run.data.targets[target]
     before = world.once("losses", lambda: run.losses(run.data.train))
     training = ShortTraining(epochs=8, learning_rate=run.learning_rate, batch_rows=8)
     with trained_on(context, rows, np.arange(len(rows)), training, [run.seed, run.step]):
-        return select_top(before - run.losses(run.data.train), world.k)
+        return before, run.losses(run.data.train)
 
 
 def at_random(world: World, target: int) -> Chosen:
@@ -123,7 +155,10 @@ METHODS: dict[str, Method] = {
     "less, sgd": less("sgd"),
     "less, normalize: target": less("adam_marginal", InnerProduct("target")),
     "less, round_robin": less("adam_marginal", subset="round_robin"),
-    "mirror": mirror,
+    "landmarks, 100": landmarks(100),
+    "landmarks, 250": landmarks(250),
+    "mirror": mirror(relative=False),
+    "mirror, relative": mirror(relative=True),
     "less, sgd, fisher": less("sgd", FISHER),
     "less, sgd, fisher, round_robin": less("sgd", FISHER, "round_robin"),
 }

@@ -20,7 +20,8 @@ from dataflex.data.rows import Rows
 from gradstore.export.features import FeatureSpec
 from gradstore.export.gradient_space import effective_seed
 from gradstore.export.moments import AdamMoments
-from gradstore.export.pooling import HiddenStates, Pooling
+from gradstore.export.output_gradients import OutputGradients
+from gradstore.export.pooling import HiddenStates, Pooling, to_unit
 from gradstore.export.projected import export_features
 from gradstore.scoring.selection import rows_for_fraction
 
@@ -104,3 +105,15 @@ class World:
             return np.stack([found[row] for row in range(len(rows))])
 
         return self.once(f"{pooling} {rows.name}", make)  # type: ignore[no-any-return]
+
+    def output_gradients(self, rows: Rows) -> npt.NDArray[np.float32]:
+        """Gradients of a set at the output layer, projected, of length 1."""
+
+        def make() -> npt.NDArray[np.float32]:
+            embed = OutputGradients(self.run.model, seed=42)
+            found = np.empty((len(rows), embed.dim), np.float32)
+            for chosen, batch in self.run.batches(rows):
+                found[chosen] = to_unit(embed(batch))[0].numpy()
+            return found
+
+        return self.once(f"output gradients {rows.name}", make)  # type: ignore[no-any-return]

@@ -151,8 +151,8 @@ def _moments_file(folder: Path) -> Path:
             return path
     raise BadInput(
         f"checkpoint {str(folder)!r} has neither dataflex/moments.safetensors nor "
-        "optimizer.pt (was it saved with save_only_model?). Adam features need one; "
-        "gradient_type sgd or sign does not."
+        "optimizer.pt (was it saved with save_only_model?). Adam features need one (gradient_type "
+        "sgd or sign does not), and so does the run's next step."
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -190,14 +192,10 @@ def presets_of(
         BadInput: the file cannot be read, names a placeholder that is none, or the bucket is no
             mapping of mappings.
     """
-    with faults_of(f"components_cfg_file {str(path)!r}"):
-        loaded = read_settings(path)
-        if placeholders is None or not OmegaConf.is_dict(loaded):
-            content = OmegaConf.to_container(loaded)
-        else:
-            known = {key: value for key, value in placeholders.items() if key not in loaded}
-            content = OmegaConf.to_container(OmegaConf.merge(known, loaded), resolve=True)
-        content = at_home(content)
+    if path == PACKAGED_PRESETS:
+        content = copy.deepcopy(_packaged_presets())
+    else:
+        content = _content_of(path, placeholders)
     if not isinstance(content, dict):
         raise BadInput(f"components_cfg_file {str(path)!r} is no mapping of kinds to presets.")
     presets = content.get(bucket) or content.get(OLD_BUCKETS.get(bucket, bucket)) or {}
@@ -206,6 +204,28 @@ def presets_of(
     if bucket == KINDS["dynamic_lego"][0]:
         return {key: _pipeline(preset) for key, preset in presets.items()}
     return presets
+
+
+@cache
+def _packaged_presets() -> Any:  # noqa: ANN401 - a YAML document
+    """Read the packaged file, in which no placeholder stands, once in a process."""
+    return _content_of(PACKAGED_PRESETS, None)
+
+
+def _content_of(path: Path, placeholders: Mapping[str, Any] | None) -> Any:  # noqa: ANN401
+    """Read a components.yaml as plain values.
+
+    Raises:
+        BadInput: it cannot be read, or names a placeholder that is none.
+    """
+    with faults_of(f"components_cfg_file {str(path)!r}"):
+        loaded = read_settings(path)
+        if placeholders is None or not OmegaConf.is_dict(loaded):
+            content = OmegaConf.to_container(loaded)
+        else:
+            known = {key: value for key, value in placeholders.items() if key not in loaded}
+            content = OmegaConf.to_container(OmegaConf.merge(known, loaded), resolve=True)
+        return at_home(content)
 
 
 def _pipeline(preset: Mapping[str, Any]) -> dict[str, Any]:

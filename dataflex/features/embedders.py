@@ -25,6 +25,7 @@ from gradstore.capture.limits import token_budget
 from gradstore.errors import BadInput
 from gradstore.export.embeddings import compute_embedding_unit
 from gradstore.export.gradient_space import attention_of, named_parameters, tokenizer_hash
+from gradstore.export.output_gradients import OutputGradients, target_tokens
 from gradstore.export.pooling import HiddenStates, Pooling
 from gradstore.export.units import Batches
 from gradstore.storage.hashing import tensor_hash
@@ -149,7 +150,12 @@ class CurrentModel:
 
     def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
         """Compute the embeddings of one unit of rows."""
-        batches = Batches(
+        settings = self._settings
+        states = HiddenStates(self._run.model, layer=settings.layer, pooling=settings.pooling)
+        return compute_embedding_unit(states, self._batches(rows), unit, advance, dim=self.dim)
+
+    def _batches(self, rows: Rows) -> Batches:
+        return Batches(
             rows.dataset,
             self._run.collate,
             rows.lengths,
@@ -157,12 +163,39 @@ class CurrentModel:
             longest=longest_row(self._run.model, rows),
             max_rows=self._settings.batch_rows,
         )
-        settings = self._settings
-        states = HiddenStates(self._run.model, layer=settings.layer, pooling=settings.pooling)
-        return compute_embedding_unit(states, batches, unit, advance, dim=self.dim)
 
     def release(self) -> None:
         """Do nothing: the model in training stays loaded."""
+
+
+class OutputLayer(CurrentModel):
+    """Gradients at the output layer of the model as it is now, projected (`OutputGradients`).
+
+    Args:
+        run: with its model.
+        batch_rows: rows of a batch, at most.
+        seed: of the projection.
+
+    Raises:
+        BadInput: the model's output layer is not linear.
+    """
+
+    def __init__(self, run: RunContext, batch_rows: int, seed: int) -> None:
+        self.settings = EmbeddingSettings(batch_rows=batch_rows)
+        super().__init__(run, self.settings)
+        self._seed = seed
+        self._embed = OutputGradients(run.model, seed)
+        self.dim, self.space = OutputGradients.dim, "output_gradient"
+
+    def fields(self) -> dict[str, Any]:
+        """Return the MUST-EQUAL fields of its space."""
+        return super().fields() | {"pooling": "output_gradient", "seed": self._seed}
+
+    def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
+        """Compute the embeddings of one unit of rows."""
+        return compute_embedding_unit(
+            self._embed, self._batches(rows), unit, advance, dim=self.dim, tokens_of=target_tokens
+        )
 
 
 class OwnEncoder:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from dataflex.bridge import running
 from dataflex.bridge.quiet import on_stderr
+from dataflex.checkpoints.folders import find_checkpoints
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData, check_rows
 from dataflex.launch.known_rows import (
@@ -27,6 +28,7 @@ from dataflex.launch.known_rows import (
     planted_rows,
     read_truth,
 )
+from dataflex.launch.patched import checkpoint_of, patch
 from dataflex.launch.preflight import check_gradients
 from dataflex.launch.retraining import Floats, Retrainer, queries_of, store_differs
 from gradstore.cli.options import print_json, print_table
@@ -49,7 +51,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 RETRAINED = ("lds", "qld")
-METRICS = (*RETRAINED, *EXACT, *PLANTED)
+PATCHED = "tail_patch"
+METRICS = (*RETRAINED, PATCHED, *EXACT, *PLANTED)
 
 Mask = npt.NDArray[np.bool_]
 
@@ -67,12 +70,12 @@ class Evaluation:
         fraction: of the rows in a subset, of lds.
         share: of the rows that is removed, of qld, or selected, of overlap.
         controls: c, of qld.
-        seed: of subsets and controls; the training's is the configuration's.
+        seed: of subsets, controls and random rows; the training's is the configuration's.
         checkpoints: of the store to combine, as text.
         scores: file of other scores.
         truth: table of `gradstore replay`, of spearman, ndcg and overlap.
         planted: column of the training files that marks planted rows, of recall, mrr and auprc.
-        k: rows at the top, of recall and ndcg.
+        k: rows at the top, of recall, ndcg and tail_patch.
         as_json: print JSON.
     """
 
@@ -116,7 +119,7 @@ class Evaluation:
 
 
 def evaluate(config: RunConfig, asked: Evaluation) -> None:
-    """Retrain what the bank lacks, if the metric needs it, and print it with its interval.
+    """Retrain what the bank lacks, or take steps, as the metric needs; print it with its interval.
 
     Raises:
         BadInput: as `check_gradients`; more retrainings are missing than the budget allows; scores
@@ -146,15 +149,19 @@ def _judged(config: RunConfig, asked: Evaluation) -> tuple[Estimate, int]:
     def check(data: RunData, *_: object) -> None:
         check_rows(data, needs_targets=True, subtask_sizes=None)
 
-    loaded = running.load_run(config, None, check)
+    patched = asked.metric == PATCHED
+    checkpoint = checkpoint_of(find_checkpoints(config)) if patched else None
+    loaded = running.load_run(config, checkpoint, check)
     data, seed = loaded.data, int(loaded.training_args.seed)
-    del loaded  # each retraining loads a model of its own
     queries = queries_of(data)
     if asked.scores is None:
         judged = _influence(asked, config.store_run, data, queries)
     else:
         judged = _from_file(asked.scores, len(data.train), int(queries.sum()))
     scores, scored = judged
+    if patched:
+        return patch(config, loaded, checkpoint, scores, scored, k=asked.k, seed=asked.seed), 0
+    del loaded  # each retraining loads a model of its own
     if asked.truth is not None and asked.metric in EXACT:
         truth = read_truth(asked.truth, data, queries)
         return against_exact(asked.metric, truth, scores, scored, k=asked.k, share=asked.share), 0

@@ -32,15 +32,16 @@ class Evaluated:
     metric: Annotated[
         str,
         typer.Option(
-            help="lds: order of retrained models; qld: loss without the top rows; spearman, ndcg, "
-            "overlap: against --truth; recall, mrr, auprc: of --planted rows."
+            help="lds: order of retrained models; qld: loss without the top rows; tail_patch: what "
+            "a step on a top row gains; spearman, ndcg, overlap: against --truth; recall, mrr, "
+            "auprc: of --planted rows."
         ),
     ] = "lds"
     subsets: Annotated[int, typer.Option(help="lds: random subsets to retrain on.")] = 100
     fraction: Annotated[float, typer.Option(help="lds: share of the rows in a subset.")] = 0.5
     share: Annotated[float, typer.Option(help="qld, overlap: share of the rows to take.")] = 0.01
     controls: Annotated[int, typer.Option(help="qld: retrainings without random rows.")] = 5
-    seed: Annotated[int, typer.Option(help="Of the random subsets.")] = 0
+    seed: Annotated[int, typer.Option(help="Of random subsets and rows.")] = 0
     checkpoints: Checkpoints = "last"
     scores: Annotated[
         Path | None,
@@ -57,7 +58,7 @@ class Evaluated:
         str,
         typer.Option(help="Column of the files that marks planted rows.", metavar="COLUMN"),
     ] = ""
-    k: Annotated[int, typer.Option(help="recall, ndcg: rows at the top.")] = 20
+    k: Annotated[int, typer.Option(help="recall, ndcg, tail_patch: rows at the top.")] = 20
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,19 +8,20 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataflex.config.keys import RunConfig
+from dataflex.launch.replay_states import remove_states
 from dataflex.launch.replayed import Replay, replay_run
 from dataflex.run.forecast import Forecast, peak_memory, print_forecasts
 from gradstore.cli.options import print_json, print_table
 from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.pace import duration, size
-from gradstore.replay.influence import Limits, ReplayCost
+from gradstore.replay.price import Limits, ReplayCost
 from gradstore.replay.run import TrainingRun
 from gradstore.replay.table import ReplayTable
 from gradstore.storage.tables import check_suffix, write_table
@@ -94,11 +95,19 @@ class _ForecastOnly(Exception):
 def replay(config: RunConfig, asked: Replay, shown: Shown) -> None:
     """Replay a run, and print or write its table.
 
+    With a file for the table, what is finished is kept beside it until the table is written: after
+    Ctrl-C or a kill the same call goes on.
+
     Raises:
         BadInput: as `replay_run`; a row to list that there is not.
-        StoreIOError: the table cannot be written.
+        ProvenanceMismatch: the states beside the table are those of another replay.
+        DamagedData: they are not as they were written.
+        StoreIOError: the table, or the states, cannot be written.
     """
     forecasts: list[Forecast] = []
+    if shown.output is not None:
+        states = shown.output.with_name(f"{shown.output.name}.states")
+        asked = replace(asked, states=states)
 
     def told(run: TrainingRun, cost: ReplayCost) -> None:
         steps = len(run.steps)
@@ -120,6 +129,8 @@ def replay(config: RunConfig, asked: Replay, shown: Shown) -> None:
     listed = parse_rows(shown.rows)
     if shown.output is not None:
         write_table(shown.output, table.to_arrow(listed))
+        assert asked.states is not None
+        remove_states(asked.states)
         _log.info("table: %s", shown.output)
     if shown.as_json:
         print_json(as_json(table, listed))

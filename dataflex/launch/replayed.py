@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,25 +27,27 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dataflex import __version__
 from dataflex.bridge.quiet import on_stderr
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import Rows, RunData
 from dataflex.launch.preflight import check_replay
 from dataflex.launch.recorded import Recording, logits_of, record, row_sums
+from dataflex.launch.replay_states import States, check_states
+from dataflex.launch.retraining import deciding, plain_arguments
 from dataflex.models.passes import longest_row, own_labels
 from dataflex.run.log import progress
 from gradstore.capture.limits import token_budget
 from gradstore.capture.losses import IGNORED_LABEL
 from gradstore.errors import expect
 from gradstore.export.units import plan_batches
-from gradstore.replay.influence import (
+from gradstore.replay.influence import QueryLoss, replay_forwards, replay_influence
+from gradstore.replay.price import (
     Limits,
-    QueryLoss,
     ReplayCost,
     forecast,
     refuse_above,
-    replay_forwards,
-    replay_influence,
+    segment_steps,
     step_passes,
 )
 from gradstore.replay.run import Parameters, TrainingRun
@@ -79,12 +82,14 @@ class Replay:
             rounding.
         segment: steps between kept states; None keeps the fewest.
         limits: refuse above them.
+        states: folder of what is finished, from which a later call goes on; None keeps nothing.
     """
 
     targets: str = "sets"
     float64: bool = True
     segment: int | None = None
     limits: Limits = field(default_factory=Limits)
+    states: Path | None = None
 
     def __post_init__(self) -> None:
         expect(self.targets in TARGETS, "--targets", self.targets, " or ".join(TARGETS))
@@ -102,7 +107,8 @@ def replay_run(
     The training, AdamW, clipping, schedule and accumulation included, is the one that
     `dataflex-cli train` makes of the same configuration with `train_type: static`; what another
     train_type does with the rows is left out, its steps are kept. It starts anew, or from the
-    adapter and the moments of `resume_from_checkpoint`. Nothing is written.
+    adapter and the moments of `resume_from_checkpoint`. Nothing is written but `asked.states`,
+    which the caller removes once it has the table.
 
     Args:
         config: a deterministic LoRA run in float32, stage sft, with target rows.
@@ -115,6 +121,9 @@ def replay_run(
             first step, a model with dropout or of less than float32, another optimizer than AdamW,
             a price above the limits; after it, whatever `replay_influence` refuses, a replay that
             does not end where the training did among it.
+        ProvenanceMismatch: `asked.states` are those of another replay.
+        DamagedData: they are not as they were written.
+        StoreIOError: they can't be read or written.
     """
     asked = Replay() if asked is None else asked
     check_replay(config)
@@ -133,13 +142,15 @@ def replay_run(
                 _log.warning("%s", _SIGNS)
             told(run, cost)
             refuse_above(asked.limits, cost, run)
+            if asked.states is not None:
+                check_states(asked.states, _description(config, recording, asked))
             advances.append(bar.enter_context(progress(
                 "training", len(run.steps), shown=shows_progress, told=False, unit="step"
             )))  # fmt: skip
 
         recording = record(config, begin, lambda steps: [tell(steps) for tell in advances])
         bar.close()
-        return _replayed(recording, asked, shows_progress)
+        return _replayed(recording, asked, _states(config, recording, asked), shows_progress)
 
 
 def is_smooth(run: TrainingRun) -> bool:
@@ -161,19 +172,51 @@ def _cost(recording: Recording, asked: Replay) -> ReplayCost:
         recording.model.float()  # as it was: all of it is float32
 
 
-def _replayed(recording: Recording, asked: Replay, shows_progress: bool) -> ReplayTable:
+def _states(config: RunConfig, recording: Recording, asked: Replay) -> States | None:
+    """Open the folder of states, if there shall be one."""
+    if asked.states is None:
+        return None
+    assert recording.run.ended is not None
+    device = next(recording.model.parameters()).device
+    described = _description(config, recording, asked)
+    return States(asked.states, described, recording.run.ended, device)
+
+
+def _description(config: RunConfig, recording: Recording, asked: Replay) -> dict[str, object]:
+    """Return what decides a replay's result, to the bit, as plain JSON."""
+    args, known = plain_arguments(config), config.known
+    return {
+        **deciding(args, recording.data),
+        "seed": args.get("seed"),
+        "resume_from_checkpoint": known.resume_from_checkpoint,
+        "targets": asked.targets,
+        "float64": asked.float64,
+        "segment": segment_steps(recording.run, asked.segment),
+        "device": next(recording.model.parameters()).device.type,
+        "torch": str(torch.__version__),  # a kind of str that equals no other kind
+        "dataflex": __version__,
+    }
+
+
+def _replayed(
+    recording: Recording, asked: Replay, kept: States | None, shows_progress: bool
+) -> ReplayTable:
     end = recording.run.ended
     assert end is not None
-    if asked.float64:
+    if asked.float64 and (kept is None or kept.state(1) is None):
         replay_forwards(recording.run)  # in the precision of the real run: does it end there?
+    if asked.float64:
         recording = recording.in_float64()
         end = {name: value.double() for name, value in end.items()}
     run, targets = recording.run, targets_of(recording.data, asked.targets)
+    if kept is not None and (done := kept.backwards()) is not None:
+        _log.info("replay goes on from %s: %d of %d segments are left", asked.states, done.segments,
+                  -(-len(run.steps) // segment_steps(run, asked.segment)))  # fmt: skip
     losses = target_losses(recording, asked.targets)
     with progress("replay, passes over a step", step_passes(run, queries=len(targets)),
                   shown=shows_progress, told=False, unit="step") as advance:  # fmt: skip
         derivatives = replay_influence(
-            run, losses, segment=asked.segment, limits=_DECIDED, tell=advance
+            run, losses, segment=asked.segment, limits=_DECIDED, tell=advance, kept=kept
         )
     with torch.no_grad():
         before, after = (losses(at).double().cpu().numpy() for at in (run.parameters, end))

@@ -66,6 +66,18 @@ def plain_arguments(config: RunConfig) -> dict[str, Any]:
     return args
 
 
+def deciding(args: Mapping[str, Any], data: RunData) -> dict[str, object]:
+    """Return what decides the losses of a plain training besides its seed, as plain JSON.
+
+    Args:
+        args: as `plain_arguments` gave them.
+        data: its rows.
+    """
+    held = {k: v for k, v in args.items() if k not in _WITHOUT_EFFECT}
+    targets = {rows.name: _sha256(rows) for rows in data.targets}
+    return {**held, "train_rows": _sha256(data.train), "target_rows": targets}
+
+
 class Retrainer:
     """The training of a configuration, on any of its rows, as `Bank.fill` calls it.
 
@@ -80,9 +92,7 @@ class Retrainer:
     @property
     def configuration(self) -> dict[str, object]:
         """All that decides the losses besides rows and seed, for a bank."""
-        held = {k: v for k, v in self._args(0).items() if k not in _WITHOUT_EFFECT}
-        targets = {rows.name: _sha256(rows) for rows in self._data.targets}
-        return {**held, "train_rows": _sha256(self._data.train), "target_rows": targets}
+        return deciding(self._args(0), self._data)
 
     def __call__(self, rows: npt.NDArray[np.int64], seed: int) -> Floats:
         """Train on rows (k,); return the mean token loss of each query, (q,).

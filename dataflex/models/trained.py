@@ -22,15 +22,16 @@ from dataflex.run.log import OnRows, progress
 from gradstore.capture.limits import token_budget
 from gradstore.capture.losses import RowLoss, Targets
 from gradstore.capture.modelstate import borrowed, random_states_kept
-from gradstore.capture.slots import unwrap
+from gradstore.capture.slots import trainable_slots, unwrap
 from gradstore.errors import BadInput
+from gradstore.export.moments import AdamMoments
 
 Positions = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class ShortTraining:
-    """Settings of a short training: AdamW with new moments and a constant learning rate.
+    """Settings of a short training: AdamW with a constant learning rate, no weight decay.
 
     Attributes:
         epochs: passes over the rows.
@@ -38,12 +39,16 @@ class ShortTraining:
         batch_rows: rows of a step; their mean losses count alike.
         tokens_per_batch: padded tokens of a forward and backward, at most, so that a step may take
             several; None for what suits the device.
+        moments: of the optimizer to go on from, with its betas and eps; None for new ones.
+        max_grad_norm: to which the gradient of a step is clipped; 0 for none.
     """
 
     epochs: int
     learning_rate: float
     batch_rows: int
     tokens_per_batch: int | None = None
+    moments: AdamMoments | None = None
+    max_grad_norm: float = 0.0
 
 
 @contextmanager
@@ -86,7 +91,7 @@ def trained_on(
             progress(f"training on {rows.name}", training.epochs * len(positions),
                      shown=run.shows_progress, told=run.ranks.leads) as advance,
         ):  # fmt: skip
-            optimizer = torch.optim.AdamW(parameters, training.learning_rate, weight_decay=0.0)
+            optimizer = _optimizer(model, parameters, training)
             losses = []
             for chosen in orders(positions, training, seed):
                 losses.append(_step(run, rows, chosen, training, parameters, advance))
@@ -97,6 +102,8 @@ def trained_on(
                         f"{training.learning_rate:g}. Set a lower component_params.learning_rate, "
                         "or check the model's weights."
                     )
+                if training.max_grad_norm:
+                    nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             del optimizer
@@ -134,6 +141,29 @@ def weights_kept(model: nn.Module) -> Iterator[list[nn.Parameter]]:
             for parameter, values, gradient in held:
                 parameter.copy_(values)
                 parameter.grad = gradient
+
+
+def _optimizer(
+    model: nn.Module, parameters: Sequence[nn.Parameter], training: ShortTraining
+) -> torch.optim.AdamW:
+    """Build the AdamW of a short training, with the moments that it goes on from."""
+    held, rate = training.moments, training.learning_rate
+    if held is None:
+        return torch.optim.AdamW(parameters, rate, weight_decay=0.0)
+    found = [(parameter, held.of(slot)) for slot, parameter in trainable_slots(model).items()]
+    groups = [
+        {"params": [parameter], "betas": (m.constants.beta1, m.constants.beta2),
+         "eps": m.constants.eps}
+        for parameter, m in found
+    ]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, rate, weight_decay=0.0)
+    for parameter, moments in found:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(moments.constants.step)),
+            "exp_avg": moments.m.to(parameter, copy=True),
+            "exp_avg_sq": moments.v.to(parameter, copy=True),
+        }
+    return optimizer
 
 
 def _step(

@@ -14,6 +14,7 @@ from gradstore.evaluation.retraining import (
     lds,
     query_loss_difference,
     tail_patch,
+    tail_patch_log,
     without_top,
 )
 
@@ -30,5 +31,6 @@ __all__ = [
     "rank_correlation",
     "recall_at_k",
     "tail_patch",
+    "tail_patch_log",
     "without_top",
 ]

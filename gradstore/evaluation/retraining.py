@@ -186,3 +186,39 @@ def tail_patch(before: Numbers, after: Numbers, *, seed: int = 0) -> Estimate:
                 "to 1 (exp(-loss) of a summed loss)"
             )
     return estimate((patched - first[:, None]).mean(axis=1).tolist(), seed=seed)
+
+
+def tail_patch_log(before: Numbers, after: Numbers, random: Numbers, *, seed: int = 0) -> Estimate:
+    """Compute the rise of the answer's log-probability after a step on a top row, against random.
+
+    Per query mean over its top rows of log p(answer after a step on that row alone) - log p(answer
+    before), less the same mean over random rows. `tail_patch` in nats, for answers whose
+    probability is too small to rise visibly; above 0 where the top rows help more than any would.
+
+    Args:
+        before: (q,) log-probability of each query's answer, the sum over its tokens.
+        after: (q, k) the same after one step on each of its top rows, each from the same model.
+        random: (q, c) the same after one step on each of c random rows.
+        seed: of the interval's bootstrap.
+
+    Raises:
+        BadInput: shapes that do not fit, a number that is not finite or above 0.
+
+    Examples:
+        >>> tail_patch_log([-3.0], [[-2.0, -2.5]], [[-3.0, -2.5]]).mean
+        0.5
+    """
+    first = numbers(before, "before", 1, "one log-probability per query")
+    means = []
+    for name, given in (("after", after), ("random", random)):
+        wanted = f"log-probabilities ({first.size} queries, rows)"
+        found = numbers(given, name, 2, wanted)
+        if len(found) != first.size:
+            raise BadInput(f"{name} has shape {found.shape}; give {wanted}.")
+        if max(found.max(), first.max()) > 0:
+            raise BadInput(
+                f"{name} and before go up to {max(found.max(), first.max()):g}; a log-probability "
+                "is at most 0 (the negative of a summed loss)"
+            )
+        means.append((found - first[:, None]).mean(axis=1))
+    return estimate((means[0] - means[1]).tolist(), seed=seed)

@@ -9,19 +9,17 @@ Letters: T steps, s steps of a segment, p numbers that are trained, q queries, n
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gradstore.errors import BadInput, expect, expect_whole
-from gradstore.pace import duration, size
-from gradstore.replay.run import MicroBatch, Parameters, TrainingRun
+from gradstore.errors import BadInput, expect
+from gradstore.replay.kept import Backwards, Kept, Nothing
+from gradstore.replay.price import Limits, forecast, refuse_above, segment_steps
+from gradstore.replay.run import Parameters, TrainingRun
 from gradstore.replay.steps import Replayer, State, Vectors, differentiable_twice
 
 #: Relative difference between a doubling of weights and its derivative: rounding, in float32.
@@ -32,39 +30,6 @@ _END_ERROR = 1e-3
 QueryLoss = Callable[[Parameters], Tensor]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Most that a replay may take.
-
-    Attributes:
-        seconds: by the measured micro-batches.
-        state_bytes: of kept states, gradients and cotangents; activations are not in it.
-    """
-
-    seconds: float = 3600.0
-    state_bytes: int = 8 << 30
-
-
-@dataclass(frozen=True)
-class ReplayCost:
-    """Price of a replay, known before it starts.
-
-    Attributes:
-        segment: s.
-        kept_states: most states alive at once: ceil(T / s) + s + 1.
-        state_bytes: of kept states, a segment's gradients and the queries' cotangents.
-        seconds: estimated from the first, the middle and the last micro-batch; the optimizer's own
-            arithmetic, little beside a model, is not in it.
-        training_seconds: of training once, a part of them.
-    """
-
-    segment: int
-    kept_states: int
-    state_bytes: int
-    seconds: float
-    training_seconds: float
-
-
 def replay_influence(
     run: TrainingRun,
     query_loss: QueryLoss,
@@ -72,6 +37,7 @@ def replay_influence(
     segment: int | None = None,
     limits: Limits | None = None,
     tell: Callable[[int], object] = lambda steps: None,
+    kept: Kept | None = None,
 ) -> npt.NDArray[np.float64]:
     """Compute the derivative of a query's loss after training by each row's weight, at weight 1.
 
@@ -85,6 +51,8 @@ def replay_influence(
         segment: s; None for about the root of T, which keeps the fewest states.
         limits: refuse above them; None for an hour and 8 GiB.
         tell: given how many of the `step_passes` were made since it was called last.
+        kept: of an earlier call for this very run, segment and queries, which goes on from its
+            last finished segment, to the same result; what is finished here is kept in it.
 
     Returns:
         (n,) float64, or (q, n) where `query_loss` gives (q,).
@@ -94,24 +62,21 @@ def replay_influence(
             second derivative, or is not a sum of rows' parts times weights; the parameters or the
             query's loss are not finite after training; it ends elsewhere than `run.ended`.
     """
-    segment = _segment(run, segment)
+    segment = segment_steps(run, segment)
     limits = Limits() if limits is None else limits
     engine = Replayer(run, tell)
     with differentiable_twice():
         _check_run(engine)
         queries = _query_values(engine, engine.start(), query_loss).numel()
         refuse_above(limits, forecast(run, queries=queries, segment=segment), run)
-        boundaries, end = _forwards(engine, segment)
+        kept = Nothing() if kept is None else kept
+        boundaries, end = _forwards(engine, segment, kept)
         _check_end(engine, end)
         losses = _query_values(engine, end, query_loss)
-        cotangents = _query_cotangents(engine, end, query_loss)
-        found = np.zeros((queries, run.row_count))
-        while boundaries:
-            first = (len(boundaries) - 1) * segment
-            start = boundaries.pop()
-            cotangents, by_weight = _segment_back(engine, start, end, first, segment, cotangents)
-            found += by_weight
-            end = start
+        if (done := kept.backwards()) is None:
+            cotangents = _query_cotangents(engine, end, query_loss)
+            done = Backwards(len(boundaries), cotangents, np.zeros((queries, run.row_count)))
+        found = _back(engine, boundaries, end, segment, done, kept)
     return found if losses.dim() else found[0]
 
 
@@ -125,77 +90,9 @@ def replay_forwards(run: TrainingRun) -> dict[str, Tensor]:
     """
     engine = Replayer(run)
     with differentiable_twice():
-        _, end = _forwards(engine, len(run.steps))
+        _, end = _forwards(engine, len(run.steps), Nothing())
     _check_end(engine, end)
     return engine.named(end.vectors[0])
-
-
-def forecast(run: TrainingRun, *, queries: int = 1, segment: int | None = None) -> ReplayCost:
-    """Measure three micro-batches and estimate what a replay takes.
-
-    Args:
-        run: what would be replayed.
-        queries: q.
-        segment: s; None for about the root of T.
-    """
-    segment = _segment(run, segment)
-    engine = Replayer(run)
-    start = engine.start()
-    every = [batch for step in run.steps for batch in step.batches]
-    probes = [every[0], every[len(every) // 2], every[-1]]
-    with differentiable_twice():
-        seconds = [_seconds(engine, start.vectors[0], batch, queries) for batch in probes]
-    forwards, backwards = len(every) * np.mean(seconds, axis=0)
-    vector = start.vectors[0].numel() * start.vectors[0].element_size()
-    state = len(start.vectors) * vector
-    states = math.ceil(len(run.steps) / segment) + segment + 1
-    held = states * state + segment * vector + 2 * queries * (state + vector)
-    total = float(2 * forwards + backwards)
-    return ReplayCost(segment, states, held, total, float(forwards))
-
-
-def step_passes(run: TrainingRun, *, queries: int = 1) -> int:
-    """Count the passes over a step: two forwards, and one backwards for each query."""
-    return (2 + queries) * len(run.steps)
-
-
-def _segment(run: TrainingRun, segment: int | None) -> int:
-    if segment is None:
-        return math.ceil(math.sqrt(len(run.steps)))
-    return min(expect_whole(segment, "segment"), len(run.steps))
-
-
-def _seconds(
-    engine: Replayer, flat: Tensor, batch: MicroBatch, queries: int
-) -> tuple[float, float]:
-    """Time a micro-batch's part of a pass of the run forwards, and of the one backwards."""
-    direction = torch.ones_like(flat)
-    engine.second(batch, flat, [direction])  # what only the first call pays
-    _wait(flat)
-    begin = time.perf_counter()
-    engine.gradient(flat, [batch])
-    _wait(flat)
-    middle = time.perf_counter()
-    engine.second(batch, flat, [direction] * queries)
-    _wait(flat)
-    return middle - begin, time.perf_counter() - middle
-
-
-def _wait(flat: Tensor) -> None:
-    if flat.is_cuda:
-        torch.cuda.synchronize(flat.device)
-
-
-def refuse_above(limits: Limits, cost: ReplayCost, run: TrainingRun) -> None:
-    """Raise BadInput, which says what a replay would take, above the limits."""
-    if cost.seconds <= limits.seconds and cost.state_bytes <= limits.state_bytes:
-        return
-    raise BadInput(
-        f"replay of {len(run.steps)} steps would take about {duration(cost.seconds)} (limit "
-        f"{duration(limits.seconds)}) and {size(cost.state_bytes)} for {cost.kept_states} states "
-        f"(limit {size(limits.state_bytes)}), without activations; replay fewer steps, train fewer "
-        "parameters, or raise the limits."
-    )
 
 
 def _check_run(engine: Replayer) -> None:
@@ -243,20 +140,53 @@ def _check_end(engine: Replayer, end: State) -> None:
         )
 
 
-def _forwards(engine: Replayer, segment: int) -> tuple[list[State], State]:
+def _forwards(engine: Replayer, segment: int, kept: Kept) -> tuple[list[State], State]:
     """Train; return the state at the start of each segment, and the last."""
-    state, boundaries = engine.start(), []
-    for index, step in enumerate(engine.run.steps):
-        if index % segment == 0:
-            boundaries.append(state)
-        state = engine.advance(state, engine.gradient(state.vectors[0], step.batches), index)
-        engine.tell(1)
-    if not bool(torch.isfinite(state.vectors[0]).all()):
+    states, steps = [engine.start()], engine.run.steps
+    for first in range(0, len(steps), segment):
+        last = min(first + segment, len(steps))
+        state = kept.state(len(states))
+        if state is None:
+            state = states[-1]
+            for index in range(first, last):
+                gradient = engine.gradient(state.vectors[0], steps[index].batches)
+                state = engine.advance(state, gradient, index)
+                engine.tell(1)
+            kept.keep_state(len(states), state)
+        else:
+            engine.tell(last - first)
+        states.append(state)
+    if not bool(torch.isfinite(states[-1].vectors[0]).all()):
         raise BadInput(
-            f"the run's parameters are not finite after {len(engine.run.steps)} steps; replay a "
+            f"the run's parameters are not finite after {len(steps)} steps; replay a "
             "run that converges: a lower learning rate, or clipping by max_grad_norm."
         )
-    return boundaries, state
+    return states[:-1], states[-1]
+
+
+def _back(
+    engine: Replayer,
+    boundaries: list[State],
+    end: State,
+    segment: int,
+    done: Backwards,
+    kept: Kept,
+) -> npt.NDArray[np.float64]:
+    """Go backwards through the segments that are left; return (q, n) derivatives by weights."""
+    while len(boundaries) > done.segments:  # an earlier call went back through these
+        first = (len(boundaries) - 1) * segment
+        passed = min(segment, len(engine.run.steps) - first)
+        engine.tell(passed * (1 + len(done.cotangents)))
+        end = boundaries.pop()
+    cotangents, found = done.cotangents, done.found
+    while boundaries:
+        first = (len(boundaries) - 1) * segment
+        start = boundaries.pop()
+        cotangents, by_weight = _segment_back(engine, start, end, first, segment, cotangents)
+        found = found + by_weight
+        kept.keep_backwards(Backwards(len(boundaries), cotangents, found))
+        end = start
+    return found
 
 
 def _segment_back(

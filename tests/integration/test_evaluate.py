@@ -101,6 +101,14 @@ def test_a_killed_evaluation_goes_on_and_a_second_one_retrains_nothing(
     assert table.code == 0, table.err[-3000:]
     assert f"{first['mean']:.3f}" in table.out
 
+    patched = cli("gradstore", "eval", store, path, "--metric", "tail_patch", "--k", 2, "--json")
+    assert patched.code == 0, patched.err[-3000:]
+    assert "steps from the model as it is configured, learning rate 0.002" in patched.err
+    gains = json.loads(patched.out)
+    assert gains["retrainings"] == 0
+    assert gains["queries"] == 32
+    assert gains["low"] > 0  # rows of highest influence gain more than random ones
+
     other = cli(*asked, "learning_rate=0.001")
     assert other.code == 3, other.err[-3000:]
     assert "learning_rate" in other.message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,6 +96,37 @@ def test_a_dry_run_says_the_price_and_a_price_above_the_limits_is_refused(
         assert "replay of 8 steps would take about" in refused.message
         assert named in refused.message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_replay_killed_on_its_way_back_goes_on_to_the_same_table(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    path, table, whole = config(**RUN), tmp_path / "replay.parquet", tmp_path / "whole.parquet"
+    asked = ("gradstore", "replay", path, "--segment", 1)
+    uninterrupted = cli(*asked, "-o", whole)
+    assert uninterrupted.code == 0, uninterrupted.err[-3000:]
+    assert not whole.with_name("whole.parquet.states").exists()
+
+    states = tmp_path / "replay.parquet.states"
+    child = cli(*asked, "-o", table, background=tmp_path / "told").code
+    until = time.monotonic() + 180
+    while not (states / "backwards.safetensors").exists() and time.monotonic() < until:
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    assert (states / "backwards.safetensors").exists(), (tmp_path / "told").read_text()[-3000:]
+    assert not table.exists()
+
+    other = cli(*asked, "-o", table, "learning_rate=0.001")
+    assert other.code == 3, other.err[-3000:]
+    assert "learning_rate was 0.002, is 0.001" in other.message
+
+    again = cli(*asked, "-o", table)
+    assert again.code == 0, again.err[-3000:]
+    left = re.search(r"goes on from .*: (\d) of 8 segments are left", again.err)
+    assert left is not None, again.err[-3000:]
+    assert int(left[1]) < 8
+    assert pq.read_table(table).equals(pq.read_table(whole))  # to the bit
+    assert not states.exists()
 
 
 def test_ctrl_c_ends_a_replay_with_130(config: Any, tmp_path: Path) -> None:

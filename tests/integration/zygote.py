@@ -5,6 +5,7 @@ a line on stdin: {"argv": [...], "cwd": ..., "out": ..., "err": ..., "faults": {
 and answers with the exit code (-9 for a kill). `faults` plants a SIGKILL inside the run:
 
     {"kill_step": g}          when the batch of step g is asked for
+    {"copy_step": [g, path]}      no kill: copy output_dir, as a kill in its place would leave it
     {"interrupt_step": g}     no kill: Ctrl-C when the batch of step g is asked for
     {"kill_rows": n}          when n rows of a gradient export are done
     {"kill_saving": g}        inside the checkpoint of step g, its model written, its state not
@@ -22,9 +23,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib
+import io
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -72,6 +75,8 @@ def serve_or_die(self: Any, *args: Any) -> Any:
     step = self.state.global_step
     if step == self.faults.get("kill_step"):
         die()
+    if step == self.faults.get("copy_step", [None])[0]:
+        shutil.copytree(self.args.output_dir, self.faults["copy_step"][1])
     if step == self.faults.get("interrupt_step"):
         os.kill(os.getpid(), signal.SIGINT)
     answer = super(type(self), self).get_batch_samples(*args)
@@ -169,6 +174,20 @@ def run(request: dict[str, Any], rank: int | None = None) -> None:
         os._exit(code)
 
 
+def draw_once() -> None:
+    """Draw a picture as runs do at their end: fonts are found and loaded before the forks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot([1, 2], label="a")
+    axes.set_title("a")
+    axes.legend()
+    figure.savefig(io.BytesIO(), format="png")
+
+
 def serve(answers: TextIO) -> None:
     """Fork one child per request, answer with its exit code."""
     for module in IMPORTED:
@@ -179,6 +198,8 @@ def serve(answers: TextIO) -> None:
     models = importlib.import_module("transformers.models.auto.modeling_auto")
     for name in ("IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "TEXT_TO_WAVEFORM", "CAUSAL_LM"):
         list(getattr(models, f"MODEL_FOR_{name}_MAPPING").keys())
+    importlib.import_module("dataflex.config.presets").presets_of("selectors")
+    draw_once()
     # What is here will not be garbage: no run looks through it, or copies its pages to do so.
     gc.collect()
     gc.freeze()

@@ -17,6 +17,7 @@ from gradstore.evaluation import (
     lds,
     query_loss_difference,
     tail_patch,
+    tail_patch_log,
     without_top,
 )
 
@@ -69,6 +70,11 @@ def test_tail_patch_is_the_mean_rise_over_the_top_rows() -> None:
     assert found.values == pytest.approx((0.1, -0.2))
 
 
+def test_tail_patch_in_nats_is_the_rise_above_that_of_random_rows() -> None:
+    found = tail_patch_log([-4.0, -2.0], [[-3.0, -2.0], [-2.0, -2.5]], [[-4.0], [-1.0]])
+    assert found.values == pytest.approx((1.5, -1.25))
+
+
 def test_each_query_loses_its_own_top_rows() -> None:
     kept = without_top([[1.0, 2, 3, 4], [4.0, 3, 2, 1]], 0.5)
     assert kept.tolist() == [[True, True, False, False], [False, False, True, True]]
@@ -112,6 +118,8 @@ def test_one_query_has_no_interval_and_equal_ones_an_empty_one() -> None:
         (lambda: query_loss_difference([np.inf], [[1.0]]), r"without_top\[0\] is inf"),
         (lambda: tail_patch([0.5], [[0.5], [0.5]]), "after has shape"),
         (lambda: tail_patch([2.5], [[0.5]]), "before goes from 2.5"),
+        (lambda: tail_patch_log([-1.0], [[-1.0]], [[-1.0], [-1.0]]), "random has shape"),
+        (lambda: tail_patch_log([-1.0], [[0.5]], [[-1.0]]), "after and before go up to 0.5"),
         (lambda: estimate([]), r"values has shape \(0,\)"),
         (lambda: estimate([1.0, 2.0], confidence=1.0), "confidence is 1.0"),
         (lambda: draw_subsets(4, 0), "subsets is 0"),

@@ -17,15 +17,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradstore.errors import BadInput
 from gradstore.replay import influence
-from gradstore.replay.influence import (
-    Limits,
-    forecast,
-    replay_forwards,
-    replay_influence,
-    step_passes,
-)
+from gradstore.replay.influence import replay_forwards, replay_influence
+from gradstore.replay.kept import Backwards
+from gradstore.replay.price import Limits, forecast, step_passes
 from gradstore.replay.run import AdamW, MicroBatch, Moments, Sgd, Step, TrainingRun
-from gradstore.replay.steps import Replayer
+from gradstore.replay.steps import Replayer, State
 
 N, T, WORDS, WIDTH = 24, 10, 13, 8
 
@@ -214,6 +210,58 @@ def test_the_size_of_segments_does_not_change_the_result(case: Case, segment: in
     expected = replay_influence(run, case.query)
     found = replay_influence(run, case.query, segment=segment)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-14)
+
+
+class Killed(Exception):
+    pass
+
+
+class Memory:
+    """What a process kept before it was killed at its n-th piece."""
+
+    def __init__(self, pieces: int) -> None:
+        self.pieces = pieces
+        self.states: dict[int, State] = {}
+        self.done: Backwards | None = None
+
+    def state(self, number: int) -> State | None:
+        return self.states.get(number)
+
+    def keep_state(self, number: int, state: State) -> None:
+        self.count()
+        self.states[number] = state
+
+    def backwards(self) -> Backwards | None:
+        return self.done
+
+    def keep_backwards(self, done: Backwards) -> None:
+        self.count()
+        self.done = done
+
+    def count(self) -> None:
+        if self.pieces == 0:
+            raise Killed
+        self.pieces -= 1
+
+
+@pytest.mark.parametrize("pieces", range(6))
+def test_a_replay_killed_in_any_segment_goes_on_from_it_to_the_same_bits(
+    case: Case, monkeypatch: pytest.MonkeyPatch, pieces: int
+) -> None:
+    whole = replay_influence(case.run(), case.queries, segment=4)  # 4, 4 and 2 steps
+    kept, told = Memory(pieces), []
+    with pytest.raises(Killed):
+        replay_influence(case.run(), case.queries, segment=4, kept=kept)
+    kept.pieces = 99
+    taken: list[int] = []
+    advance = Replayer.advance
+    monkeypatch.setattr(
+        Replayer, "advance", lambda self, *given: (taken.append(1), advance(self, *given))[1]
+    )
+    found = replay_influence(case.run(), case.queries, segment=4, kept=kept, tell=told.append)
+    assert (found == whole).all()
+    assert sum(told) == step_passes(case.run(), queries=3)
+    assert len(taken) == [20, 16, 12, 10, 8, 4][pieces]
 
 
 def test_several_queries_are_their_single_replays(case: Case) -> None:
