@@ -407,6 +407,39 @@ def rules() -> str:
     return f"{table(head, body)}\n\n{where(lines.values())}."
 
 
+#: Methods of rules.csv that the README shows, and what lds.csv calls their scores.
+SHOWN = {
+    "oracle": "",
+    "less, sgd, fisher, round_robin": "",
+    "less, round_robin": "",
+    "less, sgd, fisher": "sgd, fisher, cosine",
+    "mirror": "",
+    "less": "adam_marginal, cosine (default)",
+    "rds_plus": "rds_plus",
+    "near (hidden states)": "near (hidden states)",
+    "random": "random",
+    "bm25": "bm25",
+}
+
+
+def quality() -> str:
+    """Show the ten lines of the quality benchmarks that matter."""
+    lines = newest(read(RESULTS / "rules.csv"), "method", "step", "seed")
+    trust = {line["score"]: float(line["mean"]) for line in read(RESULTS / "lds.csv")
+             if line["figure"] == "lds"}  # fmt: skip
+    last = max((step for _, step, _ in lines), key=int)
+    body = []
+    for method, score in SHOWN.items():
+        here = [line for (m, step, _), line in lines.items() if (m, step) == (method, last)]
+        mean = {figure: statistics.mean(float(line[figure]) for line in here)
+                for figure in ("share", "loss", "cpu_s")}  # fmt: skip
+        body.append((f"`{method}`", f"{mean['share']:.2f}", f"{mean['loss']:.3f}",
+                     f"{trust[score]:.2f}" if score else "", f"{mean['cpu_s']:.1f}"))  # fmt: skip
+    head = ("rows chosen by", "of the target's rule", "held-out loss", "LDS", "CPU s")
+    seeds = {seed for _, _, seed in lines}
+    return f"{table(head, body)}\n\n{len(seeds)} seeds; {where(lines.values())}."
+
+
 def effects() -> str:
     """Rank correlation of scores with the effect of real steps."""
     lines = newest(read(RESULTS / "effect.csv"), "score", "state", "effect", "seed")
@@ -546,6 +579,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lds": trusted,
     "real": real,
     "planted": planted,
+    "quality": quality,
 }
 
 
