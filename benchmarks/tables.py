@@ -374,6 +374,9 @@ def looking() -> str:
     return f"{table(('', 'took', ''), body)}\n\n{where([served, asked, page])}."
 
 
+#: Seeds from which on a difference is told.
+LEAST_SEEDS = 3
+
 #: What a line of rules.csv is compared with.
 RULES_DEFAULT = "less"
 
@@ -385,13 +388,15 @@ def rules() -> str:
     steps = sorted({step for _, step, _ in lines}, key=int)
     figures = [("share", step) for step in steps] + [("loss", steps[-1])]
 
-    def values(method: str, figure: str, step: str) -> list[float]:
-        seeds = sorted(seed for m, s, seed in lines if (m, s) == (method, step))
+    def values(method: str, figure: str, step: str, paired: str = "") -> list[float]:
+        seeds = sorted(seed for m, s, seed in lines if (m, s) == (paired or method, step))
         return [float(lines[method, step, seed][figure]) for seed in seeds]
 
+    # Over the seeds that a method has, of which the default has them all; two say too little.
     compared = {
-        (m, *f): difference(values(m, *f), values(RULES_DEFAULT, *f))
+        (m, *f): difference(values(m, *f), values(RULES_DEFAULT, *f, paired=m))
         for m in methods if m != RULES_DEFAULT for f in figures
+        if len(values(m, *f)) >= LEAST_SEEDS
     }  # fmt: skip
     marks = dict(zip(compared, carried([each.p for each in compared.values()]), strict=True))
     body = []

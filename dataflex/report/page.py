@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def draw(folder: Path) -> Path | None:
     return path
 
 
-def render(run: Records) -> str:
-    """Write the page of a run with at least one event."""
+@cache
+def templates() -> Environment:
+    """Return the page's templates, each compiled once in a process."""
     environment = Environment(
         loader=PackageLoader("dataflex.report", ""),
         autoescape=True,
@@ -58,19 +60,28 @@ def render(run: Records) -> str:
         finalize=_plain,
     )
     environment.filters["cut"] = cut
+    return environment
+
+
+def render(run: Records) -> str:
+    """Write the page of a run with at least one event."""
     what, by = heading(run)
     warnings = _warnings(run)
-    return environment.get_template("page.html.j2").render(
-        title=f"{what} by {by}",
-        run=run.name,
-        state=_state(run),
-        facts=_facts(run),
-        sections=sections_of(run),
-        warnings=warnings[:MOST_WARNINGS],
-        more_warnings=max(0, len(warnings) - MOST_WARNINGS),
-        receipt=_receipt(run.receipt),
-        text_limit=TEXT,
-        warning_limit=WARNING,
+    return (
+        templates()
+        .get_template("page.html.j2")
+        .render(
+            title=f"{what} by {by}",
+            run=run.name,
+            state=_state(run),
+            facts=_facts(run),
+            sections=sections_of(run),
+            warnings=warnings[:MOST_WARNINGS],
+            more_warnings=max(0, len(warnings) - MOST_WARNINGS),
+            receipt=_receipt(run.receipt),
+            text_limit=TEXT,
+            warning_limit=WARNING,
+        )
     )
 
 

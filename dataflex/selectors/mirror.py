@@ -69,7 +69,7 @@ class MirrorSelector(Selector):
         target_epochs: Count = 8,
         learning_rate: Positive | None = None,
         batch_size: Count = 8,
-        relative: bool = False,
+        relative: bool = True,
         aggregation: Literal["max", "mean"] = "max",
         seed: Natural = 42,
         unique: bool = False,

@@ -74,7 +74,7 @@ CONFIGURATION = {
     ),
     "misspelt component": (
         {"component_name": "les"},
-        ["did you mean 'less'", "custom, delta_loss, icons, less, loss"],
+        ["did you mean 'less'", "custom, delta_loss, icons, landmarks, less, loss"],
     ),
     "no component": ({"component_name": None}, ["needs component_name", "less"]),
     "misspelt train_type": (

@@ -198,7 +198,14 @@ def serve(answers: TextIO) -> None:
     models = importlib.import_module("transformers.models.auto.modeling_auto")
     for name in ("IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "TEXT_TO_WAVEFORM", "CAUSAL_LM"):
         list(getattr(models, f"MODEL_FOR_{name}_MAPPING").keys())
+    # What a run reads, imports and compiles once in its life, it has from here.
     importlib.import_module("dataflex.config.presets").presets_of("selectors")
+    registry = importlib.import_module("dataflex.config.registry")
+    for _, kind in registry.KINDS.values():
+        registry.strategies(kind)
+    templates = importlib.import_module("dataflex.report.page").templates()
+    for name in templates.list_templates(extensions=["j2"]):
+        templates.get_template(name)
     draw_once()
     # What is here will not be garbage: no run looks through it, or copies its pages to do so.
     gc.collect()
