@@ -98,7 +98,7 @@ METHODS: dict[str, Method] = {
     "near (hidden states)": by_embedding("mean", "round_robin"),
     "less, round_robin": less("adam_marginal", subset="round_robin"),
     "less, sgd, fisher, round_robin": less("sgd", FISHER, "round_robin"),
-    "mirror": mirror(relative=False),
+    "mirror": mirror(relative=True),
     "loss": by_loss,
 }
 
