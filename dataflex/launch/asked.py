@@ -70,7 +70,10 @@ def questions_of(
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"file {str(file)!r} cannot be read: {error}") from error
+        said = getattr(error, "strerror", None) or error
+        raise BadInput(
+            f"--file {str(file)!r} cannot be read: {said}; name a file of JSON lines {_WANTED}."
+        ) from error
     found = [_question(f"{file}, line {n}", line) for n, line in enumerate(lines, 1) if line]
     if not found:
         raise BadInput(

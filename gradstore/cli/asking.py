@@ -152,7 +152,7 @@ def select(
     ] = None,
 ) -> None:
     """Write the rows that help the target most, best first."""
-    from gradstore.scoring.as_dataset import check_folder, write_dataset
+    from gradstore.scoring.as_dataset import check_folder, training_keys, write_dataset
     from gradstore.scoring.selection import write_selected
     from gradstore.storage.tables import check_suffix
 
@@ -174,8 +174,9 @@ def select(
     if as_dataset is not None:
         names = write_dataset(as_dataset, rows, scores.values, texts)
         typer.echo(f"{len(rows)} of {usable} usable rows written as data sets to {as_dataset}")
-        typer.echo(printable(
-            f"train on them: dataset_dir={as_dataset} dataset={','.join(names)}"))  # fmt: skip
+        assert texts is not None  # or nothing was written
+        keys = training_keys(as_dataset, names, texts, train.record)
+        typer.echo(printable(f"train on them: {keys}"))
 
 
 @app.command()

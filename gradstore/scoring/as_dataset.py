@@ -16,6 +16,7 @@ import numpy.typing as npt
 from gradstore.errors import BadInput, StoreIOError
 from gradstore.format.foreign import read_object
 from gradstore.format.names import quote
+from gradstore.format.records import LOADED_FROM, GenerationRecord
 from gradstore.format.text_table import RowText
 from gradstore.store.texts import RowTexts
 
@@ -23,6 +24,8 @@ from gradstore.store.texts import RowTexts
 SCORE, RANK = "dataflex_score", "dataflex_rank"
 #: What LlamaFactory looks for in a folder of data sets.
 INFO = "dataset_info.json"
+#: Columns of a row that name files beside its own.
+MEDIA = ("images", "videos", "audios")
 
 
 def check_folder(folder: Path) -> None:
@@ -85,6 +88,29 @@ def write_dataset(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return names
+
+
+def training_keys(
+    folder: Path, names: Sequence[str], texts: RowTexts, record: GenerationRecord
+) -> str:
+    """Give the keys of LlamaFactory that train on the data sets written.
+
+    Pictures keep the names that rows give them, which LlamaFactory looks for below `media_dir`; it
+    is `dataset_dir` unless it is set, so the folder they lie in is named.
+    """
+    keys = f"dataset_dir={folder} dataset={','.join(names)}"
+    columns = {key for name in names for key in _columns(texts.formats.get(name, {}))}
+    if not columns & set(MEDIA):
+        return keys
+    held: Any = record.libraries.get(LOADED_FROM) or {}
+    given = held.get("arguments", {})
+    place = given.get("media_dir") or given.get("dataset_dir")
+    return f"{keys} media_dir={place or 'FOLDER_OF_THE_PICTURES'}"
+
+
+def _columns(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = entry.get("columns") or {}
+    return found
 
 
 def _original(text: RowText) -> tuple[str, dict[str, Any]]:

@@ -252,6 +252,46 @@ def test_a_selection_is_a_data_set_that_trains_as_its_rows_do(
     assert "--as-dataset" in neither.err
 
 
+def test_chosen_conversations_are_read_again_as_they_were(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    """Tags, system text and earlier turns of a format of one's own; each row has the same hash."""
+    rows = [
+        {"talk": [{"who": "me", "says": f"Add {i}."}, {"who": "it", "says": f"{i}"},
+                  {"who": "me", "says": "And one?"}, {"who": "it", "says": f"{i + 1}"}],
+         "rule": "Be <b>brief</b>.\u202e", "kind": {"n": i}}
+        for i in range(12)
+    ]  # fmt: skip
+    entry = {"file_name": "talks.json", "formatting": "sharegpt",
+             "columns": {"messages": "talk", "system": "rule"},
+             "tags": {"role_tag": "who", "content_tag": "says", "user_tag": "me",
+                      "assistant_tag": "it"}}  # fmt: skip
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "talks.json").write_text(json.dumps(rows))
+    (data / "dataset_info.json").write_text(json.dumps({"talks": entry}))
+    plain = {"component_params": {"proj_dim": 128, "gradient_type": "sgd"}, "dataset": "talks",
+             "target_dataset": "talks", "cutoff_len": 128, "max_samples": None}  # fmt: skip
+
+    def hashes(folder: Path, name: str) -> list[str]:
+        path = config(f"{name}.yaml", **plain, dataset_dir=str(folder),
+                      output_dir=str(tmp_path / name))  # fmt: skip
+        ok(cli("gradstore", "build", path))
+        (made,) = (g for g in open_store(tmp_path / name / "gradstore").generations()
+                   if g.role == "train")  # fmt: skip
+        return [bytes(row).hex() for row in made.row_hash]
+
+    whole = hashes(data, "whole")
+    chosen = tmp_path / "chosen"
+    ok(cli("gradstore", "select", tmp_path / "whole" / "gradstore", "-k", 5,
+           "--as-dataset", chosen))  # fmt: skip
+    lines = [json.loads(line) for line in (chosen / "talks.jsonl").read_text().splitlines()]
+    assert [{key: line[key] for key in rows[0]} for line in lines] == [
+        rows[line["kind"]["n"]] for line in lines
+    ]
+    assert hashes(chosen, "again") == [whole[line["kind"]["n"]] for line in lines]
+
+
 def test_a_store_without_text_says_how_to_add_it(
     run: dict[str, Path], cli: Any, config: Any, tmp_path: Path
 ) -> None:

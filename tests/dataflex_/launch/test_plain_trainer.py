@@ -346,20 +346,21 @@ def test_a_resumed_training_gives_an_export_the_rate_of_all_its_steps(
     assert resumed == {name: pytest.approx(whole[name]) for name in ("train/4", "train/6")}
 
 
+@pytest.mark.parametrize("resumed", [2, 3])
 def test_a_longer_training_counts_no_step_of_an_earlier_end_again(
-    trainer: Make, tmp_path: Path
+    resumed: int, trainer: Make, tmp_path: Path
 ) -> None:
     """The first ends between two of `every`, where its last step is exported."""
 
     def train(steps: int, resume: str | None) -> None:
         one = trainer(output_dir=str(tmp_path / "run"), max_steps=steps, save_strategy="steps",
-                      save_steps=3, lr_scheduler_type="constant_with_warmup",
+                      save_steps=1, lr_scheduler_type="constant_with_warmup",
                       warmup_steps=6)  # fmt: skip
         one.add_callback(GradientStoreCallback(one, tmp_path / "s", every=2, proj_dim=64))
         one.train(resume_from_checkpoint=resume)
 
     train(3, None)
-    train(6, str(tmp_path / "run" / "checkpoint-3"))
+    train(6, str(tmp_path / "run" / f"checkpoint-{resumed}"))
 
     found = {g.step: g.record.learning_rate for g in open_store(tmp_path / "s").generations()
              if g.name.startswith("train/")}  # fmt: skip

@@ -102,6 +102,7 @@ def checked(text: str) -> Page:
     assert found.count("svg") == len(found.all("svg", "aria-label")), "each chart is told in words"
     assert found.count("svg") == found.count("details"), "each chart has its numbers"
     assert found.count("table") == found.count("caption")
+    assert not re.search(r"<div [^>]*>\s*</div>", text), "it parts a heading from its rows"
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ import numpy as np
 import pytest
 
 from gradstore.errors import BadInput, StoreIOError
-from gradstore.format.records import RowSet, row_hash
+from gradstore.format.records import LOADED_FROM, RowSet, row_hash
 from gradstore.format.text_table import Text
-from gradstore.scoring.as_dataset import RANK, SCORE, check_folder, write_dataset
+from gradstore.scoring.as_dataset import (
+    RANK,
+    SCORE,
+    check_folder,
+    training_keys,
+    write_dataset,
+)
 from gradstore.store.texts import RowTexts
 from gradstore.store.writer import StoreWriter
 
@@ -139,3 +146,24 @@ def test_a_data_set_may_be_called_as_a_file_of_the_folder(kit: Any, tmp_path: Pa
     info = json.loads((folder / "dataset_info.json").read_text())
     assert info["dataset_info.json"]["file_name"] == "dataset_info.json.jsonl"
     assert load_from_disk(folder)["dataset_info.json_"]["q"][:] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        ({"media_dir": "/pictures", "dataset_dir": "/data"}, "/pictures"),
+        ({"dataset_dir": "/data"}, "/data"),
+        ({}, "FOLDER_OF_THE_PICTURES"),
+    ],
+)
+def test_rows_with_pictures_are_told_with_the_folder_that_those_lie_in(
+    arguments: Any, place: str, kit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = {"columns": {"prompt": "q", "response": "a", "images": "pictures"}}
+    monkeypatch.setitem(FORMATS, SETS[0], shown)
+    texts = texts_of(kit, tmp_path / "s", [json.dumps(original(i)) for i in range(ROWS)])
+    record = replace(kit.record(), libraries={LOADED_FROM: {"arguments": arguments}})
+    told = training_keys(Path("out"), SETS, texts, record)
+    assert told == f"dataset_dir=out dataset={','.join(SETS)} media_dir={place}"
+    plain = training_keys(Path("out"), SETS[1:], texts, record)
+    assert plain == f"dataset_dir=out dataset={SETS[1]}"

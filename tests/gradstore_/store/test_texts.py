@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,6 +74,17 @@ def test_threads_read_the_same_table_at_once_and_its_bytes_are_checked_once(
     opened = open_store(store)
     found = opened.texts(opened.generation("train/1"))
     assert found is not None
+
+    class OfOneThread(pq.ParquetFile):
+        def __init__(self, source: Any) -> None:
+            super().__init__(source)
+            self.thread = threading.get_ident()
+
+        def read_row_group(self, *args: Any) -> Any:
+            assert self.thread == threading.get_ident()
+            return super().read_row_group(*args)
+
+    monkeypatch.setattr(pq, "ParquetFile", OfOneThread)
     mapped, whole = [], ReadFiles.map
     monkeypatch.setattr(ReadFiles, "map", lambda *a: mapped.append(a) or whole(*a))
 
