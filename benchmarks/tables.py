@@ -429,7 +429,8 @@ SHOWN = {
 
 def quality() -> str:
     """Show the ten lines of the quality benchmarks that matter."""
-    lines = newest(read(RESULTS / "rules.csv"), "method", "step", "seed")
+    shown = [line for line in read(RESULTS / "rules.csv") if line["method"] in SHOWN]
+    lines = newest(shown, "method", "step", "seed")
     trust = {line["score"]: float(line["mean"]) for line in read(RESULTS / "lds.csv")
              if line["figure"] == "lds"}  # fmt: skip
     last = max((step for _, step, _ in lines), key=int)
