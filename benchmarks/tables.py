@@ -446,23 +446,52 @@ def quality() -> str:
     return f"{table(head, body)}\n\n{len(seeds)} seeds; {where(lines.values())}."
 
 
+#: States of effect.csv whose scores are all shown; of the others, some of them.
+EFFECT_STATES = ("12", "36", "106, learnt rows", "36, clipped")
+EFFECT_SCORES = ("adam_marginal, cosine", "adam_marginal, dot", "adam_share, cosine",
+                 "adam_share, dot", "sgd, cosine")  # fmt: skip
+
+
+def _effects() -> dict[tuple[str, str, str], list[Line]]:
+    """Gather the newest lines of effect.csv by score, state and effect: one for each seed."""
+    found: dict[tuple[str, str, str], list[Line]] = {}
+    lines = newest(read(RESULTS / "effect.csv"), "score", "state", "effect", "seed")
+    for (score, state, effect, _), line in lines.items():
+        found.setdefault((score, state, effect), []).append(line)
+    return found
+
+
+def _mean(lines: Sequence[Line], figure: str = "spearman") -> float:
+    return statistics.mean(float(line[figure]) for line in lines)
+
+
 def effects() -> str:
     """Rank correlation of scores with the effect of real steps."""
-    lines = newest(read(RESULTS / "effect.csv"), "score", "state", "effect", "seed")
-    states = list(dict.fromkeys(state for _, state, _, _ in lines))
-    body = []
-    for score in dict.fromkeys(score for score, _, _, _ in lines):
-        cells = [score]
-        for state in states:
-            each = [
-                [float(li["spearman"]) for (n, s, e, _), li in lines.items()
-                 if (n, s, e) == (score, state, effect)]
-                for effect in ("one", "batch")
-            ]  # fmt: skip
-            cells.append(" / ".join(f"{statistics.mean(of):.3f}" for of in each))
-        body.append([*cells, str(len(each[0]))])
-    head = ("score", *(f"step {state}" for state in states), "seeds")
-    return f"{table(head, body)}\n\n{where(lines.values())}."
+    found = _effects()
+    body, shown = [], []
+    for score in dict.fromkeys(score for score, _, _ in found):
+        here = [[found[score, state, effect] for effect in ("one", "batch")]
+                for state in EFFECT_STATES]  # fmt: skip
+        cells = [" / ".join(f"{_mean(of):.3f}" for of in pair) for pair in here]
+        body.append((score, *cells, str(len(here[0][0]))))
+        shown += [line for pair in here for of in pair for line in of]
+    head = ("score", *(f"step {state}" for state in EFFECT_STATES), "seeds")
+    return f"{table(head, body)}\n\n{where(shown)}."
+
+
+def effects_elsewhere() -> str:
+    """Compare scores with a row's part in a batch at other steps, rates, batches, clipping."""
+    found = _effects()
+    states = [state for state in dict.fromkeys(state for _, state, _ in found)
+              if state not in EFFECT_STATES]  # fmt: skip
+    body, shown = [], []
+    for state in states:
+        here = [found[score, state, "batch"] for score in EFFECT_SCORES]
+        facts = (f"{_mean(here[0], 'clip'):.2f}", f"{_mean(here[0], 'crossed'):.2f}")
+        body.append((state, *facts, *(f"{_mean(of):.3f}" for of in here), str(len(here[0]))))
+        shown += [line for of in here for line in of]
+    head = ("step", "clip factor", "crossed", *EFFECT_SCORES, "seeds")
+    return f"{table(head, body)}\n\n{where(shown)}."
 
 
 def trusted() -> str:
@@ -581,6 +610,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "looking": looking,
     "rules": rules,
     "effect": effects,
+    "effect_elsewhere": effects_elsewhere,
     "curvature": curvature,
     "lds": trusted,
     "real": real,

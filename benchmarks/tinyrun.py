@@ -129,11 +129,12 @@ class TinyRun:
         return np.random.default_rng(self.seed).permutation(len(self.data.train))
 
     def train_to(self, step: int) -> AdamMoments:
-        """Take optimizer steps up to `step`; return the Adam moments there."""
+        """Take optimizer steps up to `step`, in the same order again; return Adam's moments."""
         order = self.order
         while self.step < step:
             start = self.step * self.batch_size
-            self.take_step(self.data.train, order[start : start + self.batch_size])
+            here = np.arange(start, start + self.batch_size)
+            self.take_step(self.data.train, order.take(here, mode="wrap"))
             self.step += 1
         return AdamMoments.from_optimizer(self.optimizer, self.model)
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from dataflex.data.rows import Rows
 from dataflex.features.settings import FeatureSettings
+from dataflex.features.step_share import train_features
 from dataflex.features.target_source import TargetFeatures
 from dataflex.models.passes import batches, fitting, longest_row, whole_rows
 from dataflex.run.context import RunContext, UpdateContext
@@ -75,6 +76,7 @@ def direct_influence(
     if settings.train_features.needs_moments:
         moments = AdamMoments.from_optimizer(context.optimizer, run.model)
     budget = settings.tokens_per_batch or token_budget(run.model)
+    features = train_features(run, settings)
     # A source takes its target pass alone, unseen; ranks share the training rows.
     total = len(short_enough) + (sum(len(rows) for rows in data.targets) if source is None else 0)
     with progress(f"exact influence at step {context.step}", total,
@@ -87,7 +89,7 @@ def direct_influence(
                     lambda done: advance(done * run.ranks.world), shared=True),
             len(data.train),
             directions,
-            settings.train_features,
+            features,
             moments,
             status,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from gradstore.capture.modelstate import borrowed
 from gradstore.export.features import Recipe
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
+from gradstore.export.share import StepShare
 from gradstore.export.units import Batches
 from gradstore.format.layout import generation_bytes
 from gradstore.format.plans import UnitRange
@@ -52,6 +54,8 @@ def gradient_forecasts(
     budget = settings.tokens_per_batch or token_budget(run.model)
 
     def forecast(rows: Rows, spec: FeatureSpec, count: int) -> Forecast:
+        if spec.needs_share:  # which one costs the same
+            spec = replace(spec, share=StepShare(1, 0.0, 1.0, 0.0))
         recipe = Recipe(spec, projection, moments if spec.needs_moments else None)
 
         def work(positions: Positions) -> None:

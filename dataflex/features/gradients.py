@@ -18,6 +18,7 @@ from dataflex.features.fields import space_fields
 from dataflex.features.loaded_from import loaded_from
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.shared import Compute, export_shared, keep_text
+from dataflex.features.step_share import train_features
 from dataflex.features.store_owner import check_owner
 from dataflex.models.passes import longest_row
 from dataflex.run.context import RunContext
@@ -137,6 +138,7 @@ class FeatureService:
         Raises:
             BadInput: a target set without a usable row, before any training row is taken.
         """
+        features = train_features(self.run, self.settings)
         targets, seconds, tokens = [], 0.0, 0
         for rows in self.run.data.targets:
             name, summary = self.export_rows(
@@ -149,7 +151,7 @@ class FeatureService:
             "train" if sample is None else "target",
             self.run.data.train if sample is None else sample,
             step,
-            self.settings.train_features,
+            features,
             moments=moments,
             learning_rate=learning_rate,
             is_sample=sample is not None,

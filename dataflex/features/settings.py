@@ -15,7 +15,8 @@ class FeatureSettings(GradientSettings):
 
     Args:
         gradient_type: feature of a training row: adam_marginal (what the row adds to Adam's step),
-            adam (the whole step, as published), sgd, sign.
+            adam_share (what it adds as one row of a step's many, clipped: docs/products.md), adam
+            (the whole step, as published), sgd, sign.
         adam_eps_mode: eps inside the square root (published) or outside.
         bias_correction: correct the moments for their start at zero: divide by 1 - beta ** (t + 1).
         proj_method: sjlt, rademacher or gaussian.

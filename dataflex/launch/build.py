@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dataflex.bridge import running
 from dataflex.checkpoints.folders import find_checkpoints, mean_learning_rate
-from dataflex.checkpoints.state import trainer_state
+from dataflex.checkpoints.state import STATE, described_state, trainer_state
 from dataflex.checkpoints.weights import check_moments, checkpoint_moments, load_adapter
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData, check_rows
@@ -24,6 +25,7 @@ from dataflex.pipelines.pipeline import build_strategy
 from dataflex.run.forecast import print_forecasts
 from dataflex.selectors.by_influence import InfluenceSelector
 from gradstore.errors import BadInput
+from gradstore.export.share import OptimizerStep
 
 _log = logging.getLogger(__name__)
 
@@ -75,12 +77,26 @@ def build(config: RunConfig, *, dry_run: bool = False) -> None:
     if dry_run:
         print_forecasts(build_forecast(loaded, config, settings, max(1, len(folders))), world=1)
         return
-    service = FeatureService(context_of(config, loaded, built_by(config)), settings)
+    run = context_of(config, loaded, built_by(config))
+    if settings.train_features.needs_share and first is not None:
+        run = replace(run, step=_step_at(first, run.step))
+    service = FeatureService(run, settings)
     try:
         _export_checkpoints(service, folders)
     finally:
         service.close()
     _log.info("store: %s", config.store_path)
+
+
+def _step_at(checkpoint: Path, configured: OptimizerStep | None) -> OptimizerStep | None:
+    """Take the rows of a step from the run that saved a checkpoint, where it says so.
+
+    A configuration does not say how many processes a run had; checkpoints of DataFlex do.
+    """
+    if configured is None or not (checkpoint / STATE).is_file():
+        return configured
+    rows = described_state(checkpoint).settings.get("rows_per_step")
+    return replace(configured, rows=rows) if isinstance(rows, int) else configured
 
 
 def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> None:

@@ -21,6 +21,7 @@ from dataflex.data.order import BatchShape
 from dataflex.data.rows import RunData
 from dataflex.features.forecasts import gradient_forecasts
 from dataflex.features.settings import FeatureSettings
+from dataflex.features.step_share import step_of
 from dataflex.models.passes import batches, row_losses
 from dataflex.models.precision import autocast
 from dataflex.models.vocabulary import check_vocabulary
@@ -136,6 +137,7 @@ def context_of(config: RunConfig, loaded: running.ExportInputs, run_id: str) -> 
         run_id=run_id,
         seed=int(args.seed),
         autocast="bf16" if args.bf16 else "fp16" if args.fp16 else "off",
+        step=step_of(args),
     )
 
 

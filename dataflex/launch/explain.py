@@ -35,6 +35,7 @@ from gradstore.export.features import FeatureSpec
 from gradstore.export.gradient_space import adapter_hash
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import export_features
+from gradstore.export.share import StepShare
 from gradstore.format.codec import decode, encode
 from gradstore.format.layout import RowStatus
 from gradstore.format.provenance import Difference
@@ -324,6 +325,8 @@ def _spec(generation: Generation) -> FeatureSpec:
     """Return the specification that a generation's features were made by."""
     options = generation.record.feature_options
     named = {key: options[key] for key in ("adam_eps_mode", "bias_correction") if key in options}
+    if "share" in options:
+        named["share"] = StepShare(**options["share"])
     return FeatureSpec(generation.record.feature, **named)  # type: ignore[arg-type]
 
 

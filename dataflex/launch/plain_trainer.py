@@ -18,6 +18,7 @@ from dataflex.config.registry import grouped
 from dataflex.data.rows import Rows, RunData
 from dataflex.features.gradients import FeatureService
 from dataflex.features.settings import FeatureSettings
+from dataflex.features.step_share import step_of
 from dataflex.features.store_owner import built_by
 from dataflex.models.vocabulary import check_vocabulary
 from dataflex.run.context import RunContext
@@ -238,6 +239,7 @@ class GradientStoreCallback(TrainerCallback):
             autocast=precision.replace("no", "off"),
             shows_progress=args.process_index == 0 and not args.disable_tqdm,
             ranks=Ranks(int(args.process_index), int(args.world_size)),
+            step=step_of(args),
         )
 
     def _rows(self, tokenizer: Any) -> tuple[Rows, tuple[Rows, ...]]:  # noqa: ANN401

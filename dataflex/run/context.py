@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from dataflex.config.keys import RunConfig
     from dataflex.run.board import Scoreboard
+    from gradstore.export.share import OptimizerStep
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class RunContext:
         shows_progress: whether this process draws bars.
         ranks: this process among those of the run.
         board: losses of training rows, taken once per model state; None outside of training.
+        step: rows and clipping of an optimizer step; None where nobody says.
     """
 
     config: RunConfig
@@ -49,6 +51,7 @@ class RunContext:
     shows_progress: bool = True
     ranks: Ranks = field(default_factory=Ranks)
     board: Scoreboard | None = None
+    step: OptimizerStep | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from dataflex.checkpoints.saving import disk_faults
 from dataflex.checkpoints.state import STATE, RunState, load_state
+from dataflex.features.step_share import step_of
 from dataflex.models.experts import freeze_routers, load_experts
 from dataflex.models.passes import own_labels, row_losses
 from dataflex.models.vocabulary import check_vocabulary
@@ -173,6 +174,7 @@ class Seam(SealedCheckpoints):
             shows_progress=self.run.ranks.leads and not self.args.disable_tqdm,
             ranks=self.run.ranks,
             board=Scoreboard(self.run.data.train, self._measured),
+            step=step_of(self.args),
         )
 
     def _measured(

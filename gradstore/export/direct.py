@@ -165,14 +165,16 @@ def direct_cosines(
         for rows, batch in batches:
             dots = torch.zeros((len(rows), q), dtype=torch.float64, device=_device(model))
             squares = torch.zeros(len(rows), dtype=torch.float64, device=_device(model))
+            tokens = feature_map.tokens_of(batch)
 
             def sink(
                 slot: ParameterSlot,
                 gradient: Tensor,
                 dots: Tensor = dots,
                 squares: Tensor = squares,
+                tokens: Tensor | None = tokens,
             ) -> None:
-                feature = feature_map.apply_(slot, gradient)
+                feature = feature_map.apply_(slot, gradient, tokens)
                 block = matrix[:, slot.start : slot.start + slot.numel]
                 dots.add_(feature @ block.T)
                 squares.add_(torch.linalg.vector_norm(feature, dim=1).double().square_())

@@ -4,7 +4,8 @@ With moments m, v, constants β₁, β₂, ε and gradient g of one parameter, l
 V = β₂v + (1-β₂)g². The step is Γ(g) = M/√(V+ε) (`inside`, as the code published with LESS, Xia et
 al. 2024, has it) or M/(√V+ε) (`outside`, as Adam itself). Features:
 
-- `adam_marginal`: Γ(g) - Γ(0), what this sample adds to the step;
+- `adam_marginal`: Γ(g) - Γ(0), what this sample adds to the step if it is all of it;
+- `adam_share`: Γ(s g) - Γ(0), s being the sample's share of a step (`gradstore.export.share`);
 - `adam`: Γ(g), which shares β₁m with every other sample;
 - `sgd`: g;
 - `sign`: the sign of g.
@@ -14,19 +15,21 @@ Letters: b batch, w columns of a block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from gradkernels import ProjectionSpec
 from torch import Tensor
 
+from gradstore.capture.losses import Targets
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput, expect
 from gradstore.export.moments import AdamMoments, ParameterMoments
+from gradstore.export.share import StepShare
 
-Kind = Literal["adam_marginal", "adam", "sgd", "sign"]
+Kind = Literal["adam_marginal", "adam_share", "adam", "sgd", "sign"]
 EpsMode = Literal["inside", "outside"]
 
 #: Elements per in-place operation: the block and two work buffers stay in cache.
@@ -43,14 +46,16 @@ class FeatureSpec:
     """Specification of the feature computed from a gradient.
 
     Attributes:
-        kind: adam_marginal | adam | sgd | sign.
+        kind: adam_marginal | adam_share | adam | sgd | sign.
         adam_eps_mode: whether eps stands inside the root or outside.
         bias_correction: whether the moments are bias-corrected, at the optimizer's next step.
+        share: what a step takes of a row's gradient, for `adam_share`.
     """
 
     kind: Kind = "adam_marginal"
     adam_eps_mode: EpsMode = "inside"
     bias_correction: bool = False
+    share: StepShare | None = None
 
     def __post_init__(self) -> None:
         """Raise BadInput unless `kind` and `adam_eps_mode` are among the offered names.
@@ -67,7 +72,16 @@ class FeatureSpec:
     @property
     def needs_moments(self) -> bool:
         """Flag for a feature that depends on the optimizer's moments."""
-        return self.kind in ("adam_marginal", "adam")
+        return self.kind in ("adam_marginal", "adam_share", "adam")
+
+    @property
+    def needs_share(self) -> bool:
+        """Flag for a feature that depends on the rows of a step and on its clipping."""
+        return self.kind == "adam_share"
+
+    def options(self) -> dict[str, Any]:
+        """Return the attributes as a record keeps them; `share` where there is one."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -149,18 +163,24 @@ class FeatureMap:
             for slot in slots:
                 self._vectors[slot.name] = self._prepare(moments.of(slot))
 
-    def apply_(self, slot: ParameterSlot, grad: Tensor) -> Tensor:
+    def apply_(self, slot: ParameterSlot, grad: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Overwrite a block of gradients with features; non-finite values stay non-finite.
 
         Args:
             slot: whose gradient it is.
             grad: (b, numel) float32.
+            tokens: (b,) target tokens of the rows, for features that need their shares.
 
         Returns:
             The same tensor.
+
+        Raises:
+            BadInput: the feature needs shares, and they or the tokens are missing.
         """
         if self.spec.kind == "sgd":
             return grad
+        if self.spec.needs_share:
+            grad.mul_(self._shares(tokens)[:, None])
         width = max(1, self._block_elements // max(1, grad.shape[0]))
         if self.spec.kind == "sign":
             for block in torch.split(grad, width, dim=1):
@@ -169,7 +189,7 @@ class FeatureMap:
                 block.sign_().add_(rest)
             return grad
         vectors = self._vectors[slot.name]
-        step_ = _marginal_ if self.spec.kind == "adam_marginal" else _step_
+        step_ = _step_ if self.spec.kind == "adam" else _marginal_
         work = grad.new_empty(2, grad.shape[0], min(width, grad.shape[1]))
         for start in range(0, grad.shape[1], width):
             block = grad[:, start : start + width]
@@ -177,6 +197,19 @@ class FeatureMap:
             first, second = work[:, :, : block.shape[1]]
             step_(block, vectors, span, first, second)
         return grad
+
+    def tokens_of(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Count the target tokens (b,) of a batch's rows, where the feature needs them."""
+        return Targets.of(batch).counts if self.spec.needs_share else None
+
+    def _shares(self, tokens: Tensor | None) -> Tensor:
+        share = self.spec.share
+        if share is None or tokens is None:
+            raise BadInput(
+                f"feature {self.spec.kind!r} needs the rows of a step and the target tokens of "
+                "each row: give FeatureSpec.share from gradstore.export.share.expected_share"
+            )
+        return share.of(tokens.to(self._device))
 
     def _prepare(self, moments: ParameterMoments) -> _AdamVectors:
         constants = moments.constants

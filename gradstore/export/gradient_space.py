@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -133,7 +133,7 @@ class GradientSpace:
             attention=attention_of(model),
             projection=recipe.projection.to_dict(),
             feature=recipe.features.kind,
-            feature_options={**asdict(recipe.features), **options},
+            feature_options={**recipe.features.options(), **options},
             learning_rate=learning_rate,
             libraries=libraries(),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -146,9 +147,10 @@ class _Exporter:
         b = len(rows)
         accumulator = Accumulator(self.projection, b, device=self.device)
         squares = torch.zeros(b, dtype=torch.float64, device=self.device)
+        tokens = self.map.tokens_of(batch)
 
         def sink(slot: ParameterSlot, gradient: Tensor) -> None:
-            feature = self.map.apply_(slot, gradient)
+            feature = self.map.apply_(slot, gradient, tokens)
             squares.add_(sum_of_squares(feature))
             accumulator.add(feature, slot.start)
 
@@ -168,15 +170,19 @@ class _Exporter:
                 yield self.streamed(rows, batch)
                 continue
             part = buffer[filled : filled + len(rows)]
-
-            def sink(slot: ParameterSlot, gradient: Tensor, part: Tensor = part) -> None:
-                part[:, slot.start : slot.start + slot.numel] = self.map.apply_(slot, gradient)
-
+            sink = partial(self._keep, part, self.map.tokens_of(batch))
             stats = self.capture.capture(self._move(batch), sink)
             group.append((rows, stats))
             filled += len(rows)
         if filled:
             yield self._project(buffer[:filled], group)
+
+    def _keep(
+        self, part: Tensor, tokens: Tensor | None, slot: ParameterSlot, gradient: Tensor
+    ) -> None:
+        """Write a slot's features into its columns of (b, p)."""
+        feature = self.map.apply_(slot, gradient, tokens)
+        part[:, slot.start : slot.start + slot.numel] = feature
 
     def _project(
         self, features: Tensor, group: list[tuple[npt.NDArray[np.int64], BatchStats]]

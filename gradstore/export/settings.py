@@ -12,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gradstore.errors import BadInput
 from gradstore.export.features import EpsMode, FeatureSpec, Kind
+from gradstore.export.share import OptimizerStep
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,35 @@ class BuildSettings(GradientSettings):
         run_id: id of the training run that the model comes from; a store refuses another one's
             features under the same prefix.
         store_text: whether prompt and response of every row are kept, where they are known.
+        step_rows: rows of an optimizer step, over micro-batches, accumulated steps and processes;
+            for gradient_type adam_share.
+        max_grad_norm: that a step's gradient is clipped to, 0 for none; for the same.
+
+    Raises:
+        ValueError: gradient_type adam_share without step_rows.
     """
 
     learning_rate: Annotated[float, Ge(0)] = 0.0
     gradstore_run: str = ""
     run_id: Annotated[str, MinLen(1)] = "gradstore.build"
     store_text: bool = True
+    step_rows: Annotated[int, Ge(1)] | None = None
+    max_grad_norm: Annotated[float, Ge(0)] = 1.0
+
+    def __post_init__(self) -> None:
+        """Check that a row's share of a step is known where it is needed."""
+        super().__post_init__()
+        if self.train_features.needs_share and self.step_rows is None:
+            raise ValueError(
+                "gradient_type adam_share needs step_rows, the rows of an optimizer step"
+            )
+
+    @property
+    def optimizer_step(self) -> OptimizerStep | None:
+        """The step of the run, where its rows are given."""
+        if self.step_rows is None:
+            return None
+        return OptimizerStep(self.step_rows, self.max_grad_norm)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:

@@ -38,6 +38,9 @@ Lengths = Sequence[int] | npt.NDArray[np.int64]
 RowBatch = tuple[npt.NDArray[np.int64], Batch]
 OnRows = Callable[[int], None]
 
+#: Rows that stand for all where a mean over the training set is estimated.
+SAMPLE_ROWS = 256
+
 
 @dataclass(frozen=True)
 class FeatureRows:
@@ -149,10 +152,19 @@ class Batches:
 
         The batches depend on the unit alone, not on the process that computes it.
         """
-        fits = self._fitting(unit)
-        for chosen in plan_batches(self._lengths[fits], self.token_budget, self.max_rows):
-            rows = fits[chosen]
+        return self._batched(self._fitting(unit))
+
+    def _batched(self, positions: npt.NDArray[np.int64]) -> Iterator[RowBatch]:
+        for chosen in plan_batches(self._lengths[positions], self.token_budget, self.max_rows):
+            rows = positions[chosen]
             yield rows, self.collate([self.dataset[int(i)] for i in rows])
+
+    def sample(self, seed: int) -> Iterator[RowBatch]:
+        """Yield at most `SAMPLE_ROWS` of all rows by lot, longest rows first."""
+        fits = self._fitting(UnitRange(0, 0, len(self.dataset)))
+        count = min(SAMPLE_ROWS, len(fits))
+        some = np.sort(np.random.default_rng(seed).choice(fits, count, replace=False))
+        return self._batched(some)
 
     def tokens(self, unit: UnitRange) -> int:
         """Count the tokens of the unit's rows that go through the model."""

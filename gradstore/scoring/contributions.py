@@ -128,12 +128,14 @@ class _Side:
         self.rest = torch.zeros(capture.p if spec.kind == "adam" else 0, device=device)
         self.secant = torch.zeros(capture.p, device=device)
 
+        tokens = targets.counts
+
         def sink(slot: ParameterSlot, gradient: Tensor) -> None:
             at = slice(slot.start, slot.start + slot.numel)
-            self.feature[at] = whole.apply_(slot, gradient.clone())[0]
+            self.feature[at] = whole.apply_(slot, gradient.clone(), tokens)[0]
             if len(self.rest):
                 self.rest[at] = whole.apply_(slot, torch.zeros_like(gradient))[0]
-            change = part.apply_(slot, gradient.clone())
+            change = part.apply_(slot, gradient.clone(), tokens)
             self.secant[at] = torch.where(gradient == 0, 0.0, change / gradient)[0]
 
         capture.capture(batch, sink)

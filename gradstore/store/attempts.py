@@ -47,8 +47,8 @@ def choose_plan(files: StoreFiles, store: Store, wanted: Plan) -> PlanChoice:
 
     Raises:
         BadInput: d is not the projection's, or the name lacks the prefix of its space.
-        ProvenanceMismatch: other rows, d or dtype than earlier generations, or a name of another
-            run or space.
+        ProvenanceMismatch: other rows, d, dtype or optimizer step than earlier generations, or a
+            name of another run or space.
     """
     record, dim = wanted.record, wanted.dim
     if record.projection.get("d", dim) != dim:
@@ -60,6 +60,7 @@ def choose_plan(files: StoreFiles, store: Store, wanted: Plan) -> PlanChoice:
     planned = _readable_plans(files, store)
     _check_shape(store, wanted)
     _check_rows(store, planned, wanted)
+    _check_step(store, wanted)
     base = record.parsed
     used = [
         name.attempt
@@ -153,6 +154,25 @@ def _check_shape(store: Store, wanted: Plan) -> None:
             if differences:
                 raise refuse(str(store.path), differences)
             return
+
+
+def _check_step(store: Store, wanted: Plan) -> None:
+    """Reject shares of another optimizer step than that of the run's newest generation of them."""
+    mine = _step(wanted.record)
+    for commit in reversed(store.live_commits()) if mine else ():
+        record = store.generation(commit.generation).record
+        if record.run == wanted.record.run and (theirs := _step(record)):
+            if differences := compare(theirs, mine):
+                hint = "keep its generations apart with gradstore_run=NAME"
+                raise refuse(str(store.path), differences, hint=hint)
+            return
+
+
+def _step(record: GenerationRecord) -> dict[str, object]:
+    """Return what decides the share of a row in a step; {} for features without one."""
+    share = record.feature_options.get("share")
+    fields = ("rows", "max_grad_norm")
+    return {f"rows' share of a step: {key}": share[key] for key in fields} if share else {}
 
 
 def _check_rows(store: Store, planned: dict[str, tuple[Plan, str]], wanted: Plan) -> None:

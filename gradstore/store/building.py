@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from gradstore.export.gradient_space import GradientSpace, tokenizer_hash
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
 from gradstore.export.settings import BuildSettings
+from gradstore.export.share import expected_share
 from gradstore.export.token_rows import TokenRows, decoded, padded, read_rows, tokenizer_of
 from gradstore.export.units import Batches
 from gradstore.format.layout import GRADIENT
@@ -142,7 +143,10 @@ class _Checkpoint:
         """Make one generation; give the rows, its name in the store and what the pass did."""
         options, trains = self.options, _is_train(rows)
         role: Role = "train" if trains else "target"
-        features = options.train_features if trains else options.target_features
+        budget = options.tokens_per_batch or token_budget(self.model)
+        longest = longest_of(self.model, rows.lengths, rows.name)
+        batches = Batches(rows.items, padded, rows.lengths, budget, longest)
+        features = self._train_features(batches) if trains else options.target_features
         recipe = self.space.recipe(features, self.step, self.moments if trains else None)
         record = self.space.record(
             self.model,
@@ -159,9 +163,6 @@ class _Checkpoint:
         begun = writer.begin(
             record, rows.row_set, dim=options.proj_dim, dtype=options.dtype, losses=True
         )
-        budget = options.tokens_per_batch or token_budget(self.model)
-        longest = longest_of(self.model, rows.lengths, rows.name)
-        batches = Batches(rows.items, padded, rows.lengths, budget, longest)
         left = sum(unit.stop - unit.start for unit in begun.pending)
         with tqdm(total=left, desc=record.name, unit="row", disable=None, leave=False) as bar:
             advance = partial(_advance, bar)
@@ -170,6 +171,14 @@ class _Checkpoint:
         begun.commit()
         check_usable(writer.store.generation(begun.name))
         return rows, begun.name, summary
+
+    def _train_features(self, batches: Batches) -> FeatureSpec:
+        """Return the feature of a training row, with its share of a step where it needs that."""
+        features, step = self.options.train_features, self.options.optimizer_step
+        if not features.needs_share or step is None:
+            return features
+        sample = batches.sample(self.options.seed)
+        return replace(features, share=expected_share(self.model, sample, step))
 
     def _texts(self, rows: TokenRows) -> Iterator[Text]:
         for i, (ids, labels) in enumerate(zip(rows.input_ids, rows.labels, strict=True)):

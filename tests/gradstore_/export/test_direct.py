@@ -13,6 +13,7 @@ from gradstore.capture.per_sample import GradientCapture
 from gradstore.errors import BadInput
 from gradstore.export.direct import direct_cosines, target_directions
 from gradstore.export.features import FeatureMap, FeatureSpec, Kind
+from gradstore.export.share import StepShare
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.influence import aggregate, influence_scores
 from gradstore.scoring.scan import unit_rows
@@ -30,6 +31,9 @@ class Held:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.features[start:stop]
+
+
+SHARE = StepShare(rows=4, max_grad_norm=1.0, tokens=9.0, norm=2.0)
 
 
 def features_of(model: Any, gradients: torch.Tensor, spec: FeatureSpec, moments: Any) -> np.ndarray:
@@ -75,8 +79,13 @@ def scored(case: dict[str, Any], llama: Any, spec: FeatureSpec, size: int = 4) -
 def test_direct_cosines_are_the_mean_cosines_of_whole_batch_1_features(
     llama: Any, case: dict[str, Any], kind: Kind
 ) -> None:
-    spec = FeatureSpec(kind)
-    train = features_of(case["model"], case["train"], spec, case["moments"])
+    spec, gradients = FeatureSpec(kind), case["train"]
+    if kind == "adam_share":  # the marginal step of a row's share, taken by hand
+        spec = FeatureSpec(kind, share=SHARE)
+        counts = [sum(label != -100 for label in row["labels"][1:]) for row in case["rows"]]
+        gradients = gradients * (0.5 / (4 * 9) * torch.tensor(counts))[:, None]
+    by_hand = FeatureSpec("adam_marginal") if spec.share else spec
+    train = features_of(case["model"], gradients, by_hand, case["moments"])
     target = features_of(
         case["model"], case["target"], FeatureSpec("sign" if kind == "sign" else "sgd"), None
     )

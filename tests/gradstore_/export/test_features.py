@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
 from gradstore.export import features
-from gradstore.export.features import FeatureMap, FeatureSpec
+from gradstore.export.features import FeatureMap, FeatureSpec, Kind
 from gradstore.export.moments import AdamConstants, AdamMoments, ParameterMoments
 
 CONSTANTS = AdamConstants(beta1=0.9, beta2=0.999, eps=1e-8, step=10)
@@ -198,13 +198,11 @@ def test_missing_or_misshapen_moments_are_refused_by_name() -> None:
 
 
 def test_unknown_names_are_refused_with_those_offered() -> None:
-    with pytest.raises(BadInput, match=r"'adamw'.*adam_marginal \| adam \| sgd \| sign"):
+    with pytest.raises(
+        BadInput, match=r"'adamw'.*adam_marginal \| adam_share \| adam \| sgd \| sign"
+    ):
         FeatureSpec(kind="adamw")  # type: ignore[arg-type]
     with pytest.raises(BadInput, match=r"inside \| outside"):
         FeatureSpec(adam_eps_mode="none")  # type: ignore[arg-type]
-    assert [FeatureSpec(k).needs_moments for k in ("adam_marginal", "adam", "sgd", "sign")] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    kinds = {kind: FeatureSpec(kind).needs_moments for kind in get_args(Kind)}
+    assert [kind for kind, needs in kinds.items() if not needs] == ["sgd", "sign"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gradstore.capture.slots import trainable_slots
 from gradstore.errors import BadInput
 from gradstore.export.features import FeatureMap, FeatureSpec, Kind
+from gradstore.export.share import StepShare
 from gradstore.scoring.contributions import Contributions, contributions
 
 SGD = FeatureSpec("sgd")
@@ -34,8 +35,16 @@ def token_gradients(model: Any, row: dict[str, list[int]]) -> dict[int, torch.Te
     return found
 
 
-def feature_of(model: Any, gradient: torch.Tensor, spec: FeatureSpec, moments: Any) -> torch.Tensor:
-    """(p,) float64 feature of a whole gradient."""
+def spec_of(kind: Kind) -> FeatureSpec:
+    return FeatureSpec(kind, share=StepShare(4, 1.0, 9.0, 2.0) if kind == "adam_share" else None)
+
+
+def feature_of(
+    model: Any, gradient: torch.Tensor, spec: FeatureSpec, moments: Any, tokens: int
+) -> torch.Tensor:
+    """(p,) float64 feature of a whole gradient of a row of so many target tokens."""
+    if spec.share is not None:  # by hand
+        gradient, spec = gradient * 0.5 * tokens / (4 * 9), FeatureSpec("adam_marginal")
     slots = list(trainable_slots(model))
     apply = FeatureMap(spec, slots, moments).apply_
     blocks = [apply(s, gradient[None, s.start : s.start + s.numel].float().clone()) for s in slots]
@@ -68,15 +77,15 @@ def test_each_token_has_the_part_that_autograd_gives_its_loss(
     llama: Any, kind: Kind, target: str
 ) -> None:
     row, query = llama.rows(2, seed=8)
-    model, spec, query_spec = llama.model(), FeatureSpec(kind), FeatureSpec(target)  # type: ignore[arg-type]
+    model, spec, query_spec = llama.model(), spec_of(kind), FeatureSpec(target)  # type: ignore[arg-type]
     moments = llama.moments(model)
     found = ask(llama, row, query, features=spec, query_features=query_spec, moments=moments)
     sides = []
     for one, how in ((row, spec), (query, query_spec)):
         tokens = token_gradients(model, one)
         gradient = torch.stack(list(tokens.values())).mean(0)
-        feature = feature_of(model, gradient, how, moments)
-        rest = feature_of(model, torch.zeros_like(gradient), how, moments)
+        feature = feature_of(model, gradient, how, moments, len(tokens))
+        rest = feature_of(model, torch.zeros_like(gradient), how, moments, len(tokens))
         sides.append((tokens, gradient, feature, rest))
     for (tokens, gradient, feature, rest), (_, _, other, _), parts, told in (
         (sides[0], sides[1], found.row_tokens, found.row_rest),
@@ -123,7 +132,7 @@ def test_parts_add_up_whatever_the_rows_and_the_budget(
     row, query = llama.rows(2, seed=seed)
     moments = llama.moments(llama.model())
     found = ask(
-        llama, row, query, features=FeatureSpec(kind), moments=moments, token_budget=token_budget
+        llama, row, query, features=spec_of(kind), moments=moments, token_budget=token_budget
     )
     assert_adds_up(found)
     labels = np.array(row["labels"])

@@ -344,3 +344,33 @@ def test_gradstore_alone_serves_a_model_that_is_not_transformers(tmp_path: Path)
     rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}]
     gradstore.build(Tiny(), None, rows, rows, tmp_path / "s", gradient_type="sgd", proj_dim=8)
     assert gradstore.open_store(tmp_path / "s").generation("train/0").usable.all()
+
+
+def test_shares_of_a_step_are_kept_and_those_of_another_step_refused(build: Build) -> None:
+    build(gradient_type="adam_share", step_rows=8, max_grad_norm=0.5)
+    store = gradstore.open_store(build.path)
+    kept = store.generation("train/7").record.feature_options["share"]
+    assert (kept["rows"], kept["max_grad_norm"]) == (8, 0.5)
+    assert kept["norm"] > 0.5
+    assert kept["tokens"] > 1
+    assert "share" not in store.generation("target/target/7").record.feature_options
+    again = build(gradient_type="adam_share", step_rows=8, max_grad_norm=0.5)
+    assert (again.tokens, again.train) == (0, "train/7")
+    with pytest.raises(ProvenanceMismatch) as refused:
+        build(gradient_type="adam_share", step_rows=16, max_grad_norm=1.0, step=9)
+    for said in (
+        "step: rows differs",
+        "has 8",
+        "this run has 16",
+        "max_grad_norm",
+        "gradstore_run",
+    ):
+        assert said in str(refused.value)
+    build(gradient_type="adam_share", step_rows=16, gradstore_run="other", run_id="other")
+    build(step=9)  # other features of the same run are told apart as they were
+
+
+def test_shares_need_the_rows_of_a_step_before_any_pass(build: Build) -> None:
+    with pytest.raises(BadInput, match="gradient_type adam_share needs step_rows"):
+        build(gradient_type="adam_share")
+    assert not build.path.exists()

@@ -1,0 +1,68 @@
+"""The share of each training row in an optimizer step of this run, for features that need it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dataflex.data.order import BatchShape
+from dataflex.models.passes import longest_row
+from dataflex.run.context import RunContext
+from gradstore.capture.limits import token_budget
+from gradstore.errors import BadInput
+from gradstore.export.share import OptimizerStep, expected_share
+from gradstore.export.units import Batches
+
+_log = logging.getLogger(__name__)
+
+#: Clip factor below which products with norms predicted steps no better than cosines
+#: (benchmarks/quality/effect.py: better in 12 of 12 runs above it, in 3 of 7 below).
+LEAST_CLIP = 0.6
+
+if TYPE_CHECKING:
+    from dataflex.features.settings import FeatureSettings
+    from gradstore.export.features import FeatureSpec
+
+
+def step_of(args: Any) -> OptimizerStep:  # noqa: ANN401 - TrainingArguments
+    """Read rows and clipping of an optimizer step from transformers' TrainingArguments."""
+    return OptimizerStep(BatchShape.of(args).rows, float(args.max_grad_norm or 0.0))
+
+
+def train_features(run: RunContext, settings: FeatureSettings) -> FeatureSpec:
+    """Return the feature of a training row, with its share where it needs one; collective.
+
+    Rank 0 takes the gradients of a few hundred training rows by lot, the others wait.
+
+    Raises:
+        BadInput: a share is needed and `run` does not know its step.
+    """
+    features = settings.train_features
+    if not features.needs_share:
+        return features
+    step = run.step
+    if step is None:
+        raise BadInput(
+            f"gradient_type {features.kind} needs the rows of an optimizer step, which this run "
+            "does not tell (RunContext.step); take gradient_type adam_marginal."
+        )
+    rows = run.data.train
+    budget = settings.tokens_per_batch or token_budget(run.model)
+
+    def estimate() -> FeatureSpec:
+        batches = Batches(rows.dataset, run.collate, rows.lengths, budget,
+                          longest_row(run.model, rows))  # fmt: skip
+        return replace(
+            features, share=expected_share(run.model, batches.sample(settings.seed), step)
+        )
+
+    found = run.ranks.decide(estimate)
+    assert found.share is not None
+    if found.share.clip < LEAST_CLIP and run.ranks.leads:
+        _log.info(
+            "a step's gradient is clipped to %.0f%% of its length (max_grad_norm %g): normalize: "
+            "cosine predicts such steps as well as products with norms (docs/products.md)",
+            100 * found.share.clip, step.max_grad_norm,
+        )  # fmt: skip
+    return found

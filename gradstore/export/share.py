@@ -1,0 +1,121 @@
+"""The share of a row's gradient that enters an optimizer step: one row of many, clipped.
+
+A trainer's loss is the mean over the target tokens of a step's rows, and its gradient is scaled
+down to `max_grad_norm`. Row i, with t_i target tokens and gradient g_i of its own mean loss, adds
+
+    s_i g_i with s_i = c t_i / (B T)
+
+to what the optimizer sees, where B are the rows of a step, T a row's mean target tokens and
+c = min(1, max_grad_norm / N). Which rows a step has is not known beforehand; N² is the
+expectation over steps of B rows by lot: with u_i = t_i g_i / T, (1 - 1/B) |E u|² + E |u|² / B.
+
+Letters: b batch, p gradient length, S sampled rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gradstore.capture.losses import Targets
+from gradstore.capture.per_sample import GradientCapture
+from gradstore.capture.slots import ParameterSlot
+from gradstore.errors import expect, expect_whole
+from gradstore.export.units import RowBatch
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """A run's optimizer step.
+
+    Attributes:
+        rows: B, over micro-batches, accumulated steps and processes.
+        max_grad_norm: that the gradient is clipped to; 0 for none.
+
+    Raises:
+        BadInput: fewer rows than 1, or a norm below 0 or not finite.
+    """
+
+    rows: int
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check both numbers."""
+        expect_whole(self.rows, "rows of a step")
+        norm = self.max_grad_norm
+        fits = isinstance(norm, int | float) and math.isfinite(norm) and norm >= 0
+        expect(fits, "max_grad_norm", norm, "a number of 0 (no clipping) or more")
+
+
+@dataclass(frozen=True)
+class StepShare:
+    """The share of each row's gradient that a step takes.
+
+    Attributes:
+        rows: B.
+        max_grad_norm: 0 for none.
+        tokens: T, mean target tokens of a row.
+        norm: N, expected norm of a step's gradient before it is clipped.
+    """
+
+    rows: int
+    max_grad_norm: float
+    tokens: float
+    norm: float
+
+    @property
+    def clip(self) -> float:
+        """Factor c of a step's gradient, at most 1."""
+        clipped = 0 < self.max_grad_norm < self.norm
+        return self.max_grad_norm / self.norm if clipped else 1.0
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """Return s (b,) float32 of rows with `tokens` (b,) target tokens."""
+        return tokens.float() * (self.clip / (self.rows * self.tokens))
+
+
+def expected_share(model: nn.Module, batches: Iterable[RowBatch], step: OptimizerStep) -> StepShare:
+    """Estimate T and N from some training rows, at the model's present state.
+
+    Args:
+        model: whose gradients are taken, in eval mode.
+        batches: S rows by lot, of those that training draws from (`Batches.sample`).
+        step: of the run.
+
+    Raises:
+        BadInput: none of the rows has a target token.
+    """
+    counts, squares, rows = 0.0, 0.0, 0
+    with GradientCapture(model) as capture:
+        total = torch.zeros(capture.p, device=next(model.parameters()).device)
+        for _, batch in batches:
+            tokens = Targets.of(batch).counts.float()
+            sums: list[Tensor] = []
+
+            def sink(
+                slot: ParameterSlot,
+                gradient: Tensor,
+                tokens: Tensor = tokens,
+                sums: list[Tensor] = sums,
+            ) -> None:
+                # A row that is not finite stops no estimate: the export counts and refuses those.
+                weighted = torch.nan_to_num(gradient * tokens[:, None], 0.0, 0.0, 0.0)
+                total[slot.start : slot.start + slot.numel] += weighted.sum(dim=0)
+                sums.append(torch.linalg.vector_norm(weighted).double().square())
+
+            capture.capture({k: v.to(total.device) if isinstance(v, Tensor) else v
+                             for k, v in batch.items()}, sink)  # fmt: skip
+            squares += float(torch.stack(sums).sum())
+            counts += float(tokens.sum())
+            rows += int((tokens > 0).sum())
+    expect(rows > 0, "sampled training rows", rows, "rows with target tokens")
+    mean = counts / rows
+    energy, alone = float(total.double().square().sum()), squares / rows
+    # Of S rows, |sum u|² holds S single terms and S (S - 1) pairs: these are unbiased for |E u|².
+    common = (energy - squares) / (rows * (rows - 1)) if rows > 1 else 0.0
+    square = (1 - 1 / step.rows) * max(0.0, common) + alone / step.rows
+    return StepShare(step.rows, float(step.max_grad_norm), mean, math.sqrt(square) / mean)

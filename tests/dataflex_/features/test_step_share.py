@@ -1,0 +1,77 @@
+"""The share of a row in a step: whose feature needs one, what a run tells, what is said of it."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dataflex.data.order import BatchShape
+from dataflex.features import step_share
+from dataflex.features.settings import FeatureSettings
+from dataflex.features.step_share import step_of, train_features
+from dataflex.run.ranks import Ranks
+from gradstore.errors import BadInput
+from gradstore.export.share import OptimizerStep, StepShare
+
+
+def run(step: OptimizerStep | None) -> Any:
+    rows = SimpleNamespace(dataset=[{}] * 4, lengths=np.full(4, 3))
+    return SimpleNamespace(
+        step=step, data=SimpleNamespace(train=rows), collate=list, model=None, ranks=Ranks()
+    )
+
+
+def shares(monkeypatch: pytest.MonkeyPatch, norm: float) -> list[OptimizerStep]:
+    """Put an estimate in the place of one from gradients; return the steps it was asked for."""
+    asked: list[OptimizerStep] = []
+
+    def estimated(model: Any, batches: Any, step: OptimizerStep) -> StepShare:
+        asked.append(step)
+        return StepShare(step.rows, step.max_grad_norm, 5.0, norm)
+
+    monkeypatch.setattr(step_share, "expected_share", estimated)
+    monkeypatch.setattr(step_share, "longest_row", lambda model, rows: None)
+    return asked
+
+
+def settings(kind: str) -> FeatureSettings:
+    return FeatureSettings(gradient_type=kind, tokens_per_batch=16)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["adam_marginal", "adam", "sgd", "sign"])
+def test_other_features_ask_nothing_of_a_run(kind: str) -> None:
+    asked = settings(kind)
+    assert train_features(run(None), asked) == asked.train_features
+
+
+def test_a_run_that_does_not_tell_its_steps_is_refused_by_the_name_of_the_feature() -> None:
+    with pytest.raises(BadInput, match="adam_share needs the rows of an optimizer step"):
+        train_features(run(None), settings("adam_share"))
+
+
+@pytest.mark.parametrize(("norm", "said"), [(1.0, False), (0.5, False), (20.0, True)])
+def test_hard_clipping_is_said_in_one_line(
+    norm: float, said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = OptimizerStep(8, 1.0)
+    asked = shares(monkeypatch, norm)
+    with caplog.at_level(logging.INFO):
+        found = train_features(run(step), settings("adam_share"))
+    assert asked == [step]
+    assert found.share == StepShare(8, 1.0, 5.0, norm)
+    assert [("5%" in line and "normalize: cosine" in line) for line in caplog.messages] == (
+        [True] if said else []
+    )
+
+
+@pytest.mark.parametrize(("given", "norm"), [(0.5, 0.5), (0.0, 0.0), (None, 0.0)])
+def test_a_step_has_the_rows_of_all_micro_batches_and_the_trainers_clipping(
+    given: float | None, norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = SimpleNamespace(rows=24)
+    monkeypatch.setattr(BatchShape, "of", lambda args: shape)
+    assert step_of(SimpleNamespace(max_grad_norm=given)) == OptimizerStep(24, norm)
