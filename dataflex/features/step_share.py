@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def step_of(args: Any) -> OptimizerStep:  # noqa: ANN401 - TrainingArguments
     """Read rows and clipping of an optimizer step from transformers' TrainingArguments."""
-    return OptimizerStep(BatchShape.of(args).rows, float(args.max_grad_norm or 0.0))
+    return OptimizerStep(BatchShape.of(args).rows, max(float(args.max_grad_norm or 0.0), 0.0))
 
 
 def train_features(run: RunContext, settings: FeatureSettings) -> FeatureSpec:

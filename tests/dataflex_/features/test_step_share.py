@@ -68,7 +68,7 @@ def test_hard_clipping_is_said_in_one_line(
     )
 
 
-@pytest.mark.parametrize(("given", "norm"), [(0.5, 0.5), (0.0, 0.0), (None, 0.0)])
+@pytest.mark.parametrize(("given", "norm"), [(0.5, 0.5), (0.0, 0.0), (-1.0, 0.0), (None, 0.0)])
 def test_a_step_has_the_rows_of_all_micro_batches_and_the_trainers_clipping(
     given: float | None, norm: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

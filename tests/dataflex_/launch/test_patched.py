@@ -64,7 +64,10 @@ def trained() -> Any:
         model(**collate([train.dataset[row]])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    args = SimpleNamespace(seed=1, bf16=False, fp16=False, learning_rate=RATE, max_grad_norm=CLIP)
+    args = SimpleNamespace(
+        seed=1, bf16=False, fp16=False, learning_rate=RATE, max_grad_norm=CLIP, n_gpu=0,
+        per_device_train_batch_size=1, gradient_accumulation_steps=1, world_size=1,
+    )  # fmt: skip
     loaded = SimpleNamespace(model=model, data=data, collate=collate, training_args=args)
     return loaded, optimizer
 
