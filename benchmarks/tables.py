@@ -475,6 +475,9 @@ def effects() -> str:
         cells = [" / ".join(f"{_mean(of):.3f}" for of in pair) for pair in here]
         body.append((score, *cells, str(len(here[0][0]))))
         shown += [line for pair in here for of in pair for line in of]
+    ceilings = [_mean(found[EFFECT_SCORES[0], state, "batch"], "ceiling")
+                for state in EFFECT_STATES]  # fmt: skip
+    body.append(("ceiling", *(f"1 / {each:.3f}" for each in ceilings), body[0][-1]))
     head = ("score", *(f"step {state}" for state in EFFECT_STATES), "seeds")
     return f"{table(head, body)}\n\n{where(shown)}."
 
@@ -492,6 +495,22 @@ def effects_elsewhere() -> str:
         shown += [line for of in here for line in of]
     head = ("step", "clip factor", "crossed", *EFFECT_SCORES, "seeds")
     return f"{table(head, body)}\n\n{where(shown)}."
+
+
+def wrong_rows() -> str:
+    """Wrong answers, and rows of the right rule, among the best rows of every score."""
+    lines = newest(read(RESULTS / "wrong_rows.csv"), "score", "step", "seed")
+    steps = sorted({step for _, step, _ in lines}, key=int)
+    columns = [(figure, step) for figure in ("wrong", "share") for step in steps]
+    body = []
+    for score in dict.fromkeys(score for score, _, _ in lines):
+        found = [[float(line[figure]) for key, line in lines.items() if key[:2] == (score, step)]
+                 for figure, step in columns]  # fmt: skip
+        cells = [f"{statistics.mean(of):.3f} ({spread(of, 2)})" for of in found]
+        body.append((f"`{score}`", *cells, str(len(found[0]))))
+    names = {"wrong": "wrong answers", "share": "right rule"}
+    head = ("score", *(f"{names[figure]} after {step} steps" for figure, step in columns), "seeds")
+    return f"{table(head, body)}\n\n{where(lines.values())}."
 
 
 def trusted() -> str:
@@ -611,6 +630,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rules": rules,
     "effect": effects,
     "effect_elsewhere": effects_elsewhere,
+    "wrong_rows": wrong_rows,
     "curvature": curvature,
     "lds": trusted,
     "real": real,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from gradstore.export.moments import AdamMoments
 from gradstore.export.output_gradients import OutputGradients
 from gradstore.export.pooling import HiddenStates, Pooling, to_unit
 from gradstore.export.projected import export_features
+from gradstore.export.share import OptimizerStep, StepShare, expected_share
+from gradstore.export.units import Batches
 from gradstore.scoring.selection import rows_for_fraction
 
 #: Features as a store keeps them: 8 KB a row.
@@ -84,6 +86,8 @@ class World:
             found = np.empty((len(rows), DIM), np.float32)
             norm = np.empty(len(rows), np.float32)
             feature = FeatureSpec(kind)  # type: ignore[arg-type]
+            if feature.needs_share:
+                feature = replace(feature, share=self.share)
             parts = export_features(
                 self.run.model, self.run.batches(rows), features=feature, projection=spec,
                 moments=self.moments if feature.needs_moments else None,
@@ -93,6 +97,13 @@ class World:
             return Held(as_stored(found), norm)
 
         return self.once(f"{kind} {rows.name}", make)  # type: ignore[no-any-return]
+
+    @property
+    def share(self) -> StepShare:
+        """What a step of the run takes of a training row."""
+        rows, step = self.run.data.train, OptimizerStep(self.run.batch_size, self.run.max_grad_norm)
+        batches = Batches(rows.dataset, self.run.collate, rows.lengths)
+        return expected_share(self.run.model, batches.sample(self.run.seed), step)
 
     def embeddings(self, pooling: Pooling, rows: Rows) -> npt.NDArray[np.float32]:
         """Hidden states of a set, pooled, of length 1."""
