@@ -58,7 +58,8 @@ def check_states(folder: Path, description: Mapping[str, object]) -> None:
 
 def remove_states(folder: Path) -> None:
     """Remove a replay's states, once they are of no use; what else is in the folder stays."""
-    for path in (*folder.glob("*.safetensors"), folder / _DESCRIPTION):
+    # A write that was killed leaves its ".NAME.HEX.partial".
+    for path in (*folder.glob("*.safetensors"), *folder.glob(".*.partial"), folder / _DESCRIPTION):
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # it holds somebody else's file
         folder.rmdir()

@@ -68,6 +68,8 @@ class FeatureSpec:
                 raise BadInput(f"{field} is {getattr(self, field)!r}; use " + " | ".join(offered))
         fits = isinstance(self.bias_correction, bool)
         expect(fits, "bias_correction", self.bias_correction, "True or False")
+        fits = self.share is None or isinstance(self.share, StepShare)
+        expect(fits, "share", self.share, "a StepShare, such as expected_share(...) gives")
 
     @property
     def needs_moments(self) -> bool:

@@ -22,6 +22,9 @@ HASH_BYTES = 16
 LOADED_FROM = "loaded_from"
 
 _NOT_IDENTITY = ("name", "run_id", "learning_rate", "libraries")
+#: Fields of a row's share of a step that are estimated from the state and the rows compared anyway;
+#: their last digits depend on how rows were batched.
+_ESTIMATES = ("tokens", "norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,11 @@ class GenerationRecord:
 
     def identity(self) -> dict[str, Json]:
         """Return the fields that must be equal for features of an earlier attempt to be reused."""
-        return {key: value for key, value in self.to_dict().items() if key not in _NOT_IDENTITY}
+        found = {key: value for key, value in self.to_dict().items() if key not in _NOT_IDENTITY}
+        if share := self.feature_options.get("share"):
+            told = {key: value for key, value in share.items() if key not in _ESTIMATES}
+            found["feature_options"] = plain({**self.feature_options, "share": told}, "options")
+        return found
 
 
 def row_hash(input_ids: Sequence[int], labels: Sequence[int]) -> bytes:

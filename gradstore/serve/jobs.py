@@ -33,6 +33,10 @@ KEPT = 200
 #: Bytes of all results kept.
 CACHE_BYTES = 64 << 20
 
+#: Seconds since its last request after which a name counts for nothing: the asker is gone. A
+#: request waits for 60 at most.
+PATIENCE = 90.0
+
 #: The name of who asks, for the length of a request; those who give none share "".
 WAITER: ContextVar[str] = ContextVar("waiter", default="")
 
@@ -73,7 +77,8 @@ class Job:
         created: seconds since 1970.
         error: the message of a failure.
         stop: set when it is to end early.
-        waiters: names of those who asked for it; empty once it has ended.
+        waiters: names of those who asked for it, with the time of their last request; empty once
+            it has ended.
     """
 
     id: str
@@ -85,7 +90,7 @@ class Job:
     created: float = field(default_factory=time.time)
     error: str | None = None
     stop: threading.Event = field(default_factory=threading.Event)
-    waiters: set[str] = field(default_factory=set)
+    waiters: dict[str, float] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """Return what `GET /v1/jobs/{id}` shows."""
@@ -222,14 +227,15 @@ class Desk:
             return self._jobs[name]
 
     def cancel(self, name: str) -> Job:
-        """Let the caller (`WAITER`) go, and stop a job that nobody else asked for.
+        """Let the caller (`WAITER`) go, and stop a job that nobody else asks for any more.
 
         It ends at once if it waits in the queue, else after the rows it is at.
         """
         job = self.job(name)
         with self._changed:
-            job.waiters.discard(WAITER.get())
-            if job.waiters:
+            job.waiters.pop(WAITER.get(), None)
+            now = time.monotonic()
+            if any(now - asked < PATIENCE for asked in job.waiters.values()):
                 return job
             job.stop.set()
             for task in [each for each in self._queue if each.job is job]:
@@ -268,7 +274,7 @@ class Desk:
                 self._open[key] = task
                 self._queue.append(task)
                 self._changed.notify()
-            task.job.waiters.add(WAITER.get())
+            task.job.waiters[WAITER.get()] = time.monotonic()
             return task
 
     def _work(self) -> None:

@@ -101,3 +101,11 @@ def test_removed_states_leave_no_folder_and_no_file_of_anybody_else_goes(tmp_pat
     remove_states(tmp_path / "b")
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["mine.txt"]
     remove_states(tmp_path / "c")
+
+
+def test_removed_states_take_what_a_killed_write_left_with_them(tmp_path: Path) -> None:
+    folder = tmp_path / "states"
+    states(folder).keep_state(1, State(vectors(1)))
+    (folder / ".state-0002.safetensors.1a2b3c4d.partial").write_bytes(b"half")
+    remove_states(folder)
+    assert not folder.exists()

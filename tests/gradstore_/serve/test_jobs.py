@@ -99,6 +99,20 @@ def test_a_job_is_cancelled_once_the_last_who_asked_for_it_gives_it_up(desk: Des
     WAITER.set("")
 
 
+def test_one_who_asked_and_is_gone_keeps_no_job(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    for name in ("a closed page", "ann"):
+        WAITER.set(name)
+        job = start(desk, "a", gate)
+    assert not desk.cancel(job.id).stop.is_set()
+    monkeypatch.setattr("gradstore.serve.jobs.PATIENCE", 0.0)
+    assert desk.cancel(job.id).stop.is_set()
+    gate.more.release(4)
+    WAITER.set("")
+
+
 def test_those_who_wait_are_told_of_a_failure_and_may_ask_again(desk: Desk) -> None:
     def fails(on_rows: Callable[[int], None]) -> Value:
         raise BadInput("no row is usable")

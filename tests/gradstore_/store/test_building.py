@@ -354,8 +354,11 @@ def test_shares_of_a_step_are_kept_and_those_of_another_step_refused(build: Buil
     assert kept["norm"] > 0.5
     assert kept["tokens"] > 1
     assert "share" not in store.generation("target/target/7").record.feature_options
-    again = build(gradient_type="adam_share", step_rows=8, max_grad_norm=0.5)
-    assert (again.tokens, again.train) == (0, "train/7")
+    for tokens in (None, 4, 16):  # the estimate differs in its last digits, the share does not
+        again = build(
+            gradient_type="adam_share", step_rows=8, max_grad_norm=0.5, tokens_per_batch=tokens
+        )
+        assert (again.tokens, again.train) == (0, "train/7")
     with pytest.raises(ProvenanceMismatch) as refused:
         build(gradient_type="adam_share", step_rows=16, max_grad_norm=1.0, step=9)
     for said in (
