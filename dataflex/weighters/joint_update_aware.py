@@ -5,6 +5,7 @@ Letters: n samples of a micro-batch over all ranks, d hidden size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -27,6 +28,9 @@ RESIDUAL = 1e-6
 ROUNDS = 200
 
 SHORTEST = 1e-12
+
+#: Factor of the entropy's weight from one followed answer to the next.
+COOLING = 0.8
 
 
 @register("weighter", "joint_update_aware")
@@ -127,23 +131,47 @@ def joint_weights(
     if mode == "align_only":
         beta = 0.0
 
-    def ahead(v: FloatArray) -> FloatArray:
-        return np.asarray((s - beta * g @ _softmax(v)) / tau - v)
-
-    v = np.zeros(len(s))
-    gap = ahead(v)
-    for _ in range(rounds):
-        w = _softmax(v)
-        if np.abs(_softmax(v + gap) - w).max() < RESIDUAL:
-            break
-        # d gap / d v is -(1 + beta / tau * G (diag w - w w')), whose eigenvalues are -1 or less.
-        slope = np.eye(len(s)) + (beta / tau) * g @ (np.diag(w) - np.outer(w, w))
-        towards, step = np.linalg.solve(slope, gap), damping
-        while np.linalg.norm(ahead(v + step * towards)) > np.linalg.norm(gap) and step > SHORTEST:
-            step /= 2
-        v = v + step * towards
-        gap = ahead(v)
+    curved = _Objective(s, beta * g)
+    v, settled = curved.logits(np.zeros(len(s)), tau, damping, rounds)
+    if not settled:
+        # Newton's steps shrink to nothing beside a corner of the simplex that is not the answer:
+        # the answer is followed there from an entropy that keeps it off the corners.
+        hot = max(tau, 1.0)
+        v, _ = curved.logits(np.zeros(len(s)), hot, damping, rounds)
+        while hot > tau:
+            cooler = max(tau, COOLING * hot)
+            v, hot = curved.logits(v * (hot / cooler), cooler, damping, rounds)[0], cooler
     return _softmax(v)
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """s'w - w'G w / 2 + tau H(w), with G (n, n) weighted already."""
+
+    s: FloatArray
+    g: FloatArray
+
+    def logits(
+        self, v: FloatArray, tau: float, damping: float, rounds: int
+    ) -> tuple[FloatArray, bool]:
+        """Go from logits v (n,) to those of the maximum; return whether they have settled."""
+
+        def ahead(v: FloatArray) -> FloatArray:
+            return np.asarray((self.s - self.g @ _softmax(v)) / tau - v)
+
+        gap = ahead(v)
+        for _ in range(rounds):
+            w = _softmax(v)
+            if np.abs(_softmax(v + gap) - w).max() < RESIDUAL:
+                return v, True
+            # d gap / d v is -(1 + G (diag w - w w') / tau), whose eigenvalues are -1 or less.
+            slope = np.eye(len(v)) + self.g @ (np.diag(w) - np.outer(w, w)) / tau
+            towards, step, length = np.linalg.solve(slope, gap), damping, np.linalg.norm(gap)
+            while np.linalg.norm(ahead(v + step * towards)) > length and step > SHORTEST:
+                step /= 2
+            v = v + step * towards
+            gap = ahead(v)
+        return v, bool(np.abs(_softmax(v + gap) - _softmax(v)).max() < RESIDUAL)
 
 
 def _softmax(x: FloatArray) -> FloatArray:
