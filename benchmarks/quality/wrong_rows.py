@@ -36,7 +36,7 @@ from gradstore.scoring.selection import select_top
 
 #: Feature and product of a score; `none` ranks as `target` does but for the target rows' weights.
 SCORES = {
-    f"{kind}, {normalize}": (kind, InnerProduct(normalize))  # type: ignore[arg-type]
+    f"{kind}, {normalize}": (kind, InnerProduct(normalize))
     for kind in ("adam_marginal", "adam_share", "sgd")
     for normalize in ("cosine", "target", "none")
 } | {"sgd, fisher, cosine": ("sgd", InnerProduct("cosine", "fisher"))}
