@@ -39,6 +39,7 @@ from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.pairing import Which, checkpoint_features
 from gradstore.store.filling import CheckpointExport, ExportSummary, check_usable
 from gradstore.store.generation_writer import GenerationWriter
+from gradstore.store.ownership import check_step
 from gradstore.store.writer import StoreWriter
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class FeatureService:
         self._writer = StoreWriter(path, space="gradient", provenance=self._fields)
         try:
             check_owner(self._writer.store, run)
+            if self.settings.train_features.needs_share and run.step is not None:
+                check_step(self._writer.store, run.step, run=run.config.store_run)
         except StoreError:
             self.close()
             raise

@@ -20,7 +20,7 @@ from dataflex.checkpoints.weights import check_moments, checkpoint_moments
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import Rows
 from dataflex.launch.dry_run import DRY_RUN, context_of
-from dataflex.models.passes import batches, longest_row, own_labels
+from dataflex.models.passes import batches, fitting, own_labels
 from dataflex.models.precision import autocast
 from dataflex.models.trained import ShortTraining, trained_on
 from dataflex.models.vocabulary import check_vocabulary
@@ -126,8 +126,9 @@ def rows_to_patch(scores: Floats, usable: npt.NDArray[np.bool_], k: int, seed: i
 def trainable(run: RunContext) -> npt.NDArray[np.bool_]:
     """Mark the training rows (n,) that have a target token and fit into the model."""
     train = run.data.train
-    fits = train.lengths <= (longest_row(run.model, train) or np.inf)
-    return np.asarray((train.target_tokens > 0) & fits)
+    found = np.zeros(len(train), dtype=np.bool_)
+    found[fitting(run, train, np.flatnonzero(train.target_tokens > 0))] = True
+    return found
 
 
 def answer_log_probabilities(run: RunContext, queries: Sequence[tuple[Rows, int]]) -> Floats:

@@ -68,6 +68,11 @@ class StepShare:
     norm: float
 
     @property
+    def step(self) -> OptimizerStep:
+        """The step that it is a share of."""
+        return OptimizerStep(self.rows, self.max_grad_norm)
+
+    @property
     def clip(self) -> float:
         """Factor c of a step's gradient, at most 1."""
         clipped = 0 < self.max_grad_norm < self.norm

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from gradstore.errors import BadInput, DamagedFile, ProvenanceMismatch
+from gradstore.export.share import StepShare
 from gradstore.format.commits import Commit
 from gradstore.format.layout import GRADIENT, generation_path, plan_path
 from gradstore.format.names import GenerationName, space_run
@@ -15,6 +16,7 @@ from gradstore.format.provenance import Difference, compare, refuse
 from gradstore.format.records import LOADED_FROM, GenerationRecord
 from gradstore.storage.local import StoreFiles
 from gradstore.store.generation_writer import quarantine
+from gradstore.store.ownership import check_step
 from gradstore.store.reader import Store
 
 _log = logging.getLogger(__name__)
@@ -60,7 +62,8 @@ def choose_plan(files: StoreFiles, store: Store, wanted: Plan) -> PlanChoice:
     planned = _readable_plans(files, store)
     _check_shape(store, wanted)
     _check_rows(store, planned, wanted)
-    _check_step(store, wanted)
+    if share := record.feature_options.get("share"):
+        check_step(store, StepShare(**share).step, run=record.run)
     base = record.parsed
     used = [
         name.attempt
@@ -154,25 +157,6 @@ def _check_shape(store: Store, wanted: Plan) -> None:
             if differences:
                 raise refuse(str(store.path), differences)
             return
-
-
-def _check_step(store: Store, wanted: Plan) -> None:
-    """Reject shares of another optimizer step than that of the run's newest generation of them."""
-    mine = _step(wanted.record)
-    for commit in reversed(store.live_commits()) if mine else ():
-        record = store.generation(commit.generation).record
-        if record.run == wanted.record.run and (theirs := _step(record)):
-            if differences := compare(theirs, mine):
-                hint = "keep its generations apart with gradstore_run=NAME"
-                raise refuse(str(store.path), differences, hint=hint)
-            return
-
-
-def _step(record: GenerationRecord) -> dict[str, object]:
-    """Return what decides the share of a row in a step; {} for features without one."""
-    share = record.feature_options.get("share")
-    fields = ("rows", "max_grad_norm")
-    return {f"rows' share of a step: {key}": share[key] for key in fields} if share else {}
 
 
 def _check_rows(store: Store, planned: dict[str, tuple[Plan, str]], wanted: Plan) -> None:

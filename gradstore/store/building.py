@@ -35,7 +35,7 @@ from gradstore.format.layout import GRADIENT
 from gradstore.format.names import GenerationName, Role
 from gradstore.format.text_table import Text
 from gradstore.store.filling import CheckpointExport, ExportSummary, check_usable, fill
-from gradstore.store.ownership import check_rows_and_run
+from gradstore.store.ownership import check_rows_and_run, check_step
 from gradstore.store.writer import StoreWriter
 
 #: Names of the training set and of a target set that has none.
@@ -127,6 +127,8 @@ class _Checkpoint:
         with StoreWriter(path, provenance=fields) as writer:
             check_rows_and_run(writer.store, named, space=GRADIENT, run=options.gradstore_run,
                                run_id=options.run_id)  # fmt: skip
+            if options.train_features.needs_share and options.optimizer_step is not None:
+                check_step(writer.store, options.optimizer_step, run=options.gradstore_run)
             # Target sets first: one without a usable row is found before the many training rows.
             made = [self._generation(writer, rows) for rows in sorted(sets, key=_is_train)]
         return CheckpointExport(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
+from gradstore.export.share import OptimizerStep
 from gradstore.format.names import space_run
-from gradstore.format.provenance import Difference, refuse
+from gradstore.format.provenance import Difference, compare, refuse
 from gradstore.format.records import RowSet
 from gradstore.store.reader import Store
 
@@ -54,3 +56,26 @@ def check_rows_and_run(
     if differences:
         hint = "keep this run's generations apart with gradstore_run=NAME" if same_rows else ""
         raise refuse(str(store.path), differences, hint=hint)
+
+
+def check_step(store: Store, step: OptimizerStep, *, run: str) -> None:
+    """Refuse shares of another optimizer step than that of the run's newest generation of them.
+
+    Args:
+        store: opened for writing.
+        step: whose shares are to be written.
+        run: prefix of the generations (`gradstore_run`).
+
+    Raises:
+        ProvenanceMismatch: lists what differs.
+    """
+    for generation in reversed(store.generations()):
+        share = generation.record.feature_options.get("share")
+        if generation.record.run != run or not share:
+            continue
+        mine = {f"rows' share of a step: {key}": value for key, value in asdict(step).items()}
+        theirs = {f"rows' share of a step: {key}": share[key] for key in asdict(step)}
+        if differences := compare(theirs, mine):
+            hint = "keep its generations apart with gradstore_run=NAME"
+            raise refuse(str(store.path), differences, hint=hint)
+        return

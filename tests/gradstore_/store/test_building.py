@@ -369,6 +369,8 @@ def test_shares_of_a_step_are_kept_and_those_of_another_step_refused(build: Buil
         "gradstore_run",
     ):
         assert said in str(refused.value)
+    names = [generation.name for generation in gradstore.open_store(build.path).generations()]
+    assert "target/target/9" not in names  # refused before any pass
     build(gradient_type="adam_share", step_rows=16, gradstore_run="other", run_id="other")
     build(step=9)  # other features of the same run are told apart as they were
 
