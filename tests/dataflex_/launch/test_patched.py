@@ -19,21 +19,10 @@ from dataflex.launch.evaluated import Evaluation
 from dataflex.launch.patched import checkpoint_of, patch, rows_to_patch
 from gradstore.errors import BadInput
 from gradstore.export.moments import AdamMoments
+from gradstore.export.token_rows import padded
 
 TINY = Path(__file__).resolve().parents[3] / "examples" / "tiny" / "model"
 RATE, CLIP = 1e-2, 0.05
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(key: str, value: int) -> torch.Tensor:
-        return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
-
-    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"]))
-                         for r in rows])  # fmt: skip
-    return {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100),
-            "attention_mask": mask}  # fmt: skip
 
 
 def rows_of(name: str, lengths: list[int], masked: tuple[int, ...] = ()) -> Rows:
@@ -61,14 +50,14 @@ def trained() -> Any:
     targets = (rows_of("a", [8, 6, 9], masked=(1,)), rows_of("b", [7, 10]))
     data = RunData(train, targets, nothing, "default", nothing, "sft")
     for row in (0, 3):
-        model(**collate([train.dataset[row]])).loss.backward()
+        model(**padded([train.dataset[row]])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     args = SimpleNamespace(
         seed=1, bf16=False, fp16=False, learning_rate=RATE, max_grad_norm=CLIP, n_gpu=0,
         per_device_train_batch_size=1, gradient_accumulation_steps=1, world_size=1,
     )  # fmt: skip
-    loaded = SimpleNamespace(model=model, data=data, collate=collate, training_args=args)
+    loaded = SimpleNamespace(model=model, data=data, collate=padded, training_args=args)
     return loaded, optimizer
 
 
@@ -86,7 +75,7 @@ def by_hand(loaded: Any, optimizer: Any, row: int, queries: list[Any]) -> np.nda
     parameters = [p for p in model.parameters() if p.requires_grad]
     next_step = torch.optim.AdamW(parameters, RATE, weight_decay=0.0)
     next_step.load_state_dict(state)
-    model(**collate([loaded.data.train.dataset[row]])).loss.backward()
+    model(**padded([loaded.data.train.dataset[row]])).loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, CLIP)
     next_step.step()
     return np.array([log_probability(model, query) for query in queries])

@@ -18,6 +18,7 @@ from dataflex.data.rows import Rows
 from dataflex.models.trained import ShortTraining, orders, trained_on
 from dataflex.run.ranks import Ranks
 from gradstore.errors import BadInput
+from gradstore.export.token_rows import padded
 
 TINY = Path(__file__).resolve().parents[3] / "examples" / "tiny" / "model"
 
@@ -42,23 +43,8 @@ def rows_of(*lengths: int) -> Rows:
     return Rows("target", Dataset.from_list(rows))
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(key: str, value: int) -> torch.Tensor:
-        return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
-
-    mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"]))
-                         for r in rows])  # fmt: skip
-    return {
-        "input_ids": padded("input_ids", 0),
-        "labels": padded("labels", -100),
-        "attention_mask": mask,
-    }
-
-
 def run_of(model: Any) -> Any:
-    return SimpleNamespace(model=model, collate=collate, ranks=Ranks(), shows_progress=False)
+    return SimpleNamespace(model=model, collate=padded, ranks=Ranks(), shows_progress=False)
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -99,7 +85,7 @@ def explicit_loop(model: Any, rows: Rows, steps: list[list[int]], rate: float) -
     losses = []
     for step in steps:
         optimizer.zero_grad()
-        loss = sum(model(**collate([rows.dataset[i]])).loss for i in step) / len(step)
+        loss = sum(model(**padded([rows.dataset[i]])).loss for i in step) / len(step)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -135,7 +121,7 @@ def test_the_run_is_as_it_was_to_the_bit(kind: str, fails: bool) -> None:
     model, rows = model_of(kind), rows_of(9, 4, 12, 6)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-3)
-    model(**collate([rows.dataset[0]])).loss.backward()
+    model(**padded([rows.dataset[0]])).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     seen: list[int] = []

@@ -17,6 +17,7 @@ from dataflex.run.context import UpdateContext
 from dataflex.run.ranks import Ranks
 from dataflex.selectors.online import OnlineSelector
 from gradstore.errors import BadInput
+from gradstore.export.token_rows import padded
 
 N = 30
 
@@ -50,25 +51,12 @@ def made(n: int, seed: int, name: str) -> Rows:
     return Rows(name, datasets.Dataset.from_list(rows))
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def padded(values: list[list[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([v + [filler] * (width - len(v)) for v in values])
-
-    return {
-        "input_ids": padded([row["input_ids"] for row in rows], 0),
-        "labels": padded([row["labels"] for row in rows], -100),
-        "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
-    }
-
-
 def context(step: int = 4, model: Any = None, pool: list[int] | None = None) -> UpdateContext:
     data: Any = SimpleNamespace(
         train=made(N, 0, "train"), targets=(made(3, 1, "a"), made(2, 2, "b"))
     )
     run: Any = SimpleNamespace(
-        data=data, model=model or small_model(), collate=collate, ranks=Ranks(), autocast="off",
+        data=data, model=model or small_model(), collate=padded, ranks=Ranks(), autocast="off",
         shows_progress=False,
     )  # fmt: skip
     some = None if pool is None else np.array(pool)
@@ -151,7 +139,7 @@ def test_in_the_optimizers_space_gradients_are_divided_by_the_root_of_adams_seco
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=0.0, betas=(0.9, 0.99), eps=1e-6)
     for rows in ([0, 1], [2, 3], [4, 5]):
-        batch = collate([train.dataset[i] for i in rows])
+        batch = padded([train.dataset[i] for i in rows])
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
