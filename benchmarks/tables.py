@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -381,35 +381,61 @@ LEAST_SEEDS = 3
 RULES_DEFAULT = "less"
 
 
-def rules() -> str:
-    """Share of the right rule, and held-out loss after training on the chosen rows."""
-    lines = newest(read(RESULTS / "rules.csv"), "method", "step", "seed")
-    methods = list(dict.fromkeys(method for method, _, _ in lines))
-    steps = sorted({step for _, step, _ in lines}, key=int)
-    figures = [("share", step) for step in steps] + [("loss", steps[-1])]
+#: Of each method, a figure by seed.
+BySeed = dict[str, dict[str, float]]
 
-    def values(method: str, figure: str, step: str, paired: str = "") -> list[float]:
-        seeds = sorted(seed for m, s, seed in lines if (m, s) == (paired or method, step))
-        return [float(lines[method, step, seed][figure]) for seed in seeds]
 
-    # Over the seeds that a method has, of which the default has them all; two say too little.
-    compared = {
-        (m, *f): difference(values(m, *f), values(RULES_DEFAULT, *f, paired=m))
-        for m in methods if m != RULES_DEFAULT for f in figures
-        if len(values(m, *f)) >= LEAST_SEEDS
+def _by_seed(lines: Iterable[Line], figure: str) -> BySeed:
+    """Gather a figure by method and seed, from the lines that have it."""
+    found: BySeed = {}
+    for line in lines:
+        if line[figure]:
+            found.setdefault(line["method"], {})[line["seed"]] = float(line[figure])
+    return found
+
+
+def _seed_table(
+    columns: Mapping[str, BySeed], order: str, extra: Mapping[str, Mapping[str, str]]
+) -> str:
+    """Write means over seeds, and each method's difference to `less` over the seeds that it has.
+
+    Args:
+        columns: figures by the column's head; of fewer than `LEAST_SEEDS` no difference is told.
+        order: head of the column by which methods are ordered, lowest first.
+        extra: cells of further columns, by head and method.
+    """
+    gaps = {
+        (method, head): difference([*values.values()], [found[RULES_DEFAULT][s] for s in values])
+        for head, found in columns.items() for method, values in found.items()
+        if method != RULES_DEFAULT and len(values) >= LEAST_SEEDS
+        and values.keys() <= found[RULES_DEFAULT].keys()
     }  # fmt: skip
-    marks = dict(zip(compared, carried([each.p for each in compared.values()]), strict=True))
+    marks = dict(zip(gaps, carried([gap.p for gap in gaps.values()]), strict=True))
     body = []
-    for method in sorted(methods, key=lambda m: statistics.mean(values(m, *figures[-1]))):
+    for method, seeds in sorted(
+        columns[order].items(), key=lambda item: statistics.mean(item[1].values())
+    ):
         cells = [f"`{method}`"]
-        for figure in figures:
-            mean, key = f"{statistics.mean(values(method, *figure)):.3f}", (method, *figure)
-            gap = bold(plus_minus(compared[key]), when=marks[key]) if key in compared else ""
-            cells.append(f"{mean} {gap}".strip())
-        cells.append(f"{statistics.median(values(method, 'cpu_s', steps[-1])):.1f}")
-        body.append([*cells, str(len(values(method, *figures[-1])))])
-    head = ("", *(f"share after {step} steps" for step in steps), "held-out loss", "CPU s", "seeds")
-    return f"{table(head, body)}\n\n{where(lines.values())}."
+        for head, found in columns.items():
+            key = method, head
+            gap = bold(plus_minus(gaps[key]), when=marks[key]) if key in gaps else ""
+            cells.append(f"{statistics.mean(found[method].values()):.3f} {gap}".strip())
+        body.append([*cells, *(cell[method] for cell in extra.values()), str(len(seeds))])
+    return table(("", *columns, *extra, "seeds"), body)
+
+
+def rules(path: Path = RESULTS / "rules.csv") -> str:
+    """Share of the right rule, and held-out loss after training on the chosen rows."""
+    lines = newest(read(path), "method", "step", "seed").values()
+    steps = sorted({line["step"] for line in lines}, key=int)
+    last = [line for line in lines if line["step"] == steps[-1]]
+    columns = {f"share after {step} steps": _by_seed(
+        (line for line in lines if line["step"] == step), "share") for step in steps}  # fmt: skip
+    columns["held-out loss"] = _by_seed(last, "loss")
+    seconds = {method: f"{statistics.median(each.values()):.1f}"
+               for method, each in _by_seed(last, "cpu_s").items()}  # fmt: skip
+    shown = _seed_table(columns, "held-out loss", {"CPU s": seconds})
+    return f"{shown}\n\n{where(lines)}."
 
 
 #: Methods of rules.csv that the README shows, and what lds.csv calls their scores.
@@ -545,71 +571,33 @@ def curvature() -> str:
     return f"{table(head, body)}\n\n{where(lines)}."
 
 
-def _by_seed(
-    figure: str, of: Sequence[Line], methods: Sequence[str], reference: str
-) -> dict[str, tuple[list[float], Difference | None]]:
-    """Each method's values on the seeds that all have, and the difference to a reference."""
-    found = {(line["method"], line["seed"]): float(line[figure]) for line in of if line[figure]}
-    seeds = sorted({seed for _, seed in found if all((name, seed) in found for name in methods)})
-    values = {name: [found[name, seed] for seed in seeds] for name in methods}
-    return {
-        name: (values[name], difference(values[name], values[reference])
-               if name != reference and len(seeds) > 1 else None)
-        for name in methods
-    }  # fmt: skip
-
-
-def _seed_table(lines: list[Line], columns: Sequence[tuple[str, str, str]], order: str) -> str:
-    """Means over seeds, and the difference to `less`, of columns (head, target, figure)."""
-    methods = list(dict.fromkeys(line["method"] for line in lines))
-    found = {
-        head: _by_seed(
-            figure, [line for line in lines if line["target"] == target], methods, RULES_DEFAULT
-        )
-        for head, target, figure in columns
-    }
-    gaps = {(name, head): gap for head, rows in found.items() for name, (_, gap) in rows.items()
-            if gap is not None}  # fmt: skip
-    marks = dict(zip(gaps, carried([gap.p for gap in gaps.values()]), strict=True))
-    body = []
-    for name in sorted(methods, key=lambda name: statistics.mean(found[order][name][0])):
-        cells = [f"`{name}`"]
-        for head in found:
-            beside = gaps.get((name, head))
-            gap = bold(plus_minus(beside), when=marks[name, head]) if beside else ""
-            cells.append(f"{statistics.mean(found[head][name][0]):.3f} {gap}".strip())
-        body.append([*cells, str(len(found[order][name][0]))])
-    return table(("", *found, "seeds"), body)
-
-
-def real() -> str:
+def real(path: Path = RESULTS / "real.csv") -> str:
     """Compare selections on real rows: held-out loss, answers, and the price of choosing."""
-    lines = list(newest(read(RESULTS / "real.csv"), "method", "target", "seed").values())
+    lines = newest(read(path), "method", "target", "seed").values()
     chosen = [line for line in lines if line["target"] != "planted"]
-    targets = list(dict.fromkeys(line["target"] for line in chosen))
-    columns = [(f"{target}: {figure}", target, figure) for target in targets
-               for figure in ("loss", "share", "exact")
-               if any(line["target"] == target and line[figure] for line in chosen)]  # fmt: skip
-    cost = {
-        name: statistics.median(float(line["cpu_s"]) / float(line["train_s"])
-                                for line in chosen if line["method"] == name)
-        for name in dict.fromkeys(line["method"] for line in chosen)
+    columns: dict[str, BySeed] = {}
+    for target in dict.fromkeys(line["target"] for line in chosen):
+        for figure in ("loss", "share", "exact"):
+            found = _by_seed((line for line in chosen if line["target"] == target), figure)
+            columns |= {f"{target}: {figure}": found} if found else {}
+    price = {
+        method: f"{statistics.median(ratios.values()):.1f}"
+        for method, ratios in _by_seed(
+            [line | {"ratio": str(float(line["cpu_s"]) / float(line["train_s"])),
+                     "seed": f"{line['target']} {line['seed']}"} for line in chosen], "ratio"
+        ).items()
     }  # fmt: skip
-    told = ", ".join(f"`{name}` {ratio:.1f}" for name, ratio in sorted(
-        cost.items(), key=lambda item: item[1]))  # fmt: skip
-    return (
-        f"{_seed_table(chosen, columns, columns[0][0])}\n\nProcessor time of choosing once, as a "
-        f"multiple of training on what was chosen: {told}.\n\n{where(chosen)}."
-    )
+    shown = _seed_table(columns, next(iter(columns)), {"CPU, choosing / training": price})
+    return f"{shown}\n\n{where(chosen)}."
 
 
-def planted() -> str:
+def planted(path: Path = RESULTS / "real.csv") -> str:
     """Compare scores by the planted poison and the planted facts that they find."""
-    newest_lines = newest(read(RESULTS / "real.csv"), "method", "target", "seed").values()
-    lines = [line for line in newest_lines if line["target"] == "planted"]
-    columns = (("poison: AUPRC", "planted", "auprc"), ("facts: recall@50", "planted", "recall"),
-               ("facts: MRR", "planted", "mrr"))  # fmt: skip
-    return f"{_seed_table(lines, columns, columns[0][0])}\n\n{where(lines)}."
+    lines = [line for line in newest(read(path), "method", "target", "seed").values()
+             if line["target"] == "planted"]  # fmt: skip
+    heads = {"poison: AUPRC": "auprc", "facts: recall@50": "recall", "facts: MRR": "mrr"}
+    columns = {head: _by_seed(lines, figure) for head, figure in heads.items()}
+    return f"{_seed_table(columns, 'poison: AUPRC', {})}\n\n{where(lines)}."
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -633,8 +621,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "wrong_rows": wrong_rows,
     "curvature": curvature,
     "lds": trusted,
-    "real": real,
-    "planted": planted,
     "quality": quality,
 }
 

@@ -34,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import numpy.typing as npt
 import real_rows
+import tables
 import torch
 from report import RESULTS, append, echo, machine, read
 from rules import FISHER, Method, at_random, by_embedding, less, mirror
-from tables import difference, plus_minus
 from tinyrun import ROOT, TinyRun
 from transformers import AutoTokenizer
 from world import Chosen, World
@@ -62,7 +62,6 @@ PART, BEST_ROWS = 0.1, 50
 TARGETS = ("tools_en", "numbers_bars", "backward_spaced")
 SETS = [f"real_{use}_{kind}" for use in ("target", "heldout") for kind in TARGETS]
 POISON, FACTS = "real_poison", "real_facts"
-DEFAULT = "less"
 Floats = npt.NDArray[np.float64]
 
 
@@ -278,27 +277,6 @@ COLUMNS = ("method", "target", "seed", "share", "loss", "exact", "score", "cpu_s
            "auprc", "recall", "mrr")  # fmt: skip
 
 
-def show(lines: list[dict[str, Any]]) -> None:
-    """Print means over seeds, and the paired difference of each method to the default."""
-    for target in (*TARGETS, "planted"):
-        figures = ("auprc", "recall", "mrr") if target == "planted" else ("share", "loss", "exact")
-        for figure in figures:
-            here = {(line["method"], int(line["seed"])): float(line[figure]) for line in lines
-                    if line["target"] == target and line[figure]}  # fmt: skip
-            names = list(dict.fromkeys(method for method, _ in here))
-            seeds = sorted({seed for _, seed in here
-                            if all((name, seed) in here for name in names)})  # fmt: skip
-            if not seeds:
-                continue
-            values = {name: [here[name, seed] for seed in seeds] for name in names}
-            echo(f"\n{target}, {figure}, {len(seeds)} seeds; beside it minus {DEFAULT} (95%)")
-            for name in names:
-                beside = ""
-                if name != DEFAULT and len(seeds) > 1:
-                    beside = plus_minus(difference(values[name], values[DEFAULT]))
-                echo(f"  {name:38}{np.mean(values[name]):7.3f}   {beside}")
-
-
 def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(
@@ -318,7 +296,7 @@ def main() -> int:
             echo(", ".join(f"{key} {value}" for key, value in line.items()))
             whole = dict.fromkeys(COLUMNS, "") | line
             append(options.csv, [machine() | whole])
-    show(read(options.csv))
+    echo(f"\n{tables.real(options.csv)}\n\n{tables.planted(options.csv)}")
     return 0
 
 

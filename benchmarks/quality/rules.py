@@ -12,8 +12,8 @@ on the chosen rows. Features go through a projection (sjlt, d = 4096) and float1
 embeddings or losses of the training rows included.
 
 Resumable: a method is not measured again on a seed that the CSV has. Appends to results/rules.csv,
-seed by seed, and prints means with the paired difference to the default; docs/figures.md has them
-corrected for the number of comparisons (Holm).
+seed by seed, and prints the table of docs/figures.md: means with the paired difference to the
+default, bold where it is carried after Holm's correction.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import numpy.typing as npt
+import tables
 import torch
 from report import RESULTS, append, echo, machine, read
 from rules_data import RULES, make_rows, write_data
-from tables import difference, plus_minus
 from tinyrun import TinyRun
 from workloads import Workload
 from world import Chosen, World
@@ -51,7 +51,6 @@ from gradstore.scoring.selection import select_top
 from gradstore.similarity.landmarks import fit
 
 STEPS, TRAINED_STEPS = (10, 60), 30
-DEFAULT = "less"
 TARGETS = [f"rules_target_{rule}" for rule in RULES]
 HELD_OUT = [f"rules_heldout_{rule}" for rule in RULES]
 
@@ -157,8 +156,8 @@ METHODS: dict[str, Method] = {
     "less, round_robin": less("adam_marginal", subset="round_robin"),
     "landmarks, 100": landmarks(100),
     "landmarks, 250": landmarks(250),
-    "mirror": mirror(relative=False),
-    "mirror, relative": mirror(relative=True),
+    "mirror": mirror(relative=True),
+    "mirror, relative: false": mirror(relative=False),
     "less, sgd, fisher": less("sgd", FISHER),
     "less, sgd, fisher, round_robin": less("sgd", FISHER, "round_robin"),
 }
@@ -220,22 +219,6 @@ def one_seed(seed: int, names: list[str]) -> list[dict[str, Any]]:
     return lines
 
 
-def show(lines: list[dict[str, Any]]) -> None:
-    """Print a table of each figure: means over seeds, and the paired difference to the default."""
-    for figure, step in (("share", STEPS[0]), ("share", STEPS[1]), ("loss", STEPS[1])):
-        here = {(line["method"], int(line["seed"])): float(line[figure]) for line in lines
-                if int(line["step"]) == step and line[figure]}  # fmt: skip
-        seeds = sorted({seed for _, seed in here})
-        methods = list(dict.fromkeys(method for method, _ in here))
-        values = {name: [here[name, seed] for seed in seeds] for name in methods}
-        echo(f"\n{figure} at step {step}, {len(seeds)} seeds; beside it minus {DEFAULT} (95%)")
-        for name in methods:
-            beside = ""
-            if name != DEFAULT and len(seeds) > 1:
-                beside = plus_minus(difference(values[name], values[DEFAULT]))
-            echo(f"  {name:28}{np.mean(values[name]):7.3f}   {beside}")
-
-
 def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(
@@ -253,8 +236,7 @@ def main() -> int:
         if missing:
             lines = one_seed(seed, missing)
             append(options.csv, [machine() | line for line in lines])
-    wanted = [line for line in read(options.csv) if int(line["seed"]) in options.seeds]
-    show(wanted)
+    echo(f"\n{tables.rules(options.csv)}")
     return 0
 
 
