@@ -54,9 +54,11 @@ class TorchSums:
     def add(self, block: Tensor, start: int) -> None:
         """Add block (b, m) float32 of parameters [start, start + m)."""
         spec = self._spec
-        width = len(block) * spec.s if spec.method == "sjlt" else spec.d
         entries = _TILE_ENTRIES.get(block.device.type, _TILE_ENTRIES_ELSEWHERE)
-        step = max(1, min(_TILE_PARAMS, entries // width))
+        if spec.method == "sjlt":  # nothing is summed in float32
+            step = max(1, entries // (max(len(block), 1) * spec.s))
+        else:
+            step = max(1, min(_TILE_PARAMS, entries // spec.d))
         for tile in torch.split(block, step, dim=1):
             params = torch.arange(start, start + tile.shape[1], device=self._device)
             if self._bounds is not None:
