@@ -12,7 +12,7 @@ import copy
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ TOKENS = 2048
 BATCH_ROWS = 64  # a dense projection makes its matrix once per 64 rows
 
 RowBatch = tuple[npt.NDArray[np.int64], dict[str, Any]]
+Collate = Callable[[list[Any]], Mapping[str, Any]]
 
 
 @dataclass
@@ -61,6 +62,7 @@ class TinyRun:
         max_grad_norm: the Trainer's default.
         norms: of each step's gradient before it was clipped.
         step_tokens: padded tokens that go through the model at once in a step; None for all.
+        batch_tokens: padded tokens of a batch that is only measured.
     """
 
     model: Any
@@ -74,6 +76,7 @@ class TinyRun:
     max_grad_norm: float = 1.0
     norms: list[float] = field(default_factory=list)
     step_tokens: int | None = None
+    batch_tokens: int = TOKENS
     _optimizer: torch.optim.AdamW | None = field(default=None, repr=False)
 
     @staticmethod
@@ -116,7 +119,7 @@ class TinyRun:
         return TinyRun(
             model=loaded.model,
             data=loaded.data,
-            collate=loaded.collate,
+            collate=beside(loaded.model, loaded.collate),
             skills=np.array([rows[index]["skill"] for _, index in sources]),
             learning_rate=float(config.get("learning_rate")),
             batch_size=int(config.get("per_device_train_batch_size")),
@@ -183,15 +186,26 @@ class TinyRun:
     def losses(self, rows: Rows, only: int | None = None) -> npt.NDArray[np.float64]:
         """(n,) mean loss of each row's target tokens, or of the first `only` rows."""
         found = np.full(only or len(rows), np.nan)
-        for chosen in plan_batches(rows.lengths[: len(found)], TOKENS, BATCH_ROWS):
+        for chosen in plan_batches(rows.lengths[: len(found)], self.batch_tokens, BATCH_ROWS):
             batch = self.collate([rows.dataset[int(i)] for i in chosen])
-            found[chosen] = batch_losses(self.model, batch).loss.numpy()
+            found[chosen] = batch_losses(self.model, batch).loss.cpu().numpy()
         return found
 
     def batches(self, rows: Rows) -> Iterator[RowBatch]:
         """Every row once, as the export plans its batches."""
-        for chosen in plan_batches(rows.lengths, TOKENS, BATCH_ROWS):
+        for chosen in plan_batches(rows.lengths, self.batch_tokens, BATCH_ROWS):
             yield chosen, self.collate([rows.dataset[int(i)] for i in chosen])
+
+
+def beside(model: torch.nn.Module, collate: Collate) -> Collate:
+    """Make a collator whose batches lie on the model's device."""
+    device = next(model.parameters()).device
+
+    def collated(rows: list[Any]) -> dict[str, Any]:
+        batch = collate(rows)
+        return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+    return collated
 
 
 def gather(parts: Iterable[FeatureRows], n: int, d: int) -> npt.NDArray[np.float32]:

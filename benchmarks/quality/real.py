@@ -2,14 +2,15 @@
 
     uv run python examples/real/prepare.py                  # once: the model
     uv run --with reasoning-gym==0.1.25 python benchmarks/quality/real.py --seeds 1
-                                                            # about forty minutes on two cores
+                                                            # about an hour on two cores
 
 The rows of `real_rows.py` (32 of every kind, 16 poisoned, 16 look-alikes, 72 of facts). LoRA on all
 linear layers, 12 steps of 8 rows at random; then a kind is the target (16 rows), a method takes a
-tenth of the rows, and the run goes on for 8 steps on them. Figures: the *share* of the target's
+tenth of the rows, and the run goes on for 16 steps on them. Figures: the *share* of the target's
 kind among the chosen, the *loss* on 24 held-out rows of it, and where the kind has a verifier, of
-greedy answers to them, *exact* matches and the task's own *score*. `cpu_s` are the processor
-seconds of choosing, from what the run has; `train_s` those of the steps on the chosen rows.
+greedy answers to them, *exact* matches and the task's own *score*. `choose_s` are the seconds of
+choosing, from what the run has (of the processor; with a GPU, wall-clock); `train_s` those of the
+steps on the chosen rows.
 
 *Planted* rows are looked for after one epoch over all rows: the area under precision and recall
 for the poison, by 8 further poisoned rows (mean of their scores), and for 24 questions about
@@ -24,7 +25,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ SETTINGS = (
     f"model_name_or_path={MODEL}", "template=smollm2", "cutoff_len=512", "learning_rate=5e-4",
     "disable_gradient_checkpointing=true",
 )  # fmt: skip
-WARM_UP, TRAINED_STEPS, STEP_TOKENS = 12, 8, 512
+WARM_UP, TRAINED_STEPS, STEP_TOKENS = 12, 16, 512
+GPU_TOKENS = 2**14  # padded tokens at once where there is a GPU
 PART, BEST_ROWS = 0.1, 50
 TARGETS = ("tools_en", "numbers_bars", "backward_spaced")
 SETS = [f"real_{use}_{kind}" for use in ("target", "heldout") for kind in TARGETS]
@@ -110,11 +111,14 @@ class Measured:
 
     Args:
         run: paused where the selection is made.
+        clock: seconds.
         tasks: for every target that has a verifier, the generator's task of each held-out row.
     """
 
-    def __init__(self, run: TinyRun, tasks: dict[str, list[str]]) -> None:
-        self.run, self.tasks = run, tasks
+    def __init__(
+        self, run: TinyRun, clock: Callable[[], float], tasks: dict[str, list[str]]
+    ) -> None:
+        self.run, self.clock, self.tasks = run, clock, tasks
         self.tokenizer = AutoTokenizer.from_pretrained(str(MODEL))
 
     def after(self, target: int, chosen: Chosen) -> dict[str, Any]:
@@ -125,14 +129,14 @@ class Measured:
         order = np.concatenate([rng.permutation(chosen) for _ in range(-(-count // len(chosen)))])
         held_out = run.data.targets[len(TARGETS) + target]
         with run.rewound():
-            began = time.process_time()
+            began = self.clock()
             for start in range(0, count, run.batch_size):
                 run.take_step(run.data.train, order[start : start + run.batch_size])
-            took = time.process_time() - began
+            took = self.clock() - began
             found: dict[str, Any] = {
                 "share": round(float((run.skills[chosen] == kind).mean()), 4),
                 "loss": round(float(run.losses(held_out).mean()), 4),
-                "train_s": round(took, 1),
+                "train_s": round(took, 2),
             }
             return found | (self._answers(kind, held_out) if kind in self.tasks else {})
 
@@ -252,18 +256,21 @@ def one_seed(
             targets=[*SETS, POISON, FACTS], settings=SETTINGS,
         )  # fmt: skip
         texts = texts_of(run, folder)
-    run.step_tokens = STEP_TOKENS
+    if run.trained[0].is_cuda:
+        run.step_tokens = run.batch_tokens = GPU_TOKENS
+    else:
+        run.step_tokens = STEP_TOKENS
     world = World(run, run.train_to(WARM_UP), texts, part=PART)
     tasks = {
         kind: [record["task"] for record in world_rows(world, f"real_heldout_{kind}")]
         for kind in TARGETS if kind in real_rows.GENERATED
     }  # fmt: skip
-    measured = Measured(run, tasks)
+    measured = Measured(run, world.clock, tasks)
     for name in methods:
         for target, kind in enumerate(TARGETS):
             if (name, kind) not in done:
                 chosen, took = world.timed(lambda: METHODS[name](world, target))  # noqa: B023
-                figures = {"cpu_s": round(took, 1)} | measured.after(target, chosen)
+                figures = {"choose_s": round(took, 2)} | measured.after(target, chosen)
                 yield {"method": name, "target": kind, "seed": seed} | figures
     missing = [name for name in SCORES if (name, "planted") not in done]
     if missing:
@@ -273,7 +280,7 @@ def one_seed(
             yield {"method": name, "target": "planted", "seed": seed} | planted(world, name)
 
 
-COLUMNS = ("method", "target", "seed", "share", "loss", "exact", "score", "cpu_s", "train_s",
+COLUMNS = ("method", "target", "seed", "share", "loss", "exact", "score", "choose_s", "train_s",
            "auprc", "recall", "mrr")  # fmt: skip
 
 
@@ -289,13 +296,14 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, default=RESULTS / "real.csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     for seed in options.seeds:
         known = read(options.csv) if options.csv.exists() else []
         done = {(line["method"], line["target"]) for line in known if int(line["seed"]) == seed}
         for line in one_seed(seed, done, options.methods, options.archives):
             echo(", ".join(f"{key} {value}" for key, value in line.items()))
             whole = dict.fromkeys(COLUMNS, "") | line
-            append(options.csv, [machine() | whole])
+            append(options.csv, [machine(chip=chip) | whole])
     echo(f"\n{tables.real(options.csv)}\n\n{tables.planted(options.csv)}")
     return 0
 

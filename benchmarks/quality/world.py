@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from gradkernels import ProjectionSpec
 from tinyrun import Held, TinyRun, as_stored
 
@@ -58,22 +59,29 @@ class World:
         """Rows taken."""
         return rows_for_fraction(self.part, len(self.run.skills))
 
+    def clock(self) -> float:
+        """Read the processor's seconds, which other work changes least; on a GPU, wall-clock."""
+        if self.run.trained[0].is_cuda:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
     def once(self, name: str, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - what `make` makes
-        """Compute something once, and keep the processor seconds that it took."""
+        """Compute something once, and keep the seconds that it took."""
         if name not in self._made:
-            began = time.process_time()
+            began = self.clock()
             self._made[name] = make()
-            self._spent[name] = time.process_time() - began
+            self._spent[name] = self.clock() - began
             self._new += self._spent[name]
         self._used.add(name)
         return self._made[name]
 
     def timed(self, choose: Callable[[], Chosen]) -> tuple[Chosen, float]:
-        """Choose rows; processor seconds of it as if nothing had been computed before."""
+        """Choose rows; seconds of it as if nothing had been computed before."""
         self._used.clear()
-        began, self._new = time.process_time(), 0.0
+        began, self._new = self.clock(), 0.0
         chosen = choose()
-        own = time.process_time() - began - self._new
+        own = self.clock() - began - self._new
         return chosen, own + sum(self._spent[name] for name in self._used)
 
     def features(self, kind: str, rows: Rows) -> Held:
@@ -112,7 +120,7 @@ class World:
             embed = HiddenStates(self.run.model, pooling=pooling)
             found: dict[int, npt.NDArray[np.float32]] = {}
             for chosen, batch in self.run.batches(rows):
-                found |= dict(zip(chosen.tolist(), embed(batch).numpy(), strict=True))
+                found |= dict(zip(chosen.tolist(), embed(batch).cpu().numpy(), strict=True))
             return np.stack([found[row] for row in range(len(rows))])
 
         return self.once(f"{pooling} {rows.name}", make)  # type: ignore[no-any-return]
@@ -124,7 +132,7 @@ class World:
             embed = OutputGradients(self.run.model, seed=42)
             found = np.empty((len(rows), embed.dim), np.float32)
             for chosen, batch in self.run.batches(rows):
-                found[chosen] = to_unit(embed(batch))[0].numpy()
+                found[chosen] = to_unit(embed(batch))[0].cpu().numpy()
             return found
 
         return self.once(f"output gradients {rows.name}", make)  # type: ignore[no-any-return]
