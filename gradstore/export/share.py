@@ -3,10 +3,10 @@
 A trainer's loss is the mean over the target tokens of a step's rows, and its gradient is scaled
 down to `max_grad_norm`. Row i, with t_i target tokens and gradient g_i of its own mean loss, adds
 
-    s_i g_i with s_i = c t_i / (B T)
+    s_i g_i with s_i = c t_i / (t_i + (B - 1) T)
 
-to what the optimizer sees, where B are the rows of a step, T a row's mean target tokens and
-c = min(1, max_grad_norm / N). Which rows a step has is not known beforehand; N² is the
+to what the optimizer sees, where B are the rows of a step, T the mean target tokens of the others
+and c = min(1, max_grad_norm / N). Which rows a step has is not known beforehand; N² is the
 expectation over steps of B rows by lot: with u_i = t_i g_i / T, (1 - 1/B) |E u|² + E |u|² / B.
 
 Letters: b batch, p gradient length, S sampled rows.
@@ -80,7 +80,9 @@ class StepShare:
 
     def of(self, tokens: Tensor) -> Tensor:
         """Return s (b,) float32 of rows with `tokens` (b,) target tokens."""
-        return tokens.float() * (self.clip / (self.rows * self.tokens))
+        own = tokens.float()
+        others = (self.rows - 1) * self.tokens
+        return self.clip * own / (own + others).clamp(min=1.0)  # no token, no share
 
 
 def expected_share(model: nn.Module, batches: Iterable[RowBatch], step: OptimizerStep) -> StepShare:

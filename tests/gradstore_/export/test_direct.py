@@ -83,7 +83,8 @@ def test_direct_cosines_are_the_mean_cosines_of_whole_batch_1_features(
     if kind == "adam_share":  # the marginal step of a row's share, taken by hand
         spec = FeatureSpec(kind, share=SHARE)
         counts = [sum(label != -100 for label in row["labels"][1:]) for row in case["rows"]]
-        gradients = gradients * (0.5 / (4 * 9) * torch.tensor(counts))[:, None]
+        tokens = torch.tensor(counts)
+        gradients = gradients * (0.5 * tokens / (tokens + 3 * 9))[:, None]
     by_hand = FeatureSpec("adam_marginal") if spec.share else spec
     train = features_of(case["model"], gradients, by_hand, case["moments"])
     target = features_of(

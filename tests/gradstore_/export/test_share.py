@@ -33,7 +33,14 @@ def batches(llama: Any, rows: list[dict[str, list[int]]]) -> Batches:
 def test_a_rows_share_is_its_tokens_of_a_clipped_steps() -> None:
     assert SHARE.clip == 0.25
     found = SHARE.of(torch.tensor([0, 10, 30]))
-    torch.testing.assert_close(found, torch.tensor([0.0, 0.25 / 8, 0.25 / 8 * 3]))
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.25 / 8, 0.25 * 30 / 100]))
+
+
+def test_a_row_alone_in_its_step_has_the_whole_share() -> None:
+    alone = StepShare(rows=1, max_grad_norm=1.0, tokens=10.0, norm=4.0)
+    torch.testing.assert_close(
+        alone.of(torch.tensor([0, 3, 10, 400])), torch.tensor([0.0, 0.25, 0.25, 0.25])
+    )
 
 
 @pytest.mark.parametrize(("limit", "norm"), [(0.0, 4.0), (4.0, 4.0), (9.0, 4.0), (1.0, 0.0)])
@@ -63,8 +70,8 @@ def test_the_feature_is_what_a_real_step_makes_of_the_rows_share(seed: int) -> N
         adam.step()
         return weight.detach() - before
 
-    # Eight rows of ten tokens on average, this one of twelve; a norm of 4 is clipped to 1.
-    share = 0.25 * 12 / 80
+    # Seven others of ten tokens on average, this row of twelve; a norm of 4 is clipped to 1.
+    share = 0.25 * 12 / 82
     real = moved(share * row) - moved(torch.zeros(p, dtype=torch.float64))
     spec = FeatureSpec("adam_share", "outside", bias_correction=True, share=SHARE)
     slot = ParameterSlot("w", (p,), 0, p)
@@ -117,7 +124,7 @@ def test_every_row_is_exported_at_its_own_share(llama: Any, method: Any, size: i
     model, rows = llama.model(), llama.rows(7)
     moments, tokens = llama.moments(model), torch.from_numpy(tokens_of(rows))
     gradients = llama.gradients(model, rows)
-    scaled = (0.25 / 80 * tokens[:, None] * gradients).float()
+    scaled = (0.25 * (tokens / (tokens + 70))[:, None] * gradients).float()
     expected = by_hand(model, scaled, moments)
     spec = ProjectionSpec(method, p=gradients.shape[1], d=64, seed=2)
     parts = list(

@@ -44,7 +44,7 @@ def feature_of(
 ) -> torch.Tensor:
     """(p,) float64 feature of a whole gradient of a row of so many target tokens."""
     if spec.share is not None:  # by hand
-        gradient, spec = gradient * 0.5 * tokens / (4 * 9), FeatureSpec("adam_marginal")
+        gradient, spec = gradient * 0.5 * tokens / (tokens + 3 * 9), FeatureSpec("adam_marginal")
     slots = list(trainable_slots(model))
     apply = FeatureMap(spec, slots, moments).apply_
     blocks = [apply(s, gradient[None, s.start : s.start + s.numel].float().clone()) for s in slots]
