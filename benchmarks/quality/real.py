@@ -16,6 +16,9 @@ steps on the chosen rows.
 for the poison, by 8 further poisoned rows (mean of their scores), and for 24 questions about
 facts, recall among the 50 best rows and mean reciprocal rank of the rows that state the fact.
 
+With `BERGSON_PYTHON=PYTHON`, an interpreter that has bergson 2.5.1 (`peer.py`), its `trackstar`,
+`trak` and `ekfac` choose too, by their mean over the target rows.
+
 Resumable: what the CSV has is not measured again. Appends to results/real.csv, line by line.
 """
 
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import numpy.typing as npt
+import peer
 import real_rows
 import tables
 import torch
@@ -59,6 +64,8 @@ SETTINGS = (
 )  # fmt: skip
 WARM_UP, TRAINED_STEPS, STEP_TOKENS = 12, 16, 512
 GPU_TOKENS = 2**14  # padded tokens at once where there is a GPU
+PEER = "BERGSON_PYTHON"  # variable that names a Python with bergson
+PEERS = tuple(peer.COMMANDS) if PEER in os.environ else ()
 PART, BEST_ROWS = 0.1, 50
 TARGETS = ("tools_en", "numbers_bars", "backward_spaced")
 SETS = [f"real_{use}_{kind}" for use in ("target", "heldout") for kind in TARGETS]
@@ -81,6 +88,26 @@ def by_loss(world: World, target: int) -> Chosen:
     return select_top(losses, world.k)
 
 
+def by_peer(name: str) -> Method:
+    """Choose by the mean of bergson's scores over the target rows."""
+
+    def choose(world: World, target: int) -> Chosen:
+        found = peer_scores(world, name, len(TARGETS))[target]
+        return select_top(found.mean(axis=0).astype(np.float32), world.k)
+
+    return choose
+
+
+def peer_scores(world: World, name: str, sets: int) -> list[Floats]:
+    """Run bergson once for the first query sets (above 0) or the last ones (below)."""
+    run = world.run
+    queries = list(run.data.targets[:sets] if sets > 0 else run.data.targets[sets:])
+    tokens = min(run.batch_tokens, run.model.config.max_position_embeddings)
+    bergson = peer.Bergson(Path(os.environ[PEER]), tokens)
+    found = world.once(f"{name} {sets}", lambda: bergson.scores(name, run, queries))
+    return found  # type: ignore[no-any-return]
+
+
 def oracle(world: World, target: int) -> Chosen:
     """Rows of the target's kind: all of them, and the rest by lot."""
     right = world.run.skills == TARGETS[target]
@@ -100,7 +127,7 @@ METHODS: dict[str, Method] = {
     "less, sgd, fisher, round_robin": less("sgd", FISHER, "round_robin"),
     "mirror": mirror(relative=True),
     "loss": by_loss,
-}
+} | {name: by_peer(name) for name in PEERS}
 
 
 # ---- figures of a selection --------------------------------------------------------------------
@@ -187,6 +214,11 @@ def by_words(world: World, rows: Rows) -> Floats:
     return found.astype(np.float64)
 
 
+def by_bergson(name: str) -> Callable[[World, Rows], Floats]:
+    """(q, n) scores of bergson for poison or facts, which it ranks for in one run."""
+    return lambda world, rows: peer_scores(world, name, -2)[rows is world.run.data.targets[-1]]
+
+
 def by_lot(world: World, rows: Rows) -> Floats:
     """(q, n) noise."""
     rng = np.random.default_rng([world.run.seed, len(rows)])
@@ -204,7 +236,7 @@ SCORES: dict[str, Callable[[World, Rows], Floats]] = {
     "bm25": by_words,
     "rds_plus": by_states("position"),
     "near (hidden states)": by_states("mean"),
-}
+} | {name: by_bergson(name) for name in PEERS}
 
 
 def planted(world: World, name: str) -> dict[str, Any]:
