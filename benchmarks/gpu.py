@@ -68,6 +68,7 @@ def ways_of(case: Case) -> list[Way]:
     return [
         Way("rademacher", "triton", case.p),
         Way("rademacher", "torch", SLICE),
+        Way("sjlt", "triton", case.p),
         Way("sjlt", "torch", SLICE),
     ]
 

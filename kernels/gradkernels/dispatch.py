@@ -35,8 +35,8 @@ class Accumulator:
         spec: the projection.
         rows: b >= 0, rows of every block.
         device: where blocks come from and the result goes.
-        backend: None chooses the fastest: "numba" on a CPU (Gaussian: "torch"), "triton" for
-            Rademacher on a CUDA device where its kernels pass their test, else "torch".
+        backend: None chooses the fastest: "numba" on a CPU (Gaussian: "torch"), "triton" on
+            a CUDA device where its kernels pass their test (Gaussian: "torch"), else "torch".
 
     Raises:
         TypeError: spec is no ProjectionSpec, or rows no int.
@@ -113,9 +113,9 @@ class Accumulator:
             return TorchSums(self.spec, rows, self.device)
         # Importing Triton or numba is slow: only where it runs.
         if self.backend == "triton":
-            from gradkernels.gpu.sums import RademacherSums as TritonSums
+            from gradkernels.gpu.sums import SUMS
 
-            return TritonSums(self.spec, rows, self.device)
+            return SUMS[self.spec.method](self.spec, rows, self.device)
         from gradkernels.cpu.sums import RademacherSums, SjltSums
 
         return (SjltSums if self.spec.method == "sjlt" else RademacherSums)(self.spec, rows)
@@ -153,9 +153,8 @@ def choose_backend(
     """
     # The numba loops read 32-bit words as four bytes, lowest first.
     can_numba = device.type == "cpu" and spec.method != "gaussian" and sys.byteorder == "little"
-    can_triton = device.type == "cuda" and spec.method == "rademacher"
     if backend is None:
-        if can_triton and refusal(device, rows) is None:
+        if device.type == "cuda" and refusal(device, spec.method, rows) is None:
             return "triton"
         return "numba" if can_numba else "torch"
     if backend == "numba":
@@ -166,10 +165,11 @@ def choose_backend(
             )
         return "numba"
     if backend == "triton":
-        why = refusal(device, rows) if can_triton else f"it is {spec.method} on {device}"
+        on_cuda = device.type == "cuda"
+        why = refusal(device, spec.method, rows) if on_cuda else f"the device is {device}"
         if why is not None:
             raise ValueError(
-                f"backend='triton' does rademacher on a CUDA device, and cannot do this: {why}; "
+                f"backend='triton' does rademacher and sjlt on a CUDA device, not this: {why}; "
                 "choose backend='torch' or None"
             )
         return "triton"

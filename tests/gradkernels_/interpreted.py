@@ -30,6 +30,8 @@ class Interpreter:
             stdout=subprocess.PIPE,
             env=environment,
         )
+        assert self._process.stdout
+        pickle.load(self._process.stdout)  # once Triton and the kernels are imported
 
     def sums(
         self,
@@ -41,9 +43,9 @@ class Interpreter:
         found: torch.Tensor = self._ask("sums", (spec, blocks, constants))
         return found
 
-    def difference(self, width: int, fault: str = "") -> str | None:
+    def difference(self, method: str, width: int, fault: str = "") -> str | None:
         """Ask the test at first use, on kernels with a planted fault."""
-        found: str | None = self._ask("difference", (width, fault))
+        found: str | None = self._ask("difference", (method, width, fault))
         return found
 
     def close(self) -> None:
@@ -60,7 +62,7 @@ class Interpreter:
         return found
 
 
-def sums(
+def sums_of(
     spec: ProjectionSpec,
     blocks: Sequence[tuple[torch.Tensor, int]],
     constants: dict[str, int],
@@ -70,7 +72,7 @@ def sums(
     before = {name: getattr(module, name) for name in constants}
     vars(module).update(constants)
     try:
-        ours = module.RademacherSums(spec, len(blocks[0][0]), CPU)
+        ours = module.SUMS[spec.method](spec, len(blocks[0][0]), CPU)
         for block, start in blocks:
             ours.add(block, start)
         return ours.total().clone()
@@ -78,7 +80,7 @@ def sums(
         vars(module).update(before)
 
 
-def difference(width: int, fault: str) -> str | None:
+def difference(method: Any, width: int, fault: str) -> str | None:
     from gradkernels.gpu import sums as module
     from gradkernels.gpu import usable
 
@@ -86,7 +88,8 @@ def difference(width: int, fault: str) -> str | None:
     if fault == "key":  # words of another matrix
         module.signed = lambda key: right(key) ^ 1
     try:
-        return usable.difference(CPU, width, params=150, outputs=200)
+        params = 100 if method == "rademacher" else 50
+        return usable.difference(CPU, method, width, params=params, outputs=200)
     finally:
         module.signed = right
 
@@ -114,14 +117,18 @@ def make_index_work() -> None:
 
 def main() -> None:
     make_index_work()
+    from gradkernels.gpu import sums
+
     answers = sys.stdout.buffer
+    pickle.dump(sums.__name__, answers)
+    answers.flush()
     while True:
         try:
             name, arguments = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         try:
-            answer = True, globals()[name](*arguments)
+            answer = True, {"sums": sums_of, "difference": difference}[name](*arguments)
         except Exception as error:
             answer = False, repr(error)
         pickle.dump(answer, answers)

@@ -27,6 +27,9 @@ CPU = torch.device("cpu")
 ULP = 2.0**-23
 
 
+methods = pytest.mark.parametrize("method", ["rademacher", "sjlt"])
+
+
 @pytest.fixture(scope="module")
 def triton() -> Iterator[Interpreter]:
     import importlib.util
@@ -43,8 +46,8 @@ def triton() -> Iterator[Interpreter]:
     process.close()
 
 
-def spec_of(d: int) -> ProjectionSpec:
-    return ProjectionSpec("rademacher", p=P, d=d, seed=11)
+def spec_of(d: int, method: str = "rademacher") -> ProjectionSpec:
+    return ProjectionSpec(method, p=P, d=d, seed=11, s=min(8, d))  # type: ignore[arg-type]
 
 
 def rows_of(b: int, m: int) -> torch.Tensor:
@@ -57,11 +60,42 @@ def error(out: torch.Tensor, exact: np.ndarray) -> float:
     return float((miss / np.linalg.norm(exact, axis=1)).max())
 
 
+@methods
 @pytest.mark.parametrize(("start", "m", "d"), [(0, 1, 1), (P - 64, 64, 33), (12_345, 16, 300)])
-def test_signs_are_the_oracles_bit_for_bit(triton: Interpreter, start: int, m: int, d: int) -> None:
+def test_the_matrix_is_the_oracles_bit_for_bit(
+    triton: Interpreter, method: str, start: int, m: int, d: int
+) -> None:
     """One-hot rows read the matrix out, at the first and the last parameters."""
-    matrix = matrix_rows(spec_of(d), np.arange(start, start + m))
-    np.testing.assert_array_equal(triton.sums(spec_of(d), [(torch.eye(m), start)]), matrix)
+    spec = spec_of(d, method)
+    matrix = matrix_rows(spec, np.arange(start, start + m))
+    np.testing.assert_array_equal(triton.sums(spec, [(torch.eye(m), start)]), matrix)
+
+
+def test_whole_numbers_keep_what_float64_would(triton: Interpreter) -> None:
+    """An SJLT's sums are exact but for a power of two far below a row's largest number."""
+    spec = spec_of(40, "sjlt")
+    sizes = torch.tensor([1e-40, 1e-30, 1.0, 1e30, 3e38])[:, None]
+    x = rows_of(5, 35).clamp(-1, 1) * sizes
+    exact = x.double().numpy() @ matrix_rows(spec, np.arange(35))
+    for blocks in ([(x, 0)], [(x[:, 33:], 33), (x[:, :33], 0)]):
+        assert error(triton.sums(spec, blocks), exact) < 1e-12
+    for dtype in (torch.float16, torch.bfloat16):
+        low = x[2:3].to(dtype)
+        assert torch.equal(triton.sums(spec, [(low, 0)]), triton.sums(spec, [(low.float(), 0)]))
+
+
+def test_rows_of_an_sjlt_are_alone(triton: Interpreter) -> None:
+    """Zero stays zero; an inf or a NaN makes its row NaN, and leaves the others their bits."""
+    spec, x = spec_of(40, "sjlt"), rows_of(9, 60)
+    clean = triton.sums(spec, [(x, 5)])
+    assert torch.equal(triton.sums(spec, [(x[:1], 5)]), clean[:1])
+    x[1] = 0
+    x[3, 20], x[4, 2], x[6] = torch.inf, -torch.inf, torch.nan
+    found = triton.sums(spec, [(x, 5)])
+    assert found[[3, 4, 6]].isnan().all()
+    assert not found[1].any()
+    untouched = [0, 2, 5, 7, 8]
+    assert torch.equal(found[untouched], clean[untouched])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -128,8 +162,10 @@ def test_a_stage_filled_often_and_blocks_in_any_order_give_the_same_sums(
 
 
 def test_types_may_change_between_blocks(triton: Interpreter) -> None:
-    x = rows_of(3, 192).half().float()
-    blocks = [(x[:, :64], 0), (x[:, 64:128].half(), 64), (x[:, 128:], 128)]
+    """A float32 takes two parts: one staged with half the parts would lose 13 of its bits."""
+    x = rows_of(3, 192)
+    x[:, :64] = x[:, :64].half()
+    blocks = [(x[:, :64].half(), 0), (x[:, 64:128], 64), (x[:, 128:], 128)]
     exact = x.double().numpy() @ matrix_rows(spec_of(40), np.arange(192))
     assert error(triton.sums(spec_of(40), blocks), exact) < 4 * ULP
 
@@ -152,12 +188,14 @@ def test_strides_do_not_matter(triton: Interpreter) -> None:
 
 
 @pytest.mark.parametrize("width", [16, 64])
-def test_the_test_at_first_use_passes(triton: Interpreter, width: int) -> None:
-    assert triton.difference(width) is None
+@methods
+def test_the_test_at_first_use_passes(triton: Interpreter, method: str, width: int) -> None:
+    assert triton.difference(method, width) is None
 
 
-def test_the_test_at_first_use_finds_another_matrix(triton: Interpreter) -> None:
-    why = triton.difference(16, fault="key")
+@methods
+def test_the_test_at_first_use_finds_another_matrix(triton: Interpreter, method: str) -> None:
+    why = triton.difference(method, 16, fault="key")
     assert why is not None
     assert "of 2600 sums of torch.float32 differ from torch's, first row 0, output" in why
 
@@ -175,7 +213,7 @@ def cuda_that(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9,
 def test_failing_kernels_give_way_to_plain_torch_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
-    def difference(device: torch.device, width: int) -> str:
+    def difference(device: torch.device, method: str, width: int) -> str:
         if fault == "raises":
             raise RuntimeError("no kernel image")
         return "3 of 4 sums differ"
@@ -190,23 +228,24 @@ def test_failing_kernels_give_way_to_plain_torch_with_one_warning(
                 assert choose_backend(spec_of(40), device, None, rows) == "torch"
         why = "3 of 4 sums differ" if fault == "differs" else "RuntimeError: no kernel image"
         assert [why in record.getMessage() for record in caplog.records] == [True]
-        with pytest.raises(ValueError, match=f"backend='triton' .* cannot do this: .*{why}"):
+        with pytest.raises(ValueError, match=f"backend='triton' .* not this: .*{why}"):
             choose_backend(spec_of(40), device, "triton")
     finally:
         usable._tested.cache_clear()
 
 
-def test_triton_is_chosen_for_rademacher_on_cuda_where_its_test_passes(
+def test_triton_is_chosen_on_cuda_where_its_test_passes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cuda_that(monkeypatch)
-    monkeypatch.setattr(usable, "difference", lambda device, width: None)
+    monkeypatch.setattr(usable, "difference", lambda device, method, width: None)
     device = torch.device("cuda", 1)
     try:
         assert choose_backend(spec_of(40), device, None) == "triton"
         assert choose_backend(spec_of(40), device, "triton") == "triton"
         assert choose_backend(spec_of(40), device, "torch") == "torch"
-        assert choose_backend(ProjectionSpec("sjlt", p=9, d=8), device, None) == "torch"
+        assert choose_backend(spec_of(40, "sjlt"), device, None) == "triton"
+        assert choose_backend(spec_of(40, "gaussian"), device, None) == "torch"
         cuda_that(monkeypatch, (7, 5))
         assert choose_backend(spec_of(40), device, None) == "torch"
     finally:
@@ -214,5 +253,5 @@ def test_triton_is_chosen_for_rademacher_on_cuda_where_its_test_passes(
 
 
 def test_triton_is_refused_on_a_cpu() -> None:
-    with pytest.raises(ValueError, match=r"backend='triton' .* it is rademacher on cpu; choose"):
+    with pytest.raises(ValueError, match=r"backend='triton' .* not this: the device is cpu"):
         Accumulator(spec_of(40), 3, backend="triton")

@@ -11,13 +11,14 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
 
-from gradkernels.gpu import dense, sums  # noqa: E402
+from gradkernels.gpu import dense, sparse, sums  # noqa: E402
 
 CAPABILITIES = (80, 90)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     "high": "*fp16", "low": "*fp16", "steps": "*fp32", "state_a": "*u32", "state_b": "*u32",
     "offsets": "*u32", "places": "*u32", "partial": "*fp32", "sums": "*fp64",
+    "largest": "*fp32", "whole": "*i64", "bounds": "*i32",
 }  # fmt: skip
 
 
@@ -82,7 +83,28 @@ def test_staging_spills_nothing(capability: int, x: str, parts: int, tmp_path: P
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_adding_up_spills_nothing(capability: int, tmp_path: Path) -> None:
-    program = compiled(dense.gather, capability, BLOCK=sums.GATHERED)
+@pytest.mark.parametrize("width", sums.WIDTHS)
+@pytest.mark.parametrize("x", ["*fp32", "*fp16", "*bf16"])
+def test_an_sjlt_adds_by_rows_side_by_side_and_spills_nothing(
+    capability: int, width: int, x: str, tmp_path: Path
+) -> None:
+    program = compiled(sparse.scatter, capability, x, BN=width, BLOCK=sparse.BLOCK)
     used = resources(program, tmp_path)
     assert (used["STACK"], used["LOCAL"]) == (0, 0)
+    text = program.asm["ttgir"]
+    added = re.search(r"tt\.atomic_rmw .*: \(tensor<\d+x\d+x!tt\.ptr<i64>, (#\w+)>", text)
+    assert added
+    layout = re.search(rf"^{added[1]} = #ttg\.blocked<(.*)>", text, re.MULTILINE)
+    assert layout
+    rows = min(width, 32)  # of a warp's 32 additions at once
+    assert f"sizePerThread = [1, 1], threadsPerWarp = [{32 // rows}, {rows}]" in layout[1]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_adding_up_spills_nothing(capability: int, tmp_path: Path) -> None:
+    for program in (
+        compiled(dense.gather, capability, BLOCK=sums.GATHERED),
+        compiled(sparse.fold, capability, BN=sums.WIDTHS[0], BLOCK=sums.GATHERED),
+    ):
+        used = resources(program, tmp_path)
+        assert (used["STACK"], used["LOCAL"]) == (0, 0)

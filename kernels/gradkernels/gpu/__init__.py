@@ -1,1 +1,1 @@
-"""The dense Rademacher projection on a CUDA device, by Triton kernels: signs never reach memory."""
+"""Projections on a CUDA device by Triton kernels: the random matrix never reaches memory."""

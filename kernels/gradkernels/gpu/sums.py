@@ -1,4 +1,4 @@
-"""Unscaled dense projections on a GPU: blocks are staged, and multiplied when the stage is full."""
+"""Unscaled projections on a GPU, summed over blocks of parameters by the Triton kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from gradkernels.gpu import dense
+from gradkernels.gpu import dense, sparse
 from gradkernels.portable import offsets, signed
 from gradkernels.randomness import derive_keys
 from gradkernels.spec import ProjectionSpec
@@ -37,9 +37,10 @@ class Stage(NamedTuple):
 class RademacherSums:
     """float64 sums of a batch in the kernels' own layout: (tiles, OUTPUTS, width).
 
-    A row's sums depend on its own numbers and on the blocks' bounds alone: neither on the other
-    rows nor on how many there are. Nothing waits for the device, nothing is copied from the host.
-    The memory used does not grow with p: `CHAINS` chains, and `PROGRAMS` tiles or the outputs.
+    Blocks are staged, and multiplied when the stage is full. A row's sums depend on its own numbers
+    and on the blocks' bounds alone: neither on the other rows nor on how many there are. Nothing
+    waits for the device, nothing is copied from the host. The memory used does not grow with p:
+    `CHAINS` chains, and `PROGRAMS` tiles or the outputs.
 
     Args:
         spec: a "rademacher" projection.
@@ -68,8 +69,7 @@ class RademacherSums:
 
     def add(self, block: Tensor, start: int) -> None:
         """Add block (b, m), any float type and strides, of parameters [start, start + m)."""
-        if block.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            block = block.to(torch.float32)
+        block = _readable(block)
         parts = 2 if block.dtype == torch.float32 else 1
         if parts != self._parts:
             self._multiply()
@@ -95,7 +95,7 @@ class RademacherSums:
         """Stage a piece (b, m) that fits into what is free."""
         stage = self._stage or self._new_stage()
         chains = -(-piece.shape[1] // dense.CHAIN)
-        with self._on_device():
+        with _on(self._device):
             dense.pack[(chains,)](
                 piece,
                 piece.stride(0),
@@ -121,7 +121,7 @@ class RademacherSums:
         each = -(-self._used // self._splits)
         splits = -(-self._used // each)
         partial = torch.empty(splits, size, dtype=torch.float32, device=self._device)
-        with self._on_device():
+        with _on(self._device):
             dense.multiply[(tiles, splits)](
                 *self._stage,
                 self._offsets,
@@ -155,9 +155,87 @@ class RademacherSums:
         )
         return self._stage
 
-    def _on_device(self) -> AbstractContextManager[object]:
-        """Launch on the sums' device, which need not be the process's current one."""
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+class SjltSums:
+    """float64 sums of a batch, rows innermost: (d, width).
+
+    A row's sums depend on its own numbers and on the blocks' bounds alone: neither on the other
+    rows nor on how many there are. A row with an inf or a NaN becomes NaN throughout. Nothing waits
+    for the device.
+
+    Args:
+        spec: an "sjlt" projection.
+        rows: 1 <= b <= 64.
+        device: a CUDA device; a CPU where Triton interprets its kernels (TRITON_INTERPRET=1).
+    """
+
+    def __init__(self, spec: ProjectionSpec, rows: int, device: torch.device) -> None:
+        keys = derive_keys(spec)
+        self._rows = rows
+        self._s = spec.s
+        self._width = width_of(rows)
+        self._keys = signed(keys.a), signed(keys.b)
+        self._sums = torch.zeros(spec.d, self._width, dtype=torch.float64, device=device)
+        self._whole = torch.zeros_like(self._sums, dtype=torch.int64)
+        device = self._sums.device
+        self._offsets = offsets(keys, torch.arange(spec.s, device=device)).view(torch.uint32)
+        repetitions = torch.arange(spec.s + 1, dtype=torch.int64, device=device)
+        self._bounds = (repetitions * spec.d // spec.s).to(torch.int32)  # `randomness.sjlt_bounds`
+
+    def add(self, block: Tensor, start: int) -> None:
+        """Add block (b, m), any float type and strides, of parameters [start, start + m)."""
+        block = _readable(block)
+        length = block.shape[1]
+        largest = torch.linalg.vector_norm(block, torch.inf, dim=1).to(torch.float32)
+        bits = 62 - length.bit_length()  # so that as many of the largest do not overflow 64
+        size = self._sums.numel()
+        with _on(block.device):
+            sparse.scatter[(-(-length // sparse.BLOCK),)](
+                block,
+                block.stride(0),
+                block.stride(1),
+                self._rows,
+                length,
+                start,
+                largest,
+                bits,
+                self._whole,
+                self._offsets,
+                self._bounds,
+                self._s,
+                *self._keys,
+                BN=self._width,
+                BLOCK=sparse.BLOCK,
+                num_warps=WARPS,
+            )
+            sparse.fold[(-(-size // GATHERED),)](
+                self._whole,
+                largest,
+                bits,
+                self._rows,
+                self._sums,
+                size,
+                BN=self._width,
+                BLOCK=GATHERED,
+            )
+
+    def total(self) -> Tensor:
+        """Return the sums so far: (b, d) float64."""
+        return self._sums[:, : self._rows].T
+
+
+SUMS: dict[str, type[RademacherSums | SjltSums]] = {"rademacher": RademacherSums, "sjlt": SjltSums}
+
+
+def _readable(block: Tensor) -> Tensor:
+    """Return a block in a type that the kernels read: float32 for what they do not."""
+    known = (torch.float32, torch.bfloat16, torch.float16)
+    return block if block.dtype in known else block.to(torch.float32)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Launch on the tensors' device, which need not be the process's current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def width_of(rows: int) -> int:

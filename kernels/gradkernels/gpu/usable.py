@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 from gradkernels.portable import TorchSums
-from gradkernels.spec import MAX_P, ProjectionSpec
+from gradkernels.spec import MAX_P, Method, ProjectionSpec
 from torch import Tensor
 
 _log = logging.getLogger(__name__)
@@ -25,48 +25,56 @@ _PARAMS, _OUTPUTS = 6500, 4000
 _LARGEST = {torch.float32: 2**13 - 1, torch.float16: 2**11 - 1, torch.bfloat16: 2**8 - 1}
 
 
-def refusal(device: torch.device, rows: int) -> str | None:
+def refusal(device: torch.device, method: Method, rows: int) -> str | None:
     """Return a reason why the kernels may not run on a CUDA device, or None; ask once, warn once.
 
     Args:
         device: with an index or without, which stands for the current one.
+        method: the projection's.
         rows: 0 <= b <= 64 of a product.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
+    if method == "gaussian":
+        return "they do rademacher and sjlt"
     if find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(index) < CAPABILITY:
         return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
     from gradkernels.gpu.sums import width_of
 
-    return _tested(index, width_of(rows))
+    return _tested(index, method, width_of(rows))
 
 
 @cache
-def _tested(index: int, width: int) -> str | None:
+def _tested(index: int, method: Method, width: int) -> str | None:
     """Test the kernels of a width on a device, and warn where they fail."""
     device = torch.device("cuda", index)
     try:
-        why = difference(device, width)
+        why = difference(device, method, width)
     except Exception as error:  # whatever a compiler, a driver or a full memory may raise
         why = f"they do not run: {type(error).__name__}: {error}".strip()
     if why is not None:
-        _warn(torch.cuda.get_device_name(index), why)
+        _warn(method, torch.cuda.get_device_name(index), why)
     return why
 
 
 @cache
-def _warn(name: str, why: str) -> None:
+def _warn(method: Method, name: str, why: str) -> None:
     _log.warning(
-        "gradkernels: the Triton kernels are not used on %s, since %s. The dense projection runs "
-        "in plain torch there: the same features, several times slower.",
+        "gradkernels: the Triton kernels of %s are not used on %s, since %s. Plain torch projects "
+        "there: the same features, many times slower.",
+        method,
         name,
         why,
     )
 
 
 def difference(
-    device: torch.device, width: int, params: int = _PARAMS, outputs: int = _OUTPUTS
+    device: torch.device,
+    method: Method,
+    width: int,
+    params: int = _PARAMS,
+    outputs: int = _OUTPUTS,
 ) -> str | None:
     """Return how the kernels' sums differ from plain torch's on a device, or None.
 
@@ -75,17 +83,18 @@ def difference(
 
     Args:
         device: where both run.
+        method: "rademacher" or "sjlt".
         width: rows of a product, one of the kernels' `WIDTHS`.
         params: the largest indices that a projection may have, so many of them.
         outputs: d.
     """
-    from gradkernels.gpu.sums import RademacherSums
+    from gradkernels.gpu.sums import SUMS
 
-    spec = ProjectionSpec("rademacher", p=MAX_P, d=outputs, seed=20)
+    spec = ProjectionSpec(method, p=MAX_P, d=outputs, seed=20)
     start, cut, rows = MAX_P - params, params // 3 + 1, width - 3
     for dtype, largest in _LARGEST.items():
         x = _whole_numbers(rows, params, largest, device).to(dtype)
-        ours, plain = RademacherSums(spec, rows, device), TorchSums(spec, rows, device)
+        ours, plain = SUMS[method](spec, rows, device), TorchSums(spec, rows, device)
         for low, high in ((0, cut), (cut, params)):
             ours.add(x[:, low:high], start + low)
             plain.add(x[:, low:high].float(), start + low)
