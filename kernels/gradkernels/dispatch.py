@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
+from gradkernels.gpu.usable import refusal
 from gradkernels.portable import TorchSums
 from gradkernels.reference import scale
 from gradkernels.spec import ProjectionSpec, check_int, check_spec
 from torch import Tensor
 
-Backend = Literal["numba", "torch"]
+Backend = Literal["numba", "torch", "triton"]
 
-BACKENDS: tuple[str, ...] = ("numba", "torch")
+BACKENDS: tuple[str, ...] = get_args(Backend)
 _GROUP_ROWS = 64  # rows whose float32 sums stay in a core's cache
 
 
@@ -34,7 +35,8 @@ class Accumulator:
         spec: the projection.
         rows: b >= 0, rows of every block.
         device: where blocks come from and the result goes.
-        backend: None chooses: "numba" on a CPU (Gaussian: "torch"), else "torch".
+        backend: None chooses the fastest: "numba" on a CPU (Gaussian: "torch"), "triton" on
+            a CUDA device where its kernels pass their test (Gaussian: "torch"), else "torch".
 
     Raises:
         TypeError: spec is no ProjectionSpec, or rows no int.
@@ -60,7 +62,7 @@ class Accumulator:
             self.device = torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"device={device!r} is none that torch knows; take 'cpu'") from error
-        self.backend = choose_backend(spec, self.device, backend)
+        self.backend = choose_backend(spec, self.device, backend, min(_GROUP_ROWS, rows))
         self._groups = [
             (low, min(low + _GROUP_ROWS, rows), self._new_sums(min(_GROUP_ROWS, rows - low)))
             for low in range(0, rows, _GROUP_ROWS)
@@ -94,7 +96,10 @@ class Accumulator:
             return
         block = block.detach()
         for low, high, sums in self._groups:
-            sums.add(block[low:high].to(torch.float32).contiguous(), start)
+            part = block[low:high]
+            if self.backend != "triton":  # its kernels read any strides, and half the bytes
+                part = part.to(torch.float32).contiguous()
+            sums.add(part, start)
 
     def result(self) -> Tensor:
         """Return the projection of what was added so far: (b, d) float32, a new tensor."""
@@ -106,7 +111,11 @@ class Accumulator:
     def _new_sums(self, rows: int) -> _Sums:
         if self.backend == "torch":
             return TorchSums(self.spec, rows, self.device)
-        # Importing numba is slow: only where it runs.
+        # Importing Triton or numba is slow: only where it runs.
+        if self.backend == "triton":
+            from gradkernels.gpu.sums import SUMS
+
+            return SUMS[self.spec.method](self.spec, rows, self.device)
         from gradkernels.cpu.sums import RademacherSums, SjltSums
 
         return (SjltSums if self.spec.method == "sjlt" else RademacherSums)(self.spec, rows)
@@ -128,8 +137,16 @@ def project(x: Tensor, spec: ProjectionSpec, *, backend: Backend | None = None) 
     return accumulator.result()
 
 
-def choose_backend(spec: ProjectionSpec, device: torch.device, backend: str | None) -> Backend:
+def choose_backend(
+    spec: ProjectionSpec, device: torch.device, backend: str | None, rows: int = _GROUP_ROWS
+) -> Backend:
     """Return the backend that will run, given the one asked for (None: the fastest).
+
+    Args:
+        spec: the projection.
+        device: where it runs.
+        backend: the one asked for.
+        rows: at most 64, added up together; Triton's kernels are tested at first use for these.
 
     Raises:
         ValueError: the backend is unknown or cannot do this.
@@ -137,6 +154,8 @@ def choose_backend(spec: ProjectionSpec, device: torch.device, backend: str | No
     # The numba loops read 32-bit words as four bytes, lowest first.
     can_numba = device.type == "cpu" and spec.method != "gaussian" and sys.byteorder == "little"
     if backend is None:
+        if device.type == "cuda" and refusal(device, spec.method, rows) is None:
+            return "triton"
         return "numba" if can_numba else "torch"
     if backend == "numba":
         if not can_numba:
@@ -145,6 +164,15 @@ def choose_backend(spec: ProjectionSpec, device: torch.device, backend: str | No
                 f"{spec.method} on {device}; choose backend='torch' or None"
             )
         return "numba"
+    if backend == "triton":
+        on_cuda = device.type == "cuda"
+        why = refusal(device, spec.method, rows) if on_cuda else f"the device is {device}"
+        if why is not None:
+            raise ValueError(
+                f"backend='triton' does rademacher and sjlt on a CUDA device, not this: {why}; "
+                "choose backend='torch' or None"
+            )
+        return "triton"
     if backend == "torch":
         return "torch"
     raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)} or None")

@@ -23,17 +23,22 @@ _TILE_PARAMS = 2048  # parameters summed in float32 (BLAS may add them one after
 
 def words(keys: Keys, params: Tensor, indices: Tensor) -> Tensor:
     """Return the words of parameters (m,) at word indices (k,), any int type: (m, k) int32 bits."""
-    j, w = params.to(torch.int32), indices.to(torch.int32)
-    a = _mix(j + _signed(keys.a))[:, None]
-    b = _mix(j ^ _signed(keys.b))[:, None]
-    x = a + _mix(w * _signed(GOLDEN) + _signed(keys.c))
+    j = params.to(torch.int32)
+    a = _mix(j + signed(keys.a))[:, None]
+    b = _mix(j ^ signed(keys.b))[:, None]
+    x = a + offsets(keys, indices)
     x ^= _shift(x, 16)
-    x *= _signed(M1)
+    x *= signed(M1)
     x += b
     x ^= _shift(x, 15)
-    x *= _signed(M2)
+    x *= signed(M2)
     x ^= _shift(x, 15)
     return x
+
+
+def offsets(keys: Keys, indices: Tensor) -> Tensor:
+    """Return c of word indices (k,), any int type: (k,) int32 bits."""
+    return _mix(indices.to(torch.int32) * signed(GOLDEN) + signed(keys.c))
 
 
 class TorchSums:
@@ -112,9 +117,9 @@ def gaussians(keys: Keys, params: Tensor, outputs: int) -> Tensor:
 def _mix(x: Tensor) -> Tensor:
     """Mix int32 bits (m,), as `randomness.mix`."""
     x = x ^ _shift(x, 16)
-    x = x * _signed(M1)
+    x = x * signed(M1)
     x = x ^ _shift(x, 15)
-    x = x * _signed(M2)
+    x = x * signed(M2)
     return x ^ _shift(x, 15)
 
 
@@ -123,7 +128,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """Return the int32 number with the bits of a 32-bit unsigned one."""
     return value - 2**32 if value >= 2**31 else value
 

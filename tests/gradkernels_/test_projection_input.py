@@ -60,7 +60,7 @@ def test_rows_are_checked() -> None:
 
 
 def test_backends_are_checked() -> None:
-    with pytest.raises(ValueError, match="backend='cuda' is not one of numba, torch or None"):
+    with pytest.raises(ValueError, match="backend='cuda' is not one of numba, torch, triton"):
         Accumulator(SPEC, 1, backend="cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not gaussian on cpu; choose backend='torch'"):
         Accumulator(ProjectionSpec("gaussian", p=5, d=5), 1, backend="numba")

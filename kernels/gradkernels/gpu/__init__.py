@@ -1,0 +1,1 @@
+"""Projections on a CUDA device by Triton kernels: the random matrix never reaches memory."""

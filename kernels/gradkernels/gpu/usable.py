@@ -1,0 +1,117 @@
+"""A test of the Triton kernels against plain torch, before they are first used on a device.
+
+Imports Triton only inside functions: plain torch must stay usable without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from gradkernels.portable import TorchSums
+from gradkernels.spec import MAX_P, Method, ProjectionSpec
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+CAPABILITY = (8, 0)  # older tensor cores take no left operand from registers
+#: Of the test: every program takes several chains, the last one a part of one; the last tile of
+#: outputs is none in full.
+_PARAMS, _OUTPUTS = 6500, 4000
+#: Whole numbers up to these are exact in the type, their sums exact in float32; 13 bits of a
+#: float32 take both of its parts. Plain torch adds 2,048 of them in float32: below 2**24.
+_LARGEST = {torch.float32: 2**13 - 1, torch.float16: 2**11 - 1, torch.bfloat16: 2**8 - 1}
+
+
+def refusal(device: torch.device, method: Method, rows: int) -> str | None:
+    """Return a reason why the kernels may not run on a CUDA device, or None; ask once, warn once.
+
+    Args:
+        device: with an index or without, which stands for the current one.
+        method: the projection's.
+        rows: 0 <= b <= 64 of a product.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if method == "gaussian":
+        return "they do rademacher and sjlt"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(index) < CAPABILITY:
+        return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
+    from gradkernels.gpu.sums import width_of
+
+    return _tested(index, method, width_of(rows))
+
+
+@cache
+def _tested(index: int, method: Method, width: int) -> str | None:
+    """Test the kernels of a width on a device, and warn where they fail."""
+    device = torch.device("cuda", index)
+    try:
+        why = difference(device, method, width)
+    except Exception as error:  # whatever a compiler, a driver or a full memory may raise
+        why = f"they do not run: {type(error).__name__}: {error}".strip()
+    if why is not None:
+        _warn(method, torch.cuda.get_device_name(index), why)
+    return why
+
+
+@cache
+def _warn(method: Method, name: str, why: str) -> None:
+    _log.warning(
+        "gradkernels: the Triton kernels of %s are not used on %s, since %s. Plain torch projects "
+        "there: the same features, many times slower.",
+        method,
+        name,
+        why,
+    )
+
+
+def difference(
+    device: torch.device,
+    method: Method,
+    width: int,
+    params: int = _PARAMS,
+    outputs: int = _OUTPUTS,
+) -> str | None:
+    """Return how the kernels' sums differ from plain torch's on a device, or None.
+
+    Sums of whole numbers are compared, which both compute without rounding: a single wrong sign
+    shows, in every float type that the kernels take.
+
+    Args:
+        device: where both run.
+        method: "rademacher" or "sjlt".
+        width: rows of a product, one of the kernels' `WIDTHS`.
+        params: the largest indices that a projection may have, so many of them.
+        outputs: d.
+    """
+    from gradkernels.gpu.sums import SUMS
+
+    spec = ProjectionSpec(method, p=MAX_P, d=outputs, seed=20)
+    start, cut, rows = MAX_P - params, params // 3 + 1, width - 3
+    for dtype, largest in _LARGEST.items():
+        x = _whole_numbers(rows, params, largest, device).to(dtype)
+        ours, plain = SUMS[method](spec, rows, device), TorchSums(spec, rows, device)
+        for low, high in ((0, cut), (cut, params)):
+            ours.add(x[:, low:high], start + low)
+            plain.add(x[:, low:high].float(), start + low)
+        found, expected = ours.total(), plain.total()
+        wrong = (found != expected).nonzero().tolist()
+        if wrong:
+            row, output = wrong[0]
+            return (
+                f"{len(wrong)} of {found.numel()} sums of {dtype} differ from torch's, first row "
+                f"{row}, output {output}: {found[row, output].item()} instead of "
+                f"{expected[row, output].item()}"
+            )
+    return None
+
+
+def _whole_numbers(rows: int, params: int, largest: int, device: torch.device) -> Tensor:
+    """Return (rows, params) float64 whole numbers from -largest to largest, far from regular."""
+    at = torch.arange(rows * params, dtype=torch.int64, device=device)
+    mixed = (at * at % 65_521 * 31 + at * 7) % (2 * largest + 1)
+    return (mixed - largest).double().view(rows, params)
