@@ -42,10 +42,10 @@ def encode(features: np.ndarray, usable: np.ndarray, dtype: str) -> tuple[np.nda
     Args:
         features: (k, d) float32, within `LARGEST` in usable rows.
         usable: (k,) bool; other rows are stored as NaN (0 in integer dtypes) with scale NaN.
-        dtype: float16 or bfloat16.
+        dtype: of `layout.FeatureDtype`.
 
     Returns:
-        Stored values (k, d) float16 or uint16, and scale (k,) float32.
+        Stored values (k, d) in the dtype's stored type, and scale (k,) float32.
     """
     rows = np.where(usable[:, None], features, np.float32(0)).astype(np.float32, copy=False)
     largest = np.abs(rows).max(axis=1)
@@ -54,11 +54,11 @@ def encode(features: np.ndarray, usable: np.ndarray, dtype: str) -> tuple[np.nda
     scale[~usable] = np.float32("nan")
     with np.errstate(under="ignore"):
         scaled = rows / np.where(usable, scale, np.float32(1))[:, None]
-        if dtype == "float16":
-            stored = scaled.astype(np.float16)
-            stored[~usable] = np.float16("nan")
-        else:
+        if dtype == "bfloat16":
             stored = _to_bfloat16(scaled)
+        else:
+            stored = scaled.astype(dtype)
+            stored[~usable] = np.nan
     return stored, scale
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, get_args
+
+import numpy as np
 
 from gradstore.errors import BadInput
 from gradstore.format.canonical import canonical_json, parse, sha256_json
@@ -21,6 +23,8 @@ SCHEMA_VERSION = 1
 TEXTS_VERSION = 2
 #: Schema of a store from the first generation on that keeps the losses of its rows.
 LOSSES_VERSION = TEXTS_VERSION
+#: Schema of a store from the first generation on whose rows are in none of `FIRST_DTYPES`.
+DTYPES_VERSION = TEXTS_VERSION
 #: Schema -> the first release that reads it; recorded in a store for the errors of older ones.
 NEEDS = {SCHEMA_VERSION: "dataflex-gradstore>=0.1.0", TEXTS_VERSION: "dataflex-gradstore>=0.2.0"}
 
@@ -73,7 +77,7 @@ class ArraySpec:
     @property
     def item_bytes(self) -> int:
         """Bytes per value."""
-        return {"uint8": 1, "float16": 2, "uint16": 2, "int32": 4, "float32": 4}[self.dtype]
+        return np.dtype(self.dtype).itemsize
 
     def chunk_shape(self, unit_rows: int) -> tuple[int, ...]:
         """Return the shape of every chunk, including the last one."""
@@ -88,10 +92,15 @@ class ArraySpec:
         return f"{self.name}/c/{unit}" if self.width is None else f"{self.name}/c/{unit}/0"
 
 
+#: What features may be stored as, the most exact last.
+FeatureDtype = Literal["bfloat16", "float16", "float32"]
+#: Those that every schema has.
+FIRST_DTYPES = ("float16", "bfloat16")
 #: Feature dtype -> (stored dtype, fill): bfloat16 is kept as its bits, Zarr has no such type.
 FEATURE_DTYPES: Mapping[str, tuple[str, Literal["NaN", 0]]] = {
-    "float16": ("float16", "NaN"),
     "bfloat16": ("uint16", 0),
+    "float16": ("float16", "NaN"),
+    "float32": ("float32", "NaN"),
 }
 
 
@@ -99,7 +108,7 @@ def check_dtype(dtype: str) -> str:
     """Return `dtype` if features can be stored in it; else raise BadInput with the choices."""
     if dtype not in FEATURE_DTYPES:
         raise BadInput(
-            f"features can't be stored as {dtype!r}; choose {' or '.join(FEATURE_DTYPES)}"
+            f"features can't be stored as {dtype!r}; choose {' | '.join(get_args(FeatureDtype))}"
         )
     return dtype
 

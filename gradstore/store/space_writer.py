@@ -9,7 +9,6 @@ from typing import Any
 from gradstore.errors import DamagedData, DamagedFile, Fault, StoreIOError, expect
 from gradstore.format.canonical import Json, plain
 from gradstore.format.layout import (
-    LOSSES_VERSION,
     UNIT_ROWS,
     check_dtype,
     generation_bytes,
@@ -143,7 +142,7 @@ class SpaceWriter:
             record: what makes the generation.
             rows: its n rows, in order.
             dim: d.
-            dtype: float16 or bfloat16.
+            dtype: bfloat16, float16 or float32.
             unit_rows: rows per unit of a new plan; an existing plan wins.
             losses: keep the loss of each row; an existing plan wins.
 
@@ -171,8 +170,7 @@ class SpaceWriter:
             done = len(self._files.names(f"{generation_path(plan.name)}/units"))
             needed -= needed * done // len(plan.units)
         self._check_free(needed, f"{plan.name} ({len(plan.rows):,} x {plan.dim:,} {plan.dtype})")
-        if plan.losses:
-            raise_schema(self._files, store, LOSSES_VERSION)
+        raise_schema(self._files, store, plan.schema_version)
         if not self._files.publish(plan_path(plan.name), plan.to_bytes()):
             fault = Fault(plan_path(plan.name), "no plan yet", "another writer's plan")
             raise DamagedFile(fault, str(self._files.root))

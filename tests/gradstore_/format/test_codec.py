@@ -1,4 +1,4 @@
-"""Features in 16 bits: what comes back, and what is marked as unusable."""
+"""Features in fewer bits: what comes back, and what is marked as unusable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradstore.format.layout import RowStatus
 ALL = np.ones(4, dtype=bool)
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8), ("float32", 24)])
 def test_rows_of_any_size_come_back_within_half_a_unit_in_the_last_place(
     dtype: str, bits: int
 ) -> None:
@@ -23,7 +23,7 @@ def test_rows_of_any_size_come_back_within_half_a_unit_in_the_last_place(
     assert np.abs(found / largest).max(axis=1) == pytest.approx(np.ones(4), rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_rows_that_differ_by_a_power_of_two_are_stored_alike(dtype: str) -> None:
     row = np.random.default_rng(1).standard_normal(32).astype(np.float32)
     stored, scale = encode(np.stack([row, row * 8, row / 4, -row]), ALL, dtype)
@@ -39,7 +39,7 @@ def test_halves_of_bfloat16_are_rounded_to_even() -> None:
     assert found[0].tolist() == [1.5, 1.0, 1 + 2.0**-6, 1 + 2.0**-7]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_unusable_rows_come_back_as_nan(dtype: str) -> None:
     rows = np.ones((4, 3), np.float32)
     usable = np.array([True, False, True, False])
