@@ -1,7 +1,8 @@
 """Rows of float32 features <-> the bytes of a chunk.
 
-Each row is divided by a scale of its own, the power of two that brings its largest entry into
-[1, 2), so no row overflows float16 and the division itself is exact. Decoded = stored x scale.
+Each row is divided by a scale of its own. Of the float types it is the power of two that brings the
+row's largest entry into [1, 2), so no row overflows float16 and the division itself is exact; of
+int8 the least that brings it to 127 or below. Decoded = stored x scale.
 Letters: k rows of a unit, d projected dimensions.
 """
 
@@ -13,6 +14,7 @@ from gradstore.format.layout import ArraySpec, RowStatus
 
 #: Entries beyond this could round up to infinity on the way back; they count as not finite.
 LARGEST = 2.0**127
+INT8_MAX = 127
 
 
 def settle_status(features: np.ndarray, norm: np.ndarray, status: np.ndarray) -> np.ndarray:
@@ -49,17 +51,33 @@ def encode(features: np.ndarray, usable: np.ndarray, dtype: str) -> tuple[np.nda
     """
     rows = np.where(usable[:, None], features, np.float32(0)).astype(np.float32, copy=False)
     largest = np.abs(rows).max(axis=1)
-    _, exponent = np.frexp(largest)
-    scale = np.ldexp(np.float32(1), exponent - 1).astype(np.float32)
+    scale = _byte_scale(largest) if dtype == "int8" else _binary_scale(largest)
     scale[~usable] = np.float32("nan")
     with np.errstate(under="ignore"):
         scaled = rows / np.where(usable, scale, np.float32(1))[:, None]
         if dtype == "bfloat16":
             stored = _to_bfloat16(scaled)
+        elif dtype == "int8":
+            stored = np.rint(scaled).astype(np.int8)
         else:
             stored = scaled.astype(dtype)
             stored[~usable] = np.nan
     return stored, scale
+
+
+def _binary_scale(largest: np.ndarray) -> np.ndarray:
+    """Return the powers of two that bring each of (k,) float32 into [1, 2)."""
+    _, exponent = np.frexp(largest)
+    return np.asarray(np.ldexp(np.float32(1), exponent - 1), dtype=np.float32)
+
+
+def _byte_scale(largest: np.ndarray) -> np.ndarray:
+    """Return the scales (k,) float32 in which each of (k,) float32 is 127 or a little less."""
+    scale = (largest.astype(np.float64) / INT8_MAX).astype(np.float32)
+    # Rounded down, as it may be by much where it is subnormal, it would not fit.
+    short = scale.astype(np.float64) * INT8_MAX < largest
+    scale[short] = np.nextafter(scale[short], np.float32(np.inf))
+    return scale
 
 
 def decode(stored: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:

@@ -93,15 +93,17 @@ class ArraySpec:
 
 
 #: What features may be stored as, the most exact last.
-FeatureDtype = Literal["bfloat16", "float16", "float32"]
+FeatureDtype = Literal["int8", "bfloat16", "float16", "float32"]
 #: Those that every schema has.
 FIRST_DTYPES = ("float16", "bfloat16")
 #: Feature dtype -> (stored dtype, fill): bfloat16 is kept as its bits, Zarr has no such type.
 FEATURE_DTYPES: Mapping[str, tuple[str, Literal["NaN", 0]]] = {
+    "int8": ("int8", 0),
     "bfloat16": ("uint16", 0),
     "float16": ("float16", "NaN"),
     "float32": ("float32", "NaN"),
 }
+_NO_FLOATS = ("int8",)
 
 
 def check_dtype(dtype: str) -> str:
@@ -111,6 +113,14 @@ def check_dtype(dtype: str) -> str:
             f"features can't be stored as {dtype!r}; choose {' | '.join(get_args(FeatureDtype))}"
         )
     return dtype
+
+
+def dtype_of_role(dtype: str, role: Literal["train", "target"]) -> str:
+    """Return what the rows of a role are stored as in a space whose train rows are `dtype`.
+
+    Target rows are queries, and few: they stay float where the train rows are not.
+    """
+    return "float16" if role == "target" and dtype in _NO_FLOATS else dtype
 
 
 def arrays(dim: int, dtype: str, losses: bool = False) -> tuple[ArraySpec, ...]:

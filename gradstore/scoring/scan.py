@@ -29,6 +29,9 @@ BLOCK_ROWS = 256
 #: Row length is padded to this many floats: BLAS edge kernels round differently.
 _PAD = 16
 
+#: Stored types that torch turns into the row up to its scale.
+_PLAIN_DTYPES = ("int8", "float16", "float32")
+
 #: Norms whose squares neither underflow nor overflow float32; rows outside take the slow path.
 _SAFE_NORM = (1e-15, 1e15)
 
@@ -37,8 +40,8 @@ class FeatureSource(Protocol):
     """Rows of features; a store's `Generation` is one.
 
     A source that also has `units` (list of (start_row, stop_row), ascending, covering all rows),
-    `raw(u)` (the unit's rows as stored, (rows_u, d)) and `dtype` float16 or float32 is read without
-    copies: a cosine does not care about the per-row scale.
+    `raw(u)` (the unit's rows as stored, (rows_u, d)) and `dtype` float16, float32 or int8 is read
+    without copies: a cosine does not care about the per-row scale.
     """
 
     @property
@@ -154,10 +157,7 @@ class Scan:
         self._block = torch.zeros(BLOCK_ROWS, width, device=device)
         self._products = torch.zeros(self._chunk_rows, count, device=device)
         self._norms = torch.zeros(self._chunk_rows, device=device)
-        self._raw = hasattr(source, "raw") and str(getattr(source, "dtype", "")) in (
-            "float16",
-            "float32",
-        )
+        self._raw = hasattr(source, "raw") and str(getattr(source, "dtype", "")) in _PLAIN_DTYPES
         # Called once: a source may build the list at every access.
         self._units: Sequence[tuple[int, int]] = cast(Any, source).units if self._raw else ()
 
@@ -202,7 +202,7 @@ class Scan:
 
         Args:
             offset: row of the buffer that gets the first row.
-            piece: (rows, d) float16 or float32, possibly a read-only memory map.
+            piece: (rows, d) in a plain dtype, possibly a read-only memory map.
         """
         # DLPack shares read-only memory without a copy and without from_numpy's warning.
         shared = from_dlpack(np.ascontiguousarray(piece))

@@ -39,7 +39,7 @@ class Generation:
         commit: the commit that added it.
         rows: n.
         dim: d.
-        dtype: `float16`, `float32` or `bfloat16` (stored as its bits in uint16).
+        dtype: of `layout.FeatureDtype`, as its rows are stored; bfloat16 as its bits in uint16.
         space: name of its space.
     """
 

@@ -11,6 +11,7 @@ from gradstore.format.canonical import Json, plain
 from gradstore.format.layout import (
     UNIT_ROWS,
     check_dtype,
+    dtype_of_role,
     generation_bytes,
     generation_path,
     plan_path,
@@ -142,7 +143,7 @@ class SpaceWriter:
             record: what makes the generation.
             rows: its n rows, in order.
             dim: d.
-            dtype: bfloat16, float16 or float32.
+            dtype: of the space's train rows; `dtype_of_role` says that of target rows.
             unit_rows: rows per unit of a new plan; an existing plan wins.
             losses: keep the loss of each row; an existing plan wins.
 
@@ -154,9 +155,9 @@ class SpaceWriter:
             StoreIOError: not enough room.
         """
         check_dtype(dtype)
-        store = self._view()
+        store, stored = self._view(), dtype_of_role(dtype, record.role)
         wanted = Plan(
-            record.name, self.space, self._seal, record, rows, dim, dtype, unit_rows, losses
+            record.name, self.space, self._seal, record, rows, dim, stored, unit_rows, losses
         )
         chosen = choose_plan(self._files, store, wanted)
         plan, committed = chosen.plan, chosen.committed

@@ -32,6 +32,21 @@ def test_rows_that_differ_by_a_power_of_two_are_stored_alike(dtype: str) -> None
     assert (scale / scale[0]).tolist() == [1.0, 8.0, 0.25, 1.0]
 
 
+def test_int8_rows_come_back_within_half_a_step_of_127() -> None:
+    """Whatever their size; also where the scale is subnormal, which float32 rounds coarsely."""
+    rows = np.random.default_rng(0).standard_normal((5, 300))
+    rows[:, 7] = -9.0
+    sizes = np.array([[1e-38], [1e-3], [7.0], [1e37], [2e-44]])
+    rows = (rows * sizes).astype(np.float32)
+    stored, scale = encode(rows, np.ones(5, bool), "int8")
+    assert stored.dtype == np.int8
+    assert stored[:4, 7].tolist() == [-127] * 4
+    assert np.abs(stored).max() <= 127
+    found = decode(stored, scale, "int8").astype(np.float64)
+    assert (np.abs(found - rows) <= 0.5001 * scale[:, None].astype(np.float64)).all()
+    assert scale[:4] == pytest.approx(9 / 127 * sizes[:4, 0], rel=1e-6)
+
+
 def test_halves_of_bfloat16_are_rounded_to_even() -> None:
     """Between 1 and 1 + 2^-7, and between that and the next; 1.5 keeps the scale at 1."""
     row = np.array([[1.5, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-20]], np.float32)
@@ -39,7 +54,7 @@ def test_halves_of_bfloat16_are_rounded_to_even() -> None:
     assert found[0].tolist() == [1.5, 1.0, 1 + 2.0**-6, 1 + 2.0**-7]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int8"])
 def test_unusable_rows_come_back_as_nan(dtype: str) -> None:
     rows = np.ones((4, 3), np.float32)
     usable = np.array([True, False, True, False])

@@ -1,0 +1,81 @@
+"""A store of every dtype, read by all that scores and searches its rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+import pytest
+
+from gradstore.format.layout import FeatureDtype
+from gradstore.scoring.curvature import Fisher
+from gradstore.scoring.influence import influence_scores
+from gradstore.scoring.pairing import checkpoint_features
+from gradstore.scoring.products import InnerProduct, Normalize
+from gradstore.similarity.index import FeatureIndex
+from gradstore.similarity.rows import UsableRows, read_unit_rows
+from gradstore.store.reader import Store, open_store
+
+if TYPE_CHECKING:
+    from conftest import StoreKit
+
+N, D = 600, 64
+
+
+@pytest.fixture(params=get_args(FeatureDtype))
+def store(request: pytest.FixtureRequest, kit: StoreKit, fast_path: Path) -> Store:
+    """600 training rows in units that blocks of 256 cut across, and 40 target rows."""
+    kit.dtype, kit.dim, kit.unit_rows = request.param, D, 100
+    with kit.writer(fast_path / "s") as writer:
+        kit.add(writer, "train/1", N)
+        kit.add(writer, "target/a/1", 40)
+    return open_store(fast_path / "s")
+
+
+def directions(store: Store, name: str) -> np.ndarray:
+    """(n, d) float64 unit rows of what the store gives back; NaN for rows that can't be used."""
+    rows = store.generation(name).read(0, store.generation(name).rows).astype(np.float64)
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("normalize", ["cosine", "none"])
+def test_scores_are_the_products_of_the_rows_as_they_are_read(
+    store: Store, normalize: Normalize
+) -> None:
+    found = influence_scores(checkpoint_features(store), product=InnerProduct(normalize)).values
+    train, target = directions(store, "train/1"), directions(store, "target/a/1")
+    query = np.nanmean(target, axis=0)  # all norms of the kit are 1
+    expected = train @ query
+    assert np.array_equal(np.isnan(found), np.isnan(expected))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
+def test_an_index_finds_what_the_scan_finds(store: Store) -> None:
+    train, target = store.generation("train/1"), directions(store, "target/a/1")[:2]
+    indexed = FeatureIndex.build(train)
+    scanned = FeatureIndex.build(train, backend="torch")
+    (scores, rows), (others, same) = indexed.search(target, 9), scanned.search(target, 9)
+    assert rows.tolist() == same.tolist()
+    np.testing.assert_allclose(scores, others, rtol=0, atol=2e-6)
+
+
+def test_readers_of_unit_rows_see_the_rows_of_the_store(store: Store) -> None:
+    expected = directions(store, "train/1")
+    train = store.generation("train/1")
+    for part in read_unit_rows(train, 130):
+        np.testing.assert_allclose(part.rows, expected[part.start : part.stop], atol=1e-6)
+    some = UsableRows(train)
+    at = np.array([0, 99, 100, 500])
+    np.testing.assert_allclose(some[at], expected[some.rows[at]], atol=1e-6)
+
+
+def test_the_fisher_matrix_is_that_of_the_rows_of_the_store(store: Store) -> None:
+    unit = directions(store, "train/1")
+    unit = unit[np.isfinite(unit).all(axis=1)]
+    moment = unit.T @ unit / len(unit)
+    level = np.trace(moment) / D
+    query = np.ones((1, D))
+    expected = level * np.linalg.solve(moment + level * np.eye(D), query[0])
+    fisher = Fisher.of(store.generation("train/1"), unit=True)
+    np.testing.assert_allclose(fisher.solve(query)[0], expected, rtol=1e-4)
