@@ -93,17 +93,19 @@ class ArraySpec:
 
 
 #: What features may be stored as, the most exact last.
-FeatureDtype = Literal["int8", "bfloat16", "float16", "float32"]
+FeatureDtype = Literal["1bit", "int8", "bfloat16", "float16", "float32"]
 #: Those that every schema has.
 FIRST_DTYPES = ("float16", "bfloat16")
-#: Feature dtype -> (stored dtype, fill): bfloat16 is kept as its bits, Zarr has no such type.
+#: Feature dtype -> (stored dtype, fill): bfloat16 is kept as its bits, Zarr has no such type, and
+#: 1bit as 8 dimensions to a byte.
 FEATURE_DTYPES: Mapping[str, tuple[str, Literal["NaN", 0]]] = {
+    "1bit": ("uint8", 0),
     "int8": ("int8", 0),
     "bfloat16": ("uint16", 0),
     "float16": ("float16", "NaN"),
     "float32": ("float32", "NaN"),
 }
-_NO_FLOATS = ("int8",)
+_NO_FLOATS = ("1bit", "int8")
 
 
 def check_dtype(dtype: str) -> str:
@@ -126,8 +128,9 @@ def dtype_of_role(dtype: str, role: Literal["train", "target"]) -> str:
 def arrays(dim: int, dtype: str, losses: bool = False) -> tuple[ArraySpec, ...]:
     """List the arrays of a generation of (n, dim) features, features first; losses where kept."""
     stored, fill = FEATURE_DTYPES[check_dtype(dtype)]
+    width = -(-dim // 8) if dtype == "1bit" else dim
     found = (
-        ArraySpec("features", stored, dim, fill),
+        ArraySpec("features", stored, width, fill),
         ArraySpec("scale", "float32", None, "NaN"),
         ArraySpec("norm", "float32", None, "NaN"),
         ArraySpec("status", "uint8", None, 0),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
 from gradstore.format.codec import decode, encode, settle_status
-from gradstore.format.layout import RowStatus
+from gradstore.format.layout import FeatureDtype, RowStatus
 
 ALL = np.ones(4, dtype=bool)
 
@@ -54,11 +56,11 @@ def test_halves_of_bfloat16_are_rounded_to_even() -> None:
     assert found[0].tolist() == [1.5, 1.0, 1 + 2.0**-6, 1 + 2.0**-7]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("dtype", get_args(FeatureDtype))
 def test_unusable_rows_come_back_as_nan(dtype: str) -> None:
     rows = np.ones((4, 3), np.float32)
     usable = np.array([True, False, True, False])
-    assert np.isnan(decode(*encode(rows, usable, dtype), dtype)).all(axis=1).tolist() == [
+    assert np.isnan(decode(*encode(rows, usable, dtype), dtype, 3)).all(axis=1).tolist() == [
         False, True, False, True,
     ]  # fmt: skip
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pytest
+import torch
 
+from gradstore.errors import BadInput
 from gradstore.format.layout import FeatureDtype
 from gradstore.scoring.curvature import Fisher
 from gradstore.scoring.influence import influence_scores
 from gradstore.scoring.pairing import checkpoint_features
 from gradstore.scoring.products import InnerProduct, Normalize
+from gradstore.scoring.scan import Scan, exact_float32
 from gradstore.similarity.index import FeatureIndex
 from gradstore.similarity.rows import UsableRows, read_unit_rows
 from gradstore.store.reader import Store, open_store
@@ -39,6 +43,12 @@ def directions(store: Store, name: str) -> np.ndarray:
     return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
+def unbiased(store: Store) -> float:
+    """What makes a product with a row of signs, at length 1, an estimate of the cosine."""
+    gammas = math.gamma(D / 2) / math.gamma((D + 1) / 2) / math.sqrt(math.pi)
+    return 1 / (math.sqrt(D) * gammas) if store.generation("train/1").dtype == "1bit" else 1.0
+
+
 @pytest.mark.parametrize("normalize", ["cosine", "none"])
 def test_scores_are_the_products_of_the_rows_as_they_are_read(
     store: Store, normalize: Normalize
@@ -46,18 +56,67 @@ def test_scores_are_the_products_of_the_rows_as_they_are_read(
     found = influence_scores(checkpoint_features(store), product=InnerProduct(normalize)).values
     train, target = directions(store, "train/1"), directions(store, "target/a/1")
     query = np.nanmean(target, axis=0)  # all norms of the kit are 1
-    expected = train @ query
+    expected = train @ query * unbiased(store)
     assert np.array_equal(np.isnan(found), np.isnan(expected))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_same_scores(store: Store) -> None:
+    pairs = checkpoint_features(store)
+    gpu, cpu = (influence_scores(pairs, device=device).values for device in ("cuda", "cpu"))
+    np.testing.assert_allclose(gpu, cpu, rtol=0, atol=2e-6)
 
 
 def test_an_index_finds_what_the_scan_finds(store: Store) -> None:
     train, target = store.generation("train/1"), directions(store, "target/a/1")[:2]
     indexed = FeatureIndex.build(train)
     scanned = FeatureIndex.build(train, backend="torch")
+    assert indexed.backend == ("torch" if train.dtype == "1bit" else "faiss")
     (scores, rows), (others, same) = indexed.search(target, 9), scanned.search(target, 9)
     assert rows.tolist() == same.tolist()
     np.testing.assert_allclose(scores, others, rtol=0, atol=2e-6)
+
+
+def test_an_index_of_1bit_rows_is_refused_to_faiss(kit: StoreKit, fast_path: Path) -> None:
+    kit.dtype = "1bit"
+    train = kit.build(fast_path / "s").generation("train/1")
+    with pytest.raises(BadInput, match=r"32 times their size; use backend='torch'"):
+        FeatureIndex.build(train, backend="faiss")
+
+
+@pytest.mark.parametrize("dim", [64, 100])
+def test_1bit_products_are_one_whether_looked_up_or_multiplied(
+    kit: StoreKit, fast_path: Path, dim: int
+) -> None:
+    """Few queries are looked up, many multiplied; equal rows get equal bits either way."""
+    kit.dtype, kit.dim, kit.unit_rows = "1bit", dim, 100
+    with kit.writer(fast_path / "s") as writer:
+        begun = writer.begin(
+            kit.record(), kit.rows(N), dim=dim, dtype=kit.dtype, unit_rows=kit.unit_rows
+        )
+        values = kit.features(N)
+        values[[100, 300, 599]] = values[0]
+        kit.fill(begun, values)
+        begun.commit()
+    train = open_store(fast_path / "s").generation("train/1")
+    queries = np.random.default_rng(0).standard_normal((40, dim))
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    with exact_float32():
+        many = Scan(train, queries, chunk_rows=N, device=torch.device("cpu"))
+        few = Scan(train, queries[:3], chunk_rows=N, device=torch.device("cpu"))
+        multiplied, looked_up = many.chunk(0, N)[0], few.chunk(0, N)[0]
+    rows = train.read(0, N).astype(np.float64)
+    expected = rows @ queries.T / np.linalg.norm(rows, axis=1, keepdims=True)
+    expected *= (
+        np.sqrt(dim) * math.gamma((dim + 1) / 2) / math.gamma(dim / 2) * np.sqrt(np.pi) / dim
+    )
+    good = train.usable
+    np.testing.assert_allclose(multiplied[good], expected[good], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(looked_up[good], expected[good, :3], rtol=0, atol=2e-6)
+    for found in (multiplied, looked_up):
+        assert found[[100, 300, 599]].tobytes() == np.tile(found[0], (3, 1)).tobytes()
 
 
 def test_readers_of_unit_rows_see_the_rows_of_the_store(store: Store) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import pytest
+import zarr
 
 from gradstore.errors import DamagedData, ProvenanceMismatch
 from gradstore.format.layout import FIRST_DTYPES, FeatureDtype, dtype_of_role
@@ -47,7 +48,7 @@ def test_target_rows_are_float_whatever_the_training_rows_are(kit: StoreKit, bui
 
 
 def test_another_dtype_is_refused_whichever_role_was_first(kit: StoreKit, fast_path: Path) -> None:
-    """An int8 store takes float16 targets, and a float16 store no int8 training rows."""
+    """A store of few bits takes float16 targets, a float16 one no training rows of few bits."""
     kit.build(fast_path / "a", "target/a/1")
     kit.dtype = "bfloat16"
     with kit.writer(fast_path / "a") as writer, pytest.raises(ProvenanceMismatch, match="bfloat16"):
@@ -62,6 +63,24 @@ def test_another_dtype_is_refused_whichever_role_was_first(kit: StoreKit, fast_p
         kit.add(writer, "target/a/1")
         with pytest.raises(ProvenanceMismatch, match="int8"):  # though the newest rows are float16
             kit.add(writer, "train/2")
+
+
+def test_1bit_rows_lie_on_disk_as_eight_dimensions_to_a_byte(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    """The last byte's other bits are 0, and a row that can't be used is zeros with scale NaN."""
+    kit.dtype, kit.dim = "1bit", 20
+    found = kit.build(fast_path / "s").generation("train/1")
+    group = zarr.open_group(str(found.path), mode="r")
+    bits, scale = np.asarray(group["features"][:]), np.asarray(group["scale"][:])
+    assert bits.shape == (40, 3)
+    assert bits.dtype == np.uint8
+    assert not (bits[:, 2] >> 4).any()
+    assert not bits[~found.usable].any()
+    assert np.array_equal(np.isnan(scale), ~found.usable)
+    values = kit.features(40, seed=1)[found.usable].astype(np.float64)
+    read = found.read(0, 40)[found.usable].astype(np.float64)
+    np.testing.assert_allclose((read * values).sum(1), np.square(values).sum(1), rtol=1e-5)
 
 
 def test_a_flipped_bit_of_any_array_is_reported(built: Path) -> None:

@@ -171,7 +171,7 @@ def test_equal_rows_are_legitimate_and_counted(kit: StoreKit, fast_path: Path) -
 def test_an_unknown_dtype_is_refused_with_all_that_there_are(
     kit: StoreKit, fast_path: Path
 ) -> None:
-    listed = r"'int4'; choose int8 \| bfloat16 \| float16 \| float32$"
+    listed = r"'int4'; choose 1bit \| int8 \| bfloat16 \| float16 \| float32$"
     with kit.writer(fast_path / "s") as writer, pytest.raises(BadInput, match=listed):
         writer.begin(kit.record(), kit.rows(4), dim=4, dtype="int4")
 
