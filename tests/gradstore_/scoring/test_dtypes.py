@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, DamagedData
 from gradstore.format.layout import FeatureDtype
 from gradstore.scoring.curvature import Fisher
 from gradstore.scoring.influence import influence_scores
@@ -67,6 +67,18 @@ def test_a_gpu_gives_the_same_scores(store: Store) -> None:
     pairs = checkpoint_features(store)
     gpu, cpu = (influence_scores(pairs, device=device).values for device in ("cuda", "cpu"))
     np.testing.assert_allclose(gpu, cpu, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("array", ["features", "status"])
+def test_a_scan_over_a_damaged_chunk_is_refused(store: Store, array: str) -> None:
+    """In the last unit: what was scored before it is not given out either."""
+    chunk = store.path / "generations/train/1" / array / "c" / "5"
+    file = chunk / "0" if chunk.is_dir() else chunk
+    data = bytearray(file.read_bytes())
+    data[7] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DamagedData, match=rf"{array}/c/5.*crc32c"):
+        influence_scores(checkpoint_features(open_store(store.path)))
 
 
 def test_an_index_finds_what_the_scan_finds(store: Store) -> None:

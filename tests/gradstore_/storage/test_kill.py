@@ -105,7 +105,7 @@ def test_a_kill_at_every_operation_is_resumed_to_the_same_bytes(
     assert k > 100
 
 
-@pytest.mark.parametrize("reference", ["float16", "int8"], indirect=True)
+@pytest.mark.parametrize("reference", ["float16", "int8", "1bit"], indirect=True)
 def test_repeated_kills_end_in_the_same_bytes(
     kit: StoreKit, fast_path: Path, reference: dict[str, bytes]
 ) -> None:
