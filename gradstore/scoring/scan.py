@@ -169,6 +169,7 @@ class Scan:
         self._right = torch.from_numpy(padded).to(device).T  # (width, q)
         self._block = torch.zeros(BLOCK_ROWS, width, device=device)
         self._products = torch.zeros(self._chunk_rows, count, device=device)
+        # Looked-up products leave them as they are here, the length of signs.
         self._norms = torch.full((self._chunk_rows,), float(np.sqrt(source.dim)), device=device)
         self._raw = self._packed or stored_as in _PLAIN_DTYPES
         # Called once: a source may build the list at every access.
