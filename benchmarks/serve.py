@@ -59,7 +59,7 @@ def main() -> int:
     return int(line["errors"] > 0)
 
 
-def write(path: Path, rows: int, dim: int, *, text: bool = False) -> None:
+def write(path: Path, rows: int, dim: int, *, text: bool = False, dtype: str = "float16") -> None:
     """Write a store with one train and one target generation."""
     import numpy as np
 
@@ -81,7 +81,7 @@ def write(path: Path, rows: int, dim: int, *, text: bool = False) -> None:
                 np.arange(first, first + count, dtype="<u8").view(np.uint8).reshape(count, 8)
             )
             kept = RowSet(hashes, tuple((f"set {i % 5}", i) for i in range(count)))
-            generation = writer.begin(record, kept, dim=dim)
+            generation = writer.begin(record, kept, dim=dim, dtype=dtype)
             for unit in list(generation.pending):
                 size = unit.stop - unit.start
                 # Fresh enough: no two units alike, and no time spent on drawing numbers.

@@ -22,7 +22,7 @@ from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
 from gradstore.export.share import StepShare
 from gradstore.export.units import Batches
-from gradstore.format.layout import generation_bytes
+from gradstore.format.layout import dtype_of_role, generation_bytes
 from gradstore.format.plans import UnitRange
 
 if TYPE_CHECKING:
@@ -66,13 +66,14 @@ def gradient_forecasts(
         with autocast(run.model, run.autocast):
             seconds = measured_seconds(work, rows.lengths, budget)
         share = count / len(rows)
+        dtype = dtype_of_role(settings.dtype, "train" if rows is run.data.train else "target")
         return Forecast(
             f"gradients of {rows.name}",
             times,
             count,
             round(int(rows.lengths.sum()) * share),
             seconds * share,
-            generation_bytes(count, settings.proj_dim, settings.dtype) if stored else 0,
+            generation_bytes(count, settings.proj_dim, dtype) if stored else 0,
             kept,
             peak_memory(),
         )

@@ -23,7 +23,8 @@ class FeatureSettings(GradientSettings):
         proj_dim: projected dimensions d.
         sjlt_s: non-zeros per parameter of sjlt, at most proj_dim.
         seed: of the projection; each checkpoint projects with hash(seed, step).
-        dtype: of stored features, float16 or bfloat16.
+        dtype: of stored training rows: 1bit, int8, bfloat16, float16 or float32; target rows are
+            kept in float16 where those are 1bit or int8.
         tokens_per_batch: padded tokens of a gradient batch; null chooses by device.
         max_bad_fraction: share of rows with non-finite gradients above which the run stops.
 

@@ -37,7 +37,7 @@ from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import export_features
 from gradstore.export.share import StepShare
 from gradstore.format.codec import decode, encode
-from gradstore.format.layout import RowStatus
+from gradstore.format.layout import RowStatus, dtype_of_role
 from gradstore.format.provenance import Difference
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.contributions import Contributions, contributions
@@ -192,8 +192,9 @@ class Explainer:
                     raise BadInput(
                         f"the gradient of the answer at {train.name} cannot be used: {reason}."
                     )
-                kept = encode(made.features, np.array([True]), train.dtype)
-                found[train.name] = decode(*kept, train.dtype)
+                stored = dtype_of_role(train.dtype, "target")
+                kept = encode(made.features, np.array([True]), stored)
+                found[train.name] = decode(*kept, stored)
             return found
 
     def explain(

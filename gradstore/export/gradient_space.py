@@ -39,7 +39,7 @@ class GradientSpace:
     Attributes:
         slots: the trained parameters, in gradient order.
         projection: with the base seed.
-        dtype: of stored features.
+        dtype: of stored training rows.
     """
 
     slots: Sequence[ParameterSlot]

@@ -13,6 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from gradstore.errors import BadInput
 from gradstore.export.features import EpsMode, FeatureSpec, Kind
 from gradstore.export.share import OptimizerStep
+from gradstore.format.layout import FeatureDtype
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class GradientSettings:
         proj_dim: projected dimensions d.
         sjlt_s: non-zeros per parameter of sjlt.
         seed: of the projection; each checkpoint projects with hash(seed, step).
-        dtype: of stored features.
+        dtype: of stored training rows: 1bit, int8, bfloat16, float16 or float32; target rows are
+            kept in float16 where those are 1bit or int8.
         tokens_per_batch: padded tokens of a gradient batch; None chooses by device.
         max_bad_fraction: share of rows with non-finite gradients above which an export stops.
 
@@ -42,7 +44,7 @@ class GradientSettings:
     proj_dim: Annotated[int, Interval(ge=1, le=1 << 24)] = 8192
     sjlt_s: Annotated[int, Ge(1)] = 8
     seed: Annotated[int, Ge(0)] = 42
-    dtype: Literal["float16", "bfloat16"] = "float16"
+    dtype: FeatureDtype = "float16"
     tokens_per_batch: Annotated[int, Ge(1)] | None = None
     max_bad_fraction: Annotated[float, Interval(ge=0, le=1)] = 0.01
 

@@ -1,7 +1,8 @@
 """Rows of float32 features <-> the bytes of a chunk.
 
-Each row is divided by a scale of its own, the power of two that brings its largest entry into
-[1, 2), so no row overflows float16 and the division itself is exact. Decoded = stored x scale.
+Each row is divided by a scale of its own. Of the float types it is the power of two that brings the
+row's largest entry into [1, 2), so no row overflows float16 and the division itself is exact; of
+int8 the least that brings it to 127 or below. Decoded = stored x scale. `quantise` tells of 1bit.
 Letters: k rows of a unit, d projected dimensions.
 """
 
@@ -10,9 +11,11 @@ from __future__ import annotations
 import numpy as np
 
 from gradstore.format.layout import ArraySpec, RowStatus
+from gradstore.format.quantise import pack, unpack, unrotate
 
 #: Entries beyond this could round up to infinity on the way back; they count as not finite.
 LARGEST = 2.0**127
+INT8_MAX = 127
 
 
 def settle_status(features: np.ndarray, norm: np.ndarray, status: np.ndarray) -> np.ndarray:
@@ -42,29 +45,75 @@ def encode(features: np.ndarray, usable: np.ndarray, dtype: str) -> tuple[np.nda
     Args:
         features: (k, d) float32, within `LARGEST` in usable rows.
         usable: (k,) bool; other rows are stored as NaN (0 in integer dtypes) with scale NaN.
-        dtype: float16 or bfloat16.
+        dtype: of `layout.FeatureDtype`.
 
     Returns:
-        Stored values (k, d) float16 or uint16, and scale (k,) float32.
+        Stored values (k, d), of 1bit (k, ceil(d / 8)), in the dtype's stored type, and scale (k,)
+        float32.
     """
     rows = np.where(usable[:, None], features, np.float32(0)).astype(np.float32, copy=False)
     largest = np.abs(rows).max(axis=1)
-    _, exponent = np.frexp(largest)
-    scale = np.ldexp(np.float32(1), exponent - 1).astype(np.float32)
+    if dtype == "1bit":
+        return _signs(rows, largest, usable)
+    scale = _byte_scale(largest) if dtype == "int8" else _binary_scale(largest)
     scale[~usable] = np.float32("nan")
     with np.errstate(under="ignore"):
         scaled = rows / np.where(usable, scale, np.float32(1))[:, None]
-        if dtype == "float16":
-            stored = scaled.astype(np.float16)
-            stored[~usable] = np.float16("nan")
-        else:
+        if dtype == "bfloat16":
             stored = _to_bfloat16(scaled)
+        elif dtype == "int8":
+            stored = np.rint(scaled).astype(np.int8)
+        else:
+            stored = scaled.astype(dtype)
+            stored[~usable] = np.nan
     return stored, scale
 
 
-def decode(stored: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:
-    """Decode stored values to (k, d) float32 features; rows whose scale is NaN become NaN."""
-    if dtype == "bfloat16":
+def _binary_scale(largest: np.ndarray) -> np.ndarray:
+    """Return the powers of two that bring each of (k,) float32 into [1, 2)."""
+    _, exponent = np.frexp(largest)
+    return np.asarray(np.ldexp(np.float32(1), exponent - 1), dtype=np.float32)
+
+
+def _byte_scale(largest: np.ndarray) -> np.ndarray:
+    """Return the scales (k,) float32 in which each of (k,) float32 is 127 or a little less."""
+    scale = (largest.astype(np.float64) / INT8_MAX).astype(np.float32)
+    # Rounded down, as it may be by much where it is subnormal, it would not fit.
+    short = scale.astype(np.float64) * INT8_MAX < largest
+    scale[short] = np.nextafter(scale[short], np.float32(np.inf))
+    return scale
+
+
+def _signs(
+    rows: np.ndarray, largest: np.ndarray, usable: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encode (k, d) float32 rows of zeros, where not usable, and others as signs and scales."""
+    exact = np.where(usable, _binary_scale(largest), np.float32(1))
+    with np.errstate(under="ignore"):
+        bits, scale = pack(rows / exact[:, None])
+        # It must not vanish, nor may what is decoded, at most sqrt(d) times as large, overflow.
+        most = LARGEST / np.sqrt(max(1, rows.shape[1]))
+        scale = np.clip(scale * exact, np.finfo(np.float32).smallest_subnormal, most)
+    scale[~usable] = np.nan
+    bits[~usable] = 0
+    return bits, scale.astype(np.float32)
+
+
+def decode(stored: np.ndarray, scale: np.ndarray, dtype: str, dim: int | None = None) -> np.ndarray:
+    """Decode stored values to float32 features.
+
+    Args:
+        stored: (k, d), of 1bit (k, ceil(d / 8)), as `encode` made them.
+        scale: (k,) float32; rows whose scale is NaN become NaN.
+        dtype: theirs.
+        dim: d; needed of 1bit where 8 does not divide it.
+
+    Returns:
+        (k, d) float32.
+    """
+    if dtype == "1bit":
+        values = unrotate(unpack(stored, 8 * stored.shape[1] if dim is None else dim))
+    elif dtype == "bfloat16":
         values = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     else:
         values = stored.astype(np.float32)

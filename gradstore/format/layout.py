@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, get_args
+
+import numpy as np
 
 from gradstore.errors import BadInput
 from gradstore.format.canonical import canonical_json, parse, sha256_json
@@ -21,6 +23,8 @@ SCHEMA_VERSION = 1
 TEXTS_VERSION = 2
 #: Schema of a store from the first generation on that keeps the losses of its rows.
 LOSSES_VERSION = TEXTS_VERSION
+#: Schema of a store from the first generation on whose rows are in none of `FIRST_DTYPES`.
+DTYPES_VERSION = TEXTS_VERSION
 #: Schema -> the first release that reads it; recorded in a store for the errors of older ones.
 NEEDS = {SCHEMA_VERSION: "dataflex-gradstore>=0.1.0", TEXTS_VERSION: "dataflex-gradstore>=0.2.0"}
 
@@ -73,7 +77,7 @@ class ArraySpec:
     @property
     def item_bytes(self) -> int:
         """Bytes per value."""
-        return {"uint8": 1, "float16": 2, "uint16": 2, "int32": 4, "float32": 4}[self.dtype]
+        return np.dtype(self.dtype).itemsize
 
     def chunk_shape(self, unit_rows: int) -> tuple[int, ...]:
         """Return the shape of every chunk, including the last one."""
@@ -88,27 +92,45 @@ class ArraySpec:
         return f"{self.name}/c/{unit}" if self.width is None else f"{self.name}/c/{unit}/0"
 
 
-#: Feature dtype -> (stored dtype, fill): bfloat16 is kept as its bits, Zarr has no such type.
+#: What features may be stored as, the most exact last.
+FeatureDtype = Literal["1bit", "int8", "bfloat16", "float16", "float32"]
+#: Those that every schema has.
+FIRST_DTYPES = ("float16", "bfloat16")
+#: Feature dtype -> (stored dtype, fill): bfloat16 is kept as its bits, Zarr has no such type, and
+#: 1bit as 8 dimensions to a byte.
 FEATURE_DTYPES: Mapping[str, tuple[str, Literal["NaN", 0]]] = {
-    "float16": ("float16", "NaN"),
+    "1bit": ("uint8", 0),
+    "int8": ("int8", 0),
     "bfloat16": ("uint16", 0),
+    "float16": ("float16", "NaN"),
+    "float32": ("float32", "NaN"),
 }
+_NO_FLOATS = ("1bit", "int8")
 
 
 def check_dtype(dtype: str) -> str:
     """Return `dtype` if features can be stored in it; else raise BadInput with the choices."""
     if dtype not in FEATURE_DTYPES:
         raise BadInput(
-            f"features can't be stored as {dtype!r}; choose {' or '.join(FEATURE_DTYPES)}"
+            f"features can't be stored as {dtype!r}; choose {' | '.join(get_args(FeatureDtype))}"
         )
     return dtype
+
+
+def dtype_of_role(dtype: str, role: Literal["train", "target"]) -> str:
+    """Return what the rows of a role are stored as in a space whose train rows are `dtype`.
+
+    Target rows are queries, and few: they stay float where the train rows are not.
+    """
+    return "float16" if role == "target" and dtype in _NO_FLOATS else dtype
 
 
 def arrays(dim: int, dtype: str, losses: bool = False) -> tuple[ArraySpec, ...]:
     """List the arrays of a generation of (n, dim) features, features first; losses where kept."""
     stored, fill = FEATURE_DTYPES[check_dtype(dtype)]
+    width = -(-dim // 8) if dtype == "1bit" else dim
     found = (
-        ArraySpec("features", stored, dim, fill),
+        ArraySpec("features", stored, width, fill),
         ArraySpec("scale", "float32", None, "NaN"),
         ArraySpec("norm", "float32", None, "NaN"),
         ArraySpec("status", "uint8", None, 0),

@@ -15,6 +15,8 @@ import numpy as np
 from gradstore.errors import BadInput
 from gradstore.format.canonical import Json, canonical_json, seal, unseal
 from gradstore.format.layout import (
+    DTYPES_VERSION,
+    FIRST_DTYPES,
     LOSSES_VERSION,
     MAX_DIM,
     MAX_UNIT_ROWS,
@@ -63,7 +65,7 @@ class Plan:
         record: what made it.
         rows: its n rows in order.
         dim: d.
-        dtype: float16 or bfloat16.
+        dtype: one of `layout.FeatureDtype`.
         unit_rows: rows per unit; only the last unit may hold fewer.
         losses: a loss is kept for each row; the document of a plan without does not say so, as
             those of the first schema do not.
@@ -100,6 +102,13 @@ class Plan:
         return tuple(UnitRange(i, s, min(s + size, n)) for i, s in enumerate(range(0, n, size)))
 
     @property
+    def schema_version(self) -> int:
+        """The first schema that has words for it."""
+        newer = {LOSSES_VERSION} if self.losses else set()
+        newer |= set() if self.dtype in FIRST_DTYPES else {DTYPES_VERSION}
+        return max({SCHEMA_VERSION} | newer)
+
+    @property
     def arrays(self) -> tuple[ArraySpec, ...]:
         """The arrays of the generation, features first."""
         return arrays(self.dim, self.dtype, self.losses)
@@ -121,7 +130,7 @@ class Plan:
         return canonical_json(
             seal(
                 {
-                    "schema_version": _version(self.losses),
+                    "schema_version": self.schema_version,
                     "generation": self.name,
                     "space": self.space,
                     "provenance_sha256": self.provenance_sha256,
@@ -158,8 +167,6 @@ class Plan:
         losses = document.get("losses", False)
         if losses is not ("losses" in document) or set(document) - {"losses"} != _KEYS:
             raise ValueError("missing or unknown fields")
-        if document["schema_version"] != _version(losses):
-            raise ValueError("another schema")
         try:
             rows = _read_rows(document)
             plan = cls(
@@ -173,6 +180,8 @@ class Plan:
                 unit_rows=document["unit_rows"],
                 losses=losses,
             )
+            if document["schema_version"] != plan.schema_version:
+                raise ValueError("another schema")
             ranges = [[unit.start, unit.stop] for unit in plan.units]
             if [unit["rows"] for unit in document["units"]] != ranges:
                 raise BadInput(
@@ -182,11 +191,6 @@ class Plan:
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"not a plan: {error!r}") from error
         return plan, document["sha256"]
-
-
-def _version(losses: bool) -> int:
-    """Return the first schema that has words for a plan."""
-    return LOSSES_VERSION if losses else SCHEMA_VERSION
 
 
 def _read_rows(document: dict[str, Json]) -> RowSet:

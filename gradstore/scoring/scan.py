@@ -22,12 +22,17 @@ from torch.utils.dlpack import from_dlpack
 
 from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
+from gradstore.format.quantise import mean_length, rotate, unpack
+from gradstore.scoring.byte_tables import MOST_QUERIES, ByteTables
 
 #: Rows per matrix product: the size of a store's unit, so that a block is one file's view.
 BLOCK_ROWS = 256
 
 #: Row length is padded to this many floats: BLAS edge kernels round differently.
 _PAD = 16
+
+#: Stored types that torch turns into the row up to its scale.
+_PLAIN_DTYPES = ("int8", "float16", "float32")
 
 #: Norms whose squares neither underflow nor overflow float32; rows outside take the slow path.
 _SAFE_NORM = (1e-15, 1e15)
@@ -37,8 +42,8 @@ class FeatureSource(Protocol):
     """Rows of features; a store's `Generation` is one.
 
     A source that also has `units` (list of (start_row, stop_row), ascending, covering all rows),
-    `raw(u)` (the unit's rows as stored, (rows_u, d)) and `dtype` float16 or float32 is read without
-    copies: a cosine does not care about the per-row scale.
+    `raw(u)` (the unit's rows as stored, (rows_u, d)) and `dtype` float16, float32, int8 or 1bit is
+    read without copies: a cosine does not care about the per-row scale.
     """
 
     @property
@@ -127,6 +132,8 @@ def round_chunk(chunk_rows: int) -> int:
 class Scan:
     """Inner products of one source's unit rows with fixed queries, chunk by chunk.
 
+    Of 1bit they are the estimates of `quantise.mean_length`, which may lie a little beyond 1.
+
     Args:
         source: n rows of length d.
         queries: (q, d) float; used as they are, not normalised.
@@ -146,18 +153,25 @@ class Scan:
         self._queries = np.ascontiguousarray(queries, dtype=np.float64)
         self._device = device
         self._chunk_rows = round_chunk(chunk_rows)
+        stored_as = str(getattr(source, "dtype", "")) if hasattr(source, "raw") else ""
+        self._packed = stored_as == "1bit"
         width = -(-source.dim // _PAD) * _PAD
         count = self._queries.shape[0]
         padded = np.zeros((count, width), dtype=np.float32)
         padded[:, : source.dim] = self._queries
+        self._tables: ByteTables | None = None
+        if self._packed:
+            # Products of signs, whose length is the root of d, are divided by that length.
+            corrected = self._queries * (np.sqrt(source.dim) / mean_length(source.dim))
+            padded[:, : source.dim] = rotate(corrected)
+            if count <= MOST_QUERIES:
+                self._tables = ByteTables(padded[:, : source.dim], device)
         self._right = torch.from_numpy(padded).to(device).T  # (width, q)
         self._block = torch.zeros(BLOCK_ROWS, width, device=device)
         self._products = torch.zeros(self._chunk_rows, count, device=device)
-        self._norms = torch.zeros(self._chunk_rows, device=device)
-        self._raw = hasattr(source, "raw") and str(getattr(source, "dtype", "")) in (
-            "float16",
-            "float32",
-        )
+        # Looked-up products leave them as they are here, the length of signs.
+        self._norms = torch.full((self._chunk_rows,), float(np.sqrt(source.dim)), device=device)
+        self._raw = self._packed or stored_as in _PLAIN_DTYPES
         # Called once: a source may build the list at every access.
         self._units: Sequence[tuple[int, int]] = cast(Any, source).units if self._raw else ()
 
@@ -175,9 +189,15 @@ class Scan:
         whole = None if self._raw else self._source.read(start, stop)
         for low in range(start, stop, BLOCK_ROWS):
             high = min(low + BLOCK_ROWS, stop)
+            if self._tables is not None:
+                for first, piece in self._raw_pieces(low, high):
+                    there = slice(first - start, first - start + len(piece))
+                    self._products[there] = self._tables.products(piece)
+                continue
             if whole is None:
                 for first, piece in self._raw_pieces(low, high):
-                    self._load(first - low, piece)
+                    signs = unpack(piece, self._source.dim) if self._packed else piece
+                    self._load(first - low, signs)
             else:
                 self._load(0, whole[low - start : high - start])
             here = slice(low - start, low - start + BLOCK_ROWS)
@@ -202,7 +222,7 @@ class Scan:
 
         Args:
             offset: row of the buffer that gets the first row.
-            piece: (rows, d) float16 or float32, possibly a read-only memory map.
+            piece: (rows, d) in a plain dtype, possibly a read-only memory map.
         """
         # DLPack shares read-only memory without a copy and without from_numpy's warning.
         shared = from_dlpack(np.ascontiguousarray(piece))

@@ -91,11 +91,12 @@ class FeatureIndex:
         Args:
             generation: a committed generation.
             cache_dir: the store's `index` folder; None keeps the index in memory.
-            backend: "auto" takes FAISS where it is installed, else exact torch.
+            backend: "auto" takes FAISS where it is installed, else exact torch; of 1bit rows torch,
+                which scans them packed.
 
         Raises:
             BadInput: the generation is not committed, has no usable row, or FAISS was asked for and
-                is not installed.
+                is not installed or would keep 1bit rows at 32 times their size.
         """
         _check(generation, backend)
         usable = np.flatnonzero(np.asarray(generation.usable, dtype=bool)).astype(np.int64)
@@ -104,10 +105,8 @@ class FeatureIndex:
                 f"{generation.name} has no usable row; there is nothing to index; "
                 "`gradstore info` says why its rows are skipped"
             )
-        faiss = None if backend == "torch" else _import_faiss()
+        faiss = _chosen(generation, backend)
         if faiss is None:
-            if backend == "faiss":
-                raise BadInput("faiss is not installed; install it, or use backend='torch'")
             return cls(generation, None, usable)
         if generation.commit_sha is None:
             raise BadInput(
@@ -217,6 +216,17 @@ def _check(generation: object, backend: object) -> None:
     """Raise BadInput unless it is a generation, and a backend that is offered."""
     expect(is_source(generation), "generation", generation, "one of store.generations()")
     expect(backend in get_args(Backend), "backend", backend, " | ".join(get_args(Backend)))
+
+
+def _chosen(generation: object, backend: Backend) -> ModuleType | None:
+    """Return FAISS, or None where torch searches; raise BadInput where FAISS can't."""
+    packed = getattr(generation, "dtype", "") == "1bit"
+    if packed and backend == "faiss":
+        raise BadInput("faiss would keep 1bit rows at 32 times their size; use backend='torch'")
+    faiss = None if packed or backend == "torch" else _import_faiss()
+    if faiss is None and backend == "faiss":
+        raise BadInput("faiss is not installed; install it, or use backend='torch'")
+    return faiss
 
 
 def _import_faiss() -> ModuleType | None:

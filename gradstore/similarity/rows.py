@@ -33,7 +33,7 @@ class UnitRows:
 
 
 def read_unit_rows(generation: Generation, chunk_rows: int = 4096) -> Iterator[UnitRows]:
-    """Yield all rows of a generation, in order, rescaled to length 1 after 16-bit storage.
+    """Yield all rows of a generation, in order, rescaled to length 1 after storage.
 
     Args:
         generation: of embeddings, or of gradient features.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import get_args
 
 from gradstore.errors import BadInput, DamagedFile, ProvenanceMismatch
 from gradstore.export.share import StepShare
 from gradstore.format.commits import Commit
-from gradstore.format.layout import GRADIENT, generation_path, plan_path
-from gradstore.format.names import GenerationName, space_run
+from gradstore.format.layout import GRADIENT, dtype_of_role, generation_path, plan_path
+from gradstore.format.names import GenerationName, Role, space_run
 from gradstore.format.plans import Plan
 from gradstore.format.provenance import Difference, compare, refuse
 from gradstore.format.records import LOADED_FROM, GenerationRecord
@@ -148,14 +149,25 @@ def _check_prefix(store: Store, wanted: Plan) -> None:
 
 
 def _check_shape(store: Store, wanted: Plan) -> None:
+    """Reject another d or dtype than the space's newest generation of either role has."""
+    seen: set[str] = set()
     for commit in reversed(store.live_commits()):
+        role = GenerationName.parse(commit.generation).role
+        if role in seen:
+            continue
         plan = store.generation(commit.generation).plan
-        if plan.space == wanted.space:
-            differences = compare(
-                {"dim": plan.dim, "dtype": plan.dtype}, {"dim": wanted.dim, "dtype": wanted.dtype}
-            )
-            if differences:
-                raise refuse(str(store.path), differences)
+        if plan.space != wanted.space:
+            continue
+        seen.add(role)
+        stored, current = plan.dtype, wanted.dtype
+        if role != wanted.record.role:  # one of the two is a target set
+            stored, current = (dtype_of_role(each, "target") for each in (stored, current))
+        differences = compare(
+            {"dim": plan.dim, "dtype": stored}, {"dim": wanted.dim, "dtype": current}
+        )
+        if differences:
+            raise refuse(str(store.path), differences)
+        if len(seen) == len(get_args(Role)):
             return
 
 

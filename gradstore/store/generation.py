@@ -39,7 +39,7 @@ class Generation:
         commit: the commit that added it.
         rows: n.
         dim: d.
-        dtype: `float16` or `bfloat16` (stored as its bits in uint16).
+        dtype: of `layout.FeatureDtype`, as its rows are stored; bfloat16 as its bits in uint16.
         space: name of its space.
     """
 
@@ -206,7 +206,8 @@ class Generation:
             unit: number of the unit.
 
         Returns:
-            (rows of the unit, d) in the stored dtype; multiply by `scale` to decode.
+            (rows of the unit, d) in the stored dtype; multiply by `scale` to decode. Of 1bit
+            (rows of the unit, ceil(d / 8)) uint8, for `gradstore.format.quantise`.
 
         Raises:
             DamagedData: the chunk's size or crc32c is not the committed one.
@@ -249,7 +250,8 @@ class Generation:
             first = unit * size
             low, high = max(start, first), min(stop, first + size)
             stored = self._chunk(self._plan.arrays[0], unit)[low - first : high - first]
-            out[low - start : high - start] = decode(stored, self.scale[low:high], self.dtype)
+            scale = self.scale[low:high]
+            out[low - start : high - start] = decode(stored, scale, self.dtype, self.dim)
         return out
 
     def _column(self, name: str) -> np.ndarray:

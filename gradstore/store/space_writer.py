@@ -9,9 +9,9 @@ from typing import Any
 from gradstore.errors import DamagedData, DamagedFile, Fault, StoreIOError, expect
 from gradstore.format.canonical import Json, plain
 from gradstore.format.layout import (
-    LOSSES_VERSION,
     UNIT_ROWS,
     check_dtype,
+    dtype_of_role,
     generation_bytes,
     generation_path,
     plan_path,
@@ -143,7 +143,7 @@ class SpaceWriter:
             record: what makes the generation.
             rows: its n rows, in order.
             dim: d.
-            dtype: float16 or bfloat16.
+            dtype: of the space's train rows; `dtype_of_role` says that of target rows.
             unit_rows: rows per unit of a new plan; an existing plan wins.
             losses: keep the loss of each row; an existing plan wins.
 
@@ -155,9 +155,9 @@ class SpaceWriter:
             StoreIOError: not enough room.
         """
         check_dtype(dtype)
-        store = self._view()
+        store, stored = self._view(), dtype_of_role(dtype, record.role)
         wanted = Plan(
-            record.name, self.space, self._seal, record, rows, dim, dtype, unit_rows, losses
+            record.name, self.space, self._seal, record, rows, dim, stored, unit_rows, losses
         )
         chosen = choose_plan(self._files, store, wanted)
         plan, committed = chosen.plan, chosen.committed
@@ -171,8 +171,7 @@ class SpaceWriter:
             done = len(self._files.names(f"{generation_path(plan.name)}/units"))
             needed -= needed * done // len(plan.units)
         self._check_free(needed, f"{plan.name} ({len(plan.rows):,} x {plan.dim:,} {plan.dtype})")
-        if plan.losses:
-            raise_schema(self._files, store, LOSSES_VERSION)
+        raise_schema(self._files, store, plan.schema_version)
         if not self._files.publish(plan_path(plan.name), plan.to_bytes()):
             fault = Fault(plan_path(plan.name), "no plan yet", "another writer's plan")
             raise DamagedFile(fault, str(self._files.root))

@@ -37,6 +37,7 @@ class StoreKit:
     provenance = PROVENANCE
     dim = 4
     unit_rows = 16
+    dtype = "float16"
 
     def record(self, name: str = "train/1", **changes: Any) -> GenerationRecord:
         parsed = GenerationName.parse(name)
@@ -87,7 +88,11 @@ class StoreKit:
         """Commits one generation of n rows."""
         seed = GenerationName.parse(name).step
         generation = writer.begin(
-            self.record(name, **changes), self.rows(n), dim=self.dim, unit_rows=self.unit_rows
+            self.record(name, **changes),
+            self.rows(n),
+            dim=self.dim,
+            dtype=self.dtype,
+            unit_rows=self.unit_rows,
         )
         self.fill(generation, self.features(n, seed))
         return generation.commit().sha256

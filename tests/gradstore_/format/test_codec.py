@@ -1,17 +1,19 @@
-"""Features in 16 bits: what comes back, and what is marked as unusable."""
+"""Features in fewer bits: what comes back, and what is marked as unusable."""
 
 from __future__ import annotations
+
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from gradstore.format.codec import decode, encode, settle_status
-from gradstore.format.layout import RowStatus
+from gradstore.format.layout import FeatureDtype, RowStatus
 
 ALL = np.ones(4, dtype=bool)
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8), ("float32", 24)])
 def test_rows_of_any_size_come_back_within_half_a_unit_in_the_last_place(
     dtype: str, bits: int
 ) -> None:
@@ -23,13 +25,28 @@ def test_rows_of_any_size_come_back_within_half_a_unit_in_the_last_place(
     assert np.abs(found / largest).max(axis=1) == pytest.approx(np.ones(4), rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_rows_that_differ_by_a_power_of_two_are_stored_alike(dtype: str) -> None:
     row = np.random.default_rng(1).standard_normal(32).astype(np.float32)
     stored, scale = encode(np.stack([row, row * 8, row / 4, -row]), ALL, dtype)
     np.testing.assert_array_equal(stored[0], stored[1])
     np.testing.assert_array_equal(stored[0], stored[2])
     assert (scale / scale[0]).tolist() == [1.0, 8.0, 0.25, 1.0]
+
+
+def test_int8_rows_come_back_within_half_a_step_of_127() -> None:
+    """Whatever their size; also where the scale is subnormal, which float32 rounds coarsely."""
+    rows = np.random.default_rng(0).standard_normal((5, 300))
+    rows[:, 7] = -9.0
+    sizes = np.array([[1e-38], [1e-3], [7.0], [1e37], [2e-44]])
+    rows = (rows * sizes).astype(np.float32)
+    stored, scale = encode(rows, np.ones(5, bool), "int8")
+    assert stored.dtype == np.int8
+    assert stored[:4, 7].tolist() == [-127] * 4
+    assert np.abs(stored).max() <= 127
+    found = decode(stored, scale, "int8").astype(np.float64)
+    assert (np.abs(found - rows) <= 0.5001 * scale[:, None].astype(np.float64)).all()
+    assert scale[:4] == pytest.approx(9 / 127 * sizes[:4, 0], rel=1e-6)
 
 
 def test_halves_of_bfloat16_are_rounded_to_even() -> None:
@@ -39,11 +56,11 @@ def test_halves_of_bfloat16_are_rounded_to_even() -> None:
     assert found[0].tolist() == [1.5, 1.0, 1 + 2.0**-6, 1 + 2.0**-7]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", get_args(FeatureDtype))
 def test_unusable_rows_come_back_as_nan(dtype: str) -> None:
     rows = np.ones((4, 3), np.float32)
     usable = np.array([True, False, True, False])
-    assert np.isnan(decode(*encode(rows, usable, dtype), dtype)).all(axis=1).tolist() == [
+    assert np.isnan(decode(*encode(rows, usable, dtype), dtype, 3)).all(axis=1).tolist() == [
         False, True, False, True,
     ]  # fmt: skip
 

@@ -76,7 +76,8 @@ def features(store: Store) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def reference(kit: StoreKit, fast_path: Path) -> dict[str, bytes]:
+def reference(request: pytest.FixtureRequest, kit: StoreKit, fast_path: Path) -> dict[str, bytes]:
+    kit.dtype = getattr(request, "param", kit.dtype)
     run(kit, fast_path / "reference", StoreFiles(fast_path / "reference"), [])
     return features(open_store(fast_path / "reference"))
 
@@ -104,6 +105,7 @@ def test_a_kill_at_every_operation_is_resumed_to_the_same_bytes(
     assert k > 100
 
 
+@pytest.mark.parametrize("reference", ["float16", "int8", "1bit"], indirect=True)
 def test_repeated_kills_end_in_the_same_bytes(
     kit: StoreKit, fast_path: Path, reference: dict[str, bytes]
 ) -> None:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import gradstore
+from gradstore.cli import app
 from gradstore.errors import BadInput, ProvenanceMismatch
 from gradstore.export import projected
 from gradstore.export.features import FeatureSpec, Recipe
@@ -76,6 +78,36 @@ def test_features_are_those_of_the_parts_put_together_by_hand(build: Build, llam
     assert train.record.optimizer_hash == build.moments.sha256()
     assert verify_store(build.path).ok
     assert len(gradstore.influence_scores(gradstore.checkpoint_features(store)).values) == 40
+
+
+def test_a_build_in_few_bits_is_scored_from_the_command_line_as_one_in_float32(
+    build: Build,
+) -> None:
+    """To half a step of int8, and to 4.5 standard deviations of 1bit; no dtype joins another."""
+    found, folder = {}, build.path
+    for dtype in ("int8", "float32", "1bit"):
+        build.path = folder / dtype
+        build(proj_dim=2048, dtype=dtype)
+        assert gradstore.open_store(build.path).generation("train/7").dtype == dtype
+        tables = [folder / f"{dtype}.{name}.jsonl" for name in ("score", "select")]
+        for command in (
+            ["verify"],
+            ["score", "-o", str(tables[0])],
+            ["select", "-k", "5", "-o", str(tables[1])],
+            ["query", "--target-row", "0"],
+        ):
+            result = CliRunner().invoke(app, [command[0], str(build.path), *command[1:]])
+            assert result.exit_code == 0, result.output
+        scores, chosen = (
+            [json.loads(line) for line in table.read_text().splitlines()] for table in tables
+        )
+        found[dtype] = [line["score"] for line in sorted(scores, key=lambda line: line["row"])]
+        best = sorted(range(40), key=lambda row: (-found[dtype][row], row))[:5]
+        assert [line["row"] for line in chosen] == best
+    for dtype, most in (("int8", 1e-3), ("1bit", 4.5 * (0.571 / 2048) ** 0.5)):
+        np.testing.assert_allclose(found[dtype], found["float32"], rtol=0, atol=most)
+    with pytest.raises(ProvenanceMismatch, match=r"dtype.*'?1bit'?.*float32"):
+        build(proj_dim=2048, dtype="float32", step=9)
 
 
 def build_projection(build: Build, step: int) -> Any:
