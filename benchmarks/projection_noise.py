@@ -26,7 +26,7 @@ from gradkernels import ProjectionSpec, project
 from report import RESULTS, append, echo, machine
 from tinyrun import RowBatch, TinyRun, as_stored, gather
 
-from gradstore.export.direct import TargetDirections, direct_cosines, target_directions
+from gradstore.export.direct import TargetDirections, direct_products, target_directions
 from gradstore.export.features import FeatureSpec
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import export_features
@@ -89,7 +89,7 @@ def at_step(run: TinyRun, step: int, options: argparse.Namespace) -> list[dict[s
     moments = run.train_to(step)
     targets = target_directions(run.model, list(single_rows(run)), FeatureSpec("sgd"))
     train = run.data.train
-    exact = direct_cosines(
+    exact = direct_products(
         run.model, run.batches(train), len(train), targets, FeatureSpec("adam_marginal"), moments
     ).astype(np.float64)
     found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}

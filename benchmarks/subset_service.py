@@ -21,7 +21,7 @@ import numpy.typing as npt
 from report import RESULTS, append, echo, machine
 from tinyrun import SKILLS, TinyRun
 
-from gradstore.export.direct import direct_cosines, target_directions
+from gradstore.export.direct import direct_products, target_directions
 from gradstore.export.features import FeatureSpec
 from gradstore.scoring.best_rows import HeldTable
 from gradstore.scoring.choose import SUBSETS, Rule
@@ -39,7 +39,7 @@ def similarities(run: TinyRun, step: int) -> npt.NDArray[np.float32]:
     subtasks = [list(run.batches(rows)) for rows in run.data.targets]
     sgd, n = FeatureSpec("sgd"), len(run.data.train)
     directions = target_directions(run.model, subtasks, sgd, each_row=True)
-    every = direct_cosines(
+    every = direct_products(
         run.model, run.batches(run.data.train), n, directions, FeatureSpec("adam_marginal"), moments
     )[:, len(subtasks) :]
     starts = np.cumsum([0, *directions.rows[:-1]])

@@ -8,7 +8,8 @@ them of a score's sum with the loss. *QLD* (`--qld`): a model retrained for each
 top 1% and 5%, against 10 without as many rows at random. Retrained models are banked
 (`gradstore.evaluation.bank`): a run that was stopped goes on, and another score costs LDS nothing.
 Scores are taken at four steps of one epoch on all rows (50, 100, 150, 200) and averaged, features
-through a projection (sjlt, d = 4096) and float16, as in a store. Appends to results/lds.csv.
+through a projection (sjlt, d = 4096) and float16, as in a store; `--rerank 64` adds those of whole
+gradients, and some forty minutes. Appends to results/lds.csv.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from report import RESULTS, append, echo, machine
 from tinyrun import SKILLS, TINY, Held, TinyRun
 from world import World
 
+from dataflex.data.rows import Rows
 from gradstore import CheckpointFeatures, bm25_scores
 from gradstore.evaluation import Estimate, draw_subsets, lds, query_loss_difference, without_top
 from gradstore.evaluation.bank import Bank, Progress
@@ -104,6 +106,20 @@ def embedding_scores(world: World) -> dict[str, Floats]:
     return found
 
 
+def whole_scores(world: World, curvature_rows: int) -> dict[str, Floats]:
+    """(q, n) scores of `rerank` at one step, of every row and not of the best alone."""
+    queries = [
+        Rows("query", rows.dataset.select([i]))
+        for rows in world.run.data.targets
+        for i in range(QUERIES_OF_SKILL)
+    ]
+    train = world.run.data.train
+    return {
+        f"rerank by {by}, every row": world.whole_products(train, queries, by, curvature_rows).T
+        for by in ("exact", "cg")
+    }
+
+
 def texts() -> tuple[list[str], list[str]]:
     """Questions and answers of the training rows, and of the queries."""
 
@@ -116,13 +132,16 @@ def texts() -> tuple[list[str], list[str]]:
                                               for text in rows[:QUERIES_OF_SKILL]]  # fmt: skip
 
 
-def all_scores(run: TinyRun) -> dict[str, Floats]:
+def all_scores(run: TinyRun, curvature_rows: int) -> dict[str, Floats]:
     """(q, n) scores of every method: means over the steps, of what a step changes."""
     found: dict[str, Floats] = {}
     with run.rewound():
         for step in STEPS:
             world = World(run, run.train_to(step), {})
-            for name, scores in (gradient_scores(world) | embedding_scores(world)).items():
+            made = gradient_scores(world) | embedding_scores(world)
+            if curvature_rows:
+                made |= whole_scores(world, curvature_rows)
+            for name, scores in made.items():
                 found[name] = found.get(name, 0) + scores / len(STEPS)
     run.step = 0
     found["bm25"] = bm25_scores(*texts()).astype(np.float64)
@@ -153,6 +172,8 @@ def main() -> int:
     parser.add_argument("--bank", type=Path, default=Path("runs/lds-bank"))
     parser.add_argument("--subsets", type=int, default=SUBSETS)
     parser.add_argument("--qld", nargs="*", default=[], help="names of scores")
+    parser.add_argument("--rerank", type=int, default=0, metavar="ROWS",
+                        help="score by whole gradients too, cg's matrix of ROWS")  # fmt: skip
     parser.add_argument("--csv", type=Path, default=RESULTS / "lds.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -164,7 +185,7 @@ def main() -> int:
     bank = Bank(options.bank, {"model": "examples/tiny", "epochs": 1, "seed": 1}, n, queries)
     subsets = draw_subsets(n, options.subsets, 0.5)
     losses = bank.fill(subsets, retrain, budget=len(subsets), tell=told)
-    scores = all_scores(run)
+    scores = all_scores(run, options.rerank)
     lines = [line_of(name, "lds", lds(each, losses, subsets)) for name, each in scores.items()]
     for share in SHARES if options.qld else ():
         random = ~draw_subsets(n, CONTROLS, share, seed=1)

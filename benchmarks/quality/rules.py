@@ -47,7 +47,7 @@ from gradstore.scoring.choose import Rule, select_subset
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.influence import influence_scores
 from gradstore.scoring.products import COSINE, InnerProduct
-from gradstore.scoring.selection import select_top
+from gradstore.scoring.selection import rows_for_fraction, select_top
 from gradstore.similarity.landmarks import fit
 
 STEPS, TRAINED_STEPS = (10, 60), 30
@@ -107,6 +107,21 @@ def landmarks(count: int) -> Method:
     return choose
 
 
+def rerank(by: str, top: float = 0.2) -> Method:
+    """Rows that whole gradients take of the store's best, as selectors/rerank.py does."""
+
+    def choose(world: World, target: int) -> Chosen:
+        train, queries = world.run.data.train, world.run.data.targets[target]
+        stored = world.features("adam_marginal", train)
+        pair = CheckpointFeatures(stored, (world.features("sgd", queries),))
+        scores = influence_scores([pair]).values
+        best = np.sort(select_top(scores, rows_for_fraction(top, len(train))))
+        some = Rows("candidates", train.dataset.select(best.tolist()))
+        return best[select_top(world.whole_products(some, [queries], by)[:, 0], world.k)]
+
+    return choose
+
+
 def mirror(relative: bool) -> Method:
     """Rows whose loss falls most when the model is trained on the target, 8 epochs."""
 
@@ -154,6 +169,8 @@ METHODS: dict[str, Method] = {
     "less, sgd": less("sgd"),
     "less, normalize: target": less("adam_marginal", InnerProduct("target")),
     "less, round_robin": less("adam_marginal", subset="round_robin"),
+    "less, rerank": rerank("exact"),
+    "less, rerank by cg": rerank("cg"),
     "landmarks, 100": landmarks(100),
     "landmarks, 250": landmarks(250),
     "mirror": mirror(relative=True),

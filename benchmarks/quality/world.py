@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from gradkernels import ProjectionSpec
 from tinyrun import Held, TinyRun, as_stored
 
 from dataflex.data.rows import Rows
+from gradstore.export.direct import TargetDirections, direct_products, target_directions
 from gradstore.export.features import FeatureSpec
+from gradstore.export.gauss_newton import GaussNewton, conjugate_gradients
 from gradstore.export.gradient_space import effective_seed
 from gradstore.export.moments import AdamMoments
 from gradstore.export.output_gradients import OutputGradients
@@ -30,6 +32,8 @@ from gradstore.scoring.selection import rows_for_fraction
 
 #: Features as a store keeps them: 8 KB a row.
 DIM = 4096
+#: Of conjugate gradients, as `rerank` has them by default.
+DAMPING, ITERATIONS = 0.1, 100
 
 Chosen = npt.NDArray[np.int64]
 
@@ -136,3 +140,41 @@ class World:
             return found
 
         return self.once(f"output gradients {rows.name}", make)  # type: ignore[no-any-return]
+
+    def whole_products(
+        self, rows: Rows, queries: Sequence[Rows], by: str, curvature_rows: int = 64
+    ) -> npt.NDArray[np.float64]:
+        """(m, q) cosines of whole gradients, each query set's rows averaged: `rerank` by that name.
+
+        Args:
+            rows: m training rows.
+            queries: q sets.
+            by: exact, of adam_marginal; or cg, of plain gradients in the Gauss-Newton metric.
+            curvature_rows: training rows that this is made of, drawn by the run's seed.
+        """
+        run, sgd = self.run, FeatureSpec("sgd")
+        directions = target_directions(run.model, [run.batches(each) for each in queries], sgd)
+        if by == "exact":
+            spec, moments = FeatureSpec("adam_marginal"), self.moments
+            return _products(run, rows, directions, spec, moments)
+        train, matrix = run.data.train, GaussNewton(run.model)
+        drawn = np.random.default_rng(run.seed).permutation(len(train))[:curvature_rows]
+        some = Rows("curvature", train.dataset.select(drawn.tolist()))
+        batches = [batch for _, batch in run.batches(some)]
+        solved = conjugate_gradients(
+            lambda v: matrix.summed(batches, v) / len(drawn), directions.matrix,
+            damping=DAMPING, iterations=ITERATIONS,
+        )  # fmt: skip
+        bent = replace(directions, matrix=(solved.level * solved.x).float())
+        return _products(run, rows, bent, sgd, None)
+
+
+def _products(
+    run: TinyRun,
+    rows: Rows,
+    directions: TargetDirections,
+    spec: FeatureSpec,
+    moments: AdamMoments | None,
+) -> npt.NDArray[np.float64]:
+    found = direct_products(run.model, run.batches(rows), len(rows), directions, spec, moments)
+    return found.astype(np.float64)

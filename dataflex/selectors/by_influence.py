@@ -15,14 +15,16 @@ import numpy.typing as npt
 from annotated_types import Ge
 
 from dataflex.config.parameters import Count
-from dataflex.data.rows import Rows
+from dataflex.data.rows import Rows, RunData
 from dataflex.features.settings import FeatureSettings
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.log import progress
 from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, Selector
+from dataflex.selectors.directly import select_directly
 from dataflex.selectors.product import product_of, product_told
+from dataflex.selectors.rerank import rank_again, rerank_of
 from dataflex.selectors.subset_rule import SubsetRule
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ class InfluenceSelector(Selector):
         preconditioner: none, or fisher: products in the metric of the training rows' second
             moment, docs/products.md. It needs gradient_type sgd or sign.
         damping: of fisher, as a multiple of the mean eigenvalue.
+        rerank: ranks the best rows again by whole gradients, a mapping of top (share of the rows),
+            by (exact or cg) and what cg takes, docs/rerank.md; null leaves the store's order.
         features: as for `FeatureSettings`.
     """
 
@@ -82,6 +86,7 @@ class InfluenceSelector(Selector):
         normalize: Literal["cosine", "target", "none"] = "cosine",
         preconditioner: Literal["none", "fisher"] = "none",
         damping: Annotated[float, Ge(0)] = 1.0,
+        rerank: Mapping[str, Any] | None = None,
         **features: Annotated[Any, FeatureSettings],  # noqa: ANN401 - those of that class
     ) -> None:
         self.settings = self.gradient_features = FeatureSettings(**features)
@@ -89,6 +94,7 @@ class InfluenceSelector(Selector):
             normalize, preconditioner, damping,
             scoring=scoring, gradient_type=self.settings.gradient_type,
         )  # fmt: skip
+        self.rerank = rerank_of(rerank, scoring=scoring, product=self.product)
         if scoring == "direct" and checkpoints != "last":
             raise ValueError(
                 f"checkpoints is {checkpoints!r}, but scoring: direct keeps no features of earlier "
@@ -198,14 +204,27 @@ class InfluenceSelector(Selector):
 
     # -- life cycle -------------------------------------------------------------------------------
 
+    def check_count(self, count: int, data: RunData) -> None:
+        """Refuse, before the model is loaded, more rows an update than can be answered."""
+        super().check_count(count, data)
+        if self.rerank is not None:
+            self.rerank.check_count(count, data, unique=self.unique)
+
     def forecasts(self, run: RunContext, steps: Sequence[int]) -> Sequence[Forecast]:
         """Forecast the gradients of the target rows and of the training rows."""
         from dataflex.features.forecasts import gradient_forecasts
 
         stored = self.scoring == "projected"
-        return gradient_forecasts(
+        first = gradient_forecasts(
             run, self.settings, len(steps), stored=stored, kept=self.keep_generations
         )
+        return [*first, *self.rerank_forecasts(run, first)]
+
+    def rerank_forecasts(self, run: RunContext, first: Sequence[Forecast]) -> Sequence[Forecast]:
+        """Forecast the second ranking from the passes of the first: target sets, training rows."""
+        if self.rerank is None:
+            return []
+        return self.rerank.forecasts(run, self.settings, first, self.subtask_sizes(run))
 
     def start(self, run: RunContext) -> None:
         """Open the store: its refusals come before the first training step."""
@@ -244,12 +263,17 @@ class InfluenceSelector(Selector):
     # -- selecting --------------------------------------------------------------------------------
 
     def select(self, count: int, context: UpdateContext) -> Selection:
-        """Score every training row against the target, take the best `count`."""
+        """Score every training row against the target, take the best `count`; collective."""
         if self._service is None:
-            return self._direct(count, context)
-        service = self._service
+            return select_directly(self, count, context)
+        service, scores = self._service, list[RowScores]()  # of rank 0
         exported = self.export(service, context)
-        return context.run.ranks.decide(lambda: self._choose(count, context, service, exported))
+        chosen = context.run.ranks.decide(
+            lambda: self._choose(count, context, service, exported, scores)
+        )
+        if self.rerank is None:
+            return chosen
+        return rank_again(self, self.rerank, chosen, scores, context)
 
     def export(self, service: FeatureService, context: UpdateContext) -> CheckpointExport:
         """Commit the generations of this boundary; collective."""
@@ -272,11 +296,13 @@ class InfluenceSelector(Selector):
         context: UpdateContext,
         service: FeatureService,
         exported: CheckpointExport,
+        kept: list[RowScores],
     ) -> Selection:
-        """Score the exported rows and choose the best of them, on rank 0."""
+        """Score the exported rows, keep the scores, and choose the best rows; on rank 0."""
         clock = [time.perf_counter()]
         checkpoints = service.checkpoints(self.which, context.step, self.train_set)
         scores = self.score(checkpoints, count, context)
+        kept.append(scores)
         clock.append(time.perf_counter())
         candidates = context.among_candidates(scores.usable)
         if self.rule.plain:
@@ -311,37 +337,5 @@ class InfluenceSelector(Selector):
                 **self.rule.told(),
                 "won": self.won(rows, scores.best, context.run),
                 "all_scores": spread_of(scores.values, candidates, rows),
-            },
-        )
-
-    def _direct(self, count: int, context: UpdateContext) -> Selection:
-        from dataflex.features.direct import direct_influence
-
-        began = time.perf_counter()
-        sizes = self.subtask_sizes(context.run)
-        found = direct_influence(
-            context, self.settings, sizes, self.target_source(), each_row=self.rule.per_target
-        )
-        exported = time.perf_counter()
-        candidates = context.among_candidates(np.asarray(np.isfinite(found.cosines).all(axis=1)))
-        scores = self.fold(found.cosines, candidates, count)
-        if self.rule.plain:
-            rows = self.take(scores, count, candidates)
-        else:
-            rows = self.rule.rows(count, scores, candidates, found.table, context.run.data)
-        return Selection(
-            rows,
-            scores[rows],
-            target_rows=found.target_rows,
-            tokens=found.tokens,
-            export_seconds=exported - began,
-            select_seconds=time.perf_counter() - exported,
-            skipped=found.skipped,
-            manifest={
-                "scoring": "direct",
-                "feature": self.settings.gradient_type,
-                **self.rule.told(),
-                "won": self.won(rows, self.best_of(found.cosines), context.run),
-                "all_scores": spread_of(scores, candidates, rows),
             },
         )

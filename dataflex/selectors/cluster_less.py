@@ -23,6 +23,7 @@ from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.log import progress
 from dataflex.selectors.by_influence import RowScores
 from dataflex.selectors.less import LessSelector
+from dataflex.selectors.rerank import check_alone
 from gradstore.similarity.clusters import Method
 from gradstore.similarity.rows import ClusterDirections
 
@@ -113,6 +114,7 @@ class ClusterLessSelector(LessSelector):
                 f"subset is {self.rule.subset!r}, quotas are {dict(self.rule.quotas)}; cluster_less"
                 " takes whole clusters, best first, by a rule of its own; leave both out"
             )
+        check_alone(self.rerank, "cluster_less takes whole clusters")
         self.cluster_size, self.num_clusters = cluster_size, num_clusters
         self.samples_per_cluster = samples_per_cluster
         self.max_iter, self.chunk_rows = clustering_max_iter, assignment_chunk_size

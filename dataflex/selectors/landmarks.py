@@ -90,11 +90,13 @@ class LandmarksSelector(LessSelector):
 
         kept, train = self.keep_generations, run.data.train
         source = OutputLayer(run, self.embedding_batch_size, self.settings.seed)
+        gradients = gradient_forecasts(
+            run, self.settings, len(steps), sample_rows=len(self.drawn(run.data)), kept=kept
+        )
         return [
             *embedding_forecasts(run, source, len(steps), (train,), kept),
-            *gradient_forecasts(
-                run, self.settings, len(steps), sample_rows=len(self.drawn(run.data)), kept=kept
-            ),
+            *gradients,
+            *self.rerank_forecasts(run, gradients),
         ]
 
     def start(self, run: RunContext) -> None:

@@ -13,6 +13,7 @@ from dataflex.config.registry import register
 from dataflex.data.rows import RunData
 from dataflex.run.context import UpdateContext
 from dataflex.selectors.by_influence import InfluenceSelector, RowScores
+from dataflex.selectors.rerank import check_alone
 from dataflex.selectors.subset_rule import SubsetRule
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class LessSelector(InfluenceSelector):
         super().__init__(**influence)
         self.aggregation = aggregation
         self.rule = SubsetRule(subset, neighbours, quotas or {})
+        if not self.rule.plain:
+            check_alone(self.rerank, f"subset is {subset} and quotas are {dict(quotas or {})}")
 
     def check_count(self, count: int, data: RunData) -> None:
         """Refuse, before the model is loaded, rows that can't be answered or chosen by the rule."""

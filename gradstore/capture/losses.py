@@ -130,10 +130,13 @@ class RowLoss:
 
     def __call__(self, batch: Mapping[str, Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
         """Compute the rows' summed loss, with its graph, and (s,) token losses without a graph."""
-        logits = self._gathered_logits(batch, targets)
-        if logits is None:
-            logits = self._full_logits(batch, targets)
+        logits = self.logits(batch, targets)
         return weighted_cross_entropy(logits, targets.tokens, targets.weights())
+
+    def logits(self, batch: Mapping[str, Tensor], targets: Targets) -> Tensor:
+        """Compute the logits (s, V) at the targets, with their graph."""
+        logits = self._gathered_logits(batch, targets)
+        return self._full_logits(batch, targets) if logits is None else logits
 
     def _full_logits(self, batch: Mapping[str, Tensor], targets: Targets) -> Tensor:
         logits = logits_of(self._model(**model_inputs(batch)))

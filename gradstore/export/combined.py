@@ -147,8 +147,18 @@ def combined_directions(
     *,
     token_budget: int = 2048,
     each_row: bool = False,
+    unit: bool = True,
 ) -> TargetDirections:
-    """Compute the mean unit feature of each sub-task, and keep each row's if asked to.
+    """Compute the mean feature of each sub-task, and keep each row's if asked to.
+
+    Args:
+        model: the model whose gradients are taken.
+        subtasks: for each sub-task, its rows.
+        collate: sequences -> padded batch with `labels` (b, t).
+        features: `sgd`, or `sign` where the training features are `sign`.
+        token_budget: tokens of a padded batch.
+        each_row: keep the rows as well.
+        unit: whether a row counts at length 1, or with its norm.
 
     Raises:
         BadInput: a sub-task without a usable row, named by its position.
@@ -166,7 +176,7 @@ def combined_directions(
                 )
                 for group, gradients in parts
             )
-            found.append(mean_direction(counted, number, kept))
+            found.append(mean_direction(counted, number, kept, unit=unit))
         each.append(in_order(kept))
     directions = torch.stack([direction for direction, _ in found])
     return TargetDirections(directions, tuple(used for _, used in found), joined(each))

@@ -28,13 +28,13 @@ RowBatches = Iterable[RowBatch]
 
 @dataclass(frozen=True)
 class TargetDirections:
-    """Mean unit gradient of each sub-task.
+    """Mean gradient of each sub-task, of unit rows unless they were asked for with their norms.
 
     Attributes:
-        matrix: (q, p) float32; a sub-task's row is the mean of its unit rows, not re-normalised.
+        matrix: (q, p) float32; a sub-task's row is the mean of its rows, not re-normalised.
         rows: (q,) usable rows behind each direction.
-        each: (t, p) float32, the unit rows themselves, in the order of sub-tasks and rows; None
-            unless asked for.
+        each: (t, p) float32, the rows themselves, in the order of sub-tasks and rows; None unless
+            asked for.
     """
 
     matrix: Tensor
@@ -47,7 +47,7 @@ class TargetDirections:
         return self.matrix if self.each is None else torch.cat([self.matrix, self.each])
 
 
-#: Unit rows (u, p) of some usable rows, and the rows' numbers.
+#: Gradients (u, p) of some usable rows, and the rows' numbers.
 Kept = list[tuple[Tensor, npt.NDArray[np.int64]]]
 
 
@@ -57,14 +57,16 @@ def target_directions(
     features: FeatureSpec,
     *,
     each_row: bool = False,
+    unit: bool = True,
 ) -> TargetDirections:
-    """Compute one direction per sub-task from its rows' unit gradients.
+    """Compute one direction per sub-task from its rows' gradients.
 
     Args:
         model: the model whose gradients are taken.
         subtasks: for each sub-task, its batches.
         features: `sgd`, or `sign` where the training features are `sign`.
-        each_row: keep the unit rows as well, 4 p bytes each.
+        each_row: keep the rows as well, 4 p bytes each.
+        unit: whether a row counts at length 1, or with its norm.
 
     Raises:
         BadInput: a sub-task without a usable row, named by its position.
@@ -78,7 +80,7 @@ def target_directions(
                 for rows, batch in batches
             )
             kept: Kept | None = [] if each_row else None
-            direction, used = mean_direction(whole, number, kept)
+            direction, used = mean_direction(whole, number, kept, unit=unit)
             means.append(direction)
             counts.append(used)
             each.append(in_order(kept))
@@ -89,13 +91,16 @@ def mean_direction(
     parts: Iterable[tuple[Tensor, Tensor, Sequence[int] | npt.NDArray[np.int64]]],
     number: int,
     kept: Kept | None = None,
+    *,
+    unit: bool = True,
 ) -> tuple[Tensor, int]:
-    """Compute the mean unit row of a sub-task, and count its usable rows.
+    """Compute the mean row of a sub-task, and count its usable rows.
 
     Args:
         parts: whole features (b, p), their target tokens (b,) and rows (b,).
         number: position of the sub-task, for the message.
-        kept: receives the unit rows.
+        kept: receives the rows.
+        unit: whether a row counts at length 1, or with its norm.
 
     Raises:
         BadInput: no row can be used.
@@ -105,12 +110,12 @@ def mean_direction(
     for features, tokens, rows in parts:
         norm = torch.linalg.vector_norm(features, dim=1)
         good = torch.isfinite(norm) & (norm > 0) & (tokens > 0)
-        units = features[good] / norm[good, None]
-        part = units.sum(dim=0)
+        taken = features[good] / norm[good, None] if unit else features[good]
+        part = taken.sum(dim=0)
         total = part if total is None else total + part
         used += int(good.sum())
         if kept is not None:
-            kept.append((units, np.asarray(rows, dtype=np.int64)[good.cpu().numpy()]))
+            kept.append((taken, np.asarray(rows, dtype=np.int64)[good.cpu().numpy()]))
     if total is None or not used:
         raise BadInput(
             f"sub-task {number} of the target has no usable row: every row is masked or "
@@ -120,20 +125,20 @@ def mean_direction(
 
 
 def in_order(kept: Kept | None) -> Tensor | None:
-    """Join unit rows (u, p) in the order of their rows; None where none were kept."""
+    """Join gradients (u, p) in the order of their rows; None where none were kept."""
     if kept is None:
         return None
-    order = np.argsort(np.concatenate([rows for _, rows in kept]), kind="stable")
-    return torch.cat([units for units, _ in kept])[torch.from_numpy(order)]
+    order = np.argsort(np.concatenate([numbers for _, numbers in kept]), kind="stable")
+    return torch.cat([rows for rows, _ in kept])[torch.from_numpy(order)]
 
 
 def joined(each: Sequence[Tensor | None]) -> Tensor | None:
-    """Join the unit rows of sub-tasks; None where none were kept."""
-    kept = [units for units in each if units is not None]
+    """Join the kept rows of sub-tasks; None where none were kept."""
+    kept = [rows for rows in each if rows is not None]
     return torch.cat(kept) if kept else None
 
 
-def direct_cosines(
+def direct_products(
     model: nn.Module,
     batches: RowBatches,
     n: int,
@@ -141,17 +146,22 @@ def direct_cosines(
     features: FeatureSpec,
     moments: AdamMoments | None = None,
     status: npt.NDArray[np.uint8] | None = None,
+    *,
+    unit: bool = True,
 ) -> npt.NDArray[np.float32]:
-    """Compute the mean cosine of each training row to every sub-task, and to each row if kept.
+    """Compute each training row's product with every direction, and with each row if kept.
+
+    With unit target rows and unit training rows it is the mean cosine to a sub-task.
 
     Args:
         model: the model whose gradients are taken.
         batches: the training rows.
         n: how many there are.
-        directions: from `target_directions`.
+        directions: from `target_directions`, as they are or in a metric.
         features: how a training gradient becomes a feature.
         moments: Adam moments where `features` needs them.
         status: (n,) uint8, receives the `RowStatus` of every row given.
+        unit: whether a training row counts at length 1, or with its norm.
 
     Returns:
         (n, q), or (n, q + t) with the directions of each row, float32; NaN for rows that cannot be
@@ -181,11 +191,11 @@ def direct_cosines(
 
             stats = capture.capture(batch, sink)
             codes = row_status(squares.sqrt(), stats.target_tokens)
-            cosines = dots / squares.sqrt()[:, None]
-            cosines[codes != RowStatus.OK] = torch.nan
+            products = dots / squares.sqrt()[:, None] if unit else dots
+            products[codes != RowStatus.OK] = torch.nan
             if status is not None:
                 status[rows] = codes.cpu().numpy()
-            found[rows] = cosines.float().cpu().numpy()
+            found[rows] = products.float().cpu().numpy()
     return found
 
 

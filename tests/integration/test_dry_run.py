@@ -63,6 +63,18 @@ def test_a_forecast_is_what_the_run_takes_and_writes_nothing(
     assert len(open_store(folder / "gradstore").generations()) == 4
 
 
+def test_a_second_ranking_is_named_with_the_most_that_it_costs(cli: Any, config: Any) -> None:
+    params = {"rerank": {"top": 0.25, "by": "cg", "curvature_rows": 6, "iterations": 9}}
+    result = cli("train", config(component_params={"proj_dim": 64, **params}), "--dry-run")
+    assert result.code == 0, result.err[-3000:]
+    told = table(result.out)
+    assert told["whole gradients of tiny_target"][:2] == ["2", "32"]
+    assert told["whole gradients of the best 0.25 of rows"][:2] == ["2", "24"]
+    products = told["Gauss-Newton products, at most"]
+    assert products[:2] == ["18", "6"]
+    assert seconds(products[3]) > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

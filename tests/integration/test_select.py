@@ -106,6 +106,37 @@ def test_copies_and_a_target_that_wins_all_are_told_and_unique_takes_each_row_on
     assert "distinct" not in said
 
 
+def test_a_second_ranking_of_every_row_chooses_what_direct_scores_do(
+    cli: Any, config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """And one of the best rows chooses among them, at the step's own gradients and moments."""
+    made, common = {}, {"max_samples": 40, "gradient_accumulation_steps": 1, "train_step": 4}
+    ways: dict[str, dict[str, Any]] = {
+        "direct": {"scoring": "direct"},
+        "every": {"proj_dim": 16, "rerank": {"top": 1.0}},
+        "best": {"proj_dim": 16, "rerank": {"top": 0.3}},
+        "stored": {"proj_dim": 16},
+    }
+    for name, params in ways.items():
+        path = config(output_dir=str(tmp_path / name), component_params=params, **common)
+        result = cli("train", path)
+        assert result.code == 0, result.err[-3000:]
+        made[name] = json.loads((tmp_path / name / "dataflex/selections/step_2.json").read_text())
+    assert made["every"]["indices"] == made["direct"]["indices"]
+    assert made["every"]["metric"]["score"] == pytest.approx(made["direct"]["metric"]["score"])
+    assert made["every"]["indices"] != made["stored"]["indices"], "16 dimensions are rough"
+    told = made["best"]["manifest"]["rerank"]
+    assert told == {"top": 0.3, "by": "exact", "rows": 12, "skipped": {}}
+    assert made["best"]["manifest"]["train"] == made["stored"]["manifest"]["train"]
+    scores = made["best"]["metric"]["score"]
+    assert scores == sorted(scores, reverse=True)
+    (line,) = [each for each in map(json.loads, (
+        tmp_path / "best" / "trainer_log.jsonl").read_text().splitlines())
+        if "dataflex/rerank_kept_share" in each]  # fmt: skip
+    kept = set(made["best"]["indices"]) & set(made["stored"]["indices"])
+    assert line["dataflex/rerank_kept_share"] == len(kept) / len(made["best"]["indices"])
+
+
 @pytest.mark.parametrize("scoring", ["projected", "direct"])
 def test_target_rows_of_two_kinds_are_served_in_turn_within_quotas(
     scoring: str, cli: Any, config: Callable[..., Path], tmp_path: Path

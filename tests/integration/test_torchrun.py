@@ -70,17 +70,25 @@ def test_ctrl_c_reaches_the_workers_and_is_one_message(
 
 
 @pytest.mark.parametrize(
-    ("scoring", "subset"), [("projected", "top"), ("direct", "top"), ("direct", "knn_uniform")]
+    ("scoring", "more"),
+    [
+        ("projected", {}),
+        ("projected", {"rerank": {"top": 0.3, "by": "cg", "curvature_rows": 7, "iterations": 5}}),
+        ("direct", {}),
+        ("direct", {"subset": "knn_uniform"}),
+    ],
+    ids=["projected", "projected, rerank", "direct", "direct, knn_uniform"],
 )
 def test_two_processes_share_the_work_and_select_what_one_does(
-    scoring: str, subset: str, cli: Any, config: Any, tmp_path: Path
+    scoring: str, more: dict[str, Any], cli: Any, config: Any, tmp_path: Path
 ) -> None:
     """Rows 0-519 make three units: both ranks compute, rank 0 commits. Masks are those of rows.
 
-    Direct scores have no units: fewer rows make as many batches for both ranks.
+    Direct scores have no units: fewer rows make as many batches for both ranks. The rows of a
+    curvature are shared by their batches, of which one rank has more.
     """
-    params = {"proj_dim": 128, "scoring": scoring, "subset": subset}
-    rows = 520 if scoring == "projected" else 160
+    params = {"proj_dim": 128, "scoring": scoring, **more}
+    rows = 520 if scoring == "projected" and not more else 160
     changes = {"max_samples": rows, "train_step": 6, "warmup_step": 4, "save_steps": 50,
                "per_device_train_batch_size": 1, "lora_dropout": 0.1,
                "component_params": params}  # fmt: skip

@@ -110,5 +110,8 @@ def test_directions_are_means_of_unit_sums(llama: Any) -> None:
     assert kept.each is not None
     assert torch.allclose(kept.each.double(), torch.stack(units), atol=1e-6)
     assert torch.equal(kept.all, torch.cat([found.matrix, kept.each]))
+    sums = combined_directions(model, [[*rows[:2], silent]], llama.collate, SGD, unit=False)
+    whole = [expected(llama, model, row) for row in rows[:2]]
+    assert torch.allclose(sums.matrix[0].double(), (whole[0] + whole[1]) / 2, rtol=1e-4, atol=1e-6)
     with pytest.raises(BadInput, match="sub-task 0 of the target has no usable row"):
         combined_directions(model, [[silent]], llama.collate, SGD)

@@ -11,7 +11,7 @@ from gradkernels import ProjectionSpec, project
 
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.errors import BadInput
-from gradstore.export.direct import direct_cosines, target_directions
+from gradstore.export.direct import direct_products, target_directions
 from gradstore.export.features import FeatureMap, FeatureSpec, Kind
 from gradstore.export.share import StepShare
 from gradstore.scoring.comparable import CheckpointFeatures
@@ -72,11 +72,11 @@ def scored(case: dict[str, Any], llama: Any, spec: FeatureSpec, size: int = 4) -
     assert directions.rows == TARGETS
     batches = llama.batches(case["rows"], size)
     moments = case["moments"] if spec.needs_moments else None
-    return direct_cosines(case["model"], batches, TRAIN, directions, spec, moments)
+    return direct_products(case["model"], batches, TRAIN, directions, spec, moments)
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
-def test_direct_cosines_are_the_mean_cosines_of_whole_batch_1_features(
+def test_direct_products_are_the_mean_cosines_of_whole_batch_1_features(
     llama: Any, case: dict[str, Any], kind: Kind
 ) -> None:
     spec, gradients = FeatureSpec(kind), case["train"]
@@ -134,9 +134,9 @@ def test_rows_that_cannot_be_used_or_were_not_given_are_nan(
         model, [llama.batches(case["subtasks"][0], 2)], FeatureSpec("sgd")
     )
     batches = llama.batches(rows[:8], 8)
-    found = direct_cosines(model, batches, TRAIN, directions, FeatureSpec("sgd"))[:, 0]
+    found = direct_products(model, batches, TRAIN, directions, FeatureSpec("sgd"))[:, 0]
     assert np.flatnonzero(np.isnan(found)).tolist() == [2, 4, *range(8, TRAIN)]
-    whole = direct_cosines(
+    whole = direct_products(
         model, llama.batches(case["rows"], 8), TRAIN, directions, FeatureSpec("sgd")
     )[:, 0]
     np.testing.assert_allclose(found[[0, 1, 3, 5, 6, 7]], whole[[0, 1, 3, 5, 6, 7]], atol=1e-6)
@@ -151,7 +151,7 @@ def test_each_rows_cosines_are_in_the_rows_order_and_average_to_the_subtasks(
     subtasks = [llama.batches(part, size) for part in (rows, case["subtasks"][1])]
     backwards = [list(batches)[::-1] for batches in subtasks]
     directions = target_directions(case["model"], backwards, spec, each_row=True)
-    found = direct_cosines(case["model"], llama.batches(case["rows"], 4), TRAIN, directions, spec)
+    found = direct_products(case["model"], llama.batches(case["rows"], 4), TRAIN, directions, spec)
     train = features_of(case["model"], case["train"], spec, None)
     target = features_of(case["model"], case["target"], spec, None)
     kept = [i for i in range(sum(TARGETS)) if i != 1]

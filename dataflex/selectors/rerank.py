@@ -1,0 +1,299 @@
+"""A second ranking of a selector's best rows, by whole gradients.
+
+Letters: n training rows, c candidates, q sub-tasks of the target, m rows of an update.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from annotated_types import Gt, Le
+
+from dataflex.config.parameters import Count, Positive, checked
+from dataflex.config.registry import grouped
+from dataflex.data.rows import RunData
+from dataflex.run.context import RunContext, UpdateContext
+from dataflex.run.spread import spread_of
+from dataflex.selectors.base import Selection
+
+if TYPE_CHECKING:
+    from dataflex.features.newton import Curvature, NewtonMetric
+    from dataflex.features.settings import FeatureSettings
+    from dataflex.run.forecast import Forecast
+    from dataflex.selectors.by_influence import InfluenceSelector, RowScores
+    from gradstore.scoring.products import InnerProduct
+
+_log = logging.getLogger(__name__)
+
+#: Settings that only conjugate gradients have.
+SOLVER = ("curvature_rows", "damping", "iterations", "tolerance")
+
+
+@checked
+@dataclass(frozen=True)
+class Rerank:
+    """Settings of the second ranking.
+
+    Args:
+        top: share of the rows that may be chosen, the best by the store, that are ranked again;
+            never fewer rows than an update takes.
+        by: exact, products of whole gradients; or cg, those in the metric of the training rows'
+            Gauss-Newton matrix, which conjugate gradients solve for.
+        curvature_rows: training rows that the matrix of cg is made of, at most.
+        damping: of cg, what is added to the matrix's diagonal as a multiple of its curvature along
+            the target's gradient.
+        iterations: of cg, products with the matrix at most.
+        tolerance: of cg, of the residual relative to the target's gradient.
+    """
+
+    top: Annotated[float, Gt(0), Le(1)] = 0.1
+    by: Literal["exact", "cg"] = "exact"
+    curvature_rows: Count = 256
+    damping: Positive = 0.1
+    iterations: Count = 100
+    tolerance: Positive = 1e-3
+
+    def candidates(self, usable: int, count: int) -> int:
+        """Return c of so many rows that may be chosen, where an update takes `count`."""
+        from gradstore.scoring.selection import rows_for_fraction
+
+        return min(max(rows_for_fraction(self.top, usable), count), usable)
+
+    def best(self, scores: RowScores, count: int, context: UpdateContext) -> npt.NDArray[np.int64]:
+        """Return the candidates, (c,) rising rows."""
+        from gradstore.scoring.selection import select_top
+
+        usable = context.among_candidates(scores.usable)
+        taken = self.candidates(int(usable.sum()), count)
+        return np.sort(select_top(scores.values, taken, usable=usable))
+
+    @property
+    def curvature(self) -> Curvature | None:
+        """The solver's settings; None where nothing is solved."""
+        from dataflex.features.newton import Curvature
+
+        if self.by == "exact":
+            return None
+        return Curvature(self.curvature_rows, self.damping, self.iterations, self.tolerance)
+
+    def features(self, settings: FeatureSettings) -> FeatureSettings:
+        """Return the settings of the second ranking's features.
+
+        The Gauss-Newton matrix takes the place of Adam's scaling: of `cg` they are plain gradients.
+        """
+        return settings if self.by == "exact" else replace(settings, gradient_type="sgd")
+
+    def forecasts(
+        self,
+        run: RunContext,
+        settings: FeatureSettings,
+        gradients: Sequence[Forecast],
+        subtask_sizes: Sequence[int] | None,
+    ) -> list[Forecast]:
+        """Forecast the passes of the second ranking.
+
+        Whole gradients take as long as projected ones, but for the projection, which is the smaller
+        part.
+
+        Args:
+            run: with its rows and model.
+            settings: of the features.
+            gradients: forecasts of the store's passes, of each target set and last of training
+                rows.
+            subtask_sizes: rows of each sub-task where the only target set is split; None if not.
+        """
+        *targets, train = gradients
+        usable = int((run.data.train.target_tokens > 0).sum())
+        count = self.candidates(usable, 0)
+        share = count / train.rows
+        again = [replace(each, what=f"whole {each.what}", stored_bytes=0, shared=False)
+                 for each in targets]  # fmt: skip
+        seconds = None if train.seconds is None else train.seconds * share
+        found = [*again, replace(train, what=f"whole gradients of the best {self.top:.3g} of rows",
+                                 rows=count, tokens=round(train.tokens * share), seconds=seconds,
+                                 stored_bytes=0)]  # fmt: skip
+        if (curvature := self.curvature) is not None:
+            from dataflex.features.newton import newton_forecast
+
+            q = len(run.data.targets) if subtask_sizes is None else len(subtask_sizes)
+            found.append(newton_forecast(run, settings, curvature, train.times, q))
+        return found
+
+    def check_count(self, count: int, data: RunData, *, unique: bool) -> None:
+        """Warn, before the model is loaded, of a share of no more rows than an update takes."""
+        usable = np.flatnonzero(data.train.target_tokens > 0)
+        if unique:
+            usable = data.train.first_of_copies(usable)
+        if self.candidates(len(usable), 0) > count:
+            return
+        _log.warning(
+            "rerank.top is %g, %d of the %d rows that may be chosen, and an update takes %d. So "
+            "many are ranked again and all of them are chosen, as without rerank, in another "
+            "order. Raise rerank.top to a few times the share that an update takes, %.2g.",
+            self.top, self.candidates(len(usable), 0), len(usable), count, count / len(usable),
+        )  # fmt: skip
+
+
+def rerank_of(
+    given: Mapping[str, Any] | None, *, scoring: str, product: InnerProduct
+) -> Rerank | None:
+    """Read what stands under `rerank`, and check it against a selector's other parameters.
+
+    Raises:
+        ValueError: a value that is refused, or that has no meaning beside the others.
+    """
+    from gradstore.export.gauss_newton import SINGULAR
+
+    if given is None:
+        return None
+    if given.get("damping") == 0:
+        raise ValueError(f"rerank.damping is 0: {SINGULAR}")
+    found = grouped(Rerank, "rerank", given)
+    if found.by == "exact" and (extra := [name for name in SOLVER if name in given]):
+        raise ValueError(
+            f"rerank.{extra[0]} belongs to rerank.by: cg, and rerank.by is exact; leave it out, or "
+            "set by: cg"
+        )
+    if scoring == "direct":
+        raise ValueError(
+            "rerank ranks again by whole gradients what a store has ranked, and scoring: direct "
+            "ranks by whole gradients at once; leave out one of them"
+        )
+    if product.preconditioner != "none" and found.by == "exact":
+        raise ValueError(
+            f"rerank.by is exact, whose products are plain, and preconditioner is "
+            f"{product.preconditioner}; leave out one of them, or set by: cg"
+        )
+    return found
+
+
+def check_alone(rerank: Rerank | None, rule: str) -> None:
+    """Refuse a second ranking beside a rule that does not take the best rows of a ranking.
+
+    Args:
+        rerank: None passes.
+        rule: how the selector turns scores into rows, for the message.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if rerank is not None:
+        raise ValueError(
+            f"rerank gives the best rows another order, of which the first are taken, but {rule}; "
+            "leave out one of them"
+        )
+
+
+def rank_again(
+    selector: InfluenceSelector,
+    rerank: Rerank,
+    first: Selection,
+    scores: Sequence[RowScores],
+    context: UpdateContext,
+) -> Selection:
+    """Score the best rows by whole gradients at the model's present state; collective.
+
+    The order is theirs, then the store's for all other rows: these come in only where fewer
+    candidates can be used than an update takes.
+
+    Args:
+        selector: whose sub-tasks, features and fold are those of the first ranking.
+        rerank: how.
+        first: the store's choice of m rows.
+        scores: on rank 0 the store's scores alone; not read elsewhere.
+        context: the boundary.
+
+    Raises:
+        BadInput: too many rows with a non-finite gradient; a system that cannot be solved.
+    """
+    from dataflex.features.direct import direct_influence
+
+    began, run, count = time.perf_counter(), context.run, len(first.indices)
+    best = run.ranks.decide(lambda: rerank.best(scores[0], count, context))
+    settings = rerank.features(selector.settings)
+    metric = _metric(rerank, settings, scores, context)
+    found = direct_influence(
+        context,
+        settings,
+        selector.subtask_sizes(run),
+        selector.target_source(),
+        among=best,
+        normalize=selector.product.normalize,
+        metric=metric,
+    )
+    usable = np.asarray(np.isfinite(found.values).all(axis=1))
+    values = np.full(len(usable), np.nan)
+    values[usable] = selector.fold(found.values, usable, count)[usable]
+    rows = run.ranks.decide(
+        lambda: _taken(selector, values, usable, scores[0], best, count, context)
+    )
+    told, numbers = _told(rerank, metric, float(np.isin(rows, first.indices).mean()))
+    return replace(
+        first,
+        indices=rows,
+        scores=values[rows],
+        tokens=first.tokens + found.tokens,
+        export_seconds=first.export_seconds + time.perf_counter() - began,
+        numbers={**first.numbers, **numbers},
+        manifest={
+            **first.manifest,
+            "rerank": {**told, "rows": len(best), "skipped": found.skipped},
+            "won": selector.won(rows, selector.best_of(found.values), run),
+            "all_scores": spread_of(values, usable, rows),
+        },
+    )
+
+
+def _taken(
+    selector: InfluenceSelector,
+    values: npt.NDArray[np.float64],
+    usable: npt.NDArray[np.bool_],
+    stored: RowScores,
+    best: npt.NDArray[np.int64],
+    count: int,
+    context: UpdateContext,
+) -> npt.NDArray[np.int64]:
+    """Take the (count,) best of the candidates, and the store's next where too few are usable."""
+    rows = selector.take(values, min(count, int(usable.sum())), usable)
+    if len(rows) == count:
+        return rows
+    rest = context.among_candidates(stored.usable)
+    rest[best] = False
+    return np.concatenate([rows, selector.take(stored.values, count - len(rows), rest)])
+
+
+def _metric(
+    rerank: Rerank, settings: FeatureSettings, scores: Sequence[RowScores], context: UpdateContext
+) -> NewtonMetric | None:
+    """Make the metric of rows that the store found to have a finite gradient."""
+    curvature = rerank.curvature
+    if curvature is None:
+        return None
+    from dataflex.features.newton import NewtonMetric
+
+    drawn = context.run.ranks.decide(lambda: curvature.drawn(scores[0].usable, settings.seed))
+    return NewtonMetric(context, settings, curvature, drawn)
+
+
+def _told(
+    rerank: Rerank, metric: NewtonMetric | None, kept: float
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the second ranking for a selection's manifest, and its numbers for the log.
+
+    Args:
+        rerank: its settings.
+        metric: after its call.
+        kept: share of the chosen rows that the store had chosen too.
+    """
+    given, numbers = asdict(rerank), {"rerank_kept_share": kept}
+    if metric is None:
+        return {key: given[key] for key in ("top", "by")}, numbers
+    solved = metric.told()
+    numbers |= {f"rerank_{key}": float(solved[key]) for key in ("iterations", "residual")}
+    return {**given, "solved": solved}, numbers
