@@ -628,8 +628,29 @@ def planted(path: Path = RESULTS / "real.csv") -> str:
     return f"{_seed_table(columns, 'poison: AUPRC', {})}\n\n{where(lines)}."
 
 
+def gpu(path: Path = RESULTS / "gpu.csv") -> str:
+    """Compare the Triton kernels with plain torch, and with what the card can do."""
+    keys = ("method", "dtype", "p", "d", "rows")
+    lines = newest(read(path), *keys, "backend")
+    body = []
+    for (*case, backend), ours in lines.items():
+        if backend == "triton":
+            torch_ms = float(lines[*case, "torch"]["ms_per_row"])
+            ms = float(ours["ms_per_row"])
+            peak = f"{float(ours['of_peak']):.2f}" if ours["of_peak"] else ""
+            copy = f"{float(ours['of_copy']):.3f}"
+            name, kind, p, d, rows = case
+            size = f"{int(p):,}", f"{int(d):,}", rows
+            times = f"{ms:.3g}", f"{torch_ms:.3g}", f"{torch_ms / ms:.0f}"
+            body.append([name, kind, *size, *times, peak, copy])
+    head = ("projection", "gradients", "p", "d", "rows", "ms a row", "plain torch", "times faster",
+            "of the matrix peak", "of copying")  # fmt: skip
+    return f"{table(head, body)}\n\n{where(lines.values())}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "export": export,
+    "gpu": gpu,
     "strategies": lambda: strategies("rows", "random", "target_loss"),
     "mixtures": lambda: strategies("mixtures", "mix: static", "mean_loss"),
     "orders": lambda: strategies("orders", "order: shuffle", "mean_loss"),
