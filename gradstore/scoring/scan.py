@@ -32,7 +32,7 @@ BLOCK_ROWS = 256
 _PAD = 16
 
 #: Stored types that torch turns into the row up to its scale.
-_PLAIN_DTYPES = ("int8", "float16", "float32")
+_PLAIN_DTYPES = ("int8", "float16", "bfloat16", "float32")
 
 #: Norms whose squares neither underflow nor overflow float32; rows outside take the slow path.
 _SAFE_NORM = (1e-15, 1e15)
@@ -42,8 +42,8 @@ class FeatureSource(Protocol):
     """Rows of features; a store's `Generation` is one.
 
     A source that also has `units` (list of (start_row, stop_row), ascending, covering all rows),
-    `raw(u)` (the unit's rows as stored, (rows_u, d)) and `dtype` float16, float32, int8 or 1bit is
-    read without copies: a cosine does not care about the per-row scale.
+    `raw(u)` (the unit's rows as stored, (rows_u, d)) and `dtype` of `layout.FeatureDtype` is read
+    without copies: a cosine does not care about the per-row scale.
     """
 
     @property
@@ -224,8 +224,11 @@ class Scan:
             offset: row of the buffer that gets the first row.
             piece: (rows, d) in a plain dtype, possibly a read-only memory map.
         """
+        halves = piece.dtype == np.uint16  # bfloat16, which NumPy lacks, is stored as its bits
         # DLPack shares read-only memory without a copy and without from_numpy's warning.
-        shared = from_dlpack(np.ascontiguousarray(piece))
+        shared = from_dlpack(np.ascontiguousarray(piece.view(np.int16) if halves else piece))
+        if halves:
+            shared = shared.view(torch.bfloat16)
         target = self._block[offset : offset + piece.shape[0], : piece.shape[1]]
         target.copy_(shared.to(self._device))
 
