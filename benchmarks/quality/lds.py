@@ -49,6 +49,7 @@ GRADIENTS: dict[str, tuple[str, InnerProduct]] = {
     "adam_marginal, cosine (default)": ("adam_marginal", COSINE),
     "adam_marginal, normalize: target": ("adam_marginal", InnerProduct("target")),
     "adam_marginal, normalize: none": ("adam_marginal", InnerProduct("none")),
+    "adam_marginal, subspace, cosine": ("adam_marginal", InnerProduct("cosine", "subspace")),
     "adam (published), cosine": ("adam", COSINE),
     "sgd, cosine": ("sgd", COSINE),
     "sgd, normalize: none": ("sgd", InnerProduct("none")),

@@ -42,7 +42,7 @@ import real_rows
 import tables
 import torch
 from report import RESULTS, append, echo, machine, read
-from rules import FISHER, Method, at_random, by_embedding, less, mirror
+from rules import FISHER, SUBSPACE, Method, at_random, by_embedding, less, mirror
 from tinyrun import ROOT, TinyRun
 from transformers import AutoTokenizer
 from world import Chosen, World
@@ -120,6 +120,7 @@ METHODS: dict[str, Method] = {
     "oracle": oracle,
     "less": less("adam_marginal"),
     "less, sgd, fisher": less("sgd", FISHER),
+    "less, subspace": less("adam_marginal", SUBSPACE),
     "bm25": bm25,
     "rds_plus": by_embedding("position", "round_robin"),
     "near (hidden states)": by_embedding("mean", "round_robin"),
@@ -232,6 +233,7 @@ SCORES: dict[str, Callable[[World, Rows], Floats]] = {
     "less, sgd": by_gradient("sgd"),
     "less, normalize: target": by_gradient("adam_marginal", InnerProduct("target")),
     "less, sgd, fisher": by_gradient("sgd", FISHER),
+    "less, subspace": by_gradient("adam_marginal", SUBSPACE),
     "less, sgd, fisher, normalize: target": by_gradient("sgd", InnerProduct("target", "fisher")),
     "bm25": by_words,
     "rds_plus": by_states("position"),

@@ -158,6 +158,7 @@ def oracle(world: World, target: int) -> Chosen:
 
 
 FISHER = InnerProduct("cosine", "fisher")
+SUBSPACE = InnerProduct("cosine", "subspace")
 METHODS: dict[str, Method] = {
     "oracle": oracle,
     "random": at_random,
@@ -168,6 +169,7 @@ METHODS: dict[str, Method] = {
     "less, published adam": less("adam"),
     "less, sgd": less("sgd"),
     "less, normalize: target": less("adam_marginal", InnerProduct("target")),
+    "less, subspace": less("adam_marginal", SUBSPACE),
     "less, round_robin": less("adam_marginal", subset="round_robin"),
     "less, rerank": rerank("exact"),
     "less, rerank by cg": rerank("cg"),

@@ -23,7 +23,7 @@ from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, Selector
 from dataflex.selectors.directly import select_directly
-from dataflex.selectors.product import product_of, product_told
+from dataflex.selectors.product import check_product, product_of, product_told
 from dataflex.selectors.rerank import rank_again, rerank_of
 from dataflex.selectors.subset_rule import SubsetRule
 
@@ -63,8 +63,9 @@ class InfluenceSelector(Selector):
         keep_generations: newest checkpoints kept in the store; null keeps all.
         unique: of rows that are copies of one another, choose none but the first.
         normalize: whose norms a product is divided by: cosine (both rows'), target, or none.
-        preconditioner: none, or fisher: products in the metric of the training rows' second
-            moment, docs/products.md. It needs gradient_type sgd or sign.
+        preconditioner: none; fisher: products in the metric of the training rows' second moment,
+            which needs gradient_type sgd or sign; or subspace: products in the main directions of
+            the target rows, docs/products.md.
         damping: of fisher, as a multiple of the mean eigenvalue.
         rerank: ranks the best rows again by whole gradients, a mapping of top (share of the rows),
             by (exact or cg) and what cg takes, docs/rerank.md; null leaves the store's order.
@@ -84,7 +85,7 @@ class InfluenceSelector(Selector):
         keep_generations: Count | None = None,
         unique: bool = False,
         normalize: Literal["cosine", "target", "none"] = "cosine",
-        preconditioner: Literal["none", "fisher"] = "none",
+        preconditioner: Literal["none", "fisher", "subspace"] = "none",
         damping: Annotated[float, Ge(0)] = 1.0,
         rerank: Mapping[str, Any] | None = None,
         **features: Annotated[Any, FeatureSettings],  # noqa: ANN401 - those of that class
@@ -205,8 +206,9 @@ class InfluenceSelector(Selector):
     # -- life cycle -------------------------------------------------------------------------------
 
     def check_count(self, count: int, data: RunData) -> None:
-        """Refuse, before the model is loaded, more rows an update than can be answered."""
+        """Refuse, before the model is loaded, rows that can't be answered or compared."""
         super().check_count(count, data)
+        check_product(self.product, data)
         if self.rerank is not None:
             self.rerank.check_count(count, data, unique=self.unique)
 
@@ -333,7 +335,7 @@ class InfluenceSelector(Selector):
                 "targets": list(exported.targets),
                 "commit": train.commit_sha,
                 "adapter": train.record.adapter_hash,
-                **product_told(self.product),
+                **product_told(self.product, checkpoints),
                 **self.rule.told(),
                 "won": self.won(rows, scores.best, context.run),
                 "all_scores": spread_of(scores.values, candidates, rows),

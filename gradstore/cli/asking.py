@@ -248,6 +248,8 @@ def _score(
         sets=question.target or None,
     )
     check(pairs)
+    if product.preconditioner == "subspace":
+        typer.echo(f"subspace: {_kept(pairs)}", err=True)
     cut = question.subtasks
     try:
         sizes = [int(size) for size in cut.split(",")] if cut else None
@@ -288,6 +290,14 @@ def _table_of(train: Generation, scores: Scores, texts: RowTexts | None) -> pa.T
             **{name: text[name] for name in ("prompt", "response") if texts is not None},
         }
     )  # fmt: skip
+
+
+def _kept(checkpoints: Sequence[CheckpointFeatures]) -> str:
+    from gradstore.scoring.subspace import subspace_told
+
+    told = subspace_told(checkpoints)
+    each = ", ".join(map(str, told["dims"]))
+    return f"{each} dimensions keep {told['kept']:.0%} of the {told['rows']} target rows' squares"
 
 
 def _summary(train: Generation, scores: Scores) -> str:

@@ -52,7 +52,11 @@ Normalize = Annotated[
     str, typer.Option(help="Whose norms products are divided by: cosine (both), target, none.")
 ]
 Preconditioner = Annotated[
-    str, typer.Option(help="none; fisher: in the metric of the training rows' second moment.")
+    str,
+    typer.Option(
+        help="none; fisher: in the metric of the training rows' second moment; subspace: in the "
+        "main directions of the target rows."
+    ),
 ]
 Damping = Annotated[float, typer.Option(help="Of fisher, in mean eigenvalues.")]
 Output = Annotated[

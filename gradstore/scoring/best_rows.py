@@ -21,7 +21,8 @@ from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
 from gradstore.scoring.products import COSINE, InnerProduct
 from gradstore.scoring.quotas import Limits
 from gradstore.scoring.scan import as_device
-from gradstore.scoring.subtasks import Subtask, source_name, usable_everywhere
+from gradstore.scoring.subspace import usable_targets_of
+from gradstore.scoring.subtasks import Subtask, source_name
 
 _ROW_BITS = np.uint64(32)
 _ROW_MASK = np.uint64(0xFFFFFFFF)
@@ -205,9 +206,9 @@ def best_of_each(
 
 def usable_targets(checkpoints: Sequence[CheckpointFeatures]) -> list[Subtask]:
     """List each target row that every checkpoint can use as a sub-task of its own."""
-    sets = zip(*(checkpoint.targets for checkpoint in checkpoints), strict=True)
+    usable = usable_targets_of(checkpoints)
     return [
-        Subtask(index, int(row), int(row) + 1, f"row {row} of {source_name(one_set[0])}")
-        for index, one_set in enumerate(sets)
-        for row in np.flatnonzero(usable_everywhere(one_set))
+        Subtask(index, int(row), int(row) + 1, f"row {row} of {source_name(source)}")
+        for index, source in enumerate(checkpoints[0].targets)
+        for row in np.flatnonzero(usable[index])
     ]

@@ -20,7 +20,8 @@ from gradstore.format.layout import RowStatus
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.products import COSINE, InnerProduct
 from gradstore.scoring.scan import FeatureSource, Scan, exact_float32, round_chunk
-from gradstore.scoring.subtasks import Subtask, subtask_queries, usable_everywhere
+from gradstore.scoring.subspace import usable_targets_of
+from gradstore.scoring.subtasks import Subtask, subtask_queries
 
 #: Rows between two progress calls; a store is read 256 rows at a time whatever this is.
 CHUNK_ROWS = 4096
@@ -92,11 +93,10 @@ def _scans(
     chunk_rows: int,
 ) -> list[Scan]:
     """Make each checkpoint's scan for the weighted queries of all sub-tasks."""
-    sets = zip(*(checkpoint.targets for checkpoint in checkpoints), strict=True)
-    usable = [usable_everywhere(one_set) for one_set in sets]
+    usable = usable_targets_of(checkpoints)
     scans = []
     for one in checkpoints:
-        as_queries = product.query_map(one.train, device)
+        as_queries = product.query_map(one, usable, device)
         queries = one.weight * subtask_queries(one.targets, subtasks, usable, as_queries)
         scans.append(Scan(one.train, queries, chunk_rows=chunk_rows, device=device))
     return scans

@@ -19,10 +19,11 @@ from gradstore.errors import BadInput
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.curvature import Fisher
 from gradstore.scoring.scan import FeatureSource
+from gradstore.scoring.subspace import Subspace, check_targets, usable_targets_of
 from gradstore.scoring.subtasks import source_name
 
 Normalize = Literal["cosine", "target", "none"]
-Preconditioner = Literal["none", "fisher"]
+Preconditioner = Literal["none", "fisher", "subspace"]
 FloatArray = npt.NDArray[np.float64]
 
 #: (directions (m, d) unit, norms (m,)) -> (m, d) queries.
@@ -33,26 +34,28 @@ QueryMap = Callable[[FloatArray, FloatArray], FloatArray]
 class InnerProduct:
     """The number made of a train row x and a target row t.
 
-    With C = R + l I and s = sqrt(l) C^-1 t / sqrt(t^T C^-1 t):
+    With C = R + l I, s = sqrt(l) C^-1 t / sqrt(t^T C^-1 t), and P the orthogonal projection onto
+    the target rows' `Subspace`:
 
-    | normalize | plain | `fisher` |
-    |---|---|---|
-    | cosine | x·t / (norm(x) norm(t)) | x·s / norm(x) |
-    | target | x·t / norm(t) | x·s |
-    | none | x·t | x·l C^-1 t |
+    | normalize | plain | `fisher` | `subspace` |
+    |---|---|---|---|
+    | cosine | x·t / (norm(x) norm(t)) | x·s / norm(x) | Px·Pt / (norm(x) norm(t)) |
+    | target | x·t / norm(t) | x·s | Px·Pt / norm(t) |
+    | none | x·t | x·l C^-1 t | Px·Pt |
 
     R is the second moment of the train rows, unit rows where `cosine`. The factors of l bound the
-    first line by 1, and make each line tend to the one without a preconditioner as l grows. The
+    first line by 1, and make each line tend to the one without a preconditioner as l grows. Its
     last line is the influence function with the empirical Fisher in the Hessian's place (Koh and
     Liang, arXiv 1703.04730, equation 2), times l.
 
-    Norms are those before projection. A cosine ignores how far a row moves the model; a product
-    with norms predicts what a batch does, but favours rows with long gradients: short answers and
-    wrong ones.
+    Norms are those before any projection, P included: a row is not divided by the norm of Px, which
+    would forget how much of it lies outside the targets' subspace. A cosine ignores how far a row
+    moves the model; a product with norms predicts what a batch does, but favours rows with long
+    gradients: short answers and wrong ones.
 
     Attributes:
         normalize: whose norms are divided by: both rows', the target row's, or none.
-        preconditioner: none | fisher.
+        preconditioner: none | fisher | subspace.
         damping: l of `fisher`, as a multiple of R's mean eigenvalue, its trace over d.
 
     Raises:
@@ -78,8 +81,9 @@ class InnerProduct:
         """Refuse, before a feature is read, rows that this product can't be taken of.
 
         Raises:
-            BadInput: a source without norms where they count, or train and target features of
-                different kinds where the train rows' curvature is applied to the targets.
+            BadInput: a source without norms where they count, train and target features of
+                different kinds where the train rows' curvature is applied to the targets, or
+                fewer than 2 usable target rows where their subspace is.
         """
         for checkpoint in checkpoints:
             wanting = {"target": (checkpoint.train,), "none": (checkpoint.train,
@@ -90,11 +94,23 @@ class InnerProduct:
                         f"{source_name(source)} has no norms of its rows, which normalize: "
                         f"{self.normalize} needs; use normalize: cosine."
                     )
-            if self.preconditioner != "none":
+            if self.preconditioner == "fisher":
                 self._check_kinds(checkpoint)
+        if self.preconditioner == "subspace":
+            check_targets(usable_targets_of(checkpoints))
 
-    def query_map(self, train: FeatureSource, device: torch.device) -> QueryMap:
-        """Return the way from target rows to queries at the checkpoint of these train rows.
+    def query_map(
+        self,
+        checkpoint: CheckpointFeatures,
+        usable: Sequence[npt.NDArray[np.bool_]],
+        device: torch.device,
+    ) -> QueryMap:
+        """Return the way from target rows to queries at a checkpoint.
+
+        Args:
+            checkpoint: its rows.
+            usable: per target set, (rows,) bool: rows usable at every combined checkpoint.
+            device: where a matrix lives.
 
         Raises:
             BadInput: a curvature that is singular without damping.
@@ -102,8 +118,11 @@ class InnerProduct:
         raw = self.normalize == "none"
         if self.preconditioner == "none":
             return lambda unit, norms: unit * norms[:, None] if raw else unit
+        if self.preconditioner == "subspace":
+            space = Subspace.of(checkpoint.targets, usable, device=device)
+            return lambda unit, norms: space.project(unit * norms[:, None] if raw else unit)
         fisher = Fisher.of(
-            train, unit=self.normalize == "cosine", damping=self.damping, device=device
+            checkpoint.train, unit=self.normalize == "cosine", damping=self.damping, device=device
         )
         return lambda unit, norms: (
             fisher.solve(unit * norms[:, None]) if raw else fisher.whitened_unit(unit)

@@ -7,7 +7,7 @@ it is not normalised again, so a sub-task whose rows disagree has a short query 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,6 +100,27 @@ def usable_everywhere(sources: Iterable[FeatureSource]) -> npt.NDArray[np.bool_]
     return np.asarray(np.logical_and.reduce(usable), dtype=bool)
 
 
+def unit_blocks(
+    source: FeatureSource, usable: npt.NDArray[np.bool_], start: int, stop: int
+) -> Iterator[tuple[npt.NDArray[np.int64], _Rows]]:
+    """Yield the usable rows of [start, stop), m a block: (m,) their numbers, (m, d) unit rows.
+
+    Raises:
+        BadInput: a row marked usable that has no direction.
+    """
+    for low in range(start, stop, BLOCK_ROWS):
+        high = min(low + BLOCK_ROWS, stop)
+        here = np.flatnonzero(usable[low:high])
+        directions, codes = unit_rows(source.read(low, high)[here])
+        if (codes != RowStatus.OK).any():
+            row = low + int(here[np.flatnonzero(codes != RowStatus.OK)[0]])
+            raise BadInput(
+                f"row {row} of target set {source_name(source)} is marked usable but its "
+                "feature is zero or not finite; export this target set again"
+            )
+        yield low + here, directions
+
+
 def subtask_queries(
     targets: Sequence[FeatureSource],
     subtasks: Sequence[Subtask],
@@ -127,19 +148,11 @@ def subtask_queries(
         kept = np.flatnonzero(usable[subtask.target][subtask.start : subtask.stop])
         if kept.size == 0:
             raise subtask.no_usable_row()
-        for low in range(subtask.start, subtask.stop, BLOCK_ROWS):
-            high = min(low + BLOCK_ROWS, subtask.stop)
-            rows = np.flatnonzero(usable[subtask.target][low:high])
-            directions, codes = unit_rows(source.read(low, high)[rows])
-            if (codes != RowStatus.OK).any():
-                row = low + int(rows[np.flatnonzero(codes != RowStatus.OK)[0]])
-                raise BadInput(
-                    f"row {row} of target set {source_name(source)} is marked usable but its "
-                    "feature is zero or not finite; export this target set again"
-                )
+        norms = getattr(source, "norm", None)
+        mask = usable[subtask.target]
+        for rows, directions in unit_blocks(source, mask, subtask.start, subtask.stop):
             if as_queries is not None:
-                norms = getattr(source, "norm", None)
-                lengths = np.ones(rows.size) if norms is None else norms[low:high][rows]
+                lengths = np.ones(rows.size) if norms is None else norms[rows]
                 directions = as_queries(directions, np.asarray(lengths, dtype=np.float64))
             queries[index] += directions.sum(axis=0)
         queries[index] /= kept.size

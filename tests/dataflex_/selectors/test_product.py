@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 
+from dataflex.data.rows import Rows
 from dataflex.selectors.less import LessSelector
+from dataflex.selectors.product import product_told
+from gradstore.errors import BadInput
+from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.products import InnerProduct
 
 
@@ -20,6 +27,8 @@ from gradstore.scoring.products import InnerProduct
             "scoring: direct computes plain cosines",
         ),
         ({"normalize": "none", "scoring": "direct"}, "use scoring: projected"),
+        ({"preconditioner": "subspace", "scoring": "direct"}, "use scoring: projected"),
+        ({"preconditioner": "subspace", "rerank": {}}, "rerank.by is exact"),
     ],
 )
 def test_a_product_that_cannot_be_taken_is_refused(given: dict[str, Any], said: str) -> None:
@@ -33,3 +42,30 @@ def test_the_product_is_the_one_asked_for() -> None:
         normalize="target", preconditioner="fisher", damping=0.5, gradient_type="sign"
     )
     assert asked.product == InnerProduct("target", "fisher", 0.5)
+    assert LessSelector(preconditioner="subspace").product == InnerProduct("cosine", "subspace")
+
+
+def test_a_subspace_of_too_few_target_rows_is_refused_before_training() -> None:
+    labels = [[-100, 5], [-100, -100], [-100, 6]]
+    dataset = datasets.Dataset.from_dict({"input_ids": [[1, 2]] * 3, "labels": labels})
+    rows = Rows("dev", dataset)
+    few: Any = SimpleNamespace(train=rows, targets=(Rows("dev", dataset.select([0, 1])),))
+    both: Any = SimpleNamespace(train=rows, targets=(rows,))
+    selector = LessSelector(preconditioner="subspace")
+
+    selector.check_count(1, both)
+    LessSelector().check_count(1, few)
+    with pytest.raises(BadInput, match="component_params: 1 of 2 target rows can be used"):
+        selector.check_count(1, few)
+
+
+def test_a_selection_tells_the_product_and_the_dimensions_of_a_subspace() -> None:
+    # Three target rows along one axis, one along another: 90% of the squares are in both.
+    pairs = [CheckpointFeatures(np.eye(3), np.eye(3)[[0, 0, 0, 1]])]
+    assert product_told(InnerProduct("target", "subspace"), pairs) == {
+        "normalize": "target",
+        "preconditioner": "subspace",
+        "subspace": {"kept": 0.9, "rows": 4, "dims": [2]},
+    }
+    assert product_told(InnerProduct("cosine", "fisher", 0.5), pairs)["damping"] == 0.5
+    assert product_told(InnerProduct(), pairs) == {}

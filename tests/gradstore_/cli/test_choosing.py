@@ -220,10 +220,32 @@ def test_another_product_ranks_by_it_in_score_and_in_every_rule(store: Path) -> 
     assert chosen(store, "-k", "9", "--subset", "round_robin", *options) != plain
 
 
+def test_a_subspace_ranks_by_it_and_says_how_many_dimensions_it_has(store: Path) -> None:
+    from gradstore.scoring.influence import influence_scores
+    from gradstore.scoring.pairing import checkpoint_features
+    from gradstore.scoring.products import InnerProduct
+
+    pairs = checkpoint_features(open_store(store))
+    target = pairs[0].targets[0]
+    usable = target.read(0, target.rows)[target.usable].astype(np.float64)
+    squares = np.linalg.svd(usable / np.linalg.norm(usable, axis=1, keepdims=True))[1] ** 2
+    k = int((np.cumsum(squares) < 0.9 * squares.sum()).sum()) + 1
+    values = influence_scores(pairs, product=InnerProduct("cosine", "subspace")).values
+    options = ("--preconditioner", "subspace")
+
+    result = CliRunner().invoke(app, ["score", str(store), "--json", *options])
+
+    assert f"subspace: {k} dimensions keep 90% of the {len(usable)} target rows" in result.stderr
+    best = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")
+    assert chosen(store, "-k", "9", *options) == best[:9].tolist()
+    scores = json.loads(result.stdout)["scores"]
+    assert [s for s in scores if s is not None] == pytest.approx(values[~np.isnan(values)].tolist())
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        (("--preconditioner", "kfac"), "preconditioner is 'kfac'; use none | fisher"),
+        (("--preconditioner", "kfac"), "preconditioner is 'kfac'; use none | fisher | subspace"),
         (("--normalize", "train"), "normalize is 'train'"),
         (("--damping", "-1"), "damping is -1.0"),
     ],
