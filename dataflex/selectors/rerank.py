@@ -132,11 +132,15 @@ class Rerank:
             usable = data.train.first_of_copies(usable)
         if self.candidates(len(usable), 0) > count:
             return
+        share = count / len(usable)
+        way = "Leave out rerank, or let an update take fewer rows: it takes %.2g of them."
+        if share < 0.5:
+            way = "Raise rerank.top to a few times the share that an update takes, %.2g."
         _log.warning(
             "rerank.top is %g, %d of the %d rows that may be chosen, and an update takes %d. So "
             "many are ranked again and all of them are chosen, as without rerank, in another "
-            "order. Raise rerank.top to a few times the share that an update takes, %.2g.",
-            self.top, self.candidates(len(usable), 0), len(usable), count, count / len(usable),
+            f"order. {way}",
+            self.top, self.candidates(len(usable), 0), len(usable), count, share,
         )  # fmt: skip
 
 
@@ -229,7 +233,8 @@ def rank_again(
     )
     usable = np.asarray(np.isfinite(found.values).all(axis=1))
     values = np.full(len(usable), np.nan)
-    values[usable] = selector.fold(found.values, usable, count)[usable]
+    if usable.any():
+        values[usable] = selector.fold(found.values, usable, count)[usable]
     rows = run.ranks.decide(
         lambda: _taken(selector, values, usable, scores[0], best, count, context)
     )
@@ -244,7 +249,7 @@ def rank_again(
         manifest={
             **first.manifest,
             "rerank": {**told, "rows": len(best), "skipped": found.skipped},
-            "won": selector.won(rows, selector.best_of(found.values), run),
+            "won": selector.won(rows[usable[rows]], selector.best_of(found.values), run),
             "all_scores": spread_of(values, usable, rows),
         },
     )
@@ -260,7 +265,9 @@ def _taken(
     context: UpdateContext,
 ) -> npt.NDArray[np.int64]:
     """Take the (count,) best of the candidates, and the store's next where too few are usable."""
-    rows = selector.take(values, min(count, int(usable.sum())), usable)
+    rows = np.empty(0, dtype=np.int64)
+    if usable.any():
+        rows = selector.take(values, min(count, int(usable.sum())), usable)
     if len(rows) == count:
         return rows
     rest = context.among_candidates(stored.usable)

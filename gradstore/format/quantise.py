@@ -4,9 +4,11 @@ Letters: k rows, d dimensions; x a row, y = R x the rotated one, s its signs, +1
 
 R is orthogonal and depends on d alone: `ROUNDS` times random signs, then a Hadamard transform of
 the first m coordinates or, every other time, of the last m, where m is the largest power of two up
-to d. The estimate of x is a R^T s with a = |y|^2 / |y|_1, whose product with any vector z has the
-mean x.z over uniformly random rotations (Vargaftik et al. 2021, arXiv 2105.08339; Gao and Long
-2024, arXiv 2405.12497). With z rotated too it costs additions only: a s.(R z).
+to d. Where that is not d itself, coordinates change places half-way, the even ones first: the first
+and the last m may share few, and no row shall stay on one side. The estimate of x is a R^T s with
+a = |y|^2 / |y|_1, whose product with any vector z has the mean x.z over uniformly random rotations
+(Vargaftik et al. 2021, arXiv 2105.08339; Gao and Long 2024, arXiv 2405.12497). With z rotated too
+it costs additions only: a s.(R z).
 """
 
 from __future__ import annotations
@@ -37,8 +39,11 @@ def rotate(rows: np.ndarray, seed: int = _SEED) -> np.ndarray:
         (k, d) float32, each row as long as it was.
     """
     out = np.empty(rows.shape, dtype=np.float32)
+    order = _order(rows.shape[1])
     for low, columns in _columns(rows):
         for number, flips in enumerate(_flips(len(columns), seed)):
+            if number == ROUNDS // 2 and order is not None:
+                columns = columns[order]
             columns *= flips[:, None]
             _hadamard(_part(columns, number))
         out[low : low + columns.shape[1]] = columns.T
@@ -48,10 +53,13 @@ def rotate(rows: np.ndarray, seed: int = _SEED) -> np.ndarray:
 def unrotate(rows: np.ndarray, seed: int = _SEED) -> np.ndarray:
     """Compute R^T y of (k, d) float rows, as (k, d) float32."""
     out = np.empty(rows.shape, dtype=np.float32)
+    order = _order(rows.shape[1])
     for low, columns in _columns(rows):
         for number, flips in reversed(list(enumerate(_flips(len(columns), seed)))):
             _hadamard(_part(columns, number))
             columns *= flips[:, None]
+            if number == ROUNDS // 2 and order is not None:
+                columns = columns[np.argsort(order)]
         out[low : low + columns.shape[1]] = columns.T
     return out
 
@@ -102,6 +110,13 @@ def _flips(dim: int, seed: int) -> Iterator[np.ndarray]:
         offset = np.uint32(number * GOLDEN & 0xFFFFFFFF)
         words = mix(mix(counters + offset) ^ np.uint32(seed))
         yield np.where(words >> np.uint32(31), np.float32(-1), np.float32(1))
+
+
+def _order(dim: int) -> np.ndarray | None:
+    """Return the coordinates (d,) in the order of the later rounds; None where it is the same."""
+    if dim & (dim - 1) == 0:
+        return None
+    return np.concatenate([np.arange(0, dim, 2), np.arange(1, dim, 2)])
 
 
 def _part(columns: np.ndarray, number: int) -> np.ndarray:

@@ -73,7 +73,13 @@ def test_ctrl_c_reaches_the_workers_and_is_one_message(
     ("scoring", "more"),
     [
         ("projected", {}),
-        ("projected", {"rerank": {"top": 0.3, "by": "cg", "curvature_rows": 7, "iterations": 5}}),
+        (
+            "projected",
+            {
+                "rerank": {"top": 0.3, "by": "cg", "curvature_rows": 7, "iterations": 3},
+                "tokens_per_batch": 256,
+            },
+        ),
         ("direct", {}),
         ("direct", {"subset": "knn_uniform"}),
     ],
@@ -85,10 +91,10 @@ def test_two_processes_share_the_work_and_select_what_one_does(
     """Rows 0-519 make three units: both ranks compute, rank 0 commits. Masks are those of rows.
 
     Direct scores have no units: fewer rows make as many batches for both ranks. The rows of a
-    curvature are shared by their batches, of which one rank has more.
+    curvature are shared by their batches, small ones, of which one rank has more.
     """
     params = {"proj_dim": 128, "scoring": scoring, **more}
-    rows = 520 if scoring == "projected" and not more else 160
+    rows = 60 if "rerank" in more else 520 if scoring == "projected" else 160
     changes = {"max_samples": rows, "train_step": 6, "warmup_step": 4, "save_steps": 50,
                "per_device_train_batch_size": 1, "lora_dropout": 0.1,
                "component_params": params}  # fmt: skip

@@ -212,29 +212,40 @@ def test_never_fewer_rows_are_ranked_again_than_an_update_takes(
         caplog.text
     )
     assert "the share that an update takes, 0.29" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        LessSelector(rerank={"top": 1.0}).check_count(17, run.data)
+    assert "Raise" not in caplog.text, "there is nothing above 1"
+    assert "Leave out rerank, or let an update take fewer rows: it takes 1 of them" in caplog.text
     found = ranked(selector, run, STORED, 5)
     usable = np.flatnonzero(run.data.train.target_tokens > 0)
     assert set(found.indices.tolist()) == set(usable[np.argsort(-STORED[usable])][:5].tolist())
 
 
+@pytest.mark.parametrize("broken", [4, 5])
+@pytest.mark.parametrize("kind", [LessSelector, IconsSelector])
 def test_where_candidates_have_no_gradient_the_stores_next_rows_follow(
-    run: RunContext, monkeypatch: pytest.MonkeyPatch
+    run: RunContext, monkeypatch: pytest.MonkeyPatch, kind: type[InfluenceSelector], broken: int
 ) -> None:
+    """Five candidates, of which one is left, or none."""
     order = np.argsort(-STORED)
     order = order[order != 4]
     whole = direct.direct_influence
 
-    def broken(*args: Any, **kwargs: Any) -> Any:
+    def without(*args: Any, **kwargs: Any) -> Any:
         found = whole(*args, **kwargs)
-        found.values[order[:4]] = np.nan
+        found.values[order[:broken]] = np.nan
         return found
 
-    monkeypatch.setattr(direct, "direct_influence", broken)
-    selector = LessSelector(rerank={"top": 0.3}, gradient_type="sgd")
+    monkeypatch.setattr(direct, "direct_influence", without)
+    selector = kind(rerank={"top": 0.3}, gradient_type="sgd")
     found = ranked(selector, run, STORED, 4)
-    assert found.indices.tolist() == order[4:8].tolist(), "the fifth candidate, then the store's"
+    expected = order[broken : broken + 4].tolist()
+    assert found.indices.tolist() == expected, "candidates that are left, then the store's"
     assert found.scores is not None
-    assert np.isfinite(found.scores).tolist() == [True, False, False, False]
+    assert np.isfinite(found.scores).tolist() == [row in order[:5] for row in expected]
+    if kind is LessSelector:
+        assert sum(found.manifest["won"].values()) == 5 - broken, "a row without a product"
 
 
 def test_an_unsolved_system_is_told_and_its_ranking_is_taken(

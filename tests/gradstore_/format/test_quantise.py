@@ -12,7 +12,7 @@ from gradstore.format.codec import LARGEST, decode, encode
 from gradstore.format.quantise import ROUNDS, mean_length, pack, rotate, unpack, unrotate
 
 #: Bits of the rows of `test_signs_of_a_row_do_not_depend_on_its_neighbours`.
-PINNED = [[73, 3], [77, 3], [229, 1], [246, 1], [246, 0]]
+PINNED = [[16, 0], [16, 0], [182, 1], [174, 3], [175, 3]]
 
 
 def matrix(dim: int) -> np.ndarray:
@@ -31,6 +31,8 @@ def matrix(dim: int) -> np.ndarray:
     size = len(sylvester)
     found = np.eye(dim)
     for number in range(ROUNDS):
+        if number == 2 and size < dim:
+            found = found[[*range(0, dim, 2), *range(1, dim, 2)]]
         offset = (number + 1) * 0x9E3779B9
         flips = [(-1.0) ** (mixed(mixed((i + offset) % 2**32)) >> 31) for i in range(dim)]
         found = np.diag(flips) @ found
@@ -97,7 +99,19 @@ def test_packed_bits_are_the_signs_of_the_rotated_row() -> None:
     np.testing.assert_allclose(scale, (rotated**2).sum(1) / np.abs(rotated).sum(1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("dim", [64, 100])
+@pytest.mark.parametrize("dim", [100, 255, 1000, 1023, 1024, 1536, 4000])
+def test_rows_of_one_entry_or_of_one_side_are_spread_over_all_coordinates(dim: int) -> None:
+    """|y|_1 is that of random rows: whatever it lacks, a row's cosines would lack."""
+    one = np.eye(dim)[[0, dim // 3, dim // 2, dim - 2, dim - 1]]
+    side = np.random.default_rng(5).standard_normal((5, dim))
+    side[:, dim // 2 :] = 0
+    side /= np.linalg.norm(side, axis=1, keepdims=True)
+    for rows in (one, side, side[:, ::-1]):
+        found = np.abs(rotate(rows).astype(np.float64)).sum(axis=1) / mean_length(dim)
+        np.testing.assert_allclose(found, 1, atol=1.2 / np.sqrt(dim))
+
+
+@pytest.mark.parametrize("dim", [63, 64])
 @pytest.mark.parametrize("shape", ["one entry", "equal entries", "random"])
 def test_products_are_unbiased_over_rotations_with_the_stated_variance(
     dim: int, shape: str
