@@ -21,7 +21,6 @@ from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
 from gradstore.scoring.coverage import MOST_ROWS, check_rows, facility_location
 from gradstore.scoring.influence import Aggregation, influence_scores
 from gradstore.scoring.length_bias import check_correction, without_length
-from gradstore.scoring.products import COSINE, InnerProduct
 from gradstore.scoring.quotas import Limits, check_room, most_rows_within, within_tokens
 from gradstore.scoring.selection import check_k, rows_for_fraction
 from gradstore.scoring.subset import (
@@ -305,7 +304,6 @@ def select_subset(
     aggregation: Aggregation = "max",
     device: str | torch.device = "cpu",
     on_rows: Callable[[int], None] | None = None,
-    product: InnerProduct = COSINE,
 ) -> npt.NDArray[np.int64]:
     """Choose k train rows by a subset rule: `gradstore select` on features in hand.
 
@@ -318,7 +316,6 @@ def select_subset(
         aggregation: as for `influence_scores`.
         device: where the products are computed.
         on_rows: called with the number of rows just compared, in each pass.
-        product: of a train row and a target row; a cosine unless another is asked for.
 
     Returns:
         (k,) int64 distinct rows, in the order of choice.
@@ -338,14 +335,14 @@ def select_subset(
     check_checkpoints(checkpoints)
     check_k(k, n := checkpoints[0].train.rows, n)
     choice = Choice(Rule(subset), count=k, quotas=quotas or {})
-    table = None
-    if choice.rule.per_target:
-        table = StoredTable(checkpoints, device=device, on_rows=on_rows, product=product)
+    table = (
+        StoredTable(checkpoints, device=device, on_rows=on_rows) if choice.rule.per_target else None
+    )
     if table is not None:
         choice.rule.check(k, table.targets)
     scores = influence_scores(
         checkpoints, subtask_sizes=subtask_sizes, aggregation=aggregation, device=device,
-        on_rows=on_rows, product=product,
+        on_rows=on_rows,
     )  # fmt: skip
     train: Any = checkpoints[-1].train
     limits = choice.limits(train, k) if choice.quotas else None

@@ -16,7 +16,6 @@ from gradstore.scoring.best_rows import HeldTable, StoredTable
 from gradstore.scoring.choose import PER_TARGET, SUBSETS, Choice, Rule, select_subset
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.influence import influence_scores
-from gradstore.scoring.products import InnerProduct
 from gradstore.scoring.quotas import Limits
 
 
@@ -27,7 +26,6 @@ class Marked:
         self._rows = rows.astype(np.float32)
         self.rows, self.dim = rows.shape
         self.usable = np.array([True] * len(rows) if usable is None else usable)
-        self.norm = np.linalg.norm(self._rows, axis=1)
         self.tokens = np.full(self.rows, 3)
         self.sources = tuple((("poems", "sums")[row % 2], row) for row in range(self.rows))
 
@@ -116,16 +114,6 @@ def test_a_row_that_is_not_usable_is_not_chosen_before_one_that_hurts() -> None:
     train = Marked(np.array([[-1, 0.5], [1, 0], [-1, 0]]), [True, False, True])
     pair = CheckpointFeatures(train, (Marked(np.array([[1.0, 0]])),))
     assert select_subset([pair], 2, "round_robin").tolist() == [0, 2]
-
-
-@pytest.mark.parametrize("subset", ["top", "round_robin", "knn_uniform", "facility_location"])
-def test_a_rule_chooses_by_the_product_that_is_asked_for(subset: str) -> None:
-    """Row 1 is the longer, row 0 the nearer by angle."""
-    train = np.array([[1, 0], [3, 3], [0, -1.0]])
-    pair = CheckpointFeatures(Marked(train), (Marked(np.array([[1.0, 0]])),))
-    assert select_subset([pair], 1, subset).tolist() == [0]  # type: ignore[arg-type]
-    long = InnerProduct(normalize="target")
-    assert select_subset([pair], 1, subset, product=long).tolist() == [1]  # type: ignore[arg-type]
 
 
 def test_fewer_rows_than_target_rows_are_told_before_the_features_are_read(
