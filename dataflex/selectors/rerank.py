@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from annotated_types import Gt, Le
+from annotated_types import Gt, Le, Lt
 
 from dataflex.config.parameters import Count, Positive, checked
 from dataflex.config.registry import grouped
@@ -57,7 +57,7 @@ class Rerank:
     curvature_rows: Count = 256
     damping: Positive = 0.1
     iterations: Count = 100
-    tolerance: Positive = 1e-3
+    tolerance: Annotated[float, Gt(0), Lt(1)] = 1e-3
 
     def candidates(self, usable: int, count: int) -> int:
         """Return c of so many rows that may be chosen, where an update takes `count`."""
