@@ -62,7 +62,7 @@ class Accumulator:
             self.device = torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"device={device!r} is none that torch knows; take 'cpu'") from error
-        self.backend = choose_backend(spec, self.device, backend, min(_GROUP_ROWS, rows))
+        self.backend = choose_backend(spec, self.device, backend)
         self._groups = [
             (low, min(low + _GROUP_ROWS, rows), self._new_sums(min(_GROUP_ROWS, rows - low)))
             for low in range(0, rows, _GROUP_ROWS)
@@ -137,16 +137,10 @@ def project(x: Tensor, spec: ProjectionSpec, *, backend: Backend | None = None) 
     return accumulator.result()
 
 
-def choose_backend(
-    spec: ProjectionSpec, device: torch.device, backend: str | None, rows: int = _GROUP_ROWS
-) -> Backend:
+def choose_backend(spec: ProjectionSpec, device: torch.device, backend: str | None) -> Backend:
     """Return the backend that will run, given the one asked for (None: the fastest).
 
-    Args:
-        spec: the projection.
-        device: where it runs.
-        backend: the one asked for.
-        rows: at most 64, added up together; Triton's kernels are tested at first use for these.
+    Triton's kernels are tested at their first use.
 
     Raises:
         ValueError: the backend is unknown or cannot do this.
@@ -154,7 +148,7 @@ def choose_backend(
     # The numba loops read 32-bit words as four bytes, lowest first.
     can_numba = device.type == "cpu" and spec.method != "gaussian" and sys.byteorder == "little"
     if backend is None:
-        if device.type == "cuda" and refusal(device, spec.method, rows) is None:
+        if device.type == "cuda" and refusal(device, spec.method) is None:
             return "triton"
         return "numba" if can_numba else "torch"
     if backend == "numba":
@@ -166,7 +160,7 @@ def choose_backend(
         return "numba"
     if backend == "triton":
         on_cuda = device.type == "cuda"
-        why = refusal(device, spec.method, rows) if on_cuda else f"the device is {device}"
+        why = refusal(device, spec.method) if on_cuda else f"the device is {device}"
         if why is not None:
             raise ValueError(
                 f"backend='triton' does rademacher and sjlt on a CUDA device, not this: {why}; "

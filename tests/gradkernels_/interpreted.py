@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,8 +130,8 @@ def main() -> None:
             return
         try:
             answer = True, {"sums": sums_of, "difference": difference}[name](*arguments)
-        except Exception as error:
-            answer = False, repr(error)
+        except Exception:  # to be raised by whoever asked
+            answer = False, traceback.format_exc()
         pickle.dump(answer, answers)
         answers.flush()
 

@@ -206,17 +206,16 @@ def cuda_that(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9,
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"device {index}")
     usable._tested.cache_clear()
-    usable._warn.cache_clear()
 
 
-@pytest.mark.parametrize("fault", ["differs", "raises"])
+@pytest.mark.parametrize("fault", ["differs", "raises", "differs in small batches"])
 def test_failing_kernels_give_way_to_plain_torch_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
-    def difference(device: torch.device, method: str, width: int) -> str:
+    def difference(device: torch.device, method: str, width: int) -> str | None:
         if fault == "raises":
             raise RuntimeError("no kernel image")
-        return "3 of 4 sums differ"
+        return None if "small" in fault and width == 64 else "3 of 4 sums differ"
 
     cuda_that(monkeypatch)
     monkeypatch.setattr(usable, "difference", difference)
@@ -224,9 +223,9 @@ def test_failing_kernels_give_way_to_plain_torch_with_one_warning(
     device = torch.device("cuda")
     try:
         with caplog.at_level(logging.WARNING, usable._log.name):
-            for rows in (0, 3, 64, 64):
-                assert choose_backend(spec_of(40), device, None, rows) == "torch"
-        why = "3 of 4 sums differ" if fault == "differs" else "RuntimeError: no kernel image"
+            for _ in range(3):
+                assert choose_backend(spec_of(40), device, None) == "torch"
+        why = "RuntimeError: no kernel image" if fault == "raises" else "3 of 4 sums differ"
         assert [why in record.getMessage() for record in caplog.records] == [True]
         with pytest.raises(ValueError, match=f"backend='triton' .* not this: .*{why}"):
             choose_backend(spec_of(40), device, "triton")

@@ -25,13 +25,15 @@ _PARAMS, _OUTPUTS = 6500, 4000
 _LARGEST = {torch.float32: 2**13 - 1, torch.float16: 2**11 - 1, torch.bfloat16: 2**8 - 1}
 
 
-def refusal(device: torch.device, method: Method, rows: int) -> str | None:
+def refusal(device: torch.device, method: Method) -> str | None:
     """Return a reason why the kernels may not run on a CUDA device, or None; ask once, warn once.
+
+    All widths are tested together: were one of them left out, a row's features would come from
+    other kernels in a smaller batch.
 
     Args:
         device: with an index or without, which stands for the current one.
         method: the projection's.
-        rows: 0 <= b <= 64 of a product.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     if method == "gaussian":
@@ -40,33 +42,28 @@ def refusal(device: torch.device, method: Method, rows: int) -> str | None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(index) < CAPABILITY:
         return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
-    from gradkernels.gpu.sums import width_of
-
-    return _tested(index, method, width_of(rows))
+    return _tested(index, method)
 
 
 @cache
-def _tested(index: int, method: Method, width: int) -> str | None:
-    """Test the kernels of a width on a device, and warn where they fail."""
+def _tested(index: int, method: Method) -> str | None:
+    """Test the kernels of every width on a device, and warn where they fail."""
     device = torch.device("cuda", index)
     try:
-        why = difference(device, method, width)
+        from gradkernels.gpu.sums import WIDTHS
+
+        found = (difference(device, method, width) for width in WIDTHS)
+        why = next((each for each in found if each is not None), None)
     except Exception as error:  # whatever a compiler, a driver or a full memory may raise
+        _log.debug("gradkernels: the Triton kernels of %s", method, exc_info=True)
         why = f"they do not run: {type(error).__name__}: {error}".strip()
     if why is not None:
-        _warn(method, torch.cuda.get_device_name(index), why)
+        _log.warning(
+            "gradkernels: the Triton kernels of %s are not used on %s, since %s. Plain torch "
+            "projects there: the same features, many times slower.",
+            method, torch.cuda.get_device_name(index), why,
+        )  # fmt: skip
     return why
-
-
-@cache
-def _warn(method: Method, name: str, why: str) -> None:
-    _log.warning(
-        "gradkernels: the Triton kernels of %s are not used on %s, since %s. Plain torch projects "
-        "there: the same features, many times slower.",
-        method,
-        name,
-        why,
-    )
 
 
 def difference(
