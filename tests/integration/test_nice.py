@@ -227,7 +227,7 @@ def test_a_judges_key_is_nowhere_in_what_a_run_says_or_writes(
 ) -> None:
     told, changes, key, code = LEAKS[case]
     with ThreadingHTTPServer(("127.0.0.1", 0), type("Told", (Echo,), told)) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         params = {"api_base_url": f"http://127.0.0.1:{server.server_port}/v1", "api_model": "m",
                   "api_key_env": "JUDGE_KEY", "baseline": "none", **changes}  # fmt: skip
