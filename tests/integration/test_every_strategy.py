@@ -27,6 +27,7 @@ SHORT = ("max_samples=48", "per_device_train_batch_size=2", "warmup_step=2", "up
 #: What single examples need beside that, by folder and file name.
 MORE: dict[str, tuple[str, ...]] = {
     "reorders/folding": ("max_samples=480",),  # its file has a score for each of them
+    "selectors/less_rerank": ("component_params.rerank.iterations=4",),  # each is a pass
     # Adam's steps enlarge what the order of sums leaves: by few, two processes still agree closely.
     "selectors/mirror": ("component_params.target_epochs=2",),
 }
@@ -113,6 +114,10 @@ def test_it_runs_and_a_kill_in_mid_interval_changes_nothing(
     assert not table[-1].strip("└┴─┘"), "and is the last that is said"
     logged = (whole / "trainer_log.jsonl").read_text()
     assert '"dataflex/' in logged, "the Trainer's log carries the strategy's numbers"
+    if path.parent.name == "selectors" and path.stem != "online":
+        chosen = selections(whole)
+        assert [len(indices) for indices, _ in chosen.values()] == [6, 6], "3 steps of 2 rows"
+        assert '"dataflex/kept_share"' in logged
 
     before = (tmp_path / "a").read_text().splitlines(keepends=True)
     (tmp_path / "b").write_text("".join(line for line in before if int(line.split()[0]) < 7))
