@@ -1,4 +1,4 @@
-"""Every strategy has an example; the README's runs again and again, here for a few steps and rows."""
+"""Every strategy has an example; the README's runs as often as one likes, here for a few steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_there_is_an_example_of_every_strategy(train_type: str) -> None:
 
 
 def test_the_readmes_example_runs_as_often_as_one_likes(cli: Any, tmp_path: Path) -> None:
-    """overwrite_output_dir starts anew. (test_every_strategy.py runs every example.)"""
+    """overwrite_output_dir starts anew; test_every_strategy.py runs all the others."""
     run, path = tmp_path / "run", ROOT / "examples" / "train_lora" / "selectors" / "less.yaml"
     for rows in ("max_samples=48", "max_samples=44"):
         result = cli("train", path, *FEWER, rows, f"output_dir={run}")

@@ -1,4 +1,4 @@
-"""LESS's recipe in four commands: examples/offline/less.sh on fewer rows, and a target added later."""
+"""LESS's recipe, examples/offline/less.sh, on fewer rows; and a target that is added later."""
 
 from __future__ import annotations
 
