@@ -39,8 +39,9 @@ BEAT = "beat"
 #: Beats within the time after which a silent worker counts as dead.
 BEATS = 6
 
-#: Seconds between two looks at tasks that others hold, at most.
-LOOK_SECONDS = 1.0
+#: Seconds between two looks at tasks that others hold: at first, at most, and how they grow, so
+#: that a look comes late by at most half of what was waited.
+FIRST_LOOK_SECONDS, LOOK_SECONDS, GROWTH = 0.01, 1.0, 1.5
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -129,7 +130,7 @@ class Leases:
         self._document = canonical_json({"token": files.own, "boot": self._boot, "who": who})
         self._numbers: dict[str, int] = {}
         self._seen: dict[str, tuple[bytes, float]] = {}
-        self._waiting_for = ""
+        self._waiting_for, self._pause = "", FIRST_LOOK_SECONDS
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._show_life, name="lease", daemon=True)
 
@@ -158,6 +159,7 @@ class Leases:
         number, holder = self._newest(task)
         if holder is not None and self._lives(holder):
             return holder if holder.token != self._files.own else None
+        self._pause = FIRST_LOOK_SECONDS
         if self._files.publish(f"{LEASES}/{task}.{number + 1}", self._document):
             self._numbers[task] = number + 1
             if holder is not None:
@@ -188,7 +190,9 @@ class Leases:
         if line != self._waiting_for:
             self._waiting_for = line
             _log.info("%s", line)
-        time.sleep(min(LOOK_SECONDS, self.worker.lease_seconds / (2 * BEATS)))
+        time.sleep(self._pause)
+        most = min(LOOK_SECONDS, self.worker.lease_seconds / (2 * BEATS))
+        self._pause = min(most, GROWTH * self._pause)
 
     def _newest(self, task: str) -> tuple[int, Holder | None]:
         """Return the highest claim's number, 0 for none, and its owner."""

@@ -101,7 +101,8 @@ def test_a_killed_process_of_this_machine_loses_its_tasks_at_once(
         os.write(tell, b"x")
         time.sleep(60)
         os._exit(0)
-    other = opened(SILENT, 2)
+    other, elsewhere = opened(SILENT, 2), opened(SILENT, 2)
+    elsewhere._boot = "another machine's"
     try:
         os.read(ready, 1)
         if not other._boot:
@@ -112,6 +113,7 @@ def test_a_killed_process_of_this_machine_loses_its_tasks_at_once(
         os.waitpid(child, 0)
         os.close(ready)
         os.close(tell)
+    assert elsewhere.claim("plan/3") is not None  # which sees no lock of this one's kernel
     assert other.claim("plan/3") is None
 
 
