@@ -100,16 +100,30 @@ def train(
 
 @gradstore_cli.app.command("build")
 def build(
-    config: Config, overrides: Overrides = None, dry_run: DryRun = False, verbose: Verbose = False
+    config: Config,
+    overrides: Overrides = None,
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            help="Build as worker i of N, started as often and wherever you like: they share the "
+            "work through the store, on a file system that all of them see.",
+            metavar="i/N",
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write the train and target generations of CONFIG's checkpoints, without training."""
     choose_verbosity(verbose)
+    from gradstore.storage.leases import Worker
+
+    among = None if worker is None else Worker.parse(worker)
     from dataflex.launch.configuration import read
 
     checked = read(config, overrides or [])
     from dataflex.launch.build import build as run  # imports torch
 
-    run(checked, dry_run=dry_run)
+    run(checked, dry_run=dry_run, worker=among)
 
 
 @dataclass(frozen=True, kw_only=True)

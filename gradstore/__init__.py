@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gradstore.similarity.bm25 import bm25_scores
     from gradstore.similarity.index import FeatureIndex
     from gradstore.similarity.rows import read_unit_rows
+    from gradstore.storage.leases import Worker
     from gradstore.store.building import build
     from gradstore.store.filling import UnitSink, fill
     from gradstore.store.writer import StoreWriter
@@ -50,6 +51,7 @@ _MODULES = {
     "StoreWriter": "store.writer",
     "Text": "format.text_table",
     "UnitSink": "store.filling",
+    "Worker": "storage.leases",
     "audit": "similarity.audit",
     "batch_losses": "capture.per_sample",
     "bm25_scores": "similarity.bm25",
@@ -85,6 +87,7 @@ __all__ = [
     "StoreWriter",
     "Text",
     "UnitSink",
+    "Worker",
     "audit",
     "batch_losses",
     "bm25_scores",

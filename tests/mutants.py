@@ -57,6 +57,7 @@ SELECTION = "tests/gradstore_/scoring/test_selection.py"
 INDEX = "tests/gradstore_/similarity/test_index.py"
 CAPTURE = "tests/gradstore_/capture/test_per_sample.py"
 LOCK = "tests/gradstore_/storage/test_lock.py"
+LEASES, WORKERS = "tests/gradstore_/storage/test_leases.py", f"{STORE}/test_workers.py"
 PROJECTION = "tests/gradkernels_/test_projection_paths.py"
 MIXTURE, ORDER = "tests/dataflex_/data/test_mixture.py", "tests/dataflex_/data/test_order.py"
 MIXERS, DOREMI = "tests/dataflex_/mixers/test_mixers.py", "tests/dataflex_/mixers/test_doremi.py"
@@ -89,7 +90,21 @@ MUTANTS = [
            f"{FORMAT}/test_provenance.py"),
     Mutant("gradstore/export/gradient_space.py", '"canary": canary(projection).tolist()',
            '"canary": []', "tests/dataflex_/features/test_fields.py"),
-    Mutant("gradstore/storage/lock.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH", LOCK),
+    Mutant("gradstore/storage/lock.py", "fcntl.LOCK_EX):\n                raise",
+           "fcntl.LOCK_SH):\n                raise", LOCK),
+    Mutant("gradstore/storage/lock.py", "if is_set_up():", "if True:", LOCK),
+    Mutant("gradstore/storage/leases.py", "if known != beat:", "if not known:", LEASES),
+    Mutant("gradstore/storage/leases.py", "        if self._boot and holder.boot == self._boot and",
+           "        if", LEASES),
+    Mutant("gradstore/store/shared_units.py", "done = self._carry_out(unit)\n        files.discard",
+           "done = name_unit(files, staged) or self.finished(unit)\n        files.discard",
+           WORKERS),
+    Mutant("gradstore/store/shared_units.py", "elif not self._is_settled(unit, settle):", "else:",
+           WORKERS),
+    Mutant("gradstore/store/worker_group.py", "units.finished(unit)", "pass", WORKERS),
+    Mutant("gradstore/store/attempts.py", "if theirs and before is not None and",
+           "if False and theirs and before is not None and", WORKERS),
+    Mutant("gradstore/store/text_writer.py", "    if shared:\n", "    if False:\n", WORKERS),
     Mutant("gradstore/store/writer.py", "        self._lock.acquire()\n", "", LOCK),
     Mutant("gradstore/store/cleaning.py", "sorted(each)[:-keep]", "sorted(each)[keep:]", RUNS),
     Mutant("gradstore/format/codec.py", "values *= scale[:, None]", "values *= 1.0", FORMAT),

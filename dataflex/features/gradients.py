@@ -37,6 +37,7 @@ from gradstore.format.plans import UnitRange
 from gradstore.format.records import LOADED_FROM, GenerationRecord
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.pairing import Which, checkpoint_features
+from gradstore.storage.leases import Worker
 from gradstore.store.filling import CheckpointExport, ExportSummary, check_usable
 from gradstore.store.generation_writer import GenerationWriter
 from gradstore.store.ownership import check_step
@@ -64,8 +65,15 @@ class FeatureService:
     Every rank has one, and shares the passes; rank 0's holds the store and its lock while open.
     """
 
-    def __init__(self, run: RunContext, settings: FeatureSettings) -> None:
+    def __init__(
+        self, run: RunContext, settings: FeatureSettings, worker: Worker | None = None
+    ) -> None:
         """Open the store for writing.
+
+        Args:
+            run: whose rows and model they are.
+            settings: of the features.
+            worker: this process among those that share the store; None has it to itself.
 
         Raises:
             ProvenanceMismatch: the store holds features that can't be compared with this run's.
@@ -74,6 +82,7 @@ class FeatureService:
         """
         self.run = run
         self.settings = settings
+        self._worker = worker
         self.space = GradientSpace.of(run.model, settings)
         self._writer: StoreWriter | None = None
         self.open()
@@ -91,7 +100,9 @@ class FeatureService:
         run = self.run
         path = run.config.store_path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = StoreWriter(path, space="gradient", provenance=self._fields)
+        self._writer = StoreWriter(
+            path, space="gradient", provenance=self._fields, worker=self._worker
+        )
         try:
             check_owner(self._writer.store, run)
             if self.settings.train_features.needs_share and run.step is not None:
@@ -226,14 +237,15 @@ class FeatureService:
         record = self._record(role, rows, step, recipe, learning_rate, options)
 
         def begin() -> GenerationWriter:
-            keep_text(self.run, self.writer, rows)
-            return self.writer.begin(
+            begun = self.writer.begin(
                 record,
                 rows.row_set,
                 dim=self.settings.proj_dim,
                 dtype=self.settings.dtype,
                 losses=source is None,  # others sum up several answers
             )
+            keep_text(self.run, self.writer, rows)  # of rows that were not refused
+            return begun
 
         summary = export_shared(
             self.run.ranks,

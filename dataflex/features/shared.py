@@ -1,12 +1,13 @@
 """One generation, made by all ranks: each computes units of one plan, rank 0 writes and commits.
 
 One process holds the store, so there is one lock and nothing to merge; the units, and with them
-every feature, are those a single process would have computed.
+every feature, are those a single process would have computed. A process that has no other ranks
+writes what it computes; it may be one of several workers, which share the store instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +65,10 @@ def export_shared(
     Raises:
         StoreError: on every rank, whatever failed on one.
     """
+    if ranks.world == 1:
+        return _export_here(
+            name, begin(), compute, max_bad_fraction, shows_progress=shows_progress, lengths=lengths
+        )
     held: list[_OpenGeneration] = []
 
     def plan() -> list[UnitRange]:
@@ -72,13 +77,10 @@ def export_shared(
         return list(writer.pending)
 
     pending = ranks.decide(plan)
-    # A unit takes its longest rows first.
-    longest_first = [-np.sort(-lengths[unit.start : unit.stop]) for unit in pending]
-    costs = np.concatenate([np.empty(0, np.int64), *longest_first])
     with progress(
         name,
-        costs,
-        shown=shows_progress and len(costs) > 0,
+        _costs(pending, lengths),
+        shown=shows_progress and len(pending) > 0,
         told=ranks.leads,
         stored_bytes=_stored_bytes(held[0].writer) if ranks.leads else 0,
     ) as advance:
@@ -94,6 +96,32 @@ def export_shared(
             advance(sum(unit.stop - unit.start for unit in units if unit is not mine))
     ranks.decide(lambda: held[0].writer.commit())
     return ranks.decide(lambda: held[0].sink.summary)
+
+
+def _export_here(
+    name: str,
+    writer: GenerationWriter,
+    compute: Compute,
+    max_bad_fraction: float,
+    *,
+    shows_progress: bool,
+    lengths: npt.NDArray[np.int64],
+) -> ExportSummary:
+    """Compute, write and commit a generation in this process, as a worker among others too."""
+    sink = UnitSink(writer, max_bad_fraction=max_bad_fraction)
+    costs = _costs(writer.pending, lengths)
+    shown = shows_progress and len(costs) > 0
+    with progress(name, costs, shown=shown, stored_bytes=_stored_bytes(writer)) as advance:
+        for unit in writer.claimed(elsewhere=advance):
+            sink.write(compute(unit, advance))
+    writer.commit()
+    return sink.summary
+
+
+def _costs(units: Sequence[UnitRange], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return what each row costs, in the order of the units; a unit takes its longest first."""
+    longest_first = [-np.sort(-lengths[unit.start : unit.stop]) for unit in units]
+    return np.concatenate([np.empty(0, np.int64), *longest_first])
 
 
 def keep_text(run: RunContext, writer: StoreWriter | SpaceWriter, rows: Rows) -> None:

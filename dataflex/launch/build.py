@@ -26,6 +26,7 @@ from dataflex.run.forecast import print_forecasts
 from dataflex.selectors.by_influence import InfluenceSelector
 from gradstore.errors import BadInput
 from gradstore.export.share import OptimizerStep
+from gradstore.storage.leases import Worker
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ _ONLY_IN_TRAINING = {
 }
 
 
-def build(config: RunConfig, *, dry_run: bool = False) -> None:
+def build(config: RunConfig, *, dry_run: bool = False, worker: Worker | None = None) -> None:
     """Write one train generation and one generation per target set for every checkpoint.
 
     Checkpoints: `gradstore_checkpoints`, else `resume_from_checkpoint`, else every
@@ -48,10 +49,12 @@ def build(config: RunConfig, *, dry_run: bool = False) -> None:
     Args:
         config: as `configuration.read` read it.
         dry_run: print a forecast of the passes instead.
+        worker: this process among those that build the same store together; None builds it alone.
 
     Raises:
         BadInput: see `check_gradients`; no checkpoint for Adam features; no moments in one.
         ProvenanceMismatch: the store holds features that can't be compared with these.
+        StoreBusy: a process that does not share the store writes to it.
     """
     check_gradients(config)
     if told := loss_difference(config.known, "gradstore build", {Reader.GRADIENTS}):
@@ -80,7 +83,7 @@ def build(config: RunConfig, *, dry_run: bool = False) -> None:
     run = context_of(config, loaded, built_by(config))
     if settings.train_features.needs_share and first is not None:
         run = replace(run, step=_step_at(first, run.step))
-    service = FeatureService(run, settings)
+    service = FeatureService(run, settings, worker)
     try:
         _export_checkpoints(service, folders)
     finally:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -41,13 +41,16 @@ class StoreFiles(ReadFiles):
     Args:
         root: the store's folder. It may itself be reached through a symlink; nothing inside may.
         hook: called before each change on disk (tests kill, count and fail there).
+
+    Attributes:
+        own: name of this writer's folder in staging, which no other writer ever has.
     """
 
     def __init__(self, root: str | Path, hook: Hook | None = None) -> None:
         super().__init__(root)
         self._hook = hook
         self._durable: set[str] = {""}
-        self._own = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self.own = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._own_fd: int | None = None
         self._count = 0
 
@@ -90,8 +93,8 @@ class StoreFiles(ReadFiles):
     def is_in_use(self, staging_name: str) -> bool:
         """Return whether a staging folder belongs to a live writer, this one included."""
         path = self.path(f"{STAGING}/{staging_name}")
-        if staging_name == self._own or self._kind(path) != "directory":
-            return staging_name == self._own
+        if staging_name == self.own or self._kind(path) != "directory":
+            return staging_name == self.own
         fd = _flocked(path)
         if fd is not None:
             os.close(fd)
@@ -103,12 +106,17 @@ class StoreFiles(ReadFiles):
         if fd is not None:
             os.close(fd)
 
-    def stage(self, buffers: Sequence[Block]) -> str:
-        """Write the buffers' bytes to a private file, fsynced; return its path in staging."""
-        folder = f"{STAGING}/{self._own}"
+    def make_own(self) -> str:
+        """Make this writer's staging folder, locked while it lives; return its path."""
+        folder = f"{STAGING}/{self.own}"
         self.make_directory(folder)
         if self._own_fd is None:
             self._own_fd = _flocked(self.root / folder)
+        return folder
+
+    def stage(self, buffers: Sequence[Block]) -> str:
+        """Write the buffers' bytes to a private file, fsynced; return its path in staging."""
+        folder = self.make_own()
         self._count += 1
         staged = f"{folder}/{self._count}"
         self.write(staged, buffers)
@@ -172,6 +180,16 @@ class StoreFiles(ReadFiles):
             os.replace(self.root / staged, path)
         self.sync_directory(parent_of(relative))
 
+    def overwrite(self, relative: str, data: bytes) -> None:
+        """Write a small file of this writer's own in its place: for signs of life, not for data."""
+        path = self.path(relative)
+        with self._translated("write", path):
+            self._step("overwrite", path)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(path, flags, 0o644), "wb", buffering=0, closefd=True) as file:
+                file.write(data)
+                os.fsync(file.fileno())
+
     def move(self, source: str, target: str) -> None:
         """Rename a file or directory; the target must not exist."""
         self.make_directory(parent_of(target))
@@ -188,6 +206,11 @@ class StoreFiles(ReadFiles):
         with self._translated("remove", path):
             self._step("unlink", path)
             path.unlink(missing_ok=True)
+
+    def discard(self, staged: Iterable[str]) -> None:
+        """Remove staged files that are no longer needed; what can't be removed is left."""
+        for relative in staged:
+            self._remove_quietly(self.path(relative))
 
     def remove_tree(self, relative: str) -> None:
         """Remove a directory with all its contents, never following a symlink."""
@@ -236,7 +259,7 @@ class StoreFiles(ReadFiles):
         try:
             self._step("unlink", path)
             path.unlink(missing_ok=True)
-        except OSError:  # report the write error, not this one
+        except OSError:  # report what went wrong before, not this
             return
 
 

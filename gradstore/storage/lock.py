@@ -1,7 +1,9 @@
-"""Lock of a store: one writer at a time, and a message that names the holder.
+"""Lock of a store: one writer at a time, or several workers, and a message that names the holder.
 
-The lock is a `flock` on `writer.lock`, so a dead writer never blocks anybody. It serves the
-message: what keeps two writers apart when it is bypassed is that nothing published is overwritten.
+The lock is a `flock` on `writer.lock`, so a dead writer never blocks anybody. A writer holds it
+exclusively. Workers (`leases`) share it, so that neither meets the other; the first of them holds
+it exclusively for a moment, in which it sets up what they share. It serves the message: what keeps
+two writers apart when it is bypassed is that nothing published is overwritten.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import fcntl
 import logging
 import os
 import socket
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from types import TracebackType
 from weakref import WeakSet
@@ -24,6 +28,10 @@ _log = logging.getLogger(__name__)
 
 LOCK = "writer.lock"
 _MAX_RECORD_BYTES = 4096
+
+#: Seconds between two tries of a worker to join, and tries after which a writer is believed in: a
+#: worker that sets up holds the lock before its record says who it is.
+_TRY_SECONDS, _TRIES = 0.05, 10
 
 _held: WeakSet[WriterLock] = WeakSet()
 
@@ -50,6 +58,7 @@ class WriterLock:
         self._files = files
         self._what, self._instead = f'{what} "{files.root}"', instead
         self._fd: int | None = None
+        self._when_last: Callable[[], None] | None = None
 
     def __enter__(self) -> WriterLock:
         self.acquire()
@@ -65,43 +74,104 @@ class WriterLock:
 
     def acquire(self) -> None:
         """Acquire the lock and record its holder; a record left by a dead writer is taken over."""
-        path = self._files.path(LOCK)
-        with self._files.operation("lock", path):
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(path, flags, 0o644)
+        fd = self._open()
         try:
-            self._flock(fd)
-            left = _holder(fd)
-            if left:
-                _log.warning("stale lock of %s (%s) taken over", self._what, left)
-            with self._files.operation("write", path):
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, canonical_json(_this_process()), 0)
+            if not self._flock(fd, fcntl.LOCK_EX):
+                raise self._busy(fd)
+            self._take_over(fd, _this_process())
         except BaseException:  # Ctrl-C too: the lock lives as long as the descriptor
             os.close(fd)
             raise
+        self._hold(fd)
+
+    def join(
+        self,
+        worker: str,
+        set_up: Callable[[], None],
+        is_set_up: Callable[[], bool],
+        when_last: Callable[[], None],
+    ) -> None:
+        """Acquire the lock together with other workers.
+
+        Args:
+            worker: this worker, for messages.
+            set_up: run by the first, while no other process has the lock.
+            is_set_up: whether a worker has set up since a writer had the lock.
+            when_last: run by `release` while no other process has the lock, if there is none.
+        """
+        fd, seen = self._open(), 0
+        record = {**_this_process(), "worker": worker}
+        try:
+            while True:
+                if self._flock(fd, fcntl.LOCK_EX):
+                    self._take_over(fd, record)
+                    set_up()
+                # From exclusive to shared: a writer may slip in between, and is met below.
+                if self._flock(fd, fcntl.LOCK_SH):
+                    if is_set_up():
+                        break
+                    fcntl.flock(fd, fcntl.LOCK_UN)  # of workers that have just ended
+                seen = 0 if "worker" in _record(fd) else seen + 1
+                if seen > _TRIES:
+                    raise self._busy(fd)
+                time.sleep(_TRY_SECONDS)
+            self._write(fd, record)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._when_last = when_last
+        self._hold(fd)
+
+    def _open(self) -> int:
+        path = self._files.path(LOCK)
+        with self._files.operation("lock", path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            return os.open(path, flags, 0o644)
+
+    def _hold(self, fd: int) -> None:
         self._fd = fd
         _held.add(self)
 
-    def _flock(self, fd: int) -> None:
+    def _take_over(self, fd: int, record: dict[str, object]) -> None:
+        if left := _record(fd):
+            _log.warning("stale lock of %s (%s) taken over", self._what, _shown(left))
+        self._write(fd, record)
+
+    def _write(self, fd: int, record: dict[str, object]) -> None:
+        with self._files.operation("write", self._files.path(LOCK)):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, canonical_json(record), 0)
+
+    def _flock(self, fd: int, kind: int) -> bool:
+        """Lock, or turn the lock into one of this kind; False, and no lock, if others hold it."""
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                who = _holder(fd) or "another process"
-                raise StoreBusy(
-                    f"{self._what} is being written by {who}. "
-                    f"Wait until it ends, or {self._instead}"
-                ) from None
+                return False
             raise lacks(self._files, "flock", error) from error
+        return True
+
+    def _busy(self, fd: int) -> StoreBusy:
+        record = _record(fd)
+        who = _shown(record) if record else "another process"
+        if "worker" in record:
+            who = f"workers of a shared build, the last to join being {who}"
+        return StoreBusy(
+            f"{self._what} is being written by {who}. Wait until it ends, or {self._instead}"
+        )
 
     def release(self) -> None:
-        """Clear the record and release the lock."""
+        """Clear the record and release the lock; what the last of several workers leaves, too."""
         fd, self._fd = self._fd, None
         _held.discard(self)
         if fd is None:
             return
         try:
+            if self._when_last is not None:
+                if not self._flock(fd, fcntl.LOCK_EX):
+                    return
+                self._when_last()
             with self._files.operation("unlock", self._files.path(LOCK)):
                 os.ftruncate(fd, 0)
         finally:
@@ -113,13 +183,19 @@ def _this_process() -> dict[str, object]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
 
 
-def _holder(fd: int) -> str:
-    """Return the holder in the lock's record; "" when there is none or it can't be read."""
+def _record(fd: int) -> dict[str, object]:
+    """Return the holder's record; {} when there is none or it can't be read."""
     try:
-        record = parse(os.pread(fd, _MAX_RECORD_BYTES, 0))
+        return parse(os.pread(fd, _MAX_RECORD_BYTES, 0))
     except (OSError, ValueError):
-        return ""
-    return f"host {record.get('host')}, pid {record.get('pid')}, since {record.get('since')}"
+        return {}
+
+
+def _shown(record: dict[str, object]) -> str:
+    worker = f"worker {record['worker']}, " if "worker" in record else ""
+    return (
+        f"{worker}host {record.get('host')}, pid {record.get('pid')}, since {record.get('since')}"
+    )
 
 
 def _close_in_child() -> None:

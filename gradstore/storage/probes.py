@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from packaging.version import Version
 
@@ -23,6 +26,13 @@ _UNSUPPORTED = {
     errno.EMLINK,
     errno.EXDEV,
     errno.ENOLCK,
+}
+
+#: File system -> mount options by which a lock is seen by processes of one machine alone.
+_LOCAL_LOCKS = {
+    "nfs": ("nolock", "local_lock=all", "local_lock=flock"),
+    "nfs4": ("nolock", "local_lock=all", "local_lock=flock"),
+    "lustre": ("localflock", "noflock"),
 }
 
 
@@ -64,6 +74,53 @@ def lacks(files: StoreFiles, operation: str, error: OSError) -> StoreIOError:
         f"({error.strerror}); a store needs link, rename, fsync and flock. "
         "Choose a local disk with gradstore=PATH"
     )
+
+
+def check_sharing(files: StoreFiles, mounts: Path = Path("/proc/self/mountinfo")) -> None:
+    """Refuse a mount that keeps locks to one machine, where workers of several would not meet.
+
+    Args:
+        files: the store's files.
+        mounts: Linux's list of mounts; without it nothing is known.
+
+    Raises:
+        StoreIOError: names the mount's option.
+    """
+    try:
+        listed = mounts.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    if option := local_locks(listed, os.path.realpath(files.root)):
+        raise lacks(
+            files,
+            "shared flock",
+            OSError(0, f"it is mounted with {option}, which keeps locks to one machine"),
+        )
+
+
+def local_locks(mountinfo: str, path: str) -> str:
+    """Return the option by which the mount of `path` keeps locks to one machine; "" if none.
+
+    Args:
+        mountinfo: content of /proc/<pid>/mountinfo (see proc(5)).
+        path: absolute, without symlinks.
+
+    >>> nfs = "36 35 98:0 / /mnt rw - nfs4 server:/ rw,vers=4.2,local_lock={}"
+    >>> local_locks(nfs.format("none"), "/mnt/store"), local_locks(nfs.format("all"), "/mnt/store")
+    ('', 'local_lock=all')
+    """
+    found, deepest = "", 0
+    for line in mountinfo.splitlines():
+        fields, _, source = line.partition(" - ")
+        words, rest = fields.split(), source.split()
+        if len(words) < 6 or len(rest) < 3:
+            continue
+        point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), words[4])
+        if f"{path}/".startswith(f"{point.rstrip('/')}/") and len(point) >= deepest:
+            deepest = len(point)
+            options = [*words[5].split(","), *rest[2].split(",")]
+            found = next((o for o in options if o in _LOCAL_LOCKS.get(rest[0], ())), "")
+    return found
 
 
 def check_zarr(version: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import get_args
 
-from gradstore.errors import BadInput, DamagedFile, ProvenanceMismatch
+from gradstore.errors import BadInput, DamagedFile, Fault, ProvenanceMismatch
 from gradstore.export.share import StepShare
 from gradstore.format.commits import Commit
 from gradstore.format.layout import GRADIENT, dtype_of_role, generation_path, plan_path
@@ -16,7 +17,7 @@ from gradstore.format.plans import Plan
 from gradstore.format.provenance import Difference, compare, refuse
 from gradstore.format.records import LOADED_FROM, GenerationRecord
 from gradstore.storage.local import StoreFiles
-from gradstore.store.generation_writer import quarantine
+from gradstore.store.own_units import quarantine
 from gradstore.store.ownership import check_step
 from gradstore.store.reader import Store
 
@@ -40,18 +41,22 @@ class PlanChoice:
     resumed: bool = False
 
 
-def choose_plan(files: StoreFiles, store: Store, wanted: Plan) -> PlanChoice:
+def choose_plan(
+    files: StoreFiles, store: Store, wanted: Plan, before: Collection[str] | None = None
+) -> PlanChoice:
     """Decide between reuse, resume and a new attempt.
 
     Args:
         files: the store's files.
         store: today's view.
         wanted: the plan of a first attempt.
+        before: of a worker among others, the generations from before they began: those that came
+            since are theirs, and are not superseded.
 
     Raises:
         BadInput: d is not the projection's, or the name lacks the prefix of its space.
-        ProvenanceMismatch: other rows, d, dtype or optimizer step than earlier generations, or a
-            name of another run or space.
+        ProvenanceMismatch: other rows, d, dtype or optimizer step than earlier generations, a
+            name of another run or space, or another state than the other workers have.
     """
     record, dim = wanted.record, wanted.dim
     if record.projection.get("d", dim) != dim:
@@ -60,7 +65,7 @@ def choose_plan(files: StoreFiles, store: Store, wanted: Plan) -> PlanChoice:
             "begin the generation with the d of its projection"
         )
     _check_prefix(store, wanted)
-    planned = _readable_plans(files, store)
+    planned = readable_plans(files, store, mend=before is None)
     _check_shape(store, wanted)
     _check_rows(store, planned, wanted)
     if share := record.feature_options.get("share"):
@@ -68,7 +73,7 @@ def choose_plan(files: StoreFiles, store: Store, wanted: Plan) -> PlanChoice:
     base = record.parsed
     used = [
         name.attempt
-        for name in map(GenerationName.parse, [*planned, *_ever_committed(store)])
+        for name in map(GenerationName.parse, [*planned, *ever_committed(store)])
         if name.base() == base
     ]
     current = _current(store, base)
@@ -84,6 +89,9 @@ def choose_plan(files: StoreFiles, store: Store, wanted: Plan) -> PlanChoice:
         plan, sha = newest
         if plan.record.run_id == record.run_id and plan.identity() == wanted.identity():
             return PlanChoice(plan, sha, resumed=True)
+    theirs = newest or current
+    if theirs and before is not None and str(base.with_attempt(attempt)) not in before:
+        raise _other_state(store, next(each for each in theirs if isinstance(each, Plan)), wanted)
     name = str(base.with_attempt(attempt + 1))
     if attempt:
         _log.warning("%s was made from another state before; now written as %s", base, name)
@@ -105,7 +113,8 @@ def _versions(record: GenerationRecord) -> dict[str, object]:
     return {key: value for key, value in record.libraries.items() if key != LOADED_FROM}
 
 
-def _ever_committed(store: Store) -> list[str]:
+def ever_committed(store: Store) -> list[str]:
+    """List every generation that was committed, those retired later too."""
     return [name for c in store.commits if c.kind == "generation" for name in c.generations]
 
 
@@ -116,13 +125,24 @@ def _current(store: Store, base: GenerationName) -> tuple[Commit, Plan] | None:
     return None
 
 
-def _readable_plans(files: StoreFiles, store: Store) -> dict[str, tuple[Plan, str]]:
-    """Read the uncommitted plans; quarantine a damaged one with what was written for it."""
+def readable_plans(
+    files: StoreFiles, store: Store, *, mend: bool = True
+) -> dict[str, tuple[Plan, str]]:
+    """Read the uncommitted plans; quarantine a damaged one with what was written for it.
+
+    Args:
+        files: the store's files.
+        store: today's view.
+        mend: whether nobody else is at work on such a plan; else a damaged one is an error.
+    """
     plans = {}
     for name in store.planned():
         try:
             plans[name] = Plan.from_bytes(files.read(plan_path(name)))
         except (ValueError, DamagedFile) as error:
+            if not mend:
+                fault = Fault(plan_path(name), "the plan that was written", str(error))
+                raise DamagedFile(fault, str(files.root)) from error
             _log.warning("the plan of %s is damaged (%s): planned again", name, error)
             quarantine(files, plan_path(name))
             if files.exists(generation_path(name)):
@@ -187,6 +207,19 @@ def _check_rows(store: Store, planned: dict[str, tuple[Plan, str]], wanted: Plan
                 [Difference(what, plan.rows.sha256, wanted.rows.sha256, note=text)],
             )
         return
+
+
+def _other_state(store: Store, theirs: Plan, wanted: Plan) -> ProvenanceMismatch:
+    """Refuse a plan beside the plan of workers that are at work, or were a moment ago."""
+    differences = [
+        replace(each, field=f"{wanted.record.name}: {each.field}")
+        for each in compare(theirs.identity(), wanted.identity())
+    ]
+    return refuse(
+        str(store.path),
+        differences,
+        hint="give every worker the same CONFIG, checkpoints and data",
+    )
 
 
 def _other_run(

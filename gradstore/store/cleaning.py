@@ -22,7 +22,8 @@ from gradstore.format.plans import Plan
 from gradstore.format.text_table import TEXTS, TextTable
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.lock import WriterLock
-from gradstore.store.generation_writer import QUARANTINE, publish_commit
+from gradstore.store.generation_writer import publish_commit
+from gradstore.store.own_units import QUARANTINE
 from gradstore.store.reader import Store
 
 INDEX = "index"

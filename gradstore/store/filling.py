@@ -1,4 +1,4 @@
-"""Filling a generation: computed units are written by the one process that holds the lock."""
+"""Filling a generation: computed units are written by a process that holds the store's lock."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class UnitSink:
     """Sink that writes computed units of one generation and stops where too many rows are bad.
 
     The rows of all units given count together, whichever process computed them, and so do those of
-    an earlier, interrupted export.
+    an earlier, interrupted export and those that other workers have finished.
     """
 
     def __init__(self, writer: GenerationWriter, *, max_bad_fraction: float = 0.01) -> None:
@@ -71,7 +71,6 @@ class UnitSink:
         self.summary = ExportSummary()
         self._writer = writer
         self._limit = max_bad_fraction
-        self._earlier = writer.bad_counts["non_finite"]
         self._non_finite: list[int] = []
         self._what = EMBEDDING if writer.plan.record.feature == EMBEDDING else "gradient"
         self._began = time.perf_counter()
@@ -86,7 +85,7 @@ class UnitSink:
         bad = done.unit.start + np.flatnonzero(done.status == RowStatus.NON_FINITE)
         self._non_finite += bad.tolist()
         check_bad_rows(
-            self._earlier + len(self._non_finite),
+            self._writer.bad_counts["non_finite"] + len(bad),
             sorted(self._non_finite),
             len(self._writer.plan.rows),
             self._limit,
@@ -129,6 +128,8 @@ def fill(
 ) -> ExportSummary:
     """Compute and write the units of a generation that are not done yet; does not commit.
 
+    A worker among others computes those that it is handed, and returns when all are done.
+
     Args:
         writer: from `StoreWriter.begin` or `SpaceWriter.begin`.
         compute: unit -> its features, such as
@@ -140,6 +141,6 @@ def fill(
         BadInput: more than `max_bad_fraction` of the rows are non-finite.
     """
     sink = UnitSink(writer, max_bad_fraction=max_bad_fraction)
-    for unit in list(writer.pending):
+    for unit in writer.claimed():
         sink.write(compute(unit))
     return sink.summary

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,23 +15,20 @@ from gradstore.format.layout import (
     METADATA,
     RowStatus,
     commit_path,
-    generation_path,
     root_json,
-    unit_path,
 )
 from gradstore.format.plans import Plan, UnitRange
-from gradstore.format.unit_records import UnitRecord
-from gradstore.storage.local import STAGING, StoreFiles, parent_of
+from gradstore.storage.local import StoreFiles
 from gradstore.store.generation import Generation
+from gradstore.store.own_units import Done, OwnUnits, Units
 from gradstore.store.reader import Store
-from gradstore.store.unit_files import check_unit, publish_unit, read_record
+from gradstore.store.shared_units import SharedUnits
+from gradstore.store.unit_files import check_unit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-_log = logging.getLogger(__name__)
-
-QUARANTINE = f"{STAGING}/quarantine"
+    from gradstore.storage.leases import Leases
 
 
 class GenerationWriter:
@@ -49,36 +46,43 @@ class GenerationWriter:
         plan_sha256: str,
         view: Callable[[], Store],
         *,
+        leases: Leases | None = None,
         committed: Commit | None = None,
     ) -> None:
-        """Find the units that earlier, interrupted writers finished.
+        """Find the units that earlier, interrupted writers, or other workers, finished.
 
         Args:
             files: the store's files.
             plan: the plan on disk.
             plan_sha256: its seal.
             view: gives the store as it is now.
+            leases: of a worker among others; None of a writer that has the store to itself.
             committed: the commit, where this generation is complete already.
         """
         self.plan = plan
         self._files = files
         self._plan_sha = plan_sha256
         self._view = view
+        self._shared = leases is not None
+        self._units: Units = (
+            OwnUnits(files, plan, plan_sha256)
+            if leases is None
+            else SharedUnits(files, plan, plan_sha256, leases)
+        )
         self._commit = committed
-        self._done: dict[int, tuple[UnitRecord, str]] = {}
+        self._done: dict[int, Done] = {}
+        self._counts: Counter[str] = Counter()
         self.pending: list[UnitRange] = []
         if committed is None:
-            for unit in plan.units:
-                found = self._finished(unit)
-                if found is None:
-                    self.pending.append(unit)
-                else:
-                    self._done[unit.index] = found
+            found = {unit: self._units.finished(unit) for unit in plan.units}
+            self.pending = self._units.in_turn([unit for unit, done in found.items() if not done])
+            for unit, done in found.items():
+                if done is not None:
+                    self._count(unit, done)
         else:
             records = view().generation(plan.name).unit_records
-            self._done = {
-                r.unit.index: (r, sha) for r, sha in zip(records, committed.units, strict=True)
-            }
+            for record, sha in zip(records, committed.units, strict=True):
+                self._count(record.unit, (record, sha))
 
     @property
     def name(self) -> str:
@@ -88,11 +92,25 @@ class GenerationWriter:
     @property
     def bad_counts(self) -> dict[str, int]:
         """Rows that can't be used, per status name, in the units finished so far."""
-        counts = {status.name.lower(): 0 for status in RowStatus if status != RowStatus.OK}
-        for record, _ in self._done.values():
-            for name in counts:
-                counts[name] += record.status.get(name, 0)
-        return counts
+        names = (status.name.lower() for status in RowStatus if status != RowStatus.OK)
+        return {name: self._counts[name] for name in names}
+
+    def claimed(self, elsewhere: Callable[[int], None] = lambda _: None) -> Iterator[UnitRange]:
+        """Yield each unit that is to be computed here and given to `write_unit`, one at a time.
+
+        For a writer that has the store to itself these are the pending units, in order. For a
+        worker among others each is claimed when it is asked for, units that others finish are left
+        out, and those of workers that died are among them; at the end nothing is pending.
+
+        Args:
+            elsewhere: called with the rows of each unit that another worker finished.
+        """
+
+        def settle(unit: UnitRange, done: Done) -> None:
+            self._settle(unit, done)
+            elsewhere(unit.stop - unit.start)
+
+        yield from self._units.handed_out(self.pending, settle)
 
     def write_unit(
         self,
@@ -104,6 +122,9 @@ class GenerationWriter:
         loss: np.ndarray | None = None,
     ) -> None:
         """Publish one unit; when this returns it survives a crash.
+
+        Of workers that both computed a unit the first that publishes it decides; what another one
+        gives is discarded without a word.
 
         Args:
             index: number of a pending unit.
@@ -118,7 +139,7 @@ class GenerationWriter:
         Raises:
             BadInput: the unit is not pending, or a shape is wrong.
             StoreIOError: the disk is full or not writable.
-            StoreBusy: another writer, past the lock, wrote other values for this unit.
+            StoreBusy: another process, past the lock, wrote other values for this unit.
         """
         unit = next((each for each in self.pending if each.index == index), None)
         if unit is None:
@@ -127,14 +148,7 @@ class GenerationWriter:
                 "take one of `pending`"
             )
         values = self._encode(unit, features, norm, status, tokens) | self._losses(unit, loss)
-        published = publish_unit(self._files, self.plan, self._plan_sha, unit, values)
-        if published is None:
-            raise StoreBusy(
-                f"unit {index} of {self.name} was written meanwhile by another process with other "
-                f'values, in spite of the lock of store "{self._files.root}". Let that one finish'
-            )
-        self._done[index] = published
-        self.pending.remove(unit)
+        self._settle(unit, self._units.publish(unit, values))
 
     def commit(self) -> Commit:
         """Check every unit and make the generation visible, complete, to readers.
@@ -147,14 +161,25 @@ class GenerationWriter:
             DamagedData: a unit changed on disk since it was written; nothing is committed.
             StoreBusy: another writer, past the lock, committed something else.
         """
-        if self._commit is not None:
-            return self._commit
         if self.pending:
             raise BadInput(
                 f"{self.name} can't be committed: {len(self.pending):,} of "
                 f"{len(self.plan.units):,} units are pending, first {self.pending[0].index}; "
                 "write them first"
             )
+        if self._commit is None:
+            self._units.commit(self._is_committed, self._publish)
+        assert self._commit is not None
+        return self._commit
+
+    def _is_committed(self) -> bool:
+        """Look for the commit of another worker."""
+        for commit in self._view().commits:
+            if commit.kind == "generation" and commit.generation == self.name:
+                self._commit = commit
+        return self._commit is not None
+
+    def _publish(self) -> None:
         store = self._view()
         draft = Commit(
             number=len(store.commits) + 1,
@@ -167,8 +192,15 @@ class GenerationWriter:
             chunk_bytes=sum(record.chunk_bytes for record, _ in self._done.values()),
         )
         self._check(draft)
-        self._commit = publish_commit(self._files, draft, self._view)
-        return self._commit
+        self._commit = publish_commit(self._files, draft, self._view, shared=self._shared)
+
+    def _settle(self, unit: UnitRange, done: Done) -> None:
+        self._count(unit, done)
+        self.pending.remove(unit)
+
+    def _count(self, unit: UnitRange, done: Done) -> None:
+        self._done[unit.index] = done
+        self._counts.update(done[0].status)
 
     def _check(self, draft: Commit) -> None:
         try:
@@ -227,36 +259,6 @@ class GenerationWriter:
             )
         return {"loss": given}
 
-    def _finished(self, unit: UnitRange) -> tuple[UnitRecord, str] | None:
-        """Return the record of a unit that is complete on disk; quarantine other files of it."""
-        base, files = generation_path(self.name), self._files
-        record_path = unit_path(self.name, unit.index)
-        chunks = [f"{base}/{spec.chunk_path(unit.index)}" for spec in self.plan.arrays]
-        left = [path for path in (record_path, *chunks) if files.exists(path)]
-        if record_path in left:
-            try:
-                record, sha = read_record(files, self.plan, self._plan_sha, unit)
-                faults = check_unit(files, record)
-            except DamagedFile as error:
-                faults = [error.fault]
-            if not faults:
-                for path in (*chunks, record_path):
-                    files.make_directory(parent_of(path))
-                    files.sync_directory(parent_of(path))
-                return record, sha
-            _log.warning("unit %d of %s is damaged (%s): redone", unit.index, self.name, faults[0])
-        for path in left:
-            quarantine(files, path)
-        return None
-
-
-def quarantine(files: StoreFiles, relative: str) -> None:
-    """Move an uncommitted file or folder into quarantine, in staging, for inspection."""
-    number = len(files.names(QUARANTINE))
-    while files.exists(f"{QUARANTINE}/{number}"):
-        number += 1
-    files.move(relative, f"{QUARANTINE}/{number}")
-
 
 def raise_schema(files: StoreFiles, store: Store, version: int) -> None:
     """Let a store's root ask for a newer release, before anything that older ones can't read."""
@@ -264,8 +266,16 @@ def raise_schema(files: StoreFiles, store: Store, version: int) -> None:
         files.replace(METADATA, root_json(store.uuid, version))
 
 
-def publish_commit(files: StoreFiles, draft: Commit, view: Callable[[], Store]) -> Commit:
+def publish_commit(
+    files: StoreFiles, draft: Commit, view: Callable[[], Store], *, shared: bool = False
+) -> Commit:
     """Append one commit to the chain.
+
+    Args:
+        files: the store's files.
+        draft: what to commit, as the successor of the newest commit.
+        view: gives the store as it is now.
+        shared: whether other workers may commit, so that the successor moves on with the chain.
 
     Returns:
         The commit that is in the chain now.
@@ -273,12 +283,22 @@ def publish_commit(files: StoreFiles, draft: Commit, view: Callable[[], Store]) 
     Raises:
         StoreBusy: another process committed something else under this number.
     """
-    # A text may be kept, retired and kept again; a generation's name comes once.
-    for commit in view().commits if draft.generations else ():
-        if replace(commit, number=draft.number, parent=draft.parent) == draft:
-            return commit
-    if files.publish(commit_path(draft.number), draft.to_bytes()):
-        return draft
+    while True:
+        store = view()
+        # A text may be kept, retired and kept again; a generation's name comes once.
+        for commit in store.commits if draft.generations else ():
+            if replace(commit, number=draft.number, parent=draft.parent) == draft:
+                return commit
+        if shared and draft.kind == "texts":
+            kept = store.text_commits()
+            if all(table.rows_sha256 in kept for table in draft.texts):
+                return kept[draft.texts[0].rows_sha256]
+        if shared and store.head is not None:
+            draft = replace(draft, number=store.head.number + 1, parent=store.head.sha256)
+        if files.publish(commit_path(draft.number), draft.to_bytes()):
+            return draft
+        if not shared:
+            break
     raise StoreBusy(
         f"commit {draft.number} was taken meanwhile by another process, in spite of the lock of "
         f'store "{files.root}"; {", ".join(draft.generations)} is not committed. Let that process '

@@ -22,12 +22,15 @@ from gradstore.format.plans import Plan
 from gradstore.format.provenance import compare, provenance_bytes, read_provenance, refuse
 from gradstore.format.records import GenerationRecord, RowSet
 from gradstore.format.text_table import Formats, Text
+from gradstore.storage.leases import Leases
 from gradstore.storage.local import StoreFiles, parent_of
-from gradstore.store.attempts import choose_plan, warn_of_libraries
+from gradstore.store.attempts import PlanChoice, choose_plan, warn_of_libraries
 from gradstore.store.documents import metadata
-from gradstore.store.generation_writer import GenerationWriter, quarantine, raise_schema
+from gradstore.store.generation_writer import GenerationWriter, raise_schema
+from gradstore.store.own_units import quarantine
 from gradstore.store.reader import Store
 from gradstore.store.text_writer import keep_texts
+from gradstore.store.worker_group import generations_before
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +100,7 @@ class SpaceWriter:
         files: StoreFiles,
         view: Callable[[], Store],
         fields: SpaceFields,
+        leases: Leases | None = None,
     ) -> None:
         """Compare the space's provenance with the stored one, or store it.
 
@@ -104,9 +108,11 @@ class SpaceWriter:
             files: the store's files.
             view: gives the store as it is now; raises once its lock was given back.
             fields: the space, and its MUST-EQUAL fields.
+            leases: of a worker among others; None of a writer that has the store to itself.
         """
         self.space = fields.space
-        self._files, self._view = files, view
+        self._files, self._view, self._leases = files, view, leases
+        self._before = None if leases is None else generations_before(files)
         self._seal = fields.settle(files, view())
 
     @property
@@ -150,38 +156,52 @@ class SpaceWriter:
         Raises:
             BadInput: dim or dtype can't be stored, the name is not one of this space, or the
                 writer was closed.
-            ProvenanceMismatch: other rows, d or dtype than before, or a name of another run or
-                space.
+            ProvenanceMismatch: other rows, d or dtype than before, a name of another run or
+                space, or another state than the other workers have.
             StoreIOError: not enough room.
         """
         check_dtype(dtype)
-        store, stored = self._view(), dtype_of_role(dtype, record.role)
+        stored = dtype_of_role(dtype, record.role)
         wanted = Plan(
             record.name, self.space, self._seal, record, rows, dim, stored, unit_rows, losses
         )
-        chosen = choose_plan(self._files, store, wanted)
-        plan, committed = chosen.plan, chosen.committed
-        if committed is not None:
-            return GenerationWriter(
-                self._files, plan, chosen.sha256, self._view, committed=committed
-            )
-        warn_of_libraries(store, plan)
-        needed = generation_bytes(len(plan.rows), plan.dim, plan.dtype, plan.unit_rows)
-        if chosen.resumed:
-            done = len(self._files.names(f"{generation_path(plan.name)}/units"))
-            needed -= needed * done // len(plan.units)
-        self._check_free(needed, f"{plan.name} ({len(plan.rows):,} x {plan.dim:,} {plan.dtype})")
-        raise_schema(self._files, store, plan.schema_version)
-        if not self._files.publish(plan_path(plan.name), plan.to_bytes()):
-            fault = Fault(plan_path(plan.name), "no plan yet", "another writer's plan")
-            raise DamagedFile(fault, str(self._files.root))
+        chosen = self._plan(wanted)
+        while chosen.committed is None and not self._files.publish(
+            plan_path(chosen.plan.name), chosen.plan.to_bytes()
+        ):
+            if self._leases is None:
+                fault = Fault(plan_path(chosen.plan.name), "no plan yet", "another writer's plan")
+                raise DamagedFile(fault, str(self._files.root))
+            chosen = self._plan(wanted)  # another worker came first: its plan
+        plan, view, leases = chosen.plan, self._view, self._leases
+        if chosen.committed is None:
+            self._publish_metadata(plan)
+        return GenerationWriter(
+            self._files, plan, chosen.sha256, view, leases=leases, committed=chosen.committed
+        )
+
+    def _plan(self, wanted: Plan) -> PlanChoice:
+        """Choose the plan; see that there is room for it, and that readers know of its schema."""
+        store = self._view()
+        chosen = choose_plan(self._files, store, wanted, self._before)
+        plan = chosen.plan
+        if chosen.committed is None:
+            warn_of_libraries(store, plan)
+            needed = generation_bytes(len(plan.rows), plan.dim, plan.dtype, plan.unit_rows)
+            if chosen.resumed:
+                done = len(self._files.names(f"{generation_path(plan.name)}/units"))
+                needed -= needed * done // len(plan.units)
+            what = f"{plan.name} ({len(plan.rows):,} x {plan.dim:,} {plan.dtype})"
+            self._check_free(needed, what)
+            raise_schema(self._files, store, plan.schema_version)
+        return chosen
+
+    def _publish_metadata(self, plan: Plan) -> None:
+        own, has_commits = generation_path(plan.name), bool(self._view().commits)
         for path, data in metadata(plan).items():
-            needed_by_others = bool(store.commits) and not path.startswith(
-                generation_path(plan.name)
-            )
+            needed_by_others = has_commits and not path.startswith(own)
             publish_metadata(self._files, path, data, committed=needed_by_others)
-        self._files.make_directory(f"{generation_path(plan.name)}/units")
-        return GenerationWriter(self._files, plan, chosen.sha256, self._view)
+        self._files.make_directory(f"{own}/units")
 
     def keep_texts(
         self, rows: RowSet, texts: Iterable[Text], formats: Formats | None = None
@@ -197,7 +217,7 @@ class SpaceWriter:
             BadInput: more or fewer texts than rows, or the writer was closed.
             StoreIOError: not enough room.
         """
-        keep_texts(self._files, self._view, rows, texts, formats)
+        keep_texts(self._files, self._view, rows, texts, formats, leases=self._leases)
 
     def _check_free(self, needed: int, what: str) -> None:
         free = self._files.free_bytes()

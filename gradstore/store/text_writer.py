@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 from gradstore.errors import BadInput, DamagedFile, Fault, expect, expect_whole
@@ -19,9 +20,12 @@ from gradstore.format.text_table import (
     TextTable,
     part_bytes,
     part_path,
+    same_rows,
 )
+from gradstore.storage.leases import Leases
 from gradstore.storage.local import StoreFiles
-from gradstore.store.generation_writer import publish_commit, quarantine, raise_schema
+from gradstore.store.generation_writer import publish_commit, raise_schema
+from gradstore.store.own_units import quarantine
 from gradstore.store.reader import Store
 
 
@@ -31,10 +35,13 @@ def keep_texts(
     rows: RowSet,
     texts: Iterable[Text],
     formats: Formats | None = None,
+    *,
+    leases: Leases | None = None,
 ) -> None:
     """Write and commit the text of `rows`, unless the store keeps it; under the writer's lock.
 
-    A crash leaves parts without a commit; they are written again.
+    A crash leaves parts without a commit; they are written again. Of several workers one writes;
+    the others wait, since the text comes before the generation in the chain of commits.
 
     Args:
         files: the store's files.
@@ -42,25 +49,48 @@ def keep_texts(
         rows: n rows, in order.
         texts: one for each row; read only where the store does not keep them.
         formats: of their `original`, by data set.
+        leases: of a worker among others.
 
     Raises:
         BadInput: there are more or fewer texts than rows, or what is given is no `Text`.
         StoreIOError: the disk is full, or cannot be written.
     """
-    store = view()
-    if rows.sha256 in store.text_commits():
-        return
+
+    def kept() -> bool:
+        return rows.sha256 in view().text_commits()
+
+    def keep() -> None:
+        _keep(files, view, _Table(rows, texts, formats or {}), shared=leases is not None)
+
+    if leases is not None:
+        leases.once(f"texts/{rows.sha256}", kept, keep, "the text of the rows")
+    elif not kept():
+        keep()
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The text of a row set, as it was given."""
+
+    rows: RowSet
+    texts: Iterable[Text]
+    formats: Formats
+
+
+def _keep(files: StoreFiles, view: Callable[[], Store], table: _Table, *, shared: bool) -> None:
+    rows = table.rows
     parts: list[TextPart] = []
     first = 0
-    for chunk in _cut(texts):
+    for chunk in _cut(table.texts):
         if first + len(chunk) > len(rows):
             raise BadInput(f"more than {len(rows):,} texts for {len(rows):,} rows: give one each")
-        data = part_bytes(rows, first, chunk, formats or {})
+        data = part_bytes(rows, first, chunk, table.formats)
+        data = _publish(files, part_path(rows.sha256, len(parts)), data, shared=shared)
         parts.append(TextPart(len(chunk), len(data), hashlib.sha256(data).hexdigest()))
-        _publish(files, part_path(rows.sha256, len(parts) - 1), data)
         first += len(chunk)
     if first != len(rows):
         raise BadInput(f"{first:,} texts for {len(rows):,} rows: give one for each row")
+    store = view()
     raise_schema(files, store, TEXTS_VERSION)
     draft = Commit(
         number=len(store.commits) + 1,
@@ -70,7 +100,7 @@ def keep_texts(
         generations=(),
         texts=(TextTable(rows.sha256, tuple(parts)),),
     )
-    publish_commit(files, draft, view)
+    publish_commit(files, draft, view, shared=shared)
 
 
 def _cut(texts: Iterable[Text]) -> Iterator[list[Text]]:
@@ -103,9 +133,17 @@ def _size(text: Text) -> int:
     return len(text.prompt) + len(text.response) + len(text.original or "")
 
 
-def _publish(files: StoreFiles, path: str, data: bytes) -> None:
+def _publish(files: StoreFiles, path: str, data: bytes, *, shared: bool) -> bytes:
+    """Publish a part; return its bytes, which another worker may have spelled otherwise."""
     if files.publish(path, data):
-        return
+        return data
+    if shared:
+        found = files.read(path)
+        if not same_rows(found, data):
+            fault = Fault(path, "the text of these rows", "other text")
+            raise DamagedFile(fault, str(files.root))
+        return found
     quarantine(files, path)  # of a writer that died before it committed
     if not files.publish(path, data):
         raise DamagedFile(Fault(path, "no file", "another writer's"), str(files.root))
+    return data

@@ -9,27 +9,41 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from gradstore.errors import DamagedFile, Fault
+from gradstore.errors import DamagedFile, Fault, StoreIOError
 from gradstore.format.canonical import canonical_json
 from gradstore.format.codec import chunk_values
 from gradstore.format.layout import CRC_BYTES, RowStatus, generation_path, unit_path
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.unit_records import FileSeal, UnitRecord, crc32c
-from gradstore.storage.local import StoreFiles
+from gradstore.storage.local import StoreFiles, parent_of
 from gradstore.storage.reading import ReadFiles
 
 
-def publish_unit(
+@dataclass(frozen=True)
+class StagedUnit:
+    """A unit whose chunks are durable in staging, and have no names yet.
+
+    Attributes:
+        record: what each chunk must be.
+        staged: chunk path within the generation -> path in staging.
+    """
+
+    record: UnitRecord
+    staged: Mapping[str, str]
+
+
+def stage_unit(
     files: StoreFiles,
     plan: Plan,
     plan_sha256: str,
     unit: UnitRange,
     values: Mapping[str, np.ndarray],
-) -> tuple[UnitRecord, str] | None:
-    """Write every chunk of a unit, then its record; each is durable before the next step.
+) -> StagedUnit:
+    """Write every chunk of a unit to staging; where that fails nothing of it is left there.
 
     Args:
         files: the store's files.
@@ -37,36 +51,61 @@ def publish_unit(
         plan_sha256: its seal.
         unit: which unit.
         values: array name -> (rows, ...) values, in the stored dtype.
+    """
+    seals: dict[str, FileSeal] = {}
+    staged: dict[str, str] = {}
+    try:
+        for spec in plan.arrays:
+            chunk = chunk_values(values[spec.name], spec, plan.unit_rows)
+            data = chunk.data.cast("B")
+            checksum = crc32c(data)
+            trailer = checksum.to_bytes(CRC_BYTES, "little")
+            sha = hashlib.sha256(data)
+            sha.update(trailer)
+            path = spec.chunk_path(unit.index)
+            seals[path] = FileSeal(data.nbytes + CRC_BYTES, checksum, sha.hexdigest())
+            staged[path] = files.stage([data, trailer])
+    except StoreIOError:
+        files.discard(staged.values())
+        raise
+    counts = Counter(RowStatus(code).name.lower() for code in values["status"].tolist())
+    return StagedUnit(UnitRecord(plan.name, unit, plan_sha256, seals, dict(counts)), staged)
+
+
+def name_unit(files: StoreFiles, staged: StagedUnit) -> tuple[UnitRecord, str] | None:
+    """Give a unit's chunks their names, then write its record; each durable before the next step.
+
+    Repeated, by another process too, it does what is left to do.
 
     Returns:
-        The record and its seal, or None when another writer's different chunk already has a name.
+        The record and its seal, or None when other chunks, or another record, have the names.
     """
-    base, seals, folders = generation_path(plan.name), {}, set()
-    for spec in plan.arrays:
-        chunk = chunk_values(values[spec.name], spec, plan.unit_rows)
-        data = chunk.data.cast("B")
-        checksum = crc32c(data)
-        trailer = checksum.to_bytes(CRC_BYTES, "little")
-        sha = hashlib.sha256(data)
-        sha.update(trailer)
-        path = spec.chunk_path(unit.index)
-        seals[path] = FileSeal(data.nbytes + CRC_BYTES, checksum, sha.hexdigest())
-        folder = f"{base}/{path}".rpartition("/")[0]
+    record, folders = staged.record, set()
+    base = generation_path(record.generation)
+    for path, source in staged.staged.items():
+        folder = parent_of(f"{base}/{path}")
         files.make_directory(folder)
         folders.add(folder)
-        staged = files.stage([data, trailer])
-        won = files.link(staged, f"{base}/{path}")
-        files.remove(staged)
-        if not won and _file_fault(files, f"{base}/{path}", seals[path], deep=True):
+        if not _name_chunk(files, source, f"{base}/{path}", record.files[path]):
             return None
     for folder in sorted(folders):
         files.sync_directory(folder)
-    counts = Counter(RowStatus(code).name.lower() for code in values["status"].tolist())
-    record = UnitRecord(plan.name, unit, plan_sha256, seals, dict(counts))
     document = record.to_dict()
-    if not files.publish(unit_path(plan.name, unit.index), canonical_json(document)):
+    path = unit_path(record.generation, record.unit.index)
+    if not files.publish(path, canonical_json(document)):
         return None
     return record, document["sha256"]
+
+
+def _name_chunk(files: StoreFiles, source: str, path: str, expected: FileSeal) -> bool:
+    """Link a chunk; True also where it is linked already, though its staged file may be gone."""
+    try:
+        if files.link(source, path):
+            return True
+    except StoreIOError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+    return _file_fault(files, path, expected, deep=True) is None
 
 
 def read_record(

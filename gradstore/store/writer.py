@@ -1,4 +1,4 @@
-"""The one writer of a store: creates or opens it, plans generations, cleans up.
+"""The writer of a store, alone or as a worker among others: creates or opens it, plans, cleans up.
 
 ```
 with StoreWriter("runs/a/gradstore", provenance={...}) as writer:
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gradstore.errors import BadInput, DamagedData, expect_path
+from gradstore.errors import BadInput, DamagedData, expect, expect_path
 from gradstore.format.layout import (
     COMMITS,
     GENERATIONS,
@@ -35,13 +35,16 @@ from gradstore.format.layout import (
 )
 from gradstore.format.records import GenerationRecord, RowSet
 from gradstore.format.text_table import TEXTS, Formats, Text
+from gradstore.storage.leases import Leases, Worker
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.lock import LOCK, WriterLock
-from gradstore.storage.probes import check_zarr, probe
+from gradstore.storage.probes import check_sharing, check_zarr, probe
 from gradstore.store.cleaning import clean_store, remove_dead_staging
-from gradstore.store.generation_writer import GenerationWriter, quarantine
+from gradstore.store.generation_writer import GenerationWriter
+from gradstore.store.own_units import quarantine
 from gradstore.store.reader import Store, read_identity
 from gradstore.store.space_writer import SpaceFields, SpaceWriter, publish_metadata
+from gradstore.store.worker_group import GROUP, begin_group
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +54,9 @@ _OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, TEXTS, "i
 class StoreWriter:
     """Writer of a store, which it opens or, if need be, creates; holds its lock until `close`.
 
+    A writer has the store to itself. Workers share it, in any number of processes and machines that
+    see its folder: each makes the same calls, and they divide the units of each generation.
+
     Attributes:
         path: the store's folder.
         space: the space that `begin` writes into; `with_space` opens further ones.
@@ -59,8 +65,9 @@ class StoreWriter:
         BadInput: the folder holds something else, or zarr is too old.
         ProvenanceMismatch: the space's features can't be compared with this run's; lists every
             differing field. Nothing was written.
-        StoreBusy: another process writes to this store.
-        StoreIOError: the disk is full, read-only, or lacks link, rename, fsync or flock.
+        StoreBusy: another process writes to this store; for a worker, one that is no worker.
+        StoreIOError: the disk is full, read-only, or lacks link, rename, fsync or flock; or, for a
+            worker, it keeps locks to one machine.
         DamagedData: what was committed is damaged.
     """
 
@@ -74,6 +81,7 @@ class StoreWriter:
         provenance: Mapping[str, Any],
         space: str = GRADIENT,
         setting_keys: Mapping[str, str] | None = None,
+        worker: Worker | None = None,
         files: StoreFiles | None = None,
     ) -> None:
         """Create or open the store.
@@ -84,10 +92,13 @@ class StoreWriter:
                 field called `canary` is compared with a tolerance.
             space: `gradient`, or one per embedding model.
             setting_keys: dotted field -> YAML key that sets it, for the way out of a refusal.
+            worker: this process among those that share the store; None has it to itself.
             files: the store's files, for tests that interrupt them.
         """
         check_zarr(importlib.metadata.version("zarr"))
         expect_path(path, "the store")
+        is_worker = worker is None or isinstance(worker, Worker)
+        expect(is_worker, "worker", worker, "gradstore.Worker(i, N), or None")
         self.path = Path(path)
         fields = SpaceFields(space, provenance, setting_keys)
         self.space = fields.space
@@ -98,11 +109,15 @@ class StoreWriter:
             self._check_foreign()
             self._files.make_root()
         self._closed = False
+        self._leases: Leases | None = None
         self._lock = WriterLock(self._files)
-        self._lock.acquire()
         try:
-            self._prepare()
-            self._main = SpaceWriter(self._files, self._view, fields)
+            if worker is None:
+                self._lock.acquire()
+                self._prepare()
+            else:
+                self._join(worker)
+            self._main = SpaceWriter(self._files, self._view, fields, self._leases)
         except BaseException:  # Ctrl-C too: nobody but us would let the lock go
             self.close()
             raise
@@ -122,9 +137,13 @@ class StoreWriter:
         """Release the lock; committed data stays, pending data can be resumed."""
         self._closed = True
         try:
-            self._lock.release()
+            if self._leases is not None:
+                self._leases.close()
         finally:
-            self._files.close()
+            try:
+                self._lock.release()
+            finally:
+                self._files.close()
 
     @property
     def store(self) -> Store:
@@ -154,7 +173,7 @@ class StoreWriter:
             DamagedData: its stored provenance is damaged.
         """
         fields = SpaceFields(space, provenance, setting_keys)
-        return SpaceWriter(self._files, self._view, fields)
+        return SpaceWriter(self._files, self._view, fields, self._leases)
 
     def check_space_for(self, rows: int, dim: int, dtype: str = "float16", count: int = 1) -> None:
         """Call `SpaceWriter.check_space_for` of this writer's own space."""
@@ -190,7 +209,15 @@ class StoreWriter:
 
         Returns:
             Full names of the generations removed.
+
+        Raises:
+            BadInput: this is a worker among others, whose files would be among them.
         """
+        if self._leases is not None:
+            raise BadInput(
+                "a worker among others can't clean up the store; open it without worker=, once no "
+                "worker writes to it"
+            )
         return clean_store(self._files, lambda: self.store, keep_generations)
 
     # ---- opening -----------------------------------------------------------------------------
@@ -219,6 +246,22 @@ class StoreWriter:
                 f'"{self.path}" is no store and not empty (it holds {foreign[0]!r}). '
                 "Choose another folder with gradstore=PATH"
             )
+
+    def _join(self, worker: Worker) -> None:
+        """Share the lock with other workers; the first prepares the store for all of them."""
+        files = self._files
+        check_sharing(files)
+
+        def set_up() -> None:
+            self._prepare()
+            begin_group(files, self._store)
+
+        self._lock.join(
+            str(worker), set_up, lambda: files.exists(GROUP), lambda: remove_dead_staging(files)
+        )
+        self._store = Store(files)
+        self._leases = Leases(files, worker)
+        self._leases.open()
 
     def _prepare(self) -> None:
         files = self._files

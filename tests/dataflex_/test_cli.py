@@ -246,6 +246,19 @@ def test_every_command_takes_debug_and_keeps_its_code_and_message(
         assert told[2].endswith(err)
 
 
+@pytest.mark.parametrize("worker", ["0/4", "5/4", "x", "2"])
+def test_a_wrong_worker_is_refused_before_anything_is_read(
+    worker: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("gradstore", "build", "nowhere.yaml", "--worker", worker)
+    code, _, err = call(capsys, monkeypatch, *command)
+    assert code == 2
+    assert err == (
+        f"error: worker is {worker!r}; give i/N, this worker's number and how many there are, such "
+        "as 1/4, 2/4, 3/4 and 4/4\n"
+    )
+
+
 def test_help_names_debug(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

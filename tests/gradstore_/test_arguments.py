@@ -29,6 +29,7 @@ from gradstore import (
     StoreWriter,
     Text,
     UnitSink,
+    Worker,
     audit,
     batch_losses,
     bm25_scores,
@@ -301,6 +302,24 @@ def test_what_is_no_text_is_not_kept(text: Any, says: str, tmp_path: Path) -> No
             writer.keep_texts(rows, [text])
         assert writer.store.head is None
         writer.keep_texts(rows, [Text("p", "r", np.int64(1))])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((0, 4), "number is 0"),
+        ((5, 4), "number is 5; give at most count, 4"),
+        ((1, 1.5), "count is 1.5"),
+        (("1", 4), "number is '1'"),
+        ((1, 4, 0), "lease_seconds is 0"),
+        ((1, 4, "60"), "lease_seconds is '60'"),
+    ],
+)
+def test_a_worker_is_one_of_so_many(arguments: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=says):
+        Worker(*arguments)
+    with pytest.raises(BadInput, match=r"worker is '1/4'; give gradstore\.Worker"):
+        StoreWriter(tmp_path / "s", provenance={}, worker="1/4")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("which", [0, -1, "newest", 1.5, True])

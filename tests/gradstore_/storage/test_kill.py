@@ -181,7 +181,7 @@ def test_a_half_written_unit_is_redone_though_the_values_are_not_bit_equal(
     kit: StoreKit, fast_path: Path
 ) -> None:
     path, first, second = fast_path / "s", kit.features(24, 1), kit.features(24, 2)
-    with pytest.raises(Killed), kit.writer(path, StoreFiles(path, KillAt(150))) as writer:
+    with pytest.raises(Killed), kit.writer(path, StoreFiles(path, KillAt(165))) as writer:
         kit.fill(writer.begin(kit.record(), kit.rows(24), dim=4, unit_rows=16), first)
     assert (path / "generations/train/1/features/c/0/0").exists()
     assert not (path / "generations/train/1/units/1.json").exists()

@@ -36,6 +36,25 @@ def test_a_stale_lock_is_taken_over_with_a_warning(
     assert "host dead, pid 1" in caplog.text
 
 
+def test_a_worker_that_meets_the_end_of_a_writer_sets_up(tmp_path: Path) -> None:
+    """It shares the lock before anybody has prepared the store for workers: not good enough."""
+    writer, worker = WriterLock(StoreFiles(tmp_path)), WriterLock(StoreFiles(tmp_path))
+    writer.acquire()
+    found: list[str] = []
+    lock = worker._flock
+
+    def until_the_writer_ends(fd: int, kind: int) -> bool:
+        if not lock(fd, kind):
+            writer.release()
+            return False
+        return True
+
+    worker._flock = until_the_writer_ends  # type: ignore[method-assign]
+    worker.join("1/2", lambda: found.append("set up"), lambda: bool(found), lambda: None)
+    assert found == ["set up"]
+    worker.release()
+
+
 def test_a_forked_child_lets_go_of_the_lock(tmp_path: Path) -> None:
     held = WriterLock(StoreFiles(tmp_path))
     held.acquire()

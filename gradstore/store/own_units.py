@@ -1,0 +1,116 @@
+"""Units of a generation whose store this process has to itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+from gradstore.errors import DamagedFile, StoreBusy
+from gradstore.format.layout import generation_path, unit_path
+from gradstore.format.plans import Plan, UnitRange
+from gradstore.format.unit_records import UnitRecord
+from gradstore.storage.local import STAGING, StoreFiles, parent_of
+from gradstore.store.unit_files import check_unit, name_unit, read_record, stage_unit
+
+_log = logging.getLogger(__name__)
+
+QUARANTINE = f"{STAGING}/quarantine"
+
+#: A finished unit: its record and the record's seal.
+Done: TypeAlias = tuple[UnitRecord, str]
+
+
+class Units(Protocol):
+    """Units of one generation, as one of its writers meets them."""
+
+    def finished(self, unit: UnitRange) -> Done | None:
+        """Return the record of a unit that is complete on disk."""
+
+    def in_turn(self, units: Sequence[UnitRange]) -> list[UnitRange]:
+        """Return units in the order in which this writer takes them."""
+
+    def publish(self, unit: UnitRange, values: Mapping[str, np.ndarray]) -> Done:
+        """Publish the values of a unit; return what its record says in the end."""
+
+    def handed_out(
+        self, pending: Sequence[UnitRange], settle: Callable[[UnitRange, Done], None]
+    ) -> Iterator[UnitRange]:
+        """Yield units to be computed here; call `settle` for each that another finished."""
+
+    def commit(self, done: Callable[[], bool], act: Callable[[], None]) -> None:
+        """Call `act` unless the generation is committed, as `done` says."""
+
+
+class OwnUnits:
+    """Units that nobody else writes, for a process that holds the store's lock exclusively."""
+
+    def __init__(self, files: StoreFiles, plan: Plan, plan_sha256: str) -> None:
+        self._files, self._plan, self._plan_sha = files, plan, plan_sha256
+
+    def finished(self, unit: UnitRange) -> Done | None:
+        """Return the record of a unit that is complete on disk; quarantine other files of it."""
+        plan, files = self._plan, self._files
+        base = generation_path(plan.name)
+        record_path = unit_path(plan.name, unit.index)
+        chunks = [f"{base}/{spec.chunk_path(unit.index)}" for spec in plan.arrays]
+        left = [path for path in (record_path, *chunks) if files.exists(path)]
+        if record_path in left:
+            try:
+                record, sha = read_record(files, plan, self._plan_sha, unit)
+                faults = check_unit(files, record)
+            except DamagedFile as error:
+                faults = [error.fault]
+            if not faults:
+                for path in (*chunks, record_path):
+                    files.make_directory(parent_of(path))
+                    files.sync_directory(parent_of(path))
+                return record, sha
+            _log.warning("unit %d of %s is damaged (%s): redone", unit.index, plan.name, faults[0])
+        for path in left:
+            quarantine(files, path)
+        return None
+
+    def in_turn(self, units: Sequence[UnitRange]) -> list[UnitRange]:
+        """Return units in order."""
+        return list(units)
+
+    def publish(self, unit: UnitRange, values: Mapping[str, np.ndarray]) -> Done:
+        """Publish one unit; when this returns it survives a crash.
+
+        Raises:
+            StoreBusy: another writer, past the lock, wrote other values for this unit.
+        """
+        files = self._files
+        staged = stage_unit(files, self._plan, self._plan_sha, unit, values)
+        try:
+            done = name_unit(files, staged)
+        finally:
+            files.discard(staged.staged.values())
+        if done is None:
+            raise StoreBusy(
+                f"unit {unit.index} of {self._plan.name} was written meanwhile by another process "
+                f'with other values, in spite of the lock of store "{files.root}". Let that one '
+                "finish"
+            )
+        return done
+
+    def handed_out(
+        self, pending: Sequence[UnitRange], settle: Callable[[UnitRange, Done], None]
+    ) -> Iterator[UnitRange]:
+        """Yield each pending unit; there is nobody else to finish one."""
+        yield from list(pending)
+
+    def commit(self, done: Callable[[], bool], act: Callable[[], None]) -> None:
+        """Call `act`."""
+        act()
+
+
+def quarantine(files: StoreFiles, relative: str) -> None:
+    """Move an uncommitted file or folder into quarantine, in staging, for inspection."""
+    number = len(files.names(QUARANTINE))
+    while files.exists(f"{QUARANTINE}/{number}"):
+        number += 1
+    files.move(relative, f"{QUARANTINE}/{number}")

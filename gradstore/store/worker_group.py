@@ -1,0 +1,48 @@
+"""The start of a group of workers: what the first of them does while nobody else writes.
+
+A group is all workers that share a store's lock, from the first that joins until none is left,
+whatever their numbers. From here on nobody removes or moves a file of an uncommitted generation, so
+nothing half-written may be there.
+"""
+
+from __future__ import annotations
+
+from gradstore.errors import DamagedFile, Fault
+from gradstore.format.canonical import canonical_json, parse
+from gradstore.storage.leases import LEASES
+from gradstore.storage.local import StoreFiles
+from gradstore.store.attempts import ever_committed, readable_plans
+from gradstore.store.own_units import OwnUnits
+from gradstore.store.reader import Store
+
+#: Written last; removed with the rest of staging by the next writer that has the store to itself.
+GROUP = f"{LEASES}/group"
+
+
+def begin_group(files: StoreFiles, store: Store) -> None:
+    """Quarantine what interrupted writers left half-written, then mark the start of the group.
+
+    Args:
+        files: the store's files, under the exclusive lock.
+        store: today's view.
+    """
+    plans = readable_plans(files, store)
+    for plan, sha in plans.values():
+        units = OwnUnits(files, plan, sha)
+        for unit in plan.units:
+            units.finished(unit)
+    names = sorted({*plans, *ever_committed(store)})
+    files.publish(GROUP, canonical_json({"generations": names}))
+
+
+def generations_before(files: StoreFiles) -> frozenset[str]:
+    """Return the full names of the generations planned or committed before the group began.
+
+    Raises:
+        DamagedFile: the mark is not as it was written.
+    """
+    try:
+        return frozenset(map(str, parse(files.read(GROUP))["generations"]))
+    except (ValueError, KeyError, TypeError) as error:
+        fault = Fault(GROUP, "the mark of a group", str(error))
+        raise DamagedFile(fault, str(files.root)) from error
