@@ -49,6 +49,36 @@ _FORMAT = "gradstore-kronecker-1"
 _PARTS = ("outputs", "inputs", "values")
 
 
+@dataclass(frozen=True)
+class CurvatureRule:
+    """The metric that gradients are to be put into.
+
+    Attributes:
+        kind: kfac | ekfac.
+        damping: l as a multiple of a block's mean eigenvalue, above 0.
+    """
+
+    kind: Kind
+    damping: float = DAMPING
+
+    def check(self, gradient_type: str) -> None:
+        """Refuse features that the metric says nothing about, and a metric that may be singular.
+
+        Raises:
+            ValueError: damping of 0 or less, or another gradient_type than sgd.
+        """
+        if not 0 < self.damping < float("inf"):
+            raise ValueError(
+                f"damping is {self.damping}, and preconditioner: {self.kind} needs a number above "
+                f"0: a block of fewer rows than parameters is singular; {DAMPING} is the usual one"
+            )
+        if gradient_type != "sgd":
+            raise ValueError(
+                f"preconditioner: {self.kind} is the curvature of plain gradients, and "
+                f"gradient_type: {gradient_type} makes others; set gradient_type: sgd"
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class BlockFactors:
     """Eigenvectors and eigenvalues of one parameter's block.
@@ -94,12 +124,14 @@ class KroneckerFactors:
         blocks: by parameter name.
         rows: that they were fitted on.
         damping: l as a multiple of a block's mean eigenvalue, above 0; chosen when they are used.
+        sample: of which rows: a hash, or "" where nobody says.
     """
 
     kind: Kind
     blocks: Mapping[str, BlockFactors]
     rows: int
     damping: float = DAMPING
+    sample: str = ""
 
     def to(self, device: torch.device | str) -> KroneckerFactors:
         """Return the factors on another device."""
@@ -126,6 +158,7 @@ class KroneckerFactors:
             "kind": self.kind,
             "damping": self.damping,
             "rows": self.rows,
+            "sample": self.sample,
             "sha256": self.sha256,
         }
 
@@ -139,7 +172,8 @@ class KroneckerFactors:
         from safetensors.torch import save
 
         tensors = {name: each.cpu().contiguous() for name, each in self._tensors()}
-        return save(tensors, {_FORMAT: json.dumps({"kind": self.kind, "rows": self.rows})})
+        told = {"kind": self.kind, "rows": self.rows, "sample": self.sample}
+        return save(tensors, {_FORMAT: json.dumps(told)})
 
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> Self:
@@ -167,7 +201,7 @@ class KroneckerFactors:
                 name: BlockFactors(found.get("outputs"), found.get("inputs"), found["values"])
                 for name, found in parts.items()
             }
-            return cls(told["kind"], blocks, told["rows"])
+            return cls(told["kind"], blocks, told["rows"], sample=told["sample"])
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DamagedData(
                 f"{where} holds no Kronecker factors ({error}): remove it, and fit them again"

@@ -13,20 +13,17 @@ Letters: b rows of a batch, t tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from gradstore.capture.losses import RowLoss, Targets
-from gradstore.capture.modelstate import borrowed
+from gradstore.capture.losses import Targets
 from gradstore.capture.per_sample import GradientCapture
-from gradstore.capture.slots import ParameterSlot, unwrap
+from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import expect
 from gradstore.export.kronecker import BlockFactors, Kind, KroneckerFactors
 from gradstore.export.units import Batch, RowBatch
-
-Labels = Literal["rows", "model"]
 
 #: Memory of all moments, beyond which the widest sides are diagonal.
 MOST_BYTES = 4 << 30
@@ -37,11 +34,13 @@ def fit_factors(
     batches: Iterable[RowBatch],
     kind: Kind = "ekfac",
     *,
-    labels: Labels = "rows",
-    seed: int = 0,
     most_bytes: int = MOST_BYTES,
 ) -> KroneckerFactors:
     """Fit the factors of everything that a model trains, at its present state.
+
+    The gradients are those of the rows' own labels, so that H is the empirical Fisher matrix, as
+    `fisher` has it of stored features. Labels drawn from the model's predictions, whose matrix is
+    the Fisher itself, scored no better (docs/adr/0016-kronecker.md).
 
     A forward and backward of the rows for `kfac`, and another one for the eigenvalues of `ekfac`.
 
@@ -49,9 +48,6 @@ def fit_factors(
         model: whose gradients are taken, in eval mode.
         batches: training rows by lot (`Batches.sample`), which are kept meanwhile.
         kind: kfac | ekfac.
-        labels: of the gradients that the moments are of: the rows' own, which makes them the
-            empirical Fisher matrix; or drawn from the model's predictions, the Fisher itself.
-        seed: of the labels drawn.
         most_bytes: memory of the factors on the model's device.
 
     Raises:
@@ -60,8 +56,6 @@ def fit_factors(
     expect(kind in get_args(Kind), "kind", kind, " or ".join(get_args(Kind)))
     device = next(model.parameters()).device
     held: list[Batch] = [_moved(batch, device) for _, batch in batches]
-    if labels == "model":
-        held = drawn_labels(model, held, seed)
     held = [batch for batch in held if int(Targets.of(batch).counts.sum())]
     rows = sum(int((Targets.of(batch).counts > 0).sum()) for batch in held)
     expect(rows > 0, "sampled training rows", rows, "rows with target tokens")
@@ -88,31 +82,6 @@ def fit_factors(
     return KroneckerFactors(kind, blocks, rows)
 
 
-def drawn_labels(model: nn.Module, batches: Sequence[Batch], seed: int) -> list[Batch]:
-    """Replace each target token by one drawn from the model's prediction of it.
-
-    Args:
-        model: evaluated in eval mode, given back as it was.
-        batches: on its device, with `labels` (b, t).
-        seed: of the draw.
-    """
-    generator, found = torch.Generator().manual_seed(seed), list[Batch]()
-    model = unwrap(model)
-    with borrowed(model, freeze=False), torch.no_grad():
-        loss = RowLoss(model)
-        for batch in batches:
-            targets = Targets.of(batch)
-            lot = torch.rand(len(targets.rows), generator=generator, dtype=torch.float64)
-            labels = batch["labels"].clone()
-            if len(lot):
-                mass = loss.logits(batch, targets).double().softmax(-1).cumsum(-1)
-                wanted = lot.to(mass.device)[:, None] * mass[:, -1:]
-                drawn = torch.searchsorted(mass, wanted, right=True)[:, 0]
-                labels[targets.rows, targets.columns + 1] = drawn.clamp(max=mass.shape[1] - 1)
-            found.append({**batch, "labels": labels})
-    return found
-
-
 def full_width(slots: Sequence[ParameterSlot], most_bytes: int = MOST_BYTES) -> int:
     """Return the widest side of a matrix whose moments are whole; wider ones are diagonal.
 
@@ -126,6 +95,13 @@ def full_width(slots: Sequence[ParameterSlot], most_bytes: int = MOST_BYTES) -> 
             break
         widest = width
     return widest
+
+
+def whole_bytes(slots: Sequence[ParameterSlot], most_bytes: int = MOST_BYTES) -> int:
+    """Compute the bytes of the factors: eigenvectors of whole sides, and an eigenvalue a number."""
+    widest = full_width(slots, most_bytes)
+    sides = (n for slot in slots if len(slot.shape) == 2 for n in slot.shape if n <= widest)
+    return 4 * (sum(n * n for n in sides) + sum(slot.numel for slot in slots))
 
 
 class _Moments:
@@ -185,7 +161,7 @@ class _Moments:
         if name not in self._whole:
             shape = slot.shape if len(slot.shape) == 2 else (1, slot.numel)
             return BlockFactors(None, None, (self._squares[name] / rows).reshape(shape))
-        outputs, inputs = self._sides[name]
+        outputs, inputs = self._sides.pop(name)
         over = self._tokens[name].clamp(min=1)
         (outer, left), (inner, right) = (
             _eigen(outputs.double() / rows), _eigen(inputs.double() / over),

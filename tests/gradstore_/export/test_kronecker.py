@@ -17,7 +17,7 @@ from gradstore.capture.slots import ParameterSlot, trainable_slots
 from gradstore.errors import BadInput, DamagedData
 from gradstore.export.features import FeatureMap, FeatureSpec
 from gradstore.export.kronecker import BlockFactors, KroneckerFactors
-from gradstore.export.kronecker_fit import drawn_labels, fit_factors, full_width
+from gradstore.export.kronecker_fit import fit_factors, full_width
 from gradstore.export.projected import export_features
 
 Seen = dict[str, list[tuple[np.ndarray, np.ndarray]]]
@@ -130,7 +130,7 @@ def test_factors_do_not_depend_on_how_rows_are_batched_or_padded(
 
 def test_a_fit_leaves_the_model_as_it_was(llama: Any) -> None:
     model = llama.model().train()
-    fit_factors(model, llama.batches(llama.rows(3), 3), labels="model")
+    fit_factors(model, llama.batches(llama.rows(3), 3))
     assert all(module.training for module in model.modules())
     assert [p.requires_grad for _, p in model.named_parameters()] == [
         "lora_" in name for name, _ in model.named_parameters()
@@ -261,25 +261,6 @@ def test_a_row_that_is_not_finite_spoils_no_fit(llama: Any, kind: Any) -> None:
         assert bool(torch.isfinite(block.values).all())
 
 
-def test_drawn_labels_follow_the_predictions_and_stand_where_targets_stood() -> None:
-    toy = Toy(torch.eye(2), 3)
-    chances = torch.tensor([[0.7, 0.2, 0.1], [0.0, 1.0, 0.0]])
-    toy.lora_A["default"].weight.data = chances.T.clamp(min=1e-30).log()
-    ids = torch.tensor([[0, 1, 0]]).repeat(2000, 1)
-    labels = torch.tensor([[-100, 2, 2]]).repeat(2000, 1)
-    labels[::2, 2] = -100
-    batch = {"input_ids": ids, "labels": labels}
-    (drawn,) = drawn_labels(toy, [batch], seed=4)
-    assert torch.equal(drawn["labels"] == -100, labels == -100)
-    shares = torch.bincount(drawn["labels"][:, 1], minlength=3) / 2000
-    torch.testing.assert_close(shares, chances[0], rtol=0, atol=0.03)  # 3 standard errors
-    assert set(drawn["labels"][1::2, 2].tolist()) == {1}
-    assert torch.equal(labels, batch["labels"])
-    again, other = (drawn_labels(toy, [batch], seed=seed)[0]["labels"] for seed in (4, 5))
-    assert torch.equal(again, drawn["labels"])
-    assert not torch.equal(other, again)
-
-
 @pytest.mark.parametrize("method", ["sjlt", "rademacher"])
 def test_exported_features_are_projected_roots(llama: Any, fitted: Any, method: Any) -> None:
     model, rows, gradients, _ = fitted
@@ -319,7 +300,7 @@ def test_the_hash_tells_values_and_kind_but_not_damping() -> None:
     assert one.sha256 == made(1.0, damping=2.0).sha256
     assert len({one.sha256, made(1.5).sha256, made(1.0, "ekfac").sha256}) == 3
     assert FeatureSpec("sgd", curvature=one).options()["curvature"] == {
-        "kind": "kfac", "damping": 0.1, "rows": 8, "sha256": one.sha256,
+        "kind": "kfac", "damping": 0.1, "rows": 8, "sample": "", "sha256": one.sha256,
     }  # fmt: skip
 
 
