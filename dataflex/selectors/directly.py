@@ -10,6 +10,7 @@ import numpy as np
 from dataflex.run.context import UpdateContext
 from dataflex.run.spread import spread_of
 from dataflex.selectors.base import Selection
+from dataflex.selectors.product import product_told
 
 if TYPE_CHECKING:
     from dataflex.selectors.by_influence import InfluenceSelector
@@ -35,6 +36,7 @@ def select_directly(selector: InfluenceSelector, count: int, context: UpdateCont
         selector.subtask_sizes(context.run),
         selector.target_source(),
         each_row=rule.per_target,
+        normalize=selector.product.normalize,
     )
     exported = time.perf_counter()
     candidates = context.among_candidates(np.asarray(np.isfinite(found.values).all(axis=1)))
@@ -54,6 +56,7 @@ def select_directly(selector: InfluenceSelector, count: int, context: UpdateCont
         manifest={
             "scoring": "direct",
             "feature": selector.settings.gradient_type,
+            **product_told(selector.product, ()),
             **rule.told(),
             "won": selector.won(rows, selector.best_of(found.values), context.run),
             "all_scores": spread_of(scores, candidates, rows),

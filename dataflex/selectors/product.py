@@ -42,10 +42,10 @@ def product_of(
     Raises:
         ValueError: `scoring` or `gradient_type` leave no such product.
     """
-    if scoring == "direct" and (normalize, preconditioner) != ("cosine", "none"):
+    if scoring == "direct" and preconditioner != "none":
         raise ValueError(
-            f"scoring: direct computes plain cosines, not normalize: {normalize} with "
-            f"preconditioner: {preconditioner}; use scoring: projected"
+            f"preconditioner: {preconditioner} is taken of stored features, and scoring: direct "
+            "stores none; use scoring: projected"
         )
     if preconditioner == "fisher" and gradient_type not in ("sgd", "sign"):
         raise ValueError(

@@ -112,8 +112,8 @@ def test_a_second_ranking_of_every_row_chooses_what_direct_scores_do(
     """And one of the best rows chooses among them, at the step's own gradients and moments."""
     made, common = {}, {"max_samples": 40, "gradient_accumulation_steps": 1, "train_step": 4}
     ways: dict[str, dict[str, Any]] = {
-        "direct": {"scoring": "direct"},
-        "every": {"proj_dim": 16, "rerank": {"top": 1.0}},
+        "direct": {"scoring": "direct", "normalize": "none"},
+        "every": {"proj_dim": 16, "rerank": {"top": 1.0}, "normalize": "none"},
         "best": {"proj_dim": 16, "rerank": {"top": 0.3}},
         "stored": {"proj_dim": 16},
     }
@@ -124,6 +124,8 @@ def test_a_second_ranking_of_every_row_chooses_what_direct_scores_do(
         made[name] = json.loads((tmp_path / name / "dataflex/selections/step_2.json").read_text())
     assert made["every"]["indices"] == made["direct"]["indices"]
     assert made["every"]["metric"]["score"] == pytest.approx(made["direct"]["metric"]["score"])
+    assert made["direct"]["manifest"]["normalize"] == "none"
+    assert max(made["direct"]["metric"]["score"]) > 1.5, "longer than any cosine"
     assert made["every"]["indices"] != made["stored"]["indices"], "16 dimensions are rough"
     told = made["best"]["manifest"]["rerank"]
     assert told == {"top": 0.3, "by": "exact", "rows": 12, "skipped": {}}

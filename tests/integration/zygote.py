@@ -188,8 +188,8 @@ def draw_once() -> None:
     figure.savefig(io.BytesIO(), format="png")
 
 
-def serve(answers: TextIO) -> None:
-    """Fork one child per request, answer with its exit code."""
+def warm_up() -> None:
+    """Do here what every run does once in its life, before the forks."""
     for module in IMPORTED:
         importlib.import_module(module)
     # Asked which tokenizers or models there are, transformers imports the settings of every one.
@@ -206,11 +206,18 @@ def serve(answers: TextIO) -> None:
     templates = importlib.import_module("dataflex.report.page").templates()
     for name in templates.list_templates(extensions=["j2"]):
         templates.get_template(name)
+    # numba sets itself up to read the machine code that it has cached.
+    compiled = importlib.import_module("gradkernels.cpu.compiled")
+    compiled.sjlt()
+    compiled.rademacher()
     draw_once()
     # What is here will not be garbage: no run looks through it, or copies its pages to do so.
     gc.collect()
     gc.freeze()
 
+
+def serve(answers: TextIO) -> None:
+    """Fork one child per request, answer with its exit code."""
     for line in sys.stdin:
         request = json.loads(line)
         world = request.get("ranks", 1)
@@ -240,4 +247,5 @@ if __name__ == "__main__":
     # Libraries print while they are imported: stdout carries answers alone.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    warm_up()
     serve(answers)

@@ -223,7 +223,8 @@ def test_the_library_gives_what_transformers_alone_gave(
         TextEncoder(said, dtype=dtype, layer=layer, device=torch.device("cpu"))
         for said in (encoder, dataclasses.replace(encoder, by_library=False))
     )
-    texts = [*TEXTS, ""]
+    # CPUs without half precision take seconds for the text that is cut.
+    texts = [*TEXTS, ""] if dtype == "auto" else [*TEXTS[:3], ""]
     for name, tensor in before.collate(texts).items():
         assert torch.equal(tensor, theirs.collate(texts)[name])
     np.testing.assert_allclose(vectors(theirs, texts), vectors(before, texts), atol=1e-6)

@@ -27,9 +27,8 @@ KFAC = {"preconditioner": "kfac", "gradient_type": "sgd"}
         ({"preconditioner": "fisher", "gradient_type": "adam"}, "set gradient_type: sgd"),
         (
             {"preconditioner": "fisher", "gradient_type": "sgd", "scoring": "direct"},
-            "scoring: direct computes plain cosines",
+            "preconditioner: fisher is taken of stored features",
         ),
-        ({"normalize": "none", "scoring": "direct"}, "use scoring: projected"),
         ({"preconditioner": "subspace", "scoring": "direct"}, "use scoring: projected"),
         ({"preconditioner": "subspace", "rerank": {}}, "rerank.by is exact"),
         ({"preconditioner": "kfac"}, "gradient_type: adam_marginal makes others; set grad"),
