@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 from report import RESULTS, append, echo, machine
 from tinyrun import SKILLS, TINY, Held, TinyRun
-from world import World
+from world import World, target_kind
 
 from dataflex.data.rows import Rows
 from gradstore import CheckpointFeatures, bm25_scores
@@ -44,7 +44,7 @@ SHARES = (0.01, 0.05)
 Floats = npt.NDArray[np.float64]
 
 FISHER = InnerProduct("cosine", "fisher")
-#: Feature of the training rows, and the product.
+#: Feature of the training rows (as `World.features` names it), and the product.
 GRADIENTS: dict[str, tuple[str, InnerProduct]] = {
     "adam_marginal, cosine (default)": ("adam_marginal", COSINE),
     "adam_marginal, normalize: target": ("adam_marginal", InnerProduct("target")),
@@ -56,6 +56,12 @@ GRADIENTS: dict[str, tuple[str, InnerProduct]] = {
     "sgd, fisher, cosine": ("sgd", FISHER),
     "sgd, fisher, normalize: target": ("sgd", InnerProduct("target", "fisher")),
     "sgd, fisher, normalize: none": ("sgd", InnerProduct("none", "fisher")),
+    "sgd, kfac, cosine": ("kfac", COSINE),
+    "sgd, kfac, normalize: target": ("kfac", InnerProduct("target")),
+    "sgd, kfac, normalize: none": ("kfac", InnerProduct("none")),
+    "sgd, ekfac, cosine": ("ekfac", COSINE),
+    "sgd, ekfac, normalize: target": ("ekfac", InnerProduct("target")),
+    "sgd, ekfac, normalize: none": ("ekfac", InnerProduct("none")),
 }
 
 
@@ -84,7 +90,7 @@ def gradient_scores(world: World) -> dict[str, Floats]:
     for name, (kind, product) in GRADIENTS.items():
         train, parts = world.features(kind, train_rows), []
         for rows in sets:
-            whole = world.features("sgd", rows)
+            whole = world.features(target_kind(kind), rows)
             assert whole.norm is not None
             part = Held(whole.features[:QUERIES_OF_SKILL], whole.norm[:QUERIES_OF_SKILL])
             sizes = [1] * QUERIES_OF_SKILL

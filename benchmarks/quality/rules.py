@@ -35,7 +35,7 @@ from report import RESULTS, append, echo, machine, read
 from rules_data import RULES, make_rows, write_data
 from tinyrun import TinyRun
 from workloads import Workload
-from world import Chosen, World
+from world import Chosen, World, target_kind
 
 from dataflex.data.rows import Rows
 from dataflex.models.trained import ShortTraining, trained_on
@@ -60,11 +60,10 @@ Losses = npt.NDArray[np.float64]
 
 def less(kind: str, product: InnerProduct = COSINE, subset: str = "top") -> Method:
     """Rows by influence: a kind of feature, a product, a subset rule."""
-    of_target = "sign" if kind == "sign" else "sgd"
 
     def choose(world: World, target: int) -> Chosen:
         train = world.features(kind, world.run.data.train)
-        queries = world.features(of_target, world.run.data.targets[target])
+        queries = world.features(target_kind(kind), world.run.data.targets[target])
         pair = CheckpointFeatures(train, (queries,))
         scores = influence_scores([pair], product=product)
         table = StoredTable([pair], product=product)
@@ -179,6 +178,8 @@ METHODS: dict[str, Method] = {
     "mirror, relative: false": mirror(relative=False),
     "less, sgd, fisher": less("sgd", FISHER),
     "less, sgd, fisher, round_robin": less("sgd", FISHER, "round_robin"),
+    "less, sgd, kfac": less("kfac"),
+    "less, sgd, ekfac": less("ekfac"),
 }
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,6 +22,9 @@ from gradstore.export.direct import TargetDirections, direct_products, target_di
 from gradstore.export.features import FeatureSpec
 from gradstore.export.gauss_newton import GaussNewton, conjugate_gradients
 from gradstore.export.gradient_space import effective_seed
+from gradstore.export.kronecker import Kind as KroneckerKind
+from gradstore.export.kronecker import KroneckerFactors
+from gradstore.export.kronecker_fit import fit_factors
 from gradstore.export.moments import AdamMoments
 from gradstore.export.output_gradients import OutputGradients
 from gradstore.export.pooling import HiddenStates, Pooling, to_unit
@@ -36,6 +39,11 @@ DIM = 4096
 DAMPING, ITERATIONS = 0.1, 100
 
 Chosen = npt.NDArray[np.int64]
+
+
+def target_kind(kind: str) -> str:
+    """Kind of the target rows' features beside training rows of one: plain gradients for Adam."""
+    return kind if kind == "sign" or kind in get_args(KroneckerKind) else "sgd"
 
 
 @dataclass
@@ -89,7 +97,12 @@ class World:
         return chosen, own + sum(self._spent[name] for name in self._used)
 
     def features(self, kind: str, rows: Rows) -> Held:
-        """Projected features of a set, as a store gives them back."""
+        """Projected features of a set, as a store gives them back.
+
+        Args:
+            kind: of `FeatureSpec`; or kfac or ekfac, plain gradients in the metric of such factors.
+            rows: the set.
+        """
 
         def make() -> Held:
             p = sum(parameter.numel() for parameter in self.run.trained)
@@ -97,7 +110,10 @@ class World:
             spec = ProjectionSpec("sjlt", p=p, d=DIM, seed=seed)
             found = np.empty((len(rows), DIM), np.float32)
             norm = np.empty(len(rows), np.float32)
-            feature = FeatureSpec(kind)  # type: ignore[arg-type]
+            if kind in get_args(KroneckerKind):
+                feature = FeatureSpec("sgd", curvature=self.factors(kind))
+            else:
+                feature = FeatureSpec(kind)  # type: ignore[arg-type]
             if feature.needs_share:
                 feature = replace(feature, share=self.share)
             parts = export_features(
@@ -109,6 +125,16 @@ class World:
             return Held(as_stored(found), norm)
 
         return self.once(f"{kind} {rows.name}", make)  # type: ignore[no-any-return]
+
+    def factors(self, kind: str) -> KroneckerFactors:
+        """Fit Kronecker factors to a sample of the training rows."""
+
+        def make() -> KroneckerFactors:
+            rows = self.run.data.train
+            sample = Batches(rows.dataset, self.run.collate, rows.lengths).sample(self.run.seed)
+            return fit_factors(self.run.model, sample, kind)  # type: ignore[arg-type]
+
+        return self.once(f"{kind} factors", make)  # type: ignore[no-any-return]
 
     @property
     def share(self) -> StepShare:

@@ -18,10 +18,13 @@ from dataflex.run.forecast import Forecast, Positions, measured_seconds, peak_me
 from gradstore.capture.limits import token_budget
 from gradstore.capture.modelstate import borrowed
 from gradstore.export.features import Recipe
+from gradstore.export.gradient_space import GradientSpace
+from gradstore.export.kronecker import KroneckerFactors
+from gradstore.export.kronecker_fit import fit_factors, whole_bytes
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
 from gradstore.export.share import StepShare
-from gradstore.export.units import Batches
+from gradstore.export.units import SAMPLE_ROWS, Batches
 from gradstore.format.layout import dtype_of_role, generation_bytes
 from gradstore.format.plans import UnitRange
 
@@ -53,7 +56,13 @@ def gradient_forecasts(
     moments = AdamMoments.from_optimizer(adam, run.model)
     budget = settings.tokens_per_batch or token_budget(run.model)
 
+    factors, fits = None, list[Forecast]()
+    if settings.curvature is not None:
+        factors, fit = _factors_forecast(run, settings, times, budget, kept)
+        fits.append(fit)
+
     def forecast(rows: Rows, spec: FeatureSpec, count: int) -> Forecast:
+        spec = replace(spec, curvature=factors)
         if spec.needs_share:  # which one costs the same
             spec = replace(spec, share=StepShare(1, 0.0, 1.0, 0.0))
         recipe = Recipe(spec, projection, moments if spec.needs_moments else None)
@@ -80,7 +89,36 @@ def gradient_forecasts(
 
     train = run.data.train
     of_targets = [forecast(r, settings.target_features, len(r)) for r in run.data.targets]
-    return [*of_targets, forecast(train, settings.train_features, sample_rows or len(train))]
+    return [*fits, *of_targets, forecast(train, settings.train_features, sample_rows or len(train))]
+
+
+def _factors_forecast(
+    run: RunContext, settings: FeatureSettings, times: int, budget: int, kept: int | None
+) -> tuple[KroneckerFactors, Forecast]:
+    """Forecast the fit of a metric's factors; return the last ones fitted, too."""
+    rule, train, made = settings.curvature, run.data.train, list[KroneckerFactors]()
+    assert rule is not None
+
+    def work(positions: Positions) -> None:
+        some = Batches(train.dataset.select(positions.tolist()), run.collate,
+                       train.lengths[positions], budget)  # fmt: skip
+        found = fit_factors(run.model, some.of(UnitRange(0, 0, len(positions))), rule.kind)
+        made.append(replace(found, damping=rule.damping))
+
+    count = min(SAMPLE_ROWS, len(train))
+    with autocast(run.model, run.autocast):
+        seconds = measured_seconds(work, train.lengths, budget) * count / len(train)
+    return made[-1], Forecast(
+        f"{rule.kind} factors",
+        times,
+        count,
+        round(int(train.lengths.sum()) * count / len(train)),
+        seconds,
+        whole_bytes(GradientSpace.of(run.model, settings).slots),
+        kept,
+        peak_memory(),
+        shared=False,
+    )
 
 
 def embedding_forecasts(

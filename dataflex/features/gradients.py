@@ -28,6 +28,7 @@ from gradstore.errors import StoreError
 from gradstore.export.combined import WeightedSums, compute_combined_unit
 from gradstore.export.features import FeatureSpec, Recipe
 from gradstore.export.gradient_space import GradientSpace
+from gradstore.export.kronecker import KroneckerFactors
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
 from gradstore.export.units import Batches, UnitFeatures
@@ -38,6 +39,7 @@ from gradstore.format.records import LOADED_FROM, GenerationRecord
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.pairing import Which, checkpoint_features
 from gradstore.storage.leases import Worker
+from gradstore.store.curvature import FactorSample
 from gradstore.store.filling import CheckpointExport, ExportSummary, check_usable
 from gradstore.store.generation_writer import GenerationWriter
 from gradstore.store.ownership import check_step
@@ -152,12 +154,12 @@ class FeatureService:
         Raises:
             BadInput: a target set without a usable row, before any training row is taken.
         """
-        features = train_features(self.run, self.settings)
+        curvature = self._factors()
+        features = replace(train_features(self.run, self.settings), curvature=curvature)
+        of_targets = replace(self.settings.target_features, curvature=curvature)
         targets, seconds, tokens = [], 0.0, 0
         for rows in self.run.data.targets:
-            name, summary = self.export_rows(
-                "target", rows, step, self.settings.target_features, source=source
-            )
+            name, summary = self.export_rows("target", rows, step, of_targets, source=source)
             self.run.ranks.decide(lambda name=name: check_usable(self.store.generation(name)))  # type: ignore[misc]
             targets.append(name)
             tokens, seconds = tokens + summary.tokens, seconds + summary.seconds
@@ -259,14 +261,35 @@ class FeatureService:
         full_name = self.run.ranks.decide(lambda: self.store.generation(record.name).name)
         return full_name, summary
 
+    def _factors(self) -> KroneckerFactors | None:
+        """Take or fit the factors of the features' metric at this state; collective.
+
+        Rank 0 fits them, the others wait.
+        """
+        run, rule = self.run, self.settings.curvature
+        if rule is None:
+            return None
+        sample = FactorSample(
+            self._batches(run.data.train), run.data.train.row_set, self.settings.seed
+        )
+        found = run.ranks.decide(
+            lambda: self.writer.factors(
+                run.model, self.space, rule, autocast=run.autocast, sample=sample
+            )
+        )
+        return found.to(next(run.model.parameters()).device)
+
+    def _batches(self, rows: Rows) -> Batches:
+        budget = self.settings.tokens_per_batch or token_budget(self.run.model)
+        longest = longest_row(self.run.model, rows)
+        return Batches(rows.dataset, self.run.collate, rows.lengths, budget, longest)
+
     def _compute(self, rows: Rows, recipe: Recipe, source: TargetFeatures | None) -> Compute:
         """Give the function that computes a unit of `rows`."""
         model, collate = self.run.model, self.run.collate
-        budget = self.settings.tokens_per_batch or token_budget(model)
         if source is None:
-            longest = longest_row(model, rows)
-            batches = Batches(rows.dataset, collate, rows.lengths, budget, longest)
-            return partial(compute_unit, model, batches, recipe)
+            return partial(compute_unit, model, self._batches(rows), recipe)
+        budget = self.settings.tokens_per_batch or token_budget(model)
 
         def combined(unit: UnitRange, advance: OnRows) -> UnitFeatures:
             weighted = source.weighted(rows.name, range(unit.start, unit.stop))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dataflex.config.parameters import checked
+from gradstore.export.kronecker import CurvatureRule
 from gradstore.export.settings import GradientSettings
 
 
@@ -32,3 +33,29 @@ class FeatureSettings(GradientSettings):
         BadParameter: a value of a wrong type or out of range.
         ValueError: more non-zeros than dimensions.
     """
+
+
+@dataclass(frozen=True)
+class CurvedSettings(FeatureSettings):
+    """Settings of gradient features that are put into a metric before they are projected.
+
+    Args:
+        rule: of the metric.
+
+    Raises:
+        ValueError: the metric is not for such features, or `rule` is missing.
+    """
+
+    rule: CurvatureRule | None = None
+
+    def __post_init__(self) -> None:
+        """Check the rule."""
+        super().__post_init__()
+        if self.rule is None:
+            raise ValueError("CurvedSettings needs a rule")
+        self.rule.check(self.gradient_type)
+
+    @property
+    def curvature(self) -> CurvatureRule | None:
+        """The metric's rule."""
+        return self.rule

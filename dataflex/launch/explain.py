@@ -182,7 +182,7 @@ class Explainer:
                 parts = export_features(
                     self._loaded.model,
                     [(np.array([0]), padded(self._loaded, row))],
-                    features=_target_features(pair),
+                    features=self._target_features(pair),
                     projection=ProjectionSpec.from_dict(train.record.projection),
                 )
                 with autocast(self._loaded.model, self._precision):
@@ -276,7 +276,7 @@ class Explainer:
     def _contributions(self, number: int, theirs: Encoded, ours: Encoded) -> Contributions:
         """Take the pair apart at one checkpoint."""
         pair, loaded = self._pairs[number], self._loaded
-        spec = _spec(_train(pair))
+        spec = self._spec(_train(pair))
         moments = self._moments(number) if spec.needs_moments else None
         self._load(number)
         with autocast(loaded.model, self._precision):
@@ -285,9 +285,23 @@ class Explainer:
                 padded(loaded, theirs),
                 padded(loaded, ours),
                 features=spec,
-                query_features=_target_features(pair),
+                query_features=self._target_features(pair),
                 moments=moments,
             )
+
+    def _spec(self, generation: Generation) -> FeatureSpec:
+        """Return the specification that a generation's features were made by."""
+        options = generation.record.feature_options
+        named = {key: options[key] for key in ("adam_eps_mode", "bias_correction")
+                 if key in options}  # fmt: skip
+        if "share" in options:
+            named["share"] = StepShare(**options["share"])
+        if (factors := self._store.factors(generation)) is not None:
+            named["curvature"] = factors.to(next(self._loaded.model.parameters()).device)
+        return FeatureSpec(generation.record.feature, **named)  # type: ignore[arg-type]
+
+    def _target_features(self, pair: CheckpointFeatures) -> FeatureSpec:
+        return self._spec(pair.targets[0])  # type: ignore[arg-type]
 
     def _moments(self, number: int) -> AdamMoments:
         """Read the moments that a generation's features were made with."""
@@ -320,19 +334,6 @@ class Explainer:
 
 def _train(pair: CheckpointFeatures) -> Generation:
     return pair.train  # type: ignore[return-value]
-
-
-def _spec(generation: Generation) -> FeatureSpec:
-    """Return the specification that a generation's features were made by."""
-    options = generation.record.feature_options
-    named = {key: options[key] for key in ("adam_eps_mode", "bias_correction") if key in options}
-    if "share" in options:
-        named["share"] = StepShare(**options["share"])
-    return FeatureSpec(generation.record.feature, **named)  # type: ignore[arg-type]
-
-
-def _target_features(pair: CheckpointFeatures) -> FeatureSpec:
-    return _spec(pair.targets[0])  # type: ignore[arg-type]
 
 
 def _cosine(train: Generation, row: int, made: Mapping[str, npt.NDArray[np.float32]]) -> float:

@@ -16,14 +16,14 @@ from annotated_types import Ge
 
 from dataflex.config.parameters import Count
 from dataflex.data.rows import Rows, RunData
-from dataflex.features.settings import FeatureSettings
+from dataflex.features.settings import CurvedSettings, FeatureSettings
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.log import progress
 from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, Selector
 from dataflex.selectors.directly import select_directly
-from dataflex.selectors.product import check_product, product_of, product_told
+from dataflex.selectors.product import check_product, curvature_of, product_of, product_told
 from dataflex.selectors.rerank import rank_again, rerank_of
 from dataflex.selectors.subset_rule import SubsetRule
 
@@ -64,9 +64,11 @@ class InfluenceSelector(Selector):
         unique: of rows that are copies of one another, choose none but the first.
         normalize: whose norms a product is divided by: cosine (both rows'), target, or none.
         preconditioner: none; fisher: products in the metric of the training rows' second moment,
-            which needs gradient_type sgd or sign; or subspace: products in the main directions of
-            the target rows, docs/products.md.
-        damping: of fisher, as a multiple of the mean eigenvalue.
+            which needs gradient_type sgd or sign; subspace: products in the main directions of the
+            target rows; kfac or ekfac: gradients in the metric of Kronecker factors, which needs
+            gradient_type sgd; docs/products.md.
+        damping: of fisher, kfac and ekfac, as a multiple of the mean eigenvalue; null takes 1 of
+            fisher, 0.1 of the others.
         rerank: ranks the best rows again by whole gradients, a mapping of top (share of the rows),
             by (exact or cg) and what cg takes, docs/rerank.md; null leaves the store's order.
         features: as for `FeatureSettings`.
@@ -85,17 +87,20 @@ class InfluenceSelector(Selector):
         keep_generations: Count | None = None,
         unique: bool = False,
         normalize: Literal["cosine", "target", "none"] = "cosine",
-        preconditioner: Literal["none", "fisher", "subspace"] = "none",
-        damping: Annotated[float, Ge(0)] = 1.0,
+        preconditioner: Literal["none", "fisher", "subspace", "kfac", "ekfac"] = "none",
+        damping: Annotated[float, Ge(0)] | None = None,
         rerank: Mapping[str, Any] | None = None,
         **features: Annotated[Any, FeatureSettings],  # noqa: ANN401 - those of that class
     ) -> None:
-        self.settings = self.gradient_features = FeatureSettings(**features)
+        self.settings = FeatureSettings(**features)
+        if (rule := curvature_of(preconditioner, damping)) is not None:
+            self.settings = CurvedSettings(**features, rule=rule)
+        self.gradient_features = self.settings
         self.product = product_of(
             normalize, preconditioner, damping,
             scoring=scoring, gradient_type=self.settings.gradient_type,
         )  # fmt: skip
-        self.rerank = rerank_of(rerank, scoring=scoring, product=self.product)
+        self.rerank = rerank_of(rerank, scoring=scoring, preconditioner=preconditioner)
         if scoring == "direct" and checkpoints != "last":
             raise ValueError(
                 f"checkpoints is {checkpoints!r}, but scoring: direct keeps no features of earlier "

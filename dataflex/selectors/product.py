@@ -4,28 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from dataflex.data.rows import RunData
 from gradstore.errors import BadInput
-from gradstore.scoring.products import InnerProduct, Normalize, Preconditioner
+from gradstore.export.kronecker import DAMPING, CurvatureRule, Kind
+from gradstore.scoring.products import InnerProduct, Normalize
 from gradstore.scoring.subspace import check_targets, subspace_told
 
 if TYPE_CHECKING:
     from gradstore.scoring.comparable import CheckpointFeatures
 
 
+#: Preconditioners of stored features, when they are scored, and of gradients, when they are taken.
+AnyPreconditioner = Literal["none", "fisher", "subspace", "kfac", "ekfac"]
+
+
+def curvature_of(preconditioner: AnyPreconditioner, damping: float | None) -> CurvatureRule | None:
+    """Return the metric that gradients are put into when they are taken; None for none."""
+    if preconditioner not in get_args(Kind):
+        return None
+    return CurvatureRule(preconditioner, DAMPING if damping is None else float(damping))  # type: ignore[arg-type]
+
+
 def product_of(
     normalize: Normalize,
-    preconditioner: Preconditioner,
-    damping: float,
+    preconditioner: AnyPreconditioner,
+    damping: float | None,
     *,
     scoring: str,
     gradient_type: str,
 ) -> InnerProduct:
-    """Join the three parameters.
+    """Join the three parameters to the product of stored features.
 
     Raises:
         ValueError: `scoring` or `gradient_type` leave no such product.
@@ -40,7 +52,9 @@ def product_of(
             f"preconditioner: {preconditioner} needs training and target rows of one kind of "
             f"feature, and gradient_type: {gradient_type} makes two; set gradient_type: sgd"
         )
-    return InnerProduct(normalize, preconditioner, float(damping))
+    if preconditioner == "kfac" or preconditioner == "ekfac":  # the features are in the metric
+        return InnerProduct(normalize)
+    return InnerProduct(normalize, preconditioner, 1.0 if damping is None else float(damping))
 
 
 def check_product(product: InnerProduct, data: RunData) -> None:
@@ -64,8 +78,13 @@ def product_told(
 
     Args:
         product: of the selection.
-        checkpoints: that were scored; a subspace says how many dimensions it has at each.
+        checkpoints: that were scored; a subspace says how many dimensions it has at each, features
+            in a metric which factors the newest has.
     """
+    metric = getattr(getattr(checkpoints[-1].train, "record", None), "curvature", {})
+    if metric:
+        return {"normalize": product.normalize, "preconditioner": metric["kind"],
+                "damping": metric["damping"], "factors": metric["sha256"]}  # fmt: skip
     if product == InnerProduct():
         return {}
     told = asdict(product)

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from dataflex.features.settings import FeatureSettings
     from dataflex.run.forecast import Forecast
     from dataflex.selectors.by_influence import InfluenceSelector, RowScores
-    from gradstore.scoring.products import InnerProduct
 
 _log = logging.getLogger(__name__)
 
@@ -145,7 +144,7 @@ class Rerank:
 
 
 def rerank_of(
-    given: Mapping[str, Any] | None, *, scoring: str, product: InnerProduct
+    given: Mapping[str, Any] | None, *, scoring: str, preconditioner: str
 ) -> Rerank | None:
     """Read what stands under `rerank`, and check it against a selector's other parameters.
 
@@ -169,10 +168,10 @@ def rerank_of(
             "rerank ranks again by whole gradients what a store has ranked, and scoring: direct "
             "ranks by whole gradients at once; leave out one of them"
         )
-    if product.preconditioner != "none" and found.by == "exact":
+    if preconditioner != "none" and found.by == "exact":
         raise ValueError(
             f"rerank.by is exact, whose products are plain, and preconditioner is "
-            f"{product.preconditioner}; leave out one of them, or set by: cg"
+            f"{preconditioner}; leave out one of them, or set by: cg"
         )
     return found
 

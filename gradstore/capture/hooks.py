@@ -18,6 +18,9 @@ from gradstore.capture.slots import ParameterSlot
 
 #: Takes a slot and its gradient block (b, numel), float32, row-major; the block is the sink's.
 Sink = Callable[[ParameterSlot, Tensor], None]
+#: Takes a weight's slot and what its gradient is made of in one call of its module: the inputs
+#: (b, t, in) and the gradient of the outputs (b, t, out), in the dtypes they came in.
+Tap = Callable[[ParameterSlot, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class HookedModule:
 class HookedPass:
     """One forward and backward: what was seen, what has arrived, what is still awaited."""
 
-    def __init__(self, targets: Targets, sink: Sink) -> None:
+    def __init__(self, targets: Targets, sink: Sink, tap: Tap | None = None) -> None:
+        self._tap = tap
         self._forward_is_over = False
         self._wanted: set[ParameterSlot] = set()
         self._sink: Sink | None = sink
@@ -82,6 +86,8 @@ class HookedPass:
         x = held.pop().reshape(self._rows, -1, watched.module.in_features)
         gradient = gradient.reshape(self._rows, -1, watched.module.out_features)
         if watched.weight is not None and watched.weight in self._wanted:
+            if self._tap is not None:
+                self._tap(watched.weight, x, gradient)
             self._deliver(watched.weight, _row_products(gradient, x))
         if watched.bias is not None and watched.bias in self._wanted:
             self._deliver(watched.bias, gradient.sum(1, dtype=torch.float32))
@@ -111,8 +117,8 @@ class HookedPass:
             self._emit(slot, block)
 
     def close(self) -> None:
-        """Release the sink and unfinished blocks."""
-        self._sink = None
+        """Release the sink, the tap and unfinished blocks."""
+        self._sink = self._tap = None
         self._partial.clear()
         self._ignored = None
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gradstore.capture.adapters import check_adapters, watched_linears
 from gradstore.capture.fallback import RowwiseGradients
-from gradstore.capture.hooks import HookedModule, HookedPass, Sink
+from gradstore.capture.hooks import HookedModule, HookedPass, Sink, Tap
 from gradstore.capture.losses import BatchStats, RowLoss, Targets, target_losses
 from gradstore.capture.modelstate import borrowed, without_autocast
 from gradstore.capture.slots import ParameterSlot, trainable_slots, unwrap
@@ -93,12 +93,16 @@ class GradientCapture:
         if stack is not None:
             stack.close()
 
-    def capture(self, batch: Mapping[str, Tensor], sink: Sink) -> BatchStats:
+    def capture(
+        self, batch: Mapping[str, Tensor], sink: Sink, tap: Tap | None = None
+    ) -> BatchStats:
         """Pass every slot's gradient block to `sink`, once each, in no particular order.
 
         Args:
             batch: inputs (b, t) of the model and `labels` (b, t), right-padded, one sample a row.
             sink: called inside the backward, as soon as a block exists.
+            tap: called before it with what a LoRA matrix's block is made of, once for each call of
+                the matrix; not called for parameters that hooks don't cover.
 
         Returns:
             The rows' losses and target counts. A row without any target token has loss nan and a
@@ -114,16 +118,18 @@ class GradientCapture:
             losses = targets.row_means(torch.zeros(0, device=targets.counts.device))
         else:
             if self._hooked:
-                losses = self._capture_hooked(batch, targets, sink)
+                losses = self._capture_hooked(batch, targets, sink, tap)
             rest = [slot for slot in self.slots if slot not in self._hooked]
             if rest:
                 losses = self._capture_rest(rest, batch, targets, sink)
         assert losses is not None  # there is at least one slot
         return BatchStats(losses, targets.counts)
 
-    def _capture_hooked(self, batch: Mapping[str, Tensor], targets: Targets, sink: Sink) -> Tensor:
+    def _capture_hooked(
+        self, batch: Mapping[str, Tensor], targets: Targets, sink: Sink, tap: Tap | None
+    ) -> Tensor:
         """Run one forward and backward of the whole batch; return the rows' losses (b,)."""
-        self._pass = current = HookedPass(targets, sink)
+        self._pass = current = HookedPass(targets, sink, tap)
         try:
             with torch.enable_grad():
                 total, token_loss = self._loss(batch, targets)

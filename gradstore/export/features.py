@@ -7,7 +7,7 @@ al. 2024, has it) or M/(√V+ε) (`outside`, as Adam itself). Features:
 - `adam_marginal`: Γ(g) - Γ(0), what this sample adds to the step if it is all of it;
 - `adam_share`: Γ(s g) - Γ(0), s being the sample's share of a step (`gradstore.export.share`);
 - `adam`: Γ(g), which shares β₁m with every other sample;
-- `sgd`: g;
+- `sgd`: g, or (H + l I)^-1/2 g with a curvature H (`gradstore.export.kronecker`);
 - `sign`: the sign of g.
 
 Letters: b batch, w columns of a block.
@@ -26,6 +26,7 @@ from torch import Tensor
 from gradstore.capture.losses import Targets
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput, expect
+from gradstore.export.kronecker import KroneckerFactors
 from gradstore.export.moments import AdamMoments, ParameterMoments
 from gradstore.export.share import StepShare
 
@@ -50,18 +51,20 @@ class FeatureSpec:
         adam_eps_mode: whether eps stands inside the root or outside.
         bias_correction: whether the moments are bias-corrected, at the optimizer's next step.
         share: what a step takes of a row's gradient, for `adam_share`.
+        curvature: factors of the metric that gradients are put into, for `sgd`; None for none.
     """
 
     kind: Kind = "adam_marginal"
     adam_eps_mode: EpsMode = "inside"
     bias_correction: bool = False
     share: StepShare | None = None
+    curvature: KroneckerFactors | None = None
 
     def __post_init__(self) -> None:
-        """Raise BadInput unless `kind` and `adam_eps_mode` are among the offered names.
+        """Raise BadInput unless the attributes are what they say.
 
         Raises:
-            BadInput: a name is not one of those offered.
+            BadInput: a name is not one of those offered, or an attribute is of another type.
         """
         for field, offered in (("kind", get_args(Kind)), ("adam_eps_mode", get_args(EpsMode))):
             if getattr(self, field) not in offered:
@@ -70,6 +73,14 @@ class FeatureSpec:
         expect(fits, "bias_correction", self.bias_correction, "True or False")
         fits = self.share is None or isinstance(self.share, StepShare)
         expect(fits, "share", self.share, "a StepShare, such as expected_share(...) gives")
+        fits = self.curvature is None or isinstance(self.curvature, KroneckerFactors)
+        expect(
+            fits, "curvature", self.curvature, "KroneckerFactors, such as fit_factors(...) gives"
+        )
+        if self.curvature is not None and self.kind != "sgd":
+            raise BadInput(
+                f"a curvature is applied to plain gradients, not to feature {self.kind!r}; use sgd"
+            )
 
     @property
     def needs_moments(self) -> bool:
@@ -82,8 +93,17 @@ class FeatureSpec:
         return self.kind == "adam_share"
 
     def options(self) -> dict[str, Any]:
-        """Return the attributes as a record keeps them; `share` where there is one."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """Return the attributes as a record keeps them; the last two where there are any."""
+        found: dict[str, Any] = {
+            "kind": self.kind,
+            "adam_eps_mode": self.adam_eps_mode,
+            "bias_correction": self.bias_correction,
+        }
+        if self.share is not None:
+            found["share"] = asdict(self.share)
+        if self.curvature is not None:
+            found["curvature"] = self.curvature.options()
+        return found
 
 
 @dataclass(frozen=True)
@@ -179,6 +199,8 @@ class FeatureMap:
         Raises:
             BadInput: the feature needs shares, and they or the tokens are missing.
         """
+        if self.spec.curvature is not None:
+            return self.spec.curvature.root_(slot, grad)
         if self.spec.kind == "sgd":
             return grad
         if self.spec.needs_share:

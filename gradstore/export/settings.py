@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Self
 
-from annotated_types import Ge, Interval, MinLen
+from annotated_types import Ge, Gt, Interval, MinLen
 from gradkernels import ProjectionSpec
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gradstore.errors import BadInput
 from gradstore.export.features import EpsMode, FeatureSpec, Kind
+from gradstore.export.kronecker import DAMPING, CurvatureRule
 from gradstore.export.share import OptimizerStep
 from gradstore.format.layout import FeatureDtype
 
@@ -57,6 +58,11 @@ class GradientSettings:
         return ProjectionSpec(self.proj_method, p=p, d=self.proj_dim, seed=self.seed, s=self.sjlt_s)
 
     @property
+    def curvature(self) -> CurvatureRule | None:
+        """The metric that gradients are put into before they are projected; None for none."""
+        return None
+
+    @property
     def train_features(self) -> FeatureSpec:
         """Specification of the feature computed from a training row's gradient."""
         return FeatureSpec(self.gradient_type, self.adam_eps_mode, self.bias_correction)
@@ -80,9 +86,13 @@ class BuildSettings(GradientSettings):
         step_rows: rows of an optimizer step, over micro-batches, accumulated steps and processes;
             for gradient_type adam_share.
         max_grad_norm: that a step's gradient is clipped to, 0 for none; for the same.
+        preconditioner: kfac or ekfac puts gradients into the metric of Kronecker factors, fitted on
+            training rows (`gradstore.export.kronecker`); for gradient_type sgd.
+        damping: of that metric, as a multiple of a block's mean eigenvalue.
 
     Raises:
-        ValueError: gradient_type adam_share without step_rows.
+        ValueError: gradient_type adam_share without step_rows, or a metric of another type than
+            sgd.
     """
 
     learning_rate: Annotated[float, Ge(0)] = 0.0
@@ -91,14 +101,25 @@ class BuildSettings(GradientSettings):
     store_text: bool = True
     step_rows: Annotated[int, Ge(1)] | None = None
     max_grad_norm: Annotated[float, Ge(0)] = 1.0
+    preconditioner: Literal["none", "kfac", "ekfac"] = "none"
+    damping: Annotated[float, Gt(0)] = DAMPING
 
     def __post_init__(self) -> None:
-        """Check that a row's share of a step is known where it is needed."""
+        """Check that a row's share of a step is known where it is needed, and the metric's rule."""
         super().__post_init__()
+        if self.curvature is not None:
+            self.curvature.check(self.gradient_type)
         if self.train_features.needs_share and self.step_rows is None:
             raise ValueError(
                 "gradient_type adam_share needs step_rows, the rows of an optimizer step"
             )
+
+    @property
+    def curvature(self) -> CurvatureRule | None:
+        """The metric that gradients are put into before they are projected; None for none."""
+        if self.preconditioner == "none":
+            return None
+        return CurvatureRule(self.preconditioner, self.damping)
 
     @property
     def optimizer_step(self) -> OptimizerStep | None:

@@ -38,6 +38,8 @@ COMMITS = "commits"
 GENERATIONS = "generations"
 PLANS = "plans"
 SPACES = "spaces"
+#: Factors of the metrics that features were put into, a file each.
+CURVATURE = "curvature"
 #: The space of gradient features; every other space holds embeddings of one model.
 GRADIENT = "gradient"
 

@@ -98,6 +98,12 @@ class GenerationRecord:
         """Flag for a set sampled from the training rows: nothing to score others against."""
         return self.feature_options.get("sample_of") == "train"
 
+    @property
+    def curvature(self) -> Mapping[str, Any]:
+        """The metric that gradients were put into (`KroneckerFactors.options`); {} for none."""
+        found: Mapping[str, Any] = self.feature_options.get("curvature", {})
+        return found
+
     def to_dict(self) -> dict[str, Json]:
         """Return the record as plain JSON values."""
         return {each.name: plain(getattr(self, each.name)) for each in fields(self)}

@@ -6,6 +6,8 @@ No projection: the inner product of two whole features is cut into parts that ad
 - A **token**'s part is that of its own loss. A row's gradient is the mean over its target tokens,
   g = sum of g_k / T, so a feature that is the gradient itself (`sgd`) is a sum over tokens, and
   token k's part is <g_k / T, other feature>. Tokens without a label have none.
+- With a curvature a feature is K g, K symmetric and the same for every row, so that token k's part
+  is <g_k / T, K other feature>.
 - Other features are no linear function of the gradient. They are written as F(g) = F(0) + r * g,
   element by element, with the secant r = (F(g) - F(0)) / g (0 where g is 0): r depends on the whole
   row, and with it fixed, token k's part is <r * g_k / T, other feature>. What is left, <F(0), other
@@ -118,6 +120,7 @@ class _Side:
             raise BadInput(f"{what} is a batch of {targets.grid[0]} rows; give one row")
         if not len(targets.columns):
             raise BadInput(f"{what} has no target token, so it has no gradient; give it a response")
+        self._curvature = spec.curvature
         self._capture, self._batch, self._columns = capture, batch, targets.columns
         device = targets.columns.device
         whole = FeatureMap(spec, capture.slots, moments, device=device)
@@ -149,7 +152,7 @@ class _Side:
 
         The row is repeated once per target token, each copy with that token's label alone.
         """
-        direction = (self.secant.double() * other.double())[None]
+        direction = self._direction(other)[None]
         length = self._batch["input_ids"].shape[1]
         found = np.zeros(length)
         copies = max(1, token_budget // length)
@@ -165,6 +168,17 @@ class _Side:
             # The label at column + 1 is predicted at column.
             found[(columns + 1).cpu().numpy()] = (dots / len(self._columns)).cpu().numpy()
         return found
+
+    def _direction(self, other: Tensor) -> Tensor:
+        """Return (p,) float64, the vector whose product with g_k / T is token k's part."""
+        curvature = self._curvature
+        if curvature is None:
+            return self.secant.double() * other.double()
+        found = other.clone()
+        for slot in self._capture.slots:
+            at = slice(slot.start, slot.start + slot.numel)
+            found[at] = curvature.root_(slot, other[None, at].clone())[0]
+        return found.double()
 
     def _one_label_each(self, columns: Tensor) -> dict[str, Tensor]:
         """Repeat the row for some of its target positions (k,), each copy with one label."""

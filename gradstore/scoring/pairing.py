@@ -53,7 +53,9 @@ def checkpoint_features(
     wanted = tuple(sets) if sets is not None else tuple(sorted(targets.get(chosen[-1], {})))
     if sets is None or wanted:
         _check_targets(store, {step: list(targets.get(step, {})) for step in chosen}, wanted)
-    _check_kinds({step: trains[step].record.feature for step in chosen})
+    _check_kinds({step: _kind(trains[step]) for step in chosen})
+    for step in chosen:
+        _check_metric(trains[step], [targets[step][name] for name in wanted])
     weights = checkpoint_weights([trains[s].record.learning_rate or 0.0 for s in chosen])
     return [
         CheckpointFeatures(
@@ -119,6 +121,29 @@ def _check_targets(store: Store, held: Mapping[int, Sequence[str]], wanted: Sequ
                 f"{step}; it has {', '.join(sorted(sets)) or 'none'}. Build them at that step, or "
                 "ask for sets it has."
             )
+
+
+def _kind(generation: Generation) -> str:
+    """Name the kind of a generation's features, and their metric where they are in one."""
+    metric = generation.record.curvature
+    return generation.record.feature + (f" in the metric of {metric['kind']}" if metric else "")
+
+
+def _check_metric(train: Generation, targets: Sequence[Generation]) -> None:
+    """Refuse target rows in another metric than the training rows' of their checkpoint."""
+    mine = train.record.curvature
+    lines = [
+        f"metric differs: {train.name} has {dict(mine) or None}, "
+        f"{target.name} has {dict(target.record.curvature) or None}"
+        for target in targets
+        if target.record.curvature != mine
+    ]
+    if lines:
+        raise ProvenanceMismatch(
+            "; ".join(lines) + ". Their products mean nothing. Export both with one preconditioner "
+            "and damping.",
+            lines,
+        )
 
 
 def _check_kinds(features: Mapping[int, str]) -> None:

@@ -25,6 +25,7 @@ from gradstore.capture.modelstate import random_states_kept
 from gradstore.errors import BadInput, expect, expect_path, expect_whole
 from gradstore.export.features import FeatureMap, FeatureSpec
 from gradstore.export.gradient_space import GradientSpace, tokenizer_hash
+from gradstore.export.kronecker import KroneckerFactors
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
 from gradstore.export.settings import BuildSettings
@@ -34,6 +35,7 @@ from gradstore.export.units import Batches
 from gradstore.format.layout import GRADIENT
 from gradstore.format.names import GenerationName, Role
 from gradstore.format.text_table import Text
+from gradstore.store.curvature import FactorSample
 from gradstore.store.filling import CheckpointExport, ExportSummary, check_usable, fill
 from gradstore.store.ownership import check_rows_and_run, check_step
 from gradstore.store.writer import StoreWriter
@@ -130,7 +132,10 @@ class _Checkpoint:
             if options.train_features.needs_share and options.optimizer_step is not None:
                 check_step(writer.store, options.optimizer_step, run=options.gradstore_run)
             # Target sets first: one without a usable row is found before the many training rows.
-            made = [self._generation(writer, rows) for rows in sorted(sets, key=_is_train)]
+            curvature = self._curvature(writer, sets)
+            made = [
+                self._generation(writer, rows, curvature) for rows in sorted(sets, key=_is_train)
+            ]
         return CheckpointExport(
             train=next((name for rows, name, _ in made if _is_train(rows)), ""),
             targets=tuple(name for rows, name, _ in made if not _is_train(rows)),
@@ -140,15 +145,14 @@ class _Checkpoint:
         )
 
     def _generation(
-        self, writer: StoreWriter, rows: TokenRows
+        self, writer: StoreWriter, rows: TokenRows, curvature: KroneckerFactors | None
     ) -> tuple[TokenRows, str, ExportSummary]:
         """Make one generation; give the rows, its name in the store and what the pass did."""
         options, trains = self.options, _is_train(rows)
         role: Role = "train" if trains else "target"
-        budget = options.tokens_per_batch or token_budget(self.model)
-        longest = longest_of(self.model, rows.lengths, rows.name)
-        batches = Batches(rows.items, padded, rows.lengths, budget, longest)
+        batches = self._batches(rows)
         features = self._train_features(batches) if trains else options.target_features
+        features = replace(features, curvature=curvature)
         recipe = self.space.recipe(features, self.step, self.moments if trains else None)
         record = self.space.record(
             self.model,
@@ -173,6 +177,25 @@ class _Checkpoint:
         begun.commit()
         check_usable(writer.store.generation(begun.name))
         return rows, begun.name, summary
+
+    def _batches(self, rows: TokenRows) -> Batches:
+        budget = self.options.tokens_per_batch or token_budget(self.model)
+        longest = longest_of(self.model, rows.lengths, rows.name)
+        return Batches(rows.items, padded, rows.lengths, budget, longest)
+
+    def _curvature(self, writer: StoreWriter, sets: Sequence[TokenRows]) -> KroneckerFactors | None:
+        """Take the store's factors of this state, or fit them on the training rows."""
+        options, rule = self.options, self.options.curvature
+        if rule is None:
+            return None
+        train = next((rows for rows in sets if _is_train(rows)), None)
+        sample = None
+        if train is not None:
+            sample = FactorSample(self._batches(train), train.row_set, options.seed)
+        found = writer.factors(
+            self.model, self.space, rule, autocast=_autocast(self.model), sample=sample
+        )
+        return found.to(next(self.model.parameters()).device)
 
     def _train_features(self, batches: Batches) -> FeatureSpec:
         """Return the feature of a training row, with its share of a step where it needs that."""

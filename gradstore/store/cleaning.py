@@ -22,6 +22,7 @@ from gradstore.format.plans import Plan
 from gradstore.format.text_table import TEXTS, TextTable
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.lock import WriterLock
+from gradstore.store.curvature import remove_unused_factors
 from gradstore.store.generation_writer import publish_commit
 from gradstore.store.own_units import QUARANTINE
 from gradstore.store.reader import Store
@@ -70,6 +71,7 @@ def clean_store(
     _remove_texts(files, store)
     for name in abandoned:
         _remove_generation(files, name)
+    remove_unused_factors(files, view())
     remove_dead_staging(files)
     files.remove_tree(QUARANTINE)
     return [*retire, *abandoned]

@@ -11,8 +11,9 @@ no store at "no/such/folder": ...
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from gradstore.errors import (
     BadInput,
@@ -42,6 +43,9 @@ from gradstore.store.documents import read_chain
 from gradstore.store.generation import Generation
 from gradstore.store.texts import RowTexts
 from gradstore.store.unit_files import read_record
+
+if TYPE_CHECKING:
+    from gradstore.export.kronecker import KroneckerFactors
 
 
 def open_store(path: str | Path) -> Store:
@@ -171,6 +175,19 @@ class Store:
         if commit.sha256 not in self._texts:
             self._texts[commit.sha256] = RowTexts(self._files, commit.texts[0])
         return self._texts[commit.sha256]
+
+    def factors(self, generation: Generation) -> KroneckerFactors | None:
+        """Read the factors of the metric that a generation's features are in; None without one.
+
+        Raises:
+            DamagedData: they are missing, or others.
+        """
+        told = generation.record.curvature
+        if not told:
+            return None
+        from gradstore.store.curvature import read_factors  # torch, which readers may do without
+
+        return replace(read_factors(self._files, told["sha256"]), damping=told["damping"])
 
     def planned(self) -> list[str]:
         """List generations that were planned and never committed; newest attempt last."""

@@ -34,8 +34,8 @@ def verify_store(path: str | Path) -> VerifyReport:
     """Read the whole store again from disk, without relying on earlier checks.
 
     Checked: the root, the commit chain, each space's provenance, each table of text, and of every
-    committed generation the plan, each zarr.json, each unit record, and size, crc32c and sha256 of
-    each chunk.
+    committed generation the plan, the factors of its metric, each zarr.json, each unit record, and
+    size, crc32c and sha256 of each chunk.
 
     Args:
         path: the store's folder.
@@ -142,7 +142,20 @@ class _Check:
             for path in self._files.walk(generation_path(plan.name)):
                 if path not in seen:
                     self.add(Fault(path, "no file of this name", "one"))
+        self.factors(plan)
         self.values(commit)
+
+    def factors(self, plan: Plan) -> None:
+        """Check the Kronecker factors that a generation's features were made with."""
+        if not plan.record.curvature:
+            return
+        from gradstore.store.curvature import factors_of_record  # torch, which others do without
+
+        path, fault = factors_of_record(self._files, plan.record)
+        if fault is not None:
+            self.add(fault)
+        if self._files.exists(path):
+            self.count(path)
 
     def texts(self, commit: Commit) -> None:
         """Check the files of a table of text, and that its rows are those it is named by."""

@@ -19,11 +19,12 @@ import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradstore.errors import BadInput, DamagedData, expect, expect_path
 from gradstore.format.layout import (
     COMMITS,
+    CURVATURE,
     GENERATIONS,
     GRADIENT,
     METADATA,
@@ -40,15 +41,22 @@ from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.lock import LOCK, WriterLock
 from gradstore.storage.probes import check_sharing, check_zarr, probe
 from gradstore.store.cleaning import clean_store, remove_dead_staging
+from gradstore.store.curvature import FactorSample, step_factors
 from gradstore.store.generation_writer import GenerationWriter
 from gradstore.store.own_units import quarantine
 from gradstore.store.reader import Store, read_identity
 from gradstore.store.space_writer import SpaceFields, SpaceWriter, publish_metadata
 from gradstore.store.worker_group import GROUP, begin_group
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gradstore.export.gradient_space import GradientSpace
+    from gradstore.export.kronecker import CurvatureRule, KroneckerFactors
+
 _log = logging.getLogger(__name__)
 
-_OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, TEXTS, "index"}
+_OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, TEXTS, CURVATURE, "index"}
 
 
 class StoreWriter:
@@ -199,6 +207,21 @@ class StoreWriter:
     ) -> None:
         """Call `SpaceWriter.keep_texts`; a text belongs to rows, not to a space."""
         self._main.keep_texts(rows, texts, formats)
+
+    def factors(
+        self,
+        model: nn.Module,
+        space: GradientSpace,
+        rule: CurvatureRule,
+        *,
+        autocast: str,
+        sample: FactorSample | None,
+    ) -> KroneckerFactors:
+        """Call `gradstore.store.curvature.step_factors` on this store."""
+        return step_factors(
+            self._files, self._view(), model, space, rule,
+            autocast=autocast, sample=sample, leases=self._leases,
+        )  # fmt: skip
 
     def clean(self, keep_generations: int | None = None) -> list[str]:
         """Remove what is no longer needed: dead staging, abandoned plans, superseded attempts.

@@ -73,6 +73,7 @@ def test_ctrl_c_reaches_the_workers_and_is_one_message(
     ("scoring", "more"),
     [
         ("projected", {}),
+        ("projected", {"gradient_type": "sgd", "preconditioner": "ekfac"}),
         (
             "projected",
             {
@@ -83,7 +84,7 @@ def test_ctrl_c_reaches_the_workers_and_is_one_message(
         ("direct", {}),
         ("direct", {"subset": "knn_uniform"}),
     ],
-    ids=["projected", "projected, rerank", "direct", "direct, knn_uniform"],
+    ids=["projected", "projected, ekfac", "projected, rerank", "direct", "direct, knn_uniform"],
 )
 def test_two_processes_share_the_work_and_select_what_one_does(
     scoring: str, more: dict[str, Any], cli: Any, config: Any, tmp_path: Path

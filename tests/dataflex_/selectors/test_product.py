@@ -13,8 +13,11 @@ from dataflex.data.rows import Rows
 from dataflex.selectors.less import LessSelector
 from dataflex.selectors.product import product_told
 from gradstore.errors import BadInput
+from gradstore.export.kronecker import CurvatureRule
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.products import InnerProduct
+
+KFAC = {"preconditioner": "kfac", "gradient_type": "sgd"}
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,11 @@ from gradstore.scoring.products import InnerProduct
         ),
         ({"preconditioner": "subspace", "scoring": "direct"}, "use scoring: projected"),
         ({"preconditioner": "subspace", "rerank": {}}, "rerank.by is exact"),
+        ({"preconditioner": "kfac"}, "gradient_type: adam_marginal makes others; set grad"),
+        ({"preconditioner": "ekfac", "gradient_type": "sign"}, "set gradient_type: sgd"),
+        ({**KFAC, "damping": 0}, "damping is 0.0, and preconditioner: kfac needs a number above 0"),
+        ({**KFAC, "scoring": "direct"}, "use scoring: projected"),
+        ({**KFAC, "rerank": {}}, "preconditioner is kfac; leave out one"),
     ],
 )
 def test_a_product_that_cannot_be_taken_is_refused(given: dict[str, Any], said: str) -> None:
@@ -42,6 +50,19 @@ def test_the_product_is_the_one_asked_for() -> None:
     )
     assert asked.product == InnerProduct("target", "fisher", 0.5)
     assert LessSelector(preconditioner="subspace").product == InnerProduct("cosine", "subspace")
+    fisher = LessSelector(preconditioner="fisher", gradient_type="sgd")
+    assert fisher.product == InnerProduct("cosine", "fisher", 1.0)
+
+
+def test_kronecker_factors_make_features_and_leave_the_product_of_features_plain() -> None:
+    plain, curved = LessSelector(gradient_type="sgd"), LessSelector(**KFAC, normalize="none")
+    assert curved.product == InnerProduct("none")
+    assert plain.settings.curvature is None
+    assert curved.gradient_features is curved.settings
+    assert curved.settings.curvature == CurvatureRule("kfac", 0.1)
+    assert LessSelector(**KFAC, damping=2, rerank={"by": "cg"}).settings.curvature == (
+        CurvatureRule("kfac", 2.0)
+    )
 
 
 def test_a_subspace_of_too_few_target_rows_is_refused_before_training() -> None:

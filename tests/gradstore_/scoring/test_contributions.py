@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gradstore.capture.slots import trainable_slots
 from gradstore.errors import BadInput
 from gradstore.export.features import FeatureMap, FeatureSpec, Kind
+from gradstore.export.kronecker_fit import fit_factors
 from gradstore.export.share import StepShare
 from gradstore.scoring.contributions import Contributions, contributions
 
@@ -164,3 +165,31 @@ def test_rows_without_a_gradient_are_refused(llama: Any) -> None:
     with pytest.raises(BadInput, match="the gradient of the training row has values"):
         contributions(llama.model(broken=True), llama.collate([broken]), llama.collate([row]),
                       features=SGD, query_features=SGD)  # fmt: skip
+
+
+def test_tokens_of_rows_in_a_metric_add_up_to_products_in_it(llama: Any) -> None:
+    """Part of a token = its own gradient's product with H^-1 times the other row's gradient."""
+    model, rows = llama.model(), llama.rows(12)
+    row, query = rows[0], rows[1]
+    factors = fit_factors(model, llama.batches(rows, 6))
+    slots = list(trainable_slots(model))
+
+    def solved(gradient: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):  # the root, and again
+            blocks = [gradient[None, s.start : s.start + s.numel].float().clone() for s in slots]
+            rooted = [factors.root_(s, b) for s, b in zip(slots, blocks, strict=True)]
+            gradient = torch.cat(rooted, dim=1)[0]
+        return gradient.double()
+
+    of_row, of_query = token_gradients(model, row), token_gradients(model, query)
+    mean = torch.stack(list(of_query.values())).mean(dim=0)
+    spec = FeatureSpec("sgd", curvature=factors)
+    found = ask(llama, row, query, features=spec, query_features=spec)
+    expected = np.zeros(len(row["input_ids"]))
+    for position, gradient in of_row.items():
+        expected[position] = float(gradient @ solved(mean)) / len(of_row)
+    np.testing.assert_allclose(found.row_tokens, expected, rtol=1e-3,
+                               atol=1e-3 * np.abs(expected).max())  # fmt: skip
+    assert found.row_tokens.sum() == pytest.approx(found.inner, rel=1e-3)
+    assert found.query_tokens.sum() == pytest.approx(found.inner, rel=1e-3)
+    assert sum(found.parameters.values()) == pytest.approx(found.inner, rel=1e-4)
