@@ -191,7 +191,8 @@ class StoreWriter:
         Returns:
             Full names of the generations removed.
         """
-        return clean_store(self._files, lambda: self.store, keep_generations)
+        found = clean_store(self._files, lambda: self.store, keep_generations)
+        return [*found.retire, *found.abandoned]
 
     # ---- opening -----------------------------------------------------------------------------
 
