@@ -64,8 +64,13 @@ class FeatureService:
     Every rank has one, and shares the passes; rank 0's holds the store and its lock while open.
     """
 
-    def __init__(self, run: RunContext, settings: FeatureSettings) -> None:
+    def __init__(self, run: RunContext, settings: FeatureSettings, *, opens: bool = True) -> None:
         """Open the store for writing.
+
+        Args:
+            run: the run, with its rows and its model.
+            settings: of the features.
+            opens: False leaves the store alone until `open`.
 
         Raises:
             ProvenanceMismatch: the store holds features that can't be compared with this run's.
@@ -76,14 +81,15 @@ class FeatureService:
         self.settings = settings
         self.space = GradientSpace.of(run.model, settings)
         self._writer: StoreWriter | None = None
-        self.open()
+        if opens:
+            self.open()
 
     def open(self) -> None:
         """Take the store's lock, after `close`; collective. Raises as the constructor does."""
         self.run.ranks.decide(self._open)
 
     @cached_property
-    def _fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """The MUST-EQUAL fields, which take a pass over the model's frozen weights."""
         return space_fields(self.run.model, self.run.data, self.space)
 
@@ -91,7 +97,7 @@ class FeatureService:
         run = self.run
         path = run.config.store_path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = StoreWriter(path, space="gradient", provenance=self._fields)
+        self._writer = StoreWriter(path, space="gradient", provenance=self.fields)
         try:
             check_owner(self._writer.store, run)
             if self.settings.train_features.needs_share and run.step is not None:
@@ -246,6 +252,25 @@ class FeatureService:
         )
         full_name = self.run.ranks.decide(lambda: self.store.generation(record.name).name)
         return full_name, summary
+
+    def again(
+        self, record: GenerationRecord, rows: Rows, moments: AdamMoments | None
+    ) -> tuple[GenerationRecord, Compute]:
+        """Give the record that an export would make at the model's present state, and its units.
+
+        Args:
+            record: of a generation of this run's gradients, made before.
+            rows: its rows.
+            moments: needed by Adam features.
+        """
+        trains = record.role == "train"
+        features = (
+            train_features(self.run, self.settings) if trains else (self.settings.target_features)
+        )
+        recipe = self.space.recipe(features, record.step, moments if trains else None)
+        rate = record.learning_rate if trains else None
+        made = self._record(record.role, rows, record.step, recipe, rate, {})
+        return made, self._compute(rows, recipe, None)
 
     def _compute(self, rows: Rows, recipe: Recipe, source: TargetFeatures | None) -> Compute:
         """Give the function that computes a unit of `rows`."""

@@ -121,6 +121,8 @@ class ReadFiles:
     def walk(self, relative: str) -> list[str]:
         """List all files and symlinks below a directory, as store-relative paths, sorted."""
         self.path(f"{relative}/any")
+        if not self.exists(relative):
+            return []
         found = [p for p in self._below(relative) if p.is_symlink() or not p.is_dir()]
         return sorted(p.relative_to(self.root).as_posix() for p in found)
 

@@ -153,6 +153,13 @@ def retire(
     publish_commit(files, draft, view)
 
 
+def remove_retired(files: StoreFiles, store: Store) -> None:
+    """Remove the files of every generation that a commit has retired."""
+    for each in plan_clean_up(files, store, None).removals:
+        if each.why == "retired":
+            files.remove_tree(each.path)
+
+
 def _dead_staging(files: StoreFiles) -> list[str]:
     paths = ((name, f"{STAGING}/{name}") for name in files.names(STAGING))
     return [path for name, path in paths if path != QUARANTINE and not files.is_in_use(name)]

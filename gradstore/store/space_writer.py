@@ -171,16 +171,7 @@ class SpaceWriter:
             done = len(self._files.names(f"{generation_path(plan.name)}/units"))
             needed -= needed * done // len(plan.units)
         self._check_free(needed, f"{plan.name} ({len(plan.rows):,} x {plan.dim:,} {plan.dtype})")
-        raise_schema(self._files, store, plan.schema_version)
-        if not self._files.publish(plan_path(plan.name), plan.to_bytes()):
-            fault = Fault(plan_path(plan.name), "no plan yet", "another writer's plan")
-            raise DamagedFile(fault, str(self._files.root))
-        for path, data in metadata(plan).items():
-            needed_by_others = bool(store.commits) and not path.startswith(
-                generation_path(plan.name)
-            )
-            publish_metadata(self._files, path, data, committed=needed_by_others)
-        self._files.make_directory(f"{generation_path(plan.name)}/units")
+        publish_plan(self._files, store, plan)
         return GenerationWriter(self._files, plan, chosen.sha256, self._view)
 
     def keep_texts(
@@ -207,6 +198,22 @@ class SpaceWriter:
                 f'"{self._files.root}". Free some space, choose another disk with gradstore=PATH, '
                 "or fewer dimensions"
             )
+
+
+def publish_plan(files: StoreFiles, store: Store, plan: Plan) -> None:
+    """Write a generation's plan and every zarr.json that it needs, before any unit.
+
+    Raises:
+        DamagedFile: another plan has this name.
+    """
+    raise_schema(files, store, plan.schema_version)
+    if not files.publish(plan_path(plan.name), plan.to_bytes()):
+        fault = Fault(plan_path(plan.name), "no plan yet", "another writer's plan")
+        raise DamagedFile(fault, str(files.root))
+    for path, data in metadata(plan).items():
+        needed_by_others = bool(store.commits) and not path.startswith(generation_path(plan.name))
+        publish_metadata(files, path, data, committed=needed_by_others)
+    files.make_directory(f"{generation_path(plan.name)}/units")
 
 
 def publish_metadata(files: StoreFiles, path: str, data: bytes, *, committed: bool) -> None:
