@@ -196,7 +196,11 @@ class _Session:
         data = self.service.run.data
         sets = {"": data.train, **{rows.name: rows for rows in data.targets}}
         rows = sets.get(plan.record.set)
-        note = "no such set in CONFIG" if rows is None else rows.row_set.difference(plan.rows)
+        note = (
+            "no such set in CONFIG"
+            if rows is None
+            else self._view().without_forgotten(rows.row_set).difference(plan.rows)
+        )
         if rows is None or note:
             raise ProvenanceMismatch(
                 f"the rows of {plan.name} are not those of CONFIG: {note}. Give the configuration "
@@ -218,7 +222,11 @@ class _Session:
         from gradstore.store.text_writer import keep_texts
 
         data = self.service.run.data
-        known = {rows.row_set.sha256: rows for rows in (data.train, *data.targets)}
+        store = self._view()
+        known = {
+            store.without_forgotten(rows.row_set).sha256: rows
+            for rows in (data.train, *data.targets)
+        }
         notes = []
         for sha in dict.fromkeys(d.faults[0].file.split("/")[1] for d in damages):
             rows = known.get(sha)

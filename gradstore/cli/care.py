@@ -1,7 +1,8 @@
-"""Commands that care for a store: gc, repair."""
+"""Commands that care for a store: gc, repair, forget."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,15 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradstore.cli.options import AsJson, StorePath, app, print_json, print_table
-from gradstore.errors import DamagedData
+from gradstore.errors import BadInput, DamagedData
+from gradstore.format.layout import receipt_path
 from gradstore.format.names import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from gradstore.format.forgotten import Receipt, Request
     from gradstore.store.cleaning import CleanUp
     from gradstore.store.damage import Damage
+    from gradstore.store.forgetting import Affected
     from gradstore.store.repair import Recompute
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
@@ -52,6 +56,89 @@ def gc(
                     "kept_unfinished": _unfinished(found, opened.planned())})  # fmt: skip
         return
     _print_clean_up(found, opened.planned(), dry_run=dry_run)
+
+
+@app.command()
+def forget(
+    store: StorePath,
+    row: Annotated[
+        list[int] | None, typer.Option(help="Row of the training set, from 0; repeat for several.")
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="Data set, or a row of its file; repeat.", metavar="NAME[:INDEX]"),
+    ] = None,
+    target: Annotated[str, typer.Option(help="Target set that --row counts in.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; there is no way back.")] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove rows from every generation, text and index of a store, for good, with a receipt.
+
+    Rows of equal content go with them. Without --row and --source an interrupted removal is
+    finished.
+    """
+    from gradstore.store.asked_rows import asked_rows
+    from gradstore.store.forgetting import affected, finish_removals, request_for
+    from gradstore.store.forgetting import forget as remove
+    from gradstore.store.held import held_store
+
+    with held_store(store) as (files, view):
+        begun = view().requests()
+        receipts = [] if dry_run else finish_removals(files, view)
+        try:
+            hashes = asked_rows(files, view(), row or (), source or (), target)
+        except BadInput:
+            if not receipts:
+                raise
+            hashes = set()  # the removal that was finished now is the one that is asked for again
+        if hashes:
+            request = request_for(files, view(), hashes)
+            found = affected(files, view(), request.key, set(request.ids))
+            if as_json and dry_run:
+                print_json({"distinct_rows": len(hashes), **asdict(found)})
+            elif not as_json:
+                _print_affected(found, len(hashes))
+            if not dry_run:
+                _confirm(yes)
+                receipts.append(remove(files, view, request))
+    if not hashes and not receipts:
+        _say_where_it_stands(begun)
+    elif as_json and receipts:
+        print_json([receipt.to_dict() for receipt in receipts])
+    for receipt in () if as_json else receipts:
+        typer.echo(
+            f"forgotten; the receipt is {store / receipt_path(receipt.number)}. Not reached: the "
+            "data set's own files, reports, selections and tables made of it, copies and backups."
+        )
+
+
+def _say_where_it_stands(begun: Sequence[tuple[Request, Receipt | None]]) -> None:
+    """Say how far removals are, where no rows were named."""
+    if not begun:
+        raise BadInput("no removal was begun here; give --row N or --source NAME[:INDEX].")
+    left = sum(receipt is None for _, receipt in begun)
+    rest = f"{left} not finished: run without --dry-run" if left else "nothing is left to do"
+    typer.echo(f"{len(begun)} removal(s) begun, {rest}.")
+
+
+def _print_affected(found: Affected, distinct: int) -> None:
+    listed = [(name, str(count), "written anew" if name in found.newest else "removed")
+              for name, count in found.rows.items()]  # fmt: skip
+    listed += [(name, "", "not finished: removed") for name in found.unfinished]
+    print_table(("generation", "rows", "what happens to it"), listed)
+    typer.echo(
+        f"{distinct} distinct row(s); text of {len(found.texts)} row set(s) is written anew, every "
+        f"index removed; {found.chunk_bytes:,} bytes of features are replaced"
+    )
+
+
+def _confirm(yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise BadInput("nothing was removed: there is no way back, so add --yes.")
+    typer.confirm("Remove these rows for good?", abort=True)
 
 
 def _print_clean_up(found: CleanUp, planned: list[str], *, dry_run: bool) -> None:

@@ -14,6 +14,7 @@ from gradstore.format.commits import Commit
 from gradstore.format.foreign import read_object
 from gradstore.format.layout import (
     COMMITS,
+    FORGOTTEN,
     GENERATIONS,
     METADATA,
     PLANS,
@@ -41,6 +42,7 @@ _OF_UNIT = re.compile(
 _STRAY = "no file of this name"
 
 _LOST = {
+    FORGOTTEN: "lost: which rows this request named; those it removed stay removed",
     PLANS: "lost: which rows the generation has, and what made them",
     COMMITS: "lost: this commit and all after it cannot be told from forged ones; the files of "
     "their generations lie untouched",

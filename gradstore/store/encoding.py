@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from gradstore.errors import BadInput
 from gradstore.format.codec import encode, settle_status
 from gradstore.format.layout import RowStatus
 from gradstore.format.plans import Plan, UnitRange
+from gradstore.format.records import NO_HASH
 
 #: What an exporter may call a row.
-_COMPUTED = [code.value for code in RowStatus]
+_COMPUTED = [code.value for code in RowStatus if code != RowStatus.FORGOTTEN]
 
 
 def encoded_unit(
@@ -52,7 +55,7 @@ def encoded_unit(
         raise BadInput(f"status codes are {np.unique(status)}; they must be 0 to 4; use RowStatus")
     settled = settle_status(features, norm, status)
     stored, scale = encode(features, settled == RowStatus.OK, plan.dtype)
-    return {
+    values = {
         "features": stored,
         "scale": scale,
         "norm": norm,
@@ -61,6 +64,32 @@ def encoded_unit(
         "row_hash": plan.rows.hashes[unit.start : unit.stop],
         **_losses(plan, unit, loss),
     }
+    return without_forgotten(plan, unit, values)
+
+
+def without_forgotten(
+    plan: Plan, unit: UnitRange, values: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return stored values of a unit with nothing of the rows that its plan calls forgotten.
+
+    Args:
+        plan: of the generation that the values are for.
+        unit: which unit.
+        values: array name -> (k, ...) stored values; not changed.
+    """
+    gone = plan.rows.forgotten[unit.start : unit.stop]
+    if not gone.any():
+        return dict(values)
+    nothing = np.zeros((1, plan.dim), np.float32)
+    features, scale = encode(nothing, np.zeros(1, dtype=bool), plan.dtype)
+    nan = np.float32("nan")
+    blank = {"features": features[0], "scale": scale[0], "norm": nan, "loss": nan,
+             "status": RowStatus.FORGOTTEN.value, "tokens": 0,
+             "row_hash": np.frombuffer(NO_HASH, np.uint8)}  # fmt: skip
+    changed = {name: array.copy() for name, array in values.items()}
+    for name, array in changed.items():
+        array[gone] = blank[name]
+    return changed
 
 
 def _losses(plan: Plan, unit: UnitRange, loss: np.ndarray | None) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ from gradstore.errors import (
 )
 from gradstore.format.canonical import Json
 from gradstore.format.commits import Commit
+from gradstore.format.forgotten import Receipt, Request, asked_for
 from gradstore.format.layout import (
     COMMITS,
     METADATA,
@@ -37,8 +38,9 @@ from gradstore.format.layout import (
 from gradstore.format.names import GenerationName
 from gradstore.format.plans import Plan
 from gradstore.format.provenance import read_provenance
+from gradstore.format.records import RowSet
 from gradstore.storage.reading import ReadFiles
-from gradstore.store.documents import read_chain
+from gradstore.store.documents import read_chain, read_requests
 from gradstore.store.generation import Generation
 from gradstore.store.texts import RowTexts
 from gradstore.store.unit_files import read_record
@@ -147,6 +149,37 @@ class Store:
                 return self._open(commit)
         there = ", ".join(c.generation for c in self.live_commits()) or "none"
         raise BadInput(f'store "{self.path}" has no committed generation {name!r}; it has: {there}')
+
+    def requests(self) -> list[tuple[Request, Receipt | None]]:
+        """Return what was asked to be removed, in order, each with its receipt if it is complete.
+
+        Raises:
+            DamagedData: one of the documents is not as it was written.
+        """
+        return read_requests(self._files, self.uuid)
+
+    def without_forgotten(self, rows: RowSet) -> RowSet:
+        """Return rows of a data set without those that were removed from this store on request.
+
+        A row is known again by its id; and where a stored set has the same rows otherwise, whatever
+        is in the places of removed ones is left out like them.
+
+        Args:
+            rows: n rows, as a data set has them today.
+        """
+        requests = [request for request, _ in self.requests()]
+        if not requests:
+            return rows
+        ids = {one for request in requests for one in request.ids}
+        gone = asked_for(rows, requests[0].key, ids)
+        for generation in self.generations():
+            stored = generation.plan.rows
+            if len(stored) == len(rows) and stored.forgotten.any():
+                others = (stored.hashes == rows.without(gone).hashes).all(axis=1)
+                if (others | stored.forgotten).all():
+                    gone = gone | stored.forgotten
+                    break
+        return rows.without(gone)
 
     def text_commits(self) -> dict[str, Commit]:
         """Map the sha256 of each row set whose text is kept to the commit that added it."""

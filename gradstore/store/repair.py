@@ -19,6 +19,8 @@ from gradstore.format.canonical import canonical_json
 from gradstore.format.commits import Commit
 from gradstore.format.layout import (
     COMMITS,
+    FORGOTTEN,
+    FORGOTTEN_VERSION,
     GENERATIONS,
     METADATA,
     PLANS,
@@ -147,6 +149,7 @@ def _root(files: StoreFiles) -> bytes:
     plans = (files.read(path) for path in files.walk(PLANS))
     versions = [Plan.from_bytes(data)[0].schema_version for data in plans]
     versions += [TEXTS_VERSION for commit in commits if commit.texts]
+    versions += [FORGOTTEN_VERSION for _ in files.names(FORGOTTEN)]
     return root_json(commits[0].store_uuid, max(versions, default=1))
 
 

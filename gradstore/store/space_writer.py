@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from gradstore.errors import DamagedData, DamagedFile, Fault, StoreIOError, expect
+from gradstore.errors import BadInput, DamagedData, DamagedFile, Fault, StoreIOError, expect
 from gradstore.format.canonical import Json, plain
 from gradstore.format.layout import (
     UNIT_ROWS,
@@ -156,6 +156,12 @@ class SpaceWriter:
         """
         check_dtype(dtype)
         store, stored = self._view(), dtype_of_role(dtype, record.role)
+        if rows.forgotten.any():
+            raise BadInput(
+                f"row {int(rows.forgotten.argmax())} of {record.name} has the hash that stands for "
+                "a row that was removed; give the values of gradstore.row_hash"
+            )
+        rows = store.without_forgotten(rows)
         wanted = Plan(
             record.name, self.space, self._seal, record, rows, dim, stored, unit_rows, losses
         )

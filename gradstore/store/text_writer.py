@@ -24,6 +24,9 @@ from gradstore.storage.local import StoreFiles
 from gradstore.store.generation_writer import publish_commit, quarantine, raise_schema
 from gradstore.store.reader import Store
 
+#: In place of the text of a row that was removed on request.
+_NOTHING = Text("", "", 0)
+
 
 def keep_texts(
     files: StoreFiles,
@@ -48,6 +51,7 @@ def keep_texts(
         StoreIOError: the disk is full, or cannot be written.
     """
     store = view()
+    rows = store.without_forgotten(rows)
     if rows.sha256 in store.text_commits():
         return
     parts: list[TextPart] = []
@@ -55,6 +59,9 @@ def keep_texts(
     for chunk in _cut(texts):
         if first + len(chunk) > len(rows):
             raise BadInput(f"more than {len(rows):,} texts for {len(rows):,} rows: give one each")
+        gone = rows.forgotten[first : first + len(chunk)].tolist()
+        chunk = [_NOTHING if left_out else text
+                 for text, left_out in zip(chunk, gone, strict=True)]  # fmt: skip
         data = part_bytes(rows, first, chunk, formats or {})
         parts.append(TextPart(len(chunk), len(data), hashlib.sha256(data).hexdigest()))
         _publish(files, part_path(rows.sha256, len(parts) - 1), data)

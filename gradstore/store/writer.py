@@ -24,6 +24,7 @@ from typing import Any
 from gradstore.errors import BadInput, DamagedData, expect_path
 from gradstore.format.layout import (
     COMMITS,
+    FORGOTTEN,
     GENERATIONS,
     GRADIENT,
     METADATA,
@@ -39,13 +40,14 @@ from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.lock import LOCK, WriterLock
 from gradstore.storage.probes import check_zarr, probe
 from gradstore.store.cleaning import clean_store, remove_dead_staging
+from gradstore.store.forgetting import finish_removals
 from gradstore.store.generation_writer import GenerationWriter, quarantine
 from gradstore.store.reader import Store, read_identity
 from gradstore.store.space_writer import SpaceFields, SpaceWriter, publish_metadata
 
 _log = logging.getLogger(__name__)
 
-_OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, TEXTS, "index"}
+_OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, TEXTS, FORGOTTEN, "index"}
 
 
 class StoreWriter:
@@ -227,6 +229,7 @@ class StoreWriter:
         remove_dead_staging(files)
         self._create_if_missing()
         self._store = Store(files)
+        finish_removals(files, lambda: self.store)
         for folder in (COMMITS, PLANS, SPACES, GENERATIONS):
             files.make_directory(folder)
             files.sync_directory(folder)
