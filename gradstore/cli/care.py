@@ -1,4 +1,4 @@
-"""Commands that care for a store: gc, repair, forget."""
+"""Commands that care for a store: gc, repair, forget, migrate."""
 
 from __future__ import annotations
 
@@ -111,6 +111,20 @@ def forget(
             f"forgotten; the receipt is {store / receipt_path(receipt.number)}. Not reached: the "
             "data set's own files, reports, selections and tables made of it, copies and backups."
         )
+
+
+@app.command()
+def migrate(store: StorePath, as_json: AsJson = False) -> None:
+    """Verify a store of an older schema and bring it to today's, in place, by one rename."""
+    from gradstore.format.layout import NEEDS
+    from gradstore.store.migration import migrate_store
+
+    before, now = migrate_store(store)
+    if as_json:
+        print_json({"before": before, "now": now, "needs": NEEDS[now]})
+        return
+    done = f"was schema {before} and is {now} now" if before != now else f"has schema {now} already"
+    typer.echo(f"store {store} {done}; {NEEDS[now]} reads it. No other byte changed.")
 
 
 def _say_where_it_stands(begun: Sequence[tuple[Request, Receipt | None]]) -> None:

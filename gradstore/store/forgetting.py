@@ -176,7 +176,6 @@ def _check(files: StoreFiles, store: Store, found: Affected) -> None:
 def _finish(files: StoreFiles, view: View, request: Request) -> Receipt:
     """Remove what is left of a request's rows; any number of interrupted calls may precede."""
     key, ids = request.key, set(request.ids)
-    raise_schema(files, view(), FORGOTTEN_VERSION)
     store = view()
     found = affected(files, store, key, ids)
     # All units first, then all commits, one after the other: the time is short in which readers see

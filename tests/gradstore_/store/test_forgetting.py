@@ -84,6 +84,7 @@ def store(request: pytest.FixtureRequest, kit: StoreKit, fast_path: Path) -> Pat
     values = open_store(path).generation("train/2").raw(1)[ROW - 16]
     (path / "index" / commit / "faiss.bin").write_bytes(values.tobytes() * 3)
     (path / "index" / ".part.partial").mkdir()
+    (path / "index" / ".part.partial" / "faiss.bin").write_bytes(values.tobytes())
     (path / "staging" / "quarantine").mkdir(parents=True)
     (path / "staging" / "quarantine" / "0").write_bytes(values.tobytes())
     return path

@@ -159,6 +159,13 @@ def test_a_unit_that_comes_out_otherwise_is_refused_and_may_become_a_new_attempt
     assert result.notes == ("generations/train/1/features/c/1/0",)
     assert [d.generation for d in result.left] == ["train/1"]
     assert hashes(store) == before
+    record = store / "generations/train/1/units/1.json"
+    told = record.read_bytes()
+    record.unlink()  # then nothing but the commit says what the unit was
+    result = repair_store(store, recomputed(kit, noise=0.01))
+    assert result.notes == ("generations/train/1/units/1.json",)
+    record.write_bytes(told)
+    assert hashes(store) == before
     files = StoreFiles(store)
     plan, _ = plan_of(files, Store(files), "train/1")
     values: Mapping[int, Any] = {1: units_of(kit, 0.01)(plan, plan.units[1])}
