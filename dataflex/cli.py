@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +14,10 @@ import typer
 from typer.core import TyperCommand
 
 from dataflex.bridge.quiet import choose_verbosity
-from dataflex.launch.options import Config, Evaluated, Replayed
+from dataflex.launch.options import Config, Evaluated, Repair, Replayed
 from dataflex.run.messages import DEBUG, Failure, end_bars, explain, set_up_logging, show_traceback
 from gradstore import cli as gradstore_cli
-from gradstore.cli import serving
+from gradstore.cli import care, serving
 from gradstore.format.names import printable
 
 if TYPE_CHECKING:
@@ -124,6 +125,26 @@ def build(
     from dataflex.launch.build import build as run  # imports torch
 
     run(checked, dry_run=dry_run, worker=among)
+
+
+@gradstore_cli.app.command("repair")
+@gradstore_cli.with_options(Repair)
+def repair(asked: Repair, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Verify a store; say which rows are damaged, and make whole what can be.
+
+    With CONFIG, that of the store's run or build, damaged rows are computed again. Bytes go back
+    only where they are the committed ones.
+    """
+    recompute = None
+    if asked.config is not None and not asked.dry_run:
+        choose_verbosity(verbose)
+        from dataflex.launch.configuration import read
+
+        checked = read(asked.config, overrides or [])
+        from dataflex.launch.repaired import recompute as run  # imports torch
+
+        recompute = partial(run, checked, asked.new_attempt)
+    care.repair_told(asked.store, recompute, dry_run=asked.dry_run, as_json=asked.as_json)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,7 @@ INDEX = "tests/gradstore_/similarity/test_index.py"
 CAPTURE = "tests/gradstore_/capture/test_per_sample.py"
 LOCK = "tests/gradstore_/storage/test_lock.py"
 LEASES, WORKERS = "tests/gradstore_/storage/test_leases.py", f"{STORE}/test_workers.py"
+REPAIR, FORGETTING = f"{STORE}/test_repair.py", f"{STORE}/test_forgetting.py"
 PROJECTION = "tests/gradkernels_/test_projection_paths.py"
 MIXTURE, ORDER = "tests/dataflex_/data/test_mixture.py", "tests/dataflex_/data/test_order.py"
 MIXERS, DOREMI = "tests/dataflex_/mixers/test_mixers.py", "tests/dataflex_/mixers/test_doremi.py"
@@ -82,6 +83,19 @@ MUTANTS = [
     Mutant("gradstore/store/documents.py", "if found != plan.provenance_sha256:", "if False:",
            SEALS),
     Mutant("gradstore/store/attempts.py", "    _check_rows(store, planned, wanted)\n", "", RUNS),
+    Mutant("gradstore/store/repair.py", "    if others:\n", "    if False:\n", REPAIR),
+    Mutant("gradstore/store/unit_files.py", "if sha == commit.units[unit.index]:", "if True:",
+           REPAIR),
+    Mutant("gradstore/store/cleaning.py", 'dict.fromkeys(_dead_staging(files), "staging")', "{}",
+           "tests/gradstore_/cli/test_care.py"),
+    Mutant("gradstore/store/forgetting.py", "    files.remove_tree(INDEX)\n", "", FORGETTING),
+    Mutant("gradstore/store/forgetting.py", "    files.remove_tree(QUARANTINE)\n", "", FORGETTING),
+    Mutant("gradstore/store/space_writer.py", "        rows = store.without_forgotten(rows)\n", "",
+           FORGETTING),
+    Mutant("gradstore/store/text_writer.py", "    rows = store.without_forgotten(rows)\n", "",
+           FORGETTING),
+    Mutant("gradstore/store/writer.py", "        finish_removals(files, lambda: self.store)\n", "",
+           FORGETTING),
     Mutant("gradstore/format/records.py", "if key not in _NOT_IDENTITY}", 'if key == "name"}',
            RUNS),
     Mutant("gradstore/format/records.py", "for values in (input_ids, labels):",

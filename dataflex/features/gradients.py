@@ -68,7 +68,12 @@ class FeatureService:
     """
 
     def __init__(
-        self, run: RunContext, settings: FeatureSettings, worker: Worker | None = None
+        self,
+        run: RunContext,
+        settings: FeatureSettings,
+        worker: Worker | None = None,
+        *,
+        opens: bool = True,
     ) -> None:
         """Open the store for writing.
 
@@ -76,6 +81,7 @@ class FeatureService:
             run: whose rows and model they are.
             settings: of the features.
             worker: this process among those that share the store; None has it to itself.
+            opens: False leaves the store alone until `open`.
 
         Raises:
             ProvenanceMismatch: the store holds features that can't be compared with this run's.
@@ -87,14 +93,15 @@ class FeatureService:
         self._worker = worker
         self.space = GradientSpace.of(run.model, settings)
         self._writer: StoreWriter | None = None
-        self.open()
+        if opens:
+            self.open()
 
     def open(self) -> None:
         """Take the store's lock, after `close`; collective. Raises as the constructor does."""
         self.run.ranks.decide(self._open)
 
     @cached_property
-    def _fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """The MUST-EQUAL fields, which take a pass over the model's frozen weights."""
         return space_fields(self.run.model, self.run.data, self.space)
 
@@ -103,7 +110,7 @@ class FeatureService:
         path = run.config.store_path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._writer = StoreWriter(
-            path, space="gradient", provenance=self._fields, worker=self._worker
+            path, space="gradient", provenance=self.fields, worker=self._worker
         )
         try:
             check_owner(self._writer.store, run)
@@ -283,6 +290,32 @@ class FeatureService:
         budget = self.settings.tokens_per_batch or token_budget(self.run.model)
         longest = longest_row(self.run.model, rows)
         return Batches(rows.dataset, self.run.collate, rows.lengths, budget, longest)
+
+    def again(
+        self,
+        record: GenerationRecord,
+        rows: Rows,
+        moments: AdamMoments | None,
+        curvature: KroneckerFactors | None = None,
+    ) -> tuple[GenerationRecord, Compute]:
+        """Give the record that an export would make at the model's present state, and its units.
+
+        Args:
+            record: of a generation of this run's gradients, made before.
+            rows: its rows.
+            moments: needed by Adam features.
+            curvature: factors of the metric that the generation is in, where it is in one.
+        """
+        trains = record.role == "train"
+        of_targets = self.settings.target_features
+        features = train_features(self.run, self.settings) if trains else of_targets
+        device = next(self.run.model.parameters()).device
+        if curvature is not None:
+            features = replace(features, curvature=curvature.to(device))
+        recipe = self.space.recipe(features, record.step, moments if trains else None)
+        rate = record.learning_rate if trains else None
+        made = self._record(record.role, rows, record.step, recipe, rate, {})
+        return made, self._compute(rows, recipe, None)
 
     def _compute(self, rows: Rows, recipe: Recipe, source: TargetFeatures | None) -> Compute:
         """Give the function that computes a unit of `rows`."""

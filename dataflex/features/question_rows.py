@@ -10,7 +10,7 @@ from dataflex.data.rows import IGNORED
 from dataflex.models.generate import continuations, pad_id
 from gradstore.capture.limits import max_positions
 from gradstore.errors import BadInput, ProvenanceMismatch
-from gradstore.format.records import row_hash
+from gradstore.format.records import NO_HASH, row_hash
 
 if TYPE_CHECKING:
     from gradstore.store.generation import Generation
@@ -103,6 +103,8 @@ def train_row(
     if not 0 <= row < train.rows:
         raise BadInput(f"row {row} requested, {train.name} has rows 0 to {train.rows - 1}")
     wanted = bytes(train.row_hash[row])
+    if wanted == NO_HASH:
+        raise BadInput(f"row {row} was removed from the store on request; ask about another row")
     if texts is not None:
         text = texts.read([row])[0]
         try:

@@ -82,7 +82,7 @@ def build(config: RunConfig, *, dry_run: bool = False, worker: Worker | None = N
         return
     run = context_of(config, loaded, built_by(config))
     if settings.train_features.needs_share and first is not None:
-        run = replace(run, step=_step_at(first, run.step))
+        run = replace(run, step=step_at(first, run.step))
     service = FeatureService(run, settings, worker)
     try:
         _export_checkpoints(service, folders)
@@ -91,7 +91,7 @@ def build(config: RunConfig, *, dry_run: bool = False, worker: Worker | None = N
     _log.info("store: %s", config.store_path)
 
 
-def _step_at(checkpoint: Path, configured: OptimizerStep | None) -> OptimizerStep | None:
+def step_at(checkpoint: Path, configured: OptimizerStep | None) -> OptimizerStep | None:
     """Take the rows of a step from the run that saved a checkpoint, where it says so.
 
     A configuration does not say how many processes a run had; checkpoints of DataFlex do.

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from gradstore.cli.options import Checkpoints, StorePath, path_at_home
+from gradstore.cli.care import DryRun
+from gradstore.cli.options import AsJson, Checkpoints, StorePath, path_at_home
 
 Config = Annotated[
     Path,
@@ -77,3 +78,24 @@ class Replayed:
     ] = None
     hours: Annotated[float, typer.Option(help="Refuse a replay that takes longer.")] = 1.0
     memory: Annotated[float, typer.Option(help="Refuse above so many GiB of states.")] = 8.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair:
+    """The options of `repair`."""
+
+    store: StorePath
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Configuration of the run or build, for rows that must be computed again.",
+            metavar="[CONFIG]",
+            parser=path_at_home,
+        ),
+    ] = None
+    new_attempt: Annotated[
+        bool,
+        typer.Option("--new-attempt", help="Commit rows that come out otherwise as a new attempt."),
+    ] = False
+    dry_run: DryRun = False
+    as_json: AsJson = False

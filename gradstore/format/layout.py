@@ -25,8 +25,14 @@ TEXTS_VERSION = 2
 LOSSES_VERSION = TEXTS_VERSION
 #: Schema of a store from the first generation on whose rows are in none of `FIRST_DTYPES`.
 DTYPES_VERSION = TEXTS_VERSION
+#: Schema of a store from the first removal of rows on that somebody asked for.
+FORGOTTEN_VERSION = 3
 #: Schema -> the first release that reads it; recorded in a store for the errors of older ones.
-NEEDS = {SCHEMA_VERSION: "dataflex-gradstore>=0.1.0", TEXTS_VERSION: "dataflex-gradstore>=0.2.0"}
+NEEDS = {
+    SCHEMA_VERSION: "dataflex-gradstore>=0.1.0",
+    TEXTS_VERSION: "dataflex-gradstore>=0.2.0",
+    FORGOTTEN_VERSION: "dataflex-gradstore>=0.2.0",
+}
 
 UNIT_ROWS = 256
 CRC_BYTES = 4
@@ -40,6 +46,7 @@ PLANS = "plans"
 SPACES = "spaces"
 #: Factors of the metrics that features were put into, a file each.
 CURVATURE = "curvature"
+FORGOTTEN = "forgotten"
 #: The space of gradient features; every other space holds embeddings of one model.
 GRADIENT = "gradient"
 
@@ -55,6 +62,7 @@ class RowStatus(IntEnum):
     NON_FINITE = 2
     ZERO_NORM = 3
     TOO_LONG = 4
+    FORGOTTEN = 5
 
 
 # ---- arrays ----------------------------------------------------------------------------------
@@ -242,6 +250,16 @@ def provenance_path(space: str) -> str:
 def commit_path(number: int) -> str:
     """Return the path of the file of the commit of this number, from 1."""
     return f"{COMMITS}/{number}.json"
+
+
+def request_path(number: int) -> str:
+    """Return the path of the file that asks for the removal of rows, from 1."""
+    return f"{FORGOTTEN}/{number}.request.json"
+
+
+def receipt_path(number: int) -> str:
+    """Return the path of the file that says that a removal is complete."""
+    return f"{FORGOTTEN}/{number}.receipt.json"
 
 
 def group_paths(name: str) -> list[str]:

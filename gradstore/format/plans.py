@@ -17,6 +17,7 @@ from gradstore.format.canonical import Json, canonical_json, seal, unseal
 from gradstore.format.layout import (
     DTYPES_VERSION,
     FIRST_DTYPES,
+    FORGOTTEN_VERSION,
     LOSSES_VERSION,
     MAX_DIM,
     MAX_UNIT_ROWS,
@@ -106,6 +107,7 @@ class Plan:
         """The first schema that has words for it."""
         newer = {LOSSES_VERSION} if self.losses else set()
         newer |= set() if self.dtype in FIRST_DTYPES else {DTYPES_VERSION}
+        newer |= {FORGOTTEN_VERSION} if self.rows.forgotten.any() else set()
         return max({SCHEMA_VERSION} | newer)
 
     @property

@@ -18,6 +18,10 @@ from gradstore.format.names import GenerationName, Role, space_run
 
 HASH_BYTES = 16
 
+#: In place of the hash and the source of a row that was removed on request; of no row's bytes.
+NO_HASH = hashlib.blake2b(b"a row that was removed on request", digest_size=HASH_BYTES).digest()
+NO_SOURCE = ("forgotten", 0)
+
 #: Key of `libraries` under which an exporter says where it loaded its model from; never compared.
 LOADED_FROM = "loaded_from"
 
@@ -203,7 +207,24 @@ class RowSet:
     @property
     def duplicates(self) -> int:
         """Number of rows that repeat an earlier row."""
-        return len(self) - len(np.unique(_keys(self.hashes)))
+        kept = self.hashes[~self.forgotten]
+        return len(kept) - len(np.unique(_keys(kept)))
+
+    @cached_property
+    def forgotten(self) -> np.ndarray:
+        """(n,) bool, True where a row was removed on request: it has `NO_HASH` and no source."""
+        return np.asarray((self.hashes == _NO_HASH).all(axis=1))
+
+    def without(self, rows: np.ndarray) -> RowSet:
+        """Return the same rows, without hash and source where `rows` (n,) bool is True."""
+        if not rows.any():
+            return self
+        hashes = np.where(rows[:, None], _NO_HASH, self.hashes)
+        sources = self.sources
+        if sources is not None:
+            pairs = zip(sources, rows.tolist(), strict=True)
+            sources = tuple(NO_SOURCE if gone else source for source, gone in pairs)
+        return RowSet(hashes, sources)
 
     def difference(self, stored: RowSet) -> str:
         """Describe how these rows differ from the stored ones; "" when they do not."""
@@ -224,6 +245,9 @@ class RowSet:
     def _spell(self, row: int) -> str:
         source = "" if self.sources is None else " ({} {})".format(*self.sources[row])
         return f"row {row}{source}"
+
+
+_NO_HASH = np.frombuffer(NO_HASH, np.uint8)
 
 
 def _keys(hashes: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ _STATUS_WORDS = {
     "non_finite": "the gradient is not finite",
     "zero_norm": "the gradient is zero",
     "too_long": "longer than the model takes",
+    "forgotten": "removed on request",
     "unusable": "a checkpoint can't use it",
 }
 

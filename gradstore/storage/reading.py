@@ -95,6 +95,19 @@ class ReadFiles:
             except FileNotFoundError:
                 return 0
 
+    def bytes_below(self, relative: str) -> int:
+        """Return the bytes of a file, or of all files in a folder; 0 when there is nothing."""
+        self.path(relative)
+        total = 0
+        for path in self._below(relative):
+            with self._translated("look at", path):
+                try:
+                    found = os.lstat(path)
+                except FileNotFoundError:
+                    continue
+            total += 0 if stat.S_ISDIR(found.st_mode) else found.st_size
+        return total
+
     def names(self, relative: str) -> list[str]:
         """List a directory, sorted; [] when it does not exist."""
         path = self.path(relative)
@@ -108,6 +121,8 @@ class ReadFiles:
     def walk(self, relative: str) -> list[str]:
         """List all files and symlinks below a directory, as store-relative paths, sorted."""
         self.path(f"{relative}/any")
+        if not self.exists(relative):
+            return []
         found = [p for p in self._below(relative) if p.is_symlink() or not p.is_dir()]
         return sorted(p.relative_to(self.root).as_posix() for p in found)
 

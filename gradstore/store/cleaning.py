@@ -10,19 +10,20 @@ import os
 import secrets
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from gradstore.errors import BadInput, StoreIOError
 from gradstore.format.commits import Commit
-from gradstore.format.layout import METADATA, generation_path, plan_path
+from gradstore.format.layout import CURVATURE, METADATA, generation_path, plan_path
 from gradstore.format.names import GenerationName
 from gradstore.format.plans import Plan
 from gradstore.format.text_table import TEXTS, TextTable
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.lock import WriterLock
-from gradstore.store.curvature import remove_unused_factors
 from gradstore.store.generation_writer import publish_commit
 from gradstore.store.own_units import QUARANTINE
 from gradstore.store.reader import Store
@@ -32,49 +33,146 @@ INDEX = "index"
 
 def remove_dead_staging(files: StoreFiles) -> None:
     """Remove staging left by dead writers; quarantined files stay until a clean-up."""
-    for name in files.names(STAGING):
-        if f"{STAGING}/{name}" != QUARANTINE and not files.is_in_use(name):
-            files.remove_tree(f"{STAGING}/{name}")
+    for path in _dead_staging(files):
+        files.remove_tree(path)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A file or folder that a clean-up removes.
+
+    Attributes:
+        path: of the file or folder, relative to the store.
+        why: superseded, old, retired, abandoned, unread text, unused factors,
+            staging or quarantine.
+        bytes: of all files in it.
+    """
+
+    path: str
+    why: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CleanUp:
+    """Effect of a clean-up on a store as it is.
+
+    Attributes:
+        retire: full names of the generations that readers can open now and could not after it.
+        abandoned: full names of planned generations without a commit, which a later attempt
+            superseded.
+        unread: sha256 of the row sets whose text no generation would have.
+        removals: what it removes, in this order.
+    """
+
+    retire: tuple[str, ...]
+    abandoned: tuple[str, ...]
+    unread: tuple[str, ...]
+    removals: tuple[Removal, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of everything that goes."""
+        return sum(each.bytes for each in self.removals)
+
+
+def plan_clean_up(files: StoreFiles, store: Store, keep_generations: int | None) -> CleanUp:
+    """List what a clean-up of a store removes; changes nothing.
+
+    Args:
+        files: the store's files.
+        store: the store as it is now.
+        keep_generations: newest steps to keep of each (run, space, role, set); None keeps all.
+
+    Raises:
+        BadInput: `keep_generations` is below 1.
+    """
+    if keep_generations is not None and keep_generations < 1:
+        raise BadInput(f"keep_generations is {keep_generations}; keep at least 1, or null for all")
+    superseded = _superseded(store)
+    why = dict.fromkeys(_too_old(store, keep_generations), "old")
+    why |= dict.fromkeys(superseded, "superseded")
+    unread = _without_rows(files, store, why)
+    abandoned = _abandoned(store)
+    indexes = {c.generation: f"{INDEX}/{c.sha256}" for c in store.commits if c.generations}
+    paths: dict[str, str] = {}
+    for name, reason in [*_retired(store), *why.items()]:
+        for path in (generation_path(name), plan_path(name), indexes[name]):
+            paths[path] = reason
+    kept = store.text_commits().keys() - set(unread)
+    paths |= {f"{TEXTS}/{sha}": "unread text" for sha in files.names(TEXTS) if sha not in kept}
+    for name in abandoned:
+        paths |= dict.fromkeys((generation_path(name), plan_path(name)), "abandoned")
+    unused = _unused_factors(files, store, [*why, *abandoned])
+    paths |= dict.fromkeys(unused, "unused factors")
+    paths |= dict.fromkeys(_dead_staging(files), "staging")
+    paths[QUARANTINE] = "quarantine"
+    removals = (
+        Removal(path, reason, files.bytes_below(path))
+        for path, reason in paths.items()
+        if files.exists(path)
+    )
+    return CleanUp(tuple(why), tuple(abandoned), tuple(unread), tuple(removals))
 
 
 def clean_store(
     files: StoreFiles, view: Callable[[], Store], keep_generations: int | None
-) -> list[str]:
+) -> CleanUp:
     """Remove dead staging, quarantine, abandoned plans, superseded and old generations.
 
     Args:
-        files: the store's files.
+        files: the store's files, under the writer's lock.
         view: gives the store as it is now.
         keep_generations: newest steps to keep of each (run, space, role, set); None keeps all.
 
     Returns:
-        Full names of the generations removed now.
+        What was removed.
     """
-    if keep_generations is not None and keep_generations < 1:
-        raise BadInput(f"keep_generations is {keep_generations}; keep at least 1, or null for all")
     store = view()
-    retire = _superseded(store) + _too_old(store, keep_generations)
-    unread = _without_rows(files, store, retire)
-    if retire or unread:
-        draft = Commit(
-            number=len(store.commits) + 1,
-            store_uuid=store.uuid,
-            parent=None if store.head is None else store.head.sha256,
-            kind="retire",
-            generations=tuple(retire),
-            texts=tuple(map(TextTable, unread)),
-        )
-        publish_commit(files, draft, view)
-        store = view()
-    abandoned = _abandoned(store)
-    _remove_retired(files, store)
-    _remove_texts(files, store)
-    for name in abandoned:
-        _remove_generation(files, name)
-    remove_unused_factors(files, view())
-    remove_dead_staging(files)
-    files.remove_tree(QUARANTINE)
-    return [*retire, *abandoned]
+    found = plan_clean_up(files, store, keep_generations)
+    retire(files, view, found.retire, found.unread)
+    for each in found.removals:
+        files.remove_tree(each.path)
+    return found
+
+
+def retire(
+    files: StoreFiles,
+    view: Callable[[], Store],
+    generations: Sequence[str],
+    texts: Sequence[str] = (),
+) -> None:
+    """Commit that generations, and the text of row sets, are readable no more."""
+    if not generations and not texts:
+        return
+    store = view()
+    draft = Commit(
+        number=len(store.commits) + 1,
+        store_uuid=store.uuid,
+        parent=None if store.head is None else store.head.sha256,
+        kind="retire",
+        generations=tuple(generations),
+        texts=tuple(map(TextTable, texts)),
+    )
+    publish_commit(files, draft, view)
+
+
+def remove_retired(files: StoreFiles, store: Store) -> None:
+    """Remove the files of every generation that a commit has retired."""
+    for each in plan_clean_up(files, store, None).removals:
+        if each.why == "retired":
+            files.remove_tree(each.path)
+
+
+def _dead_staging(files: StoreFiles) -> list[str]:
+    paths = ((name, f"{STAGING}/{name}") for name in files.names(STAGING))
+    return [path for name, path in paths if path != QUARANTINE and not files.is_in_use(name)]
+
+
+def _retired(store: Store) -> list[tuple[str, str]]:
+    """List the generations that earlier clean-ups retired; a crash may have left their files."""
+    taken_back = (c.generations for c in store.commits if c.kind == "retire")
+    return [(name, "retired") for name in chain.from_iterable(taken_back)]
 
 
 def _superseded(store: Store) -> list[str]:
@@ -109,33 +207,26 @@ def _without_rows(files: StoreFiles, store: Store, retire: Collection[str]) -> l
     kept = store.text_commits()
     if not kept:
         return []
-    live = [c.generation for c in store.live_commits(superseded=True)]
-    names = [name for name in (*live, *store.planned()) if name not in retire]
-    read = {Plan.from_bytes(files.read(plan_path(name)))[0].rows.sha256 for name in names}
+    read = {plan.rows.sha256 for plan in _plans(files, store, retire)}
     return [sha for sha in kept if sha not in read]
 
 
-def _remove_retired(files: StoreFiles, store: Store) -> None:
-    shas = {c.generation: c.sha256 for c in store.commits if c.kind == "generation"}
-    for commit in store.commits:
-        for name in commit.generations if commit.kind == "retire" else ():
-            _remove_generation(files, name)
-            if name in shas and files.exists(f"{INDEX}/{shas[name]}"):
-                files.remove_tree(f"{INDEX}/{shas[name]}")
+def _unused_factors(files: StoreFiles, store: Store, gone: Collection[str]) -> list[str]:
+    """List the files of factors that no generation will name."""
+    kept = files.names(CURVATURE)
+    if not kept:
+        return []
+    told = [plan.record.curvature for plan in _plans(files, store, gone)]
+    named = {f"{each['sha256']}.safetensors" for each in told if each}
+    return [f"{CURVATURE}/{name}" for name in kept if name not in named]
 
 
-def _remove_texts(files: StoreFiles, store: Store) -> None:
-    """Remove the tables of text that no commit names: retired ones, and those of dead writers."""
-    kept = store.text_commits()
-    for sha in files.names(TEXTS):
-        if sha not in kept:
-            files.remove_tree(f"{TEXTS}/{sha}")
-
-
-def _remove_generation(files: StoreFiles, name: str) -> None:
-    files.remove_tree(generation_path(name))
-    if files.exists(plan_path(name)):
-        files.remove(plan_path(name))
+def _plans(files: StoreFiles, store: Store, without: Collection[str]) -> Iterator[Plan]:
+    """Read the plans of all generations, committed and not, but for some."""
+    live = [c.generation for c in store.live_commits(superseded=True)]
+    for name in (*live, *store.planned()):
+        if name not in without:
+            yield Plan.from_bytes(files.read(plan_path(name)))[0]
 
 
 @contextmanager

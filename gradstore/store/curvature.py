@@ -156,6 +156,18 @@ def read_factors(files: ReadFiles, sha: str) -> KroneckerFactors:
     return found
 
 
+def recorded_factors(files: ReadFiles, record: GenerationRecord) -> KroneckerFactors | None:
+    """Read the factors that a record names, with its damping; None where it names none.
+
+    Raises:
+        DamagedData: they are missing, or others.
+    """
+    told = record.curvature
+    if not told:
+        return None
+    return replace(read_factors(files, told["sha256"]), damping=told["damping"])
+
+
 def factors_of_record(files: ReadFiles, record: GenerationRecord) -> tuple[str, Fault | None]:
     """Return the path of the factors that a record names, and what is wrong with them."""
     sha = record.curvature["sha256"]
@@ -167,18 +179,6 @@ def factors_of_record(files: ReadFiles, record: GenerationRecord) -> tuple[str, 
     except DamagedData as error:
         return path, Fault(path, "Kronecker factors", str(error))
     return path, None
-
-
-def remove_unused_factors(files: StoreFiles, store: Store) -> None:
-    """Remove the factors that no generation, committed or planned, names."""
-    kept = files.names(CURVATURE)
-    if not kept:
-        return
-    told = [record.curvature for record in _records(files, store)]
-    named = {factors_path(each["sha256"]) for each in told if each}
-    for name in kept:
-        if f"{CURVATURE}/{name}" not in named:
-            files.remove(f"{CURVATURE}/{name}")
 
 
 def _records(files: ReadFiles, store: Store) -> Iterator[GenerationRecord]:

@@ -7,8 +7,10 @@ import re
 from gradstore.errors import BadInput, DamagedFile, Fault
 from gradstore.format.canonical import Json
 from gradstore.format.commits import Commit
+from gradstore.format.forgotten import Receipt, Request
 from gradstore.format.layout import (
     COMMITS,
+    FORGOTTEN,
     METADATA,
     array_json,
     commit_path,
@@ -17,12 +19,15 @@ from gradstore.format.layout import (
     group_paths,
     plan_path,
     provenance_path,
+    receipt_path,
+    request_path,
 )
 from gradstore.format.plans import Plan
 from gradstore.format.provenance import read_provenance
 from gradstore.storage.reading import ReadFiles
 
-#: Names in the folder of commits.
+#: Names in the folder of what was removed on request, and in that of commits.
+_REQUEST_NAME = re.compile(r"[1-9][0-9]{0,8}\.request\.json")
 _COMMIT_NAME = re.compile(r"([1-9][0-9]{0,17})\.json")
 
 
@@ -101,6 +106,34 @@ def read_chain(files: ReadFiles, store_uuid: str, known: tuple[Commit, ...] = ()
             raise _broken(files, path, number, "a commit", "no file")
         chain.append(_read_one(files, path, number, store_uuid, chain))
     return chain
+
+
+def read_requests(files: ReadFiles, store_uuid: str) -> list[tuple[Request, Receipt | None]]:
+    """Read what was asked to be removed, in order, each with its receipt if it is complete.
+
+    Raises:
+        DamagedFile: a document is not as it was written, or of another store.
+    """
+    found = []
+    numbers = [int(n.split(".")[0]) for n in files.names(FORGOTTEN) if _REQUEST_NAME.fullmatch(n)]
+    for number in sorted(numbers):
+        path = request_path(number)
+        receipt: Receipt | None = None
+        try:
+            request = Request.from_bytes(files.read(path))
+            seals = [(request.number, number), (request.store_uuid, store_uuid)]
+            if files.exists(receipt_path(number)):
+                path = receipt_path(number)
+                receipt = Receipt.from_bytes(files.read(path))
+                seals.append((receipt.request_sha256, request.to_dict()["sha256"]))
+        except ValueError as error:
+            fault = Fault(path, "the bytes that were written", str(error))
+            raise DamagedFile(fault, str(files.root)) from error
+        for have, want in seals:
+            if have != want:
+                raise DamagedFile(Fault(path, str(want), str(have)), str(files.root))
+        found.append((request, receipt))
+    return found
 
 
 def _read_one(

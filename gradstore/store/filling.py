@@ -21,6 +21,7 @@ _UNUSABLE = {
     "non_finite": "with a gradient that is not finite",
     "masked": "masked, without a target token",
     "too_long": "longer than the model's context",
+    "forgotten": "removed on request",
 }
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradstore.errors import BadInput, DamagedData, DamagedFile, StoreBusy
-from gradstore.format.codec import encode, settle_status
 from gradstore.format.commits import Commit
 from gradstore.format.layout import (
     METADATA,
@@ -19,6 +18,7 @@ from gradstore.format.layout import (
 )
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.storage.local import StoreFiles
+from gradstore.store.encoding import encoded_unit
 from gradstore.store.generation import Generation
 from gradstore.store.own_units import Done, OwnUnits, Units
 from gradstore.store.reader import Store
@@ -26,7 +26,7 @@ from gradstore.store.shared_units import SharedUnits
 from gradstore.store.unit_files import check_unit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from gradstore.storage.leases import Leases
 
@@ -141,14 +141,31 @@ class GenerationWriter:
             StoreIOError: the disk is full or not writable.
             StoreBusy: another process, past the lock, wrote other values for this unit.
         """
+        unit = self._pending(index)
+        values = encoded_unit(self.plan, unit, features, norm, status, tokens, loss)
+        self._settle(unit, self._units.publish(unit, values))
+
+    def copy_unit(self, index: int, values: Mapping[str, np.ndarray]) -> None:
+        """Publish one unit of values that are stored already, as those of an earlier attempt.
+
+        Args:
+            index: number of a pending unit.
+            values: array name -> (k, ...) values in the stored dtype.
+
+        Raises:
+            BadInput, StoreIOError, StoreBusy: as `write_unit`.
+        """
+        unit = self._pending(index)
+        self._settle(unit, self._units.publish(unit, values))
+
+    def _pending(self, index: int) -> UnitRange:
         unit = next((each for each in self.pending if each.index == index), None)
         if unit is None:
             raise BadInput(
                 f"unit {index} of {self.name} is not pending: finished, or not planned; "
                 "take one of `pending`"
             )
-        values = self._encode(unit, features, norm, status, tokens) | self._losses(unit, loss)
-        self._settle(unit, self._units.publish(unit, values))
+        return unit
 
     def commit(self) -> Commit:
         """Check every unit and make the generation visible, complete, to readers.
@@ -213,51 +230,6 @@ class GenerationWriter:
                 f"{self.name} is not committed: {faults[0]} ({len(faults)} file(s) changed on disk "
                 "since they were written). Run again: damaged units are redone"
             )
-
-    def _encode(
-        self,
-        unit: UnitRange,
-        features: np.ndarray,
-        norm: np.ndarray,
-        status: np.ndarray,
-        tokens: np.ndarray,
-    ) -> dict[str, np.ndarray]:
-        k = unit.stop - unit.start
-        features = np.asarray(features, dtype=np.float32)
-        norm, status, tokens = np.asarray(norm, np.float32), np.asarray(status), np.asarray(tokens)
-        shapes = (features.shape, norm.shape, status.shape, tokens.shape)
-        if shapes != ((k, self.plan.dim), (k,), (k,), (k,)):
-            raise BadInput(
-                f"unit {unit.index} of {self.name} needs features ({k}, {self.plan.dim}) and norm, "
-                f"status, tokens ({k},), not {', '.join(map(str, shapes))}"
-            )
-        if not np.isin(status, [code.value for code in RowStatus]).all():
-            raise BadInput(
-                f"status codes are {np.unique(status)}; they must be 0 to 4; use RowStatus"
-            )
-        settled = settle_status(features, norm, status)
-        stored, scale = encode(features, settled == RowStatus.OK, self.plan.dtype)
-        return {
-            "features": stored,
-            "scale": scale,
-            "norm": norm,
-            "status": settled,
-            "tokens": tokens,
-            "row_hash": self.plan.rows.hashes[unit.start : unit.stop],
-        }
-
-    def _losses(self, unit: UnitRange, loss: np.ndarray | None) -> dict[str, np.ndarray]:
-        """Return the array of losses, where the plan keeps them."""
-        if not self.plan.losses:  # also where an earlier release made the plan
-            return {}
-        k = unit.stop - unit.start
-        given = np.empty(0) if loss is None else np.asarray(loss, np.float32)
-        if given.shape != (k,):
-            raise BadInput(
-                f"unit {unit.index} of {self.name} needs losses ({k},), not {given.shape}; give "
-                "them, or begin the generation without losses"
-            )
-        return {"loss": given}
 
 
 def raise_schema(files: StoreFiles, store: Store, version: int) -> None:

@@ -33,8 +33,8 @@ def check_rows_and_run(
     stored = store.generations()
     newest = {g.set: g for g in stored}
     differences = []
-    for name, rows in sets.items():
-        known = newest.get(name)
+    for name, given in sets.items():
+        known, rows = newest.get(name), store.without_forgotten(given)
         note = "" if known is None else rows.difference(known.plan.rows)
         if known is not None and note:
             field = f"target.{name}.rows" if name else "train.rows"

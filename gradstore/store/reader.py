@@ -11,13 +11,11 @@ no store at "no/such/folder": ...
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from gradstore.errors import (
     BadInput,
-    DamagedData,
     DamagedFile,
     Fault,
     ProvenanceMismatch,
@@ -25,24 +23,24 @@ from gradstore.errors import (
 )
 from gradstore.format.canonical import Json
 from gradstore.format.commits import Commit
+from gradstore.format.forgotten import Receipt, Request, asked_for
 from gradstore.format.layout import (
     COMMITS,
     METADATA,
     NEEDS,
     PLANS,
     SPACES,
-    RowStatus,
     provenance_path,
     read_root,
 )
 from gradstore.format.names import GenerationName
-from gradstore.format.plans import Plan
 from gradstore.format.provenance import read_provenance
+from gradstore.format.records import RowSet
 from gradstore.storage.reading import ReadFiles
-from gradstore.store.documents import read_chain
+from gradstore.store.description import describe, describe_planned
+from gradstore.store.documents import read_chain, read_requests
 from gradstore.store.generation import Generation
 from gradstore.store.texts import RowTexts
-from gradstore.store.unit_files import read_record
 
 if TYPE_CHECKING:
     from gradstore.export.kronecker import KroneckerFactors
@@ -152,6 +150,37 @@ class Store:
         there = ", ".join(c.generation for c in self.live_commits()) or "none"
         raise BadInput(f'store "{self.path}" has no committed generation {name!r}; it has: {there}')
 
+    def requests(self) -> list[tuple[Request, Receipt | None]]:
+        """Return what was asked to be removed, in order, each with its receipt if it is complete.
+
+        Raises:
+            DamagedData: one of the documents is not as it was written.
+        """
+        return read_requests(self._files, self.uuid)
+
+    def without_forgotten(self, rows: RowSet) -> RowSet:
+        """Return rows of a data set without those that were removed from this store on request.
+
+        A row is known again by its id; and where a stored set has the same rows otherwise, whatever
+        is in the places of removed ones is left out like them.
+
+        Args:
+            rows: n rows, as a data set has them today.
+        """
+        requests = [request for request, _ in self.requests()]
+        if not requests:
+            return rows
+        ids = {one for request in requests for one in request.ids}
+        gone = asked_for(rows, requests[0].key, ids)
+        for generation in self.generations():
+            stored = generation.plan.rows
+            if len(stored) == len(rows) and stored.forgotten.any():
+                others = (stored.hashes == rows.without(gone).hashes).all(axis=1)
+                if (others | stored.forgotten).all():
+                    gone = gone | stored.forgotten
+                    break
+        return rows.without(gone)
+
     def text_commits(self) -> dict[str, Commit]:
         """Map the sha256 of each row set whose text is kept to the commit that added it."""
         kept: dict[str, Commit] = {}
@@ -182,12 +211,11 @@ class Store:
         Raises:
             DamagedData: they are missing, or others.
         """
-        told = generation.record.curvature
-        if not told:
+        if not generation.record.curvature:
             return None
-        from gradstore.store.curvature import read_factors  # torch, which readers may do without
+        from gradstore.store.curvature import recorded_factors  # torch: readers may do without
 
-        return replace(read_factors(self._files, told["sha256"]), damping=told["damping"])
+        return recorded_factors(self._files, generation.record)
 
     def planned(self) -> list[str]:
         """List generations that were planned and never committed; newest attempt last."""
@@ -204,10 +232,12 @@ class Store:
         """Describe the store: the schema of `gradstore info --json`, plus some more fields."""
         kept = self.text_commits()
         entries = [
-            _describe(generation) | {"text": generation.plan.rows.sha256 in kept}
+            describe(generation) | {"text": generation.plan.rows.sha256 in kept}
             for generation in self.generations()
         ]
-        entries += [e for e in (self._describe_planned(name) for name in self.planned()) if e]
+        entries += [
+            e for e in (describe_planned(self._files, name) for name in self.planned()) if e
+        ]
         return {
             "store_uuid": self.uuid,
             "schema_version": self.schema_version,
@@ -215,26 +245,6 @@ class Store:
             "commits": len(self.commits),
             "generations": entries,
         }
-
-    def _describe_planned(self, name: str) -> dict[str, Json] | None:
-        """Describe the finished part of an uncommitted generation; None without a plan."""
-        try:
-            plan, sha = Plan.from_bytes(self._files.read(f"{PLANS}/{name}.json"))
-        except (ValueError, BadInput, DamagedData):
-            return None
-        done = []
-        for unit in plan.units:
-            try:
-                done.append(read_record(self._files, plan, sha, unit)[0])
-            except DamagedData:
-                continue
-        counts = {status.name.lower(): 0 for status in RowStatus}
-        for record in done:
-            for status, count in record.status.items():
-                counts[status] = counts.get(status, 0) + count
-        rows = sum(record.unit.stop - record.unit.start for record in done)
-        size = sum(record.chunk_bytes for record in done)
-        return _entry(plan, counts, size, committed=False) | {"rows_done": rows}
 
     def _open(self, commit: Commit) -> Generation:
         opened = self._opened.get(commit.sha256)
@@ -296,28 +306,3 @@ def _is_name(name: str) -> bool:
     except BadInput:
         return False
     return True
-
-
-def _describe(generation: Generation) -> dict[str, Json]:
-    entry = _entry(generation.plan, generation.status_counts(), generation.bytes, committed=True)
-    return entry | {"commit": generation.commit_sha}
-
-
-def _entry(plan: Plan, counts: dict[str, int], size: int, *, committed: bool) -> dict[str, Json]:
-    return {
-        "name": plan.name,
-        "role": plan.record.role,
-        "set": plan.record.set,
-        "step": plan.record.step,
-        "space": plan.space,
-        "rows": len(plan.rows),
-        "usable_rows": counts["ok"],
-        "dim": plan.dim,
-        "dtype": plan.dtype,
-        "feature": plan.record.feature,
-        "projection": dict(plan.record.projection),
-        "committed": committed,
-        "bytes": size,
-        "status": counts,
-        "duplicate_rows": plan.rows.duplicates,
-    }

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from gradstore.errors import DamagedData, DamagedFile, Fault, StoreIOError, expect
+from gradstore.errors import BadInput, DamagedData, DamagedFile, Fault, StoreIOError, expect
 from gradstore.format.canonical import Json, plain
 from gradstore.format.layout import (
     UNIT_ROWS,
@@ -161,6 +161,12 @@ class SpaceWriter:
             StoreIOError: not enough room.
         """
         check_dtype(dtype)
+        if rows.forgotten.any():
+            raise BadInput(
+                f"row {int(rows.forgotten.argmax())} of {record.name} has the hash that stands for "
+                "a row that was removed; give the values of gradstore.row_hash"
+            )
+        rows = self._view().without_forgotten(rows)
         stored = dtype_of_role(dtype, record.role)
         wanted = Plan(
             record.name, self.space, self._seal, record, rows, dim, stored, unit_rows, losses
@@ -170,12 +176,11 @@ class SpaceWriter:
             plan_path(chosen.plan.name), chosen.plan.to_bytes()
         ):
             if self._leases is None:
-                fault = Fault(plan_path(chosen.plan.name), "no plan yet", "another writer's plan")
-                raise DamagedFile(fault, str(self._files.root))
+                raise another_plan(self._files, chosen.plan)
             chosen = self._plan(wanted)  # another worker came first: its plan
         plan, view, leases = chosen.plan, self._view, self._leases
         if chosen.committed is None:
-            self._publish_metadata(plan)
+            _publish_metadata(self._files, view(), plan)
         return GenerationWriter(
             self._files, plan, chosen.sha256, view, leases=leases, committed=chosen.committed
         )
@@ -195,13 +200,6 @@ class SpaceWriter:
             self._check_free(needed, what)
             raise_schema(self._files, store, plan.schema_version)
         return chosen
-
-    def _publish_metadata(self, plan: Plan) -> None:
-        own, has_commits = generation_path(plan.name), bool(self._view().commits)
-        for path, data in metadata(plan).items():
-            needed_by_others = has_commits and not path.startswith(own)
-            publish_metadata(self._files, path, data, committed=needed_by_others)
-        self._files.make_directory(f"{own}/units")
 
     def keep_texts(
         self, rows: RowSet, texts: Iterable[Text], formats: Formats | None = None
@@ -227,6 +225,32 @@ class SpaceWriter:
                 f'"{self._files.root}". Free some space, choose another disk with gradstore=PATH, '
                 "or fewer dimensions"
             )
+
+
+def publish_plan(files: StoreFiles, store: Store, plan: Plan) -> None:
+    """Write a generation's plan and every zarr.json that it needs, before any unit.
+
+    Raises:
+        DamagedFile: another plan has this name.
+    """
+    raise_schema(files, store, plan.schema_version)
+    if not files.publish(plan_path(plan.name), plan.to_bytes()):
+        raise another_plan(files, plan)
+    _publish_metadata(files, store, plan)
+
+
+def another_plan(files: StoreFiles, plan: Plan) -> DamagedFile:
+    """Make the error that somebody's plan, past the lock, has a plan's name."""
+    fault = Fault(plan_path(plan.name), "no plan yet", "another writer's plan")
+    return DamagedFile(fault, str(files.root))
+
+
+def _publish_metadata(files: StoreFiles, store: Store, plan: Plan) -> None:
+    own = generation_path(plan.name)
+    for path, data in metadata(plan).items():
+        needed_by_others = bool(store.commits) and not path.startswith(own)
+        publish_metadata(files, path, data, committed=needed_by_others)
+    files.make_directory(f"{own}/units")
 
 
 def publish_metadata(files: StoreFiles, path: str, data: bytes, *, committed: bool) -> None:

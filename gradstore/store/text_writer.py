@@ -28,6 +28,9 @@ from gradstore.store.generation_writer import publish_commit, raise_schema
 from gradstore.store.own_units import quarantine
 from gradstore.store.reader import Store
 
+#: In place of the text of a row that was removed on request.
+_NOTHING = Text("", "", 0)
+
 
 def keep_texts(
     files: StoreFiles,
@@ -55,6 +58,7 @@ def keep_texts(
         BadInput: there are more or fewer texts than rows, or what is given is no `Text`.
         StoreIOError: the disk is full, or cannot be written.
     """
+    rows = view().without_forgotten(rows)
 
     def kept() -> bool:
         return rows.sha256 in view().text_commits()
@@ -84,6 +88,9 @@ def _keep(files: StoreFiles, view: Callable[[], Store], table: _Table, *, shared
     for chunk in _cut(table.texts):
         if first + len(chunk) > len(rows):
             raise BadInput(f"more than {len(rows):,} texts for {len(rows):,} rows: give one each")
+        gone = rows.forgotten[first : first + len(chunk)].tolist()
+        chunk = [_NOTHING if left_out else text
+                 for text, left_out in zip(chunk, gone, strict=True)]  # fmt: skip
         data = part_bytes(rows, first, chunk, table.formats)
         data = _publish(files, part_path(rows.sha256, len(parts)), data, shared=shared)
         parts.append(TextPart(len(chunk), len(data), hashlib.sha256(data).hexdigest()))

@@ -16,7 +16,14 @@ import numpy as np
 from gradstore.errors import DamagedFile, Fault, StoreIOError
 from gradstore.format.canonical import canonical_json
 from gradstore.format.codec import chunk_values
-from gradstore.format.layout import CRC_BYTES, RowStatus, generation_path, unit_path
+from gradstore.format.commits import Commit
+from gradstore.format.layout import (
+    CRC_BYTES,
+    ArraySpec,
+    RowStatus,
+    generation_path,
+    unit_path,
+)
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.unit_records import FileSeal, UnitRecord, crc32c
 from gradstore.storage.local import StoreFiles, parent_of
@@ -105,7 +112,101 @@ def _name_chunk(files: StoreFiles, source: str, path: str, expected: FileSeal) -
     except StoreIOError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
-    return _file_fault(files, path, expected, deep=True) is None
+    return file_fault(files, path, expected, deep=True) is None
+
+
+def chunk_file(values: np.ndarray, spec: ArraySpec, unit_rows: int) -> bytes:
+    """Build a chunk's file: padded values (rows, ...) and their crc32c."""
+    data = chunk_values(values, spec, unit_rows).tobytes()
+    return data + crc32c(data).to_bytes(CRC_BYTES, "little")
+
+
+def sealed_record(
+    plan: Plan, plan_sha256: str, unit: UnitRange, chunks: Mapping[str, bytes]
+) -> tuple[UnitRecord, str]:
+    """Make the record of a unit's files, and its seal.
+
+    Args:
+        plan: the generation's plan.
+        plan_sha256: its seal.
+        unit: which unit.
+        chunks: path of each chunk, in the order of the plan's arrays -> the bytes of its file.
+    """
+    seals = {
+        path: FileSeal(len(data), crc32c(data[:-CRC_BYTES]), hashlib.sha256(data).hexdigest())
+        for path, data in chunks.items()
+    }
+    status = next(spec for spec in plan.arrays if spec.name == "status")
+    codes = list(chunks[status.chunk_path(unit.index)][: unit.stop - unit.start])
+    counts = Counter(RowStatus(code).name.lower() for code in codes)
+    record = UnitRecord(plan.name, unit, plan_sha256, seals, dict(counts))
+    return record, record.to_dict()["sha256"]
+
+
+def lost_record(
+    files: ReadFiles, plan: Plan, commit: Commit, unit: UnitRange, fresh: Mapping[str, bytes]
+) -> UnitRecord | None:
+    """Make the lost record of a committed unit of its files.
+
+    Args:
+        files: the store's files.
+        plan: the generation's plan.
+        commit: the commit that names the unit.
+        unit: which unit.
+        fresh: path of a chunk -> bytes made anew, for chunks that the disk may not have.
+
+    Returns:
+        The committed record; None if neither the files on disk nor the fresh ones make it.
+    """
+    sizes = {s.chunk_path(unit.index): s.chunk_bytes(plan.unit_rows) for s in plan.arrays}
+    on_disk: dict[str, bytes] = {}
+    for path, size in sizes.items():
+        try:
+            data = files.read(f"{generation_path(plan.name)}/{path}", expected_bytes=size)
+        except DamagedFile:
+            continue
+        if crc32c(data[:-CRC_BYTES]) == int.from_bytes(data[-CRC_BYTES:], "little"):
+            on_disk[path] = data
+    for chunks in ({**fresh, **on_disk}, {**on_disk, **fresh}):
+        if chunks.keys() != sizes.keys():
+            continue
+        try:
+            record, sha = sealed_record(plan, commit.plan_sha256, unit, chunks)
+        except ValueError:  # a status that there is not
+            continue
+        if sha == commit.units[unit.index]:
+            return record
+    return None
+
+
+def row_hash_file(plan: Plan, unit: UnitRange) -> dict[str, bytes]:
+    """Map the path of a unit's chunk of row hashes to its bytes, which follow from the plan."""
+    spec = next(spec for spec in plan.arrays if spec.name == "row_hash")
+    hashes = plan.rows.hashes[unit.start : unit.stop]
+    return {spec.chunk_path(unit.index): chunk_file(hashes, spec, plan.unit_rows)}
+
+
+def read_values(files: ReadFiles, plan: Plan, record: UnitRecord) -> dict[str, np.ndarray]:
+    """Read the stored values of a unit, each file compared with its sha256 first.
+
+    Returns:
+        Array name -> (rows of the unit, ...) in the stored dtype, to be changed at will.
+
+    Raises:
+        DamagedFile: a file is not as it was recorded.
+    """
+    values = {}
+    for spec in plan.arrays:
+        name = spec.chunk_path(record.unit.index)
+        path = f"{generation_path(plan.name)}/{name}"
+        fault = file_fault(files, path, record.files[name], deep=True)
+        if fault is not None:
+            raise DamagedFile(fault, str(files.root))
+        data = files.read(path, expected_bytes=record.files[name].bytes)
+        little = np.dtype(spec.dtype).newbyteorder("<")
+        chunk = np.frombuffer(data[:-CRC_BYTES], little).reshape(spec.chunk_shape(plan.unit_rows))
+        values[spec.name] = chunk[: record.unit.stop - record.unit.start].copy()
+    return values
 
 
 def read_record(
@@ -147,7 +248,7 @@ def check_unit(files: ReadFiles, record: UnitRecord, *, deep: bool = False) -> l
     """Check size and crc32c of every chunk of a unit, and sha256 too when `deep`."""
     base = generation_path(record.generation)
     faults = (
-        _file_fault(files, f"{base}/{name}", each, deep=deep) for name, each in record.files.items()
+        file_fault(files, f"{base}/{name}", each, deep=deep) for name, each in record.files.items()
     )
     return [fault for fault in faults if fault is not None]
 
@@ -166,7 +267,8 @@ def check_chunk(path: str, data: bytes | memoryview, expected: FileSeal) -> Faul
     return None
 
 
-def _file_fault(files: ReadFiles, path: str, expected: FileSeal, *, deep: bool) -> Fault | None:
+def file_fault(files: ReadFiles, path: str, expected: FileSeal, *, deep: bool) -> Fault | None:
+    """Compare a chunk's file with its seal: size, crc32c and, when `deep`, sha256."""
     try:
         data = files.read(path, expected_bytes=expected.bytes)
     except DamagedFile as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from gradstore.errors import DamagedFile, Fault
 from gradstore.format.commits import Commit
 from gradstore.format.layout import (
+    FORGOTTEN,
     GENERATIONS,
     METADATA,
     SPACES,
@@ -56,6 +57,7 @@ def verify_store(path: str | Path) -> VerifyReport:
         check.count(f"commits/{commit.number}.json")
     for space in files.names(SPACES):
         check.space(space)
+    check.requests(store)
     live = store.live_commits(superseded=True)
     for commit in live:
         check.generation(commit)
@@ -116,6 +118,13 @@ class _Check:
                 read_provenance(self._files.read(path), space)
             except ValueError as error:
                 self.add(Fault(path, "the provenance that was written", str(error)))
+
+    def requests(self, store: Store) -> None:
+        """Check the documents of what was removed on request."""
+        for name in self._files.names(FORGOTTEN):
+            self.count(f"{FORGOTTEN}/{name}")
+        with self._guarded():
+            store.requests()
 
     def generation(self, commit: Commit) -> None:
         """Check one committed generation, every byte."""

@@ -25,6 +25,7 @@ from gradstore.errors import BadInput, DamagedData, expect, expect_path
 from gradstore.format.layout import (
     COMMITS,
     CURVATURE,
+    FORGOTTEN,
     GENERATIONS,
     GRADIENT,
     METADATA,
@@ -42,6 +43,7 @@ from gradstore.storage.lock import LOCK, WriterLock
 from gradstore.storage.probes import check_sharing, check_zarr, probe
 from gradstore.store.cleaning import clean_store, remove_dead_staging
 from gradstore.store.curvature import FactorSample, step_factors
+from gradstore.store.forgetting import finish_removals
 from gradstore.store.generation_writer import GenerationWriter
 from gradstore.store.own_units import quarantine
 from gradstore.store.reader import Store, read_identity
@@ -56,7 +58,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, TEXTS, CURVATURE, "index"}
+_OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, TEXTS, CURVATURE, FORGOTTEN,
+         "index"}  # fmt: skip
 
 
 class StoreWriter:
@@ -241,7 +244,8 @@ class StoreWriter:
                 "a worker among others can't clean up the store; open it without worker=, once no "
                 "worker writes to it"
             )
-        return clean_store(self._files, lambda: self.store, keep_generations)
+        found = clean_store(self._files, lambda: self.store, keep_generations)
+        return [*found.retire, *found.abandoned]
 
     # ---- opening -----------------------------------------------------------------------------
 
@@ -292,6 +296,7 @@ class StoreWriter:
         remove_dead_staging(files)
         self._create_if_missing()
         self._store = Store(files)
+        finish_removals(files, lambda: self.store)
         for folder in (COMMITS, PLANS, SPACES, GENERATIONS):
             files.make_directory(folder)
             files.sync_directory(folder)

@@ -1,0 +1,54 @@
+"""A store held for care: its lock is taken, and no provenance is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gradstore.errors import expect_path
+from gradstore.storage.local import StoreFiles
+from gradstore.storage.lock import WriterLock
+from gradstore.store.reader import Store, read_identity
+
+
+@contextmanager
+def held_store(
+    path: str | Path, files: StoreFiles | None = None
+) -> Iterator[tuple[StoreFiles, Callable[[], Store]]]:
+    """Hold the lock of an existing store for the block.
+
+    Args:
+        path: the store's folder.
+        files: the store's files, for tests that interrupt them.
+
+    Yields:
+        The store's files, and a function that gives the store as it is now.
+
+    Raises:
+        BadInput: there is no store; nothing is written.
+        ProvenanceMismatch: its schema is newer than this release.
+        DamagedData: its root or a commit is damaged.
+        StoreBusy: another process writes to it.
+        StoreIOError: it cannot be written.
+    """
+    expect_path(path, "the store")
+    held = files or StoreFiles(path)
+    read_identity(held)
+    with WriterLock(held, instead="run this command then"):
+        try:
+            yield held, _View(held)
+        finally:
+            held.close()
+
+
+class _View:
+    """The current store; keeps what was checked before."""
+
+    def __init__(self, files: StoreFiles) -> None:
+        self._files = files
+        self._store: Store | None = None
+
+    def __call__(self) -> Store:
+        self._store = Store(self._files, self._store)
+        return self._store
