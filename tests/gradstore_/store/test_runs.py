@@ -40,7 +40,8 @@ def test_a_finished_generation_comes_back_complete(kit: StoreKit, fast_path: Pat
             kit.record(learning_rate=5.0, libraries={"torch": "9"}), kit.rows(40), dim=4
         )
         assert again.pending == []
-        assert again.bad_counts == {"masked": 0, "non_finite": 1, "zero_norm": 1, "too_long": 0}
+        assert again.bad_counts == {"masked": 0, "non_finite": 1, "zero_norm": 1, "too_long": 0,
+                                    "forgotten": 0}  # fmt: skip
         assert again.commit() == before
     assert open_store(path).head == before
 
