@@ -103,7 +103,8 @@ class DamagedFile(DamagedData):
         """Build the message from the fault, the store where it is known, and the next steps."""
         where = f' in store "{store}"' if store else ""
         super().__init__(
-            f"damaged data{where}: {fault}. `dataflex-cli gradstore verify` lists every fault; "
-            "restore the store from a copy, or start another with gradstore=PATH"
+            f"damaged data{where}: {fault}. `dataflex-cli gradstore verify` lists every fault, "
+            "`gradstore repair` puts back what it can; else restore the store from a copy, or "
+            "start another with gradstore=PATH"
         )
         self.fault = fault

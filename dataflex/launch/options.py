@@ -89,7 +89,7 @@ class Repair:
         Path | None,
         typer.Argument(
             help="Configuration of the run or build, for rows that must be computed again.",
-            metavar="[CONFIG]",
+            metavar="CONFIG",
             parser=path_at_home,
         ),
     ] = None
