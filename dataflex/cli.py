@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from dataflex.bridge.quiet import choose_verbosity
-from dataflex.launch.options import Config, Evaluated, Repair, Replayed
+from dataflex.launch.options import Config, Evaluated, Explained, Repair, Replayed, Verbose
 from dataflex.run.messages import DEBUG, Failure, end_bars, explain, set_up_logging, show_traceback
 from gradstore import cli as gradstore_cli
 from gradstore.cli import care, serving
@@ -39,9 +39,6 @@ Debug = Annotated[
     bool, typer.Option("--debug", help="Show a traceback for every failure; any command takes it.")
 ]
 Version = Annotated[bool, typer.Option("--version", help="Print the version of DataFlex.")]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", help="Show what LlamaFactory and transformers say, too.")
-]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check all, measure a few rows, print a forecast."),
@@ -145,41 +142,6 @@ def repair(asked: Repair, overrides: Overrides = None, verbose: Verbose = False)
 
         recompute = partial(run, checked, asked.new_attempt)
     care.repair_told(asked.store, recompute, dry_run=asked.dry_run, as_json=asked.as_json)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Explained:
-    """The options of `explain` that say what is asked, and which model."""
-
-    store: gradstore_cli.StorePath
-    prompt: Annotated[str | None, typer.Option(help="What the model is asked.")] = None
-    response: Annotated[
-        str | None, typer.Option(help="The answer; without one the model answers.")
-    ] = None
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            help='JSON lines {"prompt": ..., "response": ...} of several questions.',
-            parser=gradstore_cli.path_at_home,
-        ),
-    ] = None
-    generation: Annotated[
-        str | None, typer.Option(help="Train generation to ask; default: the newest.")
-    ] = None
-    checkpoints: gradstore_cli.Checkpoints = "last"
-    run: gradstore_cli.Run = ""
-    model: Annotated[
-        Path | None,
-        typer.Option(help="Where the base model is now.", parser=gradstore_cli.path_at_home),
-    ] = None
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where the checkpoint, or the folder of them, is now.",
-            parser=gradstore_cli.path_at_home,
-        ),
-    ] = None
-    verbose: Verbose = False
 
 
 @gradstore_cli.app.command("explain")

@@ -109,9 +109,7 @@ class FeatureService:
         run = self.run
         path = run.config.store_path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = StoreWriter(
-            path, space="gradient", provenance=self.fields, worker=self._worker
-        )
+        self._writer = StoreWriter(path, provenance=self.fields, worker=self._worker)
         try:
             check_owner(self._writer.store, run)
             if self.settings.train_features.needs_share and run.step is not None:
@@ -276,9 +274,8 @@ class FeatureService:
         run, rule = self.run, self.settings.curvature
         if rule is None:
             return None
-        sample = FactorSample(
-            self._batches(run.data.train), run.data.train.row_set, self.settings.seed
-        )
+        train = run.data.train
+        sample = FactorSample(self._batches(train), train.row_set, self.settings.seed)
         found = run.ranks.decide(
             lambda: self.writer.factors(
                 run.model, self.space, rule, autocast=run.autocast, sample=sample
@@ -309,9 +306,9 @@ class FeatureService:
         trains = record.role == "train"
         of_targets = self.settings.target_features
         features = train_features(self.run, self.settings) if trains else of_targets
-        device = next(self.run.model.parameters()).device
         if curvature is not None:
-            features = replace(features, curvature=curvature.to(device))
+            curvature = curvature.to(next(self.run.model.parameters()).device)
+            features = replace(features, curvature=curvature)
         recipe = self.space.recipe(features, record.step, moments if trains else None)
         rate = record.learning_rate if trains else None
         made = self._record(record.role, rows, record.step, recipe, rate, {})

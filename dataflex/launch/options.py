@@ -9,11 +9,14 @@ from typing import Annotated
 import typer
 
 from gradstore.cli.care import DryRun
-from gradstore.cli.options import AsJson, Checkpoints, StorePath, path_at_home
+from gradstore.cli.options import AsJson, Checkpoints, Run, StorePath, path_at_home
 
 Config = Annotated[
     Path,
     typer.Argument(help="YAML or JSON configuration.", metavar="CONFIG", parser=path_at_home),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Show what LlamaFactory and transformers say, too.")
 ]
 
 
@@ -99,3 +102,38 @@ class Repair:
     ] = False
     dry_run: DryRun = False
     as_json: AsJson = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explained:
+    """The options of `explain` that say what is asked, and which model."""
+
+    store: StorePath
+    prompt: Annotated[str | None, typer.Option(help="What the model is asked.")] = None
+    response: Annotated[
+        str | None, typer.Option(help="The answer; without one the model answers.")
+    ] = None
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON lines {"prompt": ..., "response": ...} of several questions.',
+            parser=path_at_home,
+        ),
+    ] = None
+    generation: Annotated[
+        str | None, typer.Option(help="Train generation to ask; default: the newest.")
+    ] = None
+    checkpoints: Checkpoints = "last"
+    run: Run = ""
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Where the base model is now.", parser=path_at_home),
+    ] = None
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the checkpoint, or the folder of them, is now.",
+            parser=path_at_home,
+        ),
+    ] = None
+    verbose: Verbose = False
