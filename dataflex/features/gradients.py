@@ -310,8 +310,7 @@ class FeatureService:
             curvature = curvature.to(next(self.run.model.parameters()).device)
             features = replace(features, curvature=curvature)
         recipe = self.space.recipe(features, record.step, moments if trains else None)
-        rate = record.learning_rate if trains else None
-        made = self._record(record.role, rows, record.step, recipe, rate, {})
+        made = self._record(record.role, rows, record.step, recipe, record.learning_rate, {})
         return made, self._compute(rows, recipe, None)
 
     def _compute(self, rows: Rows, recipe: Recipe, source: TargetFeatures | None) -> Compute:
