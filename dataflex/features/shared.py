@@ -114,6 +114,7 @@ def _export_here(
     with progress(name, costs, shown=shown, stored_bytes=_stored_bytes(writer)) as advance:
         for unit in writer.claimed(elsewhere=advance):
             sink.write(compute(unit, advance))
+    sink.check()
     writer.commit()
     return sink.summary
 

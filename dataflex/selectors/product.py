@@ -81,7 +81,8 @@ def product_told(
         checkpoints: that were scored; a subspace says how many dimensions it has at each, features
             in a metric which factors the newest has.
     """
-    metric = getattr(getattr(checkpoints[-1].train, "record", None), "curvature", {})
+    newest = checkpoints[-1].train if checkpoints else None  # whole gradients have none
+    metric = getattr(getattr(newest, "record", None), "curvature", {})
     if metric:
         return {"normalize": product.normalize, "preconditioner": metric["kind"],
                 "damping": metric["damping"], "factors": metric["sha256"]}  # fmt: skip

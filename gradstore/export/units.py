@@ -159,9 +159,11 @@ class Batches:
             rows = positions[chosen]
             yield rows, self.collate([self.dataset[int(i)] for i in rows])
 
-    def sample(self, seed: int) -> Iterator[RowBatch]:
+    def sample(self, seed: int, without: npt.NDArray[np.bool_] | None = None) -> Iterator[RowBatch]:
         """Yield at most `SAMPLE_ROWS` of all rows by lot, longest rows first."""
         fits = self._fitting(UnitRange(0, 0, len(self.dataset)))
+        if without is not None:
+            fits = fits[~without[fits]]
         count = min(SAMPLE_ROWS, len(fits))
         some = np.sort(np.random.default_rng(seed).choice(fits, count, replace=False))
         return self._batched(some)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from gradstore.errors import BadInput, StoreIOError
+from gradstore.errors import BadInput, DamagedFile, StoreIOError
 from gradstore.format.commits import Commit
 from gradstore.format.layout import CURVATURE, METADATA, generation_path, plan_path
 from gradstore.format.names import GenerationName
@@ -24,6 +24,7 @@ from gradstore.format.plans import Plan
 from gradstore.format.text_table import TEXTS, TextTable
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.lock import WriterLock
+from gradstore.store.documents import read_committed_plan
 from gradstore.store.generation_writer import publish_commit
 from gradstore.store.own_units import QUARANTINE
 from gradstore.store.reader import Store
@@ -94,7 +95,7 @@ def plan_clean_up(files: StoreFiles, store: Store, keep_generations: int | None)
     why |= dict.fromkeys(superseded, "superseded")
     unread = _without_rows(files, store, why)
     abandoned = _abandoned(store)
-    indexes = {c.generation: f"{INDEX}/{c.sha256}" for c in store.commits if c.generations}
+    indexes = {c.generation: f"{INDEX}/{c.sha256}" for c in store.commits if c.kind == "generation"}
     paths: dict[str, str] = {}
     for name, reason in [*_retired(store), *why.items()]:
         for path in (generation_path(name), plan_path(name), indexes[name]):
@@ -223,10 +224,15 @@ def _unused_factors(files: StoreFiles, store: Store, gone: Collection[str]) -> l
 
 def _plans(files: StoreFiles, store: Store, without: Collection[str]) -> Iterator[Plan]:
     """Read the plans of all generations, committed and not, but for some."""
-    live = [c.generation for c in store.live_commits(superseded=True)]
-    for name in (*live, *store.planned()):
+    for commit in store.live_commits(superseded=True):
+        if commit.generation not in without:
+            yield read_committed_plan(files, commit)
+    for name in store.planned():
         if name not in without:
-            yield Plan.from_bytes(files.read(plan_path(name)))[0]
+            try:
+                yield Plan.from_bytes(files.read(plan_path(name)))[0]
+            except (ValueError, DamagedFile):
+                continue  # set aside, and planned again, by whoever begins it
 
 
 @contextmanager

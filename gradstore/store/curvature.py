@@ -115,7 +115,9 @@ def _found_or_fitted(
     for record in _records(files, store):
         told = record.curvature
         same = (record.adapter_hash, record.autocast, record.attention) == state
-        if same and told.get("kind") == rule.kind and sample_sha in (None, told["sample"]):
+        # Of a state that was fitted before rows were forgotten: all of it stays in that metric.
+        drawn = sample is None or sample.rows.forgotten.any() or sample_sha == told.get("sample")
+        if same and told.get("kind") == rule.kind and drawn:
             return replace(read_factors(files, told["sha256"]), damping=rule.damping)
     if sample is None:
         raise BadInput(
@@ -127,7 +129,7 @@ def _found_or_fitted(
         "fitting %s on training rows: factors take %s MB here and in the store; sides of a matrix "
         "wider than %d are diagonal", rule.kind, f"{held / 1e6:,.1f}", width,
     )  # fmt: skip
-    found = fit_factors(model, sample.batches.sample(sample.seed), rule.kind)
+    found = fit_factors(model, sample.batches.sample(sample.seed, sample.rows.forgotten), rule.kind)
     found = replace(found, damping=rule.damping, sample=sample.sha256).to("cpu")
     files.make_directory(CURVATURE)
     path = factors_path(found.sha256)

@@ -76,6 +76,20 @@ class UnitSink:
         self._what = EMBEDDING if writer.plan.record.feature == EMBEDDING else "gradient"
         self._began = time.perf_counter()
 
+    def check(self, more: int = 0) -> None:
+        """Stop where too many rows are bad; once nothing is pending, those of other workers too.
+
+        Args:
+            more: non-finite rows that are not written yet.
+        """
+        check_bad_rows(
+            self._writer.bad_counts["non_finite"] + more,
+            sorted(self._non_finite),
+            len(self._writer.plan.rows),
+            self._limit,
+            self._what,
+        )
+
     def write(self, done: UnitFeatures) -> None:
         """Publish one pending unit; when this returns it survives a crash.
 
@@ -85,13 +99,7 @@ class UnitSink:
         """
         bad = done.unit.start + np.flatnonzero(done.status == RowStatus.NON_FINITE)
         self._non_finite += bad.tolist()
-        check_bad_rows(
-            self._writer.bad_counts["non_finite"] + len(bad),
-            sorted(self._non_finite),
-            len(self._writer.plan.rows),
-            self._limit,
-            self._what,
-        )
+        self.check(len(bad))
         self._writer.write_unit(
             done.unit.index, done.features, done.norm, done.status, done.tokens, done.loss
         )
@@ -144,4 +152,5 @@ def fill(
     sink = UnitSink(writer, max_bad_fraction=max_bad_fraction)
     for unit in writer.claimed():
         sink.write(compute(unit))
+    sink.check()
     return sink.summary

@@ -149,7 +149,7 @@ def finish_removals(files: StoreFiles, view: View) -> list[Receipt]:
 
 def _check(files: StoreFiles, store: Store, found: Affected) -> None:
     """Refuse, before anything is begun, what could not be carried to its end."""
-    busy = [name for name in files.names(STAGING) if files.is_in_use(name)]
+    busy = [name for name in files.names(STAGING) if name != files.own and files.is_in_use(name)]
     if busy:
         raise StoreBusy(
             f'store "{files.root}" has units in the making ({busy[0]}). Wait until that process '

@@ -14,6 +14,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
+
 from gradstore.errors import (
     BadInput,
     DamagedFile,
@@ -174,9 +176,10 @@ class Store:
         gone = asked_for(rows, requests[0].key, ids)
         for generation in self.generations():
             stored = generation.plan.rows
-            if len(stored) == len(rows) and stored.forgotten.any():
+            there = ~stored.forgotten
+            if len(stored) == len(rows) and there.any() and not there.all():
                 others = (stored.hashes == rows.without(gone).hashes).all(axis=1)
-                if (others | stored.forgotten).all():
+                if others[there].all() and _same_places(stored, rows, there):
                     gone = gone | stored.forgotten
                     break
         return rows.without(gone)
@@ -298,6 +301,14 @@ def read_identity(files: ReadFiles) -> tuple[int, str]:
             [f"schema_version differs: store has {version}, this release has {newest}"],
         )
     return version, uuid
+
+
+def _same_places(stored: RowSet, rows: RowSet, there: np.ndarray) -> bool:
+    """Tell whether rows are of the data set that stored ones are of, as far as that is known."""
+    if stored.sources is None or rows.sources is None:
+        return True
+    pairs = zip(stored.sources, rows.sources, there.tolist(), strict=True)
+    return all(theirs == ours for theirs, ours, kept in pairs if kept)
 
 
 def _is_name(name: str) -> bool:

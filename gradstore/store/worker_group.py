@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from gradstore.errors import DamagedFile, Fault
 from gradstore.format.canonical import canonical_json, parse
+from gradstore.format.text_table import TEXTS
 from gradstore.storage.leases import LEASES
 from gradstore.storage.local import StoreFiles
 from gradstore.store.attempts import ever_committed, readable_plans
-from gradstore.store.own_units import OwnUnits
+from gradstore.store.own_units import OwnUnits, quarantine
 from gradstore.store.reader import Store
 
 #: Written last; removed with the rest of staging by the next writer that has the store to itself.
@@ -31,6 +32,10 @@ def begin_group(files: StoreFiles, store: Store) -> None:
         units = OwnUnits(files, plan, sha)
         for unit in plan.units:
             units.finished(unit)
+    kept = store.text_commits()
+    for sha in files.names(TEXTS):  # of a writer that died before it committed, or retired
+        if sha not in kept:
+            quarantine(files, f"{TEXTS}/{sha}")
     names = sorted({*plans, *ever_committed(store)})
     files.publish(GROUP, canonical_json({"generations": names}))
 

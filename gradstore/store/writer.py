@@ -17,6 +17,7 @@ import importlib.metadata
 import logging
 import uuid
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -221,6 +222,8 @@ class StoreWriter:
         sample: FactorSample | None,
     ) -> KroneckerFactors:
         """Call `gradstore.store.curvature.step_factors` on this store."""
+        if sample is not None:
+            sample = replace(sample, rows=self._view().without_forgotten(sample.rows))
         return step_factors(
             self._files, self._view(), model, space, rule,
             autocast=autocast, sample=sample, leases=self._leases,

@@ -89,3 +89,5 @@ def test_a_selection_tells_the_product_and_the_dimensions_of_a_subspace() -> Non
     }
     assert product_told(InnerProduct("cosine", "fisher", 0.5), pairs)["damping"] == 0.5
     assert product_told(InnerProduct(), pairs) == {}
+    assert product_told(InnerProduct(), ()) == {}, "scores of whole gradients"
+    assert product_told(InnerProduct("none"), ())["normalize"] == "none"

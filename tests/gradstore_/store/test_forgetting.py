@@ -353,3 +353,44 @@ def test_the_command_asks_first_and_prints_a_receipt(kit: StoreKit, store: Path)
     (store / "forgotten/1.receipt.json").write_bytes(lying.replace(b'"number":1', b'"number":2'))
     (fault,) = verify_store(store).faults
     assert fault.file == "forgotten/1.receipt.json"
+
+
+def test_a_set_that_is_removed_whole_takes_no_other_set_with_it(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    path = fast_path / "s"
+    with kit.writer(path) as writer:
+        kit.add(writer, "train/1", 24)
+        kit.add(writer, "target/a/1", 3)
+    remove(path, rows=[0, 1, 2], target="a")
+    with kit.writer(path) as writer:
+        begun = writer.begin(kit.record("target/b/1"), kit.rows(3, first=90), dim=kit.dim,
+                             dtype=kit.dtype)  # fmt: skip
+    assert not begun.plan.rows.forgotten.any()
+
+
+def test_two_requests_follow_each_other_under_one_lock(kit: StoreKit, fast_path: Path) -> None:
+    """The first has written units: its own staging is no other process's."""
+    path = fast_path / "s"
+    with kit.writer(path) as writer:
+        kit.add(writer, "train/1", 24)
+    with held_store(path) as (files, view):
+        for row in (5, 6):
+            forget(files, view, request_for(files, view(), asked_rows(files, view(), rows=[row])))
+    assert open_store(path).generation("train/1").plan.rows.forgotten.nonzero()[0].tolist() == [
+        5,
+        6,
+    ]
+
+
+def test_a_damaged_plan_that_was_never_committed_stops_neither_clean_up_nor_removal(
+    kit: StoreKit, store: Path
+) -> None:
+    plan = store / "plans" / "train" / "3.json"
+    content = bytearray(plan.read_bytes())
+    content[50] ^= 1
+    plan.write_bytes(content)
+    with kit.writer(store) as writer:
+        writer.clean()
+    remove(store)
+    assert verify_store(store).ok
