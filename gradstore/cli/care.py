@@ -78,7 +78,7 @@ def forget(
     Rows of equal content go with them. Without --row and --source an interrupted removal is
     finished.
     """
-    from gradstore.store.asked_rows import asked_rows
+    from gradstore.store.asked_rows import AlreadyRemoved, asked_rows
     from gradstore.store.forgetting import affected, finish_removals, request_for
     from gradstore.store.forgetting import forget as remove
     from gradstore.store.held import held_store
@@ -88,7 +88,7 @@ def forget(
         receipts = [] if dry_run else finish_removals(files, view)
         try:
             hashes = asked_rows(files, view(), row or (), source or (), target)
-        except BadInput:
+        except AlreadyRemoved:
             if not receipts:
                 raise
             hashes = set()  # the removal that was finished now is the one that is asked for again

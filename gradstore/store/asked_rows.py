@@ -15,6 +15,10 @@ from gradstore.store.documents import read_committed_plan
 from gradstore.store.reader import Store
 
 
+class AlreadyRemoved(BadInput):
+    """A row that was asked for, and that an earlier request removed."""
+
+
 def asked_rows(
     files: ReadFiles,
     store: Store,
@@ -32,7 +36,8 @@ def asked_rows(
         target: name of a target set, "" for the training rows.
 
     Raises:
-        BadInput: a row or source that there is not, or that was removed before.
+        BadInput: a row or source that there is not, or that was removed before; a row by position
+            that was is an `AlreadyRemoved`.
         DamagedData: a plan is damaged.
     """
     sets = list(_row_sets(files, store))
@@ -68,7 +73,7 @@ def _by_position(sets: Sequence[RowSet], rows: Sequence[int], target: str) -> se
     places = np.asarray(rows)
     gone = np.array([each.forgotten[places] for each in sets]).all(axis=0)
     if gone.any():
-        raise BadInput(f"row {rows[int(gone.argmax())]} of the {what} was removed before")
+        raise AlreadyRemoved(f"row {rows[int(gone.argmax())]} of the {what} was removed before")
     return {each.hashes[i].tobytes() for each in sets for i in rows if not each.forgotten[i]}
 
 

@@ -394,3 +394,25 @@ def test_a_damaged_plan_that_was_never_committed_stops_neither_clean_up_nor_remo
         writer.clean()
     remove(store)
     assert verify_store(store).ok
+
+
+def test_a_mistyped_row_is_refused_where_an_interrupted_removal_was_finished(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    """That removal's receipt is not an answer to this question; the same row again is."""
+    from gradstore.cli.care import forget as command
+
+    path = fast_path / "s"
+    with kit.writer(path) as writer:
+        kit.add(writer, "train/1", 24)
+    for row in (5, 6):
+        with held_store(path) as (files, view):
+            request = request_for(files, view(), asked_rows(files, view(), rows=[row]))
+            files.make_directory("forgotten")
+            files.publish(f"forgotten/{request.number}.request.json", request.to_bytes())
+        if row == 5:
+            with pytest.raises(BadInput, match="row 4711 was asked for"):
+                command(path, row=[4711], yes=True)
+        else:
+            command(path, row=[6], yes=True)
+        assert all(receipt is not None for _, receipt in open_store(path).requests())
