@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,3 +98,12 @@ def test_tests_lie_in_the_room_they_test() -> None:
             if any(folder.glob("test_*.py"))
         }
         assert tested <= rooms, f"tests/{package}_ has rooms that {package} lacks: {tested - rooms}"
+
+
+def test_every_mutant_names_one_place_of_the_code_and_tests_that_exist() -> None:
+    """mutants.py runs by hand: here a change that leaves one of them behind is told at once."""
+    for mutant in runpy.run_path(str(ROOT / "tests" / "mutants.py"))["MUTANTS"]:
+        found = (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.text)
+        assert found == 1, f"{mutant.file} holds {mutant.text!r} {found} times"
+        for test in mutant.tests.split():
+            assert (ROOT / test.partition("::")[0]).exists(), f"no {test}"

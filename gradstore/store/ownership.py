@@ -34,7 +34,7 @@ def check_rows_and_run(
     newest = {g.set: g for g in stored}
     differences = []
     for name, given in sets.items():
-        known, rows = newest.get(name), store.without_forgotten(given)
+        known, rows = newest.get(name), store.without_forgotten(given, of=name)
         note = "" if known is None else rows.difference(known.plan.rows)
         if known is not None and note:
             field = f"target.{name}.rows" if name else "train.rows"

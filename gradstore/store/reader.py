@@ -160,7 +160,7 @@ class Store:
         """
         return read_requests(self._files, self.uuid)
 
-    def without_forgotten(self, rows: RowSet) -> RowSet:
+    def without_forgotten(self, rows: RowSet, *, of: str | None = None) -> RowSet:
         """Return rows of a data set without those that were removed from this store on request.
 
         A row is known again by its id; and where a stored set has the same rows otherwise, whatever
@@ -168,6 +168,7 @@ class Store:
 
         Args:
             rows: n rows, as a data set has them today.
+            of: the set: "" for train, or a target set's name; None is any.
         """
         requests = [request for request, _ in self.requests()]
         if not requests:
@@ -175,6 +176,8 @@ class Store:
         ids = {one for request in requests for one in request.ids}
         gone = asked_for(rows, requests[0].key, ids)
         for generation in self.generations():
+            if of not in (None, generation.set):
+                continue
             stored = generation.plan.rows
             there = ~stored.forgotten
             if len(stored) == len(rows) and there.any() and not there.all():

@@ -166,7 +166,7 @@ class SpaceWriter:
                 f"row {int(rows.forgotten.argmax())} of {record.name} has the hash that stands for "
                 "a row that was removed; give the values of gradstore.row_hash"
             )
-        rows = self._view().without_forgotten(rows)
+        rows = self._view().without_forgotten(rows, of=record.set)
         stored = dtype_of_role(dtype, record.role)
         wanted = Plan(
             record.name, self.space, self._seal, record, rows, dim, stored, unit_rows, losses

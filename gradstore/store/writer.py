@@ -223,7 +223,7 @@ class StoreWriter:
     ) -> KroneckerFactors:
         """Call `gradstore.store.curvature.step_factors` on this store."""
         if sample is not None:
-            sample = replace(sample, rows=self._view().without_forgotten(sample.rows))
+            sample = replace(sample, rows=self._view().without_forgotten(sample.rows, of=""))
         return step_factors(
             self._files, self._view(), model, space, rule,
             autocast=autocast, sample=sample, leases=self._leases,

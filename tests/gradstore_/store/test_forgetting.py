@@ -369,6 +369,28 @@ def test_a_set_that_is_removed_whole_takes_no_other_set_with_it(
     assert not begun.plan.rows.forgotten.any()
 
 
+def test_another_set_with_the_same_other_rows_keeps_what_is_in_the_removed_ones_place(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    path = fast_path / "s"
+    with kit.writer(path) as writer:
+        kit.add(writer, "train/1", 24)
+        begun = writer.begin(kit.record("target/a/1"), kit.rows(3, first=70), dim=kit.dim,
+                             dtype=kit.dtype)  # fmt: skip
+        kit.fill(begun, features(kit, 1)[:3])
+        begun.commit()
+    remove(path, rows=[1], target="a")
+    hashes = kit.rows(3, first=70).hashes.copy()
+    hashes[1] = kit.rows(1, first=95).hashes
+    with kit.writer(path) as writer:
+        found = {
+            name: writer.begin(kit.record(f"target/{name}/2"), RowSet(hashes), dim=kit.dim,
+                               dtype=kit.dtype).plan.rows.forgotten.tolist()
+            for name in ("a", "b")
+        }  # fmt: skip
+    assert found == {"a": [False, True, False], "b": [False] * 3}
+
+
 def test_two_requests_follow_each_other_under_one_lock(kit: StoreKit, fast_path: Path) -> None:
     """The first has written units: its own staging is no other process's."""
     path = fast_path / "s"
