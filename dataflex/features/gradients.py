@@ -18,7 +18,7 @@ from dataflex.features.fields import space_fields
 from dataflex.features.loaded_from import loaded_from
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.shared import Compute, export_shared, keep_text
-from dataflex.features.step_share import train_features
+from dataflex.features.step_share import features_again, train_features
 from dataflex.features.store_owner import check_owner
 from dataflex.models.passes import longest_row
 from dataflex.run.context import RunContext
@@ -160,7 +160,8 @@ class FeatureService:
             BadInput: a target set without a usable row, before any training row is taken.
         """
         curvature = self._factors()
-        features = replace(train_features(self.run, self.settings), curvature=curvature)
+        drawn = train_features(self.run, self.settings, lambda: self.store)
+        features = replace(drawn, curvature=curvature)
         of_targets = replace(self.settings.target_features, curvature=curvature)
         targets, seconds, tokens = [], 0.0, 0
         for rows in self.run.data.targets:
@@ -304,8 +305,7 @@ class FeatureService:
             curvature: factors of the metric that the generation is in, where it is in one.
         """
         trains = record.role == "train"
-        of_targets = self.settings.target_features
-        features = train_features(self.run, self.settings) if trains else of_targets
+        features = features_again(self.run, self.settings, record)
         if curvature is not None:
             curvature = curvature.to(next(self.run.model.parameters()).device)
             features = replace(features, curvature=curvature)

@@ -11,7 +11,7 @@ from dataflex.models.passes import longest_row
 from dataflex.run.context import RunContext
 from gradstore.capture.limits import token_budget
 from gradstore.errors import BadInput
-from gradstore.export.share import OptimizerStep, expected_share
+from gradstore.export.share import OptimizerStep, StepShare, expected_share
 from gradstore.export.units import Batches
 
 _log = logging.getLogger(__name__)
@@ -21,8 +21,12 @@ _log = logging.getLogger(__name__)
 LEAST_CLIP = 0.6
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dataflex.features.settings import FeatureSettings
     from gradstore.export.features import FeatureSpec
+    from gradstore.format.records import GenerationRecord
+    from gradstore.store.reader import Store
 
 
 def step_of(args: Any) -> OptimizerStep:  # noqa: ANN401 - TrainingArguments
@@ -30,10 +34,18 @@ def step_of(args: Any) -> OptimizerStep:  # noqa: ANN401 - TrainingArguments
     return OptimizerStep(BatchShape.of(args).rows, max(float(args.max_grad_norm or 0.0), 0.0))
 
 
-def train_features(run: RunContext, settings: FeatureSettings) -> FeatureSpec:
+def train_features(
+    run: RunContext, settings: FeatureSettings, store: Callable[[], Store] | None = None
+) -> FeatureSpec:
     """Return the feature of a training row, with its share where it needs one; collective.
 
     Rank 0 takes the gradients of a few hundred training rows by lot, the others wait.
+
+    Args:
+        run: whose rows and step they are.
+        settings: of the features.
+        store: gives on rank 0 the store that the rows go to; those that were removed from it on
+            request are not drawn.
 
     Raises:
         BadInput: a share is needed and `run` does not know its step.
@@ -41,21 +53,15 @@ def train_features(run: RunContext, settings: FeatureSettings) -> FeatureSpec:
     features = settings.train_features
     if not features.needs_share:
         return features
-    step = run.step
-    if step is None:
-        raise BadInput(
-            f"gradient_type {features.kind} needs the rows of an optimizer step, which this run "
-            "does not tell (RunContext.step); take gradient_type adam_marginal."
-        )
-    rows = run.data.train
+    step, rows = _step(run, features), run.data.train
     budget = settings.tokens_per_batch or token_budget(run.model)
 
     def estimate() -> FeatureSpec:
         batches = Batches(rows.dataset, run.collate, rows.lengths, budget,
                           longest_row(run.model, rows))  # fmt: skip
-        return replace(
-            features, share=expected_share(run.model, batches.sample(settings.seed), step)
-        )
+        left = None if store is None else store().without_forgotten(rows.row_set, of="")
+        drawn = batches.sample(settings.seed, None if left is None else left.forgotten)
+        return replace(features, share=expected_share(run.model, drawn, step))
 
     found = run.ranks.decide(estimate)
     assert found.share is not None
@@ -66,3 +72,28 @@ def train_features(run: RunContext, settings: FeatureSettings) -> FeatureSpec:
             100 * found.share.clip, step.max_grad_norm,
         )  # fmt: skip
     return found
+
+
+def features_again(
+    run: RunContext, settings: FeatureSettings, record: GenerationRecord
+) -> FeatureSpec:
+    """Return the feature of a generation's rows, with the share that it was made with.
+
+    Rows may have been removed since, and an estimate from the others would be another.
+    """
+    features = settings.train_features if record.role == "train" else settings.target_features
+    told = record.feature_options.get("share")
+    if not features.needs_share or not told:
+        return features
+    step = _step(run, features)
+    share = StepShare(**{**told, "rows": step.rows, "max_grad_norm": step.max_grad_norm})
+    return replace(features, share=share)
+
+
+def _step(run: RunContext, features: FeatureSpec) -> OptimizerStep:
+    if run.step is None:
+        raise BadInput(
+            f"gradient_type {features.kind} needs the rows of an optimizer step, which this run "
+            "does not tell (RunContext.step); take gradient_type adam_marginal."
+        )
+    return run.step

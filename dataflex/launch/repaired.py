@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataflex.bridge import running
+from dataflex.bridge.quiet import on_stderr
 from dataflex.checkpoints.folders import find_checkpoints
 from dataflex.checkpoints.state import trainer_state
 from dataflex.checkpoints.weights import checkpoint_moments, load_adapter
@@ -63,18 +66,22 @@ def recompute(
 
     Raises:
         BadInput: see `check_gradients`.
-        ProvenanceMismatch: CONFIG's model, rows or settings are not those of the damaged rows.
+        ProvenanceMismatch: CONFIG's model, rows or settings are not those of any damaged rows.
     """
     check_gradients(config)
+    with on_stderr(), contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
+        return _recompute(_Session(config, files, view, new_attempt), config, damages)
+
+
+def _recompute(session: _Session, config: RunConfig, damages: Sequence[Damage]) -> list[str]:
     units: dict[str, list[Damage]] = {}
     for damage in damages:
         if damage.unit is not None:
             units.setdefault(damage.generation, []).append(damage)
-    plans = {name: plan_of(files, view(), name)[0] for name in units}
+    plans = {name: plan_of(session.files, session.view(), name)[0] for name in units}
     able = {name: plan for name, plan in plans.items() if not _unable(plan)}
     notes = [f"{name}: {_unable(plan)}" for name, plan in plans.items() if name not in able]
     folders = {trainer_state(each).global_step: each for each in find_checkpoints(config)}
-    session = _Session(config, files, view, new_attempt)
     spaces = [damage for damage in damages if damage.what == "space"]
     texts = [damage for damage in damages if damage.what == "text"]
     for step in sorted({plan.record.step for plan in able.values()}):
@@ -92,6 +99,7 @@ def recompute(
         for name, plan in able.items():
             if plan.record.step == step:
                 notes += session.mend(plan, units[name], folder)
+    session.refuse_if_nothing_is_its()
     if spaces or texts:
         session.load(next(iter(folders.values()), None))
         notes += session.mend_space(spaces)
@@ -113,9 +121,11 @@ class _Session:
     """The model and rows of a configuration, loaded once, at one checkpoint after another."""
 
     def __init__(self, config: RunConfig, files: StoreFiles, view: View, new_attempt: bool) -> None:
-        self._config, self._files, self._view = config, files, view
+        self._config, self.files, self.view = config, files, view
         self._new_attempt = new_attempt
         self._service: FeatureService | None = None
+        self._tried = 0
+        self._foreign: list[ProvenanceMismatch] = []
 
     @property
     def service(self) -> FeatureService:
@@ -149,8 +159,8 @@ class _Session:
                 GRADIENT, SpaceFields(GRADIENT, self.service.fields, None).fields
             )
             if damage.faults[0].file == path and self._is_committed(data):
-                self._files.make_directory(path.rpartition("/")[0])
-                self._files.replace(path, data)
+                self.files.make_directory(path.rpartition("/")[0])
+                self.files.replace(path, data)
             else:
                 notes.append(f"{damage.faults[0].file}: comes out otherwise, and was left alone")
         return notes
@@ -159,34 +169,59 @@ class _Session:
         """Compare a provenance's seal with those that plans of its space name."""
         from gradstore.format.provenance import read_provenance
 
-        store, sha = self._view(), read_provenance(provenance, GRADIENT)[1]
-        plans = (plan_of(self._files, store, c.generation)[0] for c in store.live_commits())
+        store, sha = self.view(), read_provenance(provenance, GRADIENT)[1]
+        plans = (plan_of(self.files, store, c.generation)[0] for c in store.live_commits())
         return all(plan.provenance_sha256 == sha for plan in plans if plan.space == GRADIENT)
 
     def mend(self, plan: Plan, damages: Sequence[Damage], folder: Path | None) -> list[str]:
-        """Compute units of a generation at the loaded checkpoint; put back, or say what differs."""
+        """Compute units of a generation at the loaded checkpoint; put back, or say what differs.
+
+        A generation of another model, checkpoint or settings than CONFIG's stops no other's repair.
+        """
+        self._tried += 1
+        try:
+            return self._mend(plan, damages, folder)
+        except ProvenanceMismatch as error:
+            self._foreign.append(error)
+            return [f"{plan.name}: {error}"]
+
+    def refuse_if_nothing_is_its(self) -> None:
+        """Refuse a CONFIG that no damaged generation was made with.
+
+        Raises:
+            ProvenanceMismatch: that of the first.
+        """
+        if self._foreign and len(self._foreign) == self._tried:
+            raise self._foreign[0]
+
+    def _mend(self, plan: Plan, damages: Sequence[Damage], folder: Path | None) -> list[str]:
         service = self.service
         rows = self._rows(plan)
         needs = service.settings.train_features.needs_moments and plan.record.role == "train"
         moments = checkpoint_moments(folder, service.run.model) if needs and folder else None
         with autocast(service.run.model, service.run.autocast):
-            factors = recorded_factors(self._files, plan.record)
+            factors = recorded_factors(self.files, plan.record)
             record, compute = service.again(plan.record, rows, moments, factors)
             self._check(plan, record.identity())
             done: dict[int, Mapping[str, np.ndarray]] = {}
             for damage in damages:
                 assert damage.unit is not None
                 done[damage.unit.index] = _stored(plan, compute(damage.unit, _quiet))
-        commit = plan_of(self._files, self._view(), plan.name)[1]
+        commit = plan_of(self.files, self.view(), plan.name)[1]
         left = [
             file
             for unit, values in done.items()
-            for file in put_back(self._files, plan, commit, plan.units[unit], values)
+            for file in put_back(self.files, plan, commit, plan.units[unit], values)
         ]
         if not left:
             return []
+        if plan.name not in {each.generation for each in self.view().live_commits()}:
+            return [
+                f"{plan.name}: its rows come out otherwise; a later attempt superseded it, which "
+                "readers open: gradstore gc removes it"
+            ]
         if self._new_attempt:
-            name = supersede(self._files, self._view, plan.name, done)
+            name = supersede(self.files, self.view, plan.name, done)
             return [f"{plan.name}: its rows came out otherwise; {name} supersedes it"]
         return [
             f"{plan.name}: {len(left)} file(s), first {left[0]}, come out otherwise than they were "
@@ -201,7 +236,7 @@ class _Session:
         note = (
             "no such set in CONFIG"
             if rows is None
-            else self._view().without_forgotten(rows.row_set).difference(plan.rows)
+            else self.view().without_forgotten(rows.row_set).difference(plan.rows)
         )
         if rows is None or note:
             raise ProvenanceMismatch(
@@ -213,10 +248,10 @@ class _Session:
 
     def _check(self, plan: Plan, identity: Mapping[str, Any]) -> None:
         """Refuse another model, checkpoint or settings than the damaged rows were made with."""
-        SpaceFields(GRADIENT, self.service.fields, None).compare(self._files)
+        SpaceFields(GRADIENT, self.service.fields, None).compare(self.files)
         if differences := compare(plan.record.identity(), identity):
             hint = "give the configuration of the run or build that made it"
-            raise refuse(str(self._files.root), differences, hint=hint)
+            raise refuse(str(self.files.root), differences, hint=hint)
 
     def keep_texts(self, damages: Sequence[Damage]) -> list[str]:
         """Keep the text of damaged tables anew."""
@@ -224,7 +259,7 @@ class _Session:
         from gradstore.store.text_writer import keep_texts
 
         data = self.service.run.data
-        store = self._view()
+        store = self.view()
         known = {
             store.without_forgotten(rows.row_set).sha256: rows
             for rows in (data.train, *data.targets)
@@ -235,8 +270,8 @@ class _Session:
             if rows is None:
                 notes.append(f"texts/{sha}: CONFIG has no data set with these rows")
                 continue
-            retire(self._files, self._view, (), [sha])
-            keep_texts(self._files, self._view, rows.row_set, data.texts(rows), data.formats)
+            retire(self.files, self.view, (), [sha])
+            keep_texts(self.files, self.view, rows.row_set, data.texts(rows), data.formats)
         return notes
 
 

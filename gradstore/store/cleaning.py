@@ -22,6 +22,7 @@ from gradstore.format.layout import CURVATURE, METADATA, generation_path, plan_p
 from gradstore.format.names import GenerationName
 from gradstore.format.plans import Plan
 from gradstore.format.text_table import TEXTS, TextTable
+from gradstore.storage.leases import LEASES
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.lock import WriterLock
 from gradstore.store.documents import read_committed_plan
@@ -166,8 +167,10 @@ def remove_retired(files: StoreFiles, store: Store) -> None:
 
 
 def _dead_staging(files: StoreFiles) -> list[str]:
-    paths = ((name, f"{STAGING}/{name}") for name in files.names(STAGING))
-    return [path for name, path in paths if path != QUARANTINE and not files.is_in_use(name)]
+    paths = {f"{STAGING}/{name}": files.is_in_use(name) for name in files.names(STAGING)}
+    if any(used for path, used in paths.items() if path != f"{STAGING}/{files.own}"):
+        paths[LEASES] = True  # of whoever lives
+    return [path for path, used in paths.items() if path != QUARANTINE and not used]
 
 
 def _retired(store: Store) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from gradstore.export.kronecker_fit import fit_factors, full_width, whole_bytes
 from gradstore.format.layout import CURVATURE, plan_path
 from gradstore.format.plans import Plan
 from gradstore.storage.leases import LEASES
+from gradstore.store.own_units import quarantine
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,13 +113,21 @@ def _found_or_fitted(
     sample: FactorSample | None,
 ) -> KroneckerFactors:
     sample_sha = None if sample is None else sample.sha256
-    for record in _records(files, store):
+    for record, committed in _records(files, store):
         told = record.curvature
         same = (record.adapter_hash, record.autocast, record.attention) == state
         # Of a state that was fitted before rows were forgotten: all of it stays in that metric.
         drawn = sample is None or sample.rows.forgotten.any() or sample_sha == told.get("sample")
-        if same and told.get("kind") == rule.kind and drawn:
+        if not (same and told.get("kind") == rule.kind and drawn):
+            continue
+        try:
             return replace(read_factors(files, told["sha256"]), damping=rule.damping)
+        except DamagedData as error:
+            if committed or sample is None:
+                raise
+            _log.warning("%s; nothing committed needs them: they are fitted again", error)
+            if files.exists(path := factors_path(told["sha256"])):
+                quarantine(files, path)
     if sample is None:
         raise BadInput(
             f'{rule.kind} is fitted on training rows, and store "{store.path}" has none of this '
@@ -183,12 +192,15 @@ def factors_of_record(files: ReadFiles, record: GenerationRecord) -> tuple[str, 
     return path, None
 
 
-def _records(files: ReadFiles, store: Store) -> Iterator[GenerationRecord]:
-    """Yield the records of all generations, committed and planned; newest first."""
+def _records(files: ReadFiles, store: Store) -> Iterator[tuple[GenerationRecord, bool]]:
+    """Yield the records of all generations, newest first, and whether they are committed.
+
+    Committed ones first: whoever joins their state takes the factors that readers have.
+    """
+    for generation in reversed(store.generations(superseded=True)):
+        yield generation.record, True
     for name in reversed(store.planned()):
         try:
-            yield Plan.from_bytes(files.read(plan_path(name)))[0].record
+            yield Plan.from_bytes(files.read(plan_path(name)))[0].record, False
         except (ValueError, DamagedData):  # planned again by whoever begins it
             continue
-    for generation in reversed(store.generations(superseded=True)):
-        yield generation.record

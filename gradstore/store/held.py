@@ -10,6 +10,7 @@ from gradstore.errors import expect_path
 from gradstore.storage.local import StoreFiles
 from gradstore.storage.lock import WriterLock
 from gradstore.store.reader import Store, read_identity
+from gradstore.store.worker_group import GROUP
 
 
 @contextmanager
@@ -35,8 +36,9 @@ def held_store(
     expect_path(path, "the store")
     held = files or StoreFiles(path)
     read_identity(held)
-    with WriterLock(held, instead="run this command then"):
+    with WriterLock(held, instead="stop it, and run this command then"):
         try:
+            held.remove(GROUP)  # of workers that were killed: who joins now begins another group
             yield held, _View(held)
         finally:
             held.close()

@@ -61,3 +61,27 @@ def test_repair_with_the_runs_configuration_restores_the_committed_bytes(
         k: v for k, v in before.items() if not k.startswith("texts/")
     }
     assert verify_store(store).ok
+
+
+def test_damage_of_another_run_in_the_store_stops_no_repair_of_this_ones(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    short = {"update_step": 1, "update_times": 1, "gradient_accumulation_steps": 1}
+    path = config(**short)
+    store = tmp_path / "run" / "gradstore"
+    other = config("other.yaml", **short, seed=7, output_dir=str(tmp_path / "other"),
+                   gradstore=str(store), gradstore_run="a")  # fmt: skip
+    for each in (path, other):
+        assert (result := cli("train", each)).code == 0, result.err[-3000:]
+    before = hashes(store)
+    for name in ("a/train/2", "train/2"):
+        (store / "generations" / name / "features/c/0/0").unlink()
+    first = cli("gradstore", "repair", store, path, "--new-attempt", "--json")
+    assert first.code == 4, first.err[-3000:]
+    told = json.loads(first.out)
+    assert [each["generation"] for each in told["left"]] == ["a/train/2"]
+    assert "a/train/2" in "".join(told["notes"])
+    assert "adapter" in "".join(told["notes"])
+    second = cli("gradstore", "repair", store, other)
+    assert second.code == 0, second.err[-3000:]
+    assert hashes(store) == before

@@ -12,7 +12,7 @@ import pytest
 from dataflex.data.order import BatchShape
 from dataflex.features import step_share
 from dataflex.features.settings import FeatureSettings
-from dataflex.features.step_share import step_of, train_features
+from dataflex.features.step_share import features_again, step_of, train_features
 from dataflex.run.ranks import Ranks
 from gradstore.errors import BadInput
 from gradstore.export.share import OptimizerStep, StepShare
@@ -75,3 +75,41 @@ def test_a_step_has_the_rows_of_all_micro_batches_and_the_trainers_clipping(
     shape = SimpleNamespace(rows=24)
     monkeypatch.setattr(BatchShape, "of", lambda args: shape)
     assert step_of(SimpleNamespace(max_grad_norm=given)) == OptimizerStep(24, norm)
+
+
+def test_rows_that_were_removed_from_the_store_are_not_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone = np.array([False, True, False, True])
+    drawn: list[list[int]] = []
+
+    def estimated(model: Any, batches: Any, step: OptimizerStep) -> StepShare:
+        drawn.append(sorted(i for rows, _ in batches for i in rows.tolist()))
+        return StepShare(step.rows, step.max_grad_norm, 5.0, 1.0)
+
+    monkeypatch.setattr(step_share, "expected_share", estimated)
+    monkeypatch.setattr(step_share, "longest_row", lambda model, rows: None)
+    given = run(OptimizerStep(8, 1.0))
+    given.data.train.row_set = "the rows"
+    asked: list[tuple[Any, Any]] = []
+
+    def without_forgotten(rows: Any, *, of: str) -> Any:
+        asked.append((rows, of))
+        return SimpleNamespace(forgotten=gone)
+
+    store = SimpleNamespace(without_forgotten=without_forgotten)
+    train_features(given, settings("adam_share"), lambda: store)  # type: ignore[arg-type, return-value]
+    train_features(given, settings("adam_share"))
+    assert asked == [("the rows", "")]
+    assert drawn == [[0, 2], [0, 1, 2, 3]]
+
+
+def test_rows_made_again_have_the_share_they_were_made_with_at_the_steps_of_today() -> None:
+    """The estimates are the record's; what is compared with it is the run's."""
+    told = {"rows": 6, "max_grad_norm": 1.0, "tokens": 5.0, "norm": 2.5}
+    record: Any = SimpleNamespace(role="train", feature_options={"share": told})
+    again = features_again(run(OptimizerStep(8, 0.5)), settings("adam_share"), record)
+    assert again.share == StepShare(8, 0.5, 5.0, 2.5)
+    asked = settings("adam_share")
+    target: Any = SimpleNamespace(role="target", feature_options={})
+    assert features_again(run(None), asked, target) == asked.target_features

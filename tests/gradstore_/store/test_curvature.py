@@ -135,6 +135,32 @@ def test_factors_of_an_interrupted_build_are_taken_up(
     assert store.generation("train/7").record.curvature["sha256"] == build.files[0].stem
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_damaged_factors_that_nothing_committed_needs_are_fitted_again(
+    build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lost: bool
+) -> None:
+    from gradstore.store import building
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "fill", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build()
+    (file,) = build.files
+    content = file.read_bytes()
+    file.chmod(0o644)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    if lost:
+        file.unlink()
+    store = build()
+    assert file.name in "".join(caplog.messages)
+    assert store.generation("train/7").record.curvature["sha256"] == file.stem
+    assert file.read_bytes() == content
+    assert verify_store(build.path).ok
+
+
 def test_damaged_and_missing_factors_are_found_by_verify_and_by_whoever_needs_them(
     build: Build,
 ) -> None:

@@ -26,10 +26,13 @@ from gradstore.format.text_table import Text, part_bytes, part_path
 from gradstore.storage import leases as lease_module
 from gradstore.storage.leases import LEASES, Leases, Worker
 from gradstore.storage.local import StoreFiles
+from gradstore.store.cleaning import plan_clean_up
 from gradstore.store.filling import UnitSink, fill
 from gradstore.store.generation_writer import GenerationWriter
+from gradstore.store.held import held_store
 from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
+from gradstore.store.worker_group import GROUP
 from gradstore.store.writer import StoreWriter
 
 N, UNIT_ROWS = 40, 4
@@ -572,3 +575,30 @@ def test_bad_rows_of_all_workers_count_together(kit: Any, fast_path: Path) -> No
     for writer in writers:
         writer.close()
     assert open_store(fast_path / "s").generations() == []
+
+
+def test_clean_up_that_is_tried_beside_workers_leaves_their_leases(
+    job: Job, fast_path: Path
+) -> None:
+    def listed() -> list[str]:
+        files = StoreFiles(fast_path / "s")
+        found = plan_clean_up(files, open_store(fast_path / "s"), None)
+        return [each.path for each in found.removals if each.path.startswith("staging")]
+
+    writer = StoreWriter(fast_path / "s", provenance=job.kit.provenance, worker=Worker(1, 2))
+    job.begin(writer, "train/1")
+    assert listed() == []
+    writer._files.close()  # as a kill leaves it
+    assert LEASES in listed()
+    writer.close()
+
+
+def test_care_after_killed_workers_lets_none_join_their_group(job: Job, fast_path: Path) -> None:
+    """One that finds the lock held, and free a moment later, takes what is set up for set up."""
+    path = fast_path / "s"
+    with StoreWriter(path, provenance=job.kit.provenance):
+        pass
+    (path / "staging" / "leases").mkdir(parents=True)
+    (path / GROUP).write_bytes(b'{"generations":["train/1"]}')
+    with held_store(path):
+        assert not (path / GROUP).exists()
