@@ -238,6 +238,8 @@ MUTANTS = [
            WEIGHTERS),
     Mutant("dataflex/weighters/joint_update_aware.py", "_Objective(s, beta * g)",
            "_Objective(s, g)", WEIGHTERS),
+    Mutant("dataflex/run/queue.py", "failed = desk.closed(arrived) or failed",
+           "desk.closed(arrived)", "tests/dataflex_/run/test_queue.py"),
     Mutant("dataflex/trainers/weights.py", "tokens.sum() / (weights * tokens).sum()",
            "len(tokens) / weights.sum()", WEIGHTS),
     Mutant("dataflex/trainers/loss_seam.py", "of_row[targets.rows] * token_losses",

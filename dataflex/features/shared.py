@@ -1,8 +1,9 @@
 """One generation, made by all ranks: each computes units of one plan, rank 0 writes and commits.
 
-One process holds the store, so there is one lock and nothing to merge; the units, and with them
-every feature, are those a single process would have computed. A process that has no other ranks
-writes what it computes; it may be one of several workers, which share the store instead.
+Units go to whichever rank is free, so that none idles while any are pending. One process holds
+the store, so there is one lock and nothing to merge; the units, and with them every feature, are
+those a single process would have computed. A process that has no other ranks writes what it
+computes; it may be one of several workers, which share the store instead.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from dataflex.data.rows import Rows
 from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows, progress
+from dataflex.run.queue import share_out
 from dataflex.run.ranks import Ranks
 from gradstore.export.units import UnitFeatures
 from gradstore.format.layout import generation_bytes
@@ -84,16 +86,13 @@ def export_shared(
         told=ranks.leads,
         stored_bytes=_stored_bytes(held[0].writer) if ranks.leads else 0,
     ) as advance:
-        for start in range(0, len(pending), ranks.world):
-            units = pending[start : start + ranks.world]
-            mine = units[ranks.rank] if ranks.rank < len(units) else None
-
-            def work(mine: UnitRange | None = mine) -> UnitFeatures | None:
-                return None if mine is None else compute(mine, advance)
-
-            parts = ranks.collect(work)
-            ranks.decide(lambda parts=parts: _write(held[0].sink, parts))  # type: ignore[misc]
-            advance(sum(unit.stop - unit.start for unit in units if unit is not mine))
+        share_out(
+            ranks,
+            pending,
+            lambda unit: compute(unit, advance),
+            lambda done: held[0].sink.write(done),
+            lambda unit: advance(unit.stop - unit.start),
+        )
     ranks.decide(lambda: held[0].writer.commit())
     return ranks.decide(lambda: held[0].sink.summary)
 
@@ -135,9 +134,3 @@ def _stored_bytes(writer: GenerationWriter) -> int:
     """Compute the bytes that the pending units will take."""
     rows = sum(unit.stop - unit.start for unit in writer.pending)
     return generation_bytes(rows, writer.plan.dim, writer.plan.dtype, writer.plan.unit_rows)
-
-
-def _write(sink: UnitSink, parts: list[UnitFeatures | None]) -> None:
-    for part in parts:
-        if part is not None:
-            sink.write(part)

@@ -72,18 +72,6 @@ class Ranks:
         answers: list[T] = self.gather(choose if self.leads else _nothing)
         return answers[0]
 
-    def collect(self, work: Callable[[], T]) -> list[T]:
-        """Gather large results as `gather` does, but to rank 0 alone; others get an empty list."""
-        held: list[T] = []
-        self.gather(lambda: held.append(work()))
-        if self.world == 1:
-            return held
-        import torch.distributed as dist
-
-        answers: list[Any] | None = [None] * self.world if self.leads else None
-        dist.gather_object(held[0], answers, dst=0)
-        return answers or []
-
     def concatenated(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Concatenate the float64 vectors of all ranks; they may differ in length."""
         if self.world == 1:

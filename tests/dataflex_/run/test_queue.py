@@ -1,0 +1,128 @@
+"""The queue of work over processes: each piece once, nobody idle, one failure fails all."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from dataflex.run.messages import RemoteFailure
+from dataflex.run.queue import share_out
+from dataflex.run.ranks import Ranks
+from gradstore.errors import BadInput, StoreIOError
+
+PIECES = list(range(12))
+
+
+def on_ranks(folder: Path, world: int, act: Callable[[Ranks], Any]) -> list[Any]:
+    """Run `act` in that many processes of one gloo group; what each returns, as JSON has it."""
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                dist.init_process_group(
+                    "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world
+                )
+                (folder / f"{rank}.json").write_text(json.dumps(act(Ranks(rank, world))))
+                dist.destroy_process_group()
+                code = 0
+            except BaseException:  # of any kind: a child must never return into its parent's test
+                traceback.print_exc()
+            os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * world
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+class Work:
+    """Arrays that follow from the piece; a rank's log of what it did, took and was told of."""
+
+    def __init__(self, ranks: Ranks, seconds: float = 0.0) -> None:
+        self.ranks, self.seconds = ranks, seconds
+        self.done: list[int] = []
+        self.taken: list[tuple[int, int]] = []
+        self.arrived: list[int] = []
+
+    def __call__(self, piece: int) -> tuple[int, np.ndarray]:
+        time.sleep(self.seconds)
+        self.done.append(piece)
+        return piece, np.full(300_000, piece, np.float32)
+
+    def take(self, result: tuple[int, np.ndarray]) -> None:
+        self.taken.append((result[0], int(result[1].sum())))
+
+    def share(self, pieces: list[int] = PIECES) -> list[Any]:
+        share_out(self.ranks, pieces, self, self.take, self.arrived.append)
+        return [self.done, sorted(self.taken), sorted(self.arrived)]
+
+
+def test_every_piece_is_done_once_and_taken_by_the_first_rank(tmp_path: Path) -> None:
+    found = on_ranks(tmp_path, 3, lambda ranks: [Work(ranks).share(), Work(ranks).share()])
+    for pass_ in zip(*found, strict=True):
+        assert sorted(piece for done, _, _ in pass_ for piece in done) == PIECES
+        assert pass_[0][1] == [[piece, 300_000 * piece] for piece in PIECES]
+        assert pass_[0][2] == sorted(set(PIECES) - set(pass_[0][0])), "what others did is told of"
+        assert [rank[1:] for rank in pass_[1:]] == [[[], []]] * 2
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_slow_rank_holds_the_others_up_by_one_piece_at_most(tmp_path: Path, slow: int) -> None:
+    """In lock-step, each would do half."""
+    (first, second) = on_ranks(
+        tmp_path, 2, lambda ranks: Work(ranks, 0.5 if ranks.rank == slow else 0.01).share()
+    )
+    done = len((first, second)[slow][0])
+    assert 1 <= done <= 2
+    assert len(first[0]) + len(second[0]) == len(PIECES)
+
+
+def test_fewer_pieces_than_ranks_and_none_at_all_end(tmp_path: Path) -> None:
+    found = on_ranks(tmp_path, 3, lambda ranks: [Work(ranks).share([5]), Work(ranks).share([])])
+    assert [rank[1] for rank in found] == [[[], [], []]] * 3
+    assert sorted(len(rank[0][0]) for rank in found) == [0, 0, 1]
+    assert found[0][0][1] == [[5, 300_000 * 5]]
+
+
+@pytest.mark.parametrize("failing", ["work of the first", "work of another", "taking"])
+def test_a_failure_of_one_ends_all_with_its_message(tmp_path: Path, failing: str) -> None:
+    def act(ranks: Ranks) -> list[Any]:
+        work = Work(ranks, 0.02)
+
+        def bad(piece: int) -> tuple[int, np.ndarray]:
+            if failing == f"work of {'the first' if ranks.leads else 'another'}":
+                raise BadInput(f"bad piece, rank {ranks.rank}")
+            return work(piece)
+
+        def take(result: tuple[int, np.ndarray]) -> None:
+            if failing == "taking" and result[0] not in work.done:  # of the other rank
+                raise StoreIOError("disk full")
+            work.take(result)
+
+        try:
+            share_out(ranks, list(range(200)), bad, take, work.arrived.append)
+        except (BadInput, StoreIOError, RemoteFailure) as error:
+            return [type(error).__name__, error.exit_code, str(error), len(work.done)]
+        return ["nothing was raised"]
+
+    first, second = on_ranks(tmp_path, 2, act)
+    message, code = {
+        "taking": ("disk full", StoreIOError.exit_code),
+        "work of the first": ("bad piece, rank 0", BadInput.exit_code),
+        "work of another": ("bad piece, rank 1", BadInput.exit_code),
+    }[failing]
+    assert first[1] == second[1] == code
+    assert message in first[2]
+    assert message in second[2]
+    assert first[3] + second[3] < 200, "nothing more is handed out"
+    assert "RemoteFailure" in (first[0], second[0])
