@@ -52,6 +52,8 @@ def share_out(
     Raises:
         StoreError: on every rank, whatever failed on one; nothing is handed out after that.
     """
+    if not pieces:
+        return
     failed: BaseException | None = None
     desk = _Desk(ranks.world, pieces, take) if ranks.leads else None
     group = _group()

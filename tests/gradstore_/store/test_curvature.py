@@ -19,7 +19,7 @@ from gradstore.export.settings import BuildSettings
 from gradstore.export.units import Batches
 from gradstore.format.plans import UnitRange
 from gradstore.format.records import RowSet
-from gradstore.store import curvature
+from gradstore.store import building, curvature
 from gradstore.store.curvature import FactorSample
 from gradstore.store.verify import verify_store
 
@@ -38,6 +38,17 @@ class Build:
         given = {"preconditioner": "ekfac", "step": 7, **SETTINGS, **changes}
         gradstore.build(self.model, None, self.train if train else None, rows, self.path, **given)
         return gradstore.open_store(self.path)
+
+    def interrupted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Build, and stop in the first target set."""
+
+        def stop(*_: Any, **__: Any) -> Any:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(building, "fill", stop)
+            with pytest.raises(KeyboardInterrupt):
+                self()
 
     @property
     def files(self) -> list[Path]:
@@ -120,15 +131,7 @@ def test_factors_of_an_interrupted_build_are_taken_up(
     build: Build, unfitted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the first target set: its plan names the factors, and nothing is committed."""
-    from gradstore.store import building
-
-    def stop(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(building, "fill", stop)
-        with pytest.raises(KeyboardInterrupt):
-            build()
+    build.interrupted(monkeypatch)
     assert gradstore.open_store(build.path).generations() == []
     unfitted()
     store = build()
@@ -139,15 +142,7 @@ def test_factors_of_an_interrupted_build_are_taken_up(
 def test_damaged_factors_that_nothing_committed_needs_are_fitted_again(
     build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lost: bool
 ) -> None:
-    from gradstore.store import building
-
-    def stop(*_: Any, **__: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(building, "fill", stop)
-        with pytest.raises(KeyboardInterrupt):
-            build()
+    build.interrupted(monkeypatch)
     (file,) = build.files
     content = file.read_bytes()
     file.chmod(0o644)
