@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from gradkernels import ProjectionSpec
+from gradkernels import Feature, ProjectionSpec
+from gradkernels.features import VECTORS, FeatureKind
 from torch import Tensor
 
 from gradstore.capture.losses import Targets
@@ -33,13 +34,11 @@ from gradstore.export.share import StepShare
 Kind = Literal["adam_marginal", "adam_share", "adam", "sgd", "sign"]
 EpsMode = Literal["inside", "outside"]
 
-#: Elements per in-place operation: the block and two work buffers stay in cache.
-_BLOCK_ELEMENTS = 1 << 17
-_CUDA_BLOCK_ELEMENTS = 1 << 26
 #: Stands in for eps = 0, where a parameter that has never moved would divide 0 by 0.
 _TINY = torch.finfo(torch.float32).tiny
 #: Keeps s + s₀ above 0; where it is not negligible, an outer eps dominates the sum.
 _ROOT_FLOOR = 1e-27
+_SIGN = Feature("sign")
 
 
 @dataclass(frozen=True)
@@ -135,22 +134,6 @@ class Recipe:
         expect(moments is None or isinstance(moments, AdamMoments), "moments", moments, wanted)
 
 
-@dataclass(frozen=True)
-class _AdamVectors:
-    """One slot's constants, M and √V both divided by 1-β₁ so that M = a + g.
-
-    V = base + curve·g², with eps inside `base` or added to the root as `outer`. `still` is the
-    root at g = 0 and `pull` is a·curve / (the denominator at g = 0). Vectors are (numel,) float32.
-    """
-
-    a: Tensor
-    base: Tensor
-    still: Tensor
-    pull: Tensor
-    curve: float
-    outer: float
-
-
 class FeatureMap:
     """Map from gradient blocks to feature blocks, in place.
 
@@ -173,9 +156,7 @@ class FeatureMap:
     ) -> None:
         self.spec = spec
         self._device = torch.device(device)
-        cuda = self._device.type == "cuda"
-        self._block_elements = _CUDA_BLOCK_ELEMENTS if cuda else _BLOCK_ELEMENTS
-        self._vectors: dict[str, _AdamVectors] = {}
+        self._features: dict[str, Feature] = {}
         if spec.needs_moments:
             if moments is None:
                 raise BadInput(
@@ -183,7 +164,7 @@ class FeatureMap:
                     "the checkpoint, or take `sgd` or `sign`"
                 )
             for slot in slots:
-                self._vectors[slot.name] = self._prepare(moments.of(slot))
+                self._features[slot.name] = self._prepare(moments.of(slot))
 
     def apply_(self, slot: ParameterSlot, grad: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Overwrite a block of gradients with features; non-finite values stay non-finite.
@@ -201,26 +182,26 @@ class FeatureMap:
         """
         if self.spec.curvature is not None:
             return self.spec.curvature.root_(slot, grad)
-        if self.spec.kind == "sgd":
-            return grad
-        if self.spec.needs_share:
-            grad.mul_(self._shares(tokens)[:, None])
-        width = max(1, self._block_elements // max(1, grad.shape[0]))
-        if self.spec.kind == "sign":
-            for block in torch.split(grad, width, dim=1):
-                # g - g is 0, or nan where g is not finite: torch.sign would turn nan into 0.
-                rest = block - block
-                block.sign_().add_(rest)
-            return grad
-        vectors = self._vectors[slot.name]
-        step_ = _step_ if self.spec.kind == "adam" else _marginal_
-        work = grad.new_empty(2, grad.shape[0], min(width, grad.shape[1]))
-        for start in range(0, grad.shape[1], width):
-            block = grad[:, start : start + width]
-            span = slice(start, start + block.shape[1])
-            first, second = work[:, :, : block.shape[1]]
-            step_(block, vectors, span, first, second)
-        return grad
+        factors = self.factors(tokens)
+        if factors is not None:
+            grad.mul_(factors[:, None])
+        feature = self.of(slot)
+        return grad if feature is None else feature.apply_(grad)
+
+    def of(self, slot: ParameterSlot) -> Feature | None:
+        """Return what a projection can do to a slot's gradients as it reads them.
+
+        None of plain gradients, and of those that a curvature mixes: `apply_` alone does that.
+        """
+        return _SIGN if self.spec.kind == "sign" else self._features.get(slot.name)
+
+    def factors(self, tokens: Tensor | None) -> Tensor | None:
+        """Return what rows of so many target tokens are multiplied by before `of`: (b,) float32.
+
+        Raises:
+            BadInput: the feature needs shares, and they or the tokens are missing.
+        """
+        return self._shares(tokens) if self.spec.needs_share else None
 
     def tokens_of(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Count the target tokens (b,) of a batch's rows, where the feature needs them."""
@@ -235,7 +216,11 @@ class FeatureMap:
             )
         return share.of(tokens.to(self._device))
 
-    def _prepare(self, moments: ParameterMoments) -> _AdamVectors:
+    def _prepare(self, moments: ParameterMoments) -> Feature:
+        """Divide M and √V by 1-β₁, so that M = a + g and V = base + curve·g².
+
+        eps is part of `base` (inside) or `outer`. Vectors are made in float64.
+        """
         constants = moments.constants
         m = moments.m.reshape(-1).double()
         v = moments.v.reshape(-1).double()
@@ -253,33 +238,7 @@ class FeatureMap:
         pull = a * curve / (still + outer)
         if outer:
             still = still + _ROOT_FLOOR
-        a, base, still, pull = (x.to(self._device, torch.float32) for x in (a, base, still, pull))
-        return _AdamVectors(a, base, still, pull, curve, outer)
-
-
-def _step_(block: Tensor, vectors: _AdamVectors, span: slice, root: Tensor, _: Tensor) -> None:
-    """Compute Γ(g) = (a + g) / (√V + outer), in place on (b, w)."""
-    torch.addcmul(vectors.base[span], block, block, value=vectors.curve, out=root)
-    root.sqrt_()
-    if vectors.outer:
-        root.add_(vectors.outer)
-    block.add_(vectors.a[span]).div_(root)
-
-
-def _marginal_(
-    block: Tensor, vectors: _AdamVectors, span: slice, root: Tensor, share: Tensor
-) -> None:
-    """Compute Γ(g) - Γ(0) without the difference of nearly equal terms, in place on (b, w).
-
-    With the roots s = √V and s₀ = √V(0) and the denominators D = s + outer, D₀ = s₀ + outer:
-    Γ(g) - Γ(0) = g/D - a(s - s₀)/(D·D₀), and s - s₀ = curve·g²/(s + s₀), so with
-    pull = a·curve/D₀ it is g·(s + s₀ - pull·g) / (D·(s + s₀)).
-    """
-    torch.addcmul(vectors.base[span], block, block, value=vectors.curve, out=root)
-    root.sqrt_()
-    torch.add(root, vectors.still[span], out=share)
-    if vectors.outer:
-        root.add_(vectors.outer)
-    root.mul_(share)
-    share.addcmul_(vectors.pull[span], block, value=-1.0)
-    block.mul_(share.div_(root))
+        made = {"a": a, "base": base, "still": still, "pull": pull}
+        kind: FeatureKind = "adam" if self.spec.kind == "adam" else "adam_marginal"
+        kept = {name: made[name].to(self._device, torch.float32) for name in VECTORS[kind]}
+        return Feature(kind, **kept, curve=curve, outer=outer)

@@ -2,7 +2,8 @@
 
 The way of one batch: token ids (b, t) -> gradient blocks (b, p_block) from `GradientCapture` ->
 feature blocks from `FeatureMap` -> accumulated projection (b, d). The full (b, p) matrix exists
-only where a dense projection wants many rows at once (`buffer_bytes` bounds it).
+only where a dense projection wants many rows at once (`buffer_bytes` bounds it). On a CUDA device
+the projection makes features, and their norms, as it reads gradients.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,8 @@ from gradstore.format.plans import UnitRange
 #: Rows a dense projection multiplies at once: fewer underuse the matrix product (BLAS, tensor
 #: cores) because the random matrix has to be made again for every group of rows.
 DENSE_ROWS = 64
+#: Types of devices on which features are made by the projection. On a CPU they are made first.
+FUSED = ("cuda",)
 
 
 def export_features(
@@ -120,6 +123,14 @@ def _pairs(batches: Iterable[RowBatch]) -> Iterator[RowBatch]:
         yield pair
 
 
+class _Kept(NamedTuple):
+    """Rows of a batch whose features, or gradients and their factors (b,), wait in the buffer."""
+
+    rows: npt.NDArray[np.int64]
+    stats: BatchStats
+    factors: Tensor | None
+
+
 class _Exporter:
     """Capture, feature map and projection, joined for one pass."""
 
@@ -140,26 +151,34 @@ class _Exporter:
         self.projection = projection
         self.device = device
         self.map = FeatureMap(recipe.features, capture.slots, recipe.moments, device=device)
+        # A curvature mixes parameters: no projection can do that as it reads them.
+        self.fused = device.type in FUSED and recipe.features.curvature is None
         self.gather_rows = max(1, min(DENSE_ROWS, buffer_bytes // (4 * capture.p)))
 
     def streamed(self, rows: npt.NDArray[np.int64], batch: Batch) -> FeatureRows:
         """Project each block as it leaves the backward pass; nothing of size (b, p) is kept."""
         b = len(rows)
-        accumulator = Accumulator(self.projection, b, device=self.device)
+        accumulator = Accumulator(self.projection, b, device=self.device, squares=self.fused)
         squares = torch.zeros(b, dtype=torch.float64, device=self.device)
         tokens = self.map.tokens_of(batch)
+        factors = self.map.factors(tokens) if self.fused else None
 
         def sink(slot: ParameterSlot, gradient: Tensor) -> None:
+            if self.fused:
+                accumulator.add(gradient, slot.start, self.map.of(slot), factors)
+                return
             feature = self.map.apply_(slot, gradient, tokens)
             squares.add_(sum_of_squares(feature))
             accumulator.add(feature, slot.start)
 
         stats = self.capture.capture(self._move(batch), sink)
+        if self.fused:
+            squares = accumulator.squares()
         return finished_rows(rows, accumulator.result(), squares, stats)
 
     def gathered(self, batches: Iterable[RowBatch]) -> Iterator[FeatureRows]:
-        """Collect whole features of several small batches, then project them together."""
-        group: list[tuple[npt.NDArray[np.int64], BatchStats]] = []
+        """Collect several small batches, features or their gradients, and project them together."""
+        group: list[_Kept] = []
         buffer = torch.empty((self.gather_rows, self.capture.p), device=self.device)
         filled = 0
         for rows, batch in batches:
@@ -170,9 +189,9 @@ class _Exporter:
                 yield self.streamed(rows, batch)
                 continue
             part = buffer[filled : filled + len(rows)]
-            sink = partial(self._keep, part, self.map.tokens_of(batch))
-            stats = self.capture.capture(self._move(batch), sink)
-            group.append((rows, stats))
+            tokens = self.map.tokens_of(batch)
+            stats = self.capture.capture(self._move(batch), partial(self._keep, part, tokens))
+            group.append(_Kept(rows, stats, self.map.factors(tokens) if self.fused else None))
             filled += len(rows)
         if filled:
             yield self._project(buffer[:filled], group)
@@ -180,21 +199,28 @@ class _Exporter:
     def _keep(
         self, part: Tensor, tokens: Tensor | None, slot: ParameterSlot, gradient: Tensor
     ) -> None:
-        """Write a slot's features into its columns of (b, p)."""
-        feature = self.map.apply_(slot, gradient, tokens)
-        part[:, slot.start : slot.start + slot.numel] = feature
+        """Write a slot's features, or its gradients, into its columns of (b, p)."""
+        kept = gradient if self.fused else self.map.apply_(slot, gradient, tokens)
+        part[:, slot.start : slot.start + slot.numel] = kept
 
-    def _project(
-        self, features: Tensor, group: list[tuple[npt.NDArray[np.int64], BatchStats]]
-    ) -> FeatureRows:
-        accumulator = Accumulator(self.projection, len(features), device=self.device)
-        accumulator.add(features, 0)
-        rows = np.concatenate([rows for rows, _ in group])
+    def _project(self, kept: Tensor, group: list[_Kept]) -> FeatureRows:
+        accumulator = Accumulator(self.projection, len(kept), device=self.device,
+                                  squares=self.fused)  # fmt: skip
+        if self.fused and self.map.spec.kind != "sgd":
+            factors = [each.factors for each in group if each.factors is not None]
+            joined = torch.cat(factors) if factors else None
+            for slot in self.capture.slots:
+                block = kept[:, slot.start : slot.start + slot.numel]
+                accumulator.add(block, slot.start, self.map.of(slot), joined)
+        else:
+            accumulator.add(kept, 0)
+        squares = accumulator.squares() if self.fused else sum_of_squares(kept)
+        rows = np.concatenate([each.rows for each in group])
         stats = BatchStats(
-            torch.cat([stats.loss for _, stats in group]),
-            torch.cat([stats.target_tokens for _, stats in group]),
+            torch.cat([each.stats.loss for each in group]),
+            torch.cat([each.stats.target_tokens for each in group]),
         )
-        return finished_rows(rows, accumulator.result(), sum_of_squares(features), stats)
+        return finished_rows(rows, accumulator.result(), squares, stats)
 
     def _move(self, batch: Batch) -> dict[str, Any]:
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -13,7 +13,8 @@ s non-zeros per parameter (SJLT), j a parameter's global index, i an output's in
 from __future__ import annotations
 
 from gradkernels.dispatch import Accumulator, project
+from gradkernels.features import Feature
 from gradkernels.reference import canary, project_reference
 from gradkernels.spec import ProjectionSpec
 
-__all__ = ["Accumulator", "ProjectionSpec", "canary", "project", "project_reference"]
+__all__ = ["Accumulator", "Feature", "ProjectionSpec", "canary", "project", "project_reference"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, cast, get_args
 
 import torch
+from gradkernels.features import Feature
 from gradkernels.gpu.usable import refusal
 from gradkernels.portable import TorchSums
 from gradkernels.reference import scale
@@ -24,6 +25,20 @@ class _Sums(Protocol):
     def total(self) -> Tensor: ...
 
 
+class _FusedSums(_Sums, Protocol):
+    """Sums that make features as they read gradients, and know the features' squared norms."""
+
+    def add(
+        self,
+        block: Tensor,
+        start: int,
+        feature: Feature | None = None,
+        factors: Tensor | None = None,
+    ) -> None: ...
+
+    def squares(self) -> Tensor: ...
+
+
 class Accumulator:
     """Projection of a (b, p) matrix that is never built: blocks come one by one, in any order.
 
@@ -37,6 +52,7 @@ class Accumulator:
         device: where blocks come from and the result goes.
         backend: None chooses the fastest: "numba" on a CPU (Gaussian: "torch"), "triton" on
             a CUDA device where its kernels pass their test (Gaussian: "torch"), else "torch".
+        squares: whether `squares` will be asked for. The Triton kernels know them anyway.
 
     Raises:
         TypeError: spec is no ProjectionSpec, or rows no int.
@@ -51,6 +67,7 @@ class Accumulator:
         *,
         device: str | torch.device = "cpu",
         backend: Backend | None = None,
+        squares: bool = False,
     ) -> None:
         check_spec(spec)
         check_int("rows", rows)
@@ -67,18 +84,32 @@ class Accumulator:
             (low, min(low + _GROUP_ROWS, rows), self._new_sums(min(_GROUP_ROWS, rows - low)))
             for low in range(0, rows, _GROUP_ROWS)
         ]
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        asked = squares and self.backend != "triton"
+        self._squares = torch.zeros(rows, dtype=wide, device=self.device) if asked else None
 
-    def add(self, block: Tensor, start: int) -> None:
+    def add(
+        self,
+        block: Tensor,
+        start: int,
+        feature: Feature | None = None,
+        factors: Tensor | None = None,
+    ) -> None:
         """Add parameters [start, start + p_block).
+
+        The Triton kernels make features as they read gradients; elsewhere plain torch does, in new
+        memory of the block's size.
 
         Args:
             block: (b, p_block), any float type and strides, on the accumulator's device; computed
                 in float32.
             start: global index of the block's first parameter.
+            feature: of the block's parameters, to be projected in the gradients' place.
+            factors: (b,) float32 that gradients are multiplied by, before their feature is taken.
 
         Raises:
             TypeError: block is no floating-point tensor, or start no int.
-            ValueError: the shape, device or place does not fit.
+            ValueError: a shape, device or place does not fit.
         """
         _check_block(block, self.rows)
         if block.device.type != self.device.type:
@@ -94,12 +125,38 @@ class Accumulator:
             )
         if block.shape[1] == 0:
             return
+        _check_feature(block, feature, factors)
         block = block.detach()
+        if feature is not None or factors is not None:
+            kind = None if feature is None else feature.kind
+            if self.backend != "triton" or refusal(self.device, self.spec.method, kind) is not None:
+                block, feature, factors = _applied(block, feature, factors), None, None
         for low, high, sums in self._groups:
             part = block[low:high]
-            if self.backend != "triton":  # its kernels read any strides, and half the bytes
-                part = part.to(torch.float32).contiguous()
+            if self.backend == "triton":  # its kernels read any strides, and half the bytes
+                own = None if factors is None else factors[low:high]
+                cast(_FusedSums, sums).add(part, start, feature, own)
+                continue
+            part = part.to(torch.float32).contiguous()
+            if self._squares is not None:
+                norms = torch.linalg.vector_norm(part, dim=1)
+                self._squares[low:high] += norms.to(self._squares.dtype).square_()
             sums.add(part, start)
+
+    def squares(self) -> Tensor:
+        """Return the squared norms of what was added so far: (b,) float64, a new tensor.
+
+        Blocks that overlap count one by one. A row that is not finite has inf or NaN.
+
+        Raises:
+            ValueError: the accumulator was made without `squares=True`, and sums without them.
+        """
+        if self.backend == "triton":
+            parts = [cast(_FusedSums, sums).squares() for _, _, sums in self._groups]
+            return torch.cat([torch.zeros(0, dtype=torch.float64, device=self.device), *parts])
+        if self._squares is None:
+            raise ValueError("squared norms were not kept; make the Accumulator with squares=True")
+        return self._squares.clone()
 
     def result(self) -> Tensor:
         """Return the projection of what was added so far: (b, d) float32, a new tensor."""
@@ -170,6 +227,29 @@ def choose_backend(spec: ProjectionSpec, device: torch.device, backend: str | No
     if backend == "torch":
         return "torch"
     raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)} or None")
+
+
+def _applied(block: Tensor, feature: Feature | None, factors: Tensor | None) -> Tensor:
+    """Return the features of a block (b, m) by plain torch: a new float32 tensor."""
+    out = block.to(torch.float32, copy=True)
+    if factors is not None:
+        out.mul_(factors[:, None])
+    return out if feature is None else feature.apply_(out)
+
+
+def _check_feature(block: Tensor, feature: Feature | None, factors: Tensor | None) -> None:
+    """Raise unless a feature and factors fit a block (b, m)."""
+    length = None if feature is None else feature.length
+    if length is not None and length != block.shape[1]:
+        raise ValueError(
+            f"the feature is of {length} parameters, the block of {block.shape[1]}; "
+            "Feature.part(low, high) cuts one"
+        )
+    if factors is not None and (factors.shape != block.shape[:1] or factors.dtype != torch.float32):
+        raise ValueError(
+            f"factors are {factors.dtype} {tuple(factors.shape)}, not float32 of the block's "
+            f"b={len(block)} rows"
+        )
 
 
 def _check_block(block: object, rows: int | None) -> None:

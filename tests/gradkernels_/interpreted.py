@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from gradkernels import ProjectionSpec
+from gradkernels import Feature, ProjectionSpec
 
 CPU = torch.device("cpu")
 
@@ -44,9 +44,24 @@ class Interpreter:
         found: torch.Tensor = self._ask("sums", (spec, blocks, constants))
         return found
 
-    def difference(self, method: str, width: int, fault: str = "") -> str | None:
+    def features(
+        self,
+        spec: ProjectionSpec,
+        x: torch.Tensor,
+        start: int,
+        feature: Feature | None,
+        factors: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums (b, d) and squared norms (b,) float64 of the features of x (b, m)."""
+        found: tuple[torch.Tensor, torch.Tensor]
+        found = self._ask("features", (spec, x, start, feature, factors))
+        return found
+
+    def difference(
+        self, method: str, width: int, kind: str | None = None, fault: str = ""
+    ) -> str | None:
         """Ask the test at first use, on kernels with a planted fault."""
-        found: str | None = self._ask("difference", (method, width, fault))
+        found: str | None = self._ask("difference", (method, width, kind, fault))
         return found
 
     def close(self) -> None:
@@ -81,18 +96,34 @@ def sums_of(
         vars(module).update(before)
 
 
-def difference(method: Any, width: int, fault: str) -> str | None:
+def features_of(
+    spec: ProjectionSpec,
+    x: torch.Tensor,
+    start: int,
+    feature: Feature | None,
+    factors: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from gradkernels.gpu.sums import SUMS
+
+    ours = SUMS[spec.method](spec, len(x), CPU)
+    ours.add(x, start, feature, factors)
+    return ours.total().clone(), ours.squares().clone()
+
+
+def difference(method: Any, width: int, kind: Any, fault: str) -> str | None:
     from gradkernels.gpu import sums as module
     from gradkernels.gpu import usable
 
-    right = module.signed
+    signed, given = module.signed, module.arguments
     if fault == "key":  # words of another matrix
-        module.signed = lambda key: right(key) ^ 1
+        module.signed = lambda key: signed(key) ^ 1
+    if fault == "outer":  # another feature
+        module.arguments = lambda *of: (*given(*of)[:-1], 0.0)
     try:
         params = 100 if method == "rademacher" else 50
-        return usable.difference(CPU, method, width, params=params, outputs=200)
+        return usable.difference(CPU, method, width, kind, params=params, outputs=200)
     finally:
-        module.signed = right
+        module.signed, module.arguments = signed, given
 
 
 def make_index_work() -> None:
@@ -120,6 +151,7 @@ def main() -> None:
     make_index_work()
     from gradkernels.gpu import sums
 
+    answered = {"sums": sums_of, "features": features_of, "difference": difference}
     answers = sys.stdout.buffer
     pickle.dump(sums.__name__, answers)
     answers.flush()
@@ -129,7 +161,7 @@ def main() -> None:
         except EOFError:
             return
         try:
-            answer = True, {"sums": sums_of, "difference": difference}[name](*arguments)
+            answer = True, answered[name](*arguments)
         except Exception:  # to be raised by whoever asked
             answer = False, traceback.format_exc()
         pickle.dump(answer, answers)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -28,22 +27,6 @@ ULP = 2.0**-23
 
 
 methods = pytest.mark.parametrize("method", ["rademacher", "sjlt"])
-
-
-@pytest.fixture(scope="module")
-def triton() -> Iterator[Interpreter]:
-    import importlib.util
-    from pathlib import Path
-
-    place = Path(__file__).with_name("interpreted.py")
-    found = importlib.util.spec_from_file_location("interpreted", place)
-    assert found
-    assert found.loader
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    process = module.Interpreter()
-    yield process
-    process.close()
 
 
 def spec_of(d: int, method: str = "rademacher") -> ProjectionSpec:
@@ -212,7 +195,7 @@ def cuda_that(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9,
 def test_failing_kernels_give_way_to_plain_torch_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
-    def difference(device: torch.device, method: str, width: int) -> str | None:
+    def difference(device: torch.device, method: str, width: int, kind: Any) -> str | None:
         if fault == "raises":
             raise RuntimeError("no kernel image")
         return None if "small" in fault and width == 64 else "3 of 4 sums differ"
@@ -237,7 +220,7 @@ def test_triton_is_chosen_on_cuda_where_its_test_passes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cuda_that(monkeypatch)
-    monkeypatch.setattr(usable, "difference", lambda device, method, width: None)
+    monkeypatch.setattr(usable, "difference", lambda device, method, width, kind: None)
     device = torch.device("cuda", 1)
     try:
         assert choose_backend(spec_of(40), device, None) == "triton"

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradkernels import Accumulator, ProjectionSpec, project
+from gradkernels import Accumulator, Feature, ProjectionSpec, project
+from gradkernels.features import VECTORS
 from gradkernels.reference import matrix_rows, scale
 
 pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
 
-from gradkernels.gpu import sums, usable
+from gradkernels.gpu import launching, usable
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,10 +55,11 @@ def no_waiting() -> Iterator[None]:
 
 
 @methods
-@pytest.mark.parametrize("width", sums.WIDTHS)
-def test_the_test_at_first_use_passes(method: Any, width: int) -> None:
+@pytest.mark.parametrize("kind", [None, *VECTORS])
+@pytest.mark.parametrize("width", launching.WIDTHS)
+def test_the_test_at_first_use_passes(method: Any, kind: Any, width: int) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    assert usable.difference(device, method, width) is None
+    assert usable.difference(device, method, width, kind) is None
 
 
 @methods
@@ -206,3 +208,57 @@ def test_memory_does_not_grow_with_the_gradient(method: str) -> None:
         del x
     assert peaks[1] <= peaks[0] + 2**20
     assert peaks[0] <= 200 * 2**20
+
+
+def feature_of(kind: Any, m: int) -> Feature:
+    """A feature of m parameters, as an optimizer of some steps would have it."""
+    generator = torch.Generator("cuda").manual_seed(7)
+    a, v = 0.3 * torch.randn(2, m, device="cuda", generator=generator)
+    base = v.square() + 1e-6
+    still = base.sqrt()
+    made = {"a": a, "base": base, "still": still, "pull": 0.1 * a / still}
+    return Feature(kind, **{name: made[name] for name in VECTORS[kind]}, curve=0.1)
+
+
+@methods
+@dtypes
+@pytest.mark.parametrize("kind", list(VECTORS))
+def test_features_made_by_a_projection_are_those_of_plain_torch(
+    method: str, dtype: torch.dtype, kind: Any
+) -> None:
+    """Blocks of two parameters' slots; and the same bits whatever the batch."""
+    spec, x, cut = spec_of(70_001, 300, method), rows_of(70, 70_001).to(dtype), 9216
+    factors = torch.rand(70, device="cuda", generator=torch.Generator("cuda").manual_seed(3))
+    whole = feature_of(kind, 70_001)
+
+    def found(b: int, backend: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        sums = Accumulator(spec, b, device="cuda", backend=backend, squares=True)
+        for low, high in ((0, cut), (cut, 70_001)):
+            sums.add(x[:b, low:high], low, whole.part(low, high), factors[:b])
+        return sums.result(), sums.squares()
+
+    ours, squares = found(70, None)
+    plain, expected = found(70, "torch")
+    assert apart(ours, plain) < 2e-6
+    torch.testing.assert_close(squares, expected, rtol=1e-6, atol=0)
+    for b in (1, 16, 17, 64):
+        few, few_squares = found(b, None)
+        assert torch.equal(few, ours[:b]), b
+        assert torch.equal(few_squares, squares[:b]), b
+
+
+@methods
+def test_making_features_waits_for_nothing(method: str) -> None:
+    spec, x = spec_of(500_000, 4096, method), rows_of(64, 500_000)
+    feature = feature_of("adam_marginal", 500_000)
+
+    def projected() -> tuple[torch.Tensor, torch.Tensor]:
+        sums = Accumulator(spec, 64, device="cuda")
+        sums.add(x, 0, feature)
+        return sums.result(), sums.squares()
+
+    warm = projected()  # compiles
+    with no_waiting():
+        found = projected()
+    assert torch.equal(found[0], warm[0])
+    assert torch.equal(found[1], warm[1])

@@ -11,18 +11,30 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
 
-from gradkernels.gpu import dense, sparse, sums  # noqa: E402
+from gradkernels.features import VECTORS  # noqa: E402
+from gradkernels.gpu import dense, features, launching, sparse, sums  # noqa: E402
 
 CAPABILITIES = (80, 90)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     "high": "*fp16", "low": "*fp16", "steps": "*fp32", "state_a": "*u32", "state_b": "*u32",
     "offsets": "*u32", "places": "*u32", "partial": "*fp32", "sums": "*fp64",
-    "largest": "*fp32", "whole": "*i64", "bounds": "*i32",
+    "largest": "*fp32", "whole": "*i64", "bounds": "*i32", "squares": "*fp64",
+    "magnitudes": "*i32", "factors": "*fp32", "a": "*fp32", "base": "*fp32", "still": "*fp32",
+    "pull": "*fp32", "curve": "fp32", "outer": "fp32",
 }  # fmt: skip
 
 
-def compiled(kernel: Any, capability: int, x: str = "*fp32", **constants: int) -> Any:
+def feature_of(kind: str | None) -> dict[str, int | None]:
+    """Constants of a kernel that makes features: its kind, and None for vectors without a use."""
+    unused = {"a", "base", "still", "pull"} - set(VECTORS[kind] if kind else ())
+    factors = {} if kind else {"factors": None}
+    return factors | dict.fromkeys(unused) | {"KIND": features.KINDS[kind]}
+
+
+def compiled(
+    kernel: Any, capability: int, x: str = "*fp32", warps: int = sums.WARPS, **constants: int | None
+) -> Any:
     """Compile a kernel for pointers as torch gives them: at multiples of 16 bytes."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -33,7 +45,7 @@ def compiled(kernel: Any, capability: int, x: str = "*fp32", **constants: int) -
     aligned = {(names.index(name),): [["tt.divisibility", 16]]
                for name in names if types[name].startswith("*")}  # fmt: skip
     source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
-    options = {"num_warps": sums.WARPS, "num_stages": sums.STAGES}
+    options = {"num_warps": warps, "num_stages": sums.STAGES}
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options=options)
 
@@ -50,7 +62,7 @@ def resources(program: Any, folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("width", sums.WIDTHS)
+@pytest.mark.parametrize("width", launching.WIDTHS)
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_product_runs_on_tensor_cores_and_spills_nothing(
     capability: int, width: int, parts: int, tmp_path: Path
@@ -73,22 +85,41 @@ def test_the_product_runs_on_tensor_cores_and_spills_nothing(
     assert "ttg.convert_layout" not in loop
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(("x", "parts"), [("*fp32", 2), ("*fp16", 1), ("*bf16", 1)])
-def test_staging_spills_nothing(capability: int, x: str, parts: int, tmp_path: Path) -> None:
-    for width in sums.WIDTHS:
-        program = compiled(dense.pack, capability, x, PARTS=parts, BN=width, CHAIN=dense.CHAIN)
-        used = resources(program, tmp_path)
-        assert (used["STACK"], used["LOCAL"]) == (0, 0)
+def check_reading(program: Any, folder: Path) -> None:
+    """Nothing spills, and a processor of 65,536 registers and 100 KB has room for two programs."""
+    used = resources(program, folder)
+    assert (used["STACK"], used["LOCAL"]) == (0, 0)
+    assert 2 * 32 * sums.READING_WARPS * used["REG"] <= 65_536
+    assert program.metadata.shared <= 50_000
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("width", sums.WIDTHS)
-@pytest.mark.parametrize("x", ["*fp32", "*fp16", "*bf16"])
-def test_an_sjlt_adds_by_rows_side_by_side_and_spills_nothing(
-    capability: int, width: int, x: str, tmp_path: Path
+@pytest.mark.parametrize("width", launching.WIDTHS)
+@pytest.mark.parametrize(("x", "kind"), [("*fp32", None), ("*bf16", None), ("*bf16", "sign"),
+                                         ("*fp32", "adam"), ("*fp16", "adam_marginal"),
+                                         ("*fp32", "adam_marginal")])  # fmt: skip
+def test_reading_makes_features_in_registers(
+    capability: int, width: int, x: str, kind: str | None, tmp_path: Path
 ) -> None:
-    program = compiled(sparse.scatter, capability, x, BN=width, BLOCK=sparse.BLOCK)
+    """In the dense projection's staging and in the SJLT's measure, of every kind."""
+    parts = 1 if kind == "sign" or (kind is None and x != "*fp32") else 2
+    given = feature_of(kind) | {"BN": width, "CHAIN": dense.CHAIN}
+    warps = sums.READING_WARPS
+    check_reading(compiled(dense.pack, capability, x, warps, PARTS=parts, **given), tmp_path)
+    check_reading(compiled(sparse.measure, capability, x, warps, **given), tmp_path)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("width", launching.WIDTHS)
+@pytest.mark.parametrize(
+    ("x", "kind"),
+    [("*fp32", None), ("*fp16", None), ("*bf16", "sign"), ("*fp32", "adam_marginal")],
+)
+def test_an_sjlt_adds_by_rows_side_by_side_and_spills_nothing(
+    capability: int, width: int, x: str, kind: str | None, tmp_path: Path
+) -> None:
+    given = feature_of(kind) | {"BN": width, "BLOCK": sparse.BLOCK}
+    program = compiled(sparse.scatter, capability, x, **given)
     used = resources(program, tmp_path)
     assert (used["STACK"], used["LOCAL"]) == (0, 0)
     text = program.asm["ttgir"]
@@ -103,8 +134,11 @@ def test_an_sjlt_adds_by_rows_side_by_side_and_spills_nothing(
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_adding_up_spills_nothing(capability: int, tmp_path: Path) -> None:
     for program in (
-        compiled(dense.gather, capability, BLOCK=sums.GATHERED),
-        compiled(sparse.fold, capability, BN=sums.WIDTHS[0], BLOCK=sums.GATHERED),
-    ):
+        compiled(dense.gather, capability, BLOCK=launching.GATHERED),
+        compiled(sparse.fold, capability, BN=launching.WIDTHS[0], BLOCK=launching.GATHERED),
+        compiled(features.settle, capability, BLOCK=launching.GATHERED),
+        compiled(features.settle, capability, BLOCK=launching.GATHERED, magnitudes=None,
+                 largest=None),
+    ):  # fmt: skip
         used = resources(program, tmp_path)
         assert (used["STACK"], used["LOCAL"]) == (0, 0)

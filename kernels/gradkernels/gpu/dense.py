@@ -2,8 +2,9 @@
 
 Three passes over a staging area of parameters, cut into chains of CHAIN:
 
-1. `pack`: a chain of a row is scaled by a power of two to below 2**15 and split into two float16
-   numbers, high + low: 22 bits. bfloat16 and float16 fit into the high one alone.
+1. `pack`: the gradient is read, and becomes a feature. A chain of a row is scaled by a power of two
+   to below 2**15 and split into two float16 numbers, high + low: 22 bits. bfloat16 and float16 fit
+   into the high one alone. The row's squares are added up on the way.
 2. `multiply`: signs (BM, CHAIN), made in registers as float16 +-1, times parts (CHAIN, BN) on the
    tensor cores. A chain's sum starts at 0 and is then added to float32 registers, because tensor
    cores cut their sums off instead of rounding them: the error grows with the length of a chain.
@@ -25,32 +26,20 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from gradkernels.gpu.bits import magnitude, mix, word
+from gradkernels.gpu.bits import mix, word
+from gradkernels.gpu.features import exponents, feature, scales, squared, steps_of
 
 CHAIN = 64
 BITS = 32
 
 
-@triton.jit(do_not_specialize=["rows", "length", "start", "first", "key_a", "key_b"])
+@triton.jit(do_not_specialize=["rows", "length", "start", "first", "stride", "key_a", "key_b"])
 def pack(
-    x,
-    row_stride,
-    column_stride,
-    rows,
-    length,
-    start,
-    first,
-    high,
-    low,
-    steps,
-    state_a,
-    state_b,
-    key_a,
-    key_b,
-    PARTS: tl.constexpr,
-    BN: tl.constexpr,
-    CHAIN: tl.constexpr,
-):
+    x, row_stride, column_stride, rows, length, start, first,
+    high, low, steps, state_a, state_b, squares, stride, key_a, key_b,
+    factors, a, base, still, pull, curve, outer,
+    KIND: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
     """Stage a piece of a block; one program takes one chain of all rows.
 
     Args:
@@ -63,8 +52,11 @@ def pack(
         low: the same, out; only written with PARTS == 2.
         steps: (chains, BN) float32, out: what a part's 1 stands for.
         state_a, state_b: (chains, CHAIN) uint32, out: a and b of each parameter.
+        squares: (BN, stride) float64, out: of each chain.
+        stride: of the chains, in elements.
         key_a, key_b: as int32.
-        PARTS: 1 or 2.
+        factors, a, base, still, pull, curve, outer, KIND: of `feature`, for the piece.
+        PARTS: 1 or 2; features of Adam need 2.
         BN: rows of the staging area.
         CHAIN: parameters of a chain.
     """
@@ -75,11 +67,15 @@ def pack(
     at = n.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
     inside = (n < rows)[:, None] & (column < length)[None, :]
     g = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    # 2**14 <= largest * scale < 2**15; exponents below 15 would need a scale beyond float32.
-    exponent = tl.maximum(tl.max(magnitude(g), axis=1) >> 23, 15)
-    scale = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-    tl.store(steps + chain * BN + n, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
-    scaled = g * scale[:, None]
+    known = (column < length)[None, :]
+    alive = (n < rows)[:, None]
+    f = feature(g, column[None, :], known, n[:, None], alive, factors, a, base, still, pull, curve,
+                outer, KIND)  # fmt: skip
+    f = tl.where(inside, f, 0.0)
+    exponent = exponents(f)
+    tl.store(steps + chain * BN + n, steps_of(exponent))
+    scaled = f * scales(exponent)[:, None]
+    tl.store(squares + n.to(tl.int64) * stride + chain, squared(scaled, exponent))
     upper = scaled.to(tl.float16)
     to = (chain * BN + n[:, None]) * CHAIN + k[None, :]
     tl.store(high + to, upper)

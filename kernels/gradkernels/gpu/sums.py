@@ -1,27 +1,40 @@
-"""Unscaled projections on a GPU, summed over blocks of parameters by the Triton kernels."""
+"""Unscaled projections on a GPU, summed over blocks of parameters by the Triton kernels.
+
+Both kinds read a block's gradients, turn them into features, and keep the rows' squared norms.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+from gradkernels.features import Feature
 from gradkernels.gpu import dense, sparse
+from gradkernels.gpu.launching import (
+    GATHERED,
+    Arguments,
+    add_squares,
+    arguments,
+    kind_of,
+    on_device,
+    parts_of,
+    readable,
+    width_of,
+)
 from gradkernels.portable import offsets, signed
 from gradkernels.randomness import derive_keys
 from gradkernels.spec import ProjectionSpec
 from torch import Tensor
 
 OUTPUTS = 128  # of a tile: one group of warps' worth, so that two programs share a processor
-WIDTHS = (16, 64)  # rows that a product may have
 WARPS = 4
+READING_WARPS = 8  # where features are made, in many registers: as many as leave two programs room
 STAGES = 3
 #: Chains staged before they are multiplied, 2**19 parameters: 130 MB for 64 rows of float32.
 CHAINS = 8192
 #: Programs of one product, about 4 rounds of an H100's 264. A constant: the parts in which a sum is
 #: added decide its last bits, which may not depend on the rows.
 PROGRAMS = 1056
-GATHERED = 1024  # sums that one program of `dense.gather` adds
 
 
 class Stage(NamedTuple):
@@ -32,6 +45,7 @@ class Stage(NamedTuple):
     steps: Tensor
     state_a: Tensor
     state_b: Tensor
+    squares: Tensor
 
 
 class RademacherSums:
@@ -55,6 +69,7 @@ class RademacherSums:
         self._rows = rows
         self._width = width_of(rows)
         self._keys = signed(keys.a), signed(keys.b)
+        self._squares = torch.zeros(self._width, dtype=torch.float64, device=device)
         self._sums = torch.zeros(tiles, OUTPUTS, self._width, dtype=torch.float64, device=device)
         self._device = self._sums.device  # "cuda" has got its index
         words = torch.arange(tiles * (OUTPUTS // dense.BITS), device=self._device)
@@ -67,10 +82,23 @@ class RademacherSums:
         self._parts = 0
         self._used = 0  # chains
 
-    def add(self, block: Tensor, start: int) -> None:
-        """Add block (b, m), any float type and strides, of parameters [start, start + m)."""
-        block = _readable(block)
-        parts = 2 if block.dtype == torch.float32 else 1
+    def add(
+        self,
+        block: Tensor,
+        start: int,
+        feature: Feature | None = None,
+        factors: Tensor | None = None,
+    ) -> None:
+        """Add the features of block (b, m), any float type and strides.
+
+        Args:
+            block: of parameters [start, start + m).
+            start: its first parameter's index.
+            feature: of its parameters; None for the gradients themselves.
+            factors: (b,) float32 that its rows are multiplied by first.
+        """
+        block = readable(block)
+        parts = parts_of(block.dtype, feature, factors)
         if parts != self._parts:
             self._multiply()
             self._parts = parts
@@ -79,7 +107,8 @@ class RademacherSums:
             if self._used == self._capacity:
                 self._multiply()
             high = min(block.shape[1], low + (self._capacity - self._used) * dense.CHAIN)
-            self._pack(block[:, low:high], start + low)
+            part = feature and feature.part(low, high)
+            self._pack(block[:, low:high], start + low, part, factors)
             low = high
 
     def total(self) -> Tensor:
@@ -91,11 +120,18 @@ class RademacherSums:
         rows = parted.permute(4, 0, 2, 1, 3).reshape(self._width, tiles * OUTPUTS)
         return rows[: self._rows, : self._d]
 
-    def _pack(self, piece: Tensor, start: int) -> None:
+    def squares(self) -> Tensor:
+        """Return the squared norms of the features so far: (b,) float64."""
+        self._multiply()
+        return self._squares[: self._rows]
+
+    def _pack(
+        self, piece: Tensor, start: int, feature: Feature | None, factors: Tensor | None
+    ) -> None:
         """Stage a piece (b, m) that fits into what is free."""
         stage = self._stage or self._new_stage()
         chains = -(-piece.shape[1] // dense.CHAIN)
-        with _on(self._device):
+        with on_device(self._device):
             dense.pack[(chains,)](
                 piece,
                 piece.stride(0),
@@ -105,11 +141,14 @@ class RademacherSums:
                 start,
                 self._used,
                 *stage,
+                self._capacity,
                 *self._keys,
+                *arguments(feature, factors),
+                KIND=kind_of(feature),
                 PARTS=self._parts,
                 BN=self._width,
                 CHAIN=dense.CHAIN,
-                num_warps=WARPS,
+                num_warps=READING_WARPS,
             )
         self._used += chains
 
@@ -121,9 +160,9 @@ class RademacherSums:
         each = -(-self._used // self._splits)
         splits = -(-self._used // each)
         partial = torch.empty(splits, size, dtype=torch.float32, device=self._device)
-        with _on(self._device):
+        with on_device(self._device):
             dense.multiply[(tiles, splits)](
-                *self._stage,
+                *self._stage[:5],
                 self._offsets,
                 self._places,
                 partial,
@@ -137,6 +176,7 @@ class RademacherSums:
                 num_stages=STAGES,
             )
             dense.gather[(-(-size // GATHERED),)](partial, self._sums, splits, size, BLOCK=GATHERED)
+            add_squares(self._stage.squares, self._used, self._squares)
         self._used = 0
 
     def _new_stage(self) -> Stage:
@@ -152,6 +192,7 @@ class RademacherSums:
             empty(self._width, torch.float32),
             empty(dense.CHAIN, torch.uint32),
             empty(dense.CHAIN, torch.uint32),
+            empty(self._width, torch.float64).view(self._width, self._capacity),
         )
         return self._stage
 
@@ -175,6 +216,7 @@ class SjltSums:
         self._s = spec.s
         self._width = width_of(rows)
         self._keys = signed(keys.a), signed(keys.b)
+        self._squares = torch.zeros(self._width, dtype=torch.float64, device=device)
         self._sums = torch.zeros(spec.d, self._width, dtype=torch.float64, device=device)
         self._whole = torch.zeros_like(self._sums, dtype=torch.int64)
         device = self._sums.device
@@ -182,14 +224,22 @@ class SjltSums:
         repetitions = torch.arange(spec.s + 1, dtype=torch.int64, device=device)
         self._bounds = (repetitions * spec.d // spec.s).to(torch.int32)  # `randomness.sjlt_bounds`
 
-    def add(self, block: Tensor, start: int) -> None:
-        """Add block (b, m), any float type and strides, of parameters [start, start + m)."""
-        block = _readable(block)
+    def add(
+        self,
+        block: Tensor,
+        start: int,
+        feature: Feature | None = None,
+        factors: Tensor | None = None,
+    ) -> None:
+        """Add the features of block (b, m); the arguments are those of `RademacherSums.add`."""
+        block = readable(block)
         length = block.shape[1]
-        largest = torch.linalg.vector_norm(block, torch.inf, dim=1).to(torch.float32)
         bits = 62 - length.bit_length()  # so that as many of the largest do not overflow 64
         size = self._sums.numel()
-        with _on(block.device):
+        kind = kind_of(feature)
+        given = arguments(feature, factors)
+        with on_device(block.device):
+            largest = self._measure(block, kind, given)
             sparse.scatter[(-(-length // sparse.BLOCK),)](
                 block,
                 block.stride(0),
@@ -204,6 +254,8 @@ class SjltSums:
                 self._bounds,
                 self._s,
                 *self._keys,
+                *given,
+                KIND=kind,
                 BN=self._width,
                 BLOCK=sparse.BLOCK,
                 num_warps=WARPS,
@@ -223,21 +275,36 @@ class SjltSums:
         """Return the sums so far: (b, d) float64."""
         return self._sums[:, : self._rows].T
 
+    def squares(self) -> Tensor:
+        """Return the squared norms of the features so far: (b,) float64."""
+        return self._squares[: self._rows]
+
+    def _measure(self, block: Tensor, kind: int, given: Arguments) -> Tensor:
+        """Add to the squared norms; return the largest magnitude of each row, (width,) float32."""
+        chains = -(-block.shape[1] // sparse.CHAIN)
+        each = -(-chains // PROGRAMS)
+        programs = -(-chains // each)
+        squares = self._squares.new_empty(self._width, programs)
+        magnitudes = torch.empty_like(squares, dtype=torch.int32)
+        largest = torch.empty_like(self._squares, dtype=torch.float32)
+        sparse.measure[(programs,)](
+            block,
+            block.stride(0),
+            block.stride(1),
+            self._rows,
+            block.shape[1],
+            squares,
+            magnitudes,
+            programs,
+            each,
+            *given,
+            KIND=kind,
+            BN=self._width,
+            CHAIN=sparse.CHAIN,
+            num_warps=READING_WARPS,
+        )
+        add_squares(squares, programs, self._squares, magnitudes, largest)
+        return largest
+
 
 SUMS: dict[str, type[RademacherSums | SjltSums]] = {"rademacher": RademacherSums, "sjlt": SjltSums}
-
-
-def _readable(block: Tensor) -> Tensor:
-    """Return a block in a type that the kernels read: float32 for what they do not."""
-    known = (torch.float32, torch.bfloat16, torch.float16)
-    return block if block.dtype in known else block.to(torch.float32)
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Launch on the tensors' device, which need not be the process's current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def width_of(rows: int) -> int:
-    """Return the rows that the kernels compute for `rows` <= 64 of them."""
-    return next(width for width in WIDTHS if rows <= width)

@@ -10,6 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from gradkernels.features import Feature, FeatureKind
 from gradkernels.portable import TorchSums
 from gradkernels.spec import MAX_P, Method, ProjectionSpec
 from torch import Tensor
@@ -23,9 +24,12 @@ _PARAMS, _OUTPUTS = 6500, 4000
 #: Whole numbers up to these are exact in the type, their sums exact in float32; 13 bits of a
 #: float32 take both of its parts. Plain torch adds 2,048 of them in float32: below 2**24.
 _LARGEST = {torch.float32: 2**13 - 1, torch.float16: 2**11 - 1, torch.bfloat16: 2**8 - 1}
+#: Of a row's norm, that sums of rounded features may differ by, or of its square. A wrong number
+#: among `_PARAMS` is about 1 / sqrt(_PARAMS) of the one, 1 / _PARAMS of the other.
+_ROUNDING = 1e-5
 
 
-def refusal(device: torch.device, method: Method) -> str | None:
+def refusal(device: torch.device, method: Method, kind: FeatureKind | None = None) -> str | None:
     """Return a reason why the kernels may not run on a CUDA device, or None; ask once, warn once.
 
     All widths are tested together: were one of them left out, a row's features would come from
@@ -34,6 +38,7 @@ def refusal(device: torch.device, method: Method) -> str | None:
     Args:
         device: with an index or without, which stands for the current one.
         method: the projection's.
+        kind: of the feature that is made as gradients are read; None projects what it is given.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     if method == "gaussian":
@@ -42,26 +47,27 @@ def refusal(device: torch.device, method: Method) -> str | None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(index) < CAPABILITY:
         return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
-    return _tested(index, method)
+    return _tested(index, method, kind)
 
 
 @cache
-def _tested(index: int, method: Method) -> str | None:
+def _tested(index: int, method: Method, kind: FeatureKind | None) -> str | None:
     """Test the kernels of every width on a device, and warn where they fail."""
     device = torch.device("cuda", index)
     try:
-        from gradkernels.gpu.sums import WIDTHS
+        from gradkernels.gpu.launching import WIDTHS
 
-        found = (difference(device, method, width) for width in WIDTHS)
+        found = (difference(device, method, width, kind) for width in WIDTHS)
         why = next((each for each in found if each is not None), None)
     except Exception as error:  # whatever a compiler, a driver or a full memory may raise
-        _log.debug("gradkernels: the Triton kernels of %s", method, exc_info=True)
+        _log.debug("gradkernels: the Triton kernels of %s, %s", method, kind, exc_info=True)
         why = f"they do not run: {type(error).__name__}: {error}".strip()
     if why is not None:
         _log.warning(
             "gradkernels: the Triton kernels of %s are not used on %s, since %s. Plain torch "
-            "projects there: the same features, many times slower.",
-            method, torch.cuda.get_device_name(index), why,
+            "computes there: the same features, many times slower.",
+            method if kind is None else f"{method} with {kind} features",
+            torch.cuda.get_device_name(index), why,
         )  # fmt: skip
     return why
 
@@ -70,18 +76,21 @@ def difference(
     device: torch.device,
     method: Method,
     width: int,
+    kind: FeatureKind | None = None,
     params: int = _PARAMS,
     outputs: int = _OUTPUTS,
 ) -> str | None:
-    """Return how the kernels' sums differ from plain torch's on a device, or None.
+    """Return how the kernels' sums and squared norms differ from plain torch's, or None.
 
-    Sums of whole numbers are compared, which both compute without rounding: a single wrong sign
-    shows, in every float type that the kernels take.
+    Sums of whole numbers and of signs are computed without rounding: a single wrong sign shows, in
+    every float type that the kernels take. Features of Adam are rounded, and so are squared norms:
+    they are compared with that in mind.
 
     Args:
         device: where both run.
         method: "rademacher" or "sjlt".
         width: rows of a product, one of the kernels' `WIDTHS`.
+        kind: of the feature; None for none.
         params: the largest indices that a projection may have, so many of them.
         outputs: d.
     """
@@ -89,22 +98,49 @@ def difference(
 
     spec = ProjectionSpec(method, p=MAX_P, d=outputs, seed=20)
     start, cut, rows = MAX_P - params, params // 3 + 1, width - 3
+    feature = None if kind is None else _feature(kind, params, device)
+    # Quarters of whole numbers: as exact. A share of a step, in an export, is such a factor.
+    factors = None if kind is None else torch.full((rows,), 0.25, device=device)
     for dtype, largest in _LARGEST.items():
         x = _whole_numbers(rows, params, largest, device).to(dtype)
         ours, plain = SUMS[method](spec, rows, device), TorchSums(spec, rows, device)
+        squares = torch.zeros(rows, dtype=torch.float64, device=device)
         for low, high in ((0, cut), (cut, params)):
-            ours.add(x[:, low:high], start + low)
-            plain.add(x[:, low:high].float(), start + low)
-        found, expected = ours.total(), plain.total()
-        wrong = (found != expected).nonzero().tolist()
-        if wrong:
-            row, output = wrong[0]
-            return (
-                f"{len(wrong)} of {found.numel()} sums of {dtype} differ from torch's, first row "
-                f"{row}, output {output}: {found[row, output].item()} instead of "
-                f"{expected[row, output].item()}"
-            )
+            part = feature and feature.part(low, high)
+            ours.add(x[:, low:high], start + low, part, factors)
+            y = x[:, low:high].float()
+            if part is not None:
+                y = part.apply_(y * 0.25)
+            plain.add(y, start + low)
+            squares += y.double().square().sum(dim=1)
+        rounding = _ROUNDING if kind in ("adam", "adam_marginal") else 0.0
+        squares = squares[:, None]
+        pairs = (
+            ("sums", ours.total(), plain.total(), rounding * squares.sqrt()),
+            ("squared norms", ours.squares()[:, None], squares, _ROUNDING * squares),
+        )
+        for name, found, expected, allowed in pairs:
+            wrong = (~((found - expected).abs() <= allowed)).nonzero().tolist()
+            if wrong:
+                row, at = wrong[0]
+                return (
+                    f"{len(wrong)} of {found.numel()} {name} of {dtype} differ from torch's, first "
+                    f"row {row}, output {at}: {found[row, at].item()} instead of "
+                    f"{expected[row, at].item()}"
+                )
     return None
+
+
+def _feature(kind: FeatureKind, params: int, device: torch.device) -> Feature:
+    """Return a feature whose vectors are far from regular, of gradients about 1,000 in size."""
+    if kind == "sign":
+        return Feature(kind)
+    a, base = _whole_numbers(2, params, 1000, device).float()
+    base = base.square() + 1.0
+    if kind == "adam":
+        return Feature(kind, a=a, base=base, curve=0.1, outer=0.5)
+    still = base.sqrt()
+    return Feature(kind, base=base, still=still, pull=a * 0.1 / (still + 0.5), curve=0.1, outer=0.5)
 
 
 def _whole_numbers(rows: int, params: int, largest: int, device: torch.device) -> Tensor:
