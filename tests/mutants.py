@@ -143,7 +143,7 @@ MUTANTS = [
            FEATURES),
     Mutant("gradstore/export/features.py", "constants.beta1, 1.0 - constants.beta2",
            "constants.beta1, 1.0 - constants.beta1", FEATURES),
-    Mutant("gradstore/export/features.py", "block, value=-1.0)", "block, value=1.0)", FEATURES),
+    Mutant("kernels/gradkernels/features.py", "block, value=-1.0)", "block, value=1.0)", FEATURES),
     Mutant("gradstore/export/pooling.py", '"position": rank * counts,', '"position": rank,',
            "tests/gradstore_/export/test_embeddings.py"),
     Mutant("kernels/gradkernels/reference.py", 'spec.s if spec.method == "sjlt" else spec.d',
