@@ -40,7 +40,7 @@ Cli = Callable[..., Result]
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
     """`cli("train", path, ..., faults={...}, env={...}, ranks=2)` -> Result, in real processes.
 
-    A variable of `env` that is None is not set there.
+    A variable of `env` that is None is not set there. A run's picture is drawn with `draws` alone.
     With `background`, a file for its output, `code` is the id of a process that goes on.
     """
     # Tests read off LlamaFactory's INFO how far a run came; test_screen.py is about runs without.
@@ -65,13 +65,15 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
         ranks: int = 1,
         given: str | None = None,
         background: Path | None = None,
+        draws: bool = False,
     ) -> Result:
         assert process.stdin is not None
         assert process.stdout is not None
         out, err = (background or folder / "out.txt"), (background or folder / "err.txt")
         request = {"argv": [program, *map(str, argv)], "cwd": str(cwd), "out": str(out),
                    "err": str(err), "faults": dict(faults or {}), "env": dict(env or {}),
-                   "ranks": ranks, "background": background is not None}  # fmt: skip
+                   "ranks": ranks, "draws": draws,
+                   "background": background is not None}  # fmt: skip
         if given is not None:
             request["given"] = given
         process.stdin.write(json.dumps(request) + "\n")

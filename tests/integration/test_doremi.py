@@ -47,7 +47,7 @@ def test_the_script_chains_the_three_runs(cli: Any, tmp_path: Path) -> None:
     spec.loader.exec_module(script)
 
     def run(path: Path, overrides: Sequence[str]) -> None:
-        result = cli("train", path, *overrides)
+        result = cli("train", path, *overrides, draws=True)
         assert result.code == 0, result.err[-3000:]
 
     short = ("max_samples=24", "per_device_train_batch_size=4", "update_step=2", "update_times=2",

@@ -20,8 +20,8 @@ EXAMPLES = sorted(
 )
 
 #: A run of 8 steps: warm-up 0-1, updates at 2 and 5, checkpoints at 3 and 6 (in mid-interval).
-SHORT = ("max_samples=48", "per_device_train_batch_size=2", "warmup_step=2", "update_step=3",
-         "update_times=2", "train_step=8", "logging_steps=1", "save_steps=3", "disable_tqdm=true",
+SHORT = ("max_samples=48", "warmup_step=2", "update_step=3", "update_times=2",
+         "train_step=8", "logging_steps=1", "save_steps=3", "disable_tqdm=true",
          "do_eval=false", "overwrite_cache=true", "report_to=none")  # fmt: skip
 
 #: What single examples need beside that, by folder and file name.
@@ -32,19 +32,27 @@ MORE: dict[str, tuple[str, ...]] = {
     "selectors/mirror": ("component_params.target_epochs=2",),
 }
 
-#: Run with two processes as well: at least one of each kind, and what shares work.
-TWO_PROCESSES = ("selectors/less", "selectors/loss", "selectors/nice", "selectors/random",
-                 "selectors/cluster_less", "selectors/near", "selectors/online", "selectors/mirror",
-                 "mixers/odm", "mixers/doremi_step2_dynamic", "reorders/dynamic_sorting",
-                 "reorders/saw", "pipelines/hierarchical", "pipelines/doremi_then_weight",
-                 "weighters/joint_update_aware", "weighters/loss")  # fmt: skip
-
 #: Where both folders hold an example of one name, the one of train_lora is meant.
 NAMED = {f"{path.parent.name}/{path.stem}": path for path in EXAMPLES}
 
+#: Run with two processes as well: at least one of each kind, and what shares work.
+TWO_PROCESSES = tuple(NAMED[name] for name in (
+    "selectors/less", "selectors/loss", "selectors/nice", "selectors/random",
+    "selectors/cluster_less", "selectors/near", "selectors/online", "selectors/mirror",
+    "mixers/odm", "mixers/doremi_step2_dynamic", "reorders/dynamic_sorting", "reorders/saw",
+    "pipelines/hierarchical", "pipelines/doremi_then_weight", "weighters/joint_update_aware",
+    "weighters/loss"))  # fmt: skip
+
+
+def batch_size(path: Path) -> int:
+    """Rows of a step; two for each of two processes."""
+    return 4 if path in TWO_PROCESSES else 2
+
 
 def settings(path: Path, run: Path) -> tuple[str, ...]:
-    return (*SHORT, *MORE.get(f"{path.parent.name}/{path.stem}", ()), f"output_dir={run}")
+    more = MORE.get(f"{path.parent.name}/{path.stem}", ())
+    size = f"per_device_train_batch_size={batch_size(path)}"
+    return (*SHORT, size, *more, f"output_dir={run}")
 
 
 def weights_of(run: Path) -> bytes:
@@ -94,50 +102,86 @@ def assert_same(one: Any, other: Any, where: str = "state", tolerance: float = 0
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: f"{p.parts[-3]}-{p.parent.name}-{p.stem}")
-def test_it_runs_and_a_kill_in_mid_interval_changes_nothing(
+def test_it_runs_and_neither_a_kill_nor_two_processes_change_anything(
     path: Path, cli: Any, tmp_path: Path
 ) -> None:
     """What a kill at step 7 leaves is copied from the whole run; test_resume.py kills for real."""
     whole, killed = tmp_path / "whole", tmp_path / "run"
     options = settings(path, killed)  # the same folder for both: some of its files name it
     faults = {"trace": str(tmp_path / "a"), "copy_step": [7, str(tmp_path / "copy")]}
-    result = cli("train", path, *options, faults=faults)
+    result = cli("train", path, *options, faults=faults, draws=True)
     assert result.code == 0, result.err[-3000:]
     killed.rename(whole)
     (tmp_path / "copy").rename(killed)
-    assert (whole / "dataflex" / "picture.png").stat().st_size > 5_000
-    report = (whole / "dataflex" / "report.html").read_text()
-    assert 10_000 < len(report) < 1_500_000
-    assert all(str(event["component"]) in report for event in read_events(whole / "dataflex"))
-    table = result.out.rpartition("Updates of this run")[2].splitlines()
-    assert len(table) > 4, "the table of updates has rows, on stdout"
-    assert not table[-1].strip("└┴─┘"), "and is the last that is said"
-    logged = (whole / "trainer_log.jsonl").read_text()
-    assert '"dataflex/' in logged, "the Trainer's log carries the strategy's numbers"
+    assert_shown(whole, result.out)
     if path.parent.name == "selectors" and path.stem != "online":
+        rows = 3 * batch_size(path)
         chosen = selections(whole)
-        assert [len(indices) for indices, _ in chosen.values()] == [6, 6], "3 steps of 2 rows"
-        assert '"dataflex/kept_share"' in logged
+        assert [len(indices) for indices, _ in chosen.values()] == [rows, rows], "of 3 steps"
+        assert '"dataflex/kept_share"' in (whole / "trainer_log.jsonl").read_text()
 
     before = (tmp_path / "a").read_text().splitlines(keepends=True)
     (tmp_path / "b").write_text("".join(line for line in before if int(line.split()[0]) < 7))
     result = cli("train", path, *options, "resume_from_checkpoint=true",
                  faults={"trace": str(tmp_path / "b")})  # fmt: skip
     assert result.code == 0, result.err[-3000:]
-
     lines = [sorted(set((tmp_path / name).read_text().splitlines())) for name in "ab"]
     assert lines[0] == lines[1], "the same rows at every step"
     assert len(lines[0]) == 8
+    assert_resumed(whole, killed)
+
+    if path in TWO_PROCESSES:
+        two = tmp_path / "two"
+        size = f"per_device_train_batch_size={batch_size(path) // 2}"
+        result = cli("train", path, *settings(path, two), size, ranks=2)
+        assert result.code == 0, result.err[-3000:]
+        assert_two_decide_what_one_does(whole, two)
+
+
+def assert_shown(run: Path, out: str) -> None:
+    """A run's picture, report, log and table."""
+    assert (run / "dataflex" / "picture.png").stat().st_size > 5_000
+    report = (run / "dataflex" / "report.html").read_text()
+    assert 10_000 < len(report) < 1_500_000
+    assert all(str(event["component"]) in report for event in read_events(run / "dataflex"))
+    table = out.rpartition("Updates of this run")[2].splitlines()
+    assert len(table) > 4, "the table of updates has rows, on stdout"
+    assert not table[-1].strip("└┴─┘"), "and is the last that is said"
+    logged = (run / "trainer_log.jsonl").read_text()
+    assert '"dataflex/' in logged, "the Trainer's log carries the strategy's numbers"
+
+
+def assert_resumed(whole: Path, killed: Path) -> None:
+    """To the bit what the run that was not killed ended with."""
     assert weights_of(whole) == weights_of(killed)
     assert told(whole) == told(killed)
     assert rows_to_read(whole) == rows_to_read(killed)
     assert "Session 2" in (killed / "dataflex" / "report.html").read_text()
-    states = [load_state(run / "checkpoint-6") for run in (whole, killed)]
-    last = [load_state(run / "checkpoint-8") for run in (whole, killed)]
-    for one, other in (states, last):
+    for step in (6, 8):
+        one, other = (load_state(run / f"checkpoint-{step}") for run in (whole, killed))
         for part in ("settings", "more"):
             assert_same(getattr(one, part), getattr(other, part), part)
         assert_same(without_identity(one.component), without_identity(other.component))
+
+
+def assert_two_decide_what_one_does(one: Path, two: Path) -> None:
+    """Rows, counts and order are the same, numbers but for the order of sums.
+
+    With half the rows on each of two ranks a micro-batch over the ranks holds what the single
+    process has in one: it is over these that joint_update_aware lets samples compete. (That the
+    ranks agree with each other about the rows, the trainer checks at every interval.)
+    """
+    assert told(one), "something was decided"
+    assert_same(told(one), told(two), "events", tolerance=1e-4)
+    assert_same(selections(one), selections(two), "selections", tolerance=1e-4)
+    for step in (6, 8):
+        states = [load_state(run / f"checkpoint-{step}") for run in (one, two)]
+        for part in ("settings", "component", "more"):
+            first, second = (without_identity(getattr(state, part)) for state in states)
+            assert_same(first, second, f"checkpoint-{step}.{part}", tolerance=1e-4)
+    # A rank that trained on other rows of the interval, or weighted its own otherwise, shows here.
+    assert len(losses(one)) == 8
+    assert_same(losses(one), losses(two), "loss", tolerance=1e-4)
 
 
 def selections(run: Path) -> dict[str, Any]:
@@ -155,31 +199,3 @@ def losses(run: Path) -> list[float]:
     """Of every step, as the Trainer logs them: means over the rows of all ranks."""
     lines = map(json.loads, (run / "trainer_log.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
-
-
-@pytest.mark.parametrize("name", TWO_PROCESSES)
-def test_two_processes_agree_and_decide_what_one_decides(
-    name: str, cli: Any, tmp_path: Path
-) -> None:
-    """Rows, counts and order are the same, numbers but for the order of sums.
-
-    With half the rows on each of two ranks a micro-batch over the ranks holds what the single
-    process has in one: it is over these that joint_update_aware lets samples compete. (That the
-    ranks agree with each other about the rows, the trainer checks at every interval.)
-    """
-    path, (one, two) = NAMED[name], (tmp_path / "one", tmp_path / "two")
-    for ranks, run in ((1, one), (2, two)):
-        size = f"per_device_train_batch_size={4 // ranks}"
-        result = cli("train", path, *settings(path, run), size, ranks=ranks)
-        assert result.code == 0, result.err[-3000:]
-    assert told(one), "something was decided"
-    assert_same(told(one), told(two), "events", tolerance=1e-4)
-    assert_same(selections(one), selections(two), "selections", tolerance=1e-4)
-    for step in (6, 8):
-        states = [load_state(run / f"checkpoint-{step}") for run in (one, two)]
-        for part in ("settings", "component", "more"):
-            first, second = (without_identity(getattr(state, part)) for state in states)
-            assert_same(first, second, f"checkpoint-{step}.{part}", tolerance=1e-4)
-    # A rank that trained on other rows of the interval, or weighted its own otherwise, shows here.
-    assert len(losses(one)) == 8
-    assert_same(losses(one), losses(two), "loss", tolerance=1e-4)

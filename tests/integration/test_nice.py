@@ -232,7 +232,7 @@ def test_a_judges_key_is_nowhere_in_what_a_run_says_or_writes(
         params = {"api_base_url": f"http://127.0.0.1:{server.server_port}/v1", "api_model": "m",
                   "api_key_env": "JUDGE_KEY", "baseline": "none", **changes}  # fmt: skip
         path = nice(config, params=params, train_step=2, hf_hub_token=f"hf_{SECRET}")
-        result = cli("train", path, "--debug", env={"JUDGE_KEY": key})
+        result = cli("train", path, "--debug", env={"JUDGE_KEY": key}, draws=True)
         server.shutdown()
         thread.join()
     path.unlink()

@@ -51,7 +51,7 @@ def test_raw_and_index_serve_the_same_rows_and_tell_of_them(
     params = {**SORTED, "pattern": "zigzag", "pattern_params": {"layers": 3}}
     for at in ("raw", "index"):
         path = reorder(at, component_params={**params, "apply_at": at})
-        result = cli("train", path, faults={"trace": str(tmp_path / f"{at}.txt")})
+        result = cli("train", path, faults={"trace": str(tmp_path / f"{at}.txt")}, draws=True)
         assert result.code == 0, result.err[-3000:]
     assert (tmp_path / "raw.txt").read_text() == (tmp_path / "index.txt").read_text()
     rows = served(tmp_path / "index")
