@@ -9,12 +9,14 @@ top 1% and 5%, against 10 without as many rows at random. Retrained models are b
 (`gradstore.evaluation.bank`): a run that was stopped goes on, and another score costs LDS nothing.
 Scores are taken at four steps of one epoch on all rows (50, 100, 150, 200) and averaged, features
 through a projection (sjlt, d = 4096) and float16, as in a store; `--rerank 64` adds those of whole
-gradients, and some forty minutes. Appends to results/lds.csv.
+gradients, and some forty minutes. `--replay` adds the derivatives of that epoch's end by every
+row's weight, and REPLAY. Appends to results/lds.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -33,9 +35,12 @@ from tinyrun import SKILLS, TINY, Held, TinyRun
 from world import World, target_kind
 
 from dataflex.data.rows import Rows
+from dataflex.launch.recorded import logits_of, row_sums
 from gradstore import CheckpointFeatures, bm25_scores
 from gradstore.evaluation import Estimate, draw_subsets, lds, query_loss_difference, without_top
 from gradstore.evaluation.bank import Bank, Progress
+from gradstore.replay import Limits, MicroBatch, Step, TrainingRun, replay_influence
+from gradstore.replay.run import Parameters
 from gradstore.scoring.influence import subtask_influence
 from gradstore.scoring.products import COSINE, InnerProduct
 
@@ -127,6 +132,56 @@ def whole_scores(world: World, curvature_rows: int) -> dict[str, Floats]:
     }
 
 
+def replayed_run(run: TinyRun) -> TrainingRun:
+    """Describe the epoch on all rows, which the scores' steps are of, in float64."""
+    # In train mode it would recompute activations with its own parameters.
+    model, train = run.model.double().eval(), run.data.train
+
+    def loss(parameters: Parameters, batch: dict[str, Any], weights: torch.Tensor) -> torch.Tensor:
+        tokens = (batch["labels"][:, 1:] >= 0).sum()
+        total: torch.Tensor = (token_sums(model, parameters, batch) * weights).sum() / tokens
+        return total
+
+    chunks = np.split(run.order, range(run.batch_size, len(train), run.batch_size))
+    steps = [Step([MicroBatch(rows, run.collate([train.dataset[int(i)] for i in rows]))],
+                  run.learning_rate) for rows in chunks]  # fmt: skip
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return TrainingRun(start, loss, steps, len(train), max_grad_norm=run.max_grad_norm)
+
+
+def token_sums(
+    model: torch.nn.Module, parameters: Parameters, batch: dict[str, Any]
+) -> torch.Tensor:
+    """(b,) sums of token losses."""
+    tensors = {key: value for key, value in batch.items() if key != "labels"}
+    return row_sums(logits_of(model, parameters, tensors), batch["labels"])
+
+
+def replay_scores(run: TinyRun) -> Floats:
+    """(q, n) scores by replay, from the run's present state."""
+    described = replayed_run(run)
+    batches = [run.collate([rows.dataset[i] for i in range(QUERIES_OF_SKILL)])
+               for rows in run.data.targets]  # fmt: skip
+
+    def losses(parameters: Parameters) -> torch.Tensor:
+        parts = [token_sums(run.model, parameters, each) / (each["labels"][:, 1:] >= 0).sum(1)
+                 for each in batches]  # fmt: skip
+        return torch.cat(parts)
+
+    passed = 0
+
+    def tell(steps: int) -> None:
+        nonlocal passed
+        passed += steps
+        if passed // 1000 > (passed - steps) // 1000:
+            echo(f"replay: {passed} passes over a step")
+
+    try:
+        return -replay_influence(described, losses, limits=Limits(math.inf, sys.maxsize), tell=tell)
+    finally:
+        run.model.float()
+
+
 def texts() -> tuple[list[str], list[str]]:
     """Questions and answers of the training rows, and of the queries."""
 
@@ -181,6 +236,7 @@ def main() -> int:
     parser.add_argument("--qld", nargs="*", default=[], help="names of scores")
     parser.add_argument("--rerank", type=int, default=0, metavar="ROWS",
                         help="score by whole gradients too, cg's matrix of ROWS")  # fmt: skip
+    parser.add_argument("--replay", action="store_true", help="score by replay too")
     parser.add_argument("--csv", type=Path, default=RESULTS / "lds.csv")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -192,7 +248,8 @@ def main() -> int:
     bank = Bank(options.bank, {"model": "examples/tiny", "epochs": 1, "seed": 1}, n, queries)
     subsets = draw_subsets(n, options.subsets, 0.5)
     losses = bank.fill(subsets, retrain, budget=len(subsets), tell=told)
-    scores = all_scores(run, options.rerank)
+    replayed = {"replay, one epoch": replay_scores(run)} if options.replay else {}
+    scores = all_scores(run, options.rerank) | replayed
     lines = [line_of(name, "lds", lds(each, losses, subsets)) for name, each in scores.items()]
     for share in SHARES if options.qld else ():
         random = ~draw_subsets(n, CONTROLS, share, seed=1)
