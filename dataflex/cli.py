@@ -14,7 +14,15 @@ import typer
 from typer.core import TyperCommand
 
 from dataflex.bridge.quiet import choose_verbosity
-from dataflex.launch.options import Config, Evaluated, Explained, Repair, Replayed, Verbose
+from dataflex.launch.options import (
+    Builders,
+    Config,
+    Evaluated,
+    Explained,
+    Repair,
+    Replayed,
+    Verbose,
+)
 from dataflex.run.messages import DEBUG, Failure, end_bars, explain, set_up_logging, show_traceback
 from gradstore import cli as gradstore_cli
 from gradstore.cli import care, serving
@@ -97,31 +105,23 @@ def train(
 
 
 @gradstore_cli.app.command("build")
+@gradstore_cli.with_options(Builders)
 def build(
+    builders: Builders,
     config: Config,
     overrides: Overrides = None,
-    worker: Annotated[
-        str | None,
-        typer.Option(
-            help="Build as worker i of N, started as often and wherever you like: they share the "
-            "work through the store, on a file system that all of them see.",
-            metavar="i/N",
-        ),
-    ] = None,
     dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:
     """Write the train and target generations of CONFIG's checkpoints, without training."""
     choose_verbosity(verbose)
-    from gradstore.storage.leases import Worker
-
-    among = None if worker is None else Worker.parse(worker)
+    worker, ray = builders.chosen()
     from dataflex.launch.configuration import read
 
     checked = read(config, overrides or [])
     from dataflex.launch.build import build as run  # imports torch
 
-    run(checked, dry_run=dry_run, worker=among)
+    run(checked, dry_run=dry_run, worker=worker, ray=ray)
 
 
 @gradstore_cli.app.command("repair")

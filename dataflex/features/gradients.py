@@ -239,9 +239,8 @@ class FeatureService:
             The generation's name in the store (on every rank), and what the pass did.
         """
         recipe = self.space.recipe(features, step, moments)
-        options: dict[str, Any] = {} if source is None else {"source": source.options}
-        if is_sample:
-            options["sample_of"] = "train"
+        options: dict[str, Any] = {"sample_of": "train"} if is_sample else {}
+        options |= {} if source is None else {"source": source.options}
         record = self._record(role, rows, step, recipe, learning_rate, options)
 
         def begin() -> GenerationWriter:
@@ -263,6 +262,7 @@ class FeatureService:
             max_bad_fraction=self.settings.max_bad_fraction,
             shows_progress=self.run.shows_progress,
             lengths=rows.lengths,
+            watch=self.run.watch,
         )
         full_name = self.run.ranks.decide(lambda: self.store.generation(record.name).name)
         return full_name, summary

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from dataflex.data.rows import Rows
 from dataflex.run.context import RunContext
-from dataflex.run.log import OnRows, progress
+from dataflex.run.log import OnRows, Watch, progress
 from dataflex.run.queue import share_out
 from dataflex.run.ranks import Ranks
 from gradstore.export.units import UnitFeatures
@@ -47,6 +47,7 @@ def export_shared(
     max_bad_fraction: float,
     shows_progress: bool,
     lengths: npt.NDArray[np.int64],
+    watch: Watch | None = None,
 ) -> ExportSummary:
     """Compute the pending units of a generation on all ranks, write and commit it on rank 0.
 
@@ -60,6 +61,7 @@ def export_shared(
         max_bad_fraction: share of non-finite rows above which the export stops.
         shows_progress: whether this process draws a bar.
         lengths: (n,) tokens of the generation's rows, which say how long it takes.
+        watch: who is told of each unit, where this process has no other ranks.
 
     Returns:
         What the pass did, on every rank.
@@ -68,8 +70,9 @@ def export_shared(
         StoreError: on every rank, whatever failed on one.
     """
     if ranks.world == 1:
+        shown = shows_progress and watch is None
         return _export_here(
-            name, begin(), compute, max_bad_fraction, shows_progress=shows_progress, lengths=lengths
+            name, begin(), compute, max_bad_fraction, shown=shown, lengths=lengths, watch=watch
         )
     held: list[_OpenGeneration] = []
 
@@ -103,16 +106,21 @@ def _export_here(
     compute: Compute,
     max_bad_fraction: float,
     *,
-    shows_progress: bool,
+    shown: bool,
     lengths: npt.NDArray[np.int64],
+    watch: Watch | None,
 ) -> ExportSummary:
     """Compute, write and commit a generation in this process, as a worker among others too."""
     sink = UnitSink(writer, max_bad_fraction=max_bad_fraction)
     costs = _costs(writer.pending, lengths)
-    shown = shows_progress and len(costs) > 0
+    shown = shown and len(costs) > 0
+    if watch is not None:
+        watch.begins(name, len(costs))
     with progress(name, costs, shown=shown, stored_bytes=_stored_bytes(writer)) as advance:
         for unit in writer.claimed(elsewhere=advance):
             sink.write(compute(unit, advance))
+            if watch is not None:
+                watch.finished(name, unit.index, unit.stop - unit.start)
     sink.check()
     writer.commit()
     return sink.summary

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from dataflex.bridge import running
@@ -13,6 +14,7 @@ from dataflex.checkpoints.state import STATE, described_state, trainer_state
 from dataflex.checkpoints.weights import check_moments, checkpoint_moments, load_adapter
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData, check_rows
+from dataflex.features.engines import run_on_ray
 from dataflex.features.gradients import FeatureService
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.store_owner import built_by
@@ -23,10 +25,14 @@ from dataflex.models.precision import autocast
 from dataflex.models.vocabulary import check_vocabulary
 from dataflex.pipelines.pipeline import build_strategy
 from dataflex.run.forecast import print_forecasts
+from dataflex.run.log import Watch
 from dataflex.selectors.by_influence import InfluenceSelector
+from gradstore.cluster import RayOptions
 from gradstore.errors import BadInput
 from gradstore.export.share import OptimizerStep
 from gradstore.storage.leases import Worker
+from gradstore.store.generation import Generation
+from gradstore.store.reader import open_store
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +45,13 @@ _ONLY_IN_TRAINING = {
 }
 
 
-def build(config: RunConfig, *, dry_run: bool = False, worker: Worker | None = None) -> None:
+def build(
+    config: RunConfig,
+    *,
+    dry_run: bool = False,
+    worker: Worker | None = None,
+    ray: RayOptions | None = None,
+) -> None:
     """Write one train generation and one generation per target set for every checkpoint.
 
     Checkpoints: `gradstore_checkpoints`, else `resume_from_checkpoint`, else every
@@ -48,13 +60,15 @@ def build(config: RunConfig, *, dry_run: bool = False, worker: Worker | None = N
 
     Args:
         config: as `configuration.read` read it.
-        dry_run: print a forecast of the passes instead.
+        dry_run: print a forecast of the passes instead, for one process.
         worker: this process among those that build the same store together; None builds it alone.
+        ray: a cluster whose processes build it as such workers; None builds it here.
 
     Raises:
         BadInput: see `check_gradients`; no checkpoint for Adam features; no moments in one.
         ProvenanceMismatch: the store holds features that can't be compared with these.
         StoreBusy: a process that does not share the store writes to it.
+        StoreIOError: the cluster ended.
     """
     check_gradients(config)
     if told := loss_difference(config.known, "gradstore build", {Reader.GRADIENTS}):
@@ -70,25 +84,50 @@ def build(config: RunConfig, *, dry_run: bool = False, worker: Worker | None = N
     if settings.train_features.needs_moments:
         for checkpoint in folders:
             check_moments(checkpoint)
-    first = folders[0] if folders else None
+    if dry_run:
+        loaded = _loaded(config, folders)
+        print_forecasts(build_forecast(loaded, config, settings, max(1, len(folders))), world=1)
+        return
+    if ray is not None:
+        made = run_on_ray(partial(_export, config, settings, folders), ray)
+        store = open_store(config.store_path)
+        for name in made:
+            _tell(store.generation(name))
+    else:
+        _export(config, settings, folders, worker)
+    _log.info("store: %s", config.store_path)
+
+
+def _loaded(config: RunConfig, folders: Sequence[Path]) -> running.ExportInputs:
+    """Load rows and the model of the first checkpoint, and check them."""
 
     def check_data(data: RunData, *_: object) -> None:
         check_rows(data, needs_targets=True, subtask_sizes=config.dataflex.target_subtasks)
 
-    loaded = running.load_run(config, first, check_data)
+    loaded = running.load_run(config, folders[0] if folders else None, check_data)
     check_vocabulary(loaded.model, loaded.data)
-    if dry_run:
-        print_forecasts(build_forecast(loaded, config, settings, max(1, len(folders))), world=1)
-        return
-    run = context_of(config, loaded, built_by(config))
-    if settings.train_features.needs_share and first is not None:
-        run = replace(run, step=step_at(first, run.step))
+    return loaded
+
+
+def _export(
+    config: RunConfig,
+    settings: FeatureSettings,
+    folders: Sequence[Path],
+    worker: Worker | None,
+    watch: Watch | None = None,
+) -> tuple[str, ...]:
+    """Build the store here, alone or as one of several workers; name the train generations."""
+    loaded = _loaded(config, folders)
+    if watch is not None:
+        watch.loaded()
+    run = replace(context_of(config, loaded, built_by(config)), watch=watch)
+    if settings.train_features.needs_share and folders:
+        run = replace(run, step=step_at(folders[0], run.step))
     service = FeatureService(run, settings, worker)
     try:
-        _export_checkpoints(service, folders)
+        return tuple(_export_checkpoints(service, folders))
     finally:
         service.close()
-    _log.info("store: %s", config.store_path)
 
 
 def step_at(checkpoint: Path, configured: OptimizerStep | None) -> OptimizerStep | None:
@@ -102,8 +141,12 @@ def step_at(checkpoint: Path, configured: OptimizerStep | None) -> OptimizerStep
     return replace(configured, rows=rows) if isinstance(rows, int) else configured
 
 
-def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> None:
-    """Export once per checkpoint; without any, once from the model as it is (step 0)."""
+def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> Iterator[str]:
+    """Export once per checkpoint; without any, once from the model as it is (step 0).
+
+    Yields:
+        Names of the train generations.
+    """
     run, features = service.run, service.settings.train_features
     step = 0
     for number, folder in enumerate(folders or (None,)):
@@ -117,8 +160,12 @@ def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> Non
                 moments = checkpoint_moments(folder, run.model)
         with autocast(run.model, run.autocast):
             name = service.export(step, rate, moments).train
-        train = service.store.generation(name)
-        _log.info("%s: %d rows, %d usable", train.name, train.rows, int(train.usable.sum()))
+        _tell(service.store.generation(name))
+        yield name
+
+
+def _tell(train: Generation) -> None:
+    _log.info("%s: %d rows, %d usable", train.name, train.rows, int(train.usable.sum()))
 
 
 def feature_settings(config: RunConfig) -> FeatureSettings:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gradstore.cli.care import DryRun
-from gradstore.cli.options import AsJson, Checkpoints, Run, StorePath, path_at_home
+from gradstore.cli.options import AsJson, Checkpoints, OnEngine, Run, StorePath, path_at_home
+from gradstore.errors import BadInput
+
+if TYPE_CHECKING:
+    from gradstore.cluster import RayOptions
+    from gradstore.storage.leases import Worker
 
 Config = Annotated[
     Path,
@@ -18,6 +23,43 @@ Config = Annotated[
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Show what LlamaFactory and transformers say, too.")
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Builders(OnEngine):
+    """The options of `build` that say who builds."""
+
+    worker: Annotated[
+        str | None,
+        typer.Option(
+            help="Build as worker i of N, started as often and wherever you like: they share the "
+            "work through the store, on a file system that all of them see.",
+            metavar="i/N",
+        ),
+    ] = None
+    gpus_per_actor: Annotated[
+        float | None,
+        typer.Option(help="GPUs of each; 0.5 for half of one. Default: 1 where there are any."),
+    ] = None
+    memory_per_actor: Annotated[
+        float | None, typer.Option(help="GiB of memory that each reserves.")
+    ] = None
+
+    def chosen(self) -> tuple[Worker | None, RayOptions | None]:
+        """Check and read them: this process among workers, and the cluster; at most one is given.
+
+        Raises:
+            BadInput: both, or what one of them refuses.
+        """
+        from gradstore.storage.leases import Worker
+
+        ray = self.ray(self.gpus_per_actor, self.memory_per_actor)
+        if self.worker is not None and ray is not None:
+            raise BadInput(
+                "--worker and --engine are both given: the engine starts workers of its own; give "
+                "one of them. (Workers may join a build on an engine at any time.)"
+            )
+        return None if self.worker is None else Worker.parse(self.worker), ray
 
 
 @dataclass(frozen=True, kw_only=True)

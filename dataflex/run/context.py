@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from dataflex.config.keys import RunConfig
     from dataflex.run.board import Scoreboard
+    from dataflex.run.log import Watch
     from gradstore.export.share import OptimizerStep
 
 
@@ -38,6 +39,7 @@ class RunContext:
         ranks: this process among those of the run.
         board: losses of training rows, taken once per model state; None outside of training.
         step: rows and clipping of an optimizer step; None where nobody says.
+        watch: who is told of the passes beside this process's own bars.
     """
 
     config: RunConfig
@@ -52,6 +54,7 @@ class RunContext:
     ranks: Ranks = field(default_factory=Ranks)
     board: Scoreboard | None = None
     step: OptimizerStep | None = None
+    watch: Watch | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,19 @@ Update = tuple[int, str, str, float | None]
 TABLE_ROWS, TABLE_WIDTH = 20, 100
 
 _log = logging.getLogger(__name__)
+
+
+class Watch(Protocol):
+    """One who is told how the passes of a process go, and shows it elsewhere."""
+
+    def loaded(self) -> None:
+        """Hear that the model is there, and that the store comes next."""
+
+    def begins(self, name: str, rows: int) -> None:
+        """Hear that a pass begins, and how many rows it has left."""
+
+    def finished(self, name: str, unit: int, rows: int) -> None:
+        """Hear that this process has finished a unit of a pass, and its rows."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from gradstore.cli.options import (
     NO_TEXT,
     AsJson,
     Checkpoints,
+    OnEngine,
     Question,
     Run,
     StorePath,
@@ -24,7 +25,6 @@ from gradstore.cli.options import (
     read_text,
     shown,
     with_options,
-    with_question,
 )
 from gradstore.errors import BadInput, DamagedData
 from gradstore.format.names import printable
@@ -32,6 +32,7 @@ from gradstore.format.names import printable
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from gradstore.cluster import RayOptions
     from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.scoring.influence import Scores
     from gradstore.store.generation import Generation
@@ -85,9 +86,10 @@ def verify(store: StorePath, as_json: AsJson = False) -> None:
 
 
 @app.command()
-@with_question
+@with_options(Question, OnEngine)
 def score(
     question: Question,
+    engine: OnEngine,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -105,7 +107,7 @@ def score(
 
     if output is not None:
         check_suffix(output)
-    store, pairs, scores = _score(question)
+    store, pairs, scores = _score(question, options=engine.ray())
     train: Generation = pairs[-1].train  # type: ignore[assignment]
     if output is not None:
         write_table(output, _table_of(train, scores, store.texts(train)))
@@ -232,7 +234,9 @@ def query(
 
 
 def _score(
-    question: Question, check: Callable[[Sequence[CheckpointFeatures]], None] = lambda _: None
+    question: Question,
+    check: Callable[[Sequence[CheckpointFeatures]], None] = lambda _: None,
+    options: RayOptions | None = None,
 ) -> tuple[Store, list[CheckpointFeatures], Scores]:
     from gradstore.pace import Pace, long_pass
     from gradstore.scoring.influence import influence_scores
@@ -257,6 +261,11 @@ def _score(
         raise BadInput(f"subtasks is {cut!r}; give sizes such as 16,16.") from None
     n = pairs[-1].train.rows
     pace = Pace(n, lambda seconds: typer.echo(long_pass("scores", n, seconds), err=True))
+    engine = None
+    if options is not None:
+        from gradstore.scoring.engines import RayScan
+
+        engine = RayScan(question.store, options, lambda line: typer.echo(line, err=True))
     return (
         store,
         pairs,
@@ -266,6 +275,7 @@ def _score(
             aggregation=question.aggregation,  # type: ignore[arg-type]
             on_rows=pace.advance,
             product=product,
+            engine=engine,
         ),
     )
 

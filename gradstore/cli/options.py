@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradstore.errors import BadInput
 from gradstore.format.names import printable
 
 if TYPE_CHECKING:
+    from gradstore.cluster import RayOptions
     from gradstore.scoring.products import InnerProduct
     from gradstore.store.texts import RowTexts
 
@@ -72,6 +74,55 @@ Output = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnEngine:
+    """The options of every command that may run on a cluster."""
+
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="ray: work on a Ray cluster, whose nodes see the store's file system.",
+            metavar="ray",
+        ),
+    ] = None
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the Ray cluster: auto, HOST:PORT or ray://HOST:PORT; default: one is started "
+            "on this machine for the call."
+        ),
+    ] = None
+    actors: Annotated[
+        int | None, typer.Option(help="Processes on it; default: as many as there is room for.")
+    ] = None
+    cpus_per_actor: Annotated[
+        float, typer.Option(help="CPUs, and threads, of each; 0.5 for half of one.")
+    ] = 1.0
+
+    def ray(
+        self, gpus_per_actor: float | None = None, memory_per_actor: float | None = None
+    ) -> RayOptions | None:
+        """Check and join the options; None where no engine is asked for.
+
+        Raises:
+            BadInput: an unknown engine, options of an engine without one, or a number out of range.
+        """
+        from gradstore.cluster import RayOptions
+
+        if self.engine not in (None, "ray"):
+            raise BadInput(f"engine is {self.engine!r}; use ray, or none.")
+        options = RayOptions(
+            address=self.address,
+            actors=self.actors,
+            cpus_per_actor=self.cpus_per_actor,
+            gpus_per_actor=gpus_per_actor,
+            memory_per_actor=memory_per_actor,
+        )
+        if self.engine is None and options != RayOptions():
+            raise BadInput("--address, --actors and what an actor takes need --engine ray.")
+        return None if self.engine is None else options
+
+
+@dataclass(frozen=True, kw_only=True)
 class Question:
     """The options of every command that scores training rows."""
 
@@ -117,10 +168,6 @@ def with_options(*kinds: type[Any]) -> Callable[[Callable[..., None]], Callable[
         return run
 
     return decorate
-
-
-#: Gives a command the options of `Question` in place of its first parameter.
-with_question = with_options(Question)
 
 
 def print_json(content: object) -> None:

@@ -58,48 +58,105 @@ def combine(
         BadInput: chunk_rows < 1, a sub-task without a usable row, no usable train row at all, or
             rows that the product can't be taken of.
     """
+    check_pass(checkpoints, chunk_rows, product)
+    trains = [checkpoint.train for checkpoint in checkpoints]
+    codes = start_codes(trains)
+    step = round_chunk(chunk_rows)
+    with exact_float32():
+        queries = weighted_queries(checkpoints, subtasks, product, device)
+        sums = RowSums(trains, queries, product, device, chunk_rows)
+        for start in range(0, codes.size, step):
+            stop = min(start + step, codes.size)
+            keep(start, stop, sums.chunk(start, codes[start:stop]))
+    check_any_usable(codes)
+    return codes
+
+
+def check_pass(
+    checkpoints: Sequence[CheckpointFeatures], chunk_rows: int, product: InnerProduct
+) -> None:
+    """Refuse what `combine` can't work with, before a feature is read.
+
+    Raises:
+        BadInput: chunk_rows < 1, no `InnerProduct`, or rows that the product can't be taken of.
+    """
     expect_whole(chunk_rows, "chunk_rows")
     wanted = "an InnerProduct, such as InnerProduct('cosine', 'fisher')"
     expect(isinstance(product, InnerProduct), "product", product, wanted)
     product.check(checkpoints)
-    trains = [checkpoint.train for checkpoint in checkpoints]
-    codes = start_codes(trains)
-    with exact_float32():
-        scans = _scans(checkpoints, subtasks, product, device, chunk_rows)
-        step = round_chunk(chunk_rows)
-        for start in range(0, codes.size, step):
-            stop = min(start + step, codes.size)
-            total = np.zeros((stop - start, len(subtasks)), dtype=np.float32)
-            for scan, train in zip(scans, trains, strict=True):
-                products, found = scan.chunk(start, stop)
-                total += product.scaled(train, start, products)
-                here = codes[start:stop]
-                here[here == RowStatus.OK] = found[here == RowStatus.OK]
-            total[codes[start:stop] != RowStatus.OK] = np.nan
-            keep(start, stop, total)
+
+
+def weighted_queries(
+    checkpoints: Sequence[CheckpointFeatures],
+    subtasks: Sequence[Subtask],
+    product: InnerProduct,
+    device: torch.device,
+) -> list[npt.NDArray[np.float64]]:
+    """Compute each checkpoint's (q, d) queries: its weight times the direction of each sub-task.
+
+    Raises:
+        BadInput: a sub-task without a usable row, or a curvature that is singular.
+    """
+    usable = usable_targets_of(checkpoints)
+    queries = []
+    for one in checkpoints:
+        as_queries = product.query_map(one, usable, device)
+        queries.append(one.weight * subtask_queries(one.targets, subtasks, usable, as_queries))
+    return queries
+
+
+class RowSums:
+    """Sums over checkpoints of the products of some train rows and the queries.
+
+    Args:
+        trains: the train rows of each checkpoint.
+        queries: (q, d) of each, weighted.
+        product: of a train row and a target row.
+        device: where the products are computed.
+        chunk_rows: the most rows asked for at a time; rounded up to whole blocks.
+    """
+
+    def __init__(
+        self,
+        trains: Sequence[FeatureSource],
+        queries: Sequence[npt.NDArray[np.float64]],
+        product: InnerProduct,
+        device: torch.device,
+        chunk_rows: int,
+    ) -> None:
+        self._trains, self._product, self._queries = trains, product, len(queries[0])
+        self._scans = [
+            Scan(train, asked, chunk_rows=chunk_rows, device=device)
+            for train, asked in zip(trains, queries, strict=True)
+        ]
+
+    def chunk(self, start: int, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Sum rows start, start + 1, ...; within `exact_float32`.
+
+        Args:
+            start: first row; a multiple of the block.
+            codes: (m,) as `start_codes` made them for these rows; what a scan finds is set in it.
+
+        Returns:
+            (m, q) float32, nan where a row is not usable.
+        """
+        total = np.zeros((codes.size, self._queries), dtype=np.float32)
+        for scan, train in zip(self._scans, self._trains, strict=True):
+            products, found = scan.chunk(start, start + codes.size)
+            total += self._product.scaled(train, start, products)
+            new = codes == RowStatus.OK
+            codes[new] = found[new]
+        total[codes != RowStatus.OK] = np.nan
+        return total
+
+
+def check_any_usable(codes: npt.NDArray[np.uint8]) -> None:
+    """Raise BadInput unless a row is usable."""
     if not (codes == RowStatus.OK).any():
         raise BadInput(
             f"none of the {codes.size} train rows is usable: {count_skipped(codes)}; check their "
             "labels and the model's weights, and export them again"
         )
-    return codes
-
-
-def _scans(
-    checkpoints: Sequence[CheckpointFeatures],
-    subtasks: Sequence[Subtask],
-    product: InnerProduct,
-    device: torch.device,
-    chunk_rows: int,
-) -> list[Scan]:
-    """Make each checkpoint's scan for the weighted queries of all sub-tasks."""
-    usable = usable_targets_of(checkpoints)
-    scans = []
-    for one in checkpoints:
-        as_queries = product.query_map(one, usable, device)
-        queries = one.weight * subtask_queries(one.targets, subtasks, usable, as_queries)
-        scans.append(Scan(one.train, queries, chunk_rows=chunk_rows, device=device))
-    return scans
 
 
 def start_codes(sources: Sequence[FeatureSource]) -> npt.NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,9 @@ from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
 from gradstore.scoring.products import COSINE, InnerProduct
 from gradstore.scoring.scan import as_device
 from gradstore.scoring.subtasks import split_rows, subtasks_of
+
+if TYPE_CHECKING:
+    from gradstore.scoring.engines import RayScan
 
 Aggregation = Literal["max", "mean"]
 
@@ -175,6 +178,7 @@ def influence_scores(
     chunk_rows: int = CHUNK_ROWS,
     on_rows: Callable[[int], None] | None = None,
     product: InnerProduct = COSINE,
+    engine: RayScan | None = None,
 ) -> Scores:
     """Score every train row by its cosine influence on the target sub-tasks.
 
@@ -190,6 +194,7 @@ def influence_scores(
         chunk_rows: rows between two progress calls; rounded up to a multiple of 256.
         on_rows: called with the number of rows just scored.
         product: of a train row and a target row; a cosine unless another is asked for.
+        engine: makes the pass elsewhere, on a CPU with the same scores; None makes it here.
 
     Returns:
         Scores in [-1, 1] where the weights sum to 1 and the product is a cosine. Above 0, a step
@@ -213,7 +218,8 @@ def influence_scores(
         if on_rows is not None:
             on_rows(stop - start)
 
-    codes = combine(checkpoints, subtasks, keep, as_device(device), chunk_rows, product)
+    scan = combine if engine is None else engine.combine
+    codes = scan(checkpoints, subtasks, keep, as_device(device), chunk_rows, product)
     values[codes != RowStatus.OK] = np.nan
     best[codes != RowStatus.OK] = -1
     return Scores(values, codes == RowStatus.OK, best, count_skipped(codes))

@@ -1,0 +1,322 @@
+"""Gradient generations on a Ray cluster: actors that each are a worker of the store.
+
+An actor holds a model and fills units that it leases through the store (`gradstore.storage.leases`)
+until none is left; features go from there to the store's file system. Ray starts and places actors,
+and carries one small report for each unit. So whatever ends, an actor, a node, the head or this
+process, what is done stays done, and any other worker takes over the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dataflex.run.log import OnRows, Watch, progress
+from dataflex.run.messages import Failure, RemoteFailure, explain, set_up_logging
+from gradstore.cluster import Cluster, RayOptions, connected
+from gradstore.errors import BadInput, StoreIOError
+from gradstore.storage.leases import Worker
+
+#: Times that each actor is started again after it died.
+RESTARTS = 3
+
+#: Seconds between two looks at the cluster while no report comes.
+WAIT_SECONDS = 1.0
+
+#: Seconds in which the other actors leave the store when all is done.
+END_SECONDS = 30.0
+
+#: Words of Ray's about an actor whose whole node has died.
+NODE_DIED = "node has died"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Started:
+    """First report of an actor: its process."""
+
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The actor has its model; next it opens the store."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A pass has begun, with `rows` left to compute by all actors."""
+
+    name: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class UnitDone:
+    """An actor has computed and published a unit of a pass."""
+
+    name: str
+    unit: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Last report of an actor: all is done and committed, or the failure.
+
+    Attributes:
+        failure: None where there was none.
+        made: what the work returned: the names of the train generations.
+    """
+
+    failure: Failure | None
+    made: tuple[str, ...] = ()
+
+
+Report = Started | Loaded | Begun | UnitDone | Ended
+
+#: The build as one worker that tells of its passes, and returns the names of the train generations;
+#: called in the process of an actor.
+Work = Callable[[Worker, Watch], tuple[str, ...]]
+
+
+class FeatureActor:
+    """A worker in a process of the cluster; each call of `unit` waits for its next report.
+
+    The work has a thread of its own and never waits for anybody who listens.
+
+    Args:
+        work: the build.
+        worker: which one it is.
+        folder: where the command was given; relative paths are below it.
+    """
+
+    def __init__(self, work: Work, worker: Worker, folder: Path) -> None:
+        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._reports.put(Started(socket.gethostname(), os.getpid()))
+        arguments = (work, worker, folder)
+        threading.Thread(target=self._run, args=arguments, name="build", daemon=True).start()
+
+    def unit(self) -> Report:
+        """Return the next report: in most cases of a unit."""
+        return self._reports.get()
+
+    def loaded(self) -> None:
+        """Report that the model is there."""
+        self._reports.put(Loaded())
+
+    def begins(self, name: str, rows: int) -> None:
+        """Report the beginning of a pass."""
+        self._reports.put(Begun(name, rows))
+
+    def finished(self, name: str, unit: int, rows: int) -> None:
+        """Report a unit."""
+        self._reports.put(UnitDone(name, unit, rows))
+
+    def _run(self, work: Work, worker: Worker, folder: Path) -> None:
+        ended = Ended(None)
+        set_up_logging()
+        try:
+            if not folder.is_dir():
+                raise BadInput(
+                    f'no folder "{folder}" here; a Ray cluster needs a file system that all its '
+                    "nodes see, for the folder of the command, the model, the data and the store."
+                )
+            os.chdir(folder)
+            ended = Ended(None, work(worker, self))
+        except BaseException as error:
+            ended = Ended(explain(error) or Failure(1, traceback.format_exc()))
+        self._reports.put(ended)
+
+
+@dataclass(eq=False)
+class _Actor:
+    """An actor as the driver knows it."""
+
+    worker: Worker
+    handle: Any
+    host: str = ""
+    pid: int = 0
+    works: bool = False
+
+    def __str__(self) -> str:
+        place = f" ({self.host}, pid {self.pid})" if self.host else ""
+        return f"actor {self.worker.number}{place}"
+
+
+def run_on_ray(work: Work, options: RayOptions) -> tuple[str, ...]:
+    """Run a build as actors on a Ray cluster, until one of them finds it done.
+
+    Args:
+        work: the build, a function that other processes can import.
+        options: of the cluster and its actors.
+
+    Returns:
+        What the work returned.
+
+    Raises:
+        BadInput: see `connected`.
+        StoreIOError: the cluster ended, or every actor died again and again.
+        RemoteFailure: what failed in an actor, with its exit code.
+    """
+    with connected(options) as cluster:
+        _log.info("Ray: %s", cluster.told)
+        with Bars() as bars:
+            build = _Build(cluster, work, bars)
+            try:
+                return build.run()
+            finally:
+                build.end()
+
+
+class Bars:
+    """One bar at a time: of the pass that the actors are at, in rows of units that are done."""
+
+    def __init__(self) -> None:
+        self._shown = contextlib.ExitStack()
+        self._advance: OnRows | None = None
+        self._name, self._units = "", set[int]()
+        self._past: set[str] = set()
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._shown.close()
+
+    def begin(self, begun: Begun) -> None:
+        """Show a pass that an actor begins, if none has before."""
+        if begun.name == self._name or begun.name in self._past:
+            return
+        self._shown.close()
+        self._past.add(self._name)
+        self._name, self._units = begun.name, set()
+        bar = progress(begun.name, begun.rows, shown=begun.rows > 0)
+        self._advance = self._shown.enter_context(bar)
+
+    def count(self, done: UnitDone) -> None:
+        """Count a unit of the pass that is shown, once."""
+        if done.name == self._name and done.unit not in self._units and self._advance is not None:
+            self._units.add(done.unit)
+            self._advance(done.rows)
+
+
+@dataclass(eq=False)
+class _Build:
+    """The driver's side of a build.
+
+    Attributes:
+        cluster: where the actors live.
+        work: what they do.
+        bars: what is shown of it.
+        running: reference of the awaited report -> its actor.
+        deaths: how often each number's actor died.
+        made: what the work of the first actor that found the build done returned.
+    """
+
+    cluster: Cluster
+    work: Work
+    bars: Bars
+    running: dict[Any, _Actor] = field(default_factory=dict)
+    deaths: dict[int, int] = field(default_factory=dict)
+    made: tuple[str, ...] | None = None
+
+    def run(self) -> tuple[str, ...]:
+        """Start the actors and listen to them until one has found the build done."""
+        for number in range(1, self.cluster.actors + 1):
+            self._start(Worker(number, self.cluster.actors))
+        while self.running and self.made is None:
+            self._listen()
+        if self.made is None:
+            raise StoreIOError(
+                f"every actor died {RESTARTS + 1} times. Each holds a model: give it more with "
+                "--memory-per-actor, or take fewer with --actors. Ray's logs have their last words."
+            )
+        # Those at work find that all is done, and leave the store; those that load a model may end.
+        ends = time.monotonic() + END_SECONDS
+        while any(actor.works for actor in self.running.values()) and time.monotonic() < ends:
+            self._listen()
+        return self.made
+
+    def end(self) -> None:
+        """End the actors that are left, whatever they do: one may be in the middle of an import."""
+        if not self.cluster.ended:
+            for actor in self.running.values():
+                self.cluster.ray.kill(actor.handle)
+
+    def _start(self, worker: Worker) -> None:
+        options = self.cluster.actor_options() | {"max_restarts": 0}
+        remote = self.cluster.ray.remote(FeatureActor).options(**options)
+        self._await(_Actor(worker, remote.remote(self.work, worker, Path.cwd())))
+
+    def _await(self, actor: _Actor) -> None:
+        self.running[actor.handle.unit.remote()] = actor
+
+    def _listen(self) -> None:
+        """Hear what has come, waiting a moment for it; look at the cluster."""
+        ready, _ = self.cluster.ray.wait(list(self.running), timeout=WAIT_SECONDS)
+        self.cluster.check()
+        for ref in ready:
+            actor = self.running.pop(ref)
+            try:
+                report: Report = self.cluster.ray.get(ref)
+            except self.cluster.ray.exceptions.ActorUnavailableError:
+                self._await(actor)  # for a moment: it has not died
+            except self.cluster.ray.exceptions.RayActorError as error:
+                if getattr(error, "actor_init_failed", False):
+                    raise BadInput(
+                        f"{actor} could not start: {str(error).splitlines()[-1].strip()}. All nodes"
+                        " need the version of Python and of DataFlex that this process has."
+                    ) from error
+                self._bury(actor, str(error))
+            else:
+                self._hear(actor, report)
+
+    def _hear(self, actor: _Actor, report: Report) -> None:
+        if isinstance(report, Ended):
+            if report.failure is not None:
+                raise RemoteFailure(_placed(report.failure, actor.host))
+            self.made = report.made
+            self.cluster.ray.kill(actor.handle)
+            return
+        if isinstance(report, Started):
+            actor.host, actor.pid = report.host, report.pid
+        elif isinstance(report, Loaded):
+            actor.works = True
+        elif isinstance(report, Begun):
+            self.bars.begin(report)
+        else:
+            self.bars.count(report)
+        self._await(actor)
+
+    def _bury(self, actor: _Actor, why: str) -> None:
+        """Tell of an actor that died, and start it again, where there is room."""
+        if self.made is not None:
+            return
+        number = actor.worker.number
+        self.deaths[number] = self.deaths.get(number, 0) + 1
+        ended = "its node left the cluster" if NODE_DIED in why else "its process ended"
+        again = self.deaths[number] <= RESTARTS
+        rest = "" if again else "; it is not started again"
+        _log.warning("%s died, %s: its units are taken over%s", actor, ended, rest)
+        if again:
+            self._start(actor.worker)
+
+
+def _placed(failure: Failure, host: str) -> Failure:
+    """Name the host of a failure on another machine."""
+    if host in ("", socket.gethostname()):
+        return failure
+    return Failure(failure.code, f"{failure.message} (on {host})")

@@ -1,0 +1,226 @@
+"""Actors report units and nothing else, are started again, and fail as one; Ray is stood in for."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataflex.features import engines
+from dataflex.features.engines import (
+    RESTARTS,
+    Bars,
+    Begun,
+    Ended,
+    FeatureActor,
+    Loaded,
+    Report,
+    Started,
+    UnitDone,
+)
+from dataflex.run.log import Watch
+from dataflex.run.messages import Failure, RemoteFailure
+from gradstore.errors import BadInput, ProvenanceMismatch, StoreIOError
+from gradstore.storage.leases import Worker
+
+
+def reports(work: Any, folder: Path) -> list[Report]:
+    actor = FeatureActor(work, Worker(2, 3), folder)
+    heard = [actor.unit()]
+    while not isinstance(heard[-1], Ended):
+        heard.append(actor.unit())
+    return heard
+
+
+def test_an_actor_reports_its_units_and_what_the_work_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def work(worker: Worker, watch: Watch) -> tuple[str, ...]:
+        watch.loaded()
+        watch.begins("gradients of train/3", 512)
+        for unit in range(2):
+            watch.finished("gradients of train/3", unit, 256)
+        return (f"train/3 by {worker}",)
+
+    started, *rest = reports(work, tmp_path)
+    assert isinstance(started, Started)
+    name = "gradients of train/3"
+    assert rest == [Loaded(), Begun(name, 512), UnitDone(name, 0, 256), UnitDone(name, 1, 256),
+                    Ended(None, ("train/3 by 2/3",))]  # fmt: skip
+    assert max(len(pickle.dumps(report)) for report in (started, *rest)) < 500  # no feature
+
+
+def test_a_failure_keeps_its_message_and_code_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*_: object) -> tuple[str, ...]:
+        raise ProvenanceMismatch("seed differs", ["seed"])
+
+    assert reports(refuse, tmp_path)[-1] == Ended(Failure(3, "seed differs"))
+    bug = reports(int, tmp_path)[-1]  # int(worker, watch)
+    assert isinstance(bug, Ended)
+    assert bug.failure is not None
+    assert bug.failure.code == 1
+    assert "TypeError" in bug.failure.message
+    missing = reports(int, tmp_path / "none")[-1]
+    assert isinstance(missing, Ended)
+    assert missing.failure is not None
+    assert missing.failure.code == 2
+    assert "a file system that all its nodes see" in missing.failure.message
+
+
+class ActorError(Exception):
+    actor_init_failed = False
+
+
+class Unavailable(ActorError):
+    pass
+
+
+class Scripted:
+    """A cluster whose actors say what a script has for their number, one after another.
+
+    A report that is an exception is raised, as Ray raises the death of an actor.
+    """
+
+    ended = False
+    taken: dict[str, float] = {"CPU": 1.0}  # noqa: RUF012
+    exceptions = type(
+        "Exceptions", (), {"RayActorError": ActorError, "ActorUnavailableError": Unavailable}
+    )
+
+    def __init__(self, *scripts: list[Report | Exception]) -> None:
+        self.scripts, self.actors, self.ray = scripts, len(scripts), self
+        self.started: list[int] = []
+        self.killed: list[int] = []
+
+    def actor_options(self) -> dict[str, Any]:
+        return {}
+
+    def check(self) -> None:
+        pass
+
+    def remote(self, _: type) -> Any:
+        cluster = self
+
+        class Handle:
+            def __init__(self, _: object, worker: Worker, __: Path) -> None:
+                self.number = worker.number
+                cluster.started.append(worker.number)
+
+            @property
+            def unit(self) -> Any:
+                return type("Method", (), {"remote": lambda _: (self, object())})()
+
+        made = type("Made", (), {"remote": staticmethod(Handle)})
+        return type("Class", (), {"options": lambda *_, **__: made})()
+
+    def wait(self, refs: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        return [ref for ref in refs if self.scripts[ref[0].number - 1]][:1], []
+
+    def get(self, ref: Any) -> Report:
+        report = self.scripts[ref[0].number - 1].pop(0)
+        if isinstance(report, Exception):
+            raise report
+        return report
+
+    def kill(self, handle: Any) -> None:
+        self.killed.append(handle.number)
+
+
+def run(cluster: Any) -> tuple[str, ...]:
+    with Bars() as bars:
+        build = engines._Build(cluster, lambda *_: (), bars)
+        try:
+            return build.run()
+        finally:
+            build.end()
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    monkeypatch.setattr(logging.getLogger("dataflex"), "propagate", True)
+    caplog.set_level(logging.INFO, "dataflex")
+    return lambda: caplog.text
+
+
+def test_an_actor_that_died_is_started_again_and_told_in_one_line(told: Any) -> None:
+    died = ActorError("The actor died because its node has died.")
+    second: list[Any] = [Started("far", 7), Loaded(), died, Started("near", 8), Loaded(),
+                         Ended(None, ("train/3",))]  # fmt: skip
+    cluster = Scripted([Unavailable(), Started("here", 5), ActorError("killed")], second)
+    assert run(cluster) == ("train/3",)
+    assert sorted(cluster.started) == [1, 1, 2, 2]
+    assert "actor 1 (here, pid 5) died, its process ended: its units are taken over" in told()
+    assert "actor 2 (far, pid 7) died, its node left the cluster" in told()
+    assert told().count(" died") == 2
+    assert sorted(cluster.killed) == [1, 2]  # one that had only begun to load, and the one that led
+
+
+def test_those_at_work_leave_the_store_before_they_are_ended() -> None:
+    first: list[Any] = [Loaded(), Begun("x", 512), Ended(None, ("made",))]
+    second: list[Any] = [Loaded(), Begun("x", 256), UnitDone("x", 1, 256), Ended(None, ("made",))]
+    cluster = Scripted(second[:1] + first, second)
+    assert run(cluster) == ("made",)
+    assert cluster.scripts == ([], [])
+
+
+def test_actors_that_die_again_and_again_end_the_build(told: Any) -> None:
+    cluster = Scripted([ActorError("killed") for _ in range(RESTARTS + 1)])
+    with pytest.raises(StoreIOError, match="every actor died 4 times"):
+        run(cluster)
+    assert len(cluster.started) == RESTARTS + 1
+    assert told().count("it is not started again") == 1
+
+
+def test_the_first_failure_ends_all_actors() -> None:
+    cluster = Scripted([Started("far", 1), Ended(Failure(3, "seed differs"))], [])
+    with pytest.raises(RemoteFailure, match=r"seed differs \(on far\)") as caught:
+        run(cluster)
+    assert caught.value.exit_code == 3
+    assert cluster.killed == [2]
+
+
+def test_a_node_without_this_version_is_named_and_not_tried_again() -> None:
+    broken = ActorError("traceback\nModuleNotFoundError: No module named 'dataflex'")
+    broken.actor_init_failed = True
+    cluster = Scripted([broken])
+    with pytest.raises(BadInput, match=r"No module named 'dataflex'\. All nodes need"):
+        run(cluster)
+    assert cluster.started == [1]
+
+
+def test_a_bar_counts_each_unit_once_and_shows_the_newest_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[tuple[str, int]] = []
+
+    class Bar:
+        def __init__(self, name: str, rows: int, *, shown: bool) -> None:
+            self.name = name
+
+        def __enter__(self) -> Any:
+            return lambda rows: shown.append((self.name, rows))
+
+        def __exit__(self, *_: object) -> None:
+            shown.append((self.name, -1))
+
+    monkeypatch.setattr(engines, "progress", Bar)
+    with Bars() as bars:
+        bars.begin(Begun("a", 300))
+        bars.begin(Begun("a", 44))  # another actor, later
+        bars.count(UnitDone("a", 0, 256))
+        bars.count(UnitDone("a", 0, 256))
+        bars.begin(Begun("b", 10))
+        bars.count(UnitDone("a", 1, 44))
+        bars.begin(Begun("a", 0))
+        bars.count(UnitDone("b", 0, 10))
+    assert shown == [("a", 256), ("a", -1), ("b", 10), ("b", -1)]
