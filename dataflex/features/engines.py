@@ -23,7 +23,8 @@ from typing import Any
 
 from dataflex.run.log import OnRows, Watch, progress
 from dataflex.run.messages import Failure, RemoteFailure, explain, set_up_logging
-from gradstore.cluster import Cluster, RayOptions, connected
+from gradstore.cluster.connection import Cluster, connected
+from gradstore.cluster.options import RayOptions
 from gradstore.errors import BadInput, StoreIOError
 from gradstore.storage.leases import Worker
 
@@ -171,14 +172,12 @@ def run_on_ray(work: Work, options: RayOptions) -> tuple[str, ...]:
         StoreIOError: the cluster ended, or every actor died again and again.
         RemoteFailure: what failed in an actor, with its exit code.
     """
-    with connected(options) as cluster:
-        _log.info("Ray: %s", cluster.told)
-        with Bars() as bars:
-            build = _Build(cluster, work, bars)
-            try:
-                return build.run()
-            finally:
-                build.end()
+    with connected(options, _log.info) as cluster, Bars() as bars:
+        build = _Build(cluster, work, bars)
+        try:
+            return build.run()
+        finally:
+            build.end()
 
 
 class Bars:

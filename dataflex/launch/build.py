@@ -27,7 +27,7 @@ from dataflex.pipelines.pipeline import build_strategy
 from dataflex.run.forecast import print_forecasts
 from dataflex.run.log import Watch
 from dataflex.selectors.by_influence import InfluenceSelector
-from gradstore.cluster import RayOptions
+from gradstore.cluster.options import RayOptions
 from gradstore.errors import BadInput
 from gradstore.export.share import OptimizerStep
 from gradstore.storage.leases import Worker

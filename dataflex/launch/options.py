@@ -13,7 +13,7 @@ from gradstore.cli.options import AsJson, Checkpoints, OnEngine, Run, StorePath,
 from gradstore.errors import BadInput
 
 if TYPE_CHECKING:
-    from gradstore.cluster import RayOptions
+    from gradstore.cluster.options import RayOptions
     from gradstore.storage.leases import Worker
 
 Config = Annotated[

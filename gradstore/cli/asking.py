@@ -32,7 +32,7 @@ from gradstore.format.names import printable
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from gradstore.cluster import RayOptions
+    from gradstore.cluster.options import RayOptions
     from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.scoring.influence import Scores
     from gradstore.store.generation import Generation

@@ -17,7 +17,7 @@ from gradstore.errors import BadInput
 from gradstore.format.names import printable
 
 if TYPE_CHECKING:
-    from gradstore.cluster import RayOptions
+    from gradstore.cluster.options import RayOptions
     from gradstore.scoring.products import InnerProduct
     from gradstore.store.texts import RowTexts
 
@@ -87,8 +87,8 @@ class OnEngine:
     address: Annotated[
         str | None,
         typer.Option(
-            help="Of the Ray cluster: auto, HOST:PORT or ray://HOST:PORT; default: one is started "
-            "on this machine for the call."
+            help="Of the Ray cluster that this machine is a node of: auto, or HOST:PORT of its "
+            "head; default: one is started here for the call."
         ),
     ] = None
     actors: Annotated[
@@ -106,7 +106,7 @@ class OnEngine:
         Raises:
             BadInput: an unknown engine, options of an engine without one, or a number out of range.
         """
-        from gradstore.cluster import RayOptions
+        from gradstore.cluster.options import RayOptions
 
         if self.engine not in (None, "ray"):
             raise BadInput(f"engine is {self.engine!r}; use ray, or none.")

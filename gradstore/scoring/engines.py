@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradstore.cluster import Cluster, RayOptions, connected
+from gradstore.cluster.connection import Cluster, connected
+from gradstore.cluster.options import RayOptions
 from gradstore.errors import BadInput, StoreError, StoreIOError
 from gradstore.scoring.combine import (
     RowSums,
@@ -124,8 +125,7 @@ class RayScan:
             queries = tuple(weighted_queries(checkpoints, subtasks, product, device))
         names = tuple((train.name, train.commit_sha) for train in trains)
         task = ScanTask(self.store.resolve(), names, queries, product, round_chunk(chunk_rows))
-        with connected(replace(self.options, gpus_per_actor=0.0)) as cluster:
-            self.told(f"Ray: {cluster.told}")
+        with connected(replace(self.options, gpus_per_actor=0.0), self.told) as cluster:
             ranges = ranges_of(codes.size, cluster.actors, task.chunk_rows)
             for (start, stop), (sums, found) in zip(
                 ranges, _in_order(cluster, task, ranges), strict=True

@@ -18,7 +18,7 @@ from dataflex.features.shared import export_shared
 from dataflex.run.log import Watch
 from dataflex.run.messages import set_up_logging
 from dataflex.run.ranks import Ranks
-from gradstore.cluster import RayOptions
+from gradstore.cluster.options import RayOptions
 from gradstore.errors import StoreError
 from gradstore.export.units import UnitFeatures
 from gradstore.format.plans import UnitRange

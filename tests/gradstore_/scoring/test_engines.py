@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradstore.cluster import RayOptions
+from gradstore.cluster.options import RayOptions
 from gradstore.errors import BadInput, StoreError
 from gradstore.format.layout import RowStatus
 from gradstore.format.records import GenerationRecord, RowSet
@@ -106,9 +106,9 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> InProcess:
     ray = InProcess()
 
     @contextlib.contextmanager
-    def cluster(options: RayOptions) -> Iterator[Any]:
+    def cluster(options: RayOptions, _: Any) -> Iterator[Any]:
         assert options.gpus_per_actor == 0
-        members = {"ray": ray, "actors": 3, "told": "here", "check": lambda self: None,
+        members = {"ray": ray, "actors": 3, "check": lambda self: None,
                    "actor_options": lambda self: {}}  # fmt: skip
         yield type("Cluster", (), members)()
 

@@ -1,17 +1,19 @@
-"""What a call asks of a Ray cluster, without one: room, options, environment, and its end."""
+"""The connection to a Ray cluster, without one: room, options of an actor, a wait, its end."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
+import os
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from gradstore import cluster as module
-from gradstore.cluster import Cluster, RayOptions, connected, room
+from gradstore.cluster import connection
+from gradstore.cluster.connection import Cluster, connected
+from gradstore.cluster.options import RayOptions
 from gradstore.errors import BadInput, StoreIOError
 
 
@@ -20,23 +22,6 @@ def ray_of(*nodes: dict[str, float]) -> Any:
     listed = [{"NodeID": str(i), "Alive": True, "Resources": has} for i, has in enumerate(nodes)]
     dead = {"NodeID": "dead", "Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
     return SimpleNamespace(nodes=lambda: [*listed, dead])
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"actors": 0}, "actors is 0"),
-        ({"cpus_per_actor": 0.0}, "cpus_per_actor is 0.0"),
-        ({"cpus_per_actor": math.nan}, "cpus_per_actor is nan"),
-        ({"gpus_per_actor": 1.5}, "gpus_per_actor is 1.5"),
-        ({"gpus_per_actor": -1.0}, "gpus_per_actor is -1.0"),
-        ({"memory_per_actor": 0.0}, "memory_per_actor is 0.0"),
-        ({"address": ""}, "address is ''"),
-    ],
-)
-def test_numbers_out_of_range_are_named(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(BadInput, match=said):
-        RayOptions(**wrong)
 
 
 def test_fractions_of_a_gpu_reach_the_options_of_an_actor() -> None:
@@ -57,28 +42,9 @@ def test_each_actor_takes_a_gpu_where_there_are_any_and_sees_none_elsewhere() ->
     assert asked["runtime_env"]["env_vars"]["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_room_is_counted_by_node() -> None:
-    """Half a GPU on each of two nodes is no room for a whole one."""
-    assert room({"a": {"CPU": 1, "GPU": 0.5}, "b": {"CPU": 1, "GPU": 0.5}}, {"GPU": 1}) == 0
-    assert room({"a": {"CPU": 0.3}}, {"CPU": 0.1}) == 3  # 0.3 / 0.1 is a little less than 3
-
-
 def test_a_cluster_without_room_is_refused_and_says_what_there_is() -> None:
     with pytest.raises(BadInput, match=r"1 CPU, 1 GPU: they have 8 CPU, 0 GPU\..*gpus-per"):
         Cluster(ray_of({"CPU": 8.0}), RayOptions(gpus_per_actor=1), "h:1")
-
-
-def test_the_environment_goes_along_but_for_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "WANDB_API_KEY", "TOKENIZERS_PARALLELISM", "HOME"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    passed = RayOptions(cpus_per_actor=8).environment()
-    assert {"HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"} <= passed.keys()
-    assert not {"HF_TOKEN", "WANDB_API_KEY", "HOME"} & passed.keys()
-    assert passed["OMP_NUM_THREADS"] == "3"
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert RayOptions(cpus_per_actor=8).environment()["OMP_NUM_THREADS"] == "8"
-    assert RayOptions(cpus_per_actor=0.5).environment()["OMP_NUM_THREADS"] == "1"
 
 
 def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,30 +53,70 @@ def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.Monkey
         importlib.util, "find_spec", lambda name, *a: None if name == "ray" else find(name, *a)
     )
     with pytest.raises(BadInput, match=r"pip install 'dataflex-gradstore\[ray\]'"):
-        connected(RayOptions()).__enter__()
+        connected(RayOptions(), print).__enter__()
 
 
-@pytest.mark.parametrize("prefix", ["", "ray://"])
-def test_an_address_that_nobody_listens_at_is_named(prefix: str) -> None:
+def test_an_address_that_nobody_listens_at_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    where = f"{prefix}127.0.0.1:{port}"
-    with pytest.raises(BadInput, match=f"no Ray cluster answers at {where}"):
-        connected(RayOptions(address=where)).__enter__()
-    with pytest.raises(BadInput, match="give auto, HOST:PORT"):
-        connected(RayOptions(address=f"{prefix}somewhere")).__enter__()
+    with pytest.raises(BadInput, match=f"no Ray cluster answers at 127.0.0.1:{port}"):
+        connected(RayOptions(address=f"127.0.0.1:{port}"), print).__enter__()
+
+
+def test_a_cluster_of_the_calls_own_leaves_no_token_and_no_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray takes the token from the environment, and so writes none to the user's home."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    asked: dict[str, Any] = {}
+
+    def init(**given: Any) -> None:
+        os.environ["RAY_AUTH_MODE"] = "token"  # as Ray does
+        asked.update(given, token=os.environ["RAY_AUTH_TOKEN"])
+
+    context = SimpleNamespace(gcs_address="h:1")
+    ray = SimpleNamespace(init=init, shutdown=lambda: asked.update(ended=True))
+    ray.get_runtime_context = lambda: context
+    with connection._started(ray, RayOptions(actors=64, cpus_per_actor=0.5)) as head:
+        assert head == "h:1"
+        assert Path(asked["_temp_dir"]).is_dir()
+    assert (len(asked["token"]), asked["num_cpus"], asked["ended"]) == (64, 32, True)
+    assert not Path(asked["_temp_dir"]).exists()
+    assert not {"RAY_AUTH_TOKEN", "RAY_AUTH_MODE"} & os.environ.keys()
+
+
+def test_a_cluster_that_others_use_is_waited_for_and_told_of_and_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection, "TOLD_SECONDS", 0.0)
+    ray = ray_of({"CPU": 4.0})
+    ray.remote = lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=object))
+    ray.available_resources = lambda: {"CPU": 0.5}
+    waits = [([], []), ([], []), ([object()], [])]
+    ray.wait = lambda *_, **__: waits.pop(0)
+    cluster = Cluster(ray, RayOptions(), "h:1")
+    said: list[str] = []
+    cluster.wait_for_room(said.append)
+    assert not waits
+    assert len(said) == 1
+    assert "no process of 1 CPU, 0 GPU could start in 0 seconds; 0.5 CPU, 0 GPU are free" in said[0]
+    monkeypatch.setattr(connection, "ROOM_SECONDS", 0.0)
+    waits = [([], [])]
+    with pytest.raises(BadInput, match=r"0\.5 CPU, 0 GPU are free on the Ray cluster"):
+        cluster.wait_for_room(said.append)
 
 
 def test_a_head_counts_as_dead_after_several_looks_in_vain(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(connection, "LOOK_SECONDS", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         head = f"127.0.0.1:{server.getsockname()[1]}"
         cluster = Cluster(ray_of({"CPU": 1.0}), RayOptions(), head)
-        for _ in range(2 * module.LOOKS):
+        for _ in range(2 * connection.LOOKS):
             cluster.check()
-    for _ in range(module.LOOKS - 1):
+    for _ in range(connection.LOOKS - 1):
         cluster.check()
     assert not cluster.ended
     with pytest.raises(StoreIOError, match="its head no longer answers"):

@@ -1,0 +1,1 @@
+"""A Ray cluster for the length of a call."""
