@@ -6,46 +6,66 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from gradstore.store.verify import verify_store
 
-OBJECT_STORE = 80 << 20
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+
+#: A node that is silent for a second or two is dead.
+HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes of one CPU each; a test that ends a node adds another."""
+    """Two nodes of one CPU each; the tests, in their order, end one and then the other."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets need short names
-    node = {"num_cpus": 1, "object_store_memory": OBJECT_STORE}
-    # A node that is silent for a second or two is dead.
-    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300}
-    head = {**node, "include_dashboard": False, "temp_dir": folder, "_system_config": health}
+    head = {**NODE, "include_dashboard": False, "temp_dir": folder, "_system_config": HEALTH}
     found = Cluster(initialize_head=True, head_node_args=head)
-    found.add_node(**node)
+    found.add_node(**NODE)
     yield found
     found.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def until(there: Callable[[], Any], what: str) -> Any:
-    ends = time.monotonic() + 60
-    while time.monotonic() < ends:
-        if found := there():
-            return found
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a store that one process builds, without Ray, when the first test asks for it."""
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.fixture
+def build(cli: Any, config: Any, alone: Path) -> Callable[..., Any]:
+    """`build(STORE, ...)`: of three units of train rows."""
+    path = config(max_samples=600, output_dir=str(alone / "run"),
+                  component_params={"proj_dim": 64, "gradient_type": "sgd"})  # fmt: skip
+    command = ("gradstore", "build", path)
+    if not (alone / "store").exists():
+        result = cli(*command, f"gradstore={alone / 'store'}")
+        assert result.code == 0, result.err[-3000:]
+    return lambda store, *options, **given: cli(*command, f"gradstore={store}", *options, **given)
+
+
+def said(told: Path) -> str:
+    """Read what a process in the background has said by now."""
+    return told.read_bytes().decode() if told.exists() else ""
+
+
+def until(there: Callable[[], Any], what: str, told: Path | None = None) -> None:
+    ends = time.monotonic() + 90
+    while not there():
+        assert time.monotonic() < ends, f"no {what}: {said(told)[-3000:] if told else ''}"
         time.sleep(0.05)
-    raise AssertionError(f"no {what}")
 
 
 def generations(store: Path) -> dict[str, bytes]:
@@ -53,82 +73,88 @@ def generations(store: Path) -> dict[str, bytes]:
     return {str(p.relative_to(store)): p.read_bytes() for p in files if p.is_file()}
 
 
-def working(store: Path) -> dict[str, int]:
-    """Number and process id of the workers that hold a lease of a unit."""
-    found = {}
+def leases(store: Path) -> dict[int, set[str]]:
+    """Process id -> leases of units that it holds."""
+    found: dict[int, set[str]] = {}
     for lease in store.glob("staging/leases/*/*.1"):
-        if owner := re.search(r"worker (\d)/\d, host [^,]*, pid (\d+)", lease.read_text()):
-            found[owner[1]] = int(owner[2])
+        if owner := re.search(r"worker \d/\d, host [^,]*, pid (\d+)", lease.read_text()):
+            found.setdefault(int(owner[1]), set()).add(lease.name)
     return found
 
 
-class Build:
-    """`ray_build.py` in a process of its own."""
-
-    def __init__(self, store: Path, address: str | None, told: Path) -> None:
-        script = [sys.executable, str(Path(__file__).parent / "ray_build.py"), str(store)]
-        self._told = told
-        with told.open("wb") as file:
-            self._process = subprocess.Popen(
-                script + ([address] if address else []), stdout=file, stderr=file
-            )
-
-    def ends(self, seconds: float = 60) -> int:
-        return self._process.wait(timeout=seconds)
-
-    @property
-    def told(self) -> str:
-        return self._told.read_text()
+def raylet(node: Any) -> int:
+    """Process id of a node, whose workers are its children."""
+    return int(node.all_processes["raylet"][0].process.pid)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Files of the store that one process builds, without Ray."""
-    folder = tmp_path_factory.mktemp("alone")
-    build = Build(folder / "store", None, folder / "told.txt")
-    assert build.ends() == 0, build.told
-    return generations(folder / "store")
+def actors(cluster: Any) -> list[int]:
+    """Process ids of our actors, at work or not."""
+    processes = psutil.process_iter(["ppid", "cmdline"])
+    nodes = {raylet(node) for node in cluster.list_all_nodes()}
+    return [
+        process.pid
+        for process in processes
+        if process.info["ppid"] in nodes
+        and "FeatureActor" in " ".join(process.info["cmdline"] or [])
+    ]
 
 
-def test_units_of_a_killed_actor_are_taken_over(
-    cluster: Any, alone: dict[str, bytes], tmp_path: Path
+def test_ctrl_c_leaves_no_actor(cluster: Any, build: Any, tmp_path: Path) -> None:
+    told = tmp_path / "told.txt"
+    options = ("--engine", "ray", "--address", cluster.address)
+    driver = build(tmp_path / "store", *options, background=told).code
+    until(lambda: "nodes: 2, actors: 2 of 1 CPU" in said(told) and actors(cluster), "actor", told)
+    os.kill(driver, signal.SIGINT)
+    until(lambda: "error: interrupted" in said(told), "message", told)
+    until(lambda: not actors(cluster), "end of the actors")
+
+
+def worker_there(node: Any, store: Path, told: Path) -> int:
+    """Wait until both workers fill units of the train rows; return the process on a node."""
+    until(lambda: len(leases(store)) == 2, "two workers", told)
+    (there,) = (pid for pid in leases(store) if psutil.Process(pid).ppid() == raylet(node))
+    return there
+
+
+def test_units_of_a_killed_actor_are_taken_over_and_scores_are_those_of_one_process(
+    cluster: Any, build: Any, cli: Any, alone: Path, tmp_path: Path
 ) -> None:
-    store = tmp_path / "store"
-    build = Build(store, cluster.address, tmp_path / "told.txt")
-    workers = until(lambda: len(found := working(store)) == 2 and found, "two workers")
-    os.kill(workers["2"], signal.SIGKILL)
-    assert build.ends() == 0, build.told
-    assert "actor 2" in build.told
-    assert f"pid {workers['2']}) died, its process ended: its units are taken over" in build.told
-    assert generations(store) == alone
+    store, told = tmp_path / "store", tmp_path / "told.txt"
+    engine = ("--engine", "ray", "--address", cluster.address)
+    build(store, *engine, background=told)
+    there = worker_there(*cluster.worker_nodes, store, told)
+    os.kill(there, signal.SIGKILL)
+    until(lambda: f"store: {store}" in said(told), "end", told)
+    assert f"pid {there}) died, its process ended: its units are taken over" in said(told)
+    assert generations(store) == generations(alone / "store")
     assert verify_store(store).ok
 
+    scored = [tmp_path / name for name in ("ray.parquet", "alone.parquet")]
+    for output, options in zip(scored, (engine, ()), strict=True):
+        result = cli("gradstore", "score", store, "-o", output, *options)
+        assert result.code == 0, result.err[-3000:]
+    assert scored[0].read_bytes() == scored[1].read_bytes()
 
-def test_units_of_a_killed_node_are_taken_over(
-    cluster: Any, alone: dict[str, bytes], tmp_path: Path
+
+def test_one_node_goes_on_without_the_other_and_any_process_after_the_head(
+    cluster: Any, build: Any, alone: Path, tmp_path: Path
 ) -> None:
-    store = tmp_path / "store"
-    build = Build(store, cluster.address, tmp_path / "told.txt")
-    until(lambda: len(working(store)) == 2, "two workers")
-    cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
-    assert build.ends() == 0, build.told
-    assert "died, its node left the cluster: its units are taken over" in build.told
-    assert generations(store) == alone
-
-
-def test_after_the_head_died_any_process_goes_on(
-    cluster: Any, alone: dict[str, bytes], tmp_path: Path
-) -> None:
-    store = tmp_path / "store"
-    build = Build(store, cluster.address, tmp_path / "told.txt")
-    until(lambda: list(store.glob("**/units/*.json")), "unit")
+    store, told = tmp_path / "store", tmp_path / "told.txt"
+    build(store, "--engine", "ray", "--address", cluster.address, background=told)
+    (node,) = cluster.worker_nodes
+    worker_there(node, store, told)
+    cluster.remove_node(node, allow_graceful=False)
+    node_died = "died, its node left the cluster: its units are taken over"
+    until(lambda: node_died in said(told), "word of the node", told)
+    until(lambda: list(store.glob("generations/train/0/units/*.json")), "unit", told)
     cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
-    assert build.ends() == 5, build.told
-    assert build.told.count("error: ") == 1
-    assert "its head no longer answers" in build.told
+    until(lambda: "its head no longer answers" in said(told), "word of the head", told)
+    assert said(told).count("error: ") == 1
     done = generations(store)
     cluster.shutdown()
-    again = Build(store, None, tmp_path / "again.txt")
-    assert again.ends() == 0, again.told
-    assert generations(store) == alone
-    assert {file: done[file] for file in done if "/c/" in file}.items() <= alone.items()
+    again = build(store)
+    assert again.code == 0, again.err[-3000:]
+    assert generations(store) == generations(alone / "store")
+    assert {file: done[file] for file in done if "/c/" in file}.items() <= generations(
+        store
+    ).items()
