@@ -28,6 +28,12 @@ from gradstore.errors import BadInput, ProvenanceMismatch, StoreIOError
 from gradstore.storage.leases import Worker
 
 
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor sets up the log of its process; here it is that of all tests."""
+    monkeypatch.setattr(engines, "set_up_logging", lambda: None)
+
+
 def reports(work: Any, folder: Path) -> list[Report]:
     actor = FeatureActor(work, Worker(2, 3), folder)
     heard = [actor.unit()]
