@@ -23,6 +23,11 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300}
 
 
+def raylet(node: Any) -> int:
+    """Process id of a node, whose workers are its children."""
+    return int(node.all_processes["raylet"][0].process.pid)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes of one CPU each; the tests, in their order, end one and then the other."""
@@ -33,8 +38,12 @@ def cluster() -> Iterator[Any]:
     head = {**NODE, "include_dashboard": False, "temp_dir": folder, "_system_config": HEALTH}
     found = Cluster(initialize_head=True, head_node_args=head)
     found.add_node(**NODE)
+    agents = [p for node in found.list_all_nodes() for p in psutil.Process(raylet(node)).children()]
     yield found
     found.shutdown()
+    for process in agents:  # those of a node that was killed live on
+        if process.is_running():
+            process.kill()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -80,11 +89,6 @@ def leases(store: Path) -> dict[int, set[str]]:
         if owner := re.search(r"worker \d/\d, host [^,]*, pid (\d+)", lease.read_text()):
             found.setdefault(int(owner[1]), set()).add(lease.name)
     return found
-
-
-def raylet(node: Any) -> int:
-    """Process id of a node, whose workers are its children."""
-    return int(node.all_processes["raylet"][0].process.pid)
 
 
 def actors(cluster: Any) -> list[int]:
