@@ -191,7 +191,7 @@ def _result(ray: Any, ref: Any) -> Sums:  # noqa: ANN401 - the module, and a ref
             ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectLostError) as error:  # fmt: skip
         raise StoreIOError(
             "the processes that scored some rows died again and again, of too little memory perhaps"
-            ". Give each more with --memory-per-actor, or take fewer with --actors."
+            ". Take fewer with --actors, or give each more of a node with --cpus-per-actor."
         ) from error
     if isinstance(answer, Failed):
         raise FailedElsewhere(answer)
