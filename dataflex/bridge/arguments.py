@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import errno
 import importlib
+import logging
 import math
 import os
 import traceback
@@ -18,6 +19,11 @@ from dataflex.config.parameters import describe
 from dataflex.config.sources import SourceField, find_class
 from dataflex.data.files import data_files, unreadable
 from gradstore.errors import BadInput, StoreError
+
+_log = logging.getLogger(__name__)
+
+#: Keys by which a run is spread over processes.
+SPREAD = ("deepspeed", "fsdp")
 
 #: LlamaFactory's stages; each has a workflow of its own.
 STAGES = ("pt", "sft", "rm", "dpo", "kto", "ppo")
@@ -86,6 +92,24 @@ def device_count() -> int:
     from llamafactory.extras.misc import get_device_count
 
     return int(get_device_count())
+
+
+def alone(args: Mapping[str, Any], number: int = 0) -> dict[str, Any]:
+    """Return the arguments of one process on one device, the only one that it sees from now on.
+
+    LlamaFactory asks for torchrun where it sees several devices, or settings of DeepSpeed.
+
+    Args:
+        args: LlamaFactory's.
+        number: of the device among those that are visible, counted over again behind the last. A
+            process of torchrun has its own.
+    """
+    devices = device_count()
+    if devices > 1 and "LOCAL_RANK" not in os.environ:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = own = visible.split(",")[number % devices]
+        _log.info("of %d devices this process takes one, %s", devices, own)
+    return {key: value for key, value in args.items() if key not in SPREAD}
 
 
 #: Errors of the machine, not of what is loaded: disk, rights, memory.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dataflex.bridge.arguments import (
+    alone,
     as_bad_input,
     configuration_faults,
     naming_model,
@@ -173,20 +174,23 @@ class ExportInputs:
     training_args: Any
 
 
-def load_run(config: RunConfig, checkpoint: Path | None, on_data: OnParsed) -> ExportInputs:
-    """Load data and model as a training run would, with a checkpoint's adapter active.
+def load_run(
+    config: RunConfig, checkpoint: Path | None, on_data: OnParsed, device: int = 0
+) -> ExportInputs:
+    """Load data and model as a training run would, in one process, with a checkpoint's adapter.
 
     Args:
         config: the configuration of the run.
         checkpoint: a folder with an adapter; None for a fresh one.
         on_data: called with the processed rows, TrainingArguments and FinetuningArguments before
             the model is loaded; the place to refuse rows.
+        device: number of the one to use, where several are visible (`arguments.alone`).
     """
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_model, load_tokenizer
 
-    args = {**config.llamafactory, "do_train": True, "overwrite_output_dir": True,
+    args = {**alone(config.llamafactory, device), "do_train": True, "overwrite_output_dir": True,
             "resume_from_checkpoint": None}  # fmt: skip
     if checkpoint is not None:
         # A merged base adapter stays merged; the checkpoint is the one that trains.

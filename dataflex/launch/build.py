@@ -98,13 +98,16 @@ def build(
     _log.info("store: %s", config.store_path)
 
 
-def _loaded(config: RunConfig, folders: Sequence[Path]) -> running.ExportInputs:
+def _loaded(
+    config: RunConfig, folders: Sequence[Path], worker: Worker | None = None
+) -> running.ExportInputs:
     """Load rows and the model of the first checkpoint, and check them."""
 
     def check_data(data: RunData, *_: object) -> None:
         check_rows(data, needs_targets=True, subtask_sizes=config.dataflex.target_subtasks)
 
-    loaded = running.load_run(config, folders[0] if folders else None, check_data)
+    device = 0 if worker is None else worker.number - 1
+    loaded = running.load_run(config, folders[0] if folders else None, check_data, device)
     check_vocabulary(loaded.model, loaded.data)
     return loaded
 
@@ -117,7 +120,7 @@ def _export(
     watch: Watch | None = None,
 ) -> tuple[str, ...]:
     """Build the store here, alone or as one of several workers; name the train generations."""
-    loaded = _loaded(config, folders)
+    loaded = _loaded(config, folders, worker)
     if watch is not None:
         watch.loaded()
     run = replace(context_of(config, loaded, built_by(config)), watch=watch)

@@ -5,7 +5,6 @@ Nothing is trained and nothing is written to output_dir or the store.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -59,7 +58,7 @@ def train_forecast(config: RunConfig, component: Component, workers: int) -> lis
         shape = replace(BatchShape.of(args), world=workers)
         schedules.append(session.plan(data, args, tuned, shape).schedule)
 
-    loaded = running.load_run(_alone(config), None, plan)
+    loaded = running.load_run(config, None, plan)
     if session.checkpoint is not None:  # as the trainer does, before the strategy starts
         with state_taken(component.name, session.checkpoint):
             session.strategy.restore(load_state(session.checkpoint).component)
@@ -83,7 +82,7 @@ def static_rows(config: RunConfig, args: Mapping[str, Any]) -> int | None:
     Raises:
         BadInput: LlamaFactory refuses an argument, the model's folder or the rows.
     """
-    return running.load_untouched(_alone(config, args).llamafactory)
+    return running.load_untouched(arguments.alone(args))
 
 
 def build_forecast(
@@ -107,16 +106,6 @@ def workers_of(env: Any) -> int:  # noqa: ANN401 - os.environ
     if env.get("FORCE_TORCHRUN", "0").lower() not in {"true", "y", "1"} and devices <= 1:
         return 1
     return int(env.get("NPROC_PER_NODE") or max(1, devices)) * int(env.get("NNODES", "1"))
-
-
-def _alone(config: RunConfig, args: Mapping[str, Any] | None = None) -> RunConfig:
-    """Return the configuration of this process alone, on one device, not sharded."""
-    if arguments.device_count() > 1:  # or LlamaFactory would ask for torchrun
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
-    given = config.llamafactory if args is None else args
-    alone = {k: v for k, v in given.items() if k not in ("deepspeed", "fsdp")}
-    return replace(config, llamafactory=alone)
 
 
 def context_of(config: RunConfig, loaded: running.ExportInputs, run_id: str) -> RunContext:
