@@ -1,0 +1,227 @@
+"""What the projection kernels should take on a card, by their machine code, beside measured times.
+
+    python benchmarks/gpu_model.py [--kind adam_marginal] [--rows 16 64]
+
+No GPU is needed. Each kernel is compiled for compute capability 9.0 and its instructions are
+counted by the unit that executes them, those in its loop as often as the loop runs. Beside them
+stand the products of the tensor cores, the bytes of memory, and the second-level cache's additions.
+A card takes at least as long as its busiest unit (`bound`), and as long as all units one after the
+other where nothing overlaps (`in turn`). Measured times are those of results/gpu.csv, whose rows
+are projected as they are: with `--kind` there are none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gpu import CASES, Case
+from gradkernels.gpu import dense, sparse, sums
+from gradkernels.gpu.ahead import compile_ahead, disassembled, feature_constants
+from gradkernels.gpu.launching import width_of
+from report import RESULTS, echo
+
+S = 8  # of the SJLT
+CAPABILITY = 90
+
+
+@dataclass(frozen=True)
+class Card:
+    """Rates of a card, from its maker's tables; H200 and H100 SXM differ in memory alone.
+
+    Attributes:
+        processors: streaming multiprocessors, of 4 schedulers each.
+        clock: cycles a second under load.
+        tensor: float16 operations a second.
+        memory: bytes a second.
+        cache: bytes a second of the second-level cache, read or added to.
+    """
+
+    processors: int = 132
+    clock: float = 1.83e9
+    tensor: float = 990e12
+    memory: float = 4.2e12
+    cache: float = 5.2e12
+
+
+H200 = Card()
+
+#: Unit -> cycles for which one instruction of a warp takes its part of it (CUDA C++ programming
+#: guide, throughput of arithmetic instructions for 9.0: results a cycle and processor / 4 / 32).
+CYCLES = {"integer": 2, "multiply": 2, "float": 1, "double": 2, "special": 8, "memory": 4}
+UNITS = {
+    "integer": "LOP3|SHF|IADD3|VIADD|VIADDMNMX|VIMNMX|IMNMX|PRMT|SEL|ISETP|LEA|SGXT|FSETP|FSEL|"
+               "FMNMX|BMSK|PLOP3|DSETP|FLO|POPC",
+    "multiply": "IMAD",
+    "float": "FFMA|FMUL|FADD",
+    "double": "DADD|DMUL|DFMA",
+    "special": "F2F|I2F|F2I|MUFU|I2FP|F2FP",
+    "memory": "LD|ST|RED|ATOM|LDG|LDS|STG|STS",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Code:
+    """Cycles of a scheduler by unit, for one warp: outside of the loop, and for one round of it."""
+
+    once: Counter[str]
+    each: Counter[str]
+
+    def cycles(self, rounds: float) -> Counter[str]:
+        """Cycles of a warp whose loop runs so often."""
+        total = Counter(self.once)
+        for unit, count in self.each.items():
+            total[unit] += count * rounds  # type: ignore[assignment]
+        return total
+
+
+def code_of(program: Any) -> Code:  # noqa: ANN401 - Triton's
+    """Count the instructions of a compiled kernel, before and behind its longest loop and in it."""
+    text = disassembled(program, "-sass")
+    found = [(int(at, 16), told.strip())
+             for at, told in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", text)]  # fmt: skip
+    low, high = 0, -1
+    for at, told in found:
+        to = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", told)
+        if to and int(to[1], 16) < at and at - int(to[1], 16) > high - low:
+            low, high = int(to[1], 16), at
+    once: Counter[str] = Counter()
+    each: Counter[str] = Counter()
+    for at, told in found:
+        name = re.sub(r"^@!?U?P\w+\s+", "", told)
+        if name.startswith("NOP") or (name.startswith("BRA") and f"0x{at:x}" in name):
+            continue
+        into = each if low <= at <= high else once
+        into["issue"] += 1
+        for unit, pattern in UNITS.items():
+            if re.match(rf"(?:{pattern})\b", name) or (unit == "memory" and re.match(
+                    r"(?:LD|ST|RED|ATOM)[A-Z]*\b", name)):  # fmt: skip
+                into[unit] += CYCLES[unit]
+                break
+    return Code(once, each)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass asks of a card: programs of so many warps, and what is beside their instructions.
+
+    Attributes:
+        name: of the kernel.
+        programs: how many.
+        warps: of each.
+        cycles: of a scheduler for one warp, by unit.
+        flops, memory, cache: operations of tensor cores, bytes of memory and of the cache.
+    """
+
+    name: str
+    programs: float
+    warps: int
+    cycles: Counter[str]
+    flops: float = 0.0
+    memory: float = 0.0
+    cache: float = 0.0
+
+    def seconds(self, card: Card) -> dict[str, float]:
+        """Seconds that each unit is busy."""
+        rounds = self.programs * self.warps / (4 * card.processors) / card.clock
+        busy = {unit: count * rounds for unit, count in self.cycles.items()}
+        return busy | {"tensor": self.flops / card.tensor, "bytes": self.memory / card.memory,
+                       "cache": self.cache / card.cache}  # fmt: skip
+
+
+def rademacher(case: Case, kind: str | None) -> Iterator[Work]:
+    """Yield the passes of the dense projection: staging, and products of signs."""
+    width, x = width_of(case.rows), _pointer(case)
+    parts = 1 if kind == "sign" or (kind is None and case.dtype.itemsize == 2) else 2
+    chains, tiles = -(-case.p // dense.CHAIN), -(-case.d // sums.OUTPUTS)
+    given = feature_constants(kind) | {"PARTS": parts, "BN": width, "CHAIN": dense.CHAIN}
+    pack = compile_ahead(dense.pack, CAPABILITY, x, sums.READING_WARPS, **given)
+    staged = chains * (dense.CHAIN * (2 * parts * width + 8) + 12 * width)
+    read = case.rows * case.p * case.dtype.itemsize + _vectors(case, kind)
+    yield Work("pack", chains, sums.READING_WARPS, code_of(pack).cycles(0), memory=read + staged)
+    multiply = compile_ahead(dense.multiply, CAPABILITY, PARTS=parts, BM=sums.OUTPUTS, BN=width,
+                             CHAIN=dense.CHAIN)  # fmt: skip
+    flops = 2.0 * parts * chains * dense.CHAIN * tiles * sums.OUTPUTS * width
+    splits = max(1, sums.PROGRAMS // tiles) * -(-chains // sums.CHAINS)
+    yield Work("multiply", tiles * splits, sums.WARPS, code_of(multiply).cycles(chains / splits),
+               flops=flops, memory=staged, cache=tiles * staged)  # fmt: skip
+
+
+def sjlt(case: Case, kind: str | None) -> Iterator[Work]:
+    """Yield the passes of the SJLT: measuring, and adding."""
+    width, x = width_of(case.rows), _pointer(case)
+    read = case.rows * case.p * case.dtype.itemsize + _vectors(case, kind)
+    given = feature_constants(kind) | {"BN": width}
+    measure = compile_ahead(sparse.measure, CAPABILITY, x, sums.READING_WARPS, CHAIN=sparse.CHAIN,
+                            **given)  # fmt: skip
+    chains = -(-case.p // sparse.CHAIN)
+    yield Work("measure", sums.PROGRAMS, sums.READING_WARPS,
+               code_of(measure).cycles(chains / sums.PROGRAMS), memory=read)  # fmt: skip
+    scatter = compile_ahead(sparse.scatter, CAPABILITY, x, BLOCK=sparse.BLOCK, **given)
+    yield Work("scatter", -(-case.p // sparse.BLOCK), sums.WARPS, code_of(scatter).cycles(S),
+               memory=read, cache=8.0 * S * case.p * width)  # fmt: skip
+
+
+def _pointer(case: Case) -> str:
+    return "*bf16" if case.dtype.itemsize == 2 else "*fp32"
+
+
+def _vectors(case: Case, kind: str | None) -> float:
+    """Bytes of a feature's vectors, read once for all rows."""
+    return case.p * 4.0 * {None: 0, "sign": 0, "adam": 2, "adam_marginal": 3}[kind]
+
+
+METHODS = {"rademacher": rademacher, "sjlt": sjlt}
+
+
+def measured() -> dict[tuple[str, str, int, int, int], float]:
+    """Milliseconds a row of the Triton kernels, the latest of each case."""
+    with (RESULTS / "gpu.csv").open(encoding="utf-8") as file:
+        return {
+            (line["method"], line["dtype"], int(line["p"]), int(line["d"]), int(line["rows"])):
+            float(line["ms_per_row"])
+            for line in csv.DictReader(file) if line["backend"] == "triton"
+        }  # fmt: skip
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kind", choices=["sign", "adam", "adam_marginal"], help="of the feature")
+    parser.add_argument("--rows", type=int, nargs="+", default=[16, 64])
+    options = parser.parse_args()
+    told = measured() if options.kind is None else {}
+    echo(f"{'p':>11}{'d':>6}{'rows':>5} {'type':<9}{'kernel':<20}{'busiest':<10}{'bound':>9}"
+         f"{'in turn':>9}{'measured':>9}   ms a row")  # fmt: skip
+    for case in CASES:
+        if case.rows not in options.rows:
+            continue
+        dtype = str(case.dtype).removeprefix("torch.")
+        for method, passes in METHODS.items():
+            bound = turns = 0.0
+            for work in passes(case, options.kind):
+                busy = work.seconds(H200)
+                # Instructions of all units share the schedulers: `issue` is no unit of its own.
+                total = max(sum(v for k, v in busy.items() if k != "issue"), busy["issue"])
+                longest = max(busy, key=busy.__getitem__)
+                bound, turns = bound + busy[longest], turns + total
+                show(case, dtype, f"{method}.{work.name}", (longest, busy[longest], total), "")
+            key = (method, dtype, case.p, case.d, case.rows)
+            show(case, dtype, method, ("", bound, turns), f"{told[key]:.3f}" if key in told else "")
+
+
+def show(case: Case, dtype: str, name: str, found: tuple[str, float, float], measured: str) -> None:
+    """Print a line: seconds of all rows, as milliseconds a row."""
+    busiest, bound, turns = found
+    each = 1e3 / case.rows
+    echo(f"{case.p:>11,}{case.d:>6}{case.rows:>5} {dtype:<9}{name:<20}{busiest:<10}"
+         f"{bound * each:>9.3f}{turns * each:>9.3f}{measured:>9}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
