@@ -7,7 +7,6 @@ import shutil
 import sys
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,6 +29,7 @@ from gradstore.format.names import printable
 
 if TYPE_CHECKING:
     from gradstore.serve.served import Explainer
+    from gradstore.storage.location import Location
 
 HELP = "Train an LLM while its data changes: select, mix, weight, on LlamaFactory."
 
@@ -219,7 +219,7 @@ def replay(
     )
 
 
-def _model_at_hand(store: Path) -> Explainer:
+def _model_at_hand(store: Location) -> Explainer:
     choose_verbosity(False)
     from dataflex.launch.serving import ModelAtHand
 

@@ -32,6 +32,7 @@ from dataflex.config.values import (
     Wholes,
 )
 from gradstore.errors import BadInput
+from gradstore.storage.location import Location, at_user_home, is_address, location
 
 #: train_types that replace the trainer, and the one that leaves LlamaFactory alone.
 TRAIN_TYPES = ("static", *KINDS)
@@ -79,7 +80,7 @@ class DataFlexConfig:
     mixer_eval_dataset: NameList = ()
     """Held-out sets for mixers that look at them."""
     gradstore: PathText | None = None
-    """Gradient store; default: output_dir/gradstore."""
+    """Gradient store: a folder, or s3://BUCKET/PREFIX; default: output_dir/gradstore."""
     gradstore_run: Name | None = None
     """Prefix of the generations that this run writes."""
     store_text: bool = True
@@ -123,16 +124,14 @@ class RunConfig:
         return Path(str(self.llamafactory["output_dir"])).expanduser()
 
     @property
-    def store_path(self) -> Path:
+    def store_path(self) -> Location:
         """The gradient store: `gradstore`, or a folder of output_dir."""
-        if self.dataflex.gradstore is not None:
-            return Path(self.dataflex.gradstore).expanduser()
-        return self.output_dir / "gradstore"
+        return self.own_store or at_user_home(self.dataflex.gradstore or "")
 
     @property
-    def owns_store(self) -> bool:
-        """Flag for a store with output_dir's lifetime (`overwrite_output_dir` replaces it)."""
-        return self.dataflex.gradstore is None
+    def own_store(self) -> Path | None:
+        """The store with output_dir's lifetime, which `overwrite_output_dir` replaces; if any."""
+        return self.output_dir / "gradstore" if self.dataflex.gradstore is None else None
 
     def component(self, train_type: str, name: str | None, params: Mapping[str, Any]) -> Component:
         """Resolve a component of the run's presets, with `${key}` replaced by a key of the run.
@@ -208,11 +207,27 @@ def load(path: Path, overrides: Sequence[str], accepted: Collection[str]) -> Run
     faults = [*refused.values(), *converted(_DataSets, rest)[1].values()]
     if not isinstance(rest.get("output_dir"), str) or not rest["output_dir"]:
         faults.append("output_dir is missing: set it to the folder that the run writes.")
+    else:
+        faults += _place_faults(rest["output_dir"], ours.get("gradstore"))
     if ours.get("train_type", DataFlexConfig.train_type) not in TRAIN_TYPES:
         faults.append(unknown("train_type", [ours["train_type"]], TRAIN_TYPES))
     if faults:
         raise BadInput("\n".join(f"{path}: {fault}" for fault in faults))
     return RunConfig(DataFlexConfig(**ours), rest, path)
+
+
+def _place_faults(output_dir: str, gradstore: str | None) -> list[str]:
+    """Say what is wrong with where the run is to write."""
+    if is_address(output_dir):
+        return [
+            f"output_dir is {output_dir!r}; expected a folder of this machine: a run writes its "
+            "checkpoints there. Its features alone may lie in a bucket: gradstore=s3://BUCKET/PREFIX."
+        ]
+    try:
+        location(gradstore or output_dir)
+    except BadInput as error:
+        return [f"gradstore: {error}."]
+    return []
 
 
 @dataclass(frozen=True)

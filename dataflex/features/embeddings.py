@@ -93,7 +93,6 @@ class EmbeddingService:
             self._writer = opened().with_space(source.space, source.fields())
         else:
             path = run.config.store_path
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._own = StoreWriter(path, space=source.space, provenance=source.fields())
             self._writer = self._own
         try:

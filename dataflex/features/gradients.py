@@ -108,7 +108,6 @@ class FeatureService:
     def _open(self) -> None:
         run = self.run
         path = run.config.store_path
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._writer = StoreWriter(path, provenance=self.fields, worker=self._worker)
         try:
             check_owner(self._writer.store, run)

@@ -21,8 +21,9 @@ from gradstore.format.records import LOADED_FROM
 
 if TYPE_CHECKING:
     from dataflex.config.keys import RunConfig
+    from gradstore.storage.location import Location
     from gradstore.store.generation import Generation
-    from gradstore.store.reader import Store
+from gradstore.store.reader import Store
 
 _log = logging.getLogger(__name__)
 
@@ -113,22 +114,22 @@ def loading_arguments(
     return found
 
 
-def find_checkpoint(train: Generation, store: Path, named: Path | None = None) -> Path | None:
+def find_checkpoint(train: Generation, store: Location, named: Path | None = None) -> Path | None:
     """Return the folder with the adapter that a generation was made at; None for a fresh one.
 
     It is looked for where the run kept its checkpoints, and beside the store, for both may have
-    moved together. By its step alone: the caller compares the adapter's hash.
+    moved together; a bucket holds none. By its step alone: the caller compares the adapter's hash.
 
     Args:
         train: a train generation.
-        store: the store's folder.
+        store: where the store is.
         named: a checkpoint or a folder of checkpoints to look at in their place.
 
     Raises:
         BadInput: there is none; says which the folders hold.
     """
     places = [named] if named else [Path(place) for place in _recorded(train).get("folders", [])]
-    if named is None and store.resolve().parent not in places:
+    if named is None and isinstance(store, Path) and store.resolve().parent not in places:
         places.append(store.resolve().parent)
     held = [folder for place in places for folder in (*checkpoints(place), place)]
     steps = {folder: _step(folder) for folder in held if (folder / ADAPTER_CONFIG).is_file()}

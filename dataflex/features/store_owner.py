@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dataflex.run.context import RunContext
 from dataflex.run.output_owner import known_identity
 from gradstore.errors import BadInput, ProvenanceMismatch
 from gradstore.format.layout import GRADIENT, METADATA
+from gradstore.storage.location import Location
 from gradstore.store.ownership import check_rows_and_run
 from gradstore.store.reader import open_store
 
@@ -32,8 +32,8 @@ def built_by(config: RunConfig) -> str:
     """
     if (known := known_identity(config.output_dir)) is not None:
         return known
-    if config.owns_store and (config.store_path / METADATA).exists():
-        for generation in open_store(config.store_path).generations():
+    if (own := config.own_store) is not None and (own / METADATA).exists():
+        for generation in open_store(own).generations():
             if generation.space == GRADIENT and generation.record.run == config.store_run:
                 return generation.record.run_id
     return uuid.uuid5(uuid.NAMESPACE_URL, config.output_dir.resolve().as_uri()).hex
@@ -58,7 +58,7 @@ def check_owner(store: Store, run: RunContext, *, space: str = GRADIENT, run_id:
     check_rows_and_run(store, sets, space=space, run=run.config.store_run, run_id=run_id)
 
 
-def check_same_store(path: Path, expected: str | None) -> None:
+def check_same_store(path: Location, expected: str | None) -> None:
     """Refuse, before anything is created, a store that is not the checkpoint's.
 
     Args:

@@ -43,6 +43,7 @@ from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.contributions import Contributions, contributions
 from gradstore.scoring.pairing import Which, checkpoint_features
 from gradstore.scoring.query import query_influence
+from gradstore.storage.location import Place
 from gradstore.store.generation import Generation
 from gradstore.store.reader import Store, open_store
 
@@ -51,7 +52,7 @@ MAX_NEW_TOKENS = 128
 
 
 def open_model(
-    store: Path | str,
+    store: Place,
     generation: str | None = None,
     *,
     checkpoints: Which = "last",
@@ -67,7 +68,7 @@ def open_model(
     the store says.
 
     Args:
-        store: the store's folder.
+        store: the store's folder, or s3://BUCKET/PREFIX.
         generation: a train generation, such as "train/20"; None takes the newest whose checkpoint
             is there.
         checkpoints: to combine, up to that one: the last, all, or how many.

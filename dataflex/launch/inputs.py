@@ -13,6 +13,8 @@ from dataflex.data.files import SOURCES, entry_faults, file_faults
 from dataflex.models.paths import how_to_bring, missing_folder_faults
 from gradstore.errors import BadInput, StoreIOError
 from gradstore.format.foreign import read_object
+from gradstore.storage.location import ObjectPath
+from gradstore.storage.places import reads_at
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -34,8 +36,11 @@ def check_inputs(config: RunConfig) -> None:
     _check_model(config)
     _check_datasets(config)
     _check_writable("output_dir", config.output_dir)
-    if config.dataflex.gradstore is not None:
-        _check_writable("gradstore", config.store_path)
+    store = config.store_path
+    if isinstance(store, ObjectPath):
+        reads_at(store).check_place()
+    elif store != config.own_store:
+        _check_writable("gradstore", store)
 
 
 def _check_model(config: RunConfig) -> None:

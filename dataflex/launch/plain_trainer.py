@@ -26,14 +26,15 @@ from dataflex.run.ranks import Ranks
 from dataflex.trainers.seam import sharding
 from gradstore.capture.adapters import check_frozen
 from gradstore.capture.modelstate import random_states_kept
-from gradstore.errors import BadInput, expect, expect_path, expect_whole
+from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.export.features import FeatureMap
 from gradstore.export.moments import AdamMoments
 from gradstore.export.token_rows import read_rows, tokenizer_of
+from gradstore.storage.location import Place, location
 from gradstore.store.building import OWN, TARGET, TRAIN
 
 if TYPE_CHECKING:
-    import os
+    pass
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class GradientStoreCallback(TrainerCallback):
     def __init__(
         self,
         trainer: Any,  # noqa: ANN401 - a Trainer
-        store: str | os.PathLike[str],
+        store: Place,
         *,
         steps: Collection[int] = (),
         every: int | None = None,
@@ -93,7 +94,7 @@ class GradientStoreCallback(TrainerCallback):
 
         Args:
             trainer: whose model, optimizer, collator, tokenizer and rows are used.
-            store: the store's folder, made if need be.
+            store: the store's folder, made if need be, or s3://BUCKET/PREFIX.
             steps: optimizer steps after which to export, beside the last one.
             every: export after every so many steps, too.
             train_rows: rows to score; None for the trainer's `train_dataset`. Given ones have
@@ -107,9 +108,8 @@ class GradientStoreCallback(TrainerCallback):
             BadInput: a setting that there is not, or a value that it can't have.
         """
         expect(hasattr(trainer, "callback_handler"), "trainer", trainer, "a transformers Trainer")
-        expect_path(store, "the store")
         self._trainer = trainer
-        self._store = Path(store)
+        self._store = location(store)
         self._steps = {expect_whole(step, "a step of `steps`") for step in steps}
         self._every = None if every is None else expect_whole(every, "every")
         self._given = train_rows, target_rows

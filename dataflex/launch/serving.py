@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradstore.errors import BadInput
 from gradstore.scoring.pairing import Which
+from gradstore.storage.location import Location
 from gradstore.store.reader import open_store
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ class ModelAtHand:
     so there is one model in memory, also while a slow question is answered.
     """
 
-    def __init__(self, store: Path) -> None:
-        """Take the store's folder; nothing is read yet."""
+    def __init__(self, store: Location) -> None:
+        """Take the store's place; nothing is read yet."""
         self._store = store
         self._lock = threading.Lock()
         self._loaded: tuple[Hashable, Explainer] | None = None
@@ -86,7 +86,7 @@ class ModelAtHand:
         return self._loaded[1]
 
 
-def _train_until(store: Path, run: str, step: int) -> str:
+def _train_until(store: Location, run: str, step: int) -> str:
     """Name the newest train generation of a run that is not later than a step."""
     found = [
         each for each in open_store(store).generations()
@@ -98,7 +98,7 @@ def _train_until(store: Path, run: str, step: int) -> str:
     return max(found, key=lambda each: each.step).name
 
 
-def _newest_train(store: Path) -> str:
+def _newest_train(store: Location) -> str:
     """Return the seal of the newest commit of a train generation; "" without one."""
     commits = [c for c in open_store(store).live_commits() if "train/" in c.generation]
     return commits[-1].sha256 if commits else ""

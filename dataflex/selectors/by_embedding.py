@@ -159,7 +159,7 @@ class EmbeddingSelector(Selector):
         train = service.generation(embedded.train)
         if self._neighbours is None:
             targets = [service.generation(name) for name in embedded.targets]
-            cache = service.store.path / "index" if service.frozen else None
+            cache = service.store.index_folder if service.frozen else None
             self._neighbours = Neighbours(train, targets, cache)
         allowed = context.among_candidates(train.usable)
         check_k(count, int(allowed.sum()), train.rows)

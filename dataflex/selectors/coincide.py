@@ -285,7 +285,7 @@ class CoincideSelector(Selector):
 
     def _kept(self, run: RunContext) -> int | None:
         """Return how many steps' features the store keeps; None for all."""
-        return self.keep_generations or (1 if run.config.owns_store else None)
+        return self.keep_generations or (None if run.config.own_store is None else 1)
 
     def _device(self, run: RunContext) -> str:
         """Return the device that distances are computed on."""

@@ -201,8 +201,8 @@ class Seam(SealedCheckpoints):
         fresh = fresh and config.known.overwrite_output_dir
 
         def set_aside() -> None:
-            if fresh and config.owns_store:
-                former.enter_context(store_set_aside(config.store_path))
+            if fresh and (own := config.own_store) is not None:
+                former.enter_context(store_set_aside(own))
 
         def own() -> None:
             remember_identity(config.output_dir, self.run.run_id)

@@ -16,9 +16,9 @@ from gradstore.format.names import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from gradstore.format.forgotten import Receipt, Request
+    from gradstore.storage.location import Location
     from gradstore.store.cleaning import CleanUp
     from gradstore.store.damage import Damage
     from gradstore.store.forgetting import Affected
@@ -38,14 +38,14 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Remove what a store no longer needs: scratch of dead processes, attempts that failed."""
-    from gradstore.storage.local import StoreFiles
+    from gradstore.storage.places import files_at
     from gradstore.store.cleaning import clean_store, plan_clean_up
     from gradstore.store.held import held_store
     from gradstore.store.reader import open_store
 
     if dry_run:
         opened = open_store(store)
-        found = plan_clean_up(StoreFiles(store), opened, keep_generations)
+        found = plan_clean_up(files_at(store), opened, keep_generations)
     else:
         with held_store(store) as (files, view):
             found = clean_store(files, view, keep_generations)
@@ -173,12 +173,12 @@ def _unfinished(found: CleanUp, planned: list[str]) -> list[str]:
 
 
 def repair_told(
-    store: Path, recompute: Recompute | None = None, *, dry_run: bool, as_json: bool
+    store: Location, recompute: Recompute | None = None, *, dry_run: bool, as_json: bool
 ) -> None:
     """Repair a store and print what was damaged, what is whole again, and what helps.
 
     Args:
-        store: its folder.
+        store: where it is.
         recompute: from the run's configuration, where that was given.
         dry_run: only say what is damaged.
         as_json: print JSON.

@@ -15,6 +15,7 @@ import typer
 
 from gradstore.errors import BadInput
 from gradstore.format.names import printable
+from gradstore.storage.location import Location, at_user_home, is_address
 
 if TYPE_CHECKING:
     from gradstore.cluster.options import RayOptions
@@ -33,12 +34,22 @@ app = typer.Typer(help="Build, inspect and query gradient stores.", no_args_is_h
 
 def path_at_home(text: str) -> Path:
     """Return the path that a word names; `~/` counts where no shell has replaced it (`-o=~/x`)."""
+    if is_address(text):
+        raise BadInput(f"{text!r} is no path: give a file or folder of this machine (a store alone "
+                       "may lie in a bucket).")  # fmt: skip
     return Path(text).expanduser()
 
 
+if TYPE_CHECKING:
+    _Store = Location
+else:
+    _Store = Path  # Typer takes no unions; the parser makes the value
+
 StorePath = Annotated[
-    Path,
-    typer.Argument(help="Folder of the store.", metavar="STORE", parser=path_at_home),
+    _Store,
+    typer.Argument(
+        help="Folder of the store, or s3://BUCKET/PREFIX.", metavar="STORE", parser=at_user_home
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Checkpoints = Annotated[str, typer.Option(help="Checkpoints to combine: last, all or a number.")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,12 +11,13 @@ from gradstore.cli.options import StorePath, app
 
 if TYPE_CHECKING:
     from gradstore.serve.served import Explainer
+    from gradstore.storage.location import Location
 
 #: The default port.
 PORT = 8417
 
 #: Opens the model of a store, where the command line has one; set by `dataflex`.
-open_explainer: Callable[[Path], Explainer | None] = lambda _: None  # noqa: E731
+open_explainer: Callable[[Location], Explainer | None] = lambda _: None  # noqa: E731
 
 
 @app.command()

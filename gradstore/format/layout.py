@@ -44,6 +44,7 @@ COMMITS = "commits"
 GENERATIONS = "generations"
 PLANS = "plans"
 SPACES = "spaces"
+INDEX = "index"
 #: Factors of the metrics that features were put into, a file each.
 CURVATURE = "curvature"
 FORGOTTEN = "forgotten"

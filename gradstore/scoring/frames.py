@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradstore.errors import BadInput, expect_path
+from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
 from gradstore.scoring.influence import Aggregation, influence_scores, subtask_influence
 from gradstore.scoring.pairing import Which, checkpoint_features
 from gradstore.scoring.query import query_influence
-from gradstore.storage.reading import ReadFiles
+from gradstore.storage.location import Place
+from gradstore.storage.places import reads_at
 from gradstore.store.generation import Generation
 from gradstore.store.reader import Store
 
@@ -21,19 +21,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def open_store(path: str | Path) -> AskedStore:
+def open_store(path: Place) -> AskedStore:
     """Open a store for reading, at its newest commit.
 
     Args:
-        path: the store's folder.
+        path: the store's folder, or s3://BUCKET/PREFIX.
 
     Raises:
         BadInput: there is no store.
         ProvenanceMismatch: it was written by a newer schema; says which release reads it.
         DamagedData: its root or a commit is damaged.
     """
-    expect_path(path, "the store")
-    return AskedStore(ReadFiles(path))
+    return AskedStore(reads_at(path))
 
 
 class AskedStore(Store):

@@ -7,7 +7,6 @@ import os
 import secrets
 import socket
 from collections.abc import Callable
-from pathlib import Path
 
 import uvicorn
 
@@ -15,6 +14,7 @@ from gradstore.errors import BadInput
 from gradstore.serve.app import create_app
 from gradstore.serve.jobs import Desk
 from gradstore.serve.served import Explainer, Served
+from gradstore.storage.location import Location
 
 HOST = "127.0.0.1"
 
@@ -66,7 +66,7 @@ def own_token() -> str:
 
 
 def serve(
-    path: Path,
+    path: Location,
     port: int,
     say: Callable[[str], None],
     explainer: Explainer | None = None,
@@ -74,7 +74,7 @@ def serve(
     """Serve a store until Ctrl-C.
 
     Args:
-        path: the store's folder.
+        path: where the store is.
         port: on loopback; 0 takes any free one.
         say: gets the page's address, with the token, once the port is open.
         explainer: a model at hand.

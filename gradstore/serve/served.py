@@ -14,6 +14,7 @@ from gradstore.errors import BadInput
 from gradstore.scoring.pairing import Which
 from gradstore.serve.jobs import Desk
 from gradstore.serve.problems import Missing
+from gradstore.storage.location import Location, location
 from gradstore.store.generation import Generation
 from gradstore.store.reader import Store, open_store
 
@@ -71,14 +72,15 @@ class Served:
     """Things that every request works with.
 
     Attributes:
-        path: the store's folder.
+        path: where the store is.
         desk: jobs and kept results.
         explainer: the model, None where there is none.
     """
 
-    def __init__(self, path: Path, explainer: Explainer | None = None) -> None:
+    def __init__(self, path: Location, explainer: Explainer | None = None) -> None:
         """Open the store; raises as `open_store` does."""
-        self.path = Path(path).absolute()
+        found = location(path)
+        self.path = found.absolute() if isinstance(found, Path) else found
         self.desk = Desk()
         self.explainer = explainer
         self._lock = threading.Lock()

@@ -22,11 +22,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from gradstore.errors import BadInput, DamagedFile, StoreIOError, expect, expect_whole
 from gradstore.format.canonical import canonical_json, parse
 from gradstore.storage.local import STAGING, StoreFiles
+from gradstore.storage.processes import boot_id
 
 _log = logging.getLogger(__name__)
 
@@ -42,8 +42,6 @@ BEATS = 6
 #: Seconds between two looks at tasks that others hold: at first, at most, and how they grow, so
 #: that a look comes late by at most half of what was waited.
 FIRST_LOOK_SECONDS, LOOK_SECONDS, GROWTH = 0.01, 1.0, 1.5
-
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class Leases:
     def __init__(self, files: StoreFiles, worker: Worker) -> None:
         self.worker = worker
         self._files = files
-        self._boot = _boot_id()
+        self._boot = boot_id()
         since = datetime.now(UTC).isoformat(timespec="seconds")
         who = f"worker {worker}, host {socket.gethostname()}, pid {os.getpid()}, since {since}"
         self._document = canonical_json({"token": files.own, "boot": self._boot, "who": who})
@@ -197,7 +195,7 @@ class Leases:
     def _newest(self, task: str) -> tuple[int, Holder | None]:
         """Return the highest claim's number, 0 for none, and its owner."""
         number = self._numbers.get(task, 0)
-        while self._files.exists(f"{LEASES}/{task}.{number + 1}"):
+        while self._files.has(f"{LEASES}/{task}.{number + 1}"):
             number += 1
         self._numbers[task] = number
         if not number:
@@ -238,11 +236,3 @@ class Leases:
                 failures += 1
                 if failures == 1:
                     _log.warning("no sign of life for other workers: %s", error)
-
-
-def _boot_id() -> str:
-    """Name the running kernel; "" where it has no name."""
-    try:
-        return _BOOT.read_text(encoding="ascii").strip()
-    except OSError:
-        return ""

@@ -36,7 +36,7 @@ def parent_of(relative: str) -> str:
 
 
 class StoreFiles(ReadFiles):
-    """Files of one store, to be read and written.
+    """Files of one store, to be read and written; in a folder (`objects` has those of a bucket).
 
     Args:
         root: the store's folder. It may itself be reached through a symlink; nothing inside may.
@@ -57,15 +57,19 @@ class StoreFiles(ReadFiles):
     # ---- writing -----------------------------------------------------------------------------
 
     def make_root(self) -> None:
-        """Create the store's folder with its parents, each made durable."""
-        with self._translated("look at", self.root):
-            missing = [p for p in (self.root, *self.root.parents) if not p.exists()]
+        """Create the store's folder with its parents, each made durable.
+
+        Raises:
+            StoreIOError: it can't be.
+        """
+        with self._translated("look at", self._folder):
+            missing = [p for p in (self._folder, *self._folder.parents) if not p.exists()]
         for path in reversed(missing):
             with self._translated("create", path):
                 self._step("mkdir", path)
                 path.mkdir(exist_ok=True)
             self._sync(path.parent, "fsync_dir")
-        if not self.root.is_dir():
+        if not self._folder.is_dir():
             raise StoreIOError(f'"{self.root}" is not a folder. Choose another with gradstore=PATH')
 
     def make_directory(self, relative: str) -> None:
@@ -74,7 +78,7 @@ class StoreFiles(ReadFiles):
             return
         parent = parent_of(relative)
         self.make_directory(parent)
-        path = self.path(relative)
+        path = self.on_disk(relative)
         if self._kind(path) == "nothing":
             with self._translated("create", path):
                 self._step("mkdir", path)
@@ -92,7 +96,7 @@ class StoreFiles(ReadFiles):
 
     def is_in_use(self, staging_name: str) -> bool:
         """Return whether a staging folder belongs to a live writer, this one included."""
-        path = self.path(f"{STAGING}/{staging_name}")
+        path = self.on_disk(f"{STAGING}/{staging_name}")
         if staging_name == self.own or self._kind(path) != "directory":
             return staging_name == self.own
         fd = _flocked(path)
@@ -111,7 +115,7 @@ class StoreFiles(ReadFiles):
         folder = f"{STAGING}/{self.own}"
         self.make_directory(folder)
         if self._own_fd is None:
-            self._own_fd = _flocked(self.root / folder)
+            self._own_fd = _flocked(self._folder / folder)
         return folder
 
     def stage(self, buffers: Sequence[Block]) -> str:
@@ -122,9 +126,14 @@ class StoreFiles(ReadFiles):
         self.write(staged, buffers)
         return staged
 
+    def share(self, staged: Iterable[str]) -> None:
+        """Let other writers see staged files by their paths, also after a crash."""
+        for folder in sorted({parent_of(path) for path in staged}):
+            self.sync_directory(folder)
+
     def write(self, relative: str, buffers: Sequence[Block]) -> None:
         """Write and fsync one new file under its own name; a failed write leaves nothing behind."""
-        path = self.path(relative)
+        path = self.on_disk(relative)
         needed = sum(memoryview(buffer).nbytes for buffer in buffers)
         try:
             with self._translated("write", path, needed_bytes=needed):
@@ -147,11 +156,11 @@ class StoreFiles(ReadFiles):
 
     def link(self, staged: str, relative: str) -> bool:
         """Link a staged file to its final name; False, and no change, when the name is taken."""
-        path = self.path(relative)
+        path = self.on_disk(relative)
         with self._translated("link", path):
             self._step("link", path)
             try:
-                os.link(self.root / staged, path, follow_symlinks=False)
+                os.link(self._folder / staged, path, follow_symlinks=False)
             except FileExistsError:
                 return False
         return True
@@ -173,16 +182,16 @@ class StoreFiles(ReadFiles):
 
     def replace(self, relative: str, data: bytes) -> None:
         """Replace one file durably: readers see the old bytes or the new ones."""
-        path = self.path(relative)
+        path = self.on_disk(relative)
         staged = self.stage([data])
         with self._translated("replace", path):
             self._step("rename", path)
-            os.replace(self.root / staged, path)
+            os.replace(self._folder / staged, path)
         self.sync_directory(parent_of(relative))
 
     def overwrite(self, relative: str, data: bytes) -> None:
         """Write a small file of this writer's own in its place: for signs of life, not for data."""
-        path = self.path(relative)
+        path = self.on_disk(relative)
         with self._translated("write", path):
             self._step("overwrite", path)
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -193,16 +202,16 @@ class StoreFiles(ReadFiles):
     def move(self, source: str, target: str) -> None:
         """Rename a file or directory; the target must not exist."""
         self.make_directory(parent_of(target))
-        path = self.path(source)
+        path = self.on_disk(source)
         with self._translated("move", path):
             self._step("rename", path)
-            os.rename(path, self.path(target))
+            os.rename(path, self.on_disk(target))
         self._forget(source)
         self.sync_directory(parent_of(source))
 
     def remove(self, relative: str) -> None:
         """Remove one file or symlink; a missing one is no error."""
-        path = self.path(relative)
+        path = self.on_disk(relative)
         with self._translated("remove", path):
             self._step("unlink", path)
             path.unlink(missing_ok=True)
@@ -210,7 +219,7 @@ class StoreFiles(ReadFiles):
     def discard(self, staged: Iterable[str]) -> None:
         """Remove staged files that are no longer needed; what can't be removed is left."""
         for relative in staged:
-            self._remove_quietly(self.path(relative))
+            self._remove_quietly(self.on_disk(relative))
 
     def remove_tree(self, relative: str) -> None:
         """Remove a directory with all its contents, never following a symlink."""
@@ -232,7 +241,7 @@ class StoreFiles(ReadFiles):
 
     def sync_directory(self, relative: str) -> None:
         """Make the names in a directory survive a power loss."""
-        self._sync(self.path(relative), "fsync_dir")
+        self._sync(self.on_disk(relative), "fsync_dir")
 
     def _sync(self, path: Path, operation: str) -> None:
         with self._translated("fsync", path):

@@ -123,7 +123,7 @@ class WriterLock:
         self._hold(fd)
 
     def _open(self) -> int:
-        path = self._files.path(LOCK)
+        path = self._files.on_disk(LOCK)
         with self._files.operation("lock", path):
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             return os.open(path, flags, 0o644)
@@ -138,7 +138,7 @@ class WriterLock:
         self._write(fd, record)
 
     def _write(self, fd: int, record: dict[str, object]) -> None:
-        with self._files.operation("write", self._files.path(LOCK)):
+        with self._files.operation("write", self._files.on_disk(LOCK)):
             os.ftruncate(fd, 0)
             os.pwrite(fd, canonical_json(record), 0)
 
@@ -172,7 +172,7 @@ class WriterLock:
                 if not self._flock(fd, fcntl.LOCK_EX):
                     return
                 self._when_last()
-            with self._files.operation("unlock", self._files.path(LOCK)):
+            with self._files.operation("unlock", self._files.on_disk(LOCK)):
                 os.ftruncate(fd, 0)
         finally:
             os.close(fd)

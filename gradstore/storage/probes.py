@@ -42,6 +42,8 @@ def probe(files: StoreFiles) -> None:
     Raises:
         StoreIOError: the file system lacks one of them; names the probe.
     """
+    if not isinstance(files.root, Path):  # a server was probed by `make_root`
+        return
     names = {name: f"{STAGING}/probe-{name}" for name in ("file", "link", "moved")}
     for relative in names.values():
         files.remove(relative)
@@ -86,11 +88,14 @@ def check_sharing(files: StoreFiles, mounts: Path = Path("/proc/self/mountinfo")
     Raises:
         StoreIOError: names the mount's option.
     """
+    if not isinstance(files.root, Path):
+        return
     try:
+        folder = os.path.realpath(files.on_disk(""))
         listed = mounts.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
-    if option := local_locks(listed, os.path.realpath(files.root)):
+    if option := local_locks(listed, folder):
         raise lacks(
             files,
             "shared flock",

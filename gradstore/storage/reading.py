@@ -11,51 +11,60 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from gradstore.errors import DamagedFile, Fault, StoreIOError
+from gradstore.errors import BadInput, DamagedFile, Fault, StoreIOError
+from gradstore.storage.location import Location
 
 JSON_LIMIT_BYTES = 1 << 30
-_COMPONENT = re.compile(r"[A-Za-z0-9%][A-Za-z0-9._%+=@-]{0,199}")
+COMPONENT = re.compile(r"[A-Za-z0-9%][A-Za-z0-9._%+=@-]{0,199}")
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+T = TypeVar("T")
+R = TypeVar("R")
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class ReadFiles:
-    """Files of one store, to be read.
+    """Files of one store, to be read; in a folder here (`objects_reading` has those of a bucket).
+
+    Attributes:
+        root: where the store is.
 
     Args:
         root: the store's folder. It may itself be reached through a symlink; nothing inside may.
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+        self._folder = Path(root)
+        self.root: Location = self._folder
         self._real: set[str] = {""}
 
     # ---- paths -------------------------------------------------------------------------------
 
-    def path(self, relative: str) -> Path:
-        """Return the full path, after checking every component's name and every parent's kind.
+    def on_disk(self, relative: str) -> Path:
+        """Return the full path in the folder, after checking every name and every parent's kind.
 
         Raises:
             DamagedFile: a name that a store never writes, or a parent that is no real directory.
         """
         if not relative:
-            return self.root
+            return self._folder
         parent, _, name = relative.rpartition("/")
-        if not _COMPONENT.fullmatch(name) or relative.startswith("/"):
+        if not COMPONENT.fullmatch(name) or relative.startswith("/"):
             raise self._damaged(relative, "a name made by gradstore", repr(name))
         if parent not in self._real:
-            self.path(parent)
+            self.on_disk(parent)
             self._check_directory(parent)
-        return self.root / relative
+        return self._folder / relative
 
     def _check_directory(self, relative: str) -> None:
         if relative in self._real:
             return
-        kind = self._kind(self.root / relative)
+        kind = self._kind(self._folder / relative)
         if kind == "directory":
             self._real.add(relative)
         elif kind != "nothing":
@@ -63,7 +72,7 @@ class ReadFiles:
 
     def kind(self, relative: str) -> str:
         """Return the kind of a path: nothing, file, directory, symlink or special file."""
-        return self._kind(self.path(relative))
+        return self._kind(self.on_disk(relative))
 
     def _kind(self, path: Path) -> str:
         with self._translated("look at", path):
@@ -80,15 +89,45 @@ class ReadFiles:
                 return name
         return "special file"
 
+    def path(self, relative: str) -> Location:
+        """Return where a file or folder of the store is, after checking its name.
+
+        Raises:
+            DamagedFile: a name that a store never writes.
+        """
+        return self.on_disk(relative)
+
+    def check_place(self) -> None:
+        """Refuse a place that can't be a store's.
+
+        Raises:
+            BadInput: it is a file.
+        """
+        if self._folder.is_file():
+            raise BadInput(f'"{self.root}" is a file, no gradient store: check the path')
+
     # ---- reading -----------------------------------------------------------------------------
 
     def exists(self, relative: str) -> bool:
         """Return whether anything, of any kind, has this name."""
         return self.kind(relative) != "nothing"
 
+    def has(self, relative: str) -> bool:
+        """Return whether a file has this name; in a folder, anything."""
+        return self.kind(relative) != "nothing"
+
+    def at_once(self, act: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """Give what `act` returns for each item, in order; many at a time where they are requests.
+
+        Args:
+            act: reads, or writes under names of its own; may be called from several threads.
+            items: what it is called with.
+        """
+        return map(act, items)
+
     def size(self, relative: str) -> int:
         """Return the size of a file in bytes, 0 when there is none."""
-        path = self.path(relative)
+        path = self.on_disk(relative)
         with self._translated("look at", path):
             try:
                 return os.lstat(path).st_size
@@ -97,7 +136,7 @@ class ReadFiles:
 
     def bytes_below(self, relative: str) -> int:
         """Return the bytes of a file, or of all files in a folder; 0 when there is nothing."""
-        self.path(relative)
+        self.on_disk(relative)
         total = 0
         for path in self._below(relative):
             with self._translated("look at", path):
@@ -110,7 +149,7 @@ class ReadFiles:
 
     def names(self, relative: str) -> list[str]:
         """List a directory, sorted; [] when it does not exist."""
-        path = self.path(relative)
+        path = self.on_disk(relative)
         self._check_directory(relative)
         with self._translated("list", path):
             try:
@@ -120,11 +159,11 @@ class ReadFiles:
 
     def walk(self, relative: str) -> list[str]:
         """List all files and symlinks below a directory, as store-relative paths, sorted."""
-        self.path(f"{relative}/any")
+        self.on_disk(f"{relative}/any")
         if not self.exists(relative):
             return []
         found = [p for p in self._below(relative) if p.is_symlink() or not p.is_dir()]
-        return sorted(p.relative_to(self.root).as_posix() for p in found)
+        return sorted(p.relative_to(self._folder).as_posix() for p in found)
 
     def read(self, relative: str, *, expected_bytes: int | None = None) -> bytes:
         """Read one whole file.
@@ -133,7 +172,7 @@ class ReadFiles:
             DamagedFile: it is missing, no regular file, or not `expected_bytes` long.
         """
         fd, size = self._open_to_read(relative, expected_bytes)
-        with self._translated("read", self.root / relative):
+        with self._translated("read", self._folder / relative):
             with open(fd, "rb", buffering=0, closefd=True) as file:
                 data = file.read(size) or b""
                 while len(data) < size and (more := file.read(size - len(data))):
@@ -142,21 +181,32 @@ class ReadFiles:
             raise self._damaged(relative, f"{size:,} bytes", f"{len(data):,} bytes")
         return data
 
-    def map(self, relative: str, expected_bytes: int) -> mmap.mmap:
+    def read_if_there(self, relative: str) -> bytes | None:
+        """Read one whole file; None when nothing has its name.
+
+        Raises:
+            DamagedFile: it is no regular file.
+        """
+        return self.read(relative) if self.exists(relative) else None
+
+    def map(self, relative: str, expected_bytes: int) -> memoryview:
         """Map one file read-only, after checking its size (a short map would end in SIGBUS).
+
+        Returns:
+            (expected_bytes,) uint8.
 
         Raises:
             DamagedFile: it is missing, no regular file, or not `expected_bytes` long.
         """
         fd, _ = self._open_to_read(relative, expected_bytes)
-        with self._translated("map", self.root / relative):
+        with self._translated("map", self._folder / relative):
             try:
-                return mmap.mmap(fd, expected_bytes, access=mmap.ACCESS_READ)
+                return memoryview(mmap.mmap(fd, expected_bytes, access=mmap.ACCESS_READ))
             finally:
                 os.close(fd)
 
     def _open_to_read(self, relative: str, expected_bytes: int | None) -> tuple[int, int]:
-        path = self.path(relative)
+        path = self.on_disk(relative)
         expected = "a file" if expected_bytes is None else f"{expected_bytes:,} bytes"
         kind = self._kind(path)
         if kind != "file":
@@ -177,7 +227,7 @@ class ReadFiles:
 
     def free_bytes(self) -> int:
         """Return the number of bytes that this user may still write to the store's disk."""
-        path = self.root
+        path = self._folder
         with self._translated("look at", path):
             while not path.exists() and path != path.parent:
                 path = path.parent
@@ -187,7 +237,7 @@ class ReadFiles:
     # ---- private helpers ---------------------------------------------------------------------
 
     def _below(self, relative: str) -> Iterator[Path]:
-        top = self.root / relative
+        top = self._folder / relative
         for folder, folders, names in os.walk(top, topdown=False, followlinks=False):
             for name in (*names, *folders):
                 yield Path(folder, name)

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from gradstore.capture.adapters import check_frozen
 from gradstore.capture.limits import longest_of, token_budget, vocabulary_size
 from gradstore.capture.modelstate import random_states_kept
-from gradstore.errors import BadInput, expect, expect_path, expect_whole
+from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.export.features import FeatureMap, FeatureSpec
 from gradstore.export.gradient_space import GradientSpace, tokenizer_hash
 from gradstore.export.kronecker import KroneckerFactors
@@ -35,6 +34,7 @@ from gradstore.export.units import Batches
 from gradstore.format.layout import GRADIENT
 from gradstore.format.names import GenerationName, Role
 from gradstore.format.text_table import Text
+from gradstore.storage.location import Location, Place, location
 from gradstore.store.curvature import FactorSample
 from gradstore.store.filling import CheckpointExport, ExportSummary, check_usable, fill
 from gradstore.store.ownership import check_rows_and_run, check_step
@@ -56,7 +56,7 @@ def build(
     tokenizer_or_collator: Any,  # noqa: ANN401 - of transformers, or any function
     train_rows: Sequence[Any] | None,
     target_rows: Mapping[str, Sequence[Any]] | Sequence[Any] | None,
-    path: str | os.PathLike[str],
+    path: Place,
     *,
     moments: Any = None,  # noqa: ANN401 - AdamMoments or an optimizer
     step: int = 0,
@@ -74,7 +74,7 @@ def build(
             rows it takes; or None for rows of `input_ids` and `labels`.
         train_rows: n rows; None for none.
         target_rows: rows of each target set by its name, or those of one set; None for none.
-        path: the store's folder, made if need be.
+        path: the store's folder, made if need be, or s3://BUCKET/PREFIX.
         moments: for Adam features: `AdamMoments`, or the optimizer that holds them.
         step: g, optimizer steps the model has made; names the generations.
         **settings: fields of `gradstore.BuildSettings`, as `gradient_type` and `proj_dim`.
@@ -87,7 +87,7 @@ def build(
         StoreIOError: the disk is full, or cannot be written.
     """
     options = BuildSettings.of(settings)
-    expect_path(path, "the store")
+    place = location(path)
     step = expect_whole(step, "step", least=0)
     _check_process()
     expect(isinstance(model, nn.Module), "model", model, "a torch module")
@@ -100,7 +100,7 @@ def build(
     for rows in sets:
         _check_vocabulary(model, rows)
     tokenizer = tokenizer_of(tokenizer_or_collator)
-    return _Checkpoint(model, space, options, step, tokenizer, held).export(Path(path), sets)
+    return _Checkpoint(model, space, options, step, tokenizer, held).export(place, sets)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class _Checkpoint:
     tokenizer: Any
     moments: AdamMoments | None
 
-    def export(self, path: Path, sets: Sequence[TokenRows]) -> CheckpointExport:
+    def export(self, path: Location, sets: Sequence[TokenRows]) -> CheckpointExport:
         """Make the generations of all sets in the store at `path`."""
         options = self.options
         fields = self.space.fields(
@@ -124,7 +124,6 @@ class _Checkpoint:
             stage="sft",
             rows={},
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
         named = {"" if _is_train(rows) else rows.name: rows.row_set for rows in sets}
         with StoreWriter(path, provenance=fields) as writer:
             check_rows_and_run(writer.store, named, space=GRADIENT, run=options.gradstore_run,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gradstore.errors import BadInput, DamagedFile, StoreIOError
 from gradstore.format.commits import Commit
-from gradstore.format.layout import CURVATURE, METADATA, generation_path, plan_path
+from gradstore.format.layout import CURVATURE, INDEX, METADATA, generation_path, plan_path
 from gradstore.format.names import GenerationName
 from gradstore.format.plans import Plan
 from gradstore.format.text_table import TEXTS, TextTable
@@ -29,8 +29,6 @@ from gradstore.store.documents import read_committed_plan
 from gradstore.store.generation_writer import publish_commit
 from gradstore.store.own_units import QUARANTINE
 from gradstore.store.reader import Store
-
-INDEX = "index"
 
 
 def remove_dead_staging(files: StoreFiles) -> None:

@@ -99,7 +99,7 @@ def step_factors(
     def tell() -> None:
         files.publish(mark, find().sha256.encode())
 
-    leases.once(task, lambda: files.exists(mark), tell, f"the factors of {rule.kind}")
+    leases.once(task, lambda: files.has(mark), tell, f"the factors of {rule.kind}")
     return replace(read_factors(files, files.read(mark).decode()), damping=rule.damping)
 
 
@@ -126,7 +126,7 @@ def _found_or_fitted(
             if committed or sample is None:
                 raise
             _log.warning("%s; nothing committed needs them: they are fitted again", error)
-            if files.exists(path := factors_path(told["sha256"])):
+            if files.has(path := factors_path(told["sha256"])):
                 quarantine(files, path)
     if sample is None:
         raise BadInput(
@@ -142,7 +142,7 @@ def _found_or_fitted(
     found = replace(found, damping=rule.damping, sample=sample.sha256).to("cpu")
     files.make_directory(CURVATURE)
     path = factors_path(found.sha256)
-    if not files.exists(path):
+    if not files.has(path):
         files.publish(path, found.to_bytes())
     return found
 
@@ -159,7 +159,7 @@ def read_factors(files: ReadFiles, sha: str) -> KroneckerFactors:
         DamagedData: they are missing, or others.
     """
     path = factors_path(sha)
-    if not files.exists(path):
+    if not files.has(path):
         raise DamagedFile(Fault(path, "a file", "no file"), str(files.root))
     found = KroneckerFactors.from_bytes(files.read(path), f'"{files.root}/{path}"')
     if found.sha256 != sha:

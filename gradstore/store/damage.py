@@ -17,6 +17,7 @@ from gradstore.format.layout import (
     CURVATURE,
     FORGOTTEN,
     GENERATIONS,
+    INDEX,
     METADATA,
     PLANS,
     SPACES,
@@ -25,8 +26,9 @@ from gradstore.format.layout import (
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.text_table import TEXTS
 from gradstore.storage.hashing import sha256_file
+from gradstore.storage.location import Place
+from gradstore.storage.places import reads_at
 from gradstore.storage.reading import ReadFiles
-from gradstore.store.cleaning import INDEX
 from gradstore.store.documents import read_committed_plan
 from gradstore.store.reader import Store
 from gradstore.store.unit_files import lost_record, row_hash_file
@@ -83,17 +85,17 @@ class Damage:
         return {match["array"] or "units" for match in found if match is not None}
 
 
-def assess(path: str | Path) -> list[Damage]:
+def assess(path: Place) -> list[Damage]:
     """Verify a store, and say of everything damaged what it is and what helps.
 
     Args:
-        path: the store's folder.
+        path: where the store is.
 
     Raises:
         BadInput: there is no store.
         ProvenanceMismatch: its schema is newer than this release.
     """
-    files = ReadFiles(path)
+    files = reads_at(path)
     units: dict[tuple[str, int], list[Fault]] = defaultdict(list)
     found = []
     for fault in verify_store(path).faults:
@@ -163,8 +165,10 @@ def _of_file(files: ReadFiles, fault: Fault) -> Damage:
 
 def _indexes(files: ReadFiles) -> Iterator[Damage]:
     """Find the indexes that would not be used: they are removed, and built again when needed."""
+    if not isinstance(files.root, Path):  # a bucket holds none
+        return
     for name in files.names(INDEX):
-        folder = files.root / INDEX / name
+        folder = files.on_disk(f"{INDEX}/{name}")
         try:
             manifest = read_object((folder / "index.json").read_bytes())
             expected, found = manifest.get("sha256"), sha256_file(folder / "faiss.bin", fresh=True)

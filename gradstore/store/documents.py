@@ -92,20 +92,25 @@ def read_chain(files: ReadFiles, store_uuid: str, known: tuple[Commit, ...] = ()
     Raises:
         DamagedFile: a commit is missing, edited, or of another store ("chain broken at N").
     """
-    numbers = set()
+    listed = 0
     for name in files.names(COMMITS):
         match = _COMMIT_NAME.fullmatch(name)
         if match is None:
             fault = Fault(f"{COMMITS}/{name}", "only <N>.json files here", "another name")
             raise DamagedFile(fault, str(files.root))
-        numbers.add(int(match[1]))
+        listed = max(listed, int(match[1]))
     chain = list(known)
-    for number in range(len(chain) + 1, max(numbers, default=0) + 1):
+    paths = map(commit_path, range(len(chain) + 1, listed + 1))
+    there = files.at_once(files.read_if_there, paths)
+    while True:  # a listing may lag behind the commits, so the next one is asked for by its name
+        number = len(chain) + 1
         path = commit_path(number)
-        if number not in numbers:
+        data = next(there) if number <= listed else files.read_if_there(path)
+        if data is None and number > listed:
+            return chain
+        if data is None:
             raise _broken(files, path, number, "a commit", "no file")
-        chain.append(_read_one(files, path, number, store_uuid, chain))
-    return chain
+        chain.append(_read_one(files, path, data, store_uuid, chain))
 
 
 def read_requests(files: ReadFiles, store_uuid: str) -> list[tuple[Request, Receipt | None]]:
@@ -114,17 +119,25 @@ def read_requests(files: ReadFiles, store_uuid: str) -> list[tuple[Request, Rece
     Raises:
         DamagedFile: a document is not as it was written, or of another store.
     """
-    found = []
-    numbers = [int(n.split(".")[0]) for n in files.names(FORGOTTEN) if _REQUEST_NAME.fullmatch(n)]
-    for number in sorted(numbers):
+    found: list[tuple[Request, Receipt | None]] = []
+    numbers = (int(n.split(".")[0]) for n in files.names(FORGOTTEN) if _REQUEST_NAME.fullmatch(n))
+    listed = max(numbers, default=0)
+    while True:  # as of commits, no listing says which is the last
+        number = len(found) + 1
         path = request_path(number)
         receipt: Receipt | None = None
+        data = files.read_if_there(path)
+        if data is None and number > listed:
+            return found
         try:
-            request = Request.from_bytes(files.read(path))
+            if data is None:
+                raise ValueError("no file")
+            request = Request.from_bytes(data)
             seals = [(request.number, number), (request.store_uuid, store_uuid)]
-            if files.exists(receipt_path(number)):
+            told = files.read_if_there(receipt_path(number))
+            if told is not None:
                 path = receipt_path(number)
-                receipt = Receipt.from_bytes(files.read(path))
+                receipt = Receipt.from_bytes(told)
                 seals.append((receipt.request_sha256, request.to_dict()["sha256"]))
         except ValueError as error:
             fault = Fault(path, "the bytes that were written", str(error))
@@ -133,14 +146,14 @@ def read_requests(files: ReadFiles, store_uuid: str) -> list[tuple[Request, Rece
             if have != want:
                 raise DamagedFile(Fault(path, str(want), str(have)), str(files.root))
         found.append((request, receipt))
-    return found
 
 
 def _read_one(
-    files: ReadFiles, path: str, number: int, store_uuid: str, chain: list[Commit]
+    files: ReadFiles, path: str, data: bytes, store_uuid: str, chain: list[Commit]
 ) -> Commit:
+    number = len(chain) + 1
     try:
-        commit = Commit.from_bytes(files.read(path))
+        commit = Commit.from_bytes(data)
     except ValueError as error:
         raise _broken(files, path, number, "the bytes that were committed", str(error)) from error
     parent = chain[-1].sha256 if chain else None

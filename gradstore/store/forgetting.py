@@ -18,6 +18,7 @@ from gradstore.format.commits import Commit
 from gradstore.format.forgotten import Receipt, Request, asked_for, row_ids
 from gradstore.format.layout import (
     FORGOTTEN_VERSION,
+    INDEX,
     generation_path,
     plan_path,
     receipt_path,
@@ -27,7 +28,7 @@ from gradstore.format.plans import Plan
 from gradstore.format.records import HASH_BYTES, RowSet
 from gradstore.format.text_table import TEXTS, Text
 from gradstore.storage.local import STAGING, StoreFiles
-from gradstore.store.cleaning import INDEX, remove_dead_staging, remove_retired, retire
+from gradstore.store.cleaning import remove_dead_staging, remove_retired, retire
 from gradstore.store.documents import read_committed_plan
 from gradstore.store.encoding import without_forgotten
 from gradstore.store.generation import Generation

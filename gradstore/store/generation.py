@@ -6,7 +6,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from gradstore.format.names import Role
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.records import GenerationRecord
 from gradstore.format.unit_records import UnitRecord
+from gradstore.storage.location import Location
 from gradstore.storage.reading import ReadFiles
 from gradstore.store.documents import check_metadata, metadata, read_committed_plan, read_space
 from gradstore.store.unit_files import check_chunk, read_record
@@ -58,14 +58,14 @@ class Generation:
         self._explain = explain
         self.commit = commit
         self.name = commit.generation
-        self._plan = read_committed_plan(files, commit)
+        self._plan = plan = read_committed_plan(files, commit)
         self._provenance = read_space(files, self._plan)
-        for path, data in metadata(self._plan).items():
-            check_metadata(files, path, data)
-        self._records = tuple(
-            read_record(files, self._plan, commit.plan_sha256, unit, expected)[0]
-            for unit, expected in zip(self._plan.units, commit.units, strict=True)
-        )
+        for _ in files.at_once(lambda each: check_metadata(files, *each), metadata(plan).items()):
+            pass
+        self._records = tuple(files.at_once(
+            lambda each: read_record(files, plan, commit.plan_sha256, *each)[0],
+            zip(plan.units, commit.units, strict=True),
+        ))  # fmt: skip
         self._checked: set[str] = set()
         self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
         self._guard = threading.Lock()  # of the maps: threads share a generation
@@ -122,8 +122,8 @@ class Generation:
         return sum(record.chunk_bytes for record in self._records)
 
     @property
-    def path(self) -> Path:
-        """Folder of the Zarr group."""
+    def path(self) -> Location:
+        """Place of the Zarr group."""
         return self._files.path(generation_path(self.name))
 
     @property
@@ -256,11 +256,11 @@ class Generation:
 
     def _column(self, name: str) -> np.ndarray:
         spec = next(each for each in self._plan.arrays if each.name == name)
-        parts = [
-            self._chunk(spec, unit.index, keep=False)[: unit.stop - unit.start]
-            for unit in self._plan.units
-        ]
-        column = np.concatenate(parts)
+        parts = self._files.at_once(
+            lambda unit: self._chunk(spec, unit.index, keep=False)[: unit.stop - unit.start],
+            self._plan.units,
+        )
+        column = np.concatenate(list(parts))
         column.flags.writeable = False
         return column
 
@@ -274,7 +274,7 @@ class Generation:
         expected = self._records[unit].files[name]
         path = f"{generation_path(self.name)}/{name}"
         try:
-            mapped = memoryview(self._files.map(path, expected.bytes))
+            mapped = self._files.map(path, expected.bytes)
         except DamagedFile:
             if self._explain is not None:
                 self._explain(self.name)

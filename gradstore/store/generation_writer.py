@@ -74,7 +74,7 @@ class GenerationWriter:
         self._counts: Counter[str] = Counter()
         self.pending: list[UnitRange] = []
         if committed is None:
-            found = {unit: self._units.finished(unit) for unit in plan.units}
+            found = dict(zip(plan.units, self._units.finished(plan.units), strict=True))
             self.pending = self._units.in_turn([unit for unit, done in found.items() if not done])
             for unit, done in found.items():
                 if done is not None:
@@ -222,7 +222,8 @@ class GenerationWriter:
     def _check(self, draft: Commit) -> None:
         try:
             records = Generation(self._files, draft).unit_records
-            faults = [fault for record in records for fault in check_unit(self._files, record)]
+            checked = self._files.at_once(lambda each: check_unit(self._files, each), records)
+            faults = [fault for found in checked for fault in found]
         except DamagedFile as error:
             faults = [error.fault]
         if faults:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from gradstore.errors import expect_path
 from gradstore.storage.local import StoreFiles
-from gradstore.storage.lock import WriterLock
+from gradstore.storage.location import Place
+from gradstore.storage.places import files_at, lock_of
 from gradstore.store.reader import Store, read_identity
 from gradstore.store.worker_group import GROUP
 
 
 @contextmanager
 def held_store(
-    path: str | Path, files: StoreFiles | None = None
+    path: Place, files: StoreFiles | None = None
 ) -> Iterator[tuple[StoreFiles, Callable[[], Store]]]:
     """Hold the lock of an existing store for the block.
 
     Args:
-        path: the store's folder.
+        path: where the store is.
         files: the store's files, for tests that interrupt them.
 
     Yields:
@@ -33,10 +32,9 @@ def held_store(
         StoreBusy: another process writes to it.
         StoreIOError: it cannot be written.
     """
-    expect_path(path, "the store")
-    held = files or StoreFiles(path)
+    held = files or files_at(path)
     read_identity(held)
-    with WriterLock(held, instead="stop it, and run this command then"):
+    with lock_of(held, instead="stop it, and run this command then"):
         try:
             held.remove(GROUP)  # of workers that were killed: who joins now begins another group
             yield held, _View(held)

@@ -7,22 +7,21 @@ a crash leaves the old root or the new one. A later schema that changes more wil
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from gradstore.errors import DamagedData
 from gradstore.format.layout import NEEDS
 from gradstore.storage.local import StoreFiles
+from gradstore.storage.location import Place
 from gradstore.store.forgetting import finish_removals
 from gradstore.store.generation_writer import raise_schema
 from gradstore.store.held import held_store
 from gradstore.store.verify import verify_store
 
 
-def migrate_store(path: Path, files: StoreFiles | None = None) -> tuple[int, int]:
+def migrate_store(path: Place, files: StoreFiles | None = None) -> tuple[int, int]:
     """Bring a store to today's schema, after every byte of it was verified.
 
     Args:
-        path: the store's folder.
+        path: where the store is.
         files: the store's files, for tests that interrupt them.
 
     Returns:

@@ -8,7 +8,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from gradstore.errors import DamagedFile, StoreBusy
+from gradstore.errors import DamagedFile, Fault, StoreBusy
 from gradstore.format.layout import generation_path, unit_path
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.unit_records import UnitRecord
@@ -26,8 +26,8 @@ Done: TypeAlias = tuple[UnitRecord, str]
 class Units(Protocol):
     """Units of one generation, as one of its writers meets them."""
 
-    def finished(self, unit: UnitRange) -> Done | None:
-        """Return the record of a unit that is complete on disk."""
+    def finished(self, units: Sequence[UnitRange]) -> list[Done | None]:
+        """Return the record of each unit that is complete in the store, else None."""
 
     def in_turn(self, units: Sequence[UnitRange]) -> list[UnitRange]:
         """Return units in the order in which this writer takes them."""
@@ -50,28 +50,44 @@ class OwnUnits:
     def __init__(self, files: StoreFiles, plan: Plan, plan_sha256: str) -> None:
         self._files, self._plan, self._plan_sha = files, plan, plan_sha256
 
-    def finished(self, unit: UnitRange) -> Done | None:
-        """Return the record of a unit that is complete on disk; quarantine other files of it."""
-        plan, files = self._plan, self._files
-        base = generation_path(plan.name)
-        record_path = unit_path(plan.name, unit.index)
-        chunks = [f"{base}/{spec.chunk_path(unit.index)}" for spec in plan.arrays]
-        left = [path for path in (record_path, *chunks) if files.exists(path)]
-        if record_path in left:
-            try:
-                record, sha = read_record(files, plan, self._plan_sha, unit)
-                faults = check_unit(files, record)
-            except DamagedFile as error:
-                faults = [error.fault]
-            if not faults:
-                for path in (*chunks, record_path):
-                    files.make_directory(parent_of(path))
-                    files.sync_directory(parent_of(path))
-                return record, sha
-            _log.warning("unit %d of %s is damaged (%s): redone", unit.index, plan.name, faults[0])
-        for path in left:
-            quarantine(files, path)
-        return None
+    def finished(self, units: Sequence[UnitRange]) -> list[Done | None]:
+        """Return the record of each unit that is complete; quarantine other files of the rest."""
+        files = self._files
+        found = []
+        for unit, looked in zip(units, files.at_once(self._look, units), strict=True):
+            done, left, faults = looked
+            if done is not None:
+                for folder in dict.fromkeys(map(parent_of, self._paths(unit))):
+                    files.make_directory(folder)
+                    files.sync_directory(folder)
+            elif faults:
+                _log.warning(
+                    "unit %d of %s is damaged (%s): redone", unit.index, self._plan.name, faults[0]
+                )
+            for path in [] if done is not None else left:
+                quarantine(files, path)
+            found.append(done)
+        return found
+
+    def _look(self, unit: UnitRange) -> tuple[Done | None, list[str], list[Fault]]:
+        """Read a unit: its record if it is complete, the files that are there, and faults."""
+        files, paths = self._files, self._paths(unit)
+        there = files.at_once(files.has, paths)
+        left = [path for path, is_there in zip(paths, there, strict=True) if is_there]
+        if paths[-1] not in left:
+            return None, left, []
+        try:
+            record, sha = read_record(files, self._plan, self._plan_sha, unit)
+            faults = check_unit(files, record)
+        except DamagedFile as error:
+            faults = [error.fault]
+        return None if faults else (record, sha), left, faults
+
+    def _paths(self, unit: UnitRange) -> list[str]:
+        """List the files of a unit, the record last."""
+        base = generation_path(self._plan.name)
+        chunks = [f"{base}/{spec.chunk_path(unit.index)}" for spec in self._plan.arrays]
+        return [*chunks, unit_path(self._plan.name, unit.index)]
 
     def in_turn(self, units: Sequence[UnitRange]) -> list[UnitRange]:
         """Return units in order."""

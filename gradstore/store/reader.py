@@ -21,13 +21,13 @@ from gradstore.errors import (
     DamagedFile,
     Fault,
     ProvenanceMismatch,
-    expect_path,
 )
 from gradstore.format.canonical import Json
 from gradstore.format.commits import Commit
 from gradstore.format.forgotten import Receipt, Request, asked_for
 from gradstore.format.layout import (
     COMMITS,
+    INDEX,
     METADATA,
     NEEDS,
     PLANS,
@@ -38,6 +38,8 @@ from gradstore.format.layout import (
 from gradstore.format.names import GenerationName
 from gradstore.format.provenance import read_provenance
 from gradstore.format.records import RowSet
+from gradstore.storage.location import Location, Place
+from gradstore.storage.places import reads_at
 from gradstore.storage.reading import ReadFiles
 from gradstore.store.description import describe, describe_planned
 from gradstore.store.documents import read_chain, read_requests
@@ -48,26 +50,25 @@ if TYPE_CHECKING:
     from gradstore.export.kronecker import KroneckerFactors
 
 
-def open_store(path: str | Path) -> Store:
+def open_store(path: Place) -> Store:
     """Open a store for reading, at its newest commit.
 
     Args:
-        path: the store's folder.
+        path: the store's folder, or s3://BUCKET/PREFIX.
 
     Raises:
         BadInput: there is no store.
         ProvenanceMismatch: it was written by a newer schema; says which release reads it.
         DamagedData: its root or a commit is damaged.
     """
-    expect_path(path, "the store")
-    return Store(ReadFiles(path))
+    return Store(reads_at(path))
 
 
 class Store:
     """A read-only view of the commits that existed when it was opened.
 
     Attributes:
-        path: the store's folder.
+        path: where the store is.
         uuid: the store's id; checkpoints carry it.
         schema_version: version of the layout.
         commits: the chain, oldest first.
@@ -75,7 +76,7 @@ class Store:
 
     def __init__(self, files: ReadFiles, earlier: Store | None = None) -> None:
         self._files = files
-        self.path = files.root
+        self.path: Location = files.root
         self.schema_version, self.uuid = read_identity(files)
         known = () if earlier is None or earlier.uuid != self.uuid else earlier.commits
         self.commits: tuple[Commit, ...] = tuple(read_chain(files, self.uuid, known))
@@ -94,9 +95,14 @@ class Store:
         """The newest commit, None in an empty store."""
         return self.commits[-1] if self.commits else None
 
+    @property
+    def index_folder(self) -> Path | None:
+        """Folder in which indexes of the store are cached; None of one in a bucket, without any."""
+        return self.path / INDEX if isinstance(self.path, Path) else None
+
     def spaces(self) -> list[str]:
         """List the names of the spaces that have a provenance."""
-        return [s for s in self._files.names(SPACES) if self._files.exists(provenance_path(s))]
+        return [s for s in self._files.names(SPACES) if self._files.has(provenance_path(s))]
 
     def provenance(self, space: str = "gradient") -> dict[str, Json]:
         """Return the MUST-EQUAL fields of a space.
@@ -105,11 +111,11 @@ class Store:
             BadInput: there is no such space.
             DamagedData: its document was changed.
         """
-        if space not in self.spaces():
+        path = provenance_path(space)
+        if not self._files.has(path):
             raise BadInput(
                 f'store "{self.path}" has no space {space!r}; take one of {self.spaces()}'
             )
-        path = provenance_path(space)
         try:
             return read_provenance(self._files.read(path), space)[0]
         except ValueError as error:
@@ -227,11 +233,10 @@ class Store:
         """List generations that were planned and never committed; newest attempt last."""
         committed = {n for c in self.commits for n in c.generations}
         names = []
-        if self._files.exists(PLANS):
-            for path in self._files.walk(PLANS):
-                name = path.removeprefix(f"{PLANS}/").removesuffix(".json")
-                if name not in committed and _is_name(name):
-                    names.append(name)
+        for path in self._files.walk(PLANS):
+            name = path.removeprefix(f"{PLANS}/").removesuffix(".json")
+            if name not in committed and _is_name(name):
+                names.append(name)
         return sorted(names, key=lambda n: (str(GenerationName.parse(n).base()), len(n), n))
 
     def info(self) -> dict[str, Json]:
@@ -281,14 +286,14 @@ def read_identity(files: ReadFiles) -> tuple[int, str]:
         ProvenanceMismatch: its schema is newer than this release.
         DamagedFile: it is a store, and its zarr.json is damaged.
     """
-    if files.root.is_file():
-        raise BadInput(f'"{files.root}" is a file, no gradient store: check the path')
-    if not files.exists(METADATA):
+    root = files.read_if_there(METADATA)
+    if root is None:
+        files.check_place()
         if files.names(COMMITS):
             raise DamagedFile(Fault(METADATA, "a file", "no file"), str(files.root))
         raise BadInput(f'no store at "{files.root}": check the path, or build one first')
     try:
-        version, uuid, needs = read_root(files.read(METADATA))
+        version, uuid, needs = read_root(root)
     except ValueError as error:
         if not files.exists(COMMITS):
             raise BadInput(

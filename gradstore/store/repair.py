@@ -10,7 +10,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -33,7 +32,8 @@ from gradstore.format.layout import (
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.unit_records import FileSeal
 from gradstore.storage.local import StoreFiles, parent_of
-from gradstore.storage.lock import WriterLock
+from gradstore.storage.location import Place
+from gradstore.storage.places import files_at, lock_of
 from gradstore.store.cleaning import remove_retired, retire
 from gradstore.store.damage import Damage, assess, plan_of
 from gradstore.store.documents import metadata
@@ -72,11 +72,11 @@ class Repaired:
     notes: tuple[str, ...] = ()
 
 
-def repair_store(path: Path, recompute: Recompute | None = None) -> Repaired:
+def repair_store(path: Place, recompute: Recompute | None = None) -> Repaired:
     """Verify a store and make whole what can be; nothing committed changes.
 
     Args:
-        path: the store's folder.
+        path: where the store is.
         recompute: for what the store's own files do not suffice.
 
     Raises:
@@ -87,10 +87,10 @@ def repair_store(path: Path, recompute: Recompute | None = None) -> Repaired:
     found = assess(path)
     if not found:
         return Repaired((), ())
-    files = StoreFiles(path)
+    files = files_at(path)
     roots = [damage for damage in found if damage.what == "root"]
     if roots:  # nothing else was seen without it
-        with WriterLock(files):
+        with lock_of(files):
             mend(files, roots)
         found = [*roots, *assess(path)]
     notes: list[str] = []

@@ -26,7 +26,7 @@ from gradstore.format.layout import unit_path
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.unit_records import UnitRecord
 from gradstore.storage.leases import LEASES, Holder, Leases
-from gradstore.storage.local import StoreFiles, parent_of
+from gradstore.storage.local import StoreFiles
 from gradstore.store.own_units import Done
 from gradstore.store.unit_files import StagedUnit, name_unit, read_record, stage_unit
 
@@ -45,9 +45,12 @@ class SharedUnits:
         self._files, self._plan, self._plan_sha = files, plan, plan_sha256
         self._leases = leases
 
-    def finished(self, unit: UnitRange) -> Done | None:
-        """Return the record of a finished unit; its chunks are checked before the commit."""
-        if not self._files.exists(unit_path(self._plan.name, unit.index)):
+    def finished(self, units: Sequence[UnitRange]) -> list[Done | None]:
+        """Return the record of each finished unit; its chunks are checked before the commit."""
+        return list(self._files.at_once(self._finished, units))
+
+    def _finished(self, unit: UnitRange) -> Done | None:
+        if not self._files.has(unit_path(self._plan.name, unit.index)):
             return None
         return read_record(self._files, self._plan, self._plan_sha, unit)
 
@@ -69,10 +72,10 @@ class SharedUnits:
         staged = stage_unit(files, self._plan, self._plan_sha, unit, values)
         document = {"record": staged.record.to_dict(), "staged": staged.staged}
         try:
-            files.sync_directory(parent_of(next(iter(staged.staged.values()))))
+            files.share(staged.staged.values())
             files.publish(self._choice(unit), canonical_json(document))
         except StoreIOError:
-            if not files.exists(self._choice(unit)):
+            if not files.has(self._choice(unit)):
                 files.discard(staged.staged.values())
             raise
         done = self._carry_out(unit)
@@ -112,8 +115,8 @@ class SharedUnits:
         self._leases.once(self._task("commit"), done, act, f"the commit of {name}")
 
     def _is_settled(self, unit: UnitRange, settle: Callable[[UnitRange, Done], None]) -> bool:
-        done = self.finished(unit)
-        if done is None and self._files.exists(self._choice(unit)):
+        done = self._finished(unit)
+        if done is None and self._files.has(self._choice(unit)):
             done = self._carry_out(unit)
         if done is not None:
             settle(unit, done)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from gradstore.errors import BadInput, DamagedData, DamagedFile, Fault, StoreIOError, expect
@@ -61,7 +61,7 @@ class SpaceFields:
             DamagedData: what is stored is damaged.
         """
         path = provenance_path(self.space)
-        if not files.exists(path):
+        if not files.has(path):
             return None
         try:
             stored, sha = read_provenance(files.read(path), self.space)
@@ -246,33 +246,43 @@ def another_plan(files: StoreFiles, plan: Plan) -> DamagedFile:
 
 
 def _publish_metadata(files: StoreFiles, store: Store, plan: Plan) -> None:
-    own = generation_path(plan.name)
-    for path, data in metadata(plan).items():
-        needed_by_others = bool(store.commits) and not path.startswith(own)
-        publish_metadata(files, path, data, committed=needed_by_others)
+    own, documents = generation_path(plan.name), metadata(plan)
+    committed = [path for path in documents if store.commits and not path.startswith(own)]
+    publish_metadata(files, documents, committed)
     files.make_directory(f"{own}/units")
 
 
-def publish_metadata(files: StoreFiles, path: str, data: bytes, *, committed: bool) -> None:
-    """Write a zarr.json; replace a damaged one only if nothing committed needs it.
+def publish_metadata(
+    files: StoreFiles, documents: Mapping[str, bytes], committed: Collection[str]
+) -> None:
+    """Write every zarr.json; replace a damaged one only if nothing committed needs it.
 
     Args:
         files: the store's files.
-        path: where.
-        data: what must be there.
-        committed: whether something committed may need it.
+        documents: path -> what must be there.
+        committed: paths that something committed may need.
 
     Raises:
         DamagedFile: others' bytes are there.
     """
-    if files.exists(path) and files.kind(path) == "file":
-        if files.read(path) == data:
+    found = dict(zip(documents, files.at_once(files.read_if_there, documents), strict=True))
+
+    def settle(path: str) -> bool:
+        if found[path] == documents[path]:
             files.make_directory(parent_of(path))
             files.sync_directory(parent_of(path))
-            return
-        if committed:
-            fault = Fault(path, "the bytes gradstore wrote", "others")
-            raise DamagedFile(fault, str(files.root))
-        quarantine(files, path)
-    if not files.publish(path, data):
-        raise DamagedFile(Fault(path, "the bytes gradstore wrote", "others"), str(files.root))
+            return True
+        return files.publish(path, documents[path])
+
+    for path, there in found.items():
+        if there not in (None, documents[path]):
+            if path in committed:
+                raise _others_bytes(files, path)
+            quarantine(files, path)
+    for path, settled in zip(documents, files.at_once(settle, documents), strict=True):
+        if not settled:
+            raise _others_bytes(files, path)
+
+
+def _others_bytes(files: StoreFiles, path: str) -> DamagedFile:
+    return DamagedFile(Fault(path, "the bytes gradstore wrote", "others"), str(files.root))

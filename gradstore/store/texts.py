@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -43,7 +42,7 @@ class RowTexts:
         self._files = files
         self._table = table
         self._starts = np.cumsum([0, *(part.rows for part in table.parts)])
-        self._checked: dict[int, mmap.mmap] = {}
+        self._checked: dict[int, memoryview] = {}
         self._checking = threading.Lock()
         self._mine = threading.local()
 
@@ -153,7 +152,7 @@ class RowTexts:
             readers[part] = self._reader(part, self._checked[part])
         return readers[part]
 
-    def _check_bytes(self, part: int) -> mmap.mmap:
+    def _check_bytes(self, part: int) -> memoryview:
         """Map a file, and compare its bytes with the commit."""
         expected = self._table.parts[part]
         path = part_path(self._table.rows_sha256, part)
@@ -164,7 +163,7 @@ class RowTexts:
             raise DamagedFile(fault, str(self._files.root))
         return mapped
 
-    def _reader(self, part: int, checked: mmap.mmap) -> pq.ParquetFile:
+    def _reader(self, part: int, checked: memoryview) -> pq.ParquetFile:
         import pyarrow as pa
         import pyarrow.parquet as pq
 

@@ -87,14 +87,15 @@ def name_unit(files: StoreFiles, staged: StagedUnit) -> tuple[UnitRecord, str] |
     Returns:
         The record and its seal, or None when other chunks, or another record, have the names.
     """
-    record, folders = staged.record, set()
+    record = staged.record
     base = generation_path(record.generation)
-    for path, source in staged.staged.items():
-        folder = parent_of(f"{base}/{path}")
-        files.make_directory(folder)
-        folders.add(folder)
-        if not _name_chunk(files, source, f"{base}/{path}", record.files[path]):
-            return None
+    folders = {parent_of(f"{base}/{path}") for path in staged.staged}
+    named = files.at_once(
+        lambda path: _name_chunk(files, staged.staged[path], f"{base}/{path}", record.files[path]),
+        staged.staged,
+    )
+    if not all(named):
+        return None
     for folder in sorted(folders):
         files.sync_directory(folder)
     document = record.to_dict()
@@ -106,6 +107,7 @@ def name_unit(files: StoreFiles, staged: StagedUnit) -> tuple[UnitRecord, str] |
 
 def _name_chunk(files: StoreFiles, source: str, path: str, expected: FileSeal) -> bool:
     """Link a chunk; True also where it is linked already, though its staged file may be gone."""
+    files.make_directory(parent_of(path))
     try:
         if files.link(source, path):
             return True
@@ -247,8 +249,9 @@ def read_record(
 def check_unit(files: ReadFiles, record: UnitRecord, *, deep: bool = False) -> list[Fault]:
     """Check size and crc32c of every chunk of a unit, and sha256 too when `deep`."""
     base = generation_path(record.generation)
-    faults = (
-        file_fault(files, f"{base}/{name}", each, deep=deep) for name, each in record.files.items()
+    faults = files.at_once(
+        lambda name: file_fault(files, f"{base}/{name}", record.files[name], deep=deep),
+        record.files,
     )
     return [fault for fault in faults if fault is not None]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from gradstore.errors import DamagedFile, Fault
 from gradstore.format.commits import Commit
@@ -23,6 +22,8 @@ from gradstore.format.layout import (
 from gradstore.format.plans import Plan
 from gradstore.format.provenance import read_provenance
 from gradstore.format.text_table import part_path, texts_path
+from gradstore.storage.location import Place
+from gradstore.storage.places import reads_at
 from gradstore.storage.reading import ReadFiles
 from gradstore.store.documents import check_metadata, metadata, read_committed_plan, read_space
 from gradstore.store.generation import Generation
@@ -31,7 +32,7 @@ from gradstore.store.texts import RowTexts
 from gradstore.store.unit_files import check_unit, read_record
 
 
-def verify_store(path: str | Path) -> VerifyReport:
+def verify_store(path: Place) -> VerifyReport:
     """Read the whole store again from disk, without relying on earlier checks.
 
     Checked: the root, the commit chain, each space's provenance, each table of text, and of every
@@ -39,13 +40,13 @@ def verify_store(path: str | Path) -> VerifyReport:
     size, crc32c and sha256 of each chunk.
 
     Args:
-        path: the store's folder.
+        path: where the store is.
 
     Raises:
         BadInput: there is no store.
         ProvenanceMismatch: its schema is newer than this release.
     """
-    files = ReadFiles(path)
+    files = reads_at(path)
     try:
         store = Store(files)
     except DamagedFile as error:
@@ -111,7 +112,7 @@ class _Check:
         """Check that a space's provenance matches its own seal."""
         path = provenance_path(space)
         with self._guarded():
-            if not self._files.exists(path):
+            if not self._files.has(path):
                 return
             self.count(path)
             try:
@@ -163,7 +164,7 @@ class _Check:
         path, fault = factors_of_record(self._files, plan.record)
         if fault is not None:
             self.add(fault)
-        if self._files.exists(path):
+        if self._files.has(path):
             self.count(path)
 
     def texts(self, commit: Commit) -> None:

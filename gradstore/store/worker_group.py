@@ -29,9 +29,7 @@ def begin_group(files: StoreFiles, store: Store) -> None:
     """
     plans = readable_plans(files, store)
     for plan, sha in plans.values():
-        units = OwnUnits(files, plan, sha)
-        for unit in plan.units:
-            units.finished(unit)
+        OwnUnits(files, plan, sha).finished(plan.units)
     kept = store.text_commits()
     for sha in files.names(TEXTS):  # of a writer that died before it committed, or retired
         if sha not in kept:

@@ -18,17 +18,17 @@ import logging
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from gradstore.errors import BadInput, DamagedData, expect, expect_path
+from gradstore.errors import BadInput, DamagedData, expect
 from gradstore.format.layout import (
     COMMITS,
     CURVATURE,
     FORGOTTEN,
     GENERATIONS,
     GRADIENT,
+    INDEX,
     METADATA,
     PLANS,
     SPACES,
@@ -40,7 +40,9 @@ from gradstore.format.records import GenerationRecord, RowSet
 from gradstore.format.text_table import TEXTS, Formats, Text
 from gradstore.storage.leases import Leases, Worker
 from gradstore.storage.local import STAGING, StoreFiles
-from gradstore.storage.lock import LOCK, WriterLock
+from gradstore.storage.location import Location, Place, location
+from gradstore.storage.lock import LOCK
+from gradstore.storage.places import files_at, lock_of
 from gradstore.storage.probes import check_sharing, check_zarr, probe
 from gradstore.store.cleaning import clean_store, remove_dead_staging
 from gradstore.store.curvature import FactorSample, step_factors
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, TEXTS, CURVATURE, FORGOTTEN,
-         "index"}  # fmt: skip
+         INDEX}  # fmt: skip
 
 
 class StoreWriter:
@@ -70,7 +72,7 @@ class StoreWriter:
     see its folder: each makes the same calls, and they divide the units of each generation.
 
     Attributes:
-        path: the store's folder.
+        path: where the store is.
         space: the space that `begin` writes into; `with_space` opens further ones.
 
     Raises:
@@ -88,7 +90,7 @@ class StoreWriter:
 
     def __init__(
         self,
-        path: str | Path,
+        path: Place,
         *,
         provenance: Mapping[str, Any],
         space: str = GRADIENT,
@@ -99,7 +101,7 @@ class StoreWriter:
         """Create or open the store.
 
         Args:
-            path: the store's folder.
+            path: the store's folder, or s3://BUCKET/PREFIX.
             provenance: the MUST-EQUAL fields of the space, JSON-like, nested mappings welcome. A
                 field called `canary` is compared with a tolerance.
             space: `gradient`, or one per embedding model.
@@ -108,21 +110,20 @@ class StoreWriter:
             files: the store's files, for tests that interrupt them.
         """
         check_zarr(importlib.metadata.version("zarr"))
-        expect_path(path, "the store")
         is_worker = worker is None or isinstance(worker, Worker)
         expect(is_worker, "worker", worker, "gradstore.Worker(i, N), or None")
-        self.path = Path(path)
+        self.path: Location = location(path)
         fields = SpaceFields(space, provenance, setting_keys)
         self.space = fields.space
-        self._files = files or StoreFiles(self.path)
-        if self._files.exists(METADATA):
+        self._files = files or files_at(self.path)
+        if self._files.has(METADATA):
             self._check_before_lock(fields)
         else:
             self._check_foreign()
             self._files.make_root()
         self._closed = False
         self._leases: Leases | None = None
-        self._lock = WriterLock(self._files)
+        self._lock = lock_of(self._files)
         try:
             if worker is None:
                 self._lock.acquire()
@@ -267,9 +268,7 @@ class StoreWriter:
             return
 
     def _check_foreign(self) -> None:
-        kind = "nothing" if not self.path.exists() else "folder"
-        if kind == "folder" and not self.path.is_dir():
-            raise BadInput(f'"{self.path}" is a file; a store is a folder. Choose gradstore=PATH')
+        self._files.check_place()
         foreign = sorted(set(self._files.names("")) - _OURS)
         if foreign:
             raise BadInput(
@@ -287,7 +286,7 @@ class StoreWriter:
             begin_group(files, self._store)
 
         self._lock.join(
-            str(worker), set_up, lambda: files.exists(GROUP), lambda: remove_dead_staging(files)
+            str(worker), set_up, lambda: files.has(GROUP), lambda: remove_dead_staging(files)
         )
         self._store = Store(files)
         self._leases = Leases(files, worker)
@@ -303,9 +302,8 @@ class StoreWriter:
         for folder in (COMMITS, PLANS, SPACES, GENERATIONS):
             files.make_directory(folder)
             files.sync_directory(folder)
-        publish_metadata(
-            files, f"{GENERATIONS}/{METADATA}", group_json(), committed=bool(self._store.commits)
-        )
+        top = f"{GENERATIONS}/{METADATA}"
+        publish_metadata(files, {top: group_json()}, [top] if self._store.commits else [])
 
     def _create_if_missing(self) -> None:
         files = self._files
@@ -322,6 +320,6 @@ class StoreWriter:
         probe(files)
         for folder in (COMMITS, PLANS, SPACES, GENERATIONS):
             files.make_directory(folder)
-        publish_metadata(files, f"{GENERATIONS}/{METADATA}", group_json(), committed=False)
+        publish_metadata(files, {f"{GENERATIONS}/{METADATA}": group_json()}, ())
         if not files.publish(METADATA, root_json(str(uuid.uuid4()))):
             _log.warning("another process created store %s at the same moment", self.path)

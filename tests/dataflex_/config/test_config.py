@@ -35,9 +35,9 @@ def test_placeholders_are_resolved(tmp_path: Path) -> None:
 
 def test_the_default_store_lies_in_output_dir_and_shares_its_fate(tmp_path: Path) -> None:
     config = load(write(tmp_path, "output_dir: a"), [], ACCEPTED)
-    assert (config.store_path, config.owns_store) == (Path("a/gradstore"), True)
+    assert config.store_path == config.own_store == Path("a/gradstore")
     config = load(write(tmp_path, "output_dir: a\ngradstore: b"), [], ACCEPTED)
-    assert (config.store_path, config.owns_store) == (Path("b"), False)
+    assert (config.store_path, config.own_store) == (Path("b"), None)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_coincide_forecasts_training_rows_alone_and_what_its_store_keeps(
     monkeypatch.setattr(CoincideSelector, "source", lambda *_: "source")
     monkeypatch.setattr(forecasts, "embedding_forecasts", lambda *args: given.extend(args) or [])
     data = SimpleNamespace(train="train", targets=("target",))
-    run: Any = SimpleNamespace(data=data, config=SimpleNamespace(owns_store=owns))
+    run: Any = SimpleNamespace(data=data, config=SimpleNamespace(own_store="own" if owns else None))
     CoincideSelector(**params).forecasts(run, [0, 3])
     assert given == [run, "source", told[0], ("train",), told[1]]
 

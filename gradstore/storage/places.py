@@ -1,0 +1,46 @@
+"""The files and the lock of a store, wherever it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+from gradstore.storage.local import StoreFiles
+from gradstore.storage.location import Place, location
+from gradstore.storage.lock import WriterLock
+from gradstore.storage.object_lock import ObjectLock
+from gradstore.storage.objects import ObjectFiles
+from gradstore.storage.objects_reading import ObjectReads
+from gradstore.storage.reading import ReadFiles
+
+StoreLock: TypeAlias = WriterLock | ObjectLock
+
+
+def reads_at(place: Place) -> ReadFiles:
+    """Return the files of a store, to be read.
+
+    Args:
+        place: its folder, or s3://BUCKET/PREFIX.
+
+    Raises:
+        BadInput: it is neither, or what an object store needs is not installed.
+    """
+    found = location(place)
+    return ReadFiles(found) if isinstance(found, Path) else ObjectReads(found)
+
+
+def files_at(place: Place) -> StoreFiles:
+    """Return the files of a store, to be read and written; see `reads_at`."""
+    found = location(place)
+    return StoreFiles(found) if isinstance(found, Path) else ObjectFiles(found)
+
+
+def lock_of(
+    files: StoreFiles,
+    what: str = "store",
+    instead: str = "choose another store with gradstore=PATH",
+) -> StoreLock:
+    """Return the lock of a store; see `WriterLock`."""
+    if isinstance(files, ObjectFiles):
+        return ObjectLock(files, what, instead)
+    return WriterLock(files, what, instead)
