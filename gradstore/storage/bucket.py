@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from gradstore.errors import BadInput, StoreIOError
@@ -117,11 +118,12 @@ class Bucket:
 
         return self._tried("look at", key, look)
 
-    def put(self, key: str, data: bytes) -> None:
-        """Write an object, whatever was there."""
+    def put(self, key: str, data: bytes) -> str | None:
+        """Write an object, whatever was there; return its version where the bucket keeps any."""
         import obstore
 
-        self._tried("write", key, lambda: obstore.put(self._store, key, data, use_multipart=False))
+        put = partial(obstore.put, self._store, key, data, use_multipart=False)
+        return self._tried("write", key, put)["version"]
 
     def put_new(self, key: str, data: bytes) -> bool:
         """Write an object that there is not; False, and no change, where there is one.

@@ -221,8 +221,16 @@ class StoreFiles(ReadFiles):
         for relative in staged:
             self._remove_quietly(self.on_disk(relative))
 
-    def remove_tree(self, relative: str) -> None:
-        """Remove a directory with all its contents, never following a symlink."""
+    def check_removal(self) -> None:
+        """Refuse a place in which what is removed is still there."""
+
+    def remove_tree(self, relative: str, known: Callable[[], Iterable[str]] = tuple) -> None:
+        """Remove a directory with all its contents, never following a symlink.
+
+        Args:
+            relative: of the directory, or a file.
+            known: gives files that are known to be in it, where a listing may lack some.
+        """
         kind = self.kind(relative)
         if kind == "nothing":
             return

@@ -39,6 +39,10 @@ SILENT_SECONDS, BEATS = 60.0, 6
 #: Seconds between two looks at a lock that another holds.
 _LOOK_SECONDS = 0.1
 
+#: Tokens of this process that hold, or wait for, a lock: others of it were let go of, perhaps
+#: while no server could be told.
+_ours: set[str] = set()
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -243,8 +247,8 @@ class ObjectLock:
 
     def _judged(self, holder: Holder) -> bool | None:
         """Tell whether a holder lives; None while that is not known."""
-        if holder == self._me:
-            return True
+        if holder.process == Process.this():
+            return holder.token in _ours
         lives = holder.process.lives()
         if lives is not None:
             return lives
@@ -263,6 +267,7 @@ class ObjectLock:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         who = f"host {socket.gethostname()}, pid {os.getpid()}, since {since}"
         self._files.make_own()
+        _ours.add(self._files.own)
         self._shown = _now()
         self._ends.clear()
         self._thread = threading.Thread(target=self._show_life, name="lock", daemon=True)
@@ -272,6 +277,7 @@ class ObjectLock:
 
     def _end(self) -> None:
         """Show no sign of life any more."""
+        _ours.discard(self._files.own)
         self._ends.set()
         if self._thread is not None:
             self._thread.join()

@@ -252,10 +252,31 @@ class ObjectFiles(ObjectReads, StoreFiles):
         if not known:
             self.bucket.delete([self._key(relative)])
 
-    def remove_tree(self, relative: str) -> None:
-        """Remove an object and all below its name; repeated, as far as a listing shows any."""
+    def check_removal(self) -> None:
+        """Refuse a bucket that keeps versions: what is removed from it is still there.
+
+        Raises:
+            StoreIOError: it does.
+        """
+        key = f"{STAGING}/{self.own}/versions"
+        version = self.bucket.put(key, b"")
+        self.bucket.delete([key])
+        if version not in (None, "null"):
+            raise StoreIOError(
+                f'bucket "{self.place.bucket}" keeps the versions of what is removed or replaced, '
+                "so nothing would be gone. Suspend its versioning, run again, then remove the old "
+                f"versions below {self.place} (a lifecycle rule for noncurrent versions does)"
+            )
+
+    def remove_tree(self, relative: str, known: Callable[[], Iterable[str]] = tuple) -> None:
+        """Remove an object, all below its name that a listing shows, and all that is known there.
+
+        Args:
+            relative: its name.
+            known: gives names below it, which a listing may lack.
+        """
         key = self._key(relative)
-        keys = [key, *self.bucket.sizes(key)]
+        keys = [key, *dict.fromkeys([*self.bucket.sizes(key), *map(self._key, known())])]
         for _ in range(_LOOKS):
             self._step("unlink", relative)
             for first in range(0, len(keys), 1000):

@@ -84,6 +84,9 @@ def choose_plan(
         if plan.identity() == wanted.identity():
             return PlanChoice(plan, commit.plan_sha256, commit, resumed=True)
     attempt = max(used, default=0)
+    while plan_read := _unlisted(files, base.with_attempt(attempt + 1)):
+        attempt += 1
+        planned[plan_read[0].name] = plan_read
     newest = planned.get(str(base.with_attempt(attempt))) if attempt else None
     if newest is not None:
         plan, sha = newest
@@ -148,6 +151,15 @@ def readable_plans(
             if files.exists(generation_path(name)):
                 quarantine(files, generation_path(name))
     return plans
+
+
+def _unlisted(files: StoreFiles, name: GenerationName) -> tuple[Plan, str] | None:
+    """Read a plan by its name, since a listing may lag behind; None where there is none."""
+    data = files.read_if_there(plan_path(str(name)))
+    try:
+        return None if data is None else Plan.from_bytes(data)
+    except ValueError:
+        return None
 
 
 def _check_prefix(store: Store, wanted: Plan) -> None:

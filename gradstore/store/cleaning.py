@@ -18,14 +18,21 @@ from pathlib import Path
 
 from gradstore.errors import BadInput, DamagedFile, StoreIOError
 from gradstore.format.commits import Commit
-from gradstore.format.layout import CURVATURE, INDEX, METADATA, generation_path, plan_path
+from gradstore.format.layout import (
+    CURVATURE,
+    GENERATIONS,
+    INDEX,
+    METADATA,
+    generation_path,
+    plan_path,
+)
 from gradstore.format.names import GenerationName
 from gradstore.format.plans import Plan
-from gradstore.format.text_table import TEXTS, TextTable
+from gradstore.format.text_table import TEXTS, TextTable, part_path
 from gradstore.storage.leases import LEASES
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.lock import WriterLock
-from gradstore.store.documents import read_committed_plan
+from gradstore.store.documents import files_of, read_committed_plan
 from gradstore.store.generation_writer import publish_commit
 from gradstore.store.own_units import QUARANTINE
 from gradstore.store.reader import Store
@@ -100,19 +107,20 @@ def plan_clean_up(files: StoreFiles, store: Store, keep_generations: int | None)
         for path in (generation_path(name), plan_path(name), indexes[name]):
             paths[path] = reason
     kept = store.text_commits().keys() - set(unread)
-    paths |= {f"{TEXTS}/{sha}": "unread text" for sha in files.names(TEXTS) if sha not in kept}
+    paths |= dict.fromkeys(texts_but(files, store, kept), "unread text")
     for name in abandoned:
         paths |= dict.fromkeys((generation_path(name), plan_path(name)), "abandoned")
     unused = _unused_factors(files, store, [*why, *abandoned])
     paths |= dict.fromkeys(unused, "unused factors")
     paths |= dict.fromkeys(_dead_staging(files), "staging")
     paths[QUARANTINE] = "quarantine"
-    removals = (
+    there = files.at_once(lambda path: _is_there(files, path), paths)
+    removals = tuple(
         Removal(path, reason, files.bytes_below(path))
-        for path, reason in paths.items()
-        if files.exists(path)
+        for (path, reason), is_there in zip(paths.items(), there, strict=True)
+        if is_there
     )
-    return CleanUp(tuple(why), tuple(abandoned), tuple(unread), tuple(removals))
+    return CleanUp(tuple(why), tuple(abandoned), tuple(unread), removals)
 
 
 def clean_store(
@@ -132,7 +140,7 @@ def clean_store(
     found = plan_clean_up(files, store, keep_generations)
     retire(files, view, found.retire, found.unread)
     for each in found.removals:
-        files.remove_tree(each.path)
+        remove_whole(files, store, each.path)
     return found
 
 
@@ -161,7 +169,43 @@ def remove_retired(files: StoreFiles, store: Store) -> None:
     """Remove the files of every generation that a commit has retired."""
     for each in plan_clean_up(files, store, None).removals:
         if each.why == "retired":
-            files.remove_tree(each.path)
+            remove_whole(files, store, each.path)
+
+
+def remove_whole(files: StoreFiles, store: Store, path: str) -> None:
+    """Remove a file or folder, and all that a plan or commit says is in it, listed or not."""
+
+    def known() -> Iterator[str]:
+        folder, _, name = path.partition("/")
+        if folder == GENERATIONS:
+            plan = _readable(files, name)
+            yield from [] if plan is None else files_of(plan)
+        for table in (each for commit in store.commits for each in commit.texts):
+            if path == f"{TEXTS}/{table.rows_sha256}":
+                yield from (part_path(name, number) for number in range(len(table.parts)))
+
+    files.remove_tree(path, known)
+
+
+def texts_but(files: StoreFiles, store: Store, kept: Collection[str]) -> list[str]:
+    """List the folders of texts but for those of some row sets: what is listed or was committed."""
+    ever = {each.rows_sha256 for commit in store.commits for each in commit.texts}
+    return [f"{TEXTS}/{sha}" for sha in sorted({*files.names(TEXTS), *ever} - set(kept))]
+
+
+def _is_there(files: StoreFiles, path: str) -> bool:
+    """Tell whether there is something to remove; a listing may not show it."""
+    folder, _, name = path.partition("/")
+    first = {GENERATIONS: plan_path(name), TEXTS: part_path(name, 0)}.get(folder)
+    return files.exists(path) or (first is not None and files.has(first))
+
+
+def _readable(files: StoreFiles, name: str) -> Plan | None:
+    """Return the plan of a generation; None where there is none to be read."""
+    try:
+        return Plan.from_bytes(files.read(plan_path(name)))[0]
+    except (ValueError, DamagedFile):
+        return None
 
 
 def _dead_staging(files: StoreFiles) -> list[str]:
@@ -229,11 +273,8 @@ def _plans(files: StoreFiles, store: Store, without: Collection[str]) -> Iterato
         if commit.generation not in without:
             yield read_committed_plan(files, commit)
     for name in store.planned():
-        if name not in without:
-            try:
-                yield Plan.from_bytes(files.read(plan_path(name)))[0]
-            except (ValueError, DamagedFile):
-                continue  # set aside, and planned again, by whoever begins it
+        if name not in without and (plan := _readable(files, name)) is not None:
+            yield plan  # else it is set aside, and planned again, by whoever begins it
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from gradstore.format.layout import (
     provenance_path,
     receipt_path,
     request_path,
+    unit_path,
 )
 from gradstore.format.plans import Plan
 from gradstore.format.provenance import read_provenance
@@ -40,6 +41,16 @@ def metadata(plan: Plan) -> dict[str, bytes]:
             spec, len(plan.rows), plan.unit_rows
         )
     return documents
+
+
+def files_of(plan: Plan) -> list[str]:
+    """List every file in a generation's folder."""
+    own = f"{generation_path(plan.name)}/"
+    found = [path for path in metadata(plan) if path.startswith(own)]
+    for unit in plan.units:
+        found += [own + spec.chunk_path(unit.index) for spec in plan.arrays]
+        found.append(unit_path(plan.name, unit.index))
+    return found
 
 
 def check_metadata(files: ReadFiles, path: str, expected: bytes) -> None:

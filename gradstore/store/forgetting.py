@@ -26,9 +26,15 @@ from gradstore.format.layout import (
 )
 from gradstore.format.plans import Plan
 from gradstore.format.records import HASH_BYTES, RowSet
-from gradstore.format.text_table import TEXTS, Text
+from gradstore.format.text_table import Text
 from gradstore.storage.local import STAGING, StoreFiles
-from gradstore.store.cleaning import remove_dead_staging, remove_retired, retire
+from gradstore.store.cleaning import (
+    remove_dead_staging,
+    remove_retired,
+    remove_whole,
+    retire,
+    texts_but,
+)
 from gradstore.store.documents import read_committed_plan
 from gradstore.store.encoding import without_forgotten
 from gradstore.store.generation import Generation
@@ -150,6 +156,7 @@ def finish_removals(files: StoreFiles, view: View) -> list[Receipt]:
 
 def _check(files: StoreFiles, store: Store, found: Affected) -> None:
     """Refuse, before anything is begun, what could not be carried to its end."""
+    files.check_removal()
     busy = [name for name in files.names(STAGING) if name != files.own and files.is_in_use(name)]
     if busy:
         raise StoreBusy(
@@ -191,13 +198,12 @@ def _finish(files: StoreFiles, view: View, request: Request) -> Receipt:
     left = affected(files, view(), key, ids)
     retire(files, view, tuple(left.rows), left.texts)
     remove_retired(files, view())
+    store = view()
     for name in left.unfinished:
-        files.remove_tree(generation_path(name))
+        remove_whole(files, store, generation_path(name))
         files.remove_tree(plan_path(name))
-    kept = view().text_commits()
-    for sha in files.names(TEXTS):
-        if sha not in kept:
-            files.remove_tree(f"{TEXTS}/{sha}")
+    for path in texts_but(files, store, store.text_commits()):
+        remove_whole(files, store, path)
     files.remove_tree(INDEX)
     remove_dead_staging(files)
     files.remove_tree(QUARANTINE)

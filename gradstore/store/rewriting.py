@@ -33,9 +33,12 @@ def next_attempt(files: StoreFiles, view: Callable[[], Store], plan: Plan) -> Ge
     used = [
         n.attempt for n in map(GenerationName.parse, [*planned, *committed]) if n.base() == base
     ]
-    newest = replace(plan, name=str(base.with_attempt(max(used))))
-    if newest.name not in planned or not _is_planned(files, newest):
-        newest = replace(plan, name=str(base.with_attempt(max(used) + 1)))
+    attempt = max(used)
+    while files.has(plan_path(str(base.with_attempt(attempt + 1)))):  # a listing may lag behind
+        attempt += 1
+    newest = replace(plan, name=str(base.with_attempt(attempt)))
+    if newest.name in committed or not _is_planned(files, newest):
+        newest = replace(plan, name=str(base.with_attempt(attempt + 1)))
     publish_plan(files, store, newest)
     sha = Plan.from_bytes(newest.to_bytes())[1]
     return GenerationWriter(files, newest, sha, view)

@@ -92,10 +92,6 @@ class Asked:
         return self.path.partition("?")[0].removeprefix("/features/")
 
 
-class Cut(Exception):
-    """Ends the connection without an answer."""
-
-
 #: What a fault does with a request: answers it (status, body), or None for the server's answer.
 Fault = Callable[[Asked], tuple[int, bytes] | None]
 
@@ -106,8 +102,9 @@ class FaultyServer:
 
     Attributes:
         address: of the proxy.
-        before: may raise Cut, wait, answer in the server's place, or change the request's headers.
-        after: may raise Cut, or answer otherwise than the server did.
+        before: may wait, answer in the server's place, change the request's headers, or raise
+            ConnectionAbortedError, which ends the connection without an answer.
+        after: the same, once the server has done what was asked.
         asked: every request, as "METHOD key".
         late: keys that no listing shows.
     """
@@ -169,7 +166,7 @@ def faulty(object_server: str, use_server: Callable[[str], str]) -> Iterator[Fau
                 status, headers, data = (told and (told[0], {}, told[1])) or forwarded(asked)
                 told = made.after(asked)
                 status, data = told or (status, data)
-            except Cut:
+            except ConnectionAbortedError:
                 self.close_connection = True
                 return
             if asked.method == "PUT" and status == 200:

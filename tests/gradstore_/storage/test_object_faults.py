@@ -1,0 +1,256 @@
+"""An object store that fails, lags or breaks its word: nothing is lost, doubled or half seen."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from gradstore.errors import DamagedData, StoreBusy, StoreIOError
+from gradstore.format.text_table import Text
+from gradstore.storage import bucket as bucket_module
+from gradstore.storage.location import location
+from gradstore.storage.objects import ObjectFiles
+from gradstore.store.asked_rows import asked_rows
+from gradstore.store.cleaning import clean_store
+from gradstore.store.forgetting import forget, request_for
+from gradstore.store.held import held_store
+from gradstore.store.reader import open_store
+from gradstore.store.verify import verify_store
+from gradstore.store.writer import StoreWriter
+
+if TYPE_CHECKING:
+    from conftest import StoreKit
+
+N = 8
+
+
+@pytest.fixture
+def place(faulty: Any, use_server: Callable[[str], str]) -> str:
+    """An empty prefix behind the proxy."""
+    return use_server(faulty.address)
+
+
+def cut() -> None:
+    """End a connection without an answer."""
+    raise ConnectionAbortedError
+
+
+def files_of(place: str) -> ObjectFiles:
+    return ObjectFiles(location(place))  # type: ignore[arg-type]
+
+
+def keys(place: str) -> set[str]:
+    """Every object, past the proxy's faults."""
+    return set(files_of(place).bucket.sizes(""))
+
+
+def check_whole(kit: StoreKit, place: str, *names: str) -> None:
+    """Each generation was committed once, and has the rows it was given."""
+    store = open_store(place)
+    assert [c.generation for c in store.commits] == list(names)
+    assert verify_store(place).ok
+    alone = kit.features(N, 1)
+    found = store.generation("train/1").read(0, N)
+    usable = store.generation("train/1").usable
+    assert abs(found[usable] / alone[usable] - 1).max() < 2e-3
+
+
+# ---- a server that breaks its word -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("header", ["if-none-match", "if-match"])
+@pytest.mark.parametrize("how", ["ignores", "refuses"])
+def test_a_server_that_does_not_honour_a_condition_is_refused_by_name_within_a_second(
+    kit: StoreKit,
+    faulty: Any,
+    place: str,
+    use_server: Callable[[str], str],
+    header: str,
+    how: str,
+) -> None:
+    """The negative control: as s3rver, which writes whatever the condition says."""
+    kit.writer(use_server(faulty.address)).close()  # imports take time
+
+    def strip(asked: Any) -> tuple[int, bytes] | None:
+        named = [name for name in asked.headers if name.lower() == header]
+        for name in named:
+            asked.headers.pop(name)
+        return (501, b"<Code>NotImplemented</Code>") if named and how == "refuses" else None
+
+    faulty.before = strip
+    began = time.monotonic()
+    with pytest.raises(StoreIOError, match=f"(?i)does not honour {header}: ") as refused:
+        kit.writer(place)
+    assert time.monotonic() - began < 1
+    assert refused.value.exit_code == 5
+    assert keys(place) == set()
+
+
+# ---- faults on the way -----------------------------------------------------------------------
+
+
+def test_a_server_that_is_busy_now_and_then_is_asked_again(
+    kit: StoreKit, faulty: Any, place: str
+) -> None:
+    number = itertools.count()
+    faulty.before = lambda _: (503, b"<Code>SlowDown</Code>") if next(number) % 3 == 0 else None
+    kit.build(place, n=N)
+    check_whole(kit, place, "train/1")
+
+
+@pytest.mark.parametrize("done", [True, False], ids=["answer lost", "write lost"])
+def test_a_connection_cut_in_mid_write_leaves_one_write(
+    kit: StoreKit, faulty: Any, place: str, done: bool
+) -> None:
+    """Of chunks, records, plans, the root and commits; what the server did and did not do."""
+    seen: set[str] = set()
+
+    def once(asked: Any) -> None:
+        if asked.method == "PUT" and asked.key not in seen:
+            seen.add(asked.key)
+            cut()
+
+    faulty.after, faulty.before = (once, faulty.before) if done else (faulty.after, once)
+    kit.build(place, n=N)
+    check_whole(kit, place, "train/1")
+    assert len(seen) > 20
+
+
+def test_an_answer_that_does_not_come_is_asked_for_again(
+    kit: StoreKit, faulty: Any, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket_module, "_REQUEST_SECONDS", 0.5)
+    slept: list[str] = []
+
+    def slow(asked: Any) -> None:
+        if asked.key.endswith("units/0.json") and asked.method not in slept:
+            slept.append(asked.method)
+            time.sleep(0.8)
+
+    faulty.before = slow
+    kit.build(place, n=N)
+    check_whole(kit, place, "train/1")
+    assert set(slept) == {"HEAD", "PUT", "GET"}
+
+
+def test_a_server_that_stays_away_is_told_and_the_build_goes_on_later(
+    kit: StoreKit, faulty: Any, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket_module, "PATIENCE_SECONDS", 0.3)
+
+    def away(asked: Any) -> tuple[int, bytes] | None:
+        if "commits/1.json" in asked.key and asked.method == "PUT":
+            faulty.before = lambda _: (500, b"<Code>InternalError</Code>")
+            return 500, b""
+        return None
+
+    faulty.before = away
+    with pytest.raises(StoreIOError, match=r"status 500.*committed data is untouched") as told:
+        kit.build(place, n=N)
+    assert "secret-of-the-tests" not in str(told.value)
+    faulty.before = lambda _: None
+    kit.build(place, n=N)
+    check_whole(kit, place, "train/1")
+
+
+def test_a_body_changed_on_its_way_back_is_reported(kit: StoreKit, faulty: Any, place: str) -> None:
+    kit.build(place, n=N)
+
+    def spoil(asked: Any) -> tuple[int, bytes] | None:
+        if asked.key.endswith("features/c/0/0"):
+            return 200, bytes(kit.dim * 2 * kit.unit_rows + 4)
+        return None
+
+    faulty.before = spoil
+    with pytest.raises(DamagedData, match="crc32c"):
+        open_store(place).generation("train/1").read(0, N)
+
+
+# ---- others at the same moment ---------------------------------------------------------------
+
+
+def test_of_two_committers_at_once_one_wins_and_the_other_is_told(
+    kit: StoreKit, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 18 with the lock out of the way: the second writes its commit while the first does."""
+    monkeypatch.setattr("gradstore.storage.object_lock.ObjectLock.acquire", lambda _: None)
+
+    def begun(writer: StoreWriter, name: str) -> Any:
+        generation = writer.begin(kit.record(name), kit.rows(N), dim=4, unit_rows=16)
+        kit.fill(generation, kit.features(N, 1))
+        return generation
+
+    kit.writer(place).close()
+    with kit.writer(place) as first:
+        mine = begun(first, "train/1")
+
+        def meanwhile(operation: str, path: Any) -> None:
+            if str(path) == "commits/1.json":
+                mine.commit()
+
+        files = ObjectFiles(location(place), meanwhile)  # type: ignore[arg-type]
+        with kit.writer(place, files) as second:
+            with pytest.raises(StoreBusy, match="commit 1 was taken meanwhile"):
+                begun(second, "train/2").commit()
+    check_whole(kit, place, "train/1")
+
+
+# ---- a listing that lags ---------------------------------------------------------------------
+
+
+def test_no_commit_is_missed_or_written_twice_where_listings_lag(
+    kit: StoreKit, faulty: Any, place: str
+) -> None:
+    kit.writer(place).close()
+    faulty.hide_new()
+    with kit.writer(place) as writer:
+        kit.add(writer, "train/1", N)
+    view = open_store(place)
+    with kit.writer(place) as writer:  # nobody remembers what the listing does not show
+        begun = writer.begin(kit.record("train/1"), kit.rows(N), dim=4, unit_rows=16)
+        assert begun.commit().number == 1
+        kit.add(writer, "train/2", N)
+    assert [c.generation for c in view.refresh().commits] == ["train/1", "train/2"]
+    check_whole(kit, place, "train/1", "train/2")
+
+
+def test_a_plan_that_no_listing_shows_is_gone_on_with_or_passed_by(
+    kit: StoreKit, faulty: Any, place: str
+) -> None:
+    kit.writer(place).close()
+    faulty.hide_new()
+    with kit.writer(place) as writer:
+        begun = writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16)
+        kit.fill(begun, kit.features(40, 1), units=2)
+    with kit.writer(place) as writer:
+        begun = writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16)
+        assert [unit.index for unit in begun.pending] == [2]
+        other = writer.begin(kit.record(adapter_hash="replayed"), kit.rows(40), dim=4)
+        assert other.name == "train/1.2"
+
+
+def test_what_goes_goes_whole_where_listings_lag(kit: StoreKit, faulty: Any, place: str) -> None:
+    """Of committed generations and texts: every object that a plan names, listed or not."""
+    kit.writer(place).close()
+    faulty.hide_new()
+    with kit.writer(place) as writer:
+        writer.keep_texts(kit.rows(N), [Text(f"prompt {i}", "r", 1) for i in range(N)])
+        for step in (1, 2):
+            kit.add(writer, f"train/{step}", N)
+    with held_store(place) as (held, view):
+        clean_store(held, view, keep_generations=1)
+        forget(held, view, request_for(held, view(), asked_rows(held, view(), [2])))
+    faulty.late.clear()
+    left = keys(place)
+    assert not [key for key in left if "train/1/" in key or "train/1.json" in key]
+    assert {key.split("/")[2] for key in left if key.startswith("generations/train/")} == {
+        "2.2", "zarr.json"
+    }  # fmt: skip
+    texts = [key for key in left if key.startswith("texts/")]
+    assert len(texts) == 1
+    assert b"prompt 2" not in bytes(files_of(place).bucket.get(texts[0]).data)  # type: ignore[union-attr]
+    assert verify_store(place).ok

@@ -1,0 +1,125 @@
+"""The lock of a store in a bucket: judged by signs of life that are seen, never by a clock."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from gradstore.errors import StoreBusy
+from gradstore.storage import object_lock
+from gradstore.storage.location import location
+from gradstore.storage.lock import LOCK
+from gradstore.storage.object_lock import ObjectLock
+from gradstore.storage.objects import ObjectFiles
+from gradstore.storage.processes import Process
+
+SILENT = 0.8
+
+
+@pytest.fixture
+def lock_at(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ObjectLock]]:
+    """Locks of one store, each as of a process on a machine of its own."""
+    monkeypatch.setattr(object_lock, "SILENT_SECONDS", SILENT)
+    machine = threading.local()
+    monkeypatch.setattr(
+        Process, "this", classmethod(lambda cls: cls(getattr(machine, "name", "?"), 1, "1"))
+    )
+    monkeypatch.setattr(Process, "lives", lambda _: None)
+    made: list[ObjectLock] = []
+
+    def make(name: str) -> ObjectLock:
+        machine.name = name
+        lock = ObjectLock(ObjectFiles(location(bucket)))  # type: ignore[arg-type]
+        made.append(lock)
+        return lock
+
+    yield make
+    for lock in made:
+        lock._end()
+
+
+def die(lock: ObjectLock) -> None:
+    """Stop a holder's signs of life, as a machine does that loses its power."""
+    lock._ends.set()
+
+
+def test_a_holder_on_another_machine_that_lives_is_told_of_soon(lock_at: Any) -> None:
+    lock_at("one").acquire()
+    began = time.monotonic()
+    with pytest.raises(StoreBusy, match=r"host \S+, pid \d+, since \d{4}-") as told:
+        lock_at("two").acquire()
+    assert told.value.exit_code == 6
+    assert time.monotonic() - began < SILENT, "it waits for one sign of life, not for the time-out"
+
+
+@pytest.mark.parametrize("years", [-30, 30])
+def test_a_dead_holder_is_taken_over_after_the_silence_whatever_its_clock_says(
+    lock_at: Any, years: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fault 28: neither its clock nor the server's counts."""
+    now = object_lock.datetime
+
+    class Skewed(now):  # type: ignore[misc, valid-type]
+        @classmethod
+        def now(cls, zone: Any) -> Any:
+            return now.now(zone).replace(year=now.now(zone).year + years)
+
+    dead = lock_at("one")
+    with monkeypatch.context() as skewed:
+        skewed.setattr(object_lock, "datetime", Skewed)
+        dead.acquire()
+    die(dead)
+    began = time.monotonic()
+    with lock_at("two"):
+        assert SILENT <= time.monotonic() - began < SILENT + 3
+    assert "stale lock" in caplog.text
+
+
+def test_a_holder_that_slept_changes_nothing_once_it_wakes(lock_at: Any) -> None:
+    sleeper = lock_at("one")
+    sleeper.acquire()
+    die(sleeper)
+    with lock_at("two") as lock:
+        lock._files.publish("plans/b.json", b"b")
+        with pytest.raises(StoreBusy, match="no sign of life"):
+            sleeper._files.publish("plans/a.json", b"a")
+        assert not lock._files.has("plans/a.json")
+
+
+def test_of_two_that_take_over_at_once_one_has_the_lock(lock_at: Any, bucket: str) -> None:
+    dead = lock_at("one")
+    dead.acquire()
+    die(dead)
+    told: list[str] = []
+    inside = threading.Semaphore()
+
+    def take(name: str) -> None:
+        lock = lock_at(name)
+        try:
+            with lock:
+                assert inside.acquire(blocking=False)
+                time.sleep(SILENT)
+                inside.release()
+            told.append("had it")
+        except StoreBusy:
+            told.append("busy")
+
+    threads = [threading.Thread(target=take, args=(name,)) for name in ("two", "three")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(told) == ["busy", "had it"]
+    record = ObjectFiles(location(bucket)).bucket.get(LOCK)  # type: ignore[arg-type]
+    assert record is not None
+    assert b'"holders":[]' in bytes(record.data)
+
+
+def test_what_is_no_record_of_ours_is_nobodys_lock(lock_at: Any, bucket: str) -> None:
+    ObjectFiles(location(bucket)).bucket.put(LOCK, b"\xff{")  # type: ignore[arg-type]
+    with lock_at("one"):
+        pass
