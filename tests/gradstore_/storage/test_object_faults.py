@@ -97,7 +97,7 @@ def test_a_server_that_is_busy_now_and_then_is_asked_again(
     kit: StoreKit, faulty: Any, place: str
 ) -> None:
     number = itertools.count()
-    faulty.before = lambda _: (503, b"<Code>SlowDown</Code>") if next(number) % 3 == 0 else None
+    faulty.before = lambda _: (503, b"<Code>SlowDown</Code>") if next(number) % 7 == 0 else None
     kit.build(place, n=N)
     check_whole(kit, place, "train/1")
 
