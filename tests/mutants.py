@@ -57,6 +57,8 @@ SELECTION = "tests/gradstore_/scoring/test_selection.py"
 INDEX = "tests/gradstore_/similarity/test_index.py"
 CAPTURE = "tests/gradstore_/capture/test_per_sample.py"
 LOCK = "tests/gradstore_/storage/test_lock.py"
+OBJECTS = "tests/gradstore_/storage/test_object_faults.py"
+OBJECT_LOCK = "tests/gradstore_/storage/test_object_lock.py"
 LEASES, WORKERS = "tests/gradstore_/storage/test_leases.py", f"{STORE}/test_workers.py"
 REPAIR, FORGETTING = f"{STORE}/test_repair.py", f"{STORE}/test_forgetting.py"
 PROJECTION = "tests/gradkernels_/test_projection_paths.py"
@@ -108,6 +110,22 @@ MUTANTS = [
     Mutant("gradstore/storage/lock.py", "fcntl.LOCK_EX):\n                raise",
            "fcntl.LOCK_SH):\n                raise", LOCK),
     Mutant("gradstore/storage/lock.py", "if is_set_up():", "if True:", LOCK),
+    Mutant("gradstore/storage/objects.py", "                return found.data == data",
+           "                return False", OBJECTS),
+    Mutant("gradstore/storage/objects.py", "if second or found is None or", "if False and",
+           OBJECTS),
+    Mutant("gradstore/storage/object_lock.py", "if known != content:", "if not known:",
+           OBJECT_LOCK),
+    Mutant("gradstore/storage/object_lock.py", "if silent >= SILENT_SECONDS:", "if False:",
+           OBJECT_LOCK),
+    Mutant("gradstore/storage/object_lock.py", "return self._bucket.swap(LOCK, ",
+           "return self._bucket.put(LOCK, canonical_json(document)) or True or (", OBJECT_LOCK),
+    Mutant("gradstore/store/documents.py", "number <= listed else files.read_if_there(path)",
+           "number <= listed else None", OBJECTS),
+    Mutant("gradstore/store/cleaning.py", "files.remove_tree(path, known)",
+           "files.remove_tree(path)", OBJECTS),
+    Mutant("gradstore/store/attempts.py", "while plan_read := _unlisted(",
+           "while plan_read := None and _unlisted(", OBJECTS),
     Mutant("gradstore/storage/leases.py", "if known != beat:", "if not known:", LEASES),
     Mutant("gradstore/storage/leases.py", "        if self._boot and holder.boot == self._boot and",
            "        if", LEASES),

@@ -7,8 +7,9 @@ is taken for the truth: whether an object is there its own name says (`kind`, `r
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +35,11 @@ class ObjectReads(ReadFiles):
         self.place = place
         self.root: Location = place
         self.bucket = Bucket(place)
+        self._guard = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._soon: dict[str, Future[memoryview]] = {}
+
+    reads_ahead = 4
 
     # ---- paths -------------------------------------------------------------------------------
 
@@ -98,6 +104,17 @@ class ObjectReads(ReadFiles):
         """List all objects below a name, sorted; what was written last may lack."""
         return sorted(self.bucket.sizes(self._key(relative)))
 
+    def soon(self, wanted: Mapping[str, int]) -> None:
+        """Begin to read objects that are likely to be mapped next; let go of others."""
+        with self._guard:
+            for path in self._soon.keys() - wanted:
+                self._soon.pop(path).cancel()
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.reads_ahead, "objects-ahead")
+            for path, size in wanted.items():
+                if path not in self._soon:
+                    self._soon[path] = self._pool.submit(self._whole, path, size)
+
     def read(self, relative: str, *, expected_bytes: int | None = None) -> bytes:
         """Read one whole object.
 
@@ -120,7 +137,9 @@ class ObjectReads(ReadFiles):
         Raises:
             DamagedFile: it is missing, or not `expected_bytes` long.
         """
-        return self._whole(relative, expected_bytes)
+        with self._guard:
+            begun = self._soon.pop(relative, None)
+        return self._whole(relative, expected_bytes) if begun is None else begun.result()
 
     def _whole(self, relative: str, expected_bytes: int | None) -> memoryview:
         expected = "a file" if expected_bytes is None else f"{expected_bytes:,} bytes"

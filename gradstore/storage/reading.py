@@ -11,7 +11,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -115,6 +115,16 @@ class ReadFiles:
     def has(self, relative: str) -> bool:
         """Return whether a file has this name; in a folder, anything."""
         return self.kind(relative) != "nothing"
+
+    #: Files that are to be named as the next ones while one is read; none where they are mapped.
+    reads_ahead = 0
+
+    def soon(self, wanted: Mapping[str, int]) -> None:
+        """Hear which files are likely to be mapped next.
+
+        Args:
+            wanted: their paths and sizes in bytes; what was named before and is not here is not.
+        """
 
     def at_once(self, act: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Give what `act` returns for each item, in order; many at a time where they are requests.

@@ -69,6 +69,7 @@ class Generation:
         self._checked: set[str] = set()
         self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
         self._guard = threading.Lock()  # of the maps: threads share a generation
+        self._last = -1  # unit that was read last, where others are read ahead
         self.record: GenerationRecord = self._plan.record
         self.rows = len(self._plan.rows)
         self.dim = self._plan.dim
@@ -273,6 +274,8 @@ class Generation:
                 return self._maps[name]
         expected = self._records[unit].files[name]
         path = f"{generation_path(self.name)}/{name}"
+        if keep and self._files.reads_ahead:
+            self._read_ahead(spec, unit)
         try:
             mapped = self._files.map(path, expected.bytes)
         except DamagedFile:
@@ -293,6 +296,17 @@ class Generation:
                 while len(self._maps) > _MAPS_KEPT:
                     self._maps.popitem(last=False)
         return chunk
+
+    def _read_ahead(self, spec: ArraySpec, unit: int) -> None:
+        """Begin to read the next chunks, where the last one that was read is the one before."""
+        follows, self._last = unit == self._last + 1, unit
+        if follows:
+            units = range(unit, min(unit + self._files.reads_ahead, len(self._records)))
+            seals = {each: self._records[each].files[spec.chunk_path(each)] for each in units}
+            base = generation_path(self.name)
+            self._files.soon(
+                {f"{base}/{spec.chunk_path(each)}": seal.bytes for each, seal in seals.items()}
+            )
 
     def _damaged(self, fault: Fault) -> DamagedFile:
         return DamagedFile(fault, str(self._files.root))

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 FOREIGN = {"transformers", "peft", "llamafactory", "datasets", "accelerate"}
-HEAVY = {"zarr", "faiss", "pyarrow", "numba", "trak"}
+HEAVY = {"zarr", "faiss", "pyarrow", "numba", "trak", "obstore"}
 
 
 def modules_after(statement: str) -> set[str]:
@@ -25,6 +25,8 @@ def modules_after(statement: str) -> set[str]:
         ("import gradstore; gradstore.influence_scores", FOREIGN | HEAVY | {"dataflex"}),
         ("import gradstore; gradstore.GradientCapture, gradstore.export_features",
          FOREIGN | {"dataflex", "faiss", "pyarrow", "trak"}),
+        ("from gradstore.storage.places import files_at, lock_of; lock_of(files_at('a'))",
+         FOREIGN | HEAVY | {"dataflex", "torch"}),
         ("import dataflex; import dataflex.launch.asked", FOREIGN | HEAVY | {"torch"}),
         ("import dataflex.cli", FOREIGN | HEAVY | {"torch"}),
     ],

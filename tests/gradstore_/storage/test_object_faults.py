@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from gradstore.errors import DamagedData, StoreBusy, StoreIOError
@@ -168,6 +170,40 @@ def test_a_body_changed_on_its_way_back_is_reported(kit: StoreKit, faulty: Any, 
     faulty.before = spoil
     with pytest.raises(DamagedData, match="crc32c"):
         open_store(place).generation("train/1").read(0, N)
+
+
+def test_chunks_are_read_ahead_of_a_scan_and_each_once(
+    kit: StoreKit, faulty: Any, place: str
+) -> None:
+    kit.unit_rows = 2
+    kit.build(place, n=2 * N)
+    running, most = 0, 0
+    count = threading.Lock()
+
+    def begin(asked: Any) -> None:
+        nonlocal running, most
+        with count:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.05)
+
+    def end(asked: Any) -> None:
+        nonlocal running
+        with count:
+            running -= 1
+
+    generation = open_store(place).generation("train/1")
+    assert generation.scale.size == 2 * N
+    faulty.asked.clear()
+    faulty.before, faulty.after = begin, end
+    rows = [generation.raw(unit).copy() for unit in range(N)]
+    assert most >= 3
+    assert sorted(faulty.asked) == sorted({each for each in faulty.asked})
+    assert len(faulty.asked) == N
+    faulty.before = faulty.after = lambda _: None
+    other = open_store(place).generation("train/1")
+    backwards = [other.raw(unit) for unit in reversed(range(N))]
+    np.testing.assert_array_equal(np.stack(rows), np.stack(backwards[::-1]))
 
 
 # ---- others at the same moment ---------------------------------------------------------------

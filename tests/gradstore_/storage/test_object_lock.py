@@ -90,10 +90,20 @@ def test_a_holder_that_slept_changes_nothing_once_it_wakes(lock_at: Any) -> None
         assert not lock._files.has("plans/a.json")
 
 
-def test_of_two_that_take_over_at_once_one_has_the_lock(lock_at: Any, bucket: str) -> None:
+def test_of_two_that_take_over_at_once_one_has_the_lock(
+    lock_at: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dead = lock_at("one")
     dead.acquire()
     die(dead)
+    both, write = threading.Barrier(2), ObjectLock._write
+
+    def both_have_read(lock: ObjectLock, record: Any, holders: Any, *, shared: bool) -> bool:
+        if any(each.token == dead._files.own for each in record.holders):
+            both.wait(10)
+        return write(lock, record, holders, shared=shared)
+
+    monkeypatch.setattr(ObjectLock, "_write", both_have_read)
     told: list[str] = []
     inside = threading.Semaphore()
 

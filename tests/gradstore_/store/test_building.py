@@ -411,3 +411,15 @@ def test_shares_need_the_rows_of_a_step_before_any_pass(build: Build) -> None:
     with pytest.raises(BadInput, match="gradient_type adam_share needs step_rows"):
         build(gradient_type="adam_share")
     assert not build.path.exists()
+
+
+def test_a_build_in_a_bucket_has_the_rows_of_one_in_a_folder(
+    build: Build, bucket: str, tmp_path: Path
+) -> None:
+    found = []
+    for place in (bucket, tmp_path / "deep" / "store"):
+        build.path = place  # type: ignore[assignment]
+        build(train=build.train[:6], target=build.target[:2])
+        generations = gradstore.open_store(place).generations()
+        found.append([(each.name, each.raw(0).tobytes()) for each in generations])
+    assert found[0] == found[1]
