@@ -175,7 +175,7 @@ def test_a_worker_killed_in_a_unit_is_replaced(
 
     def dies() -> None:
         if elsewhere:
-            lease_module._boot_id = lambda: "another"
+            lease_module.boot_id = lambda: "another"
         job.unit = lambda *_: (os.write(tell, b"x"), time.sleep(60))  # type: ignore[method-assign, assignment, return-value]
         job.run(path, Worker(1, 3, lease))
 
