@@ -154,15 +154,16 @@ def test_two_workers_that_know_only_the_bucket_write_the_bytes_of_one(
     assert content(objects(bucket)) == content(files(fast_path / "s"))
 
 
-#: Where a process dies -> units that the next one has to compute.
-DEATHS = {"link generations/train/1/features/c/1/0": 2, "link commits/3.json": 0}
+#: Where a process dies -> units that the next one has to compute, and whether they are workers.
+DEATHS = {"link generations/train/1/features/c/1/0": (2, False), "link commits/3.json": (0, True),
+          "link generations/train/1/units/1.json": (2, True)}  # fmt: skip
 
 
 def die_everywhere(bucket: str) -> None:
     """Build stores in processes of their own, each of which ends by SIGKILL before a change."""
     kit = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["StoreKit"]()
     children = []
-    for number, where in enumerate(DEATHS):
+    for number, (where, (_, shared)) in enumerate(DEATHS.items()):
         if child := os.fork():
             children.append(child)
             continue
@@ -172,7 +173,8 @@ def die_everywhere(bucket: str) -> None:
             if f"{operation} {path}" == where:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        run(kit, place, files=ObjectFiles(location(place), die))  # type: ignore[arg-type]
+        files = ObjectFiles(location(place), die)  # type: ignore[arg-type]
+        run(kit, place, Worker(1, 2) if shared else None, files=files)
     sys.exit(any(os.waitpid(child, 0)[1] != signal.SIGKILL for child in children))
 
 
@@ -192,9 +194,9 @@ def test_a_build_killed_anywhere_goes_on_and_redoes_only_what_was_not_finished(
         write_unit(writer, index, *rest)
 
     monkeypatch.setattr(GenerationWriter, "write_unit", counted)
-    for i, (where, units) in enumerate(DEATHS.items()):
+    for i, (where, (units, shared)) in enumerate(DEATHS.items()):
         began = time.monotonic()
-        run(kit, f"{bucket}/{i}")
+        run(kit, f"{bucket}/{i}", Worker(2, 2) if shared else None)
         assert (where, len(computed)) == (where, units)
         assert time.monotonic() - began < SILENT_SECONDS / 2
         computed.clear()
