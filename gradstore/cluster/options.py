@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from gradstore.errors import expect, expect_whole
 
 #: Variables that a process of ours needs on every node, by the beginning of their names.
-_PASSED_ON = ("DATAFLEX_", "LLAMAFACTORY_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH_",
+_PASSED_ON = ("AWS_", "DATAFLEX_", "LLAMAFACTORY_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH_",
               "PYTORCH_", "CUBLAS_", "NVIDIA_TF32_OVERRIDE", "OMP_", "MKL_", "OPENBLAS_", "NUMBA_",
               "PYTHONPATH", "DISABLE_VERSION_CHECK", "ALLOW_EXTRA_ARGS", "USE_MODELSCOPE_HUB",
               "USE_OPENMIND_HUB")  # fmt: skip

@@ -31,6 +31,7 @@ from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.products import InnerProduct
 from gradstore.scoring.scan import exact_float32, round_chunk
 from gradstore.scoring.subtasks import Subtask
+from gradstore.storage.location import Location
 from gradstore.store.generation import Generation
 from gradstore.store.reader import open_store
 
@@ -55,14 +56,14 @@ class ScanTask:
     """The scan that ranges are taken of, as every process is told of it.
 
     Attributes:
-        store: folder, the same on all nodes.
+        store: folder, the same on all nodes, or place in a bucket.
         trains: full name and seal of the commit of each checkpoint's train rows.
         queries: (q, d) float64 of each, weighted.
         product: of a train row and a target row.
         chunk_rows: rows read at a time.
     """
 
-    store: Path
+    store: Location
     trains: tuple[tuple[str, str], ...]
     queries: tuple[npt.NDArray[np.float64], ...]
     product: InnerProduct
@@ -90,12 +91,12 @@ class RayScan:
     """A pass like `combine`'s on a Ray cluster, with the same bits on a CPU.
 
     Attributes:
-        store: folder of the store that all features are of.
+        store: the store that all features are of.
         options: of the cluster; each of its processes is an actor of theirs.
         told: called with a line about the cluster.
     """
 
-    store: Path
+    store: Location
     options: RayOptions
     told: Callable[[str], None] = lambda _: None
 
@@ -124,7 +125,8 @@ class RayScan:
         with exact_float32():
             queries = tuple(weighted_queries(checkpoints, subtasks, product, device))
         names = tuple((train.name, train.commit_sha) for train in trains)
-        task = ScanTask(self.store.resolve(), names, queries, product, round_chunk(chunk_rows))
+        store = self.store.resolve() if isinstance(self.store, Path) else self.store
+        task = ScanTask(store, names, queries, product, round_chunk(chunk_rows))
         with connected(replace(self.options, gpus_per_actor=0.0), self.told) as cluster:
             ranges = ranges_of(codes.size, cluster.actors, task.chunk_rows)
             for (start, stop), (sums, found) in zip(
@@ -222,9 +224,9 @@ def sums_of_range(task: ScanTask, start: int, stop: int) -> Sums | Failed:
 
 
 @lru_cache(maxsize=1)
-def _opened(path: Path, names: tuple[tuple[str, str], ...]) -> list[Generation]:
+def _opened(path: Location, names: tuple[tuple[str, str], ...]) -> list[Generation]:
     """Open the train rows of a store, once per process."""
-    if not path.exists():
+    if isinstance(path, Path) and not path.exists():
         raise BadInput(
             f'no store "{path}" here; a Ray cluster needs a file system that all its nodes see.'
         )
