@@ -14,13 +14,16 @@ import math
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from gradstore.cluster.options import RayOptions, room
@@ -54,6 +57,7 @@ class Cluster:
         ray: the module.
         options: of the call.
         head: address that the head listens at, host:port.
+        interrupted: set by a Ctrl-C.
 
     Attributes:
         actors: how many processes of ours there are to be.
@@ -62,8 +66,15 @@ class Cluster:
         ended: the head is known to be dead.
     """
 
-    def __init__(self, ray: Any, options: RayOptions, head: str) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        ray: Any,  # noqa: ANN401 - the module
+        options: RayOptions,
+        head: str,
+        interrupted: threading.Event | None = None,
+    ) -> None:
         self.ray, self.options, self.head = ray, options, head
+        self._interrupted = interrupted or threading.Event()
         nodes = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
         total = {name: sum(has.get(name, 0.0) for has in nodes.values()) for name in ("CPU", "GPU")}
         self.taken = options.resources(total)
@@ -127,8 +138,11 @@ class Cluster:
         """Look whether the head still answers, at most once a second.
 
         Raises:
+            KeyboardInterrupt: there was a Ctrl-C which somebody dropped.
             StoreIOError: it has not for several looks.
         """
+        if self._interrupted.is_set():
+            raise KeyboardInterrupt
         now = time.monotonic()
         if now - self._looked < LOOK_SECONDS:
             return
@@ -162,12 +176,13 @@ def connected(options: RayOptions, told: Callable[[str], None]) -> Iterator[Clus
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray prints what befell a node to stdout, past `log_to_driver`.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as opened:
+        interrupted = opened.enter_context(interrupts_kept())
         import ray
 
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         opens = _joined(ray, options.address) if options.address else _started(ray, options)
         try:
-            cluster = Cluster(ray, options, opened.enter_context(opens))
+            cluster = Cluster(ray, options, opened.enter_context(opens), interrupted)
             told(f"Ray: {cluster.told}")
             cluster.wait_for_room(told)
             yield cluster
@@ -177,6 +192,30 @@ def connected(options: RayOptions, told: Callable[[str], None]) -> Iterator[Clus
                 f"the Ray cluster at {where} has ended ({_first_line(error)}). What is in the "
                 "store stays; run the same command again, with or without --engine ray."
             ) from error
+
+
+@contextlib.contextmanager
+def interrupts_kept() -> Iterator[threading.Event]:
+    """Note a Ctrl-C beside raising it: compiled code, or a destructor, may drop what it raises.
+
+    Yields:
+        What a Ctrl-C sets; nothing does outside of the main thread, which alone is told of signals.
+    """
+    noted = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.set()
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

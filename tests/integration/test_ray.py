@@ -127,9 +127,13 @@ def test_units_of_a_killed_actor_are_taken_over_and_scores_are_those_of_one_proc
     engine = ("--engine", "ray", "--address", cluster.address)
     build(store, *engine, background=told)
     there = worker_there(*cluster.worker_nodes, store, told)
+    (other,) = leases(store).keys() - {there}
+    os.kill(other, signal.SIGSTOP)  # or it may be done with all before the death is known
     os.kill(there, signal.SIGKILL)
+    died = f"pid {there}) died, its process ended: its units are taken over"
+    until(lambda: died in said(told), "word of the actor", told)
+    os.kill(other, signal.SIGCONT)
     until(lambda: f"store: {store}" in said(told), "end", told)
-    assert f"pid {there}) died, its process ended: its units are taken over" in said(told)
     assert generations(store) == generations(alone / "store")
     assert verify_store(store).ok
 

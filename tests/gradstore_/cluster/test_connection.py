@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import signal
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from gradstore.cluster import connection
-from gradstore.cluster.connection import Cluster, connected
+from gradstore.cluster.connection import Cluster, connected, interrupts_kept
 from gradstore.cluster.options import RayOptions
 from gradstore.errors import BadInput, StoreIOError
 
@@ -122,3 +124,15 @@ def test_a_head_counts_as_dead_after_several_looks_in_vain(
     with pytest.raises(StoreIOError, match="its head no longer answers"):
         cluster.check()
     assert cluster.ended
+
+
+def test_a_ctrl_c_that_somebody_dropped_is_raised_at_the_next_look() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts_kept() as interrupted:
+        cluster = Cluster(ray_of({"CPU": 1.0}), RayOptions(), "h:1", interrupted)
+        cluster.check()
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            cluster.check()
+    assert signal.getsignal(signal.SIGINT) is before
