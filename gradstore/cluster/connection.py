@@ -174,14 +174,16 @@ def connected(options: RayOptions, told: Callable[[str], None]) -> Iterator[Clus
     if importlib.util.find_spec("ray") is None:
         raise BadInput(MISSING)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Under `uv run` Ray would upload the working folder, and start each process by `uv run` in a
-    # copy of it. Nodes have DataFlex, and see the command's folder.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     # Ray prints what befell a node to stdout, past `log_to_driver`.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as opened:
         interrupted = opened.enter_context(interrupts_kept())
         import ray
+        from ray._private import ray_constants
 
+        # Under `uv run` Ray would upload the working folder, and start each process by `uv run` in
+        # a copy of it. Nodes have DataFlex, and see the command's folder. (A variable comes too
+        # late: LlamaFactory imports Ray where there is one.)
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         opens = _joined(ray, options.address) if options.address else _started(ray, options)
         try:
