@@ -14,9 +14,11 @@ import logging
 import os
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import UTC, datetime
 from types import TracebackType
+from typing import Self
 from weakref import WeakSet
 
 from gradstore.errors import StoreBusy
@@ -36,17 +38,17 @@ _TRY_SECONDS, _TRIES = 0.05, 10
 _held: WeakSet[WriterLock] = WeakSet()
 
 
-class WriterLock:
-    """Lock on a folder's `writer.lock`; a context manager.
+class StoreLock(ABC):
+    """Lock of a store, wherever it is; a context manager.
 
     Args:
-        files: of the folder.
-        what: the folder as the user knows it, for messages.
+        files: of the store.
+        what: the store as the user knows it, for messages.
         instead: what to do rather than wait, for messages.
 
     Raises:
         StoreBusy: another process holds it; names host, process id and since when.
-        StoreIOError: the lock file can't be written.
+        StoreIOError: it can't be written.
     """
 
     def __init__(
@@ -57,10 +59,9 @@ class WriterLock:
     ) -> None:
         self._files = files
         self._what, self._instead = f'{what} "{files.root}"', instead
-        self._fd: int | None = None
         self._when_last: Callable[[], None] | None = None
 
-    def __enter__(self) -> WriterLock:
+    def __enter__(self) -> Self:
         self.acquire()
         return self
 
@@ -72,8 +73,49 @@ class WriterLock:
     ) -> None:
         self.release()
 
+    @abstractmethod
     def acquire(self) -> None:
         """Acquire the lock and record its holder; a record left by a dead writer is taken over."""
+
+    @abstractmethod
+    def join(
+        self,
+        worker: str,
+        set_up: Callable[[], None],
+        is_set_up: Callable[[], bool],
+        when_last: Callable[[], None],
+    ) -> None:
+        """Acquire the lock together with other workers.
+
+        Args:
+            worker: this worker, for messages.
+            set_up: run by the first, while no other process has the lock.
+            is_set_up: whether a worker has set up since a writer had the lock.
+            when_last: run by `release` while no other process has the lock, if there is none.
+        """
+
+    @abstractmethod
+    def release(self) -> None:
+        """Clear the record and release the lock; what the last of several workers leaves, too."""
+
+    def _busy_with(self, who: str, *, works: bool) -> StoreBusy:
+        """Make the refusal that names a holder, one of several workers or a writer."""
+        who = f"workers of a shared build, the last to join being {who}" if works else who
+        return StoreBusy(
+            f"{self._what} is being written by {who}. Wait until it ends, or {self._instead}"
+        )
+
+    def _told_of_dead(self, who: str) -> None:
+        _log.warning("stale lock of %s (%s) taken over", self._what, who)
+
+
+class WriterLock(StoreLock):
+    """Lock on a folder's `writer.lock`."""
+
+    _fd: int | None = None
+
+    def acquire(self) -> None:
+        """Acquire the lock; see `StoreLock`."""
         fd = self._open()
         try:
             if not self._flock(fd, fcntl.LOCK_EX):
@@ -91,14 +133,7 @@ class WriterLock:
         is_set_up: Callable[[], bool],
         when_last: Callable[[], None],
     ) -> None:
-        """Acquire the lock together with other workers.
-
-        Args:
-            worker: this worker, for messages.
-            set_up: run by the first, while no other process has the lock.
-            is_set_up: whether a worker has set up since a writer had the lock.
-            when_last: run by `release` while no other process has the lock, if there is none.
-        """
+        """Acquire the lock together with other workers; see `StoreLock`."""
         fd, seen = self._open(), 0
         record = {**_this_process(), "worker": worker}
         try:
@@ -134,7 +169,7 @@ class WriterLock:
 
     def _take_over(self, fd: int, record: dict[str, object]) -> None:
         if left := _record(fd):
-            _log.warning("stale lock of %s (%s) taken over", self._what, _shown(left))
+            self._told_of_dead(_shown(left))
         self._write(fd, record)
 
     def _write(self, fd: int, record: dict[str, object]) -> None:
@@ -155,14 +190,10 @@ class WriterLock:
     def _busy(self, fd: int) -> StoreBusy:
         record = _record(fd)
         who = _shown(record) if record else "another process"
-        if "worker" in record:
-            who = f"workers of a shared build, the last to join being {who}"
-        return StoreBusy(
-            f"{self._what} is being written by {who}. Wait until it ends, or {self._instead}"
-        )
+        return self._busy_with(who, works="worker" in record)
 
     def release(self) -> None:
-        """Clear the record and release the lock; what the last of several workers leaves, too."""
+        """Release the lock; see `StoreLock`."""
         fd, self._fd = self._fd, None
         _held.discard(self)
         if fd is None:

@@ -18,15 +18,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from types import TracebackType
 
 from gradstore.errors import StoreBusy, StoreIOError
 from gradstore.format.canonical import canonical_json, parse
 from gradstore.storage.local import STAGING
-from gradstore.storage.lock import LOCK
+from gradstore.storage.lock import LOCK, StoreLock
 from gradstore.storage.objects import OWNER, ObjectFiles
 from gradstore.storage.processes import Process
 
@@ -73,55 +73,26 @@ class _Record:
     e_tag: str | None = None
 
 
-class ObjectLock:
-    """Lock on a store's `writer.lock`; a context manager.
+@dataclass(frozen=True)
+class _Sign:
+    """Another holder's sign of life: how it was seen last, since when, and whether it changed."""
 
-    Args:
-        files: of the store.
-        what: the store as the user knows it, for messages.
-        instead: what to do rather than wait, for messages.
+    content: bytes
+    since: float
+    changed: bool = False
 
-    Raises:
-        StoreBusy: another process holds it; names host, process id and since when.
-        StoreIOError: the server does not answer.
-    """
 
-    def __init__(
-        self,
-        files: ObjectFiles,
-        what: str = "store",
-        instead: str = "choose another store with gradstore=PATH",
-    ) -> None:
-        self._files = files
-        self._what, self._instead = f'{what} "{files.root}"', instead
-        self._bucket = files.bucket
-        self._me: Holder | None = None
-        self._when_last: Callable[[], None] | None = None
-        self._seen: dict[str, tuple[bytes, float]] = {}
-        self._ends = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._shown = 0.0
+class ObjectLock(StoreLock):
+    """Lock on a store's `writer.lock` in a bucket."""
 
-    def __enter__(self) -> ObjectLock:
-        self.acquire()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
+    _files: ObjectFiles
+    _me: Holder | None = None
+    _thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Acquire the lock and record its holder; one left by a dead writer is taken over."""
-        me = self._begin("")
-        try:
+        """Acquire the lock; see `StoreLock`."""
+        with self._asking("") as me:
             self._take(me)
-        except BaseException:  # Ctrl-C too
-            self._end()
-            raise
         self._me = me
 
     def join(
@@ -131,17 +102,15 @@ class ObjectLock:
         is_set_up: Callable[[], bool],
         when_last: Callable[[], None],
     ) -> None:
-        """Acquire the lock together with other workers; see `WriterLock.join`."""
-        me = self._begin(worker)
-        try:
+        """Acquire the lock together with other workers; see `StoreLock`."""
+        with self._asking(worker) as me:
             while True:
                 record = self._read()
                 living = self._living(record)
                 if not living:
                     if not self._write(record, [me], shared=False):
                         continue
-                    self._told_of_dead(record)
-                    self._files.alone = True
+                    self._take_over(record)
                     set_up()
                     self._files.alone = False
                     if self._write(self._read(), [me], shared=True):
@@ -152,15 +121,10 @@ class ObjectLock:
                 elif not living[0].worker and self._judged(living[0]):
                     raise self._busy(living)
                 time.sleep(_LOOK_SECONDS)
-        except BaseException:
-            self._files.alone = False
-            self._leave(me)
-            self._end()
-            raise
         self._me, self._when_last = me, when_last
 
     def release(self) -> None:
-        """Clear the record and release the lock; what the last of several workers leaves, too."""
+        """Release the lock; see `StoreLock`."""
         me, self._me = self._me, None
         if me is None or me.process != Process.this():  # a child that was forked holds nothing
             return
@@ -186,8 +150,7 @@ class ObjectLock:
             living = self._living(record)
             if not living:
                 if self._write(record, [me], shared=False):
-                    self._told_of_dead(record)
-                    self._files.alone = True
+                    self._take_over(record)
                     return
             elif any(self._judged(each) for each in living):
                 raise self._busy(living)
@@ -198,7 +161,7 @@ class ObjectLock:
             time.sleep(_LOOK_SECONDS)
 
     def _read(self) -> _Record:
-        found = self._bucket.get(LOCK)
+        found = self._files.bucket.get(LOCK)
         if found is None:
             return _Record()
         try:
@@ -215,7 +178,7 @@ class ObjectLock:
         """Write new holders over the record that was read; False if it has changed since."""
         document = {"holders": [asdict(each) for each in holders], "shared": shared,
                     "after": record.e_tag}  # fmt: skip
-        return self._bucket.swap(LOCK, canonical_json(document), record.e_tag)
+        return self._files.bucket.swap(LOCK, canonical_json(document), record.e_tag)
 
     def _leave(self, me: Holder) -> None:
         """Take this holder out of the record."""
@@ -227,17 +190,14 @@ class ObjectLock:
             if self._write(record, others, shared=record.shared and bool(others)):
                 return
 
-    def _told_of_dead(self, record: _Record) -> None:
+    def _take_over(self, record: _Record) -> None:
+        """Tell of the dead that left this record; the store is this writer's alone now."""
         for each in record.holders:
-            _log.warning("stale lock of %s (%s) taken over", self._what, each)
+            self._told_of_dead(str(each))
+        self._files.alone = True
 
     def _busy(self, living: Sequence[Holder]) -> StoreBusy:
-        who = str(living[-1])
-        if living[-1].worker:
-            who = f"workers of a shared build, the last to join being {who}"
-        return StoreBusy(
-            f"{self._what} is being written by {who}. Wait until it ends, or {self._instead}"
-        )
+        return self._busy_with(str(living[-1]), works=bool(living[-1].worker))
 
     # ---- who lives ---------------------------------------------------------------------------
 
@@ -252,24 +212,42 @@ class ObjectLock:
         lives = holder.process.lives()
         if lives is not None:
             return lives
-        found = self._bucket.get(f"{STAGING}/{holder.token}/{OWNER}")
+        found = self._files.bucket.get(f"{STAGING}/{holder.token}/{OWNER}")
         if found is None:  # it has ended
             return False
         content, now = bytes(found.data), time.monotonic()
-        known, since = self._seen.setdefault(holder.token, (content, now))
-        if known != content:
-            return True
-        return None if now - since < SILENT_SECONDS else False
+        sign = self._seen.setdefault(holder.token, _Sign(content, now))
+        if sign.content != content:
+            sign = self._seen[holder.token] = _Sign(content, now, changed=True)
+        if now - sign.since >= SILENT_SECONDS:
+            return False
+        return True if sign.changed else None
+
+    @contextmanager
+    def _asking(self, worker: str) -> Iterator[Holder]:
+        """Show life while the lock is asked for, and from then on; leave nothing on an error."""
+        me = self._begin(worker)
+        try:
+            yield me
+        except BaseException:  # Ctrl-C too
+            self._files.alone = False
+            try:
+                with suppress(StoreIOError):  # what stopped us is what is told
+                    self._leave(me)
+            finally:
+                self._end()
+            raise
 
     def _begin(self, worker: str) -> Holder:
         """Show a sign of life from now on; name this process."""
         process = Process.this()
         since = datetime.now(UTC).isoformat(timespec="seconds")
         who = f"host {socket.gethostname()}, pid {os.getpid()}, since {since}"
+        self._seen: dict[str, _Sign] = {}
+        self._ends = threading.Event()
         self._files.make_own()
         _ours.add(self._files.own)
         self._shown = _now()
-        self._ends.clear()
         self._thread = threading.Thread(target=self._show_life, name="lock", daemon=True)
         self._thread.start()
         self._files.guard = self._check_held
@@ -278,8 +256,8 @@ class ObjectLock:
     def _end(self) -> None:
         """Show no sign of life any more."""
         _ours.discard(self._files.own)
-        self._ends.set()
         if self._thread is not None:
+            self._ends.set()
             self._thread.join()
             self._thread = None
         self._files.guard = lambda: None

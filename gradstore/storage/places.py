@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
 
 from gradstore.storage.local import StoreFiles
 from gradstore.storage.location import Place, location
-from gradstore.storage.lock import WriterLock
+from gradstore.storage.lock import StoreLock, WriterLock
 from gradstore.storage.object_lock import ObjectLock
 from gradstore.storage.objects import ObjectFiles
 from gradstore.storage.objects_reading import ObjectReads
 from gradstore.storage.reading import ReadFiles
-
-StoreLock: TypeAlias = WriterLock | ObjectLock
 
 
 def reads_at(place: Place) -> ReadFiles:
@@ -40,7 +37,7 @@ def lock_of(
     what: str = "store",
     instead: str = "choose another store with gradstore=PATH",
 ) -> StoreLock:
-    """Return the lock of a store; see `WriterLock`."""
+    """Return the lock of a store; see `StoreLock`."""
     if isinstance(files, ObjectFiles):
         return ObjectLock(files, what, instead)
     return WriterLock(files, what, instead)

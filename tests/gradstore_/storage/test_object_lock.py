@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gradstore.errors import StoreBusy
+from gradstore.errors import StoreBusy, StoreIOError
 from gradstore.storage import object_lock
 from gradstore.storage.location import location
 from gradstore.storage.lock import LOCK
@@ -130,6 +130,44 @@ def test_of_two_that_take_over_at_once_one_has_the_lock(
 
 
 def test_what_is_no_record_of_ours_is_nobodys_lock(lock_at: Any, bucket: str) -> None:
-    ObjectFiles(location(bucket)).bucket.put(LOCK, b"\xff{")  # type: ignore[arg-type]
-    with lock_at("one"):
-        pass
+    objects = ObjectFiles(location(bucket)).bucket  # type: ignore[arg-type]
+    objects.put(LOCK, b"\xff{")
+    with lock_at("one") as lock:
+        record = objects.get(LOCK)
+        assert record is not None
+        assert lock._files.own.encode() in bytes(record.data), "who has it now"
+
+
+def test_a_worker_that_dies_while_it_sets_up_keeps_nobody_waiting(lock_at: Any) -> None:
+    """Its sign of life was seen to change before: that says nothing of later."""
+    first = lock_at("one")
+    me = first._begin("1/2")
+    assert first._write(first._read(), [me], shared=False)
+    second, told = lock_at("two"), list[str]()
+
+    def join() -> None:
+        second.join("2/2", lambda: told.append("set up"), lambda: False, lambda: None)
+        told.append("joined")
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    time.sleep(SILENT / 2)
+    assert told == []
+    die(first)
+    thread.join(10 * SILENT)
+    assert told == ["set up", "joined"]
+    second.release()
+
+
+def test_a_refusal_is_told_where_the_lock_cannot_be_left(
+    lock_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(lock: ObjectLock, me: Any) -> None:
+        raise StoreIOError("no server")
+
+    lock_at("one").acquire()
+    second = lock_at("two")
+    monkeypatch.setattr(ObjectLock, "_leave", away)
+    with pytest.raises(StoreBusy):
+        second.acquire()
+    assert second._thread is None, "it shows no life any more"
