@@ -10,7 +10,8 @@ import html
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from numbers import Number
+from typing import Any
 from urllib.parse import quote, quote_plus
 
 #: Stands where a secret was.
@@ -46,7 +47,10 @@ def is_variable(text: str) -> bool:
 
 
 def without_secrets(value: Any) -> Any:  # noqa: ANN401 - YAML values
-    """Return a copy in which texts under secret names are replaced, at any depth."""
+    """Return a copy in which texts under secret names are replaced, at any depth.
+
+    A path or a date there, which a file keeps as text, is replaced, too.
+    """
     return _replaced(value, under=False)
 
 
@@ -54,7 +58,7 @@ def _replaced(value: Any, under: bool) -> Any:  # noqa: ANN401 - YAML values
     """Replace the texts in a value that has a secret name, or is `under` one, and look deeper."""
     if isinstance(value, Mapping):
         return {key: _replaced(inner, under or _is_named(key)) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | set | frozenset):
         return type(value)(_replaced(inner, under) for inner in value)
     return HIDDEN if under and _is_secret(value) else value
 
@@ -69,11 +73,11 @@ def keep_secrets(value: Any, under: bool = False) -> None:  # noqa: ANN401 - YAM
     if isinstance(value, Mapping):
         for key, inner in value.items():
             keep_secrets(inner, under or _is_named(key))
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple | set | frozenset):
         for inner in value:
             keep_secrets(inner, under)
     elif under and _is_secret(value):
-        keep_secret(value)
+        keep_secret(str(value))
 
 
 def keep_secret(text: str) -> None:
@@ -116,6 +120,12 @@ def _is_named(key: object) -> bool:
     return isinstance(key, str) and _SECRET.fullmatch(key) is not None
 
 
-def _is_secret(value: object) -> TypeGuard[str]:
-    """Return whether a value under a secret name is a secret: text, no variable's name."""
-    return isinstance(value, str) and bool(value) and not is_variable(value)
+def _is_secret(value: object) -> bool:
+    """Return whether a value under a secret name is a secret: text, no variable's name or number.
+
+    What YAML or JSON has no scalar for, as a path or a date, is written as text.
+    """
+    if value is None or isinstance(value, Number):
+        return False
+    text = str(value)
+    return bool(text) and not is_variable(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from datetime import date
 from pathlib import Path
 from urllib.parse import quote
 
@@ -78,15 +79,20 @@ def test_every_text_in_a_list_or_a_mapping_under_a_secret_name_is_secret() -> No
         "hub_tokens": ["hf_first", "hf_second", "HF_TOKEN"],
         "credentials": {"user": "ada-of-old", "rights": [{"key": "sk-third"}], "tries": 3},
         "headers": {"Authorization": "Bearer sk-fourth"},
+        "passwords": {Path("of/a/file")},
+        "passphrase": date(2024, 1, 1),
     }
     assert without_secrets(params) == {
         "hub_tokens": ["***", "***", "HF_TOKEN"],
         "credentials": {"user": "***", "rights": [{"key": "***"}], "tries": 3},
         "headers": {"Authorization": "***"},
+        "passwords": {"***"},
+        "passphrase": "***",
     }
     keep_secrets(params)
     said = "hf_first hf_second HF_TOKEN ada-of-old sk-third 'Bearer sk-fourth' sk-fourth"
     assert redacted(said) == "*** *** HF_TOKEN *** *** '***' ***"
+    assert redacted("of/a/file since 2024-01-01") == "*** since ***"
 
 
 def test_keys_of_a_configuration_and_of_its_presets_are_known_once_they_are_read(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dataflex.trainers.settings import (
@@ -90,6 +90,8 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.text() | st.sampled_from(sorted(UNORDERED)), VALUES))
+@example({"APIKEY": Path("a/b")})
+@example({"api_key": {datetime.date(2024, 1, 1)}})
 def test_every_setting_survives_json_and_equals_itself(held: dict[str, Any]) -> None:
     plain = comparable(held)
     assert json.dumps(json.loads(json.dumps(plain))) == json.dumps(plain)
