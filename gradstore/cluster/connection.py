@@ -14,16 +14,13 @@ import math
 import os
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from gradstore.cluster.options import RayOptions, room
@@ -57,7 +54,6 @@ class Cluster:
         ray: the module.
         options: of the call.
         head: address that the head listens at, host:port.
-        interrupted: set by a Ctrl-C.
 
     Attributes:
         actors: how many processes of ours there are to be.
@@ -71,10 +67,8 @@ class Cluster:
         ray: Any,  # noqa: ANN401 - the module
         options: RayOptions,
         head: str,
-        interrupted: threading.Event | None = None,
     ) -> None:
         self.ray, self.options, self.head = ray, options, head
-        self._interrupted = interrupted or threading.Event()
         nodes = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
         total = {name: sum(has.get(name, 0.0) for has in nodes.values()) for name in ("CPU", "GPU")}
         self.taken = options.resources(total)
@@ -138,11 +132,8 @@ class Cluster:
         """Look whether the head still answers, at most once a second.
 
         Raises:
-            KeyboardInterrupt: there was a Ctrl-C which somebody dropped.
             StoreIOError: it has not for several looks.
         """
-        if self._interrupted.is_set():
-            raise KeyboardInterrupt
         now = time.monotonic()
         if now - self._looked < LOOK_SECONDS:
             return
@@ -176,18 +167,13 @@ def connected(options: RayOptions, told: Callable[[str], None]) -> Iterator[Clus
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray prints what befell a node to stdout, past `log_to_driver`.
     with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as opened:
-        interrupted = opened.enter_context(interrupts_kept())
         import ray
-        from ray._private import ray_constants
 
-        # Under `uv run` Ray would upload the working folder, and start each process by `uv run` in
-        # a copy of it. Nodes have DataFlex, and see the command's folder. (A variable comes too
-        # late: LlamaFactory imports Ray where there is one.)
-        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+        opened.enter_context(_nodes_own_environment())
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         opens = _joined(ray, options.address) if options.address else _started(ray, options)
         try:
-            cluster = Cluster(ray, options, opened.enter_context(opens), interrupted)
+            cluster = Cluster(ray, options, opened.enter_context(opens))
             told(f"Ray: {cluster.told}")
             cluster.wait_for_room(told)
             yield cluster
@@ -200,27 +186,21 @@ def connected(options: RayOptions, told: Callable[[str], None]) -> Iterator[Clus
 
 
 @contextlib.contextmanager
-def interrupts_kept() -> Iterator[threading.Event]:
-    """Note a Ctrl-C beside raising it: compiled code, or a destructor, may drop what it raises.
+def _nodes_own_environment() -> Iterator[None]:
+    """Have Ray start processes in the nodes' own environment, under `uv run` too.
 
-    Yields:
-        What a Ctrl-C sets; nothing does outside of the main thread, which alone is told of signals.
+    There it would upload the working folder, and start each process by `uv run` in a copy of it.
+    Nodes have DataFlex, and see the command's folder. A variable comes too late: LlamaFactory
+    imports Ray where there is one.
     """
-    noted = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
+    from ray._private import ray_constants
 
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.set()
-        before(number, frame)
-
-    signal.signal(signal.SIGINT, note)
+    before = ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     try:
-        yield noted
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = before
 
 
 @contextlib.contextmanager

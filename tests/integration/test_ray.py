@@ -111,6 +111,7 @@ def test_ctrl_c_leaves_no_actor(cluster: Any, build: Any, tmp_path: Path) -> Non
     os.kill(driver, signal.SIGINT)
     until(lambda: "error: interrupted" in said(told), "message", told)
     until(lambda: not actors(cluster), "end of the actors")
+    assert said(told).count("error: ") == 1, said(told)
 
 
 def worker_there(node: Any, store: Path, told: Path) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import signal
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from gradstore.cluster import connection
-from gradstore.cluster.connection import Cluster, connected, interrupts_kept
+from gradstore.cluster.connection import Cluster, connected
 from gradstore.cluster.options import RayOptions
 from gradstore.errors import BadInput, StoreIOError
 
@@ -126,13 +125,22 @@ def test_a_head_counts_as_dead_after_several_looks_in_vain(
     assert cluster.ended
 
 
-def test_a_ctrl_c_that_somebody_dropped_is_raised_at_the_next_look() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with interrupts_kept() as interrupted:
-        cluster = Cluster(ray_of({"CPU": 1.0}), RayOptions(), "h:1", interrupted)
-        cluster.check()
-        with contextlib.suppress(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            cluster.check()
-    assert signal.getsignal(signal.SIGINT) is before
+def test_ray_s_own_ways_are_as_before_after_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    from ray._private import ray_constants
+
+    seen: list[bool] = []
+
+    @contextlib.contextmanager
+    def joined(*_: Any) -> Any:
+        seen.append(ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV)
+        raise BadInput("nobody answers")
+        yield
+
+    assert ray.__version__
+    monkeypatch.setattr(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", True)
+    monkeypatch.setattr(connection, "_joined", joined)
+    with pytest.raises(BadInput, match="nobody"), connected(RayOptions(address="h:1"), print):
+        pass
+    assert seen == [False]
+    assert ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV is True
