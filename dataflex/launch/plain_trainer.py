@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
@@ -32,9 +32,6 @@ from gradstore.export.moments import AdamMoments
 from gradstore.export.token_rows import read_rows, tokenizer_of
 from gradstore.storage.location import Place, location
 from gradstore.store.building import OWN, TARGET, TRAIN
-
-if TYPE_CHECKING:
-    pass
 
 _log = logging.getLogger(__name__)
 

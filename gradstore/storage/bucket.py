@@ -216,15 +216,13 @@ class Bucket:
         Raises:
             StoreIOError: it failed, or failed for too long.
         """
+        from obstore.exceptions import BaseError
+
         began, tries = time.monotonic(), 0
         while True:
             try:
                 result = act()
-            except Exception as error:
-                from obstore.exceptions import BaseError
-
-                if not isinstance(error, BaseError | OSError | ValueError):
-                    raise
+            except (BaseError, OSError, ValueError) as error:
                 if _status(error) is not None:
                     self._answered = True
                 patience = PATIENCE_SECONDS if self._answered else FIRST_PATIENCE_SECONDS
@@ -264,6 +262,7 @@ class Bucket:
 
 def _connected(place: ObjectPath) -> S3Store:
     try:
+        from obstore.exceptions import BaseError
         from obstore.store import S3Store
     except ImportError:
         raise BadInput(
@@ -286,7 +285,7 @@ def _connected(place: ObjectPath) -> S3Store:
             },
             retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=1)},
         )
-    except Exception as error:
+    except (BaseError, OSError, ValueError) as error:
         raise BadInput(
             f'store "{place}" can\'t be reached with this environment: {_reason(error)}; {_HOW}'
         ) from error
