@@ -109,6 +109,9 @@ def alone(args: Mapping[str, Any], number: int = 0) -> dict[str, Any]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
         os.environ["CUDA_VISIBLE_DEVICES"] = own = visible.split(",")[number % devices]
         _log.info("of %d devices this process takes one, %s", devices, own)
+    spread = sorted(key for key in SPREAD if args.get(key))
+    if spread:
+        _log.info("one process on one device: %s of the YAML without effect", " and ".join(spread))
     return {key: value for key, value in args.items() if key not in SPREAD}
 
 

@@ -43,7 +43,13 @@ def test_devices_stay_visible_to_who_has_one_or_none_and_to_processes_of_torchru
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
-def test_a_process_alone_is_not_spread_over_others() -> None:
+def test_a_process_alone_is_not_spread_over_others_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     given = {"deepspeed": "ds_z3.json", "fsdp": "full_shard", "seed": 1}
-    assert arguments.alone(given) == {"seed": 1}
+    with caplog.at_level("INFO"):
+        assert arguments.alone(given) == {"seed": 1}
+        assert arguments.alone({"fsdp": "", "seed": 1}) == {"seed": 1}
+    (said,) = caplog.messages
+    assert said == "one process on one device: deepspeed and fsdp of the YAML without effect"
     assert "deepspeed" in given, "the run's own arguments stay as they are"
