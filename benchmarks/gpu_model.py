@@ -16,7 +16,7 @@ import argparse
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ UNITS = {
     "float": "FFMA|FMUL|FADD",
     "double": "DADD|DMUL|DFMA",
     "special": "F2F|I2F|F2I|MUFU|I2FP|F2FP",
-    "memory": "LD|ST|RED|ATOM|LDG|LDS|STG|STS",
+    "memory": "(?!LDGDEPBAR)(?:LD|ST|RED|ATOM)[A-Z]*",
 }  # fmt: skip
 
 
@@ -69,15 +69,13 @@ UNITS = {
 class Code:
     """Cycles of a scheduler by unit, for one warp: outside of the loop, and for one round of it."""
 
-    once: Counter[str]
-    each: Counter[str]
+    once: Mapping[str, int]
+    each: Mapping[str, int]
 
-    def cycles(self, rounds: float) -> Counter[str]:
+    def cycles(self, rounds: float) -> dict[str, float]:
         """Cycles of a warp whose loop runs so often."""
-        total = Counter(self.once)
-        for unit, count in self.each.items():
-            total[unit] += count * rounds  # type: ignore[assignment]
-        return total
+        units = {*self.once, *self.each}
+        return {u: self.once.get(u, 0) + rounds * self.each.get(u, 0) for u in units}
 
 
 def code_of(program: Any) -> Code:  # noqa: ANN401 - Triton's
@@ -99,8 +97,7 @@ def code_of(program: Any) -> Code:  # noqa: ANN401 - Triton's
         into = each if low <= at <= high else once
         into["issue"] += 1
         for unit, pattern in UNITS.items():
-            if re.match(rf"(?:{pattern})\b", name) or (unit == "memory" and re.match(
-                    r"(?:LD|ST|RED|ATOM)[A-Z]*\b", name)):  # fmt: skip
+            if re.match(rf"(?:{pattern})\b", name):
                 into[unit] += CYCLES[unit]
                 break
     return Code(once, each)
@@ -121,7 +118,7 @@ class Work:
     name: str
     programs: float
     warps: int
-    cycles: Counter[str]
+    cycles: Mapping[str, float]
     flops: float = 0.0
     memory: float = 0.0
     cache: float = 0.0
