@@ -24,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
 
 # A test says whether numbers are right; how long that takes is for benchmarks. The examples are the
-# same at every run, so what fails is what the change broke: HYPOTHESIS_PROFILE=default draws others.
+# same at every run, so a failure is the change's: HYPOTHESIS_PROFILE=default draws others.
 settings.register_profile("ours", deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ours"))
 
