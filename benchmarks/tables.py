@@ -265,6 +265,24 @@ def scoring() -> str:
     return f"{table(head, body)}\n\n{where(lines)}."
 
 
+def throughput() -> str:
+    """Speed of writing and reading a store beside a bare memory map."""
+    lines = newest(read(RESULTS / "throughput.csv"), "what", "rows", "cache").values()
+    body = [
+        (line["what"], line["cache"], beside(line, "store_s", "map_s", 3),
+         beside(line, "store_cpu_s", "map_cpu_s", 3), ratio(line), line["pairs"])
+        for line in lines if line["what"] != "memory"
+    ]  # fmt: skip
+    head = ("50,000 x 4,096 float16", "page cache", "store / map, s", "CPU s",
+            "speed / map, median (pairs)", "pairs")  # fmt: skip
+    grown = "; ".join(
+        f"{int(line['rows']):,}: {float(line['peak_mib']):.0f}"
+        for line in lines if line["what"] == "memory"
+    )  # fmt: skip
+    memory = f"Peak memory of a build above its imports, MiB by rows: {grown}."
+    return f"{table(head, body)}\n\n{memory} {where(lines)}."
+
+
 def tsds() -> str:
     """Cost of a selection by TSDS."""
     lines = newest(read(RESULTS / "tsds_cost.csv"), "parameters", "rows").values()
@@ -658,6 +676,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "noise": noise,
     "passes": passes,
     "scoring": scoring,
+    "throughput": throughput,
     "tsds": tsds,
     "subsets": subsets,
     "services": services,

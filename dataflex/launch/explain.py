@@ -339,5 +339,5 @@ def _train(pair: CheckpointFeatures) -> Generation:
 
 def _cosine(train: Generation, row: int, made: Mapping[str, npt.NDArray[np.float32]]) -> float:
     """Compute the store's cosine of one row to the answer's features; NaN for an unusable row."""
-    ours, theirs = made[train.name][0].astype(np.float64), train.read(row, row + 1)[0]
+    ours, theirs = made[train.name][0].astype(np.float64), train.take([row])[0]
     return float(ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs.astype(np.float64))))

@@ -99,7 +99,13 @@ def _signs(
     return bits, scale.astype(np.float32)
 
 
-def decode(stored: np.ndarray, scale: np.ndarray, dtype: str, dim: int | None = None) -> np.ndarray:
+def decode(
+    stored: np.ndarray,
+    scale: np.ndarray,
+    dtype: str,
+    dim: int | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """Decode stored values to float32 features.
 
     Args:
@@ -107,19 +113,32 @@ def decode(stored: np.ndarray, scale: np.ndarray, dtype: str, dim: int | None = 
         scale: (k,) float32; rows whose scale is NaN become NaN.
         dtype: theirs.
         dim: d; needed of 1bit where 8 does not divide it.
+        out: (k, d) float32 to write them to.
 
     Returns:
-        (k, d) float32.
+        (k, d) float32: `out`, if given.
     """
+    width = stored.shape[1] * (8 if dtype == "1bit" else 1)
+    values = np.empty((len(stored), dim or width), np.float32) if out is None else out
     if dtype == "1bit":
-        values = unrotate(unpack(stored, 8 * stored.shape[1] if dim is None else dim))
+        values[:] = unrotate(unpack(stored, values.shape[1]))
     elif dtype == "bfloat16":
-        values = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        np.left_shift(stored, np.uint32(16), out=values.view(np.uint32), dtype=np.uint32)
+    elif dtype == "float16":
+        _from_float16(stored, values)
     else:
-        values = stored.astype(np.float32)
+        values[:] = stored
     with np.errstate(under="ignore", invalid="ignore"):
         values *= scale[:, None]
     return values
+
+
+def _from_float16(halves: np.ndarray, out: np.ndarray) -> None:
+    """Convert halves to float32, by torch: in a third of the time that NumPy takes."""
+    import torch
+
+    # A chunk is mapped read-only, which torch knows no tensor for: hence a copy of half the size.
+    torch.from_numpy(out).copy_(torch.from_numpy(np.array(halves)))
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:

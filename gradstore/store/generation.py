@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -251,9 +251,38 @@ class Generation:
             first = unit * size
             low, high = max(start, first), min(stop, first + size)
             stored = self._chunk(self._plan.arrays[0], unit)[low - first : high - first]
-            scale = self.scale[low:high]
-            out[low - start : high - start] = decode(stored, scale, self.dtype, self.dim)
+            into = out[low - start : high - start]
+            decode(stored, self.scale[low:high], self.dtype, self.dim, into)
         return out
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Read and decode rows here and there, each unit once.
+
+        Args:
+            rows: (k,) positions, in any order.
+
+        Returns:
+            (k, d) float32 in that order; rows that can't be used are NaN.
+
+        Raises:
+            BadInput: a row is not within 0 to n.
+            DamagedData: a chunk is not the committed one.
+        """
+        asked = np.asarray(rows, dtype=np.int64)
+        if len(asked) and not 0 <= asked.min() <= asked.max() < self.rows:
+            raise BadInput(
+                f"{self.name} has rows 0 to {self.rows - 1}, not {asked.min()} to {asked.max()}; "
+                "ask for rows within them"
+            )
+        spec, units = self._plan.arrays[0], asked // self._plan.unit_rows
+        width = spec.chunk_shape(self._plan.unit_rows)[1]
+        stored = np.empty((len(asked), width), np.dtype(spec.dtype).newbyteorder("<"))
+        in_turn = np.argsort(units, kind="stable")
+        changes = np.flatnonzero(np.diff(units[in_turn])) + 1
+        for places in np.split(in_turn, changes) if len(asked) else ():
+            unit = int(units[places[0]])
+            stored[places] = self._chunk(spec, unit)[asked[places] - unit * self._plan.unit_rows]
+        return decode(stored, self.scale[asked], self.dtype, self.dim)
 
     def _column(self, name: str) -> np.ndarray:
         spec = next(each for each in self._plan.arrays if each.name == name)

@@ -56,6 +56,15 @@ def test_halves_of_bfloat16_are_rounded_to_even() -> None:
     assert found[0].tolist() == [1.5, 1.0, 1 + 2.0**-6, 1 + 2.0**-7]
 
 
+def test_every_half_is_decoded_to_its_number_also_from_a_chunk_that_is_mapped_read_only() -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    halves.flags.writeable = False
+    into = np.empty((256, 256), np.float32)
+    found = decode(halves, np.ones(256, np.float32), "float16", out=into)
+    assert found is into
+    np.testing.assert_array_equal(found, halves.astype(np.float32))
+
+
 @pytest.mark.parametrize("dtype", get_args(FeatureDtype))
 def test_unusable_rows_come_back_as_nan(dtype: str) -> None:
     rows = np.ones((4, 3), np.float32)

@@ -30,6 +30,7 @@ def read_everything(path: Path) -> None:
     for generation in open_store(path).generations(superseded=True):
         generation.check_values()
         generation.read(0, generation.rows)
+        generation.take([0])
         assert generation.norm.shape == generation.tokens.shape
 
 

@@ -79,6 +79,7 @@ def test_1bit_rows_lie_on_disk_as_eight_dimensions_to_a_byte(
     assert not bits[~found.usable].any()
     assert np.array_equal(np.isnan(scale), ~found.usable)
     values = kit.features(40, seed=1)[found.usable].astype(np.float64)
+    np.testing.assert_array_equal(found.take([39, 2, 17]), found.read(0, 40)[[39, 2, 17]])
     read = found.read(0, 40)[found.usable].astype(np.float64)
     np.testing.assert_allclose((read * values).sum(1), np.square(values).sum(1), rtol=1e-5)
 
@@ -93,6 +94,9 @@ def test_a_flipped_bit_of_any_array_is_reported(built: Path) -> None:
         generation = open_store(built).generation("train/1")
         with pytest.raises(DamagedData, match=r"crc32c"):
             assert generation.read(0, 40) is generation.row_hash
+        generation = open_store(built).generation("train/1")
+        with pytest.raises(DamagedData, match=r"crc32c"):
+            assert generation.take(range(40)) is generation.row_hash
         assert not verify_store(built).ok
         file.write_bytes(kept)
     assert verify_store(built).ok

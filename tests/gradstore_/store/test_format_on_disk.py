@@ -102,6 +102,11 @@ def test_rows_come_back_within_rounding_and_bad_rows_as_nan(
     assert (np.abs(read[usable] - values[usable]) <= largest * 0.00394).all()  # 1 / 254
     for start, stop in ((0, 0), (7, 21), (16, 32), (39, 40), (40, 40)):
         assert np.array_equal(found.read(start, stop), read[start:stop], equal_nan=True)
+    for rows in ([39, 0, 17, 16, 0], [], np.arange(40)[::-1]):
+        assert np.array_equal(found.take(rows), read[np.asarray(rows, int)], equal_nan=True)
+    for row in (-1, 40):
+        with pytest.raises(BadInput, match=f"has rows 0 to 39, not {row} to {row}; ask for rows"):
+            found.take([row])
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,0 +1,245 @@
+"""Writing and reading a store's features beside NumPy's bare memory map of the same numbers.
+
+    OMP_NUM_THREADS=1 uv run python benchmarks/throughput.py      # 2 GB of disk, a few minutes
+
+The same 50,000 x 4,096 float32 rows go to a store as float16 (`StoreWriter`: a scale for each row,
+crc32c of every chunk, each unit fsynced and renamed, commit) and to an `np.memmap` of float16
+(cast, then `flush`, which is msync): A B A B, each from an empty file, nothing dirty from before.
+
+*read all*: every row as float32, a unit at a time, of a store that was just opened, so that each
+chunk's crc32c is checked on the way; beside the map's `astype`. *again* is the same of a store
+whose chunks have been checked. *256 rows*: others in each round, as float32, of a store that has
+been checked; the map's are one fancy index. The page cache is warm; `--cold` drops both sides'
+pages before each reading.
+
+*memory*: peak RSS of a process that builds a store of so many rows, above its imports.
+
+Prints a line for each and appends them to results/throughput.csv. `ratio` is the map's time over
+ours: speeds, the median over the pairs. Exits 1 where one is below its limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from report import RESULTS, Took, append, compared, echo, machine, timed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gradstore.store.generation import Generation
+
+UNIT = 256
+FEW = 256
+
+#: Smallest speed beside the map's.
+LIMITS = {"write": 1.0, "read all": 0.9, "256 rows": 0.5}
+
+#: Rows and d of the stores that memory is measured of: 1,024 to 1,048,576.
+BUILT, BUILT_DIM = tuple(4**k * 1024 for k in range(6)), 256
+
+
+# ---- both sides ------------------------------------------------------------------------------
+
+
+def features(rows: int, dim: int) -> Iterator[np.ndarray]:
+    """Yield (256, d) float32, no two alike, and no time spent on drawing numbers."""
+    import numpy as np
+
+    base = np.random.default_rng(0).standard_normal((UNIT, 2 * dim), dtype=np.float32)
+    for unit in range(-(-rows // UNIT)):
+        yield base[: min(UNIT, rows - unit * UNIT), unit % dim : unit % dim + dim]
+
+
+def write_store(path: Path, rows: int, dim: int) -> None:
+    """Write and commit a generation."""
+    import numpy as np
+
+    from gradstore.format.records import GenerationRecord, RowSet
+    from gradstore.store.writer import StoreWriter
+
+    record = GenerationRecord(
+        name="train/0", role="train", set="", step=0, run_id="benchmark", adapter_hash="0" * 64,
+        effective_seed=0, projection={"method": "none", "d": dim, "seed": 0}, feature="sgd",
+    )  # fmt: skip
+    hashes = np.arange(2 * rows, dtype=np.uint64).view(np.uint8).reshape(rows, 16)
+    with StoreWriter(path, provenance={"benchmark": "throughput"}) as writer:
+        generation = writer.begin(record, RowSet(hashes), dim=dim)
+        for unit, block in zip(list(generation.pending), features(rows, dim), strict=True):
+            ones = np.ones(len(block), dtype=np.float32)
+            generation.write_unit(unit.index, block, ones, np.zeros(len(block), np.uint8), ones)
+        generation.commit()
+
+
+def write_map(path: Path, rows: int, dim: int) -> None:
+    """Write the same rows to a bare map."""
+    import numpy as np
+
+    held = np.memmap(path, np.float16, mode="w+", shape=(rows, dim))
+    for unit, block in enumerate(features(rows, dim)):
+        held[unit * UNIT : unit * UNIT + len(block)] = block
+    held.flush()
+
+
+def opened(path: Path) -> Generation:
+    """Open a store anew: nothing of it has been checked."""
+    from gradstore import open_store
+
+    return open_store(path).generation("train/0")
+
+
+def read_store(held: Callable[[], Generation]) -> None:
+    """Read every row."""
+    generation = held()
+    for start, stop in generation.units:
+        generation.read(start, stop)
+
+
+def read_map(held: np.ndarray) -> None:
+    """Read every row."""
+    import numpy as np
+
+    for start in range(0, len(held), UNIT):
+        held[start : start + UNIT].astype(np.float32)
+
+
+# ---- measuring -------------------------------------------------------------------------------
+
+
+def writing(folder: Path, rows: int, dim: int, pairs: int) -> dict[str, Any]:
+    """Compare writing."""
+    ours: list[Took] = []
+    beside: list[Took] = []
+    store, plain = folder / "store", folder / "map"
+    for number in range(pairs + 1):  # the first warms up
+        shutil.rmtree(store, ignore_errors=True)
+        took = timed(partial(write_store, store, rows, dim), os.sync)
+        plain.unlink(missing_ok=True)
+        if number:
+            ours.append(took)
+        took = timed(partial(write_map, plain, rows, dim), os.sync)
+        if number:
+            beside.append(took)
+    return {"what": "write", **speeds(ours, beside)}
+
+
+def reading(folder: Path, rows: int, dim: int, pairs: int, cold: bool) -> list[dict[str, Any]]:
+    """Compare reading: all rows, all rows again, and some."""
+    import numpy as np
+
+    store, plain = folder / "store", folder / "map"
+    held, checked = np.memmap(plain, np.float16, mode="r", shape=(rows, dim)), opened(store)
+    read_store(lambda: checked)
+    asked = np.random.default_rng(0).integers(rows, size=(pairs + 1, FEW))
+    wait: Callable[[], None] = partial(drop, folder) if cold else lambda: None
+    of_store: dict[str, Callable[[int], object]] = {
+        "read all": lambda _: read_store(lambda: opened(store)),
+        "again": lambda _: read_store(lambda: checked),
+        "256 rows": lambda number: checked.take(asked[number]),
+    }
+    of_map: dict[str, Callable[[int], object]] = {
+        "read all": lambda _: read_map(held),
+        "again": lambda _: read_map(held),
+        "256 rows": lambda number: held[asked[number]].astype(np.float32),
+    }
+    found = []
+    for what, work in of_store.items():
+        ours: list[Took] = []
+        beside: list[Took] = []
+        for number in range(pairs + 1):
+            for side, times in ((work, ours), (of_map[what], beside)):
+                wait()
+                took = timed(partial(side, number))
+                if number:
+                    times.append(took)
+        found.append({"what": what, **speeds(ours, beside)})
+    return found
+
+
+def speeds(ours: list[Took], beside: list[Took]) -> dict[str, Any]:
+    """Give both sides' seconds, and the ratio of speeds: the map's seconds over ours."""
+    return compared(beside, ours, ("map", "store"), digits=4)
+
+
+def drop(folder: Path) -> None:
+    """Drop the pages of every file from the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+
+def memory(rows: int, folder: str | None) -> float:
+    """MiB of peak RSS that building a store adds, in a process of its own."""
+    command = [sys.executable, __file__, "--build", str(rows)]
+    command += ["--folder", folder] if folder else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def build(rows: int, folder: str | None) -> float:
+    """Build a store here; MiB of peak RSS above the imports."""
+    import gradstore.store.writer  # noqa: F401 - what it takes is not the store's
+
+    with tempfile.TemporaryDirectory(dir=folder, prefix="throughput-") as temporary:
+        write_store(Path(temporary, "small"), UNIT, BUILT_DIM)
+        before = peak_kib()
+        write_store(Path(temporary, "store"), rows, BUILT_DIM)
+        return (peak_kib() - before) / 1024
+
+
+def peak_kib() -> int:
+    """Peak RSS of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> int:
+    """Run all parts, print the lines, append them to the CSV."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--cold", action="store_true", help="drop pages before each reading")
+    parser.add_argument("--folder", help="where the temporary stores go")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "throughput.csv")
+    parser.add_argument("--build", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.build is not None:
+        echo(json.dumps(build(options.build, options.folder)))
+        return 0
+    lines: list[dict[str, Any]] = []
+    # Before this process has loaded a library: its children's peak begins with its own.
+    for rows in BUILT:
+        lines.append({"what": "memory", "rows": rows, "dim": BUILT_DIM,
+                      "peak_mib": round(memory(rows, options.folder), 1)})  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="throughput-") as temporary:
+        folder, shape = Path(temporary), (options.rows, options.dim)
+        of_both = [writing(folder, *shape, options.pairs),
+                   *reading(folder, *shape, options.pairs, options.cold)]  # fmt: skip
+    cache = "cold" if options.cold else "warm"
+    lines += [{"rows": options.rows, "dim": options.dim, "cache": cache, **each}
+              for each in of_both]  # fmt: skip
+    for line in lines:
+        echo(", ".join(f"{key} {value}" for key, value in line.items()))
+    columns = dict.fromkeys(key for line in (of_both[0], *lines) for key in line)
+    where = machine(threads=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    append(options.csv, [where | {key: line.get(key, "") for key in columns} for line in lines])
+    return int(any(each["ratio"] < LIMITS.get(each["what"], 0) for each in of_both))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
