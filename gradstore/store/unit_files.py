@@ -75,8 +75,13 @@ def stage_unit(
     except StoreIOError:
         files.discard(staged.values())
         raise
-    counts = Counter(RowStatus(code).name.lower() for code in values["status"].tolist())
-    return StagedUnit(UnitRecord(plan.name, unit, plan_sha256, seals, dict(counts)), staged)
+    counts = _counted(values["status"].tolist())
+    return StagedUnit(UnitRecord(plan.name, unit, plan_sha256, seals, counts), staged)
+
+
+def _counted(codes: list[int]) -> dict[str, int]:
+    """Count rows by the name of their status; ValueError where there is no such status."""
+    return {RowStatus(code).name.lower(): count for code, count in Counter(codes).items()}
 
 
 def name_unit(files: StoreFiles, staged: StagedUnit) -> tuple[UnitRecord, str] | None:
@@ -140,8 +145,7 @@ def sealed_record(
     }
     status = next(spec for spec in plan.arrays if spec.name == "status")
     codes = list(chunks[status.chunk_path(unit.index)][: unit.stop - unit.start])
-    counts = Counter(RowStatus(code).name.lower() for code in codes)
-    record = UnitRecord(plan.name, unit, plan_sha256, seals, dict(counts))
+    record = UnitRecord(plan.name, unit, plan_sha256, seals, _counted(codes))
     return record, record.to_dict()["sha256"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -54,15 +55,26 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def build(cli: Any, config: Any, alone: Path) -> Callable[..., Any]:
-    """`build(STORE, ...)`: of three units of train rows."""
+def build(cli: Any, config: Any, alone: Path) -> Iterator[Callable[..., Any]]:
+    """`build(STORE, ...)`: of three units of train rows; one in the background ends with the test."""
     path = config(max_samples=600, output_dir=str(alone / "run"),
                   component_params={"proj_dim": 64, "gradient_type": "sgd"})  # fmt: skip
     command = ("gradstore", "build", path)
     if not (alone / "store").exists():
         result = cli(*command, f"gradstore={alone / 'store'}")
         assert result.code == 0, result.err[-3000:]
-    return lambda store, *options, **given: cli(*command, f"gradstore={store}", *options, **given)
+    behind: list[int] = []
+
+    def run(store: Path, *options: str, **given: Any) -> Any:
+        result = cli(*command, f"gradstore={store}", *options, **given)
+        if "background" in given:
+            behind.append(result.code)
+        return result
+
+    yield run
+    for driver in behind:  # one that a failed test left would keep the actors' CPUs
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(driver, signal.SIGKILL)
 
 
 def said(told: Path) -> str:
@@ -71,7 +83,7 @@ def said(told: Path) -> str:
 
 
 def until(there: Callable[[], Any], what: str, told: Path | None = None) -> None:
-    ends = time.monotonic() + 90
+    ends = time.monotonic() + 300
     while not there():
         assert time.monotonic() < ends, f"no {what}: {said(told)[-3000:] if told else ''}"
         time.sleep(0.05)

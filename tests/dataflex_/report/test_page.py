@@ -286,11 +286,9 @@ def test_many_names_and_long_ones_keep_the_page_small(tmp_path: Path) -> None:
         log.update("pipeline", step, "lego", "", proportions=names, weights=names, skipped=names,
                    pause_seconds=1.0)  # fmt: skip
     log.receipt.end("finished", [f"{i} {'&' * 2000}" for i in range(200)])
-    began = time.process_time()
     path = draw(tmp_path / "dataflex")
     assert path is not None
     assert path.stat().st_size < 1_500_000
-    assert time.process_time() - began < 3
     checked(path.read_text(encoding="utf-8"))
 
 

@@ -56,6 +56,19 @@ def test_halves_of_bfloat16_are_rounded_to_even() -> None:
     assert found[0].tolist() == [1.5, 1.0, 1 + 2.0**-6, 1 + 2.0**-7]
 
 
+def test_entries_are_rounded_to_the_nearest_half_also_where_it_is_subnormal() -> None:
+    """Compared with NumPy's cast; the largest entry, 1.5, keeps the scale at 1."""
+    rng = np.random.default_rng(0)
+    rows = np.ldexp(rng.uniform(-1, 1, (8, 512)), rng.integers(-30, 1, (8, 512)))
+    rows = rows.astype(np.float32)
+    rows[:, 0] = 1.5
+    rows[:, 1] = 1 + 2.0**-11  # between two halves: to the even one
+    rows.flags.writeable = False
+    stored, scale = encode(rows, np.ones(8, bool), "float16")
+    np.testing.assert_array_equal(scale, 1)
+    np.testing.assert_array_equal(stored.view(np.uint16), rows.astype(np.float16).view(np.uint16))
+
+
 def test_every_half_is_decoded_to_its_number_also_from_a_chunk_that_is_mapped_read_only() -> None:
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(256, 256)
     halves.flags.writeable = False
