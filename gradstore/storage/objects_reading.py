@@ -141,6 +141,23 @@ class ObjectReads(ReadFiles):
             begun = self._soon.pop(relative, None)
         return self._whole(relative, expected_bytes) if begun is None else begun.result()
 
+    def read_parts(
+        self, relative: str, expected_bytes: int, parts: Iterable[tuple[int, memoryview]]
+    ) -> None:
+        """Read one whole object, and copy parts of it.
+
+        Args:
+            relative: of the object.
+            expected_bytes: its size.
+            parts: of each the offset in bytes, and what takes the bytes.
+
+        Raises:
+            DamagedFile: it is missing, or not `expected_bytes` long.
+        """
+        data = self.map(relative, expected_bytes)
+        for offset, part in parts:
+            part[:] = data[offset : offset + part.nbytes]
+
     def _whole(self, relative: str, expected_bytes: int | None) -> memoryview:
         expected = "a file" if expected_bytes is None else f"{expected_bytes:,} bytes"
         limit = JSON_LIMIT_BYTES if expected_bytes is None else expected_bytes

@@ -22,6 +22,7 @@ from gradstore.storage.location import Location
 JSON_LIMIT_BYTES = 1 << 30
 COMPONENT = re.compile(r"[A-Za-z0-9%][A-Za-z0-9._%+=@-]{0,199}")
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+_KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink"}
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -51,15 +52,18 @@ class ReadFiles:
         Raises:
             DamagedFile: a name that a store never writes, or a parent that is no real directory.
         """
+        self._check_name(relative)
+        return self._folder / relative
+
+    def _check_name(self, relative: str) -> None:
         if not relative:
-            return self._folder
+            return
         parent, _, name = relative.rpartition("/")
         if not COMPONENT.fullmatch(name) or relative.startswith("/"):
             raise self._damaged(relative, "a name made by gradstore", repr(name))
         if parent not in self._real:
-            self.on_disk(parent)
+            self._check_name(parent)
             self._check_directory(parent)
-        return self._folder / relative
 
     def _check_directory(self, relative: str) -> None:
         if relative in self._real:
@@ -80,14 +84,7 @@ class ReadFiles:
                 mode = os.lstat(path).st_mode
             except (FileNotFoundError, NotADirectoryError):
                 return "nothing"
-        for test, name in (
-            (stat.S_ISREG, "file"),
-            (stat.S_ISDIR, "directory"),
-            (stat.S_ISLNK, "symlink"),
-        ):
-            if test(mode):
-                return name
-        return "special file"
+        return _KINDS.get(stat.S_IFMT(mode), "special file")
 
     def path(self, relative: str) -> Location:
         """Return where a file or folder of the store is, after checking its name.
@@ -215,25 +212,55 @@ class ReadFiles:
             finally:
                 os.close(fd)
 
+    def read_parts(
+        self, relative: str, expected_bytes: int, parts: Iterable[tuple[int, memoryview]]
+    ) -> None:
+        """Read parts of one file, after checking its size.
+
+        Args:
+            relative: of the file.
+            expected_bytes: its size.
+            parts: of each the offset in bytes, and what takes the bytes.
+
+        Raises:
+            DamagedFile: it is missing, no regular file, or not `expected_bytes` long.
+        """
+        fd, size = self._open_to_read(relative, expected_bytes)
+        try:
+            for offset, part in parts:
+                if os.preadv(fd, [part], offset) != part.nbytes:
+                    raise self._damaged(relative, f"{size:,} bytes", "fewer bytes")
+        except OSError as error:
+            raise self._io_error("read", self._folder / relative, error, 0) from error
+        finally:
+            os.close(fd)
+
     def _open_to_read(self, relative: str, expected_bytes: int | None) -> tuple[int, int]:
-        path = self.on_disk(relative)
+        self._check_name(relative)
+        path = f"{self._folder}/{relative}"  # a Path takes longer than to open it
         expected = "a file" if expected_bytes is None else f"{expected_bytes:,} bytes"
-        kind = self._kind(path)
-        if kind != "file":
-            raise self._damaged(relative, expected, kind if kind != "nothing" else "no file")
-        with self._translated("open", path):
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise self._damaged(relative, expected, "no file") from None
-            size = os.fstat(fd).st_size
-        if expected_bytes is None and size > JSON_LIMIT_BYTES:
+        try:
+            # Not to wait for the other end, should it be a pipe.
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            kind = self._kind(Path(path))
+            if kind in ("file", "directory"):
+                raise self._io_error("open", Path(path), error, 0) from error
+            raise self._damaged(
+                relative, expected, "no file" if kind == "nothing" else kind
+            ) from None
+        found = os.fstat(fd)
+        fault = None
+        if not stat.S_ISREG(found.st_mode):
+            fault = (expected, _KINDS.get(stat.S_IFMT(found.st_mode), "special file"))
+        elif expected_bytes is None and found.st_size > JSON_LIMIT_BYTES:
+            fault = (f"at most {JSON_LIMIT_BYTES:,} bytes", f"{found.st_size:,} bytes")
+        elif expected_bytes not in (None, found.st_size):
+            fault = (expected, f"{found.st_size:,} bytes")
+        if fault is not None:
             os.close(fd)
-            raise self._damaged(relative, f"at most {JSON_LIMIT_BYTES:,} bytes", f"{size:,} bytes")
-        if expected_bytes is not None and size != expected_bytes:
-            os.close(fd)
-            raise self._damaged(relative, expected, f"{size:,} bytes")
-        return fd, size
+            raise self._damaged(relative, *fault)
+        return fd, found.st_size
 
     def free_bytes(self) -> int:
         """Return the number of bytes that this user may still write to the store's disk."""

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 
-from gradstore.errors import BadInput, DamagedFile, Fault
+from gradstore.errors import BadInput, Fault
 from gradstore.format.canonical import Json
 from gradstore.format.codec import decode
 from gradstore.format.commits import Commit
-from gradstore.format.layout import CRC_BYTES, ArraySpec, RowStatus, generation_path
+from gradstore.format.layout import RowStatus, generation_path
 from gradstore.format.names import Role
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.records import GenerationRecord
 from gradstore.format.unit_records import UnitRecord
 from gradstore.storage.location import Location
 from gradstore.storage.reading import ReadFiles
+from gradstore.store.chunks import Chunks
 from gradstore.store.documents import check_metadata, metadata, read_committed_plan, read_space
-from gradstore.store.unit_files import check_chunk, read_record
-
-_MAPS_KEPT = 16
+from gradstore.store.unit_files import read_record
 
 
 class Generation:
@@ -55,7 +52,6 @@ class Generation:
                 cause really is (a clean-up after this view was opened).
         """
         self._files = files
-        self._explain = explain
         self.commit = commit
         self.name = commit.generation
         self._plan = plan = read_committed_plan(files, commit)
@@ -66,10 +62,7 @@ class Generation:
             lambda each: read_record(files, plan, commit.plan_sha256, *each)[0],
             zip(plan.units, commit.units, strict=True),
         ))  # fmt: skip
-        self._checked: set[str] = set()
-        self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._guard = threading.Lock()  # of the maps: threads share a generation
-        self._last = -1  # unit that was read last, where others are read ahead
+        self._chunks = Chunks(files, plan, self._records, explain)
         self.record: GenerationRecord = self._plan.record
         self.rows = len(self._plan.rows)
         self.dim = self._plan.dim
@@ -173,7 +166,7 @@ class Generation:
         found = self._column("row_hash")
         if not np.array_equal(found, self._plan.rows.hashes):
             path = f"{generation_path(self.name)}/row_hash"
-            raise self._damaged(Fault(path, "the row hashes of the plan", "others"))
+            raise self._chunks.damaged(Fault(path, "the row hashes of the plan", "others"))
         return found
 
     def check_values(self) -> None:
@@ -185,7 +178,7 @@ class Generation:
         counts = np.bincount(self.status, minlength=len(RowStatus)).tolist()
         if len(self.row_hash) != self.rows or counts != list(self.status_counts().values()):
             path = f"{generation_path(self.name)}/status"
-            raise self._damaged(Fault(path, str(self.status_counts()), str(counts)))
+            raise self._chunks.damaged(Fault(path, str(self.status_counts()), str(counts)))
 
     @property
     def sources(self) -> tuple[tuple[str, int], ...] | None:
@@ -219,7 +212,7 @@ class Generation:
                 "ask for one of them"
             )
         start, stop = self.units_range(unit)
-        return self._chunk(self._plan.arrays[0], unit)[: stop - start]
+        return self._chunks.mapped(self._plan.arrays[0], unit)[: stop - start]
 
     def units_range(self, unit: int) -> tuple[int, int]:
         """Return (start, stop) of one unit."""
@@ -250,7 +243,7 @@ class Generation:
         for unit in range(start // size, -(-stop // size) if stop > start else start // size):
             first = unit * size
             low, high = max(start, first), min(stop, first + size)
-            stored = self._chunk(self._plan.arrays[0], unit)[low - first : high - first]
+            stored = self._chunks.mapped(self._plan.arrays[0], unit)[low - first : high - first]
             into = out[low - start : high - start]
             decode(stored, self.scale[low:high], self.dtype, self.dim, into)
         return out
@@ -274,68 +267,17 @@ class Generation:
                 f"{self.name} has rows 0 to {self.rows - 1}, not {asked.min()} to {asked.max()}; "
                 "ask for rows within them"
             )
-        spec, units = self._plan.arrays[0], asked // self._plan.unit_rows
-        width = spec.chunk_shape(self._plan.unit_rows)[1]
-        stored = np.empty((len(asked), width), np.dtype(spec.dtype).newbyteorder("<"))
-        in_turn = np.argsort(units, kind="stable")
-        changes = np.flatnonzero(np.diff(units[in_turn])) + 1
-        for places in np.split(in_turn, changes) if len(asked) else ():
-            unit = int(units[places[0]])
-            stored[places] = self._chunk(spec, unit)[asked[places] - unit * self._plan.unit_rows]
+        stored = self._chunks.rows(self._plan.arrays[0], asked)
         return decode(stored, self.scale[asked], self.dtype, self.dim)
 
     def _column(self, name: str) -> np.ndarray:
         spec = next(each for each in self._plan.arrays if each.name == name)
         parts = self._files.at_once(
-            lambda unit: self._chunk(spec, unit.index, keep=False)[: unit.stop - unit.start],
+            lambda unit: self._chunks.mapped(spec, unit.index, keep=False)[
+                : unit.stop - unit.start
+            ],
             self._plan.units,
         )
         column = np.concatenate(list(parts))
         column.flags.writeable = False
         return column
-
-    def _chunk(self, spec: ArraySpec, unit: int, *, keep: bool = True) -> np.ndarray:
-        """Map one chunk, without its crc32c; keep the last few maps for random access."""
-        name = spec.chunk_path(unit)
-        with self._guard:
-            if name in self._maps:
-                self._maps.move_to_end(name)
-                return self._maps[name]
-        expected = self._records[unit].files[name]
-        path = f"{generation_path(self.name)}/{name}"
-        if keep and self._files.reads_ahead:
-            self._read_ahead(spec, unit)
-        try:
-            mapped = self._files.map(path, expected.bytes)
-        except DamagedFile:
-            if self._explain is not None:
-                self._explain(self.name)
-            raise
-        if name not in self._checked:
-            fault = check_chunk(path, mapped, expected)
-            if fault is not None:
-                raise self._damaged(fault)
-            self._checked.add(name)
-        little = np.dtype(spec.dtype).newbyteorder("<")
-        shape = spec.chunk_shape(self._plan.unit_rows)
-        chunk = np.frombuffer(mapped[:-CRC_BYTES], dtype=little).reshape(shape)
-        if keep:
-            with self._guard:
-                self._maps[name] = chunk
-                while len(self._maps) > _MAPS_KEPT:
-                    self._maps.popitem(last=False)
-        return chunk
-
-    def _read_ahead(self, spec: ArraySpec, unit: int) -> None:
-        """Begin to read the next chunks, where the last one that was read is the one before."""
-        follows, self._last = unit == self._last + 1, unit
-        if follows:
-            units = range(unit, min(unit + self._files.reads_ahead, len(self._records)))
-            seals = {each: self._records[each].files[spec.chunk_path(each)] for each in units}
-            base = generation_path(self.name)
-            self._files.soon(
-                {f"{base}/{spec.chunk_path(each)}": seal.bytes for each, seal in seals.items()}
-            )
-
-    def _damaged(self, fault: Fault) -> DamagedFile:
-        return DamagedFile(fault, str(self._files.root))

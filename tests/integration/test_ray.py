@@ -56,7 +56,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def build(cli: Any, config: Any, alone: Path) -> Iterator[Callable[..., Any]]:
-    """`build(STORE, ...)`: of three units of train rows; one in the background ends with the test."""
+    """`build(STORE, ...)`: of three units; one in the background ends with the test."""
     path = config(max_samples=600, output_dir=str(alone / "run"),
                   component_params={"proj_dim": 64, "gradient_type": "sgd"})  # fmt: skip
     command = ("gradstore", "build", path)

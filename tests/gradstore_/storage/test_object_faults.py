@@ -16,6 +16,7 @@ from gradstore.format.text_table import Text
 from gradstore.storage import bucket as bucket_module
 from gradstore.storage.location import location
 from gradstore.storage.objects import ObjectFiles
+from gradstore.store import chunks
 from gradstore.store.asked_rows import asked_rows
 from gradstore.store.cleaning import clean_store
 from gradstore.store.forgetting import forget, request_for
@@ -207,6 +208,17 @@ def test_chunks_are_read_ahead_of_a_scan_and_each_once(
     other = open_store(place).generation("train/1")
     backwards = [other.raw(unit) for unit in reversed(range(N))]
     np.testing.assert_array_equal(np.stack(rows), np.stack(backwards[::-1]))
+
+
+def test_rows_of_objects_that_are_not_kept_are_those_of_a_whole_read(
+    kit: StoreKit, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "_MAPS_KEPT", 0)
+    kit.unit_rows = 2
+    kit.build(place, n=2 * N)
+    generation = open_store(place).generation("train/1")
+    whole = generation.read(0, 2 * N)
+    np.testing.assert_array_equal(generation.take([2 * N - 1, 0, 1]), whole[[-1, 0, 1]])
 
 
 # ---- others at the same moment ---------------------------------------------------------------

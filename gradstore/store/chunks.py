@@ -1,0 +1,150 @@
+"""Chunks of a committed generation: each checked before its first use, some kept mapped."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
+from typing import TypeVar
+
+import numpy as np
+
+from gradstore.errors import DamagedFile, Fault
+from gradstore.format.layout import CRC_BYTES, ArraySpec, generation_path
+from gradstore.format.plans import Plan
+from gradstore.format.unit_records import UnitRecord
+from gradstore.storage.reading import ReadFiles
+from gradstore.store.unit_files import check_chunk
+
+_MAPS_KEPT = 16
+T = TypeVar("T")
+
+
+class Chunks:
+    """Chunks of one generation, for several threads.
+
+    Size and crc32c of a chunk are checked once per process.
+
+    Args:
+        files: the store's files.
+        plan: the generation's plan.
+        records: of its units, in order.
+        explain: called with the generation's name when a file is not as it should be; may raise
+            what the cause really is.
+    """
+
+    def __init__(
+        self,
+        files: ReadFiles,
+        plan: Plan,
+        records: Sequence[UnitRecord],
+        explain: Callable[[str], None] | None = None,
+    ) -> None:
+        self._files, self._plan, self._records, self._explain = files, plan, records, explain
+        self._base = generation_path(plan.name)
+        self._checked: set[str] = set()
+        self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._guard = threading.Lock()  # of the maps
+        self._last = -1  # unit that was read last, where others are read ahead
+
+    def mapped(self, spec: ArraySpec, unit: int, *, keep: bool = True) -> np.ndarray:
+        """Map one chunk, without its crc32c.
+
+        Args:
+            spec: of which array.
+            unit: of which unit.
+            keep: whether it may be read again soon; the last few maps are kept.
+
+        Returns:
+            The chunk, padding included, read-only.
+
+        Raises:
+            DamagedFile: it is not the committed one.
+        """
+        name = spec.chunk_path(unit)
+        with self._guard:
+            if name in self._maps:
+                self._maps.move_to_end(name)
+                return self._maps[name]
+        if keep and self._files.reads_ahead:
+            self._read_ahead(spec, unit)
+        expected, path = self._records[unit].files[name], f"{self._base}/{name}"
+        mapped = self._told(lambda: self._files.map(path, expected.bytes))
+        if name not in self._checked:
+            fault = check_chunk(path, mapped, expected)
+            if fault is not None:
+                raise self.damaged(fault)
+            self._checked.add(name)
+        little = np.dtype(spec.dtype).newbyteorder("<")
+        shape = spec.chunk_shape(self._plan.unit_rows)
+        chunk = np.frombuffer(mapped[:-CRC_BYTES], dtype=little).reshape(shape)
+        if keep:
+            with self._guard:
+                self._maps[name] = chunk
+                while len(self._maps) > _MAPS_KEPT:
+                    self._maps.popitem(last=False)
+        return chunk
+
+    def rows(self, spec: ArraySpec, rows: np.ndarray) -> np.ndarray:
+        """Read rows here and there, each chunk opened once.
+
+        Args:
+            spec: of which array.
+            rows: (k,) positions within the generation, in any order.
+
+        Returns:
+            (k, ...) values in the stored dtype.
+
+        Raises:
+            DamagedFile: a chunk is not the committed one.
+        """
+        little = np.dtype(spec.dtype).newbyteorder("<")
+        found = np.empty((len(rows), *spec.chunk_shape(self._plan.unit_rows)[1:]), little)
+        if not found.size:
+            return found
+        units, within = np.divmod(rows, self._plan.unit_rows)
+        in_turn = np.argsort(units, kind="stable")
+        each = zip(*(of[in_turn].tolist() for of in (units, within)), in_turn.tolist(), strict=True)
+        width, buffer = found[0].nbytes, found.data.cast("B")
+        for unit, of_unit in groupby(each, key=itemgetter(0)):
+            places = [(at, place) for _, at, place in of_unit]
+            name = spec.chunk_path(unit)
+            if name in self._checked and name not in self._maps:
+                parts = [(at * width, buffer[place * width : (place + 1) * width])
+                         for at, place in places]  # fmt: skip
+                path, size = f"{self._base}/{name}", self._records[unit].files[name].bytes
+                self._told(partial(self._files.read_parts, path, size, parts))
+            else:
+                chunk = self.mapped(spec, unit)
+                for at, place in places:
+                    found[place] = chunk[at]
+        return found
+
+    def _told(self, read: Callable[[], T]) -> T:
+        """Read; where a file is not as it should be let `explain` say why."""
+        try:
+            return read()
+        except DamagedFile:
+            if self._explain is not None:
+                self._explain(self._plan.name)
+            raise
+
+    def _read_ahead(self, spec: ArraySpec, unit: int) -> None:
+        """Begin to read the next chunks, where the last one that was read is the one before."""
+        follows, self._last = unit == self._last + 1, unit
+        if follows:
+            units = range(unit, min(unit + self._files.reads_ahead, len(self._records)))
+            seals = {each: self._records[each].files[spec.chunk_path(each)] for each in units}
+            self._files.soon(
+                {
+                    f"{self._base}/{spec.chunk_path(each)}": seal.bytes
+                    for each, seal in seals.items()
+                }
+            )
+
+    def damaged(self, fault: Fault) -> DamagedFile:
+        """Make the error of a file that is not as it was committed."""
+        return DamagedFile(fault, str(self._files.root))

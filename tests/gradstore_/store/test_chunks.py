@@ -1,0 +1,93 @@
+"""Rows here and there of a committed generation, of chunks that are mapped or are not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from gradstore.errors import DamagedData
+from gradstore.store import chunks
+from gradstore.store.generation import Generation
+from gradstore.store.reader import open_store
+
+if TYPE_CHECKING:
+    from conftest import StoreKit
+
+ROWS = np.array([39, 0, 17, 16, 0, 22])
+
+
+@pytest.fixture
+def store(kit: StoreKit, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store none of whose chunks stays mapped."""
+    monkeypatch.setattr(chunks, "_MAPS_KEPT", 0)
+    kit.unit_rows = 16
+    kit.build(fast_path / "s", n=40)
+    return fast_path / "s"
+
+
+def checked(store: Path) -> tuple[Generation, np.ndarray]:
+    """A generation whose chunks have all been checked, and its rows."""
+    generation = open_store(store).generation("train/1")
+    return generation, generation.read(0, generation.rows)
+
+
+def test_rows_of_checked_chunks_are_those_of_a_whole_read(store: Path) -> None:
+    generation, whole = checked(store)
+    np.testing.assert_array_equal(generation.take(ROWS), whole[ROWS])
+    np.testing.assert_array_equal(open_store(store).generation("train/1").take(ROWS), whole[ROWS])
+
+
+def test_each_chunk_is_opened_once_whatever_the_order(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation, _ = checked(store)
+    opened: list[str] = []
+    open_file = os.open
+
+    def counted(path: str, *rest: int) -> int:
+        opened.append(str(path))
+        return open_file(path, *rest)
+
+    monkeypatch.setattr(os, "open", counted)
+    generation.take(ROWS)
+    assert sorted(Path(each).parts[-2] for each in opened) == ["0", "1", "2"]
+
+
+def shorten(chunk: Path) -> None:
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+
+
+def link(chunk: Path) -> None:
+    chunk.rename(chunk.with_name("elsewhere"))
+    chunk.symlink_to("elsewhere")
+
+
+def pipe(chunk: Path) -> None:
+    chunk.unlink()
+    os.mkfifo(chunk)
+
+
+def folder(chunk: Path) -> None:
+    chunk.unlink()
+    chunk.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [(shorten, r"found \d+ bytes"), (link, "symlink"), (pipe, "special file"),
+     (folder, "directory"), (Path.unlink, "no file")],
+)  # fmt: skip
+def test_a_chunk_that_is_no_longer_a_file_of_its_size_is_reported(
+    store: Path, change: Callable[[Path], None], found: str
+) -> None:
+    generation, _ = checked(store)
+    change(store / "generations/train/1/features/c/1/0")
+    for read in (lambda: generation.take(ROWS), lambda: generation.read(0, 40)):
+        with pytest.raises(DamagedData, match=f"features/c/1/0.*({found})"):
+            read()
+    assert np.isfinite(generation.take([0])).all()
