@@ -154,6 +154,17 @@ def test_two_workers_that_know_only_the_bucket_write_the_bytes_of_one(
     assert content(objects(bucket)) == content(files(fast_path / "s"))
 
 
+def test_random_kills_of_workers_in_a_bucket_lose_double_and_tear_nothing(bucket: str) -> None:
+    stress = Path(__file__).parents[2] / "stress.py"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, str(stress), "--kills", "6", "--place", bucket],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "0 rows lost" in done.stdout
+
+
 #: Where a process dies -> units that the next one has to compute, and whether they are workers.
 DEATHS = {"link generations/train/1/features/c/1/0": (2, False), "link commits/3.json": (0, True),
           "link generations/train/1/units/1.json": (2, True)}  # fmt: skip

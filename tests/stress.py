@@ -1,0 +1,208 @@
+"""Kill workers of a store at random, again and again, beside readers that verify what they see.
+
+    uv run python tests/stress.py --kills 500                      # in a folder
+    uv run python tests/stress.py --minutes 30 --place s3://bucket/stress    # in a bucket
+
+One to four workers at a time, their number changing, fill a small store. One after another is ended
+by SIGKILL wherever it is; others are started in its place. After each kill a process of its own
+opens the store, and every generation that it sees must be whole. When all are committed and the
+last workers have ended by themselves the store must hold, byte for byte, what one process writes:
+no row lost, doubled or torn. Then the next store begins, until there were enough kills.
+
+Collected by pytest only through `test_workers.py`, which runs it for some kills. Exit code: 0, or 1
+where something was not as it must be: the store is left for inspection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gradstore.errors import BadInput
+from gradstore.format.layout import RowStatus
+from gradstore.format.names import GenerationName
+from gradstore.format.records import GenerationRecord, RowSet, row_hash
+from gradstore.storage.leases import Worker
+from gradstore.storage.places import reads_at
+from gradstore.storage.reading import ReadFiles
+from gradstore.store.reader import open_store
+from gradstore.store.verify import verify_store
+from gradstore.store.writer import StoreWriter
+
+ROWS, DIM, UNIT_ROWS = 40, 4, 4
+NAMES = ("target/skill/1", "train/1", "train/2")
+PROVENANCE: dict[str, Any] = {
+    "projection": {"method": "sjlt", "seed": 0, "d": DIM},
+    "what": "stress",
+}
+
+#: Seconds: a worker's work on a unit, the life of a lease, and the longest wait before a kill.
+PAUSE, LEASE, LONGEST = 0.004, 0.3, 0.08
+#: Exit code of a look at a store, where it is well: this and the number of its generations.
+WELL = 10
+
+
+def build(place: str, worker: Worker | None) -> None:
+    """Build every generation, as one worker or alone."""
+    rows = RowSet.from_hashes([row_hash([i, i + 1], [-100, i]) for i in range(ROWS)])
+    with StoreWriter(place, provenance=PROVENANCE, worker=worker) as writer:
+        for seed, name in enumerate(NAMES):
+            parsed = GenerationName.parse(name)
+            record = GenerationRecord(
+                name=name, role=parsed.role, set=parsed.set, step=parsed.step, run_id="stress",
+                adapter_hash="aa", effective_seed=0, projection=PROVENANCE["projection"],
+                feature="sgd",
+            )  # fmt: skip
+            features = np.random.default_rng(seed).standard_normal((ROWS, DIM), dtype=np.float32)
+            generation = writer.begin(record, rows, dim=DIM, unit_rows=UNIT_ROWS)
+            for unit in generation.claimed():
+                time.sleep(PAUSE)
+                k = unit.stop - unit.start
+                generation.write_unit(
+                    unit.index, features[unit.start : unit.stop], np.ones(k, np.float32),
+                    np.full(k, RowStatus.OK, np.uint8), np.arange(k, dtype=np.int32),
+                )  # fmt: skip
+            generation.commit()
+
+
+def look(place: str) -> int:
+    """Read all that is committed; return how many generations are."""
+    try:
+        store = open_store(place)
+    except BadInput:  # not made yet
+        return 0
+    for generation in store.generations():
+        assert np.isfinite(generation.read(0, ROWS)).all(), generation.name
+        generation.check_values()
+    told = verify_store(place)
+    assert told.ok, told.faults
+    return len(store.generations())
+
+
+def content(place: str) -> dict[str, Any]:
+    """Every byte that a reader may see; of commits, and the root, all but the store's own id."""
+    files = reads_at(place)
+    found: dict[str, Any] = {}
+    tops = [name for name in files.names("") if name not in ("staging", "writer.lock")]
+    for name in [each for top in tops for each in below(files, top)]:
+        data = files.read(name)
+        found[name] = data if name != "zarr.json" else len(data)
+        if name.startswith("commits/"):
+            commit = json.loads(data)
+            found[name] = {
+                key: commit[key] for key in commit.keys() - {"store_uuid", "parent", "sha256"}
+            }
+    return found
+
+
+def below(files: ReadFiles, top: str) -> list[str]:
+    """List a file, or the files of a folder."""
+    return [top] if files.kind(top) == "file" else files.walk(top)
+
+
+def compare(place: str, alone: str) -> None:
+    """Compare a store with that of one process."""
+    found, wanted = content(place), content(alone)
+    differ = {name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)}
+    assert not differ, sorted(differ)
+
+
+# ---- processes -------------------------------------------------------------------------------
+
+
+def forked(act: Callable[[], int | None]) -> int:
+    """Run it in a process of its own, which exits with what it returns; return its id.
+
+    This process itself touches no store: a client of a bucket does not survive a fork.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = act() or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
+def ended(child: int) -> int:
+    """Wait for a process; return its exit code, minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def must(act: Callable[[], int | None], what: str) -> int:
+    """Run it in a process of its own; return its exit code, which must not be 1."""
+    code = ended(forked(act))
+    if code == 1 or code < 0:
+        raise SystemExit(f"{what}: exit code {code}")
+    return code
+
+
+def killed_until_done(place: str, draw: random.Random) -> int:
+    """Fill one store while workers are killed; return how many were."""
+    living: set[int] = set()
+    kills = committed = 0
+    while committed < len(NAMES):
+        count = draw.randint(1, 4)
+        while len(living) < count:
+            worker = Worker(draw.randint(1, count), count, LEASE)
+            living.add(forked(lambda worker=worker: build(place, worker)))  # type: ignore[misc]
+        time.sleep(draw.uniform(0, LONGEST))
+        victim = draw.choice(sorted(living))
+        os.kill(victim, signal.SIGKILL)
+        living.discard(victim)
+        code = ended(victim)
+        if code not in (0, -signal.SIGKILL):
+            raise SystemExit(f"a worker of {place}: exit code {code}")
+        kills += code != 0
+        committed = must(lambda: WELL + look(place), f"a look at {place}") - WELL
+    for child in living:
+        if code := ended(child):
+            raise SystemExit(f"a worker of {place} that was left alone: exit code {code}")
+    return kills
+
+
+def main() -> int:
+    """Kill until there were enough; print what was done."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=0, help="at least so many")
+    parser.add_argument("--minutes", type=float, default=0, help="at least so long")
+    parser.add_argument("--place", help="a folder, or s3://BUCKET/PREFIX, for the stores")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    began, draw = time.monotonic(), random.Random(options.seed)
+    folder = tempfile.mkdtemp(prefix="stress-")
+    top, alone = options.place or folder, f"{folder}/alone"
+    must(lambda: build(alone, None), "a single process")
+    kills = stores = 0
+    while kills < options.kills or time.monotonic() - began < 60 * options.minutes:
+        place = f"{top}/{os.getpid()}-{stores}"
+        kills += killed_until_done(place, draw)
+        must(lambda: build(place, None), f"a last process at {place}")  # noqa: B023
+        must(lambda: compare(place, alone), f"what {place} holds")  # noqa: B023
+        stores += 1
+    shutil.rmtree(folder)
+    print(f"{kills} workers killed over {stores} stores, in {time.monotonic() - began:.0f} s: "
+          "0 rows lost, 0 doubled, 0 torn")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
