@@ -266,7 +266,7 @@ def scoring() -> str:
 
 
 def throughput() -> str:
-    """Speed of writing and reading a store beside a bare memory map."""
+    """Speed of writing and reading a store beside a bare memory map; of two workers beside one."""
     lines = newest(read(RESULTS / "throughput.csv"), "what", "rows", "cache").values()
     body = [
         (line["what"], line["cache"], beside(line, "store_s", "map_s", 3),
@@ -280,7 +280,12 @@ def throughput() -> str:
         for line in lines if line["what"] == "memory"
     )  # fmt: skip
     memory = f"Peak memory of a build above its imports, MiB by rows: {grown}."
-    return f"{table(head, body)}\n\n{memory} {where(lines)}."
+    pair = list(newest(read(RESULTS / "workers.csv"), "units", "dim").values())[-1]
+    workers = (
+        f"Two workers beside one, {pair['units']} units of {float(pair['hashed_mb']):.0f} MB to "
+        f"hash: {ratio(pair)} times as fast, {pair['pairs']} pairs ({where([pair])})."
+    )
+    return f"{table(head, body)}\n\n{memory} {where(lines)}.\n\n{workers}"
 
 
 def tsds() -> str:
