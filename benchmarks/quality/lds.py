@@ -88,11 +88,13 @@ def retraining(run: TinyRun) -> Callable[[npt.NDArray[np.int64], int], Floats]:
     return retrain
 
 
-def gradient_scores(world: World) -> dict[str, Floats]:
-    """(q, n) scores at one step, by every feature and product."""
+def gradient_scores(world: World, wanted: Callable[[str], bool]) -> dict[str, Floats]:
+    """(q, n) scores at one step, by every feature and product that is wanted."""
     train_rows, sets = world.run.data.train, world.run.data.targets
     found = {}
     for name, (kind, product) in GRADIENTS.items():
+        if not wanted(name):
+            continue
         train, parts = world.features(kind, train_rows), []
         for rows in sets:
             whole = world.features(target_kind(kind), rows)
@@ -194,13 +196,15 @@ def texts() -> tuple[list[str], list[str]]:
                                               for text in rows[:QUERIES_OF_SKILL]]  # fmt: skip
 
 
-def all_scores(run: TinyRun, curvature_rows: int) -> dict[str, Floats]:
+def all_scores(
+    run: TinyRun, curvature_rows: int, wanted: Callable[[str], bool]
+) -> dict[str, Floats]:
     """(q, n) scores of every method: means over the steps, of what a step changes."""
     found: dict[str, Floats] = {}
     with run.rewound():
         for step in STEPS:
             world = World(run, run.train_to(step), {})
-            made = gradient_scores(world) | embedding_scores(world)
+            made = gradient_scores(world, wanted) | embedding_scores(world)
             if curvature_rows:
                 made |= whole_scores(world, curvature_rows)
             for name, scores in made.items():
@@ -209,7 +213,7 @@ def all_scores(run: TinyRun, curvature_rows: int) -> dict[str, Floats]:
     found["bm25"] = bm25_scores(*texts()).astype(np.float64)
     shape = found["bm25"].shape
     found["random"] = np.random.default_rng(0).normal(size=shape)
-    return found
+    return {name: scores for name, scores in found.items() if wanted(name)}
 
 
 def told(progress: Progress) -> None:
@@ -233,6 +237,9 @@ def main() -> int:
     )
     parser.add_argument("--bank", type=Path, default=Path("runs/lds-bank"))
     parser.add_argument("--subsets", type=int, default=SUBSETS)
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="names of scores; the others are left out"
+    )
     parser.add_argument("--qld", nargs="*", default=[], help="names of scores")
     parser.add_argument("--rerank", type=int, default=0, metavar="ROWS",
                         help="score by whole gradients too, cg's matrix of ROWS")  # fmt: skip
@@ -249,8 +256,11 @@ def main() -> int:
     subsets = draw_subsets(n, options.subsets, 0.5)
     losses = bank.fill(subsets, retrain, budget=len(subsets), tell=told)
     replayed = {"replay, one epoch": replay_scores(run)} if options.replay else {}
-    scores = all_scores(run, options.rerank) | replayed
+    only = set(options.only)
+    scores = all_scores(run, options.rerank, lambda name: not only or name in only) | replayed
+    where = machine() | {"subsets": options.subsets}
     lines = [line_of(name, "lds", lds(each, losses, subsets)) for name, each in scores.items()]
+    append(options.csv, [where | line for line in lines])
     for share in SHARES if options.qld else ():
         random = ~draw_subsets(n, CONTROLS, share, seed=1)
         controls = bank.fill(random, retrain, budget=CONTROLS, tell=told)
@@ -258,8 +268,7 @@ def main() -> int:
             masks = without_top(scores[name], share)
             removed = bank.fill(masks, retrain, budget=len(masks), tell=told)
             found = query_loss_difference(np.diagonal(removed), controls)
-            lines.append(line_of(name, f"qld {share:.0%}", found))
-    append(options.csv, [machine() | {"subsets": options.subsets} | line for line in lines])
+            append(options.csv, [where | line_of(name, f"qld {share:.0%}", found)])
     return 0
 
 

@@ -1,14 +1,18 @@
-"""Products of packed signs with a few queries, looked up byte by byte.
+"""Products of packed signs with a few queries, which never unpack a row.
 
-Letters: m rows, d dimensions, q queries. A byte holds the signs of 8 dimensions, so its part of a
-product is one of 256 sums per query, made beforehand: a row costs d / 8 additions per query.
+Letters: m rows, d dimensions, q queries. On a CPU `gradkernels` moves each sign into a float of the
+query. Elsewhere bytes are looked up: one holds the signs of 8 dimensions, so its part of a product
+is one of 256 sums per query, made beforehand, and a row costs d / 8 additions per query.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
+from gradkernels.cpu.signs import SignProducts
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 from torch.utils.dlpack import from_dlpack
@@ -17,6 +21,25 @@ from gradstore.format.quantise import unpack
 
 #: More queries than this are multiplied faster than looked up, and their tables would grow large.
 MOST_QUERIES = 32
+
+
+def packed_products(
+    queries: npt.NDArray[np.float32], device: torch.device
+) -> Callable[[npt.NDArray[np.uint8]], Tensor]:
+    """Return what multiplies rows of packed signs with fixed queries.
+
+    Args:
+        queries: (q, d) float32, rotated as the rows are.
+        device: where the products are computed.
+
+    Returns:
+        (m, ceil(d / 8)) uint8, contiguous -> (m, q) float32 on the device. Equal rows get equal
+        bits. Several threads may call it.
+    """
+    if device.type != "cpu":
+        return ByteTables(queries, device).products
+    signs = SignProducts(queries)
+    return lambda bits: torch.from_numpy(signs.products(bits))
 
 
 class ByteTables:

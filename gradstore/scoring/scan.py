@@ -11,19 +11,22 @@ position: equal rows get equal bits. Memory is one chunk, whatever n is.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from gradkernels.cpu.pool import run_all
+from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
 from gradstore.format.quantise import mean_length, rotate, unpack
-from gradstore.scoring.byte_tables import MOST_QUERIES, ByteTables
+from gradstore.scoring.byte_tables import MOST_QUERIES, packed_products
 
 #: Rows per matrix product: the size of a store's unit, so that a block is one file's view.
 BLOCK_ROWS = 256
@@ -33,6 +36,9 @@ _PAD = 16
 
 #: Stored types that torch turns into the row up to its scale.
 _PLAIN_DTYPES = ("int8", "float16", "bfloat16", "float32")
+
+#: Chunks of packed rows that are multiplied at once, so that threads seldom wait for each other.
+_CHUNKS_AT_ONCE = 8
 
 #: Norms whose squares neither underflow nor overflow float32; rows outside take the slow path.
 _SAFE_NORM = (1e-15, 1e15)
@@ -159,17 +165,18 @@ class Scan:
         count = self._queries.shape[0]
         padded = np.zeros((count, width), dtype=np.float32)
         padded[:, : source.dim] = self._queries
-        self._tables: ByteTables | None = None
+        self._of_packed: Callable[[npt.NDArray[np.uint8]], Tensor] | None = None
         if self._packed:
             # Products of signs, whose length is the root of d, are divided by that length.
             corrected = self._queries * (np.sqrt(source.dim) / mean_length(source.dim))
             padded[:, : source.dim] = rotate(corrected)
             if count <= MOST_QUERIES:
-                self._tables = ByteTables(padded[:, : source.dim], device)
+                self._of_packed = packed_products(padded[:, : source.dim], device)
         self._right = torch.from_numpy(padded).to(device).T  # (width, q)
         self._block = torch.zeros(BLOCK_ROWS, width, device=device)
         self._products = torch.zeros(self._chunk_rows, count, device=device)
-        # Looked-up products leave them as they are here, the length of signs.
+        self._run: tuple[int, Tensor] = 0, self._products[:0]
+        # Products of packed rows leave them as they are here, the length of signs.
         self._norms = torch.full((self._chunk_rows,), float(np.sqrt(source.dim)), device=device)
         self._raw = self._packed or stored_as in _PLAIN_DTYPES
         # Called once: a source may build the list at every access.
@@ -187,13 +194,10 @@ class Scan:
             (m,) uint8 `RowStatus` codes. Rows the source itself calls unusable may hold anything.
         """
         whole = None if self._raw else self._source.read(start, stop)
-        for low in range(start, stop, BLOCK_ROWS):
+        if self._of_packed is not None:
+            self._multiply_packed(start, stop)
+        for low in range(start, stop, BLOCK_ROWS) if self._of_packed is None else ():
             high = min(low + BLOCK_ROWS, stop)
-            if self._tables is not None:
-                for first, piece in self._raw_pieces(low, high):
-                    there = slice(first - start, first - start + len(piece))
-                    self._products[there] = self._tables.products(piece)
-                continue
             if whole is None:
                 for first, piece in self._raw_pieces(low, high):
                     signs = unpack(piece, self._source.dim) if self._packed else piece
@@ -216,6 +220,29 @@ class Scan:
             directions, codes[unsafe] = unit_rows(whole[unsafe])
             cosines[unsafe] = directions @ self._queries.T
         return cosines, codes
+
+    def _multiply_packed(self, start: int, stop: int) -> None:
+        """Take products of a chunk's packed rows from those of a run of chunks made at once."""
+        first, products = self._run
+        if not first <= start <= stop <= first + len(products):
+            first, products = start, self._packed_run(start)
+            self._run = first, products
+        self._products[: stop - start] = products[start - first : stop - first]
+
+    def _packed_run(self, start: int) -> Tensor:
+        """Multiply the packed rows of some chunks; on a CPU in as many threads as torch has."""
+        stop = min(start + _CHUNKS_AT_ONCE * self._chunk_rows, self._source.rows)
+        threads = torch.get_num_threads() if self._device.type == "cpu" else 1
+        share = round_chunk(-(-(stop - start) // threads))
+        out = torch.empty(stop - start, self._products.shape[1], device=self._device)
+
+        def multiply(low: int) -> None:
+            assert self._of_packed is not None
+            for first, piece in self._raw_pieces(low, min(low + share, stop)):
+                out[first - start : first - start + len(piece)] = self._of_packed(piece)
+
+        run_all([partial(multiply, low) for low in range(start, stop, share)])
+        return out
 
     def _load(self, offset: int, piece: npt.NDArray[Any]) -> None:
         """Load rows into the block buffer, converted to float32.

@@ -21,10 +21,12 @@ from numba import njit, types
 _F32_2D = types.Array(types.float32, 2, "C")
 _U32_1D = types.Array(types.uint32, 1, "C")
 _I64_1D = types.Array(types.int64, 1, "C")
+_U8_2D = types.Array(types.uint8, 2, "C", readonly=True)
 _BLOCK = (_F32_2D, types.int64, types.uint32, types.uint32)
 
 _sjlt_loop = njit(nogil=True)(loops.sjlt_loop)
 _rademacher_loop = njit(nogil=True)(loops.rademacher_loop)
+_signs_loop = njit(nogil=True)(loops.signs_loop)
 
 
 @cache
@@ -43,6 +45,13 @@ def rademacher() -> Callable[..., None]:
     return _compile(_rademacher_entry, signature)
 
 
+@cache
+def signs() -> Callable[..., None]:
+    """Return `signs_loop`, compiled; it runs without the GIL."""
+    signature = types.void(_U8_2D, _F32_2D, _F32_2D, _F32_2D)
+    return _compile(_signs_entry, signature)
+
+
 def _sjlt_entry(fingerprint: int) -> Callable[..., None]:
     def sjlt_entry(x, start, a, b, c, bounds, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         if fingerprint >= 0:
@@ -57,6 +66,14 @@ def _rademacher_entry(fingerprint: int) -> Callable[..., None]:
             _rademacher_loop(x, start, a, b, c, first_word, out)
 
     return rademacher_entry
+
+
+def _signs_entry(fingerprint: int) -> Callable[..., None]:
+    def signs_entry(bits, queries, tails, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        if fingerprint >= 0:
+            _signs_loop(bits, queries, tails, out)
+
+    return signs_entry
 
 
 def _compile(make: Callable[[int], Callable[..., None]], signature: Any) -> Callable[..., None]:  # noqa: ANN401

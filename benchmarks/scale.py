@@ -1,0 +1,173 @@
+"""Ten million rows of one bit a coordinate: build, exact scan and choice of the best 5%.
+
+    OMP_NUM_THREADS=2 uv run python benchmarks/scale.py       # 6 GB of disk, about ten minutes
+
+Random signs, d = 4,096, 512 bytes a row, in units of 4,096 rows (2 MB chunks, as float16 rows have
+in units of 256), beside a target set of 8 rows. The rows are given to the store as they are stored:
+rotating and packing is the export's work, and `encode` is its rate, on one thread.
+
+*build*: plan, every unit with checksums and fsync, commit. *scan*: `influence_scores` of every row,
+in turns (A B A B) with reading the same files into one buffer: `ratio` is the speed beside that.
+*first* is of a store just opened (records, and every chunk's crc32c), *again* of one whose chunks
+have been checked; *cold* is *first* where neither side's pages are in the page cache. *choice*: the
+best 5% of the scores.
+
+Prints a line for each and appends them to results/scale.csv. Exits 1 if *again* is below 0.8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from report import RESULTS, Took, append, compared, echo, machine, timed
+
+from gradstore import checkpoint_features, open_store, select_top
+from gradstore.format.codec import encode
+from gradstore.format.layout import RowStatus
+from gradstore.format.records import GenerationRecord, RowSet
+from gradstore.scoring.influence import influence_scores
+from gradstore.store.reader import Store
+from gradstore.store.writer import StoreWriter
+
+DIM, UNIT_ROWS, TARGET_ROWS, SHARE = 4096, 4096, 8, 0.05
+LIMIT = 0.8
+
+
+def record(name: str, role: str) -> GenerationRecord:
+    """Describe a synthetic generation."""
+    return GenerationRecord(
+        name=name, role="train" if role == "train" else "target",
+        set="" if role == "train" else "skill", step=0, run_id="benchmark", adapter_hash="0" * 64,
+        effective_seed=0, projection={"method": "none", "d": DIM, "seed": 0}, feature="sgd",
+    )  # fmt: skip
+
+
+def build(path: Path, rows: int) -> None:
+    """Write and commit the target set and the rows."""
+    draw = np.random.default_rng(0)
+    with StoreWriter(path, provenance={"benchmark": "scale"}) as writer:
+        few = np.arange(2 * TARGET_ROWS, dtype=np.uint64).view(np.uint8).reshape(TARGET_ROWS, 16)
+        target = writer.begin(record("target/skill/0", "target"), RowSet(few), dim=DIM)
+        ones = np.ones(TARGET_ROWS, np.float32)
+        features = draw.standard_normal((TARGET_ROWS, DIM), dtype=np.float32)
+        target.write_unit(0, features, ones, np.zeros(TARGET_ROWS, np.uint8), ones)
+        target.commit()
+        hashes = np.arange(2 * rows, dtype=np.uint64).view(np.uint8).reshape(rows, 16)
+        train = writer.begin(
+            record("train/0", "train"), RowSet(hashes), dim=DIM, dtype="1bit", unit_rows=UNIT_ROWS
+        )
+        for unit in list(train.pending):
+            k = unit.stop - unit.start
+            ones = np.ones(k, np.float32)
+            train.copy_unit(unit.index, {
+                "features": np.frombuffer(draw.bytes(k * DIM // 8), np.uint8).reshape(k, DIM // 8),
+                "scale": ones, "norm": ones, "status": np.full(k, RowStatus.OK.value, np.uint8),
+                "tokens": np.ones(k, np.int32), "row_hash": hashes[unit.start : unit.stop],
+            })  # fmt: skip
+        train.commit()
+
+
+def score(store: Store) -> np.ndarray:
+    """Score every row."""
+    return np.asarray(influence_scores(checkpoint_features(store)).values)
+
+
+def read(files: list[Path], buffer: bytearray) -> None:
+    """Read the features' files, one after another."""
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            file.readinto(buffer)
+
+
+def drop(folder: Path) -> None:
+    """Drop the pages of every file from the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+
+def scans(path: Path, pairs: int) -> list[dict[str, Any]]:
+    """Compare scans with reading the same bytes."""
+    files = sorted((path / "generations/train/0/features/c").glob("*/0"), key=_number)
+    buffer = bytearray(files[0].stat().st_size)
+    checked = open_store(path)
+    score(checked)
+    sides: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "cold": (lambda: score(open_store(path)), partial(drop, path)),
+        "first": (lambda: score(open_store(path)), lambda: None),
+        "again": (lambda: score(checked), lambda: None),
+    }
+    found = []
+    for what, (work, before) in sides.items():
+        ours: list[Took] = []
+        beside: list[Took] = []
+        for number in range(pairs + 1):  # the first warms up, or not
+            for side, times in ((work, ours), (partial(read, files, buffer), beside)):
+                before()
+                took = timed(side)
+                if number:
+                    times.append(took)
+        found.append({"what": what, **compared(beside, ours, ("read", "scan"))})
+    return found
+
+
+def _number(path: Path) -> int:
+    return int(path.parent.name)
+
+
+def encoded(pairs: int) -> float:
+    """Seconds of rotating and packing one unit's rows."""
+    rows = np.random.default_rng(1).standard_normal((256, DIM), dtype=np.float32)
+    usable = np.ones(256, bool)
+    took = [timed(partial(encode, rows, usable, "1bit")).wall for _ in range(pairs + 1)]
+    return statistics.median(took[1:])
+
+
+def main() -> int:
+    """Run all parts, print the lines, append them to the CSV."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--folder", help="where the temporary store goes")
+    parser.add_argument("--csv", type=Path, default=RESULTS / "scale.csv")
+    options = parser.parse_args()
+    lines: list[dict[str, Any]] = []
+
+    def line(**found: object) -> None:
+        lines.append({"rows": options.rows, **found})
+        echo(", ".join(f"{key} {value}" for key, value in lines[-1].items()))
+
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="scale-") as folder:
+        path = Path(folder, "store")
+        took = timed(partial(build, path, options.rows), os.sync)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        line(what="build", scan_s=round(took.wall, 1), scan_cpu_s=round(took.cpu, 1), peak_mib=peak)
+        stored = open_store(path).generation("train/0").bytes
+        line(what="bytes a row", row_bytes=round(stored / options.rows, 1))
+        line(what="encode", scan_s=round(encoded(options.pairs) / 256 * 1e6, 2))
+        for found in scans(path, options.pairs):
+            line(**found)
+        scores = score(open_store(path))
+        took = timed(partial(select_top, scores, round(SHARE * options.rows)))
+        line(what="choice", scan_s=round(took.wall, 2), scan_cpu_s=round(took.cpu, 2))
+    columns = dict.fromkeys(key for each in lines for key in each)
+    where = machine()
+    append(options.csv, [where | {key: each.get(key, "") for key in columns} for each in lines])
+    return int(any(each["what"] == "again" and each["ratio"] < LIMIT for each in lines))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
