@@ -61,6 +61,8 @@ OBJECTS = "tests/gradstore_/storage/test_object_faults.py"
 OBJECT_LOCK = "tests/gradstore_/storage/test_object_lock.py"
 LEASES, WORKERS = "tests/gradstore_/storage/test_leases.py", f"{STORE}/test_workers.py"
 REPAIR, FORGETTING = f"{STORE}/test_repair.py", f"{STORE}/test_forgetting.py"
+CHUNKS, PACKED = f"{STORE}/test_chunks.py", "tests/gradstore_/scoring/test_dtypes.py"
+SIGNS = "tests/gradkernels_/test_sign_products.py"
 PROJECTION = "tests/gradkernels_/test_projection_paths.py"
 MIXTURE, ORDER = "tests/dataflex_/data/test_mixture.py", "tests/dataflex_/data/test_order.py"
 MIXERS, DOREMI = "tests/dataflex_/mixers/test_mixers.py", "tests/dataflex_/mixers/test_doremi.py"
@@ -143,7 +145,16 @@ MUTANTS = [
     Mutant("gradstore/store/writer.py", "        self._lock.acquire()\n", "", LOCK),
     Mutant("gradstore/store/cleaning.py", "sorted(each)[:-keep]", "sorted(each)[keep:]", RUNS),
     Mutant("gradstore/format/codec.py", "values *= scale[:, None]", "values *= 1.0", FORMAT),
-    Mutant("gradstore/format/codec.py", "np.uint32(0x7FFF) + odd", "np.uint32(0x7FFF)", FORMAT),
+    Mutant("gradstore/format/codec.py", "scaled.round_()", "scaled", FORMAT),
+    Mutant("gradstore/store/chunks.py", "            self._checked.add(name)\n",
+           "            self._checked.add(name + '-')\n", CHUNKS),
+    Mutant("gradstore/store/chunks.py", "if fault is not None:", "if False:", DAMAGE),
+    Mutant("gradstore/storage/reading.py", "elif expected_bytes not in (None, found.st_size):",
+           "elif False:", CHUNKS),
+    Mutant("gradstore/scoring/scan.py", "if not first <= start <= stop", "if not start <= stop",
+           PACKED),
+    Mutant("kernels/gradkernels/cpu/loops.py", "total += -term if", "total += term if", SIGNS),
+    Mutant("kernels/gradkernels/cpu/vectors.py", "[31 - k] * 8", "[30 - k] * 8", SIGNS),
     Mutant("gradstore/similarity/index.py", "if file.read() != numbers:", "if False:", INDEX),
     Mutant("gradstore/similarity/index.py", "np.lexsort((rows, -scores), axis=1)",
            "np.lexsort((-rows, -scores), axis=1)", INDEX),

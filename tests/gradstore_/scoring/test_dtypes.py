@@ -119,6 +119,8 @@ def test_1bit_products_are_one_whether_looked_up_or_multiplied(
         many = Scan(train, queries, chunk_rows=N, device=torch.device("cpu"))
         few = Scan(train, queries[:3], chunk_rows=N, device=torch.device("cpu"))
         multiplied, looked_up = many.chunk(0, N)[0], few.chunk(0, N)[0]
+        backwards = Scan(train, queries[:3], chunk_rows=256, device=torch.device("cpu"))
+        parts = [backwards.chunk(low, min(low + 256, N))[0] for low in range(0, N, 256)[::-1]]
     rows = train.read(0, N).astype(np.float64)
     expected = rows @ queries.T / np.linalg.norm(rows, axis=1, keepdims=True)
     expected *= (
@@ -127,6 +129,7 @@ def test_1bit_products_are_one_whether_looked_up_or_multiplied(
     good = train.usable
     np.testing.assert_allclose(multiplied[good], expected[good], rtol=0, atol=2e-6)
     np.testing.assert_allclose(looked_up[good], expected[good, :3], rtol=0, atol=2e-6)
+    assert np.concatenate(parts[::-1]).tobytes() == looked_up.tobytes()
     for found in (multiplied, looked_up):
         assert found[[100, 300, 599]].tobytes() == np.tile(found[0], (3, 1)).tobytes()
 

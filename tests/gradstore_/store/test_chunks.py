@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -56,6 +56,22 @@ def test_each_chunk_is_opened_once_whatever_the_order(
     monkeypatch.setattr(os, "open", counted)
     generation.take(ROWS)
     assert sorted(Path(each).parts[-2] for each in opened) == ["0", "1", "2"]
+
+
+def test_a_chunk_is_checked_once(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    check = chunks.check_chunk
+
+    def counted(path: str, *rest: Any) -> Any:
+        asked.append(path)
+        return check(path, *rest)
+
+    monkeypatch.setattr(chunks, "check_chunk", counted)
+    generation, _ = checked(store)
+    generation.take(ROWS)
+    generation.read(0, 40)
+    features = [path for path in asked if "/features/" in path]
+    assert sorted(features) == [f"generations/train/1/features/c/{unit}/0" for unit in range(3)]
 
 
 def shorten(chunk: Path) -> None:
