@@ -24,6 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "figures.md")
 LEVEL = 0.05
 
+#: What `scale` calculates for; USD for an hour of a core, an assumption.
+FAR_ROWS, FAR_CHECKPOINTS, PRICE = 1e9, 4, 0.04
+
 #: Stands for a figure that older lines of a CSV do not have.
 UNKNOWN = "not recorded"
 
@@ -286,6 +289,39 @@ def throughput() -> str:
         f"hash: {ratio(pair)} times as fast, {pair['pairs']} pairs ({where([pair])})."
     )
     return f"{table(head, body)}\n\n{memory} {where(lines)}.\n\n{workers}"
+
+
+def scale() -> str:
+    """Ten million rows as measured, and what a thousand million would take by the same rates."""
+    lines = newest(read(RESULTS / "scale.csv"), "what", "rows")
+    rows = max(int(line["rows"]) for line in lines.values())
+    of = {what: line for (what, n), line in lines.items() if int(n) == rows}
+    times = FAR_ROWS * FAR_CHECKPOINTS / rows
+    per_row, cores = float(of["bytes a row"]["row_bytes"]), int(of["cold"]["threads"])
+    encode = float(of["encode"]["scan_s"]) * rows / 1e6
+    body = [
+        ("bytes", f"{per_row * rows / 1e9:.1f} GB", f"{per_row * rows * times / 1e12:.1f} TB", "")
+    ]
+    for name, seconds, busy in (
+        ("rotate and pack, one core", encode, 1),
+        ("write and commit, one process", float(of["build"]["scan_s"]), 1),
+        ("scan, nothing in memory yet", float(of["cold"]["scan_s"]), cores),
+        ("scan, in memory and checked", float(of["again"]["scan_s"]), cores),
+        ("choice of the best 5%", float(of["choice"]["scan_s"]), 1),
+    ):
+        hours = seconds * times * busy / 3600
+        body.append((name, f"{seconds:.1f} s", f"{hours:.1f} core-hours", f"{hours * PRICE:.2f}"))
+    head = (f"{rows:,} x 4,096, 1 bit", "measured",
+            f"{FAR_ROWS:.0e} rows x {FAR_CHECKPOINTS} checkpoints, calculated", "USD")  # fmt: skip
+    speeds = "; ".join(
+        f"{name} {ratio(of[what])} (reading {float(of[what]['read_s']):.1f} s)"
+        for what, name in (("cold", "from disk"), ("first", "from memory, unchecked"),
+                           ("again", "from memory, checked"))
+    )  # fmt: skip
+    return (
+        f"{table(head, body)}\n\nSpeed of a scan over that of reading the same files: {speeds}. "
+        f"Peak memory of the build: {int(of['build']['peak_mib']):,} MiB. {where(of.values())}."
+    )
 
 
 def tsds() -> str:
@@ -682,6 +718,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "passes": passes,
     "scoring": scoring,
     "throughput": throughput,
+    "scale": scale,
     "tsds": tsds,
     "subsets": subsets,
     "services": services,

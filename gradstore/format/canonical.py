@@ -88,7 +88,7 @@ def sha256_json(value: object) -> str:
 def seal(document: Mapping[str, object]) -> dict[str, Json]:
     """Return `document` with the sha256 of its other fields added as `sha256`."""
     body = {key: value for key, value in plain(document).items() if key != SEAL}
-    return {**body, SEAL: _seal_of(body)}
+    return {**body, SEAL: _seal_of(_members(body))}
 
 
 def parse(data: bytes) -> dict[str, Json]:
@@ -112,17 +112,28 @@ def unseal(data: bytes) -> dict[str, Json]:
         ValueError: the bytes are not canonical JSON, or the seal does not fit.
     """
     document = parse(data)
-    if _dump(document) != data:
+    members = _members(document)
+    if _joined(members) != data:
         raise ValueError("not in canonical form")
-    found, expected = document.get(SEAL), _seal_of(document)
+    found, expected = document.get(SEAL), _seal_of(members)
     if found != expected:
         raise ValueError(f"its seal is {found}, the sha256 of its content {expected}")
     return document
 
 
-def _seal_of(document: Mapping[str, Json]) -> str:
-    body = {key: value for key, value in document.items() if key != SEAL}
-    return hashlib.sha256(_dump(body)).hexdigest()
+def _members(document: Mapping[str, Json]) -> dict[str, bytes]:
+    """Serialize each member of a plain document: once, for the object with its seal and without."""
+    return {key: _dump(key) + b":" + _dump(document[key]) for key in sorted(document)}
+
+
+def _joined(members: Mapping[str, bytes]) -> bytes:
+    """Join members, in order, to an object."""
+    return b"{" + b",".join(members.values()) + b"}"
+
+
+def _seal_of(members: Mapping[str, bytes]) -> str:
+    body = {key: text for key, text in members.items() if key != SEAL}
+    return hashlib.sha256(_joined(body)).hexdigest()
 
 
 def _finite(text: str) -> float:

@@ -37,7 +37,7 @@ class ObjectReads(ReadFiles):
         self.bucket = Bucket(place)
         self._guard = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
-        self._soon: dict[str, Future[memoryview]] = {}
+        self._begun: dict[str, Future[memoryview]] = {}
 
     reads_ahead = 4
 
@@ -107,13 +107,13 @@ class ObjectReads(ReadFiles):
     def soon(self, wanted: Mapping[str, int]) -> None:
         """Begin to read objects that are likely to be mapped next; let go of others."""
         with self._guard:
-            for path in self._soon.keys() - wanted:
-                self._soon.pop(path).cancel()
+            for path in self._begun.keys() - wanted:
+                self._begun.pop(path).cancel()
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self.reads_ahead, "objects-ahead")
             for path, size in wanted.items():
-                if path not in self._soon:
-                    self._soon[path] = self._pool.submit(self._whole, path, size)
+                if path not in self._begun:
+                    self._begun[path] = self._pool.submit(self._whole, path, size)
 
     def read(self, relative: str, *, expected_bytes: int | None = None) -> bytes:
         """Read one whole object.
@@ -138,7 +138,7 @@ class ObjectReads(ReadFiles):
             DamagedFile: it is missing, or not `expected_bytes` long.
         """
         with self._guard:
-            begun = self._soon.pop(relative, None)
+            begun = self._begun.pop(relative, None)
         return self._whole(relative, expected_bytes) if begun is None else begun.result()
 
     def read_parts(

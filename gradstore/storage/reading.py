@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +23,8 @@ JSON_LIMIT_BYTES = 1 << 30
 COMPONENT = re.compile(r"[A-Za-z0-9%][A-Za-z0-9._%+=@-]{0,199}")
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink"}
+#: Not to wait for the other end, should it be a pipe.
+_TO_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -43,6 +45,7 @@ class ReadFiles:
         self._folder = Path(root)
         self.root: Location = self._folder
         self._real: set[str] = {""}
+        self._soon: frozenset[str] = frozenset()
 
     # ---- paths -------------------------------------------------------------------------------
 
@@ -113,15 +116,24 @@ class ReadFiles:
         """Return whether a file has this name; in a folder, anything."""
         return self.kind(relative) != "nothing"
 
-    #: Files that are to be named as the next ones while one is read; none where they are mapped.
-    reads_ahead = 0
+    #: Files that are to be named as the next ones while one is read.
+    reads_ahead = 4
 
     def soon(self, wanted: Mapping[str, int]) -> None:
-        """Hear which files are likely to be mapped next.
+        """Hear which files are likely to be mapped next, and let the disk begin to read them.
 
         Args:
             wanted: their paths and sizes in bytes; what was named before and is not here is not.
         """
+        for relative in wanted.keys() - self._soon:
+            # Whatever is wrong with a file is told when it is mapped.
+            with suppress(OSError):
+                fd = os.open(f"{self._folder}/{relative}", _TO_READ)
+                try:
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(fd)
+        self._soon = frozenset(wanted)
 
     def at_once(self, act: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Give what `act` returns for each item, in order; many at a time where they are requests.
@@ -240,8 +252,7 @@ class ReadFiles:
         path = f"{self._folder}/{relative}"  # a Path takes longer than to open it
         expected = "a file" if expected_bytes is None else f"{expected_bytes:,} bytes"
         try:
-            # Not to wait for the other end, should it be a pipe.
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(path, _TO_READ)
         except OSError as error:
             kind = self._kind(Path(path))
             if kind in ("file", "directory"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
@@ -48,7 +48,8 @@ class Chunks:
         self._checked: set[str] = set()
         self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
         self._guard = threading.Lock()  # of the maps
-        self._last = -1  # unit that was read last, where others are read ahead
+        # Units that were read last: of each of several threads, which take rows in order.
+        self._last: deque[int] = deque([-1], maxlen=16)
 
     def mapped(self, spec: ArraySpec, unit: int, *, keep: bool = True) -> np.ndarray:
         """Map one chunk, without its crc32c.
@@ -69,7 +70,7 @@ class Chunks:
             if name in self._maps:
                 self._maps.move_to_end(name)
                 return self._maps[name]
-        if keep and self._files.reads_ahead:
+        if keep:
             self._read_ahead(spec, unit)
         expected, path = self._records[unit].files[name], f"{self._base}/{name}"
         mapped = self._told(lambda: self._files.map(path, expected.bytes))
@@ -133,8 +134,9 @@ class Chunks:
             raise
 
     def _read_ahead(self, spec: ArraySpec, unit: int) -> None:
-        """Begin to read the next chunks, where the last one that was read is the one before."""
-        follows, self._last = unit == self._last + 1, unit
+        """Begin to read the next chunks, where the one before was among the last."""
+        follows = unit - 1 in self._last
+        self._last.append(unit)
         if follows:
             units = range(unit, min(unit + self._files.reads_ahead, len(self._records)))
             seals = {each: self._records[each].files[spec.chunk_path(each)] for each in units}

@@ -74,6 +74,20 @@ def test_a_chunk_is_checked_once(store: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sorted(features) == [f"generations/train/1/features/c/{unit}/0" for unit in range(3)]
 
 
+def test_the_disk_begins_to_read_the_next_chunks_of_a_pass_and_of_no_other(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *_: begun.append(os.fstat(fd).st_ino))
+    ahead = [store / f"generations/train/1/features/c/{unit}/0" for unit in range(3)]
+    backwards = open_store(store).generation("train/1")
+    for unit in (2, 1):
+        backwards.raw(unit)
+    assert begun == []
+    checked(store)
+    assert sorted(begun) == sorted(path.stat().st_ino for path in ahead)
+
+
 def shorten(chunk: Path) -> None:
     chunk.write_bytes(chunk.read_bytes()[:-1])
 
