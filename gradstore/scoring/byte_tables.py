@@ -12,7 +12,6 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import torch
-from gradkernels.cpu.signs import SignProducts
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 from torch.utils.dlpack import from_dlpack
@@ -38,6 +37,8 @@ def packed_products(
     """
     if device.type != "cpu":
         return ByteTables(queries, device).products
+    from gradkernels.cpu.signs import SignProducts  # imports numba, which takes its time
+
     signs = SignProducts(queries)
     return lambda bits: torch.from_numpy(signs.products(bits))
 

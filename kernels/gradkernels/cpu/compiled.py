@@ -27,6 +27,7 @@ _BLOCK = (_F32_2D, types.int64, types.uint32, types.uint32)
 _sjlt_loop = njit(nogil=True)(loops.sjlt_loop)
 _rademacher_loop = njit(nogil=True)(loops.rademacher_loop)
 _signs_loop = njit(nogil=True)(loops.signs_loop)
+_hadamard_loop = njit(nogil=True)(loops.hadamard_loop)
 
 
 @cache
@@ -52,6 +53,12 @@ def signs() -> Callable[..., None]:
     return _compile(_signs_entry, signature)
 
 
+@cache
+def hadamard() -> Callable[..., None]:
+    """Return `hadamard_loop`, compiled; it runs without the GIL."""
+    return _compile(_hadamard_entry, types.void(_F32_2D))
+
+
 def _sjlt_entry(fingerprint: int) -> Callable[..., None]:
     def sjlt_entry(x, start, a, b, c, bounds, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         if fingerprint >= 0:
@@ -74,6 +81,14 @@ def _signs_entry(fingerprint: int) -> Callable[..., None]:
             _signs_loop(bits, queries, tails, out)
 
     return signs_entry
+
+
+def _hadamard_entry(fingerprint: int) -> Callable[..., None]:
+    def hadamard_entry(x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        if fingerprint >= 0:
+            _hadamard_loop(x)
+
+    return hadamard_entry
 
 
 def _compile(make: Callable[[int], Callable[..., None]], signature: Any) -> Callable[..., None]:  # noqa: ANN401

@@ -20,9 +20,11 @@ from gradkernels.cpu.vectors import (
     TABLE,
     add_lookups,
     add_signed,
+    butterfly,
     fill_table,
     sum_signed,
     transpose8,
+    two_butterflies,
 )
 from gradkernels.randomness import GOLDEN, M1, M2
 from numba import njit
@@ -273,3 +275,23 @@ def signs_loop(bits: U8, queries: F32, tails: F32, out: F32) -> None:
                         term = tails[c, 8 * j + k]
                         total += -term if (octet >> k) & 1 else term
                 out[r, c] = total
+
+
+def hadamard_loop(x: F32) -> None:
+    """Apply Sylvester's Hadamard matrix, not scaled, to the columns of x, in place.
+
+    Every sum is of two float32, round after round, whatever the machine.
+
+    Args:
+        x: (m, 16), m a power of two.
+    """
+    size = x.shape[0]
+    half = 1
+    while 4 * half <= size:
+        for block in range(0, size, 4 * half):
+            for i in range(block, block + half):
+                two_butterflies(x, i * LANES, half * LANES)
+        half *= 4
+    if 2 * half == size:
+        for i in range(half):
+            butterfly(x, i * LANES, half * LANES)

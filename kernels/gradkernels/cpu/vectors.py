@@ -238,6 +238,54 @@ def sum_signed(
     return signature, codegen
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def butterfly(
+    typingctx: Any,  # noqa: ANN401
+    x: Any,  # noqa: ANN401
+    offset: Any,  # noqa: ANN401
+    half: Any,  # noqa: ANN401
+) -> tuple[Any, Callable[..., Any]]:
+    """Replace a = x[offset:+16] and b, `half` numbers further, by a + b and a - b."""
+    signature = types.void(x, types.int64, types.int64)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ANN401
+        first = _pointer(context, builder, sig.args[0], args[0], args[1])
+        second = builder.gep(first, [args[2]])
+        a, b = _load(builder, first, LANES), _load(builder, second, LANES)
+        _store(builder, builder.fadd(a, b), first)
+        _store(builder, builder.fsub(a, b), second)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def two_butterflies(
+    typingctx: Any,  # noqa: ANN401
+    x: Any,  # noqa: ANN401
+    offset: Any,  # noqa: ANN401
+    half: Any,  # noqa: ANN401
+) -> tuple[Any, Callable[..., Any]]:
+    """Do the butterflies at distance `half`, then those at twice that, of four times 16 numbers."""
+    signature = types.void(x, types.int64, types.int64)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ANN401
+        place = _pointer(context, builder, sig.args[0], args[0], args[1])
+        places = [place]
+        for _ in range(3):
+            place = builder.gep(place, [args[2]])
+            places.append(place)
+        a, b, c, d = (_load(builder, each, LANES) for each in places)
+        a, b = builder.fadd(a, b), builder.fsub(a, b)
+        c, d = builder.fadd(c, d), builder.fsub(c, d)
+        found = (builder.fadd(a, c), builder.fadd(b, d), builder.fsub(a, c), builder.fsub(b, d))
+        for value, each in zip(found, places, strict=True):
+            _store(builder, value, each)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
 def _shuffle(builder: Any, pair: tuple[Any, Any], order: list[int]) -> Any:  # noqa: ANN401
     """Pick the numbers `order` (0..7 from the first vector, 8..15 from the second)."""
     mask = ir.Constant(ir.VectorType(_I32, 8), order)
