@@ -36,6 +36,7 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets need short names
+    Path("/tmp/ray").mkdir(exist_ok=True)  # the head notes its address there, and makes no folder
     head = {**NODE, "include_dashboard": False, "temp_dir": folder, "_system_config": HEALTH}
     found = Cluster(initialize_head=True, head_node_args=head)
     found.add_node(**NODE)
