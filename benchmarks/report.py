@@ -94,6 +94,15 @@ def compared(
     }
 
 
+def drop(folder: Path) -> None:
+    """Drop the pages of every file of a folder from the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Append rows to a CSV file; columns that it lacks are added, empty in its older rows."""
     path.parent.mkdir(parents=True, exist_ok=True)

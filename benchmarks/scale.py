@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import RESULTS, Took, append, compared, echo, machine, timed
+from report import RESULTS, Took, append, compared, drop, echo, machine, timed
 
 from gradstore import checkpoint_features, open_store, select_top
 from gradstore.format.codec import encode
@@ -86,15 +86,6 @@ def read(files: list[Path], buffer: bytearray) -> None:
     for path in files:
         with path.open("rb", buffering=0) as file:
             file.readinto(buffer)
-
-
-def drop(folder: Path) -> None:
-    """Drop the pages of every file from the page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            file = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(file)
 
 
 def scans(path: Path, pairs: int) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from report import RESULTS, Took, append, compared, echo, machine, timed
+from report import RESULTS, Took, append, compared, drop, echo, machine, timed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -170,15 +170,6 @@ def reading(folder: Path, rows: int, dim: int, pairs: int, cold: bool) -> list[d
 def speeds(ours: list[Took], beside: list[Took]) -> dict[str, Any]:
     """Give both sides' seconds, and the ratio of speeds: the map's seconds over ours."""
     return compared(beside, ours, ("map", "store"), digits=4)
-
-
-def drop(folder: Path) -> None:
-    """Drop the pages of every file from the page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            file = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(file)
 
 
 def memory(rows: int, folder: str | None) -> float:

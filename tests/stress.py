@@ -9,7 +9,7 @@ opens the store, and every generation that it sees must be whole. When all are c
 last workers have ended by themselves the store must hold, byte for byte, what one process writes:
 no row lost, doubled or torn. Then the next store begins, until there were enough kills.
 
-Collected by pytest only through `test_workers.py`, which runs it for some kills. Exit code: 0, or 1
+Run by `test_workers.py` and `test_object_store.py` for some kills. Exit code: 0, or 1
 where something was not as it must be: the store is left for inspection.
 """
 
@@ -34,6 +34,7 @@ from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
 from gradstore.format.names import GenerationName
 from gradstore.format.records import GenerationRecord, RowSet, row_hash
+from gradstore.format.text_table import Text
 from gradstore.storage.leases import Worker
 from gradstore.storage.places import reads_at
 from gradstore.storage.reading import ReadFiles
@@ -67,6 +68,7 @@ def build(place: str, worker: Worker | None) -> None:
             )  # fmt: skip
             features = np.random.default_rng(seed).standard_normal((ROWS, DIM), dtype=np.float32)
             generation = writer.begin(record, rows, dim=DIM, unit_rows=UNIT_ROWS)
+            writer.keep_texts(rows, (Text(f"prompt {i}", f"answer {i}", 3) for i in range(ROWS)))
             for unit in generation.claimed():
                 time.sleep(PAUSE)
                 k = unit.stop - unit.start
@@ -187,6 +189,8 @@ def main() -> int:
     parser.add_argument("--place", help="a folder, or s3://BUCKET/PREFIX, for the stores")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    if options.kills <= 0 and options.minutes <= 0:
+        parser.error("nothing to do: give --kills or --minutes")
     began, draw = time.monotonic(), random.Random(options.seed)
     folder = tempfile.mkdtemp(prefix="stress-")
     top, alone = options.place or folder, f"{folder}/alone"

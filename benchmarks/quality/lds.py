@@ -246,6 +246,8 @@ def main() -> int:
     parser.add_argument("--replay", action="store_true", help="score by replay too")
     parser.add_argument("--csv", type=Path, default=RESULTS / "lds.csv")
     options = parser.parse_args()
+    if options.only and (missing := set(options.qld) - set(options.only)):
+        parser.error(f"--qld asks for what --only leaves out: {', '.join(sorted(missing))}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="lds-") as folder:
         run = TinyRun.start(1, Path(folder) / "run")

@@ -64,18 +64,18 @@ def build(cli: Any, config: Any, alone: Path) -> Iterator[Callable[..., Any]]:
     if not (alone / "store").exists():
         result = cli(*command, f"gradstore={alone / 'store'}")
         assert result.code == 0, result.err[-3000:]
-    behind: list[int] = []
+    behind: list[psutil.Process] = []
 
     def run(store: Path, *options: str, **given: Any) -> Any:
         result = cli(*command, f"gradstore={store}", *options, **given)
         if "background" in given:
-            behind.append(result.code)
+            behind.append(psutil.Process(result.code))
         return result
 
     yield run
     for driver in behind:  # one that a failed test left would keep the actors' CPUs
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(driver, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):  # also where another has its number by now
+            driver.kill()
 
 
 def said(told: Path) -> str:
