@@ -166,7 +166,7 @@ def _log_of_our_trainer() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class ExportInputs:
-    """A model with a trained adapter and the rows to export, outside of training."""
+    """A trained model and the rows to export, outside of training."""
 
     model: Any
     data: RunData
@@ -181,7 +181,7 @@ def load_run(
 
     Args:
         config: the configuration of the run.
-        checkpoint: a folder with an adapter; None for a fresh one.
+        checkpoint: a folder with an adapter; None for a fresh one, or for a run that trains none.
         on_data: called with the processed rows, TrainingArguments and FinetuningArguments before
             the model is loaded; the place to refuse rows.
         device: number of the one to use, where several are visible (`arguments.alone`).

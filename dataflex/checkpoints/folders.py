@@ -28,47 +28,58 @@ _log = logging.getLogger(__name__)
 
 
 #: Patterns of the files that an export reads beside the optimizer's, which only some do.
-EXPORTED = ("adapter_*", TRAINER_STATE, "dataflex/*")
+EXPORTED = ("adapter_*", "model*.safetensors*", TRAINER_STATE, "dataflex/*")
 
 
 def find_checkpoints(config: RunConfig) -> list[Path]:
-    """List the checkpoint folders that have an adapter, by step.
+    """List the checkpoint folders that have what the run trains, by step: an adapter or a model.
 
     Raises:
-        BadInput: a named folder has none, or is incomplete.
+        BadInput: a named folder has not, or is incomplete.
         DamagedData: a file of a named folder that an export reads is damaged.
     """
     named = [Path(name) for name in config.dataflex.gradstore_checkpoints]
     resume = config.known.resume_from_checkpoint
     if not named and resume and resume.lower() not in ("true", "false"):
         named = [Path(resume)]
+    kind = config.known.finetuning_type
     for folder in named:
-        _check_exportable(folder)
+        _check_exportable(folder, kind)
     found = named or [
         folder
         for folder in checkpoints(config.output_dir)
-        if (folder / ADAPTER_CONFIG).is_file() and _is_usable(folder, config.output_dir)
+        if not _unlike(folder, kind) and _is_usable(folder, config.output_dir, kind)
     ]
     return sorted(found, key=lambda folder: trainer_state(folder).global_step)
 
 
-def _check_exportable(folder: Path) -> None:
-    verify(folder, EXPORTED)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise BadInput(
-            f"checkpoint {str(folder)!r} has no adapter ({ADAPTER_CONFIG}): name one of a run with "
-            "finetuning_type lora."
+def _unlike(folder: Path, kind: str) -> str:
+    """Say what a checkpoint has not, or has, unlike one of this finetuning_type; "" if neither."""
+    has_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if kind == "lora" and not has_adapter:
+        return (
+            f"has no adapter ({ADAPTER_CONFIG}): name one of a run with finetuning_type lora, or "
+            "set finetuning_type as it was."
         )
+    if kind != "lora" and has_adapter:
+        return f"has an adapter ({ADAPTER_CONFIG}): name one of a run with finetuning_type {kind}."
+    return ""
+
+
+def _check_exportable(folder: Path, kind: str) -> None:
+    verify(folder, EXPORTED)
+    if why := _unlike(folder, kind):
+        raise BadInput(f"checkpoint {str(folder)!r} {why}")
     check_weights(folder)
     trainer_state(folder)
     if (folder / STATE).exists():
         check_step(folder, described_state(folder))
 
 
-def _is_usable(folder: Path, output_dir: Path) -> bool:
+def _is_usable(folder: Path, output_dir: Path, kind: str) -> bool:
     """Return whether a checkpoint in output_dir is sound and of the run owning the folder."""
     try:
-        _check_exportable(folder)
+        _check_exportable(folder, kind)
     except StoreError as error:
         _log.warning("%s is ignored: %s", folder, error)
         return False

@@ -1,4 +1,4 @@
-"""Checkpoint contents beside the state: adapter weights and Adam moments."""
+"""Checkpoint contents beside the state: weights, an adapter's or all, and Adam moments."""
 
 from __future__ import annotations
 
@@ -179,10 +179,45 @@ def load_adapter(model: Any, checkpoint: Path) -> None:  # noqa: ANN401 - a Peft
         raise _unfit(path, f"unexpected {answer.unexpected_keys[0]}")
 
 
-def _unfit(path: Path, why: str) -> BadInput:
+def load_weights(model: Any, checkpoint: Path) -> None:  # noqa: ANN401 - a PreTrainedModel
+    """Put a checkpoint's weights into a model: its adapter, or all of it where it has none.
+
+    Raises:
+        BadInput: they do not fit the model.
+    """
+    if (checkpoint / ADAPTER_CONFIG).is_file():
+        load_adapter(model, checkpoint)
+    else:
+        load_whole(model, checkpoint)
+
+
+def load_whole(model: Any, checkpoint: Path) -> None:  # noqa: ANN401 - a PreTrainedModel
+    """Put the weights of a checkpoint without an adapter into a model; a copy of them is read.
+
+    Raises:
+        BadInput: they do not fit the model.
+    """
+    import torch
+
+    # As the model's own class reads them: it may keep parameters otherwise than their files.
+    held, told = type(model).from_pretrained(
+        checkpoint, config=model.config, dtype=torch.float32, output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    for why in ("mismatched_keys", "missing_keys", "unexpected_keys"):
+        if odd := sorted(map(str, told.get(why) or ())):
+            kind = why.removesuffix("_keys")
+            raise _unfit(checkpoint, f"{kind} {odd[0]}", "finetuning_type, resize_vocab")
+    weights = dict(held.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+
+
+def _unfit(path: Path, why: str, keys: str = "lora_rank, lora_target") -> BadInput:
     return BadInput(
-        f"{path} does not fit the model: {why}. Set lora_rank, lora_target and "
-        "model_name_or_path as they were when it was trained, or name other checkpoints."
+        f"{path} does not fit the model: {why}. Set {keys} and model_name_or_path as they were "
+        "when it was trained, or name other checkpoints."
     )
 
 

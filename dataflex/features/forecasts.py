@@ -10,7 +10,6 @@ import torch
 
 from dataflex.data.rows import Rows
 from dataflex.features.embedders import STORED, Embedder
-from dataflex.features.gradients import projection_for
 from dataflex.features.settings import FeatureSettings
 from dataflex.models.precision import autocast
 from dataflex.run.context import RunContext
@@ -51,7 +50,7 @@ def gradient_forecasts(
         stored: whether the store keeps them.
         kept: how many of the passes it keeps at once; None keeps all.
     """
-    projection = projection_for(run.model, settings)
+    projection = GradientSpace.of(run.model, settings).projection
     adam = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad])
     moments = AdamMoments.from_optimizer(adam, run.model)
     budget = settings.tokens_per_batch or token_budget(run.model)

@@ -11,8 +11,6 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from gradkernels import ProjectionSpec
-
 from dataflex.data.rows import Rows
 from dataflex.features.fields import space_fields
 from dataflex.features.loaded_from import loaded_from
@@ -21,6 +19,7 @@ from dataflex.features.shared import Compute, export_shared, keep_text
 from dataflex.features.step_share import features_again, train_features
 from dataflex.features.store_owner import check_owner
 from dataflex.models.passes import longest_row
+from dataflex.models.precision import autocast
 from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows
 from gradstore.capture.limits import token_budget
@@ -29,6 +28,7 @@ from gradstore.export.combined import WeightedSums, compute_combined_unit
 from gradstore.export.features import FeatureSpec, Recipe
 from gradstore.export.gradient_space import GradientSpace
 from gradstore.export.kronecker import KroneckerFactors
+from gradstore.export.memory import check_memory
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
 from gradstore.export.units import Batches, UnitFeatures
@@ -46,19 +46,8 @@ from gradstore.store.ownership import check_step
 from gradstore.store.writer import StoreWriter
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from dataflex.features.target_source import TargetFeatures
     from gradstore.store.reader import Store
-
-
-def projection_for(model: nn.Module, settings: FeatureSettings) -> ProjectionSpec:
-    """Return the projection of a model's gradients, with the base seed.
-
-    Raises:
-        BadInput: the model has more than one active adapter, or nothing to train.
-    """
-    return GradientSpace.of(model, settings).projection
 
 
 class FeatureService:
@@ -86,12 +75,14 @@ class FeatureService:
         Raises:
             ProvenanceMismatch: the store holds features that can't be compared with this run's.
             StoreBusy: another process writes to it.
-            BadInput: the model has more than one active adapter, or nothing to train.
+            BadInput: the model has more than one active adapter, or nothing to train, or the
+                gradients of its whole weights take more memory than is free.
         """
         self.run = run
         self.settings = settings
         self._worker = worker
         self.space = GradientSpace.of(run.model, settings)
+        run.ranks.decide(self._check_memory)
         self._writer: StoreWriter | None = None
         if opens:
             self.open()
@@ -282,6 +273,13 @@ class FeatureService:
             )
         )
         return found.to(next(run.model.parameters()).device)
+
+    def _check_memory(self) -> None:
+        """Say what gradients of whole weights take; refuse what does not fit."""
+        run, settings = self.run, self.settings
+        with autocast(run.model, run.autocast):
+            check_memory(run.model, self._batches(run.data.train), settings.train_features,
+                         settings.proj_dim)  # fmt: skip
 
     def _batches(self, rows: Rows) -> Batches:
         budget = self.settings.tokens_per_batch or token_budget(self.run.model)

@@ -39,6 +39,8 @@ KEPT = (
     # the adapter, where the run starts from a fresh one
     "finetuning_type", "lora_rank", "lora_alpha", "lora_dropout", "lora_target",
     "additional_target", "use_rslora", "use_dora", "pissa_init", "seed",
+    # or the layers that are trained instead
+    "freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules",
     # the rows
     "stage", "template", "dataset", "dataset_dir", "media_dir", "cutoff_len", "train_on_prompt",
     "mask_history", "default_system", "tool_format", "enable_thinking",
@@ -83,6 +85,11 @@ def loading_arguments(
         BadInput: the base model is not known, or not where it was.
     """
     recorded = _recorded(train).get("arguments", {})
+    if (kind := recorded.get("finetuning_type", "lora")) != "lora":
+        raise BadInput(
+            f"{train.name} is of a run with finetuning_type {kind}, and questions are asked of "
+            "models with a LoRA adapter. dataflex-cli gradstore score and query need no model."
+        )
     rows = train.provenance.get("rows")
     known: dict[str, Any] = {
         "stage": train.provenance.get("stage", "sft"),

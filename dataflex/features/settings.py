@@ -20,6 +20,9 @@ class FeatureSettings(GradientSettings):
             (the whole step, as published), sgd, sign.
         adam_eps_mode: eps inside the square root (published) or outside.
         bias_correction: correct the moments for their start at zero: divide by 1 - beta ** (t + 1).
+        gradient_modules: of a model trained without LoRA (finetuning_type full or freeze), linear
+            takes the gradients of its linear layers; all takes embeddings, the output layer and
+            norms as well: docs/full-parameters.md.
         proj_method: sjlt, rademacher or gaussian.
         proj_dim: projected dimensions d.
         sjlt_s: non-zeros per parameter of sjlt, at most proj_dim.

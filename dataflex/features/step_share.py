@@ -61,7 +61,7 @@ def train_features(
                           longest_row(run.model, rows))  # fmt: skip
         left = None if store is None else store().without_forgotten(rows.row_set, of="")
         drawn = batches.sample(settings.seed, None if left is None else left.forgotten)
-        return replace(features, share=expected_share(run.model, drawn, step))
+        return replace(features, share=expected_share(run.model, drawn, step, features.modules))
 
     found = run.ranks.decide(estimate)
     assert found.share is not None

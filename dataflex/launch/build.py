@@ -11,13 +11,14 @@ from pathlib import Path
 from dataflex.bridge import running
 from dataflex.checkpoints.folders import find_checkpoints, mean_learning_rate
 from dataflex.checkpoints.state import STATE, described_state, trainer_state
-from dataflex.checkpoints.weights import check_moments, checkpoint_moments, load_adapter
+from dataflex.checkpoints.weights import check_moments, checkpoint_moments, load_weights
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData, check_rows
 from dataflex.features.engines import run_on_ray
 from dataflex.features.gradients import FeatureService
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.store_owner import built_by
+from dataflex.launch.at_checkpoint import load_at
 from dataflex.launch.dry_run import build_forecast, context_of
 from dataflex.launch.losses import Reader, loss_difference
 from dataflex.launch.preflight import check_gradients
@@ -55,8 +56,9 @@ def build(
     """Write one train generation and one generation per target set for every checkpoint.
 
     Checkpoints: `gradstore_checkpoints`, else `resume_from_checkpoint`, else every
-    `output_dir/checkpoint-*` with an adapter. Features that need no optimizer can also be built
-    without any, at the adapter the configuration starts from (step 0).
+    `output_dir/checkpoint-*` with an adapter, or with a whole model where the run trains that.
+    Features that need no optimizer can also be built without any, at the weights the configuration
+    starts from (step 0).
 
     Args:
         config: as `configuration.read` read it.
@@ -78,8 +80,9 @@ def build(
     if not folders and settings.train_features.needs_moments:
         raise BadInput(
             f"gradient_type {settings.gradient_type} needs Adam moments, but "
-            f"{str(config.output_dir)!r} has no checkpoint-<step> with an adapter. Train first, "
-            "name gradstore_checkpoints, or set component_params.gradient_type: sgd or sign."
+            f"{str(config.output_dir)!r} has no checkpoint-<step> of finetuning_type "
+            f"{config.known.finetuning_type}. Train first, name gradstore_checkpoints, or set "
+            "component_params.gradient_type: sgd or sign."
         )
     if settings.train_features.needs_moments:
         for checkpoint in folders:
@@ -107,7 +110,7 @@ def _loaded(
         check_rows(data, needs_targets=True, subtask_sizes=config.dataflex.target_subtasks)
 
     device = 0 if worker is None else worker.number - 1
-    loaded = running.load_run(config, folders[0] if folders else None, check_data, device)
+    loaded = load_at(config, folders[0] if folders else None, check_data, device)
     check_vocabulary(loaded.model, loaded.data)
     return loaded
 
@@ -155,8 +158,8 @@ def _export_checkpoints(service: FeatureService, folders: Sequence[Path]) -> Ite
     for number, folder in enumerate(folders or (None,)):
         moments, rate = None, 0.0
         if folder is not None:
-            if number > 0:  # the first one's adapter was loaded with the model
-                load_adapter(run.model, folder)
+            if number > 0:  # the first one's weights were loaded with the model
+                load_weights(run.model, folder)
             previous, step = step, trainer_state(folder).global_step
             rate = mean_learning_rate(folder, previous, step)
             if features.needs_moments:

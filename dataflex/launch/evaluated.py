@@ -29,7 +29,7 @@ from dataflex.launch.known_rows import (
     read_truth,
 )
 from dataflex.launch.patched import checkpoint_of, patch
-from dataflex.launch.preflight import check_gradients
+from dataflex.launch.preflight import OF_LORA, check_gradients
 from dataflex.launch.retraining import Floats, Retrainer, queries_of, store_differs
 from gradstore.cli.options import print_json, print_table
 from gradstore.errors import BadInput, expect, expect_whole
@@ -128,7 +128,7 @@ def evaluate(config: RunConfig, asked: Evaluation) -> None:
         DamagedData: of store or bank.
         StoreIOError: of store or bank.
     """
-    check_gradients(config, "gradstore eval")
+    check_gradients(config, "gradstore eval", lora_alone=OF_LORA)
     with on_stderr(), contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
         found, retrainings = _judged(config, asked)
     name = str(asked.scores or f"influence of {asked.store}")

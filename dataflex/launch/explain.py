@@ -141,7 +141,7 @@ class Explainer:
             if number > 0 and folder is not None:
                 load_adapter(loaded.model, folder)
             self._states.append({n: p.detach().clone() for n, p in self._trained.items()})
-            found = adapter_hash(loaded.model, self._slots)
+            found = adapter_hash(loaded.model, trained)
             if found != train.record.adapter_hash:
                 field = f"adapter_hash of {train.name}"
                 differences.append(Difference(field, train.record.adapter_hash, found))

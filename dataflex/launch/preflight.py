@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 
 from dataflex.config.keys import DataFlexConfig, RunConfig
 from dataflex.config.presets import Component
@@ -12,7 +14,7 @@ from dataflex.mixers.base import Mixer
 from dataflex.mixers.faults import domain_faults, rule_faults
 from dataflex.pipelines.pipeline import Pipeline, build_strategy
 from dataflex.run.schedule import Schedule
-from dataflex.run.strategy import FSDP, Strategy
+from dataflex.run.strategy import FSDP, ZERO3, Strategy
 from gradstore.errors import BadInput
 
 _log = logging.getLogger(__name__)
@@ -26,6 +28,12 @@ ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_
 
 #: LlamaFactory's switches for optimizers that beat `optim`.
 OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+
+#: Values of `finetuning_type` that train the model's own weights.
+WHOLE = ("full", "freeze")
+
+#: The end of a sentence about what works with an adapter.
+OF_LORA = Strategy.lora_alone
 
 #: Values of `optim` whose arithmetic a replay repeats.
 REPLAYED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
@@ -138,21 +146,24 @@ def _component(config: RunConfig) -> Component:
     return config.component(ours.train_type, ours.component_name, ours.component_params)
 
 
-def check_gradients(config: RunConfig, who: str = "gradstore build") -> None:
+def check_gradients(
+    config: RunConfig, who: str = "gradstore build", *, lora_alone: str = ""
+) -> None:
     """Check what gradients of single rows need of a configuration, training or not.
 
     Args:
         config: as it was read.
         who: the command that takes them.
+        lora_alone: as `Strategy.lora_alone`.
     """
-    if faults := _gradient_faults(config, who):
+    if faults := _gradient_faults(config, who, lora_alone):
         raise BadInput("\n".join(faults))
 
 
 def check_replay(config: RunConfig) -> None:
     """Check what a replay needs of a configuration, as far as its keys say it."""
     known, who = config.known, "gradstore replay"
-    faults = _gradient_faults(config, who) + loss_faults(known, who, {Reader.REPLAY})
+    faults = _gradient_faults(config, who, OF_LORA) + loss_faults(known, who, {Reader.REPLAY})
     if known.stage != "sft":
         faults.append(f"stage is {config.shown('stage')}, but {who} follows stage: sft.")
     if known.optim not in REPLAYED_OPTIMIZERS:
@@ -168,10 +179,10 @@ def check_replay(config: RunConfig) -> None:
         raise BadInput("\n".join(faults))
 
 
-def _gradient_faults(config: RunConfig, who: str) -> list[str]:
+def _gradient_faults(config: RunConfig, who: str, lora_alone: str) -> list[str]:
     streaming = [f"streaming is on, but {who} numbers rows: set streaming: false."]
     return [*(streaming if config.known.streaming else []), *_single_row_faults(config, who),
-            *_lora_faults(config, who), *_target_faults(config, who)]  # fmt: skip
+            *_trained_faults(config, who, lora_alone), *_target_faults(config, who)]  # fmt: skip
 
 
 def _trainer_faults(config: RunConfig) -> list[str]:
@@ -213,7 +224,7 @@ def _component_faults(config: RunConfig, component: Component, strategy: Strateg
     if strategy.needs_single_rows:
         faults += _single_row_faults(config, name)
     if strategy.needs_lora:
-        faults += _lora_faults(config, name)
+        faults += _trained_faults(config, name, strategy.lora_alone)
     if strategy.needs_targets:
         faults += _target_faults(config, name)
     if config.known.fsdp and FSDP in strategy.whole_model:
@@ -221,6 +232,12 @@ def _component_faults(config: RunConfig, component: Component, strategy: Strateg
             f"fsdp is {config.known.fsdp!r}, but {name} makes passes of its own over the model in "
             "training, which cannot be made while its parameters are sharded: remove fsdp (DDP "
             "works)."
+        )
+    if ZERO3 in strategy.whole_model and (stage := zero_stage(config.known.deepspeed)) == 3:
+        faults.append(
+            f"deepspeed is {config.shown('deepspeed')}, of ZeRO stage {stage}, but {name} makes "
+            "passes of its own over the model in training, which cannot be made while its "
+            "parameters are sharded: remove deepspeed (DDP works)."
         )
     return faults + loss_faults(config.known, name, readers_of(strategy))
 
@@ -237,17 +254,41 @@ def _single_row_faults(config: RunConfig, who: str) -> list[str]:
     return faults
 
 
-def _lora_faults(config: RunConfig, who: str) -> list[str]:
-    kind = config.known.finetuning_type
-    if kind != "lora":
+def _trained_faults(config: RunConfig, who: str, lora_alone: str) -> list[str]:
+    """List what keeps the gradients of what is trained from being taken row by row."""
+    kind, known = config.known.finetuning_type, config.known
+    if kind == "lora":
+        count = len(known.adapter_name_or_path)
+        return [f"adapter_name_or_path names {count} adapters; {who} needs at most one."] * (
+            count > 1
+        )
+    if lora_alone or kind not in WHOLE:
+        why = lora_alone or "takes gradients of LoRA matrices and of whole weights"
+        kinds = "lora" if lora_alone else ", ".join(("lora", *WHOLE))
         return [
-            f"finetuning_type is {config.shown('finetuning_type')}, but {who} works on "
-            "per-sample LoRA gradients: supported is finetuning_type: lora (with stage sft or pt)."
+            f"finetuning_type is {config.shown('finetuning_type')}, but {who} {why}: supported is "
+            f"finetuning_type: {kinds} (with stage sft or pt)."
         ]
-    adapters = config.known.adapter_name_or_path
-    if len(adapters) > 1:
-        return [f"adapter_name_or_path names {len(adapters)} adapters; {who} needs at most one."]
+    if known.quantization_bit is not None:
+        return [
+            f"quantization_bit is {config.shown('quantization_bit')}, but the weights that "
+            f"finetuning_type: {kind} trains, of which {who} takes the gradients, cannot be "
+            "quantised: remove quantization_bit, or set finetuning_type: lora."
+        ]
     return []
+
+
+def zero_stage(deepspeed: object) -> int | None:
+    """Return the ZeRO stage of LlamaFactory's `deepspeed`, a file or a mapping; None if unknown."""
+    content = deepspeed
+    if isinstance(deepspeed, str):
+        try:
+            content = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # LlamaFactory refuses it
+            return None
+    zero = content.get("zero_optimization") if isinstance(content, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    return stage if isinstance(stage, int) else None
 
 
 def _optimizer_faults(config: RunConfig, who: str, without: str) -> list[str]:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataflex.bridge import running
 from dataflex.bridge.quiet import on_stderr
 from dataflex.checkpoints.folders import find_checkpoints
 from dataflex.checkpoints.state import trainer_state
-from dataflex.checkpoints.weights import checkpoint_moments, load_adapter
+from dataflex.checkpoints.weights import checkpoint_moments, load_weights
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import Rows, RunData, check_rows
 from dataflex.features.gradients import FeatureService
+from dataflex.launch.at_checkpoint import load_at
 from dataflex.launch.build import feature_settings, step_at
 from dataflex.launch.dry_run import context_of
 from dataflex.launch.preflight import check_gradients
@@ -134,10 +134,10 @@ class _Session:
         return self._service
 
     def load(self, folder: Path | None) -> None:
-        """Load a checkpoint's adapter, at first with the model and the rows."""
+        """Load a checkpoint's weights, at first with the model and the rows."""
         if self._service is not None:
             if folder is not None:
-                load_adapter(self.service.run.model, folder)
+                load_weights(self.service.run.model, folder)
             return
 
         def check_data(data: RunData, *_: object) -> None:
@@ -145,7 +145,7 @@ class _Session:
             check_rows(data, needs_targets=False, subtask_sizes=sizes)
 
         settings = feature_settings(self._config)
-        loaded = running.load_run(self._config, folder, check_data)
+        loaded = load_at(self._config, folder, check_data)
         run = context_of(self._config, loaded, run_id="repair")
         if settings.train_features.needs_share and folder is not None:
             run = replace(run, step=step_at(folder, run.step))

@@ -43,8 +43,11 @@ class Strategy:
     required: ClassVar[str] = ""
     #: Works on rows one by one: packing and streaming are refused. May depend on the parameters.
     needs_single_rows: bool = True
-    #: Takes LoRA gradients.
+    #: Takes gradients of single rows, those of LoRA matrices at least.
     needs_lora: bool = False
+    #: Why it takes no others, as the end of a sentence; "" where it takes those of whole weights
+    #: (finetuning_type full or freeze) as well. May depend on the parameters.
+    lora_alone: str = "works on per-sample LoRA gradients"
     #: Needs target rows (`target_dataset`, `eval_dataset` or `val_size`).
     needs_targets: bool = False
     #: Reads the optimizer's Adam moments; may depend on the parameters.

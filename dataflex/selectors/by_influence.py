@@ -16,15 +16,15 @@ from annotated_types import Ge
 
 from dataflex.config.parameters import Count
 from dataflex.data.rows import Rows, RunData
-from dataflex.features.settings import CurvedSettings, FeatureSettings
+from dataflex.features.settings import FeatureSettings
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.log import progress
 from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, Selector
 from dataflex.selectors.directly import select_directly
-from dataflex.selectors.product import check_product, curvature_of, product_of, product_told
-from dataflex.selectors.rerank import rank_again, rerank_of
+from dataflex.selectors.product import check_product, in_metric, product_of, product_told
+from dataflex.selectors.rerank import lora_alone, rank_again, rerank_of
 from dataflex.selectors.subset_rule import SubsetRule
 
 if TYPE_CHECKING:
@@ -92,15 +92,14 @@ class InfluenceSelector(Selector):
         rerank: Mapping[str, Any] | None = None,
         **features: Annotated[Any, FeatureSettings],  # noqa: ANN401 - those of that class
     ) -> None:
-        self.settings = FeatureSettings(**features)
-        if (rule := curvature_of(preconditioner, damping)) is not None:
-            self.settings = CurvedSettings(**features, rule=rule)
+        self.settings = in_metric(preconditioner, damping, features)
         self.gradient_features = self.settings
         self.product = product_of(
             normalize, preconditioner, damping,
             scoring=scoring, gradient_type=self.settings.gradient_type,
         )  # fmt: skip
         self.rerank = rerank_of(rerank, scoring=scoring, preconditioner=preconditioner)
+        self.lora_alone = lora_alone(scoring, self.settings, self.rerank)
         if scoring == "direct" and checkpoints != "last":
             raise ValueError(
                 f"checkpoints is {checkpoints!r}, but scoring: direct keeps no features of earlier "

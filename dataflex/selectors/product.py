@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from dataflex.data.rows import RunData
+from dataflex.features.settings import CurvedSettings, FeatureSettings
 from gradstore.errors import BadInput
 from gradstore.export.kronecker import DAMPING, CurvatureRule, Kind
 from gradstore.scoring.products import InnerProduct, Normalize
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
 
 #: Preconditioners of stored features, when they are scored, and of gradients, when they are taken.
 AnyPreconditioner = Literal["none", "fisher", "subspace", "kfac", "ekfac"]
+
+
+def in_metric(
+    preconditioner: AnyPreconditioner, damping: float | None, given: Mapping[str, Any]
+) -> FeatureSettings:
+    """Return the settings of gradient features, with the metric that they are put into if any.
+
+    Args:
+        preconditioner: of the selector.
+        damping: of the selector.
+        given: a user's parameters of `FeatureSettings`.
+    """
+    rule = curvature_of(preconditioner, damping)
+    return FeatureSettings(**given) if rule is None else CurvedSettings(**given, rule=rule)
 
 
 def curvature_of(preconditioner: AnyPreconditioner, damping: float | None) -> CurvatureRule | None:

@@ -176,6 +176,27 @@ def rerank_of(
     return found
 
 
+def lora_alone(scoring: str, settings: FeatureSettings, rerank: Rerank | None) -> str:
+    """Say why a selector's gradients can be those of LoRA alone; "" where they can be any.
+
+    Args:
+        scoring: projected or direct.
+        settings: of the features.
+        rerank: the second ranking, if any.
+    """
+    whole = "several gradients as long as the model in memory: supported are LoRA gradients"
+    if scoring == "direct":
+        return f"keeps with scoring: direct {whole}"
+    if rerank is not None:
+        return f"keeps with rerank {whole}"
+    if settings.curvature is not None:
+        return (
+            f"fits with preconditioner: {settings.curvature.kind} factors of matrices, which are "
+            "small for LoRA gradients alone"
+        )
+    return ""
+
+
 def check_alone(rerank: Rerank | None, rule: str) -> None:
     """Refuse a second ranking beside a rule that does not take the best rows of a ranking.
 

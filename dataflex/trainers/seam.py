@@ -124,9 +124,11 @@ class Seam(SealedCheckpoints):
     def save_state_beside(self, checkpoint: Path) -> None:
         """Write `dataflex/state.json` of the current step into a checkpoint folder.
 
-        Adam moments by name go beside it: `gradstore build` then needs no optimizer.pt.
+        Adam moments by name go beside it: `gradstore build` then needs no optimizer.pt. Those of a
+        whole model, twice as large as itself, stay in that file alone.
         """
-        if self.run.strategy.needs_lora and keeps_moments(self.optimizer):
+        is_lora = self.run.config.known.finetuning_type == "lora"
+        if is_lora and self.run.strategy.needs_lora and keeps_moments(self.optimizer):
             from gradstore.export.moments import AdamMoments
 
             moments = AdamMoments.from_optimizer(self.optimizer, self.model)

@@ -42,15 +42,22 @@ def check_adapters(model: nn.Module) -> None:
         )
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Return whether a model trains an adapter: one of peft's, or LoRA matrices made otherwise."""
+    return hasattr(model, "peft_config") or any(
+        parameter.requires_grad and not set(_ADAPTER_PARTS).isdisjoint(name.split("."))
+        for name, parameter in model.named_parameters()
+    )
+
+
 def check_frozen(model: nn.Module) -> None:
-    """Raise BadInput where a model has no frozen part: gradients of whole models are not stored."""
+    """Raise BadInput where a model trains all that its adapter is to stand for."""
     parameters = list(model.parameters())
-    if parameters and all(parameter.requires_grad for parameter in parameters):
+    if has_adapter(model) and all(parameter.requires_grad for parameter in parameters):
         count = sum(parameter.numel() for parameter in parameters)
         raise BadInput(
-            f"the model has no adapter: all of its {count:,} parameters are trained, and their "
-            "gradients are too large to take of each row. Add a LoRA adapter "
-            "(peft.get_peft_model), or freeze the rest."
+            f"the model has an adapter, and all of its {count:,} parameters are trained: freeze "
+            "those beside the adapter, or take the model without one"
         )
 
 

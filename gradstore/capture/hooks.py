@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from gradstore.capture.losses import Targets
 from gradstore.capture.slots import ParameterSlot
 
-#: Takes a slot and its gradient block (b, numel), float32, row-major; the block is the sink's.
+#: Takes a slot and its gradient block (b, numel), float32, row-major; the block is the sink's. Of
+#: whole weights the slot is a part of a parameter's, some of its rows (`gradstore.capture.dense`).
 Sink = Callable[[ParameterSlot, Tensor], None]
 #: Takes a weight's slot and what its gradient is made of in one call of its module: the inputs
 #: (b, t, in) and the gradient of the outputs (b, t, out), in the dtypes they came in.
@@ -88,7 +89,7 @@ class HookedPass:
         if watched.weight is not None and watched.weight in self._wanted:
             if self._tap is not None:
                 self._tap(watched.weight, x, gradient)
-            self._deliver(watched.weight, _row_products(gradient, x))
+            self._deliver(watched.weight, outer_sums(gradient, x))
         if watched.bias is not None and watched.bias in self._wanted:
             self._deliver(watched.bias, gradient.sum(1, dtype=torch.float32))
 
@@ -123,7 +124,7 @@ class HookedPass:
         self._ignored = None
 
 
-def _row_products(gradient: Tensor, x: Tensor) -> Tensor:
+def outer_sums(gradient: Tensor, x: Tensor) -> Tensor:
     """Multiply gᵀx row by row: (b, t, out), (b, t, in) -> (b, out * in) float32."""
     left = gradient.transpose(1, 2)
     if gradient.dtype == torch.float32 == x.dtype:

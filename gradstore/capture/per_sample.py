@@ -4,7 +4,8 @@ All parameters are frozen, so autograd computes no weight gradients of its own. 
 each LoRA matrix keeps its input x (b, t, in) and watches its output's gradient g (b, t, out); the
 rows' gradients are then the batched product gᵀx (b, out, in). That is the whole cost: everything
 else is the plain forward and backward. Trainable parameters that are not LoRA matrices go through
-`gradstore.capture.fallback`.
+`gradstore.capture.fallback`. A model without an adapter is watched at all its layers, and its
+blocks come in parts: `gradstore.capture.dense`.
 
 Letters: b batch, t tokens, p gradient length.
 """
@@ -16,20 +17,33 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from gradstore.capture.adapters import check_adapters, watched_linears
+from gradstore.capture.adapters import check_adapters, has_adapter, watched_linears
+from gradstore.capture.chosen import Modules, taken_slots
+from gradstore.capture.dense import (
+    DensePass,
+    WatchedModule,
+    part_elements,
+    watched_modules,
+    zero_parts,
+)
 from gradstore.capture.fallback import RowwiseGradients
 from gradstore.capture.hooks import HookedModule, HookedPass, Sink, Tap
 from gradstore.capture.losses import BatchStats, RowLoss, Targets, target_losses
 from gradstore.capture.modelstate import borrowed, without_autocast
-from gradstore.capture.slots import ParameterSlot, trainable_slots, unwrap
-from gradstore.errors import BadInput
+from gradstore.capture.slots import ParameterSlot, unwrap
 
 _log = logging.getLogger(__name__)
+
+
+#: Numbers of gradients (b, numel) that one further pass makes, of parameters of a model without an
+#: adapter that no hook covers; a single parameter may have more.
+FALLBACK_ELEMENTS = 1 << 26
 
 
 class GradientCapture:
@@ -39,39 +53,49 @@ class GradientCapture:
     exception, it is as it was.
 
     Args:
-        model: a causal language model with LoRA adapters (or other trainable parameters), possibly
-            inside DDP or torch.compile.
+        model: a causal language model, possibly inside DDP or torch.compile; with LoRA adapters,
+            or with any parameters that require grad.
+        modules: linear | all, which of these are taken of a model without an adapter
+            (`gradstore.capture.chosen`).
+        elements: numbers of a part of whole weights' gradients; None goes by the device.
 
     Attributes:
         slots: the layout of the flat gradient.
         p: its length.
+        dense: the model has no adapter, and a sink gets parts of slots.
+        left_out: names of parameters that require grad and are not taken.
 
     Raises:
-        BadInput: nothing is trainable, or several adapters are active, or the adapter is merged
-            into its base layer or disabled.
+        BadInput: nothing is trainable, or nothing of it is taken, or several adapters are active,
+            or the adapter is merged into its base layer or disabled.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, modules: Modules = "all", *, elements: int | None = None
+    ) -> None:
         self._model = unwrap(model)
-        self._parameters = trainable_slots(self._model)
+        self._parameters, self.left_out = taken_slots(self._model, modules)
         self.slots: tuple[ParameterSlot, ...] = tuple(self._parameters)
         self.p = sum(slot.numel for slot in self.slots)
-        if not self.slots:
-            raise BadInput(
-                "no parameter of the model requires grad: there is no gradient to take; "
-                "add an adapter, or set requires_grad"
-            )
         check_adapters(self._model)
-        self._watched = watched_linears(self._model, self._parameters)
-        self._hooked = {slot for watched in self._watched for slot in watched.slots}
+        self.dense = not has_adapter(self._model)
+        self._watched: list[HookedModule] | list[WatchedModule]
+        if self.dense:
+            whole = self._watched = watched_modules(self._model, self._parameters)
+            self._hooked = {slot for each in whole for slot in each.slots.values()}
+        else:
+            matrices = self._watched = watched_linears(self._model, self._parameters)
+            self._hooked = {slot for each in matrices for slot in each.slots}
+        device = next(iter(self._parameters.values())).device
+        self._elements = part_elements(device) if elements is None else elements
         self._loss = RowLoss(self._model)
         self._rowwise = RowwiseGradients(self._model, self._loss)
-        self._pass: HookedPass | None = None
+        self._pass: HookedPass | DensePass | None = None
         self._stack: ExitStack | None = None
         self._log_fallback(set(self.slots) - self._hooked)
 
     def __enter__(self) -> Self:
-        """Freeze the model and hook its LoRA matrices."""
+        """Freeze the model and hook what is watched."""
         if self._stack is not None:
             raise RuntimeError("this GradientCapture is already entered")
         with ExitStack() as stack:
@@ -98,6 +122,9 @@ class GradientCapture:
     ) -> BatchStats:
         """Pass every slot's gradient block to `sink`, once each, in no particular order.
 
+        Of a `dense` model a slot comes in parts, each once; they are cut otherwise for another
+        number of rows.
+
         Args:
             batch: inputs (b, t) of the model and `labels` (b, t), right-padded, one sample a row.
             sink: called inside the backward, as soon as a block exists.
@@ -114,22 +141,61 @@ class GradientCapture:
         losses: Tensor | None = None
         if len(targets.rows) == 0:
             for slot, parameter in self._parameters.items():
-                sink(slot, torch.zeros(targets.grid[0], slot.numel, device=parameter.device))
+                self._zeros(slot, targets.grid[0], parameter.device, sink)
             losses = targets.row_means(torch.zeros(0, device=targets.counts.device))
         else:
             if self._hooked:
                 losses = self._capture_hooked(batch, targets, sink, tap)
             rest = [slot for slot in self.slots if slot not in self._hooked]
-            if rest:
-                losses = self._capture_rest(rest, batch, targets, sink)
+            for some in self._passes(rest, targets.grid[0]):
+                losses = self._capture_rest(some, batch, targets, sink)
         assert losses is not None  # there is at least one slot
         return BatchStats(losses, targets.counts)
+
+    def kept_bytes(self, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Measure what one forward keeps for its backward, activations and logits' gradient.
+
+        Args:
+            batch: as for `capture`, with a target token.
+
+        Returns:
+            Bytes of everything, and of the largest tensor.
+        """
+        weights = {p.untyped_storage().data_ptr() for p in self._model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return x.detach()
+
+        def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                keep(args[0])
+
+        targets = Targets.of(batch)
+        with torch.no_grad():
+            self._loss(batch, targets)  # the first may take two forwards
+        self._pass = self._new_pass(targets, lambda *_: None)
+        try:
+            with ExitStack() as stack:
+                for watched in self._watched:
+                    hook = watched.module.register_forward_pre_hook(note)
+                    stack.callback(hook.remove)
+                stack.enter_context(torch.enable_grad())
+                stack.enter_context(saved_tensors_hooks(keep, lambda x: x))
+                graph = self._loss(batch, targets)
+        finally:
+            self._pass = None
+        del graph
+        return sum(kept.values()), max(kept.values(), default=0)
 
     def _capture_hooked(
         self, batch: Mapping[str, Tensor], targets: Targets, sink: Sink, tap: Tap | None
     ) -> Tensor:
         """Run one forward and backward of the whole batch; return the rows' losses (b,)."""
-        self._pass = current = HookedPass(targets, sink, tap)
+        self._pass = current = self._new_pass(targets, sink, tap)
         try:
             with torch.enable_grad():
                 total, token_loss = self._loss(batch, targets)
@@ -146,6 +212,13 @@ class GradientCapture:
             self._pass = None
             current.close()
 
+    def _new_pass(
+        self, targets: Targets, sink: Sink, tap: Tap | None = None
+    ) -> HookedPass | DensePass:
+        if self.dense:
+            return DensePass(targets, sink, self._elements)
+        return HookedPass(targets, sink, tap)
+
     def _capture_rest(
         self, slots: list[ParameterSlot], batch: Mapping[str, Tensor], targets: Targets, sink: Sink
     ) -> Tensor:
@@ -155,19 +228,56 @@ class GradientCapture:
             sink(slot, block)
         return losses
 
+    def further_elements(self, rows: int) -> int:
+        """Count the numbers that a further pass over so many rows makes; 0 where there is none."""
+        rest = [slot for slot in self.slots if slot not in self._hooked]
+        return max((rows * sum(s.numel for s in some) for some in self._passes(rest, rows)),
+                   default=0)  # fmt: skip
+
+    def _passes(self, slots: list[ParameterSlot], rows: int) -> list[list[ParameterSlot]]:
+        """Group slots that no hook covers by what one pass may make of them."""
+        if not self.dense:
+            return [slots] if slots else []
+        groups: list[list[ParameterSlot]] = []
+        room = 0
+        for slot in slots:
+            if not groups or rows * slot.numel > room:
+                groups.append([])
+                room = FALLBACK_ELEMENTS
+            groups[-1].append(slot)
+            room -= rows * slot.numel
+        return groups
+
+    def _zeros(self, slot: ParameterSlot, rows: int, device: torch.device, sink: Sink) -> None:
+        if self.dense:
+            zero_parts(slot, rows, device, self._elements, sink)
+        else:
+            sink(slot, torch.zeros(rows, slot.numel, device=device))
+
     def _observe(
-        self, watched: HookedModule, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+        self,
+        watched: HookedModule | WatchedModule,
+        _module: nn.Module,
+        args: tuple[Tensor, ...],
+        output: Tensor,
     ) -> None:
-        if self._pass is not None and torch.is_grad_enabled():
+        if self._pass is None or not torch.is_grad_enabled():
+            return
+        if isinstance(watched, WatchedModule):
+            assert isinstance(self._pass, DensePass)
+            self._pass.watch(watched, args, output)
+        else:
+            assert isinstance(self._pass, HookedPass)
             self._pass.watch(watched, args[0], output)
 
     def _log_fallback(self, slots: set[ParameterSlot]) -> None:
         if slots:
             names = sorted(slot.name for slot in slots)
             _log.info(
-                "%d trainable parameters are not plain LoRA matrices (%s%s): their gradients take "
+                "%d trainable parameters are not plain %s (%s%s): their gradients take "
                 "a further pass, row by row where the model cannot be vectorised",
                 len(names),
+                "layers" if self.dense else "LoRA matrices",
                 ", ".join(names[:3]),
                 ", ..." if len(names) > 3 else "",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,7 +13,7 @@ from gradstore.errors import expect
 
 @dataclass(frozen=True)
 class ParameterSlot:
-    """One parameter's place in the flat gradient of length p.
+    """One parameter's place in the flat gradient of length p, or that of some of its rows.
 
     Attributes:
         name: the parameter's name, without the prefixes of DDP and torch.compile.
@@ -25,6 +26,24 @@ class ParameterSlot:
     shape: tuple[int, ...]
     start: int
     numel: int
+
+    @property
+    def width(self) -> int:
+        """Indices of one row, along the first dimension."""
+        return self.numel // self.shape[0] if self.shape and self.shape[0] else 1
+
+    def parts(self, rows: int) -> Iterator[ParameterSlot]:
+        """Cut the slot into parts of so many rows each, in order; the last may have fewer.
+
+        Examples:
+            >>> [part.start for part in ParameterSlot("w", (5, 3), 10, 15).parts(2)]
+            [10, 16, 22]
+        """
+        total = self.numel // self.width
+        for low in range(0, total, rows):
+            count = min(rows, total - low)
+            shape = (count, *self.shape[1:]) if self.shape else ()
+            yield ParameterSlot(self.name, shape, self.start + low * self.width, count * self.width)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -52,12 +71,19 @@ def parameter_name(name: str) -> str:
     return ".".join(parts)
 
 
-def trainable_slots(model: nn.Module) -> dict[ParameterSlot, nn.Parameter]:
-    """List the parameters that require grad, in `named_parameters()` order, tied ones once."""
+def trainable_slots(
+    model: nn.Module, without: Container[int] = ()
+) -> dict[ParameterSlot, nn.Parameter]:
+    """List the parameters that require grad, in `named_parameters()` order, tied ones once.
+
+    Args:
+        model: the model, outside of wrappers.
+        without: `id` of parameters that are left out.
+    """
     slots: dict[ParameterSlot, nn.Parameter] = {}
     start = 0
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in without:
             slot = ParameterSlot(
                 parameter_name(name), tuple(parameter.shape), start, parameter.numel()
             )

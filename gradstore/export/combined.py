@@ -86,7 +86,7 @@ def combined_gradients(
         Some rows and their features (r, p) float32, overwritten by the next ones.
     """
     device, rows = next(model.parameters()).device, sums.rows
-    with GradientCapture(model) as capture:
+    with GradientCapture(model, features.modules) as capture:
         feature_map = FeatureMap(features, capture.slots, None, device=device)
         size = max(1, min(DENSE_ROWS, len(rows), buffer_bytes // (4 * capture.p)))
         buffer = torch.empty((size, capture.p), device=device)

@@ -72,7 +72,7 @@ def target_directions(
         BadInput: a sub-task without a usable row, named by its position.
     """
     means, counts, each = [], [], []
-    with GradientCapture(model) as capture:
+    with GradientCapture(model, features.modules) as capture:
         feature_map = FeatureMap(features, capture.slots, None, device=_device(model))
         for number, batches in enumerate(subtasks):
             whole = (
@@ -170,7 +170,7 @@ def direct_products(
     matrix = directions.all
     q = len(matrix)
     found = np.full((n, q), np.nan, dtype=np.float32)
-    with GradientCapture(model) as capture:
+    with GradientCapture(model, features.modules) as capture:
         feature_map = FeatureMap(features, capture.slots, moments, device=_device(model))
         for rows, batch in batches:
             dots = torch.zeros((len(rows), q), dtype=torch.float64, device=_device(model))

@@ -24,6 +24,7 @@ from gradkernels import Feature, ProjectionSpec
 from gradkernels.features import VECTORS, FeatureKind
 from torch import Tensor
 
+from gradstore.capture.chosen import Modules
 from gradstore.capture.losses import Targets
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput, expect
@@ -51,6 +52,8 @@ class FeatureSpec:
         bias_correction: whether the moments are bias-corrected, at the optimizer's next step.
         share: what a step takes of a row's gradient, for `adam_share`.
         curvature: factors of the metric that gradients are put into, for `sgd`; None for none.
+        modules: linear | all, the trained parameters of a model without an adapter that gradients
+            are taken of (`gradstore.capture.chosen`); the slots of a space say which those are.
     """
 
     kind: Kind = "adam_marginal"
@@ -58,6 +61,7 @@ class FeatureSpec:
     bias_correction: bool = False
     share: StepShare | None = None
     curvature: KroneckerFactors | None = None
+    modules: Modules = "all"
 
     def __post_init__(self) -> None:
         """Raise BadInput unless the attributes are what they say.
@@ -65,7 +69,8 @@ class FeatureSpec:
         Raises:
             BadInput: a name is not one of those offered, or an attribute is of another type.
         """
-        for field, offered in (("kind", get_args(Kind)), ("adam_eps_mode", get_args(EpsMode))):
+        for field, names in (("kind", Kind), ("adam_eps_mode", EpsMode), ("modules", Modules)):
+            offered = get_args(names)
             if getattr(self, field) not in offered:
                 raise BadInput(f"{field} is {getattr(self, field)!r}; use " + " | ".join(offered))
         fits = isinstance(self.bias_correction, bool)
@@ -92,7 +97,7 @@ class FeatureSpec:
         return self.kind == "adam_share"
 
     def options(self) -> dict[str, Any]:
-        """Return the attributes as a record keeps them; the last two where there are any."""
+        """Return the attributes as a record keeps them; share and curvature where there are any."""
         found: dict[str, Any] = {
             "kind": self.kind,
             "adam_eps_mode": self.adam_eps_mode,
@@ -157,6 +162,7 @@ class FeatureMap:
         self.spec = spec
         self._device = torch.device(device)
         self._features: dict[str, Feature] = {}
+        self._starts = {slot.name: slot.start for slot in slots}
         if spec.needs_moments:
             if moments is None:
                 raise BadInput(
@@ -170,7 +176,7 @@ class FeatureMap:
         """Overwrite a block of gradients with features; non-finite values stay non-finite.
 
         Args:
-            slot: whose gradient it is.
+            slot: whose gradient it is; a parameter's, or a part of it, unless there is a curvature.
             grad: (b, numel) float32.
             tokens: (b,) target tokens of the rows, for features that need their shares.
 
@@ -192,8 +198,17 @@ class FeatureMap:
         """Return what a projection can do to a slot's gradients as it reads them.
 
         None of plain gradients, and of those that a curvature mixes: `apply_` alone does that.
+
+        Args:
+            slot: a parameter's, or a part of it.
         """
-        return _SIGN if self.spec.kind == "sign" else self._features.get(slot.name)
+        if self.spec.kind == "sign":
+            return _SIGN
+        feature = self._features.get(slot.name)
+        if feature is None or feature.length == slot.numel:
+            return feature
+        low = slot.start - self._starts[slot.name]
+        return feature.part(low, low + slot.numel)
 
     def factors(self, tokens: Tensor | None) -> Tensor | None:
         """Return what rows of so many target tokens are multiplied by before `of`: (b,) float32.

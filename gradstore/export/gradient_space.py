@@ -7,17 +7,19 @@ import hashlib
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from gradkernels import ProjectionSpec, canary
+from gradkernels.spec import MAX_P
 from torch import nn
 
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot, parameter_name
+from gradstore.errors import BadInput
 from gradstore.export.features import FeatureSpec, Recipe
 from gradstore.export.moments import AdamMoments
 from gradstore.export.settings import GradientSettings
@@ -37,24 +39,40 @@ class GradientSpace:
     """The gradient features of one model.
 
     Attributes:
-        slots: the trained parameters, in gradient order.
+        slots: the trained parameters whose gradients are taken, in gradient order.
         projection: with the base seed.
         dtype: of stored training rows.
+        left_out: names of trained parameters whose gradients are not taken; they change from step
+            to step, so that a state of the model is told by them as well.
     """
 
     slots: Sequence[ParameterSlot]
     projection: ProjectionSpec
     dtype: str
+    left_out: Sequence[str] = ()
 
     @classmethod
     def of(cls, model: nn.Module, settings: GradientSettings) -> Self:
         """Find what a model trains.
 
         Raises:
-            BadInput: the model has more than one active adapter, or nothing to train.
+            BadInput: the model has more than one active adapter, or nothing to train, or more
+                parameters than a projection numbers.
         """
-        with GradientCapture(model) as capture:
-            return cls(capture.slots, settings.projection(capture.p), settings.dtype)
+        with GradientCapture(model, settings.gradient_modules) as capture:
+            if capture.p > MAX_P:
+                raise BadInput(
+                    f"the gradient of {capture.p:,} parameters is longer than a projection takes, "
+                    f"{MAX_P:,}: train a LoRA adapter, or fewer layers (finetuning_type freeze)"
+                    + (", or set gradient_modules: linear." if not capture.left_out else ".")
+                )
+            projection = settings.projection(capture.p)
+            return cls(capture.slots, projection, settings.dtype, capture.left_out)
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of everything that the model trains."""
+        return [*(slot.name for slot in self.slots), *self.left_out]
 
     def fields(
         self,
@@ -74,7 +92,7 @@ class GradientSpace:
             stage: sft or pt.
             rows: settings that decide which tokens a row has.
         """
-        parameters, trained = named_parameters(model), {slot.name for slot in self.slots}
+        parameters, trained = named_parameters(model), set(self.trained)
         projection = self.projection
         return {
             "dim": projection.d,
@@ -126,7 +144,7 @@ class GradientSpace:
             step=name.step,
             set=name.set,
             run_id=run_id,
-            adapter_hash=adapter_hash(model, self.slots),
+            adapter_hash=adapter_hash(model, self.trained),
             optimizer_hash=moments.sha256() if moments is not None else None,
             effective_seed=recipe.projection.seed,
             autocast=autocast,
@@ -144,10 +162,10 @@ def attention_of(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "_attn_implementation", None))
 
 
-def adapter_hash(model: nn.Module, slots: Sequence[ParameterSlot]) -> str:
-    """Compute the sha256 of the trained parameters' names and values."""
-    trained = {slot.name for slot in slots}
-    return tensor_hash((n, p) for n, p in named_parameters(model).items() if n in trained)
+def adapter_hash(model: nn.Module, trained: Iterable[str]) -> str:
+    """Compute the sha256 of the trained parameters' names and values, in the model's order."""
+    names = set(trained)
+    return tensor_hash((n, p) for n, p in named_parameters(model).items() if n in names)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

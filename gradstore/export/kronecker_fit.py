@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gradstore.capture.losses import Targets
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
-from gradstore.errors import expect
+from gradstore.errors import BadInput, expect
 from gradstore.export.kronecker import BlockFactors, Kind, KroneckerFactors
 from gradstore.export.units import Batch, RowBatch
 
@@ -51,7 +51,7 @@ def fit_factors(
         most_bytes: memory of the factors on the model's device.
 
     Raises:
-        BadInput: another kind, or none of the rows has a target token.
+        BadInput: another kind, or none of the rows has a target token, or the model has no adapter.
     """
     expect(kind in get_args(Kind), "kind", kind, " or ".join(get_args(Kind)))
     device = next(model.parameters()).device
@@ -60,6 +60,11 @@ def fit_factors(
     rows = sum(int((Targets.of(batch).counts > 0).sum()) for batch in held)
     expect(rows > 0, "sampled training rows", rows, "rows with target tokens")
     with GradientCapture(model) as capture:
+        if capture.dense:
+            raise BadInput(
+                f"{kind} factors are fitted of LoRA matrices, and the model has no adapter: take "
+                "preconditioner none (or fisher or subspace, of stored features)"
+            )
         moments = _Moments(capture.slots, full_width(capture.slots, most_bytes), device)
         for batch in held:
             moments.start_batch(batch)

@@ -2,8 +2,9 @@
 
 The way of one batch: token ids (b, t) -> gradient blocks (b, p_block) from `GradientCapture` ->
 feature blocks from `FeatureMap` -> accumulated projection (b, d). The full (b, p) matrix exists
-only where a dense projection wants many rows at once (`buffer_bytes` bounds it). On a CUDA device
-the projection makes features, and their norms, as it reads gradients.
+only where a dense projection wants many rows at once (`buffer_bytes` bounds it), and not of models
+without an adapter for which that would be too much. On a CUDA device the projection makes features,
+and their norms, as it reads gradients.
 """
 
 from __future__ import annotations
@@ -71,11 +72,11 @@ def export_features(
     """
     recipe = Recipe(features, projection, moments)
     expect_whole(buffer_bytes, "buffer_bytes")
-    with GradientCapture(model) as capture:
+    with GradientCapture(model, features.modules) as capture:
         device = next(model.parameters()).device
         exporter = _Exporter(capture, device, recipe, buffer_bytes)
         pairs = _pairs(batches)
-        if projection.method == "sjlt":
+        if exporter.streams:
             yield from (exporter.streamed(rows, batch) for rows, batch in pairs)
         else:
             yield from exporter.gathered(pairs)
@@ -154,6 +155,9 @@ class _Exporter:
         # A curvature mixes parameters: no projection can do that as it reads them.
         self.fused = device.type in FUSED and recipe.features.curvature is None
         self.gather_rows = max(1, min(DENSE_ROWS, buffer_bytes // (4 * capture.p)))
+        # Whole weights' gradients come in parts, so that (b, p) need not fit into memory.
+        few = self.gather_rows < DENSE_ROWS and capture.dense
+        self.streams = projection.method == "sjlt" or few
 
     def streamed(self, rows: npt.NDArray[np.int64], batch: Batch) -> FeatureRows:
         """Project each block as it leaves the backward pass; nothing of size (b, p) is kept."""

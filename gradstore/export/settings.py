@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Interval, MinLen
 from gradkernels import ProjectionSpec
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from gradstore.capture.chosen import Modules
 from gradstore.errors import BadInput
 from gradstore.export.features import EpsMode, FeatureSpec, Kind
 from gradstore.export.kronecker import DAMPING, CurvatureRule
@@ -25,6 +26,8 @@ class GradientSettings:
         gradient_type: feature of a training row, see `gradstore.export.features`.
         adam_eps_mode: whether eps stands inside the root or outside.
         bias_correction: whether the moments are corrected for their start at zero.
+        gradient_modules: linear or all, the trained parameters of a model without an adapter whose
+            gradients are taken, see `gradstore.capture.chosen`.
         proj_method: sjlt, rademacher or gaussian.
         proj_dim: projected dimensions d.
         sjlt_s: non-zeros per parameter of sjlt.
@@ -41,6 +44,7 @@ class GradientSettings:
     gradient_type: Kind = "adam_marginal"
     adam_eps_mode: EpsMode = "inside"
     bias_correction: bool = False
+    gradient_modules: Modules = "linear"
     proj_method: Literal["sjlt", "rademacher", "gaussian"] = "sjlt"
     proj_dim: Annotated[int, Interval(ge=1, le=1 << 24)] = 8192
     sjlt_s: Annotated[int, Ge(1)] = 8
@@ -65,12 +69,14 @@ class GradientSettings:
     @property
     def train_features(self) -> FeatureSpec:
         """Specification of the feature computed from a training row's gradient."""
-        return FeatureSpec(self.gradient_type, self.adam_eps_mode, self.bias_correction)
+        return FeatureSpec(self.gradient_type, self.adam_eps_mode, self.bias_correction,
+                           modules=self.gradient_modules)  # fmt: skip
 
     @property
     def target_features(self) -> FeatureSpec:
         """Targets are plain gradients: `sgd`, or `sign` when the training rows are `sign`."""
-        return FeatureSpec("sign" if self.gradient_type == "sign" else "sgd")
+        kind: Kind = "sign" if self.gradient_type == "sign" else "sgd"
+        return FeatureSpec(kind, modules=self.gradient_modules)
 
 
 @dataclass(frozen=True)

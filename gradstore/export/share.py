@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gradstore.capture.chosen import Modules
 from gradstore.capture.losses import Targets
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
@@ -85,19 +86,26 @@ class StepShare:
         return self.clip * own / (own + others).clamp(min=1.0)  # no token, no share
 
 
-def expected_share(model: nn.Module, batches: Iterable[RowBatch], step: OptimizerStep) -> StepShare:
+def expected_share(
+    model: nn.Module,
+    batches: Iterable[RowBatch],
+    step: OptimizerStep,
+    modules: Modules = "all",
+) -> StepShare:
     """Estimate T and N from some training rows, at the model's present state.
 
     Args:
         model: whose gradients are taken, in eval mode.
         batches: S rows by lot, of those that training draws from (`Batches.sample`).
         step: of the run.
+        modules: as of the features (`FeatureSpec.modules`); the norm of the parameters that are
+            left out is not in N.
 
     Raises:
         BadInput: none of the rows has a target token.
     """
     counts, squares, rows = 0.0, 0.0, 0
-    with GradientCapture(model) as capture:
+    with GradientCapture(model, modules) as capture:
         total = torch.zeros(capture.p, device=next(model.parameters()).device)
         for _, batch in batches:
             tokens = Targets.of(batch).counts.float()

@@ -221,7 +221,7 @@ def contributions(
         BadInput: a batch of several rows, a row without a target token, or without a gradient that
             is finite and not zero; moments that are missing.
     """
-    with GradientCapture(model) as capture:
+    with GradientCapture(model, features.modules) as capture:
         a = _Side(capture, row, features, moments, "the training row")
         b = _Side(capture, query, query_features, moments, "the query")
         parameters = {

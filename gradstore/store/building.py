@@ -25,6 +25,7 @@ from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.export.features import FeatureMap, FeatureSpec
 from gradstore.export.gradient_space import GradientSpace, tokenizer_hash
 from gradstore.export.kronecker import KroneckerFactors
+from gradstore.export.memory import check_memory
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
 from gradstore.export.settings import BuildSettings
@@ -68,8 +69,9 @@ def build(
     The model, its gradients, hooks and every random state are left as they are.
 
     Args:
-        model: a causal language model with one LoRA adapter, on the device it shall run on. Inside
-            `torch.autocast` the passes are made under it.
+        model: a causal language model, on the device it shall run on, with one LoRA adapter or
+            with any parameters that require grad. Inside `torch.autocast` the passes are made
+            under it.
         tokenizer_or_collator: a tokenizer, for rows of `prompt` and `response`; or a collator, for
             rows it takes; or None for rows of `input_ids` and `labels`.
         train_rows: n rows; None for none.
@@ -80,7 +82,8 @@ def build(
         **settings: fields of `gradstore.BuildSettings`, as `gradient_type` and `proj_dim`.
 
     Raises:
-        BadInput: no adapter, moments missing, rows that can't be used, a process other than rank 0.
+        BadInput: nothing to train, moments missing, rows that can't be used, too little memory, a
+            process other than rank 0.
         ProvenanceMismatch: the store's features come of another model, tokenizer, projection, run
             or of other rows; lists the differences.
         StoreBusy: another process writes to the store.
@@ -100,7 +103,10 @@ def build(
     for rows in sets:
         _check_vocabulary(model, rows)
     tokenizer = tokenizer_of(tokenizer_or_collator)
-    return _Checkpoint(model, space, options, step, tokenizer, held).export(place, sets)
+    checkpoint = _Checkpoint(model, space, options, step, tokenizer, held)
+    features = options.target_features if train_rows is None else options.train_features
+    check_memory(model, checkpoint.batches(sets[0]), features, options.proj_dim)
+    return checkpoint.export(place, sets)
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ class _Checkpoint:
         """Make one generation; give the rows, its name in the store and what the pass did."""
         options, trains = self.options, _is_train(rows)
         role: Role = "train" if trains else "target"
-        batches = self._batches(rows)
+        batches = self.batches(rows)
         features = self._train_features(batches) if trains else options.target_features
         features = replace(features, curvature=curvature)
         recipe = self.space.recipe(features, self.step, self.moments if trains else None)
@@ -177,7 +183,8 @@ class _Checkpoint:
         check_usable(writer.store.generation(begun.name))
         return rows, begun.name, summary
 
-    def _batches(self, rows: TokenRows) -> Batches:
+    def batches(self, rows: TokenRows) -> Batches:
+        """Cut rows into batches."""
         budget = self.options.tokens_per_batch or token_budget(self.model)
         longest = longest_of(self.model, rows.lengths, rows.name)
         return Batches(rows.items, padded, rows.lengths, budget, longest)
@@ -190,7 +197,7 @@ class _Checkpoint:
         train = next((rows for rows in sets if _is_train(rows)), None)
         sample = None
         if train is not None:
-            sample = FactorSample(self._batches(train), train.row_set, options.seed)
+            sample = FactorSample(self.batches(train), train.row_set, options.seed)
         found = writer.factors(
             self.model, self.space, rule, autocast=_autocast(self.model), sample=sample
         )
@@ -202,7 +209,8 @@ class _Checkpoint:
         if not features.needs_share or step is None:
             return features
         sample = batches.sample(self.options.seed)
-        return replace(features, share=expected_share(self.model, sample, step))
+        share = expected_share(self.model, sample, step, features.modules)
+        return replace(features, share=share)
 
     def _texts(self, rows: TokenRows) -> Iterator[Text]:
         for i, (ids, labels) in enumerate(zip(rows.input_ids, rows.labels, strict=True)):

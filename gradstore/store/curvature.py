@@ -88,7 +88,7 @@ def step_factors(
         DamagedData: a file of factors is missing, or is not as it was written.
         StoreIOError: they can't be written.
     """
-    state = (adapter_hash(model, space.slots), autocast, attention_of(model))
+    state = (adapter_hash(model, space.trained), autocast, attention_of(model))
     find = partial(_found_or_fitted, files, store, model, space, rule, state, sample)
     if leases is None:
         return find()

@@ -29,7 +29,8 @@ def shares(monkeypatch: pytest.MonkeyPatch, norm: float) -> list[OptimizerStep]:
     """Put an estimate in the place of one from gradients; return the steps it was asked for."""
     asked: list[OptimizerStep] = []
 
-    def estimated(model: Any, batches: Any, step: OptimizerStep) -> StepShare:
+    def estimated(model: Any, batches: Any, step: OptimizerStep, modules: str) -> StepShare:
+        assert modules == "linear"  # those of the features
         asked.append(step)
         return StepShare(step.rows, step.max_grad_norm, 5.0, norm)
 
@@ -83,7 +84,7 @@ def test_rows_that_were_removed_from_the_store_are_not_drawn(
     gone = np.array([False, True, False, True])
     drawn: list[list[int]] = []
 
-    def estimated(model: Any, batches: Any, step: OptimizerStep) -> StepShare:
+    def estimated(model: Any, batches: Any, step: OptimizerStep, modules: str) -> StepShare:
         drawn.append(sorted(i for rows, _ in batches for i in rows.tolist()))
         return StepShare(step.rows, step.max_grad_norm, 5.0, 1.0)
 

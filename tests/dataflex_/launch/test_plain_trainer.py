@@ -258,7 +258,6 @@ def _full() -> Any:
 @pytest.mark.parametrize(
     ("given", "options", "told"),
     [
-        ({"net": _full}, {}, r"no adapter: all of its [\d,]+ parameters are trained"),
         ({"optim": "sgd"}, {}, r"optimizer SGD keeps no exp_avg.*`sgd` or `sign`"),
         ({"optim": "adafactor"}, {}, r"keeps no exp_avg.*`sgd` or `sign`"),
         ({}, {"train_rows": []}, r"'train' has 0 rows"),

@@ -326,10 +326,12 @@ def test_an_optimizer_serves_as_its_moments_and_one_without_is_refused(build: Bu
                  gradstore_run="plain").train == "plain/train/8"  # fmt: skip
 
 
-def test_a_model_without_an_adapter_or_with_nothing_to_train_is_refused(build: Build) -> None:
+def test_a_model_that_trains_all_beside_its_adapter_or_nothing_is_refused(build: Build) -> None:
     for parameter in build.model.parameters():
         parameter.requires_grad = True
-    with pytest.raises(BadInput, match=r"no adapter: all of its [\d,]+ parameters are trained"):
+    with pytest.raises(
+        BadInput, match=r"has an adapter, and all of its [\d,]+ parameters are trained"
+    ):
         build()
     for parameter in build.model.parameters():
         parameter.requires_grad = False

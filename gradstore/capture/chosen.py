@@ -1,0 +1,76 @@
+"""Choice of the trained parameters whose gradients are taken, where a model has no adapter.
+
+`linear` takes the linear layers of the model's body. An embedding's gradient says which tokens a
+row has, the output layer's which it should have, so that rows with common words look alike in both
+(and the two are one parameter where they are tied); norms are a thousandth of a model. What is
+neither an embedding, the output layer nor a norm is taken: biases of linear layers, convolutions,
+experts kept in one tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from gradstore.capture.adapters import has_adapter
+from gradstore.capture.slots import ParameterSlot, parameter_name, trainable_slots
+from gradstore.errors import BadInput
+
+Modules = Literal["linear", "all"]
+
+
+def taken_slots(
+    model: nn.Module, modules: Modules
+) -> tuple[dict[ParameterSlot, nn.Parameter], tuple[str, ...]]:
+    """Find the parameters whose gradients are taken, in gradient order, and those left out.
+
+    Args:
+        model: the model, outside of wrappers.
+        modules: linear leaves out embeddings, the output layer and norms, with whatever is tied to
+            them; all takes everything that requires grad. Of a model with an adapter everything is
+            taken.
+
+    Returns:
+        Parameters by slot; names of parameters that require grad and are left out.
+
+    Raises:
+        BadInput: nothing requires grad, or nothing of it is taken.
+    """
+    everything = trainable_slots(model)
+    if not everything:
+        raise BadInput(
+            "no parameter of the model requires grad: there is no gradient to take; "
+            "add an adapter, or set requires_grad"
+        )
+    if modules == "all" or has_adapter(model):
+        return everything, ()
+    out = left_out(model)
+    taken = trainable_slots(model, out)
+    if not taken:
+        raise BadInput(
+            f"the {len(everything)} parameters that the model trains are embeddings, an output "
+            "layer or norms, of which gradient_modules: linear takes none; set gradient_modules: "
+            "all, or train other parameters"
+        )
+    names = (name for name, p in model.named_parameters() if p.requires_grad and id(p) in out)
+    return taken, tuple(parameter_name(name) for name in names)
+
+
+def left_out(model: nn.Module) -> set[int]:
+    """Return the `id` of every parameter of embeddings, of the output layer and of norms."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    return {
+        id(parameter)
+        for module in model.modules()
+        if module is head or isinstance(module, nn.Embedding) or is_pointwise(module)
+        for parameter in module._parameters.values()
+        if parameter is not None
+    }
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Return whether a module is a norm, or another one whose parameters are all vectors."""
+    own = [p for p in module._parameters.values() if p is not None]
+    return bool(own) and not isinstance(module, nn.Linear) and all(p.dim() == 1 for p in own)
