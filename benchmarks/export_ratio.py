@@ -1,12 +1,15 @@
 """Export time over plain training time, same rows, same process: what a selection costs.
 
     uv run python benchmarks/export_ratio.py            # after examples/real/prepare.py
+    uv run python benchmarks/export_ratio.py --finetuning full --rows 24
 
-SmolLM2-135M with LoRA r=16 on all linear layers and the real example's rows. *Plain* is one batched
-forward and backward with LoRA trainable, eval mode, the model's own loss and no optimizer step.
-*Export* is everything that a selection does with the same rows: per-row gradients, adam_marginal
-features, projection to d=4096, units in a store, commit. Passes alternate A B A B after a warm-up;
-a ratio is the median over the pairs. Prints one table and appends to results/export_ratio.csv.
+SmolLM2-135M with LoRA r=16 on all linear layers, or with all its weights trained, and the real
+example's rows. *Plain* is one batched forward and backward with these trainable, eval mode, the
+model's own loss and no optimizer step. *Export* is everything that a selection does with the same
+rows: per-row gradients (of whole weights, those that `--modules` names), adam_marginal features,
+projection to d=4096, units in a store, commit. Passes alternate A B A B after a warm-up; a ratio is
+the median over the pairs. Prints one table and appends to results/export_ratio.csv. Whole weights
+are projected by sjlt alone: a dense projection of so many is dozens of times the pass.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ import torch
 from gradkernels import ProjectionSpec
 from report import RESULTS, Took, append, compared, echo, machine, timed
 
+from gradstore.capture.chosen import Modules
+from gradstore.capture.per_sample import GradientCapture
 from gradstore.export.features import FeatureSpec, Recipe
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
@@ -41,7 +46,11 @@ HERE = Path(__file__).resolve().parent
 REAL = HERE.parent / "examples" / "real"
 Method = Literal["sjlt", "rademacher"]
 Pairs = dict[Method, list[tuple[Took, Took]]]
-LIMITS: dict[Method, float] = {"sjlt": 1.05, "rademacher": 1.25}
+Trained = Literal["lora", "full"]
+LIMITS: dict[Trained, dict[Method, float]] = {
+    "lora": {"sjlt": 1.05, "rademacher": 1.25},
+    "full": {"sjlt": 2.0},
+}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SPEAKERS = {
     "human": "user",
@@ -107,6 +116,8 @@ class Bench:
     rows: list[Row]
     token_budget: int
     device: torch.device
+    trained: Trained = "lora"
+    modules: Modules = "linear"
     moments: AdamMoments | None = None
 
     def train_a_little(self) -> None:
@@ -171,7 +182,8 @@ class Bench:
         generation = writer.begin(record, RowSet.from_hashes(hashes), dim=dim)
         lengths = [len(row["input_ids"]) for row in self.rows]
         batches = Batches(self.rows, collate, lengths, self.token_budget)
-        recipe = Recipe(FeatureSpec("adam_marginal"), projection, self.moments)
+        spec = FeatureSpec("adam_marginal", modules=self.modules)
+        recipe = Recipe(spec, projection, self.moments)
         summary = fill(generation, partial(compute_unit, self.model, batches, recipe))
         generation.commit()
         if summary.status_counts != {"ok": len(self.rows)}:
@@ -179,12 +191,14 @@ class Bench:
 
     @cached_property
     def p(self) -> int:
-        """Gradient length: the trainable parameters, found before any freezing."""
-        return sum(w.numel() for w in self.model.parameters() if w.requires_grad)
+        """Gradient length: the parameters whose gradients are taken."""
+        return GradientCapture(self.model, self.modules).p
 
 
-def lora_model(device: torch.device, *, random_weights: bool = False) -> torch.nn.Module:
-    """SmolLM2-135M with LoRA r=16 on all linear layers, float32."""
+def trained_model(
+    device: torch.device, trained: Trained = "lora", *, random_weights: bool = False
+) -> torch.nn.Module:
+    """SmolLM2-135M with LoRA r=16 on all linear layers, or with all weights trained, float32."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -195,6 +209,9 @@ def lora_model(device: torch.device, *, random_weights: bool = False) -> torch.n
         base = base.to(torch.float32)
     else:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if trained == "full":
+        whole: torch.nn.Module = base.to(device)
+        return whole
     config = LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, task_type="CAUSAL_LM")
     model: torch.nn.Module = get_peft_model(base, config)
     return model.to(device)
@@ -203,9 +220,9 @@ def lora_model(device: torch.device, *, random_weights: bool = False) -> torch.n
 def measure(bench: Bench, dim: int, pairs: int) -> Pairs:
     """(plain, export) seconds of each projection: A B A B, after one pass of every kind."""
     echo(f"warm-up: {bench.plain().wall:.1f} s plain")
-    for method in LIMITS:
+    for method in LIMITS[bench.trained]:
         echo(f"warm-up: {bench.export(method, dim).wall:.1f} s {method}")
-    found: Pairs = {method: [] for method in LIMITS}
+    found: Pairs = {method: [] for method in LIMITS[bench.trained]}
     for number in range(1, pairs + 1):
         for method, results in found.items():
             results.append((bench.plain(), bench.export(method, dim)))
@@ -226,10 +243,13 @@ def lines_of(bench: Bench, found: Pairs, dim: int) -> list[dict[str, Any]]:
             "rows": n,
             "tokens": tokens,
             "token_budget": bench.token_budget,
+            "finetuning": bench.trained,
+            "modules": bench.modules if bench.trained == "full" else "",
+            "p": bench.p,
             "projection": method,
             "d": dim,
             **compared([e for _, e in pairs], [p for p, _ in pairs], ("export", "plain")),
-            "limit": LIMITS[method],
+            "limit": LIMITS[bench.trained][method],
         }
         for method, pairs in found.items()
     ]
@@ -241,6 +261,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="at most 200, the pool")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--finetuning", choices=("lora", "full"), default="lora")
+    parser.add_argument("--modules", choices=("linear", "all"), default="linear")
     parser.add_argument("--token-budget", type=int, default=2048, help="tokens of a padded batch")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
@@ -263,10 +285,12 @@ def main() -> None:
     device = torch.device(options.device)
     rows = load_rows(AutoTokenizer.from_pretrained(str(REAL / "model")), options.rows)
     bench = Bench(
-        lora_model(device, random_weights=options.random_weights),
+        trained_model(device, options.finetuning, random_weights=options.random_weights),
         rows,
         options.token_budget,
         device,
+        options.finetuning,
+        options.modules,
     )
     bench.train_a_little()
     results = lines_of(bench, measure(bench, options.dim, options.pairs), options.dim)

@@ -189,10 +189,13 @@ def cpu_seconds(lines: Sequence[Line]) -> str:
 
 def export() -> str:
     """Cost of a selection's export."""
-    lines = newest((li for li in read(RESULTS / "export_ratio.csv") if not li.get("chip")),
-                   "projection", "rows").values()  # fmt: skip
+    measured = [{**li, "trained": (li.get("finetuning") or "lora") + (li.get("modules") or "")}
+                for li in read(RESULTS / "export_ratio.csv") if not li.get("chip")]  # fmt: skip
+    lines = newest(measured, "trained", "projection", "rows").values()
+    of = {"fulllinear": ", whole linear layers", "fullall": ", all weights"}
     body = [
-        (f"{line['projection']}, d = {line['d']}", f"{line['rows']}, {int(line['tokens']):,}",
+        (f"{line['projection']}, d = {line['d']}{of.get(line['trained'], '')}",
+         f"{line['rows']}, {int(line['tokens']):,}",
          ratio(line), line["limit"], line["pairs"], beside(line, "export_s", "plain_s", 1),
          beside(line, "export_cpu_s", "plain_cpu_s", 1))
         for line in lines

@@ -85,11 +85,6 @@ def loading_arguments(
         BadInput: the base model is not known, or not where it was.
     """
     recorded = _recorded(train).get("arguments", {})
-    if (kind := recorded.get("finetuning_type", "lora")) != "lora":
-        raise BadInput(
-            f"{train.name} is of a run with finetuning_type {kind}, and questions are asked of "
-            "models with a LoRA adapter. dataflex-cli gradstore score and query need no model."
-        )
     rows = train.provenance.get("rows")
     known: dict[str, Any] = {
         "stage": train.provenance.get("stage", "sft"),
@@ -133,8 +128,13 @@ def find_checkpoint(train: Generation, store: Location, named: Path | None = Non
         named: a checkpoint or a folder of checkpoints to look at in their place.
 
     Raises:
-        BadInput: there is none; says which the folders hold.
+        BadInput: there is none; says which the folders hold. The run trained no adapter.
     """
+    if (kind := _recorded(train).get("arguments", {}).get("finetuning_type", "lora")) != "lora":
+        raise BadInput(
+            f"{train.name} is of a run with finetuning_type {kind}, and questions are asked of "
+            "models with a LoRA adapter. dataflex-cli gradstore score and query need no model."
+        )
     places = [named] if named else [Path(place) for place in _recorded(train).get("folders", [])]
     if named is None and isinstance(store, Path) and store.resolve().parent not in places:
         places.append(store.resolve().parent)

@@ -94,8 +94,15 @@ CONFIGURATION = {
     "no model on the hub": ({"model_name_or_path": "no/such"}, ["'no/such'", "cannot be loaded"]),
     "no model": ({"model_name_or_path": None}, ["model_name_or_path is missing"]),
     "no data": ({"dataset": None}, ["dataset is missing"]),
-    "full fine-tuning": ({"finetuning_type": "full"}, ["'full'", "LoRA", "finetuning_type: lora"]),
-    "freeze": ({"finetuning_type": "freeze"}, ["'freeze'", "finetuning_type: lora"]),
+    "oft": ({"finetuning_type": "oft"}, ["'oft'", "finetuning_type: lora, full, freeze"]),
+    "whole gradients of a whole model": (
+        {"finetuning_type": "freeze", "component_params": {"scoring": "direct"}},
+        ["'freeze'", "scoring: direct", "finetuning_type: lora"],
+    ),
+    "a quantised whole model": (
+        {"finetuning_type": "full", "quantization_bit": 4},
+        ["quantization_bit is 4", "finetuning_type: full", "remove quantization_bit"],
+    ),
     "stage dpo": ({"stage": "dpo"}, ["stage is 'dpo'", "sft and pt", "train_type: static"]),
     "stage rm": ({"stage": "rm"}, ["stage is 'rm'", "sft and pt"]),
     "packing": ({"packing": True}, ["packing is on", "single rows", "packing: false"]),
@@ -158,8 +165,8 @@ def test_streaming_is_refused_for_a_selector_without_gradients_too(cli: Any, con
 
 
 def test_all_faults_of_a_configuration_come_together(cli: Any, config: Any) -> None:
-    path = config(finetuning_type="full", packing=True, target_dataset=None)
-    check_refusal(cli("train", path), 2, "'full'", "packing is on", "needs target rows")
+    path = config(finetuning_type="oft", packing=True, target_dataset=None)
+    check_refusal(cli("train", path), 2, "'oft'", "packing is on", "needs target rows")
 
 
 def test_a_module_name_that_the_model_lacks_names_the_key(cli: Any, config: Any) -> None:
@@ -337,9 +344,9 @@ def test_an_optimizer_file_that_would_run_code_is_not_opened(
 
 
 def test_build_refuses_what_training_refuses(cli: Any, config: Any) -> None:
-    path = config(finetuning_type="full", streaming=True, target_dataset=None)
+    path = config(finetuning_type="oft", streaming=True, target_dataset=None)
     result = cli("gradstore", "build", path)
-    check_refusal(result, 2, "'full'", "streaming is on", "needs target rows")
+    check_refusal(result, 2, "'oft'", "streaming is on", "needs target rows")
 
 
 # -- asking a store -----------------------------------------------------------------------------

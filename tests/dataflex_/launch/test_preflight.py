@@ -12,7 +12,13 @@ from dataflex.config.keys import load
 from dataflex.config.presets import resolve
 from dataflex.launch.configuration import read
 from dataflex.launch.losses import OPTIONS, LossOption
-from dataflex.launch.preflight import check, check_replay
+from dataflex.launch.preflight import (
+    OF_LORA,
+    check,
+    check_gradients,
+    check_replay,
+    zero_stage,
+)
 from dataflex.run.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput
 
@@ -118,7 +124,7 @@ def test_what_makes_passes_of_its_own_wants_a_whole_model(
     [("finetuning_type=3", "finetuning_type is 3; choose lora, oft, freeze or full."),
      ("stage=sfft", "stage is 'sfft'; choose pt, sft, rm, ppo, dpo or kto."),
      ("optim=3", "optim is 3, which keeps no Adam moments"),
-     ("finetuning_type=full", "finetuning_type is 'full', but component 'less'")],
+     ("finetuning_type=oft", "finetuning_type is 'oft', but component 'less'")],
 )  # fmt: skip
 def test_a_value_is_shown_as_it_was_written_with_its_choices(
     override: str, says: str, monkeypatch: pytest.MonkeyPatch
@@ -128,6 +134,61 @@ def test_a_value_is_shown_as_it_was_written_with_its_choices(
     with pytest.raises(BadInput) as refused:
         check(read(path, [override]))
     assert says in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["full", "freeze"])
+@pytest.mark.parametrize("component", ["less", "icons", "nice", "cluster_less", "landmarks"])
+def test_strategies_of_gradients_take_those_of_whole_weights(
+    component: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parents[1])
+    path, whole = EXAMPLES / "selectors" / f"{component}.yaml", [f"finetuning_type={kind}"]
+    config = read(path, whole)
+    check(config)
+    check_gradients(config)
+    with pytest.raises(BadInput, match=f"finetuning_type is '{kind}', but gradstore eval works on"):
+        check_gradients(config, "gradstore eval", lora_alone=OF_LORA)
+
+
+@pytest.mark.parametrize(
+    ("example", "changes", "named"),
+    [
+        ("online", [], "component 'online' works on per-sample LoRA gradients"),
+        ("less", ["component_params.scoring=direct"], "keeps with scoring: direct several"),
+        ("less_rerank", [], "keeps with rerank several gradients as long as the model"),
+        ("less_kfac", [], "fits with preconditioner: kfac factors of matrices"),
+        ("less", ["quantization_bit=4"], "quantization_bit is 4, but the weights that"),
+        ("less", ["quantization_bit=8"], "remove quantization_bit, or set finetuning_type: lora"),
+        ("less", ["deepspeed=zero3.json"], "of ZeRO stage 3, but component 'less' makes passes"),
+        ("less", ["fsdp=full_shard"], "while its parameters are sharded: remove fsdp"),
+        ("less", ["optim=adafactor"], "optim is 'adafactor', which keeps no Adam moments"),
+    ],
+)
+def test_what_whole_weights_cannot_have_is_refused_by_name(
+    example: str,
+    changes: list[str],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parents[1])
+    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    placed = [each.replace("=zero3", f"={tmp_path}/zero3") for each in changes]
+    config = load(EXAMPLES / "selectors" / f"{example}.yaml",
+                  ["finetuning_type=full", *placed], arguments.accepted_keys())  # fmt: skip
+    with pytest.raises(BadInput) as refused:
+        check(config)
+    assert named in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_the_stage_of_zero_is_read_from_a_file_or_a_mapping(tmp_path: Path) -> None:
+    (tmp_path / "two.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (tmp_path / "none.json").write_text("[1]")
+    assert zero_stage(str(tmp_path / "two.json")) == 2
+    assert zero_stage({"zero_optimization": {"stage": 3}}) == 3
+    unknown = [None, str(tmp_path / "none.json"), str(tmp_path / "missing.json"), {}, 3]
+    assert [zero_stage(each) for each in unknown] == [None] * 5
 
 
 @pytest.mark.parametrize(
