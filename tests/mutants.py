@@ -56,6 +56,8 @@ INFLUENCE = "tests/gradstore_/scoring/test_influence.py"
 SELECTION = "tests/gradstore_/scoring/test_selection.py"
 INDEX = "tests/gradstore_/similarity/test_index.py"
 CAPTURE = "tests/gradstore_/capture/test_per_sample.py"
+DENSE = "tests/gradstore_/capture/test_dense.py"
+WHOLE = "tests/gradstore_/export/test_whole_weights.py"
 LOCK = "tests/gradstore_/storage/test_lock.py"
 OBJECTS = "tests/gradstore_/storage/test_object_faults.py"
 OBJECT_LOCK = "tests/gradstore_/storage/test_object_lock.py"
@@ -245,6 +247,14 @@ MUTANTS = [
            "beside = among[:, best]", "tests/gradstore_/scoring/test_joint_choice.py"),
     Mutant("gradstore/scoring/joint_choice.py", "np.diagonal(among) / 2", "np.diagonal(among)",
            "tests/gradstore_/scoring/test_joint_choice.py"),
+    Mutant("gradstore/capture/dense.py", "low = (part.start - slot.start) // slot.width",
+           "low = 0", DENSE),
+    Mutant("gradstore/capture/dense.py", "for other in sums[1:]:", "for other in sums[2:]:", DENSE),
+    Mutant("gradstore/capture/dense.py", "here &= self.tokens != self.padding", "pass", DENSE),
+    Mutant("gradstore/capture/dense.py", "flat[self._empty] = 0.0", "pass", DENSE),
+    Mutant("gradstore/export/features.py", "low = slot.start - self._starts[slot.name]", "low = 0",
+           WHOLE),
+    Mutant("gradstore/export/gradient_space.py", "*self.left_out]", "]", WHOLE),
     Mutant("gradstore/capture/products.py", "gram[rows, earlier] += crossed.T",
            "gram[rows, earlier] += 0", "tests/gradstore_/capture/test_products.py"),
     Mutant("dataflex/rewards/policy_gradient.py", "(rewards.sum() - rewards) / (len(rewards) - 1)",

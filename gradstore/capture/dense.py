@@ -27,9 +27,8 @@ from gradstore.capture.slots import ParameterSlot
 
 Kind = Literal["linear", "transposed", "embedding", "pointwise"]
 
-#: Numbers of a gradient (b, rows, width) that are made at once: 4 MiB on a CPU, which stay in its
-#: cache until they are projected, 256 on a GPU.
-CPU_ELEMENTS, GPU_ELEMENTS = 1 << 20, 1 << 26
+#: Numbers of a gradient (b, rows, width) that are made at once: 8 MiB on a CPU, 256 on a GPU.
+CPU_ELEMENTS, GPU_ELEMENTS = 1 << 21, 1 << 26
 
 
 def part_elements(device: torch.device) -> int:

@@ -249,12 +249,6 @@ def test_another_tokenizer_is_refused(trainer: Make, tmp_path: Path) -> None:
         add(made, tmp_path / "store").train()
 
 
-def _full() -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(TINY / "model")
-
-
 @pytest.mark.parametrize(
     ("given", "options", "told"),
     [
@@ -270,11 +264,32 @@ def _full() -> Any:
 def test_bad_input_is_refused(
     trainer: Make, tmp_path: Path, given: dict[str, Any], options: dict[str, Any], told: str
 ) -> None:
-    given = {k: v() if k == "net" else v for k, v in given.items()}
     made = add(trainer(**given), tmp_path / "store", **options)
     with pytest.raises(BadInput, match=f"(?s){told}"):
         made.train()
     assert made.state.global_step == (3 if "context" in told else 0)
+
+
+def test_a_model_without_an_adapter_is_exported_and_trains_as_without(
+    trainer: Make, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def whole() -> Any:
+        return AutoModelForCausalLM.from_pretrained(TINY / "model")
+
+    options: dict[str, Any] = {"learning_rate": 1e-4, "max_steps": 2}
+    alone = trainer(net=whole(), **options)
+    alone.train()
+    expected = state_of(alone)
+    watched = add(trainer(net=whole(), **options), tmp_path / "store", every=1)
+    watched.train()
+    assert state_of(watched) == expected
+    trains = [g for g in open_store(tmp_path / "store").generations() if g.role == "train"]
+    assert [(g.name, int(g.usable.sum())) for g in trains] == [("train/1", 12), ("train/2", 12)]
+    named = [line.split()[0] for line in trains[0].provenance["parameters"]]
+    assert named
+    assert all(name.endswith("_proj.weight") for name in named)
 
 
 @pytest.mark.parametrize(

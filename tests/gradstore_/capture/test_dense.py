@@ -288,6 +288,18 @@ def test_a_row_does_not_depend_on_the_others_of_its_batch(modules: Modules) -> N
         assert errors(together[row : row + 1], alone).max() <= 1e-5
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_padding_token_inside_a_row_has_no_gradient_as_input(tied: bool) -> None:
+    """Torch gives an embedding's `padding_idx` none; as a choice of the output layer it has one."""
+    model, batch = llama(tie_word_embeddings=tied), make_batch(LENGTHS)
+    batch["input_ids"][:, 2] = 0
+    found, capture, _ = captured(model, batch)
+    expected = reference(model, batch, {slot.name for slot in capture.slots})
+    assert errors(found, expected).max() <= 1e-5
+    (slot,) = [slot for slot in capture.slots if "embed_tokens" in slot.name]
+    assert bool((found[:, slot.start : slot.start + slot.width] == 0).all()) is not tied
+
+
 def test_a_row_without_targets_gets_zeros() -> None:
     model, batch = llama(tie_word_embeddings=True), make_batch(LENGTHS)
     clean, _, _ = captured(model, batch)

@@ -32,6 +32,7 @@ from gradstore.export.share import OptimizerStep, StepShare, expected_share
 from gradstore.export.units import Batches
 
 SHARE = StepShare(4, 1.0, 9.0, 2.0)
+USUAL_ELEMENTS = dense.CPU_ELEMENTS
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +220,7 @@ def test_the_estimate_is_near_what_is_measured_and_far_below_whole_gradients(
 ) -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("this system does not tell a process's peak")
-    monkeypatch.setattr(dense, "CPU_ELEMENTS", 1 << 20)
+    monkeypatch.setattr(dense, "CPU_ELEMENTS", USUAL_ELEMENTS)
     net = model(hidden_size=512, intermediate_size=2048, vocab_size=8192)
     batches = rows_as_batches(llama, 64, 512)
     spec, space = FeatureSpec(kind, modules="linear"), GradientSpace.of(net, GradientSettings())
