@@ -332,6 +332,20 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone(masked: bool) -> None:
     assert bool(torch.isfinite(found[1]).all()) is masked
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_half_precision_gives_the_same_directions(weights: torch.dtype) -> None:
+    """float32 weights are passed under autocast, as bf16: true trains them."""
+    model, batch = llama(tie_word_embeddings=True), make_batch(LENGTHS)
+    full, _, _ = captured(model, batch)
+    model.to(weights)
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        half, capture, _ = captured(model, batch, elements=500)
+    assert F.cosine_similarity(half, full).min() > 0.999
+    for slot in capture.slots:
+        span = slice(slot.start, slot.start + slot.numel)
+        assert F.cosine_similarity(half[:, span], full[:, span]).min() > 0.99, slot.name
+
+
 def test_the_model_is_given_back_as_it_was() -> None:
     model = one_layer()
     before = {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}

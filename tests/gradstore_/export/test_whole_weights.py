@@ -81,12 +81,19 @@ def moments_of(net: Any) -> AdamMoments:
     })  # fmt: skip
 
 
-@pytest.mark.parametrize("modules", ["linear", "all"])
-@pytest.mark.parametrize("method", ["sjlt", "rademacher"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("method", "modules"), [("sjlt", "linear"), ("rademacher", "all")])
 @pytest.mark.parametrize("kind", ["sgd", "sign", "adam", "adam_marginal", "adam_share"])
 def test_a_feature_is_the_projection_of_the_whole_feature(
-    kind: Kind, method: Any, modules: Modules, llama: Any
+    kind: Kind,
+    method: Any,
+    modules: Modules,
+    fused: bool,
+    llama: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """`fused`: as on a GPU, where the projection makes features."""
+    monkeypatch.setattr(projected, "FUSED", ("cpu",) if fused else ())
     net, rows = model(), llama.rows(5)
     whole, slots = gradients(net, rows, modules)
     share = SHARE if kind == "adam_share" else None
