@@ -99,10 +99,6 @@ CONFIGURATION = {
         {"finetuning_type": "freeze", "component_params": {"scoring": "direct"}},
         ["'freeze'", "scoring: direct", "finetuning_type: lora"],
     ),
-    "a quantised whole model": (
-        {"finetuning_type": "full", "quantization_bit": 4},
-        ["quantization_bit is 4", "finetuning_type: full", "remove quantization_bit"],
-    ),
     "stage dpo": ({"stage": "dpo"}, ["stage is 'dpo'", "sft and pt", "train_type: static"]),
     "stage rm": ({"stage": "rm"}, ["stage is 'rm'", "sft and pt"]),
     "packing": ({"packing": True}, ["packing is on", "single rows", "packing: false"]),
