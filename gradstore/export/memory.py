@@ -6,6 +6,7 @@ Letters: b batch, t tokens, p gradient length, d projected dimensions.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,9 +130,12 @@ def check_memory(model: nn.Module, batches: Batches, features: FeatureSpec, d: i
     if need is None:
         return
     device = next(model.parameters()).device
-    where = [(need.total, "RAM", free_ram())]
+    ram = free_ram()
+    if ram is not None:  # the ranks of this machine share it
+        ram //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    where = [(need.total, "RAM", ram)]
     if device.type == "cuda":
-        where = [(need.on_device, str(device), free_on(device)), (need.moments, "RAM", free_ram())]
+        where = [(need.on_device, str(device), free_on(device)), (need.moments, "RAM", ram)]
     told = " and ".join(
         f"{size(wanted)} of {name}" + ("" if free is None else f" ({size(free)} are free)")
         for wanted, name, free in where

@@ -42,6 +42,7 @@ TWO_PROCESSES = tuple(NAMED[name] for name in (
     "mixers/odm", "mixers/doremi_step2_dynamic", "reorders/dynamic_sorting", "reorders/saw",
     "pipelines/hierarchical", "pipelines/doremi_then_weight", "weighters/joint_update_aware",
     "weighters/loss"))  # fmt: skip
+TWO_PROCESSES = (*TWO_PROCESSES, ROOT / "examples/train_full/selectors/less.yaml")
 
 
 def batch_size(path: Path) -> int:

@@ -291,6 +291,13 @@ def test_too_little_memory_is_refused_before_the_start(
     with pytest.raises(BadInput, match=r"are free.*Lower tokens_per_batch.*LoRA adapter"):
         check_memory(net, batches, spec, 64)
     check_memory(llama.model(), batches, spec, 64)  # an adapter's are small
+    enough = pass_memory(net, batches, spec, 64)
+    assert enough is not None
+    monkeypatch.setattr(memory, "free_ram", lambda: 2 * enough.total)
+    check_memory(net, batches, spec, 64)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(BadInput, match="are free"):
+        check_memory(net, batches, spec, 64)
     monkeypatch.setattr(memory, "free_ram", lambda: None)
     check_memory(net, batches, spec, 64)
 
