@@ -43,10 +43,19 @@ def check_adapters(model: nn.Module) -> None:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Return whether a model trains an adapter: one of peft's, or LoRA matrices made otherwise."""
-    return hasattr(model, "peft_config") or any(
-        parameter.requires_grad and not set(_ADAPTER_PARTS).isdisjoint(name.split("."))
-        for name, parameter in model.named_parameters()
+    """Return whether a model trains an adapter: one of peft's, or LoRA matrices made otherwise.
+
+    A base that an adapter was merged into, or unloaded from, keeps peft's configuration alone.
+    """
+    wrapped = any(base.__name__ == "PeftModel" for base in type(model).__mro__)
+    layers = any(hasattr(module, "adapter_layer_names") for module in model.modules())
+    return (
+        wrapped
+        or layers
+        or any(
+            parameter.requires_grad and not set(_ADAPTER_PARTS).isdisjoint(name.split("."))
+            for name, parameter in model.named_parameters()
+        )
     )
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradkernels import ProjectionSpec, project_reference
 from torch import nn
 from typer.testing import CliRunner
 
 import gradstore
 from gradstore.cli import app
 from gradstore.errors import BadInput, ProvenanceMismatch
-from gradstore.export import projected
+from gradstore.export import memory, projected
 from gradstore.export.features import FeatureSpec, Recipe
 from gradstore.export.gradient_space import effective_seed
 from gradstore.export.projected import compute_unit
@@ -324,6 +325,48 @@ def test_an_optimizer_serves_as_its_moments_and_one_without_is_refused(build: Bu
         build(moments=torch.optim.SGD(trained, lr=1e-3), step=8)
     assert build(moments=torch.optim.SGD(trained, lr=1e-3), step=8, gradient_type="sgd",
                  gradstore_run="plain").train == "plain/train/8"  # fmt: skip
+
+
+def test_a_model_without_an_adapter_gives_features_of_its_own_weights(
+    build: Build, llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same ones that each row has alone; a resumed training finds its store again."""
+    build.model = build.model.unload()
+    for parameter in build.model.parameters():
+        parameter.requires_grad = True
+    adam = torch.optim.AdamW(build.model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        build.model(**llama.collate(build.train[:4])).loss.backward()
+        adam.step()
+        adam.zero_grad()
+
+    step()
+    build(moments=adam, step=1)
+    step()  # norms and embeddings move as well: they are no base that a store is tied to
+    build(moments=adam, step=2)
+    store = gradstore.open_store(build.path)
+    told = store.generation("train/2").provenance["parameters"]
+    names = {line.split()[0].split(".")[-2] for line in told}
+    assert names == {f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")}
+    hashes = {store.generation(f"train/{g}").record.adapter_hash for g in (1, 2)}
+    assert len(hashes) == 2
+    whole = llama.gradients(build.model, build.target)
+    taken, start, kept = set(names), 0, []
+    for name, parameter in build.model.named_parameters():
+        if name.split(".")[-2] in taken:
+            kept.append(whole[:, start : start + parameter.numel()])
+        start += parameter.numel()
+    gradients = torch.cat(kept, dim=1).numpy()
+    recorded = ProjectionSpec.from_dict(dict(store.generation("target/target/2").record.projection))
+    expected = project_reference(gradients, recorded)
+    stored = store.generation("target/target/2").read(0, len(build.target))
+    assert np.linalg.norm(stored - expected) / np.linalg.norm(expected) < 1e-3  # float16
+    with pytest.raises(ProvenanceMismatch, match="parameters"):
+        build(moments=adam, step=3, gradient_modules="all")
+    monkeypatch.setattr(memory, "free_ram", lambda: 1000)
+    with pytest.raises(BadInput, match="take about"):
+        build(moments=adam, step=3)
 
 
 def test_a_model_that_trains_all_beside_its_adapter_or_nothing_is_refused(build: Build) -> None:
