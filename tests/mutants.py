@@ -250,7 +250,7 @@ MUTANTS = [
     Mutant("gradstore/capture/dense.py", "low = (part.start - slot.start) // slot.width",
            "low = 0", DENSE),
     Mutant("gradstore/capture/dense.py", "for other in sums[1:]:", "for other in sums[2:]:", DENSE),
-    Mutant("gradstore/capture/dense.py", "here &= self.tokens != self.padding", "pass", DENSE),
+    Mutant("gradstore/capture/row_sums.py", "here &= self.tokens != self.padding", "pass", DENSE),
     Mutant("gradstore/capture/dense.py", "flat[self._empty] = 0.0", "pass", DENSE),
     Mutant("gradstore/export/features.py", "low = slot.start - self._starts[slot.name]", "low = 0",
            WHOLE),

@@ -5,7 +5,7 @@ and handed on for a few outputs at a time, so that never more than `part_element
 exist. What it is made of, x (b, t, in) and g (b, t, out), waits until every call of the layer, and
 of those tied to it, has had its gradient: a feature that is not linear needs the whole sum.
 
-Letters: b batch, t tokens, s target positions of a batch, V vocabulary, h hidden size.
+Letters: b batch, t tokens, s target positions of a batch, h hidden size.
 """
 
 from __future__ import annotations
@@ -14,15 +14,22 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
 
 from gradstore.capture.chosen import is_pointwise
-from gradstore.capture.hooks import Sink, outer_sums
+from gradstore.capture.hooks import Sink
 from gradstore.capture.losses import Targets
+from gradstore.capture.row_sums import (
+    Gathered,
+    Outer,
+    RowSum,
+    Scattered,
+    Whole,
+    vector_gradients,
+)
 from gradstore.capture.slots import ParameterSlot
 
 Kind = Literal["linear", "transposed", "embedding", "pointwise"]
@@ -104,71 +111,6 @@ def _kind(module: nn.Module) -> Kind | None:
     return "pointwise" if is_pointwise(module) else None
 
 
-class _Sum(Protocol):
-    """One call's part of a slot's gradient."""
-
-    def rows(self, low: int, high: int) -> Tensor:
-        """Make rows [low, high) of the parameter's gradient: (b, high - low, width) float32."""
-
-
-@dataclass(frozen=True)
-class _Outer:
-    """Sum over tokens of left times right: (b, t, out), (b, t, in)."""
-
-    left: Tensor
-    right: Tensor
-
-    def rows(self, low: int, high: int) -> Tensor:
-        flat = outer_sums(self.left[:, :, low:high], self.right)
-        return flat.view(len(flat), high - low, -1)
-
-
-@dataclass(frozen=True)
-class _Gathered:
-    """The same of tokens that stand one behind another, (s, out) and (s, in), `counts` to a row."""
-
-    left: Tensor
-    right: Tensor
-    counts: list[int]
-
-    def rows(self, low: int, high: int) -> Tensor:
-        left = torch.split(self.left[:, low:high], self.counts)
-        pairs = zip(left, torch.split(self.right, self.counts), strict=True)
-        flat = torch.cat([outer_sums(out[None], x[None]) for out, x in pairs])
-        return flat.view(len(flat), high - low, -1)
-
-
-@dataclass(frozen=True)
-class _Scattered:
-    """Gradients (b, t, h) added up by token (b, t); those of `padding` are none."""
-
-    tokens: Tensor
-    gradient: Tensor
-    padding: int | None
-
-    def rows(self, low: int, high: int) -> Tensor:
-        batch, width, count = len(self.tokens), self.gradient.shape[2], high - low
-        here = (self.tokens >= low) & (self.tokens < high)
-        if self.padding is not None:
-            here &= self.tokens != self.padding
-        row, column = here.nonzero(as_tuple=True)
-        block = torch.zeros(batch * count, width, device=self.gradient.device)
-        places = row * count + self.tokens[row, column] - low
-        values = self.gradient[row, column].float()
-        block.index_put_((places,), values, accumulate=True)  # in a fixed order on a GPU, too
-        return block.view(batch, count, width)
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """A vector's gradient (b, n) float32."""
-
-    block: Tensor
-
-    def rows(self, low: int, high: int) -> Tensor:
-        return self.block[:, low:high, None]
-
-
 class DensePass:
     """One forward and backward: what was seen, what has arrived, what is still awaited.
 
@@ -188,7 +130,7 @@ class DensePass:
         self._wanted: set[ParameterSlot] = set()
         self._expected: Counter[ParameterSlot] = Counter()
         self._unfit: set[ParameterSlot] = set()
-        self._held: defaultdict[ParameterSlot, list[_Sum]] = defaultdict(list)
+        self._held: defaultdict[ParameterSlot, list[RowSum]] = defaultdict(list)
         self._delivered: set[ParameterSlot] = set()
 
     def missed(self, slot: ParameterSlot) -> bool:
@@ -235,10 +177,12 @@ class DensePass:
         if watched.kind == "pointwise":
             self._inside = True
             try:
-                blocks = _vector_gradients(watched, self._of_rows(x), self._of_rows(gradient))
+                blocks = vector_gradients(
+                    watched.module, watched.slots, self._of_rows(x), self._of_rows(gradient)
+                )
             finally:
                 self._inside = False
-            sums: dict[str, _Sum] = {name: _Whole(block) for name, block in blocks.items()}
+            sums: dict[str, RowSum] = {name: Whole(block) for name, block in blocks.items()}
         else:
             sums = self._sums(watched, x, gradient)
         for name, slot in watched.slots.items():
@@ -248,26 +192,26 @@ class DensePass:
                 if not self._expected[slot]:
                     self._emit(slot)
 
-    def _sums(self, watched: WatchedModule, x: Tensor, gradient: Tensor) -> dict[str, _Sum]:
+    def _sums(self, watched: WatchedModule, x: Tensor, gradient: Tensor) -> dict[str, RowSum]:
         """Say what a matrix's gradient, and its bias's, are made of."""
         if watched.kind == "embedding":
             assert isinstance(watched.module, nn.Embedding)
             flat = gradient.reshape(self._rows, -1, gradient.shape[-1])
             tokens = x.reshape(self._rows, -1)
-            return {"weight": _Scattered(tokens, flat, watched.module.padding_idx)}
+            return {"weight": Scattered(tokens, flat, watched.module.padding_idx)}
         if self._rows > 1 and self._gathered(watched, x):
             x, gradient = x[0], gradient[0]
-            sums: dict[str, _Sum] = {"weight": _Gathered(gradient, x, self._counts)}
+            sums: dict[str, RowSum] = {"weight": Gathered(gradient, x, self._counts)}
             if "bias" in watched.slots:
                 each = [part.float().sum(0) for part in torch.split(gradient, self._counts)]
-                sums["bias"] = _Whole(torch.stack(each))
+                sums["bias"] = Whole(torch.stack(each))
             return sums
         x = x.reshape(self._rows, -1, x.shape[-1])
         gradient = gradient.reshape(self._rows, -1, gradient.shape[-1])
         pair = (x, gradient) if watched.kind == "transposed" else (gradient, x)
-        sums = {"weight": _Outer(*pair)}
+        sums = {"weight": Outer(*pair)}
         if "bias" in watched.slots:
-            sums["bias"] = _Whole(gradient.sum(1, dtype=torch.float32))
+            sums["bias"] = Whole(gradient.sum(1, dtype=torch.float32))
         return sums
 
     def _of_rows(self, x: Tensor) -> Tensor:
@@ -311,29 +255,3 @@ def zero_parts(
     """Hand a slot's parts on as zeros."""
     for part in slot.parts(rows_at_once(slot, batch_rows, elements)):
         sink(part, torch.zeros(batch_rows, part.numel, device=device))
-
-
-def _vector_gradients(watched: WatchedModule, x: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-    """Compute the gradients (b, n) float32 of a module's vectors from one call alone.
-
-    The module is run again on its input (b, ..., n), each row by itself.
-    """
-    module = watched.module
-    values = {name: module._parameters[name] for name in watched.slots}
-    given = {name: value.detach() for name, value in values.items() if value is not None}
-
-    def of_row(row: Tensor, upstream: Tensor) -> dict[str, Tensor]:
-        def run(held: dict[str, Tensor]) -> Tensor:
-            result: Tensor = functional_call(module, held, (row.unsqueeze(0),))
-            return result
-
-        back = vjp(run, given)[1]
-        found: dict[str, Tensor] = back(upstream.unsqueeze(0))[0]
-        return found
-
-    try:
-        each = vmap(of_row)(x, gradient)
-    except RuntimeError:  # an operation that functorch cannot batch
-        single = [of_row(row, upstream) for row, upstream in zip(x, gradient, strict=True)]
-        each = {name: torch.stack([row[name] for row in single]) for name in given}
-    return {name: block.detach().float() for name, block in each.items()}
