@@ -155,16 +155,33 @@ class TinyRun:
             )
         return self._optimizer
 
-    def take_step(self, rows: Rows, chosen: npt.NDArray[np.int64]) -> None:
-        """Take one optimizer step on these rows."""
+    def take_step(
+        self, rows: Rows, chosen: npt.NDArray[np.int64], among: npt.NDArray[np.int64] | None = None
+    ) -> None:
+        """Take one optimizer step on these rows.
+
+        Args:
+            rows: the set that they are of.
+            chosen: positions of those that count.
+            among: rows whose tokens the sum of the losses is divided by, as if those that are not
+                chosen had weight 0; None takes the chosen ones.
+        """
         self.model.train()
         parts = [np.arange(len(chosen))]
         if self.step_tokens is not None:
             parts = plan_batches(rows.lengths[chosen], self.step_tokens)
-        batches = [self.collate([rows.dataset[int(i)] for i in chosen[part]]) for part in parts]
+        batches = [self.collate([rows.dataset[int(i)] for i in chosen[part]])
+                   for part in parts if len(part)]  # fmt: skip
         tokens = [int((batch["labels"][:, 1:] >= 0).sum()) for batch in batches]
+        total = sum(tokens)
+        if among is not None:
+            whole = self.collate([rows.dataset[int(i)] for i in among])
+            total = int((whole["labels"][:, 1:] >= 0).sum())
+        if not batches:  # a step of momentum alone
+            for parameter in self.trained:
+                parameter.grad = torch.zeros_like(parameter)
         for batch, count in zip(batches, tokens, strict=True):
-            (self.model(**batch).loss * (count / sum(tokens))).backward()
+            (self.model(**batch).loss * (count / total)).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
         self.norms.append(float(norm.detach()))
         self.optimizer.step()

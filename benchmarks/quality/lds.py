@@ -10,7 +10,12 @@ top 1% and 5%, against 10 without as many rows at random. Retrained models are b
 Scores are taken at four steps of one epoch on all rows (50, 100, 150, 200) and averaged, features
 through a projection (sjlt, d = 4096) and float16, as in a store; `--rerank 64` adds those of whole
 gradients, and some forty minutes. `--replay` adds the derivatives of that epoch's end by every
-row's weight, and REPLAY. Appends to results/lds.csv.
+row's weight, and two hours.
+
+`--smooth` takes another run, on which replay can be a yardstick: a tenth of the learning rate, and
+a model that leaves rows out keeps the steps of the others, with weight 0 for those. At the file's
+own rate the end of the epoch is no smooth function of the weights, and rows that are left out
+change who shares a step with whom. Appends to results/lds.csv, with the run's name.
 """
 
 from __future__ import annotations
@@ -46,6 +51,8 @@ from gradstore.scoring.products import COSINE, InnerProduct
 
 STEPS, QUERIES_OF_SKILL, SUBSETS, CONTROLS = (50, 100, 150, 200), 4, 100, 10
 SHARES = (0.01, 0.05)
+#: Learning rate of the smooth run, as a part of the file's.
+SMOOTH = 0.1
 Floats = npt.NDArray[np.float64]
 
 FISHER = InnerProduct("cosine", "fisher")
@@ -75,14 +82,20 @@ def query_losses(run: TinyRun) -> Floats:
     return np.concatenate([run.losses(rows, QUERIES_OF_SKILL) for rows in run.data.targets])
 
 
-def retraining(run: TinyRun) -> Callable[[npt.NDArray[np.int64], int], Floats]:
+def retraining(run: TinyRun, smooth: bool) -> Callable[[npt.NDArray[np.int64], int], Floats]:
     """One epoch from the run's present state on some of its rows, in the run's order."""
 
     def retrain(rows: npt.NDArray[np.int64], seed: int) -> Floats:
-        kept = run.order[np.isin(run.order, rows)]
+        kept = np.isin(run.order, rows)
+        order = run.order if smooth else run.order[kept]
         with run.rewound():
-            for start in range(0, len(kept), run.batch_size):
-                run.take_step(run.data.train, kept[start : start + run.batch_size])
+            for start in range(0, len(order), run.batch_size):
+                step = order[start : start + run.batch_size]
+                if smooth:
+                    counts = step[kept[start : start + run.batch_size]]
+                    run.take_step(run.data.train, counts, among=step)
+                else:
+                    run.take_step(run.data.train, step)
             return query_losses(run)
 
     return retrain
@@ -244,6 +257,7 @@ def main() -> int:
     parser.add_argument("--rerank", type=int, default=0, metavar="ROWS",
                         help="score by whole gradients too, cg's matrix of ROWS")  # fmt: skip
     parser.add_argument("--replay", action="store_true", help="score by replay too")
+    parser.add_argument("--smooth", action="store_true", help="on the smooth run")
     parser.add_argument("--csv", type=Path, default=RESULTS / "lds.csv")
     options = parser.parse_args()
     if options.only and (missing := set(options.qld) - set(options.only)):
@@ -251,16 +265,22 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="lds-") as folder:
         run = TinyRun.start(1, Path(folder) / "run")
+    if options.smooth:
+        run.learning_rate *= SMOOTH
     run.train_to(0)
-    n, retrain = len(run.data.train), retraining(run)
+    n, retrain = len(run.data.train), retraining(run, options.smooth)
     queries = QUERIES_OF_SKILL * len(SKILLS)
-    bank = Bank(options.bank, {"model": "examples/tiny", "epochs": 1, "seed": 1}, n, queries)
+    setting: dict[str, Any] = {"model": "examples/tiny", "epochs": 1, "seed": 1}
+    place = options.bank
+    if options.smooth:
+        setting, place = setting | {"rate": SMOOTH, "left out": "weight 0"}, place / "smooth"
+    bank = Bank(place, setting, n, queries)
     subsets = draw_subsets(n, options.subsets, 0.5)
     losses = bank.fill(subsets, retrain, budget=len(subsets), tell=told)
     replayed = {"replay, one epoch": replay_scores(run)} if options.replay else {}
     only = set(options.only)
     scores = all_scores(run, options.rerank, lambda name: not only or name in only) | replayed
-    where = machine() | {"subsets": options.subsets}
+    where = machine() | {"subsets": options.subsets, "run": "smooth" if options.smooth else ""}
     lines = [line_of(name, "lds", lds(each, losses, subsets)) for name, each in scores.items()]
     append(options.csv, [where | line for line in lines])
     for share in SHARES if options.qld else ():

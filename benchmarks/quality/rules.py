@@ -1,19 +1,21 @@
 """A benchmark that bites: which selection finds the rows that follow the target's rule.
 
-    uv run python benchmarks/quality/rules.py               # about an hour and a half on one core
-    uv run python benchmarks/quality/rules.py --seeds 1     # about ten minutes
+    uv run python benchmarks/quality/rules.py               # some hours on one core
+    uv run python benchmarks/quality/rules.py --seeds 1     # about twenty minutes
 
 The rows of `rules_data.py` on the embedded model after 10 and after 60 steps on random ones, every
 rule as the target in turn (32 rows). A method takes the best 5% (50 rows). Figures, means over the
 eight rules: the *share* of the right rule among them (by chance 0.10, for 800 right rows of 8 rules
 and 200 wrong ones), and at step 60 the *loss* on 64 held-out rows of the rule after 30 more steps
-on the chosen rows. Features go through a projection (sjlt, d = 4096) and float16, as in a store.
+on the chosen rows. Both once more at step 60 of a run whose every step, before the choice and after
+it, is clipped to a tenth of the median norm that the first run's gradients had (`clip` 0.1).
+Features go through a projection (sjlt, d = 4096) and float16, as in a store.
 `cpu_s` are the processor seconds of choosing for one target from what the run has: gradients,
 embeddings or losses of the training rows included.
 
-Resumable: a method is not measured again on a seed that the CSV has. Appends to results/rules.csv,
-seed by seed, and prints the table of docs/figures.md: means with the paired difference to the
-default, bold where it is carried after Holm's correction.
+Resumable: a method is not measured again at a state of a seed that the CSV has. Appends to
+results/rules.csv, seed by seed, and prints the table of docs/figures.md: means with the paired
+difference to the default, bold where it is carried after Holm's correction.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +52,14 @@ from gradstore.scoring.products import COSINE, InnerProduct
 from gradstore.scoring.selection import rows_for_fraction, select_top
 from gradstore.similarity.landmarks import fit
 
-STEPS, TRAINED_STEPS = (10, 60), 30
+#: Steps and clipping of the states; clipping as a part of the usual norm, 0 for the Trainer's 1.0.
+STATES = ((10, 0.0), (60, 0.0), (60, 0.1))
+LAST, TRAINED_STEPS = 60, 30
 TARGETS = [f"rules_target_{rule}" for rule in RULES]
 HELD_OUT = [f"rules_heldout_{rule}" for rule in RULES]
 
 Method = Callable[[World, int], Chosen]
+State = tuple[int, float]
 Losses = npt.NDArray[np.float64]
 
 
@@ -167,6 +172,7 @@ METHODS: dict[str, Method] = {
     "less": less("adam_marginal"),
     "less, published adam": less("adam"),
     "less, sgd": less("sgd"),
+    "less, share of a step": less("adam_share"),
     "less, normalize: target": less("adam_marginal", InnerProduct("target")),
     "less, subspace": less("adam_marginal", SUBSPACE),
     "less, round_robin": less("adam_marginal", subset="round_robin"),
@@ -218,25 +224,38 @@ def measure(world: World, names: list[str], with_loss: bool) -> list[dict[str, A
     return lines
 
 
-def one_seed(seed: int, names: list[str]) -> list[dict[str, Any]]:
-    """All methods on the rows of one seed."""
+def one_seed(seed: int, missing: Mapping[State, list[str]]) -> list[dict[str, Any]]:
+    """Measure the methods that each state still lacks, on the rows of one seed."""
     lines: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="rules-") as folder:
-        data = Path(folder) / "data"
-        data.mkdir()
-        write_data(data, seed)
-        run = TinyRun.start(
-            seed, Path(folder) / "run", data_dir=data, train="rules_train",
-            targets=[*TARGETS, *HELD_OUT],
-        )  # fmt: skip
     texts = {
         name: [f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows]
         for name, rows in make_rows(seed).items()
     }
-    for step in STEPS:
-        world = World(run, run.train_to(step), texts)
-        lines += measure(world, names, with_loss=step == STEPS[-1])
+    run = start(seed)
+    for step, clip in STATES:
+        if clip:
+            run.train_to(LAST)
+            usual = float(np.median(run.norms))
+            run = start(seed)
+            run.max_grad_norm = clip * usual
+        names = missing[step, clip]
+        if names:
+            world = World(run, run.train_to(step), texts)
+            found = measure(world, names, with_loss=step == LAST)
+            lines += [line | {"clip": clip or ""} for line in found]
     return lines
+
+
+def start(seed: int) -> TinyRun:
+    """Start the run of a seed, on rows of its own."""
+    with tempfile.TemporaryDirectory(prefix="rules-") as folder:
+        data = Path(folder) / "data"
+        data.mkdir()
+        write_data(data, seed)
+        return TinyRun.start(
+            seed, Path(folder) / "run", data_dir=data, train="rules_train",
+            targets=[*TARGETS, *HELD_OUT],
+        )  # fmt: skip
 
 
 def main() -> int:
@@ -249,11 +268,17 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, default=RESULTS / "rules.csv")
     options = parser.parse_args()
     known = read(options.csv) if options.csv.exists() else []
-    done = {(line["method"], int(line["seed"])) for line in known}
+    done = {
+        (line["method"], int(line["seed"]), int(line["step"]), float(line.get("clip") or 0))
+        for line in known
+    }
     torch.set_num_threads(1)
     for seed in options.seeds:
-        missing = [name for name in options.methods if (name, seed) not in done]
-        if missing:
+        missing = {
+            state: [name for name in options.methods if (name, seed, *state) not in done]
+            for state in STATES
+        }
+        if any(missing.values()):
             lines = one_seed(seed, missing)
             append(options.csv, [machine() | line for line in lines])
     echo(f"\n{tables.rules(options.csv)}")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from report import RESULTS, append, echo, machine, read
-from rules import STEPS, TARGETS
+from rules import STATES, TARGETS
 from rules_data import RULES, WRONG, write_data
 from tinyrun import TinyRun
 from world import World
@@ -72,7 +72,12 @@ def one_seed(seed: int) -> list[dict[str, Any]]:
         run = TinyRun.start(
             seed, Path(folder) / "run", data_dir=data, train="rules_train", targets=TARGETS
         )
-    return [line for step in STEPS for line in measure(World(run, run.train_to(step), {}))]
+    return [
+        line
+        for step, clip in STATES
+        if not clip
+        for line in measure(World(run, run.train_to(step), {}))
+    ]
 
 
 def main() -> int:

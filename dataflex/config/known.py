@@ -32,6 +32,7 @@ class KnownKeys:
     overwrite_output_dir: Switch = False
     resume_from_checkpoint: Word | None = None
     per_device_train_batch_size: Whole = 8
+    auto_find_batch_size: Switch = False
     gradient_accumulation_steps: Whole = 1
     max_steps: Whole = -1
     bf16: Switch = False

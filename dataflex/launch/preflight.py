@@ -206,6 +206,12 @@ def _trainer_faults(config: RunConfig) -> list[str]:
             f"streaming is on, but train_type {config.dataflex.train_type} needs to know every row "
             "before it chooses: set streaming: false."
         )
+    if known.auto_find_batch_size and config.dataflex.train_type != "dynamic_weight":
+        faults.append(
+            f"auto_find_batch_size is on, but train_type {config.dataflex.train_type} plans which "
+            "rows each step takes before the first one: set auto_find_batch_size: false, and a "
+            "per_device_train_batch_size that fits."
+        )
     if known.early_stopping_steps is not None and not (
         known.metric_for_best_model or known.load_best_model_at_end
     ):

@@ -50,8 +50,8 @@ class Accumulator:
         spec: the projection.
         rows: b >= 0, rows of every block.
         device: where blocks come from and the result goes.
-        backend: None chooses the fastest: "numba" on a CPU (Gaussian: "torch"), "triton" on
-            a CUDA device where its kernels pass their test (Gaussian: "torch"), else "torch".
+        backend: None chooses the fastest: "numba" on a CPU, "triton" on a CUDA device where its
+            kernels pass their test (Gaussian: "torch"), else "torch".
         squares: whether `squares` will be asked for. The Triton kernels know them anyway.
 
     Raises:
@@ -170,12 +170,12 @@ class Accumulator:
             return TorchSums(self.spec, rows, self.device)
         # Importing Triton or numba is slow: only where it runs.
         if self.backend == "triton":
-            from gradkernels.gpu.sums import SUMS
+            from gradkernels.gpu import sums as on_gpu
 
-            return SUMS[self.spec.method](self.spec, rows, self.device)
-        from gradkernels.cpu.sums import RademacherSums, SjltSums
+            return on_gpu.SUMS[self.spec.method](self.spec, rows, self.device)
+        from gradkernels.cpu import sums as on_cpu
 
-        return (SjltSums if self.spec.method == "sjlt" else RademacherSums)(self.spec, rows)
+        return on_cpu.SUMS[self.spec.method](self.spec, rows)
 
 
 def project(x: Tensor, spec: ProjectionSpec, *, backend: Backend | None = None) -> Tensor:
@@ -203,7 +203,7 @@ def choose_backend(spec: ProjectionSpec, device: torch.device, backend: str | No
         ValueError: the backend is unknown or cannot do this.
     """
     # The numba loops read 32-bit words as four bytes, lowest first.
-    can_numba = device.type == "cpu" and spec.method != "gaussian" and sys.byteorder == "little"
+    can_numba = device.type == "cpu" and sys.byteorder == "little"
     if backend is None:
         if device.type == "cuda" and refusal(device, spec.method) is None:
             return "triton"
@@ -211,8 +211,8 @@ def choose_backend(spec: ProjectionSpec, device: torch.device, backend: str | No
     if backend == "numba":
         if not can_numba:
             raise ValueError(
-                f"backend='numba' does sjlt and rademacher on a (little-endian) CPU, not "
-                f"{spec.method} on {device}; choose backend='torch' or None"
+                f"backend='numba' runs on a (little-endian) CPU, not on {device}; choose "
+                "backend='torch' or None"
             )
         return "numba"
     if backend == "triton":

@@ -70,7 +70,7 @@ class TorchSums:
                 self._add_sjlt(tile, params, self._bounds)
             else:
                 make = signs if spec.method == "rademacher" else gaussians
-                with _full_float32():
+                with full_float32():
                     self._sums += tile @ make(self._keys, params, spec.d)
             start += tile.shape[1]
 
@@ -134,7 +134,7 @@ def signed(value: int) -> int:
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """Multiply float32 as float32 whatever the process allows (TF32 would keep 10 bits of x).
 
     torch has an old and a new interface to this setting, and raises where they disagree: so each

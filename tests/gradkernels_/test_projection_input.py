@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from gradkernels import Accumulator, ProjectionSpec, project, project_reference
+from gradkernels.dispatch import choose_backend
 
 SPEC = ProjectionSpec("sjlt", p=100, d=16)
 
@@ -62,8 +63,8 @@ def test_rows_are_checked() -> None:
 def test_backends_are_checked() -> None:
     with pytest.raises(ValueError, match="backend='cuda' is not one of numba, torch, triton"):
         Accumulator(SPEC, 1, backend="cuda")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="not gaussian on cpu; choose backend='torch'"):
-        Accumulator(ProjectionSpec("gaussian", p=5, d=5), 1, backend="numba")
+    with pytest.raises(ValueError, match="not on cuda; choose backend='torch'"):
+        choose_backend(SPEC, torch.device("cuda"), "numba")
 
 
 def test_an_empty_block_adds_nothing() -> None:

@@ -17,6 +17,7 @@ PATHS = [
     ("rademacher", "torch"),
     ("sjlt", "numba"),
     ("sjlt", "torch"),
+    ("gaussian", "numba"),
     ("gaussian", "torch"),
 ]
 paths = pytest.mark.parametrize(("method", "backend"), PATHS)

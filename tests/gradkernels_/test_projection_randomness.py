@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from gradkernels import ProjectionSpec, canary, portable, project, randomness
+from gradkernels.cpu import compiled
+from gradkernels.cpu.normals import PART
 from gradkernels.reference import matrix_rows, scale
 
 SEED = 0x123456789ABCDEF
@@ -123,6 +125,20 @@ def test_every_bit_of_the_matrix_is_the_reference_bit(
     got = project(torch.eye(517), spec, backend=backend)  # type: ignore[arg-type]
     entries = torch.round(got.double() / scale(spec)).numpy()
     assert np.array_equal(entries, matrix_rows(spec, np.arange(517)))
+
+
+@pytest.mark.parametrize(("start", "d"), [(0, 65), (2**31 - 401, 7), (12_345, 2 * PART + 9)])
+def test_compiled_gaussians_have_every_digit_of_float32(start: int, d: int) -> None:
+    # Small ones, too: a cosine near a right angle, a radius near 0. And -0.0 has a sign.
+    spec = ProjectionSpec("gaussian", p=2**31 - 1, d=d, seed=SEED)
+    rows, pairs = 400, -(-d // 2)
+    keys, planar = randomness.derive_keys(spec), np.empty((rows, 2 * pairs), np.float32)
+    even, odd = (randomness.word_offsets(keys, 2 * pairs)[first::2].copy() for first in (0, 1))
+    compiled.gaussian()(start, np.uint32(keys.a), np.uint32(keys.b), even, odd, planar)
+    got = planar.reshape(rows, 2, pairs).transpose(0, 2, 1).reshape(rows, -1)
+    expected = randomness.gaussians(spec, start + np.arange(rows), 2 * pairs)
+    np.testing.assert_allclose(got, expected, rtol=6e-7)
+    assert np.array_equal(np.signbit(got), np.signbit(expected))
 
 
 def test_torch_gaussians_equal_numpy_gaussians() -> None:

@@ -104,6 +104,10 @@ CONFIGURATION = {
     "packing": ({"packing": True}, ["packing is on", "single rows", "packing: false"]),
     "neat_packing": ({"neat_packing": True}, ["neat_packing is on", "neat_packing: false"]),
     "streaming": ({"streaming": True, "max_steps": 4}, ["streaming is on", "streaming: false"]),
+    "a batch size that is found": (
+        {"auto_find_batch_size": True},
+        ["auto_find_batch_size: false", "dynamic_select"],
+    ),
     "stage pt packs": ({"stage": "pt"}, ["packing is on", "stage pt packs"]),
     "two adapters": ({"adapter_name_or_path": "a,b"}, ["names 2 adapters"]),
     "sub-tasks that do not add up": (

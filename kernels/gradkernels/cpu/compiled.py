@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gradkernels import randomness
-from gradkernels.cpu import loops, vectors
+from gradkernels.cpu import loops, normals, vectors
 from numba import njit, types
 
 _F32_2D = types.Array(types.float32, 2, "C")
@@ -26,6 +26,7 @@ _BLOCK = (_F32_2D, types.int64, types.uint32, types.uint32)
 
 _sjlt_loop = njit(nogil=True)(loops.sjlt_loop)
 _rademacher_loop = njit(nogil=True)(loops.rademacher_loop)
+_normals_loop = njit(nogil=True)(normals.normals_loop)
 _signs_loop = njit(nogil=True)(loops.signs_loop)
 _hadamard_loop = njit(nogil=True)(loops.hadamard_loop)
 
@@ -44,6 +45,13 @@ def rademacher() -> Callable[..., None]:
     out = types.Array(types.float64, 4, "C")
     signature = types.void(*_BLOCK, _U32_1D, types.int64, out)
     return _compile(_rademacher_entry, signature)
+
+
+@cache
+def gaussian() -> Callable[..., None]:
+    """Return `normals_loop`, compiled; it runs without the GIL."""
+    keys = (types.int64, types.uint32, types.uint32)
+    return _compile(_normals_entry, types.void(*keys, _U32_1D, _U32_1D, _F32_2D))
 
 
 @cache
@@ -73,6 +81,14 @@ def _rademacher_entry(fingerprint: int) -> Callable[..., None]:
             _rademacher_loop(x, start, a, b, c, first_word, out)
 
     return rademacher_entry
+
+
+def _normals_entry(fingerprint: int) -> Callable[..., None]:
+    def normals_entry(start, a, b, even, odd, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        if fingerprint >= 0:
+            _normals_loop(start, a, b, even, odd, out)
+
+    return normals_entry
 
 
 def _signs_entry(fingerprint: int) -> Callable[..., None]:
@@ -107,6 +123,6 @@ def _compile(make: Callable[[int], Callable[..., None]], signature: Any) -> Call
 def _fingerprint() -> int:
     """Return 56 bits of a hash over every source that the machine code comes from."""
     digest = hashlib.blake2b(digest_size=7)
-    for module in (randomness, loops, vectors):
+    for module in (randomness, loops, normals, vectors):
         digest.update(Path(str(module.__file__)).read_bytes())
     return int.from_bytes(digest.digest(), "little")

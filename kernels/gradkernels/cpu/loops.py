@@ -54,7 +54,8 @@ _EVEN1, _EVEN2, _EVEN4 = np.uint32(0x55555555), np.uint32(0x33333333), np.uint32
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def _mix(x: Any) -> Any:  # noqa: ANN401
+def mix(x: Any) -> Any:  # noqa: ANN401
+    """Mix a 32-bit integer, as `randomness.mix`."""
     x = np.uint32(x ^ (x >> _U16))
     x = np.uint32(x * _M1)
     x = np.uint32(x ^ (x >> _U15))
@@ -63,7 +64,8 @@ def _mix(x: Any) -> Any:  # noqa: ANN401
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def _word(a: Any, b: Any, c: Any) -> Any:  # noqa: ANN401
+def word(a: Any, b: Any, c: Any) -> Any:  # noqa: ANN401
+    """Return the word of a parameter's a and b and of an index's c, as `randomness.words`."""
     x = np.uint32(a + c)
     x = np.uint32(x ^ (x >> _U16))
     x = np.uint32(x * _M1 + b)
@@ -93,7 +95,7 @@ def _sjlt_codes(code: U32, a: U32, b: U32, c: U32, bounds: I64, n: int) -> None:
         size = np.uint64(bounds[r + 1] - bounds[r])
         base = np.uint64(bounds[r] - bounds[0])
         for t in range(n):
-            h = _word(a[t], b[t], cr)
+            h = word(a[t], b[t], cr)
             where = base + ((np.uint64(h) * size) >> np.uint64(32))
             code[r * SJLT_TILE + t] = np.uint32(h << np.uint32(31)) | np.uint32(where)
 
@@ -129,8 +131,8 @@ def sjlt_loop(
         n = min(SJLT_TILE, m - t0)
         for t in range(n):
             j = np.uint32(start + t0 + t)
-            a[t] = _mix(np.uint32(j + key_a))
-            bb[t] = _mix(np.uint32(j ^ key_b))
+            a[t] = mix(np.uint32(j + key_a))
+            bb[t] = mix(np.uint32(j ^ key_b))
         _sjlt_codes(code, a, bb, c, bounds, n)
         for k in range(slices):
             for lane in range(SJLT_LANES):
@@ -162,10 +164,10 @@ def _pattern_words(index: U32, group: int, a: U32, b: U32, c: U32) -> None:
     base = group * 8 * PART_WORDS
     for w in range(c.shape[0]):
         cw = c[w]
-        x0, x1 = _exchange(_word(a0, b0, cw), _word(a1, b1, cw), _S1, _EVEN1)
-        x2, x3 = _exchange(_word(a2, b2, cw), _word(a3, b3, cw), _S1, _EVEN1)
-        x4, x5 = _exchange(_word(a4, b4, cw), _word(a5, b5, cw), _S1, _EVEN1)
-        x6, x7 = _exchange(_word(a6, b6, cw), _word(a7, b7, cw), _S1, _EVEN1)
+        x0, x1 = _exchange(word(a0, b0, cw), word(a1, b1, cw), _S1, _EVEN1)
+        x2, x3 = _exchange(word(a2, b2, cw), word(a3, b3, cw), _S1, _EVEN1)
+        x4, x5 = _exchange(word(a4, b4, cw), word(a5, b5, cw), _S1, _EVEN1)
+        x6, x7 = _exchange(word(a6, b6, cw), word(a7, b7, cw), _S1, _EVEN1)
         y0, y2 = _exchange(x0, x2, _S2, _EVEN2)
         y1, y3 = _exchange(x1, x3, _S2, _EVEN2)
         y4, y6 = _exchange(x4, x6, _S2, _EVEN2)
@@ -227,8 +229,8 @@ def rademacher_loop(
         for group in range(DENSE_TILE // 8):
             for q in range(8):
                 j = np.uint32(start + t0 + 8 * group + q)
-                a[q] = _mix(np.uint32(j + key_a))
-                bb[q] = _mix(np.uint32(j ^ key_b))
+                a[q] = mix(np.uint32(j + key_a))
+                bb[q] = mix(np.uint32(j ^ key_b))
             _pattern_words(index, group, a, bb, c)
         tile[n * LANES :] = np.float32(0)
         for k in range(slices):

@@ -10,13 +10,18 @@ from gradkernels.cpu import compiled
 from gradkernels.cpu.loops import I64
 from gradkernels.cpu.pool import run_all
 from gradkernels.cpu.vectors import LANES, PART_WORDS, SJLT_LANES
+from gradkernels.portable import full_float32
 from gradkernels.randomness import U32, derive_keys, sjlt_bounds, word_offsets
-from gradkernels.spec import ProjectionSpec
+from gradkernels.spec import Method, ProjectionSpec
 from numpy.typing import NDArray
 from torch import Tensor
 
 #: Waking a second thread costs about 50 microseconds: not for fewer additions than this.
 _MIN_TASK_ADDITIONS = 2**17
+
+#: Normals made at once, which stay in the second cache until they are multiplied; and parameters
+#: that are summed in float32.
+_TILE_NORMALS, _TILE_PARAMS = 2**18, 2048
 
 
 class SjltSums:
@@ -84,6 +89,43 @@ class RademacherSums:
         return torch.from_numpy(np.ascontiguousarray(rows[: self._rows, : self._spec.d]))
 
 
+class GaussianSums:
+    """float64 sums of a batch, even outputs before odd ones: (b, 2 * ceil(d / 2)).
+
+    Tiles of normals come from the loop, their products with the batch from torch.
+    """
+
+    def __init__(self, spec: ProjectionSpec, rows: int) -> None:
+        keys = derive_keys(spec)
+        pairs = -(-spec.d // 2)
+        offsets = word_offsets(keys, 2 * pairs)
+        self._spec = spec
+        self._loop = compiled.gaussian()
+        self._keys = np.uint32(keys.a), np.uint32(keys.b)
+        self._even, self._odd = (np.ascontiguousarray(offsets[odd::2]) for odd in (0, 1))
+        self._sums = torch.zeros(rows, 2 * pairs, dtype=torch.float64)
+        self._tile = np.empty((max(1, min(_TILE_PARAMS, _TILE_NORMALS // spec.d)), 2 * pairs),
+                              np.float32)  # fmt: skip
+
+    def add(self, block: Tensor, start: int) -> None:
+        """Add block (b, m) float32 of parameters [start, start + m)."""
+        for part in torch.split(block, len(self._tile), dim=1):
+            tile = self._tile[: part.shape[1]]
+            spans = _split(len(tile), _thread_count(8 * tile.size))
+            run_all([partial(self._make, tile[low:high], start + low) for low, high in spans])
+            with full_float32():
+                self._sums += part @ torch.from_numpy(tile)
+            start += len(tile)
+
+    def _make(self, tile: NDArray[np.float32], start: int) -> None:
+        self._loop(start, *self._keys, self._even, self._odd, tile)
+
+    def total(self) -> Tensor:
+        """Return the sums so far: (b, d) float64."""
+        rows, width = self._sums.shape
+        return self._sums.view(rows, 2, width // 2).mT.reshape(rows, width)[:, : self._spec.d]
+
+
 def _thread_count(additions: int) -> int:
     """Return the number of threads that pay off for a block: at most torch's own number."""
     return max(1, min(torch.get_num_threads(), additions // _MIN_TASK_ADDITIONS))
@@ -93,3 +135,10 @@ def _split(n: int, parts: int) -> list[tuple[int, int]]:
     """Cut range(n) into at most `parts` half-open, non-empty, nearly equal ranges."""
     parts = min(n, parts)
     return [(n * k // parts, n * (k + 1) // parts) for k in range(parts)]
+
+
+SUMS: dict[Method, type[SjltSums | RademacherSums | GaussianSums]] = {
+    "sjlt": SjltSums,
+    "rademacher": RademacherSums,
+    "gaussian": GaussianSums,
+}

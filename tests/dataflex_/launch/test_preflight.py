@@ -81,6 +81,16 @@ def test_padding_that_counts_is_refused_by_what_reads_training_losses(
     told("selectors/less", ["ignore_pad_token_for_loss=false"], caplog)
 
 
+@pytest.mark.parametrize("example", ["selectors/random", "mixers/odm", "reorders/saw"])
+def test_a_batch_size_that_memory_finds_is_refused_where_rows_are_planned_by_step(
+    example: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parents[1])
+    with pytest.raises(BadInput, match="set auto_find_batch_size: false"):
+        told(example, ["auto_find_batch_size=true"], caplog)
+    told("weighters/loss", ["auto_find_batch_size=true"], caplog)
+
+
 @pytest.mark.parametrize("example", ["selectors/less", "mixers/odm", "weighters/adapt"])
 def test_an_example_has_no_idle_key(
     example: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
