@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradstore.capture.adapters import has_adapter
 from gradstore.capture.dense import part_elements
 from gradstore.capture.losses import IGNORED_LABEL
 from gradstore.capture.per_sample import GradientCapture
@@ -88,10 +89,12 @@ def pass_memory(
     Returns:
         None of a model with an adapter, whose gradients are small, and where no row has a target.
     """
+    if has_adapter(unwrap(model)):
+        return None
+    probe = _longest(batches, next(model.parameters()).device)
+    if probe is None:
+        return None
     with GradientCapture(model, features.modules) as capture:
-        probe = _longest(batches, next(model.parameters()).device) if capture.dense else None
-        if probe is None:
-            return None
         lengths = np.minimum(np.asarray(batches.lengths), batches.longest or np.inf)
         length = probe["labels"].shape[1]
         tokens = max(batches.token_budget, length)
