@@ -80,7 +80,7 @@ class DataFlexConfig:
     mixer_eval_dataset: NameList = ()
     """Held-out sets for mixers that look at them."""
     gradstore: PathText | None = None
-    """Gradient store: a folder, or s3://BUCKET/PREFIX; default: output_dir/gradstore."""
+    """Gradient store: a folder, s3://BUCKET/PREFIX, https://HOST; default: output_dir/gradstore."""
     gradstore_run: Name | None = None
     """Prefix of the generations that this run writes."""
     store_text: bool = True
@@ -221,7 +221,8 @@ def _place_faults(output_dir: str, gradstore: str | None) -> list[str]:
     if is_address(output_dir):
         return [
             f"output_dir is {output_dir!r}; expected a folder of this machine: a run writes its "
-            "checkpoints there. Its features alone may lie in a bucket: gradstore=s3://BUCKET/PREFIX."
+            "checkpoints there. Its features alone may lie elsewhere: "
+            "gradstore=s3://BUCKET/PREFIX, or gradstore=https://HOST."
         ]
     try:
         location(gradstore or output_dir)

@@ -97,8 +97,8 @@ class ObjectFiles(ObjectReads, StoreFiles):
     def _ignored(self, header: str, what: str) -> StoreIOError:
         return StoreIOError(
             f'the object store of "{self.place}" does not honour {header}: {what}. A store needs '
-            "a server that honours If-None-Match and If-Match on PUT, as Amazon S3 does; choose "
-            "another with AWS_ENDPOINT_URL, or a folder with gradstore=PATH"
+            "a server that honours If-None-Match and If-Match on PUT, as Amazon S3 does; "
+            f"{self.bucket.otherwise}"
         )
 
     def make_directory(self, relative: str) -> None:

@@ -17,6 +17,7 @@ from gradstore.format.plans import Plan
 from gradstore.format.provenance import Difference, compare, refuse
 from gradstore.format.records import LOADED_FROM, GenerationRecord
 from gradstore.storage.local import StoreFiles
+from gradstore.storage.reading import ReadFiles
 from gradstore.store.own_units import quarantine
 from gradstore.store.ownership import check_step
 from gradstore.store.reader import Store
@@ -102,6 +103,39 @@ def choose_plan(
     return PlanChoice(plan, Plan.from_bytes(plan.to_bytes())[1])
 
 
+def check_plan(files: ReadFiles, store: Store, wanted: Plan) -> None:
+    """Refuse a plan that can't stand beside what a store has, whoever chose it.
+
+    Args:
+        files: the store's files.
+        store: today's view.
+        wanted: the plan, with its attempt.
+
+    Raises:
+        BadInput: its name lacks the prefix of its space.
+        ProvenanceMismatch: other rows, d or dtype than earlier generations, a name of another run
+            or space, or another plan of this name; lists every difference.
+        DamagedFile: a plan that is not committed is damaged.
+    """
+    _check_prefix(store, wanted)
+    planned = readable_plans(files, store, mend=False)
+    if wanted.name in planned:
+        theirs = planned.pop(wanted.name)[0]
+        if differences := compare(_compared(theirs), _compared(wanted)):
+            hint = "give every writer the same CONFIG, checkpoints and data"
+            raise refuse(str(store.path), differences, hint=hint)
+    _check_shape(store, wanted)
+    _check_rows(store, planned, wanted)
+    current = _current(store, wanted.record.parsed)
+    if current is not None and current[1].record.run_id != wanted.record.run_id:
+        raise _other_run(store, current[1].record, wanted.record)
+
+
+def _compared(plan: Plan) -> dict[str, object]:
+    return {**plan.identity(), "run_id": plan.record.run_id, "unit_rows": plan.unit_rows,
+            "losses": plan.losses}  # fmt: skip
+
+
 def warn_of_libraries(store: Store, plan: Plan) -> None:
     """Warn when library versions differ from those of the space's newest generation."""
     for commit in reversed(store.live_commits()):
@@ -129,7 +163,7 @@ def _current(store: Store, base: GenerationName) -> tuple[Commit, Plan] | None:
 
 
 def readable_plans(
-    files: StoreFiles, store: Store, *, mend: bool = True
+    files: ReadFiles, store: Store, *, mend: bool = True
 ) -> dict[str, tuple[Plan, str]]:
     """Read the uncommitted plans; quarantine a damaged one with what was written for it.
 
@@ -143,7 +177,7 @@ def readable_plans(
         try:
             plans[name] = Plan.from_bytes(files.read(plan_path(name)))
         except (ValueError, DamagedFile) as error:
-            if not mend:
+            if not mend or not isinstance(files, StoreFiles):
                 fault = Fault(plan_path(name), "the plan that was written", str(error))
                 raise DamagedFile(fault, str(files.root)) from error
             _log.warning("the plan of %s is damaged (%s): planned again", name, error)

@@ -17,7 +17,8 @@ import httpx
 import pytest
 
 from gradstore.errors import BadInput
-from gradstore.serve.running import listen, own_token
+from gradstore.serve.keys import own_token
+from gradstore.serve.running import listen
 
 COMMAND = (sys.executable, "-m", "dataflex", "gradstore", "serve")
 
@@ -90,7 +91,7 @@ class Model:
         on_stage("loading the model")
         time.sleep(60)
 try:
-    serve(sys.argv[1], 0, print, Model())
+    serve(sys.argv[1], 0, lambda address, _: print(address), Model())
 except KeyboardInterrupt:
     sys.exit(130)
 """
