@@ -1,4 +1,4 @@
-"""What a server looks at before a file that a client gives gets its name.
+"""Checks of a file that a client gives, before it gets its name.
 
 A store's writer checks its own work. These are the checks of somebody who does not trust it: each
 file is what its path says, comes after what it needs, and agrees with it. So whoever has the key

@@ -45,7 +45,7 @@ class Found(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """What a failed request means.
+    """Meaning of a failed request.
 
     Attributes:
         answered: a server of the right kind answered.

@@ -67,8 +67,7 @@ def choose_plan(
         )
     _check_prefix(store, wanted)
     planned = readable_plans(files, store, mend=before is None)
-    _check_shape(store, wanted)
-    _check_rows(store, planned, wanted)
+    _check_beside(store, planned, wanted)
     if share := record.feature_options.get("share"):
         check_step(store, StepShare(**share).step, run=record.run)
     base = record.parsed
@@ -124,8 +123,7 @@ def check_plan(files: ReadFiles, store: Store, wanted: Plan) -> None:
         if differences := compare(_compared(theirs), _compared(wanted)):
             hint = "give every writer the same CONFIG, checkpoints and data"
             raise refuse(str(store.path), differences, hint=hint)
-    _check_shape(store, wanted)
-    _check_rows(store, planned, wanted)
+    _check_beside(store, planned, wanted)
     current = _current(store, wanted.record.parsed)
     if current is not None and current[1].record.run_id != wanted.record.run_id:
         raise _other_run(store, current[1].record, wanted.record)
@@ -212,6 +210,12 @@ def _check_prefix(store: Store, wanted: Plan) -> None:
             difference = Difference(f"space of {run!r}", found, space)
             hint = "choose another gradstore_run or space"
             raise refuse(str(store.path), [difference], hint=hint)
+
+
+def _check_beside(store: Store, planned: dict[str, tuple[Plan, str]], wanted: Plan) -> None:
+    """Reject what can't be compared with the generations that there are."""
+    _check_shape(store, wanted)
+    _check_rows(store, planned, wanted)
 
 
 def _check_shape(store: Store, wanted: Plan) -> None:
