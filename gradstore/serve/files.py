@@ -46,6 +46,8 @@ def listing(
     check_parts(below)
     keeping = keeping_of(request)
     hidden = keeping.hidden if keeping is not None else frozenset()
+    if below and served.files.kind(below) != "directory":
+        return JSONResponse({"files": {}, "names": []})
     if deep:
         expect(below != "", "below", below, "a folder, or deep=false for the names at the top")
         files = {path: served.files.size(path) for path in served.files.walk(below)
@@ -76,6 +78,8 @@ def file(request: Request, served: Here, path: str) -> Response:
     data = _content(served, path)
     headers = {"ETag": tag_of(data), "Content-Digest": content_digest(data),
                "Content-Length": str(len(data))}  # fmt: skip
+    if len(data) <= _SENT_BYTES:
+        return Response(bytes(data), headers=headers, media_type="application/octet-stream")
     return StreamingResponse(_parts(data), headers=headers, media_type="application/octet-stream")
 
 

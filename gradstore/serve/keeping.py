@@ -229,6 +229,8 @@ class Keeping:
             top, _, below = path.partition("/")
             if top == STAGING and below.split("/")[0] in self.hidden:
                 raise BadInput(f"{path!r} is in a folder of the server's own")
+            if path == LOCK:
+                raise BadInput(f"{LOCK} is not removed; write one without holders in its place")
         for path, needs in needed(self._view(), paths):
             raise Refusal(409, "committed", f"{path} is needed by {needs}, and what is committed "
                           "is not removed. Retire it first (`gradstore gc`); what is damaged is "

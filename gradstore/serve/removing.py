@@ -31,7 +31,7 @@ def needed(store: Store | None, paths: Iterable[str]) -> Iterator[tuple[str, str
         where = _file_at(path)
         if where is None:
             continue
-        if where.kind in ("root", "group", "space", "commit", "request", "receipt", "lock"):
+        if where.kind in ("root", "group", "space", "commit", "request", "receipt"):
             yield path, "the store itself"
         elif where.kind == "text":
             if where.name in texts:

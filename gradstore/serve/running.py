@@ -36,7 +36,8 @@ def listen(port: int) -> socket.socket:
     Raises:
         BadInput: it is in use, or not ours to open.
     """
-    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # asyncio sends small parts at once, without waiting for more, of sockets that say TCP alone.
+    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((HOST, port))
@@ -92,12 +93,16 @@ def serve(
     """
     offer = offer or Offer()
     token, key = both_keys() if offer.writable else (own_token(), None)
-    sock = listen(port)
     served = Served(path, explainer, is_made=offer.writable)
+    sock = listen(port)
     writing = None
     if key is not None:
         limits = Limits(offer.most_bytes, max(Limits.flight_bytes, offer.most_bytes))
-        writing = Writing(key, Keeping(served), limits)
+        try:
+            writing = Writing(key, Keeping(served), limits)
+        except BaseException:
+            sock.close()
+            raise
     config = uvicorn.Config(
         create_app(served, token, writing, offer.hosts),
         # Its warnings are of what clients send, such as bytes that are no HTTP.

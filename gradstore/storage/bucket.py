@@ -20,8 +20,8 @@ from gradstore.storage.location import ObjectPath
 
 _log = logging.getLogger(__name__)
 
-#: Seconds for which a request is sent again, and for which the first of all is, whose endpoint may
-#: be wrong.
+#: Seconds after its first failure for which a request is sent again, and for which the first of all
+#: is, whose endpoint may be wrong.
 PATIENCE_SECONDS, FIRST_PATIENCE_SECONDS = 60.0, 5.0
 
 #: Seconds between two tries, at first and at most; a server may ask for more.
@@ -138,6 +138,14 @@ class Bucket(ABC):
     def names(self, folder: str) -> set[str]:
         """List the names right below a folder; what was written last may lack."""
 
+    @abstractmethod
+    def check_writable(self) -> None:
+        """Refuse a place that is known to take no writes, before anything is written.
+
+        Raises:
+            StoreError: it takes none of this process.
+        """
+
     # ---- failures ----------------------------------------------------------------------------
 
     @abstractmethod
@@ -165,17 +173,19 @@ class Bucket(ABC):
         Raises:
             StoreError: it failed, or failed for too long.
         """
-        began, tries = time.monotonic(), 0
+        failing_since, tries = 0.0, 0
         while True:
             try:
                 result = act()
             except self._failures() as error:
                 failure = self._judged(error)
                 self._answered = self._answered or failure.answered
+                now = time.monotonic()
+                failing_since = failing_since or now
                 patience = PATIENCE_SECONDS if self._answered else FIRST_PATIENCE_SECONDS
                 wait = min(_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2**tries) * random.uniform(0.5, 1)
                 wait = max(wait, failure.wait_seconds * random.uniform(1, 1.25))
-                if not failure.may_pass or time.monotonic() - began + wait > patience:
+                if not failure.may_pass or now - failing_since + wait > patience:
                     what = f'cannot {verb} "{self.place / key if key else self.place}"'
                     again = f", and again {tries} time(s)" if tries else ""
                     raise self._failed(what, error, failure, again) from error

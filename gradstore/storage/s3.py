@@ -154,6 +154,9 @@ class S3Bucket(Bucket):
 
         return self._tried("list", folder, collect)
 
+    def check_writable(self) -> None:
+        """Ask nothing: what credentials may do shows at the first write; see `Bucket`."""
+
     # ---- failures ----------------------------------------------------------------------------
 
     def _failures(self) -> tuple[type[Exception], ...]:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import os
 import re
+import secrets
 import sys
 import threading
 import weakref
@@ -25,6 +26,7 @@ from gradstore.errors import (
 )
 from gradstore.format.names import printable
 from gradstore.storage.bucket import Bucket, Failure, Found
+from gradstore.storage.local import STAGING
 from gradstore.storage.location import ObjectPath
 
 if TYPE_CHECKING:
@@ -79,8 +81,11 @@ class _Refused(Exception):
 
     def __init__(self, status: int, headers: Mapping[str, str], body: Mapping[str, Any]) -> None:
         self.status, self.headers, self.body = status, headers, body
-        #: What the server says, where it is one of ours.
-        self.detail = printable(str(body.get("detail") or ""))
+        #: What the server says, where it is one of ours, and the exit code that it would end with.
+        self.detail, self.told_code = (
+            printable(str(body.get("detail") or "")),
+            body.get("exit_code"),
+        )
         super().__init__(f"status {status}" + (f" ({self.detail})" if self.detail else ""))
 
 
@@ -164,6 +169,12 @@ class ServiceBucket(Bucket):
         """List names; see `Bucket`."""
         return set(self._listed(folder, deep=False))
 
+    def check_writable(self) -> None:
+        """Write an empty file into staging, and remove it; see `Bucket`."""
+        key = f"{STAGING}/probe-{secrets.token_hex(8)}"
+        self.put(key, b"")
+        self.delete([key])
+
     # ---- requests ----------------------------------------------------------------------------
 
     def _listed(self, folder: str, *, deep: bool) -> Any:  # noqa: ANN401 - what the server lists
@@ -227,14 +238,15 @@ class ServiceBucket(Bucket):
     def _judged(self, error: Exception) -> Failure:
         if not isinstance(error, _Refused):
             return Failure(False, not _is_of_certificates(error), _reason(error))
-        passes = error.status in _PASSING
+        changed_on_its_way = error.status == HTTPStatus.BAD_REQUEST and error.told_code == 5
+        passes = error.status in _PASSING or changed_on_its_way
         given = error.headers.get("retry-after", "")
         wait = float(given) if re.fullmatch(r"[0-9]{1,6}", given) else 0.0
         return Failure(MARK in error.headers, passes, str(error),
                        min(wait, _MOST_WAIT_SECONDS))  # fmt: skip
 
     def _failed(self, what: str, error: Exception, failure: Failure, again: str) -> StoreError:
-        if not isinstance(error, _Refused) or error.status in _PASSING:
+        if not isinstance(error, _Refused) or failure.may_pass:
             return StoreIOError(
                 f"{what}: {failure.reason}{again}. See that the service is well and the address is "
                 "right, then run again: committed data is untouched"
@@ -244,16 +256,15 @@ class ServiceBucket(Bucket):
             return ProvenanceMismatch(error.detail, [printable(str(each)) for each in differences])
         if MARK not in error.headers:
             return StoreIOError(f"{what}: {_not_ours(error, self.place)}")
-        detail = error.detail or _SAID.get(HTTPStatus(error.status), failure.reason)
-        kind = _ERRORS.get(error.body.get("exit_code", 5), StoreIOError)
+        detail = _SAID.get(error.status) or error.detail or failure.reason
+        kind = _ERRORS.get(error.told_code or 5, StoreIOError)
         return kind(f"{what}: {detail}")
 
 
-_SAID = {
+_SAID: dict[int, str] = {
     HTTPStatus.UNAUTHORIZED: f"the service does not know this key. Set {READ_KEY}, or {WRITE_KEY} "
     "to write, to one of those that it was started with",
-    HTTPStatus.FORBIDDEN: "the service refuses this request; it was made under another host name "
-    "than the service knows, or with a key that only reads",
+    HTTPStatus.METHOD_NOT_ALLOWED: "the service takes no writes. Start it with --writable",
 }
 
 
@@ -275,6 +286,7 @@ def _client(key: str, scheme: str) -> httpx.Client:
         # No proxy of the environment may see what goes to loopback in the clear. A redirect is not
         # followed: the key is for the one host that the user named.
         trust_env=scheme != "http",
+        verify=scheme != "http",  # which has no certificates: that saves loading the known ones
         follow_redirects=False,
     )
 

@@ -248,7 +248,10 @@ def _check_rows(store: Store, planned: dict[str, tuple[Plan, str]], wanted: Plan
     for plan in chain(committed, (plan for plan, _ in reversed(planned.values()))):
         if (plan.record.role, plan.record.set) != key:
             continue
-        note = wanted.rows.difference(plan.rows)
+        stored = plan.rows
+        if len(stored) == len(wanted.rows):  # rows that are being removed are no others
+            stored = stored.without(wanted.rows.forgotten)
+        note = wanted.rows.difference(stored)
         if note:
             what = "train.rows" if key[0] == "train" else f"target.{key[1]}.rows"
             text = f'{note}. Store "{store.path}" has those of generation {plan.name}'
