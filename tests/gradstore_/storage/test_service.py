@@ -279,28 +279,62 @@ def test_a_build_killed_anywhere_goes_on_and_redoes_only_what_was_not_finished(
     check_equal(kit, service.folder, fast_path / "s")
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["alone", "worker"])
-def test_a_server_that_is_restarted_in_the_middle_is_waited_for(
-    kit: StoreKit, service: Any, fast_path: Path, shared: bool
-) -> None:
-    """Its lock is as it was, so that the writer goes on and nobody else comes in."""
-    seen: set[str] = set()
+#: A server in a process of its own, as the command starts it.
+_SERVER = """
+import sys
+from pathlib import Path
+from gradstore.serve.running import Offer, serve
+serve(Path(sys.argv[1]), int(sys.argv[2]), lambda address, _: print(address, flush=True), None,
+      Offer(writable=True))
+"""
 
-    def restart() -> None:
-        time.sleep(0.5)
-        service.start()
+
+def started(folder: Path, port: int, read_key: str) -> tuple[subprocess.Popen[str], int]:
+    """Start a server; return it, and its port, once it answers."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVER, str(folder), str(port)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "GRADSTORE_TOKEN": read_key},
+    )  # fmt: skip
+    assert process.stdout is not None
+    address = process.stdout.readline()
+    return process, int(address.partition("/?")[0].rpartition(":")[2])
+
+
+@pytest.mark.parametrize(
+    ("where", "shared"),
+    [("link generations/train/1/features/c/1/0", False), ("link commits/3.json", True)],
+    ids=["alone", "worker"],
+)
+def test_a_server_that_dies_in_the_middle_is_waited_for(
+    kit: StoreKit, serve_writable: Callable[..., Any], fast_path: Path, where: str, shared: bool
+) -> None:
+    """By SIGKILL. Its lock is as it was, so that the writer goes on and nobody else comes in."""
+    processes = []
+    process, port = started(fast_path / "served", 0, "a-key-of-the-tests-to-read")
+    processes.append(process)
+
+    def again() -> None:
+        processes.append(started(fast_path / "served", port, "a-key-of-the-tests-to-read")[0])
+
+    thread = threading.Thread(target=again)
 
     def at(operation: str, path: Path) -> None:
-        where = f"{operation} {path}"
-        if where in DEATHS and where not in seen:
-            seen.add(where)
-            service.stop()
-            threading.Thread(target=restart).start()
+        if f"{operation} {path}" == where and not thread.ident:
+            process.kill()
+            process.wait()
+            thread.start()
 
-    files = ObjectFiles(location(service.address), at)  # type: ignore[arg-type]
-    run(kit, service.address, Worker(1, 2) if shared else None, files=files)
-    assert len(seen) == 3
-    check_equal(kit, service.folder, fast_path / "s")
+    address = f"http://127.0.0.1:{port}"
+    files = ObjectFiles(location(address), at)  # type: ignore[arg-type]
+    try:
+        run(kit, address, Worker(1, 2) if shared else None, files=files)
+        assert thread.ident, "it died"
+    finally:
+        thread.join(60)
+        for each in processes:
+            each.terminate()
+            each.communicate()
+    check_equal(kit, fast_path / "served", fast_path / "s")
 
 
 # ---- a server, or a way to it, that fails ----------------------------------------------------
