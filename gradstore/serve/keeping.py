@@ -35,6 +35,8 @@ _LOCK = f"{STAGING}/{SERVICE}/lock"
 #: Changes that are made at the same time.
 CHANGES_AT_ONCE = 16
 
+_DAMAGED = "What is damaged is repaired where the store lies (`gradstore repair`)"
+
 #: Kinds of files whose check must still hold when they get their names.
 _IN_ORDER = ("commit", "root", "request", "receipt")
 
@@ -214,7 +216,7 @@ class Keeping:
         """Write a file without a condition, where that can lose nothing that was published."""
         if where.kind not in ("staging", "root"):
             raise Refusal(428, "condition-required", f"{where.path} is never overwritten: write it "
-                          "with If-None-Match: *")  # fmt: skip
+                          f"with If-None-Match: *. {_DAMAGED}")  # fmt: skip
         with self._order if where.kind == "root" else self._replacing:
             there = self._served.files.has(where.path)
             if where.kind == "root":
@@ -233,8 +235,8 @@ class Keeping:
                 raise BadInput(f"{LOCK} is not removed; write one without holders in its place")
         for path, needs in needed(self._view(), paths):
             raise Refusal(409, "committed", f"{path} is needed by {needs}, and what is committed "
-                          "is not removed. Retire it first (`gradstore gc`); what is damaged is "
-                          "repaired where the store lies (`gradstore repair`)")  # fmt: skip
+                          f"is not removed. Retire it first (`gradstore gc`). {_DAMAGED}"
+                          )  # fmt: skip
 
 
 def _taken(path: str) -> Refusal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from fastapi import Request
 
 from gradstore.errors import BadInput, StoreBusy
 from gradstore.format.canonical import canonical_json
@@ -22,7 +24,8 @@ from gradstore.format.commits import Commit
 from gradstore.format.plans import Plan
 from gradstore.format.provenance import provenance_bytes
 from gradstore.format.unit_records import UnitRecord
-from gradstore.serve.intake import Limits
+from gradstore.serve.intake import Intake, Limits
+from gradstore.serve.problems import Refusal
 from gradstore.storage.local import StoreFiles
 from gradstore.storage.service import content_digest
 from gradstore.store.reader import open_store
@@ -452,6 +455,22 @@ def test_of_a_body_that_is_cut_short_nothing_is_seen(
     assert service.writing.intake._bodies == 0
     assert writer.client.get("/v1/files/staging/a/b").status_code == 404
     assert not (service.folder / "staging/a").exists()
+
+
+def test_a_body_that_ends_early_is_told_apart_from_a_changed_one() -> None:
+    """A proxy may pass one on as whole: the digest fits what came, the length does not."""
+    sent = [{"type": "http.request", "body": b"12345", "more_body": False}]
+
+    async def receive() -> Any:
+        return sent.pop(0)
+
+    digest = content_digest(b"12345").encode()
+    scope = {"type": "http", "headers": [(b"content-digest", digest)]}
+    for size, says in ((10, "has 5 bytes, 10 were declared"), (3, "more than 3 bytes, 3 were")):
+        sent[:] = [{"type": "http.request", "body": b"12345", "more_body": False}]
+        with pytest.raises(Refusal, match=says) as told:
+            asyncio.run(Intake(Limits()).received(Request(scope, receive), size))
+        assert (told.value.status, told.value.title) == (400, "other-length")
 
 
 def test_a_client_that_is_too_slow_is_let_go_of(
