@@ -39,7 +39,7 @@ from gradstore.store.reader import Store
 from gradstore.store.unit_files import check_unit, read_record, row_hash_file
 
 #: Plans that are kept at hand.
-_PLANS_KEPT = 64
+_PLANS_KEPT = 16
 
 
 class Checks:
@@ -146,20 +146,21 @@ class Checks:
         Raises:
             Refusal: there is none.
         """
-        with self._lock:
-            known = self._plans.get(name)
+        known = self._plans.get(name)
         if known is not None:
             return known
-        data = self._files.read_if_there(plan_path(name))
-        if data is None:
-            raise out_of_order(f"{path} comes before its plan: write {plan_path(name)} first")
-        with _reading(plan_path(name)):
-            found = Plan.from_bytes(data)
-        with self._lock:
+        with self._lock:  # a plan of many rows is read once, not by each that waits for it
+            if name in self._plans:
+                return self._plans[name]
+            data = self._files.read_if_there(plan_path(name))
+            if data is None:
+                raise out_of_order(f"{path} comes before its plan: write {plan_path(name)} first")
+            with _reading(plan_path(name)):
+                found = Plan.from_bytes(data)
             while len(self._plans) >= _PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[name] = found
-        return found
+            return found
 
     def _metadata(self, where: StorePath, data: bytes) -> None:
         plan, _ = self._planned(where.name, where.path)
