@@ -16,7 +16,7 @@ from gradstore.serve.problems import RESPONSES, Missing
 from gradstore.serve.served import Served
 from gradstore.storage.local import STAGING
 from gradstore.storage.lock import LOCK
-from gradstore.storage.service import FILES, content_digest
+from gradstore.storage.wire import FILES, content_digest
 
 router = APIRouter(responses=RESPONSES)
 

@@ -6,7 +6,7 @@ import os
 import secrets
 
 from gradstore.errors import BadInput
-from gradstore.storage.service import READ_KEY, WRITE_KEY
+from gradstore.storage.wire import READ_KEY, WRITE_KEY
 
 #: Shortest key that is taken.
 KEY_CHARACTERS = 16

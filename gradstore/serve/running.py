@@ -19,7 +19,7 @@ from gradstore.serve.keys import both_keys, own_token
 from gradstore.serve.served import Explainer, Served
 from gradstore.serve.writing import Writing
 from gradstore.storage.location import Location
-from gradstore.storage.service import WRITE_KEY
+from gradstore.storage.wire import WRITE_KEY
 
 HOST = "127.0.0.1"
 

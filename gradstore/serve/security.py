@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gradstore.serve.problems import problem
 from gradstore.storage.location import LOOPBACK
-from gradstore.storage.service import FILES, MARK
+from gradstore.storage.wire import FILES, MARK
 
 #: Largest body of a request, in bytes.
 BODY_BYTES = 4 << 20

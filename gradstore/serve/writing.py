@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from gradstore.serve.intake import Intake, Limits, digest_of, length_of
 from gradstore.serve.keeping import CHANGES_AT_ONCE, Keeping, tag_of
 from gradstore.serve.problems import RESPONSES, Refusal
-from gradstore.storage.service import COPIES, FILES, REMOVALS, WRITE_KEY
+from gradstore.storage.wire import COPIES, FILES, REMOVALS, WRITE_KEY
 
 T = TypeVar("T")
 

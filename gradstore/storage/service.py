@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 import re
 import secrets
@@ -28,21 +26,21 @@ from gradstore.format.names import printable
 from gradstore.storage.bucket import Bucket, Failure, Found
 from gradstore.storage.local import STAGING
 from gradstore.storage.location import ObjectPath
+from gradstore.storage.wire import (
+    COPIES,
+    FILES,
+    MARK,
+    READ_KEY,
+    REMOVALS,
+    WRITE_KEY,
+    content_digest,
+    key_for,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import httpx
-
-#: Environment variables of the key that reads, and of the one that writes, and reads too.
-READ_KEY, WRITE_KEY = "GRADSTORE_TOKEN", "GRADSTORE_WRITE_TOKEN"
-
-#: Where a service has the files of its store, what removes several, and what copies one.
-FILES, REMOVALS, COPIES = "/v1/files", "/v1/removals", "/v1/copies"
-
-#: Header of every answer of a service, by which it is known: bytes of the largest body that it
-#: takes, 0 where it takes none.
-MARK = "Gradstore-Most-Bytes"
 
 #: Seconds after which a connection, and a pause within a request, counts as lost: a server answers
 #: a write when the disk has it, and a commit when every unit was looked at.
@@ -65,15 +63,6 @@ _PASSING = {
 _MOST_WAIT_SECONDS = 30.0
 
 _ERRORS = {2: BadInput, 4: DamagedData, 5: StoreIOError, 6: StoreBusy}
-
-
-def content_digest(data: bytes | memoryview) -> str:
-    """Return the value of the field Content-Digest (RFC 9530) for some bytes.
-
-    >>> content_digest(b"")
-    'sha-256=:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=:'
-    """
-    return f"sha-256=:{base64.b64encode(hashlib.sha256(data).digest()).decode()}:"
 
 
 class _Refused(Exception):
@@ -103,7 +92,7 @@ class ServiceBucket(Bucket):
 
     def __init__(self, place: ObjectPath) -> None:
         super().__init__(place)
-        self._key = _own_key(place)
+        self._key = key_for(place)
         self._client: httpx.Client | None = None
         self._pid, self._lock = 0, threading.Lock()
 
@@ -114,7 +103,7 @@ class ServiceBucket(Bucket):
             with self._answer("GET", _file(key), hoped=(200, 404)) as answer:
                 if answer.status_code == HTTPStatus.NOT_FOUND:
                     return None
-                size, tag = int(answer.headers["content-length"]), answer.headers["etag"]
+                size, tag = _length(answer), answer.headers.get("etag", "").removeprefix("W/")
                 if size > most_bytes:
                     return Found(memoryview(b""), size, tag)
                 return Found(memoryview(answer.read()), size, tag)
@@ -127,7 +116,7 @@ class ServiceBucket(Bucket):
         def look() -> int | None:
             with self._answer("HEAD", _file(key), hoped=(200, 404)) as answer:
                 found = answer.status_code == HTTPStatus.OK
-                return int(answer.headers["content-length"]) if found else None
+                return _length(answer) if found else None
 
         return self._tried("look at", key, look)
 
@@ -291,22 +280,19 @@ def _client(key: str, scheme: str) -> httpx.Client:
     )
 
 
-def _own_key(place: ObjectPath) -> str:
-    """Return the key of this process, the one that writes if there is one.
+def _length(answer: httpx.Response) -> int:
+    """Return the declared size of an answer in bytes.
 
     Raises:
-        BadInput: there is none, or it can't be sent.
+        StoreIOError: it has none.
     """
-    name = WRITE_KEY if os.environ.get(WRITE_KEY) else READ_KEY
-    key = os.environ.get(name, "")
-    if not key:
-        raise BadInput(
-            f'store "{place}" needs a key, which `gradstore serve` was started with or printed: '
-            f"set {READ_KEY} to read, or {WRITE_KEY} to write"
+    found = answer.headers.get("content-length")
+    if found is None:
+        raise StoreIOError(
+            f"{answer.url}: the answer has no Content-Length. See that no proxy before the service "
+            "compresses or rewrites what it passes on"
         )
-    if not re.fullmatch(r"[!-~]+", key):
-        raise BadInput(f"{name} holds characters that no key has; set it to the service's key")
-    return key
+    return int(found)
 
 
 def _file(key: str) -> str:

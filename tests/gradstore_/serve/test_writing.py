@@ -27,7 +27,7 @@ from gradstore.format.unit_records import UnitRecord
 from gradstore.serve.intake import Intake, Limits
 from gradstore.serve.problems import Refusal
 from gradstore.storage.local import StoreFiles
-from gradstore.storage.service import content_digest
+from gradstore.storage.wire import content_digest
 from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
 from gradstore.store.writer import StoreWriter

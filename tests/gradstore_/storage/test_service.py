@@ -115,6 +115,14 @@ def test_a_build_over_http_is_the_build_into_a_folder_byte_for_byte(
     assert [path.parent.name for path in left] == ["service"], "but for its lock nothing is left"
 
 
+def test_names_that_are_quoted_on_the_disk_arrive_as_they_are(kit: StoreKit, service: Any) -> None:
+    name = "a+b@c/target/org%2Fset%20one/1"
+    kit.build(service.address, name, n=4)
+    assert (service.folder / f"plans/{name}.json").is_file()
+    assert [each.name for each in open_store(service.address).generations()] == [name]
+    assert verify_store(service.folder).ok
+
+
 def test_the_key_that_reads_reads_and_is_told_that_it_may_not_write(
     kit: StoreKit, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
