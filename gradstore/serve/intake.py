@@ -20,6 +20,11 @@ from gradstore.serve.problems import Refusal
 _SHA256 = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/]+={0,2}):")
 
 
+#: Bytes of a body that is always let in, up to `SMALL_BODIES` at once: signs of life, claims and
+#: records, without which whoever waits for room would count as dead.
+SMALL_BYTES, SMALL_BODIES = 16 << 10, 1024
+
+
 @dataclass(frozen=True)
 class Limits:
     """Limits of what a server takes in.
@@ -27,7 +32,7 @@ class Limits:
     Attributes:
         body_bytes: of one body.
         flight_bytes: of all bodies that are being received or written; a body alone may be larger.
-        bodies: that are being received or written.
+        bodies: that are being received or written, but for small ones.
         pause_seconds: without a byte of a body, after which its client counts as gone.
         slowest_bytes: per second that a body must come with on the whole, after `pause_seconds`.
     """
@@ -48,7 +53,7 @@ class Intake:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._bodies = self._bytes = 0
+        self._bodies = self._bytes = self._small = 0
 
     @contextmanager
     def admitted(self, size: int) -> Iterator[None]:
@@ -58,6 +63,13 @@ class Intake:
             Refusal: 429, too many are being taken in; nothing of this one was read.
         """
         limits = self.limits
+        if size <= SMALL_BYTES and self._small < SMALL_BODIES:
+            self._small += 1
+            try:
+                yield
+            finally:
+                self._small -= 1
+            return
         full = self._bodies >= limits.bodies or (
             self._bodies > 0 and self._bytes + size > limits.flight_bytes
         )

@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 #: is, whose endpoint may be wrong.
 PATIENCE_SECONDS, FIRST_PATIENCE_SECONDS = 60.0, 5.0
 
+#: The same where a server that is well asks to come back later, since others write, too.
+BUSY_PATIENCE_SECONDS = 600.0
+
 #: Seconds between two tries, at first and at most; a server may ask for more.
 _FIRST_WAIT_SECONDS, _WAIT_SECONDS = 0.05, 5.0
 
@@ -52,12 +55,14 @@ class Failure(NamedTuple):
         may_pass: the same request may be answered otherwise a moment later.
         reason: in a line, without what may be secret.
         wait_seconds: that the server asks to wait for.
+        is_busy: the server is well, and has no room just now.
     """
 
     answered: bool
     may_pass: bool
     reason: str
     wait_seconds: float = 0.0
+    is_busy: bool = False
 
 
 class Bucket(ABC):
@@ -183,6 +188,7 @@ class Bucket(ABC):
                 now = time.monotonic()
                 failing_since = failing_since or now
                 patience = PATIENCE_SECONDS if self._answered else FIRST_PATIENCE_SECONDS
+                patience = BUSY_PATIENCE_SECONDS if failure.is_busy else patience
                 wait = min(_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2**tries) * random.uniform(0.5, 1)
                 wait = max(wait, failure.wait_seconds * random.uniform(1, 1.25))
                 if not failure.may_pass or now - failing_since + wait > patience:

@@ -231,8 +231,9 @@ class ServiceBucket(Bucket):
         passes = error.status in _PASSING or changed_on_its_way
         given = error.headers.get("retry-after", "")
         wait = float(given) if re.fullmatch(r"[0-9]{1,6}", given) else 0.0
-        return Failure(MARK in error.headers, passes, str(error),
-                       min(wait, _MOST_WAIT_SECONDS))  # fmt: skip
+        ours = MARK in error.headers
+        is_busy = ours and error.status == HTTPStatus.TOO_MANY_REQUESTS
+        return Failure(ours, passes, str(error), min(wait, _MOST_WAIT_SECONDS), is_busy)
 
     def _failed(self, what: str, error: Exception, failure: Failure, again: str) -> StoreError:
         if not isinstance(error, _Refused) or failure.may_pass:

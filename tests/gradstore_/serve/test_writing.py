@@ -446,8 +446,10 @@ def raw(service: Any, path: str, declared: int, digest: bytes) -> socket.socket:
 def test_of_a_body_that_is_cut_short_nothing_is_seen(
     service: Any, client_of: Callable[..., Writer]
 ) -> None:
-    with raw(service, "staging/a/b", 10, b"12345") as connection:
+    with raw(service, "staging/a/b", 20_000, b"12345") as connection:
         connection.sendall(b"12345")
+        while not service.writing.intake._bodies:
+            time.sleep(0.01)
     writer = client_of(service)
     deadline = time.monotonic() + 10
     while service.writing.intake._bodies and time.monotonic() < deadline:
@@ -486,21 +488,22 @@ def test_a_client_that_is_too_slow_is_let_go_of(
 def test_beyond_its_limits_a_server_says_when_to_come_back(
     serve_writable: Callable[..., Any], tmp_path: Path, client_of: Callable[..., Writer]
 ) -> None:
-    service = serve_writable(tmp_path / "served", Limits(bodies=2, flight_bytes=1000))
+    service = serve_writable(tmp_path / "served", Limits(bodies=2, flight_bytes=100_000))
     writer = client_of(service)
-    with raw(service, "staging/a/b", 600, bytes(600)) as first:
+    with raw(service, "staging/a/b", 60_000, bytes(60_000)) as first:
         while not service.writing.intake._bodies:
             time.sleep(0.01)
-        answer = writer.put("staging/a/c", bytes(500))
-        refused(answer, 429, "too-many-writes", "600 bytes")
+        answer = writer.put("staging/a/c", bytes(50_000))
+        refused(answer, 429, "too-many-writes", "60,000 bytes")
         assert answer.headers["retry-after"] == "1"
-        with raw(service, "staging/a/d", 10, bytes(10)):
+        with raw(service, "staging/a/d", 20_000, bytes(20_000)):
             while service.writing.intake._bodies < 2:
                 time.sleep(0.01)
-            refused(writer.put("staging/a/c", b""), 429, "too-many-writes")
-        first.sendall(bytes(600))
+            refused(writer.put("staging/a/c", bytes(17_000)), 429, "too-many-writes")
+            assert writer.put("staging/a/owner", b"1").status_code == 201, "a sign of life"
+        first.sendall(bytes(60_000))
         assert first.recv(20).startswith(b"HTTP/1.1 201")
-    assert writer.put("staging/a/e", bytes(5000)).status_code == 201, "alone it may be larger"
+    assert writer.put("staging/a/e", bytes(500_000)).status_code == 201, "alone it may be larger"
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(

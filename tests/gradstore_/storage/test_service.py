@@ -433,6 +433,30 @@ def test_a_server_that_stays_away_is_told_and_the_build_goes_on_later(
     check_equal(kit, service.folder, fast_path / "s")
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_is_busy_is_waited_for_longer_than_one_that_fails(
+    kit: StoreKit, faulty_service: Any, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(bucket_module, "PATIENCE_SECONDS", 0.3)
+    left = 2
+
+    def busy(asked: Any) -> tuple[int, bytes] | None:
+        nonlocal left
+        if asked.key != "commits/1.json" or asked.method != "PUT" or not left:
+            return None
+        left -= 1
+        return status, b"{}"
+
+    faulty_service.before = busy
+    faulty_service.more = {"retry-after": "1", "gradstore-most-bytes": "1000000"}
+    if status == 429:
+        kit.build(faulty_service.address, n=4)
+    else:
+        with pytest.raises(StoreIOError, match="status 503"):
+            kit.build(faulty_service.address, n=4)
+    assert left == (0 if status == 429 else 1)
+
+
 def test_a_server_that_is_not_there_or_is_another_is_told_soon(
     service: Any, faulty_service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
