@@ -287,6 +287,17 @@ def test_a_build_killed_anywhere_goes_on_and_redoes_only_what_was_not_finished(
     check_equal(kit, service.folder, fast_path / "s")
 
 
+def test_random_kills_of_workers_of_a_service_lose_double_and_tear_nothing() -> None:
+    stress = Path(__file__).parents[2] / "stress.py"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, str(stress), "--kills", "3", "--service"],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "0 rows lost" in done.stdout
+
+
 #: A server in a process of its own, as the command starts it.
 _SERVER = """
 import sys
