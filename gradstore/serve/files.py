@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from gradstore.errors import BadInput, DamagedFile, expect
 from gradstore.format.paths import check_parts, file_at
 from gradstore.serve.access import Here
-from gradstore.serve.keeping import Keeping, tag_of
+from gradstore.serve.keeping import Keeping, kind_of, tag_of
 from gradstore.serve.problems import RESPONSES, Missing
 from gradstore.serve.served import Served
 from gradstore.storage.local import STAGING
@@ -46,7 +46,7 @@ def listing(
     check_parts(below)
     keeping = keeping_of(request)
     hidden = keeping.hidden if keeping is not None else frozenset()
-    if below and served.files.kind(below) != "directory":
+    if below and kind_of(served.files, below) != "directory":
         return JSONResponse({"files": {}, "names": []})
     if deep:
         expect(below != "", "below", below, "a folder, or deep=false for the names at the top")
@@ -71,9 +71,9 @@ def file(request: Request, served: Here, path: str) -> Response:
         if lock is None:
             raise _no_file(path)
         return Response(lock, headers={"ETag": tag_of(lock)})
+    if kind_of(served.files, path) != "file":
+        raise _no_file(path)
     if request.method == "HEAD":
-        if not served.files.has(path):
-            raise _no_file(path)
         return Response(headers={"Content-Length": str(served.files.size(path))})
     data = _content(served, path)
     headers = {"ETag": tag_of(data), "Content-Digest": content_digest(data),
@@ -85,8 +85,6 @@ def file(request: Request, served: Here, path: str) -> Response:
 
 def _content(served: Served, path: str) -> memoryview:
     """Read a file: of what never changes parts are read when they are sent."""
-    if served.files.kind(path) != "file":
-        raise _no_file(path)
     size = served.files.size(path)
     if size and not path.startswith(f"{STAGING}/"):
         return served.files.map(path, size)
@@ -121,7 +119,7 @@ def _is_file(path: str) -> bool:
 
 def _has_file(served: Served, path: str, hidden: frozenset[str]) -> bool:
     """Tell a file, or a folder that has one, from an empty folder, which a client knows not."""
-    if path.endswith(_ENDINGS) or served.files.kind(path) == "file":
+    if path.endswith(_ENDINGS) or kind_of(served.files, path) == "file":
         return True
     return any(not _is_hidden(each, hidden) for each in served.files.walk(path))
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, DamagedFile
 from gradstore.format.layout import METADATA
 from gradstore.format.paths import StorePath, check_parts, file_at
 from gradstore.serve.checking import Checks
@@ -25,6 +25,7 @@ from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.location import ObjectPath
 from gradstore.storage.lock import LOCK
 from gradstore.storage.places import files_at, lock_of
+from gradstore.storage.reading import ReadFiles
 from gradstore.store.empty_place import check_empty
 from gradstore.store.reader import Store
 
@@ -47,6 +48,14 @@ _LOCK_BYTES = 1 << 16
 def tag_of(data: bytes | memoryview) -> str:
     """Return the ETag of some bytes."""
     return f'"{hashlib.sha256(data).hexdigest()}"'
+
+
+def kind_of(files: ReadFiles, path: str) -> str:
+    """Return the kind of a path; "nothing" below what is no folder, as in a bucket."""
+    try:
+        return files.kind(path)
+    except DamagedFile:
+        return "nothing"
 
 
 class Keeping:
@@ -148,7 +157,7 @@ class Keeping:
             self._check_removable(wanted)
             with self._writer() as files:
                 for path in wanted:
-                    if path and files.kind(path) == "file":
+                    if path and kind_of(files, path) == "file":
                         files.remove(path)
             self._checks.forget_plans()
 
