@@ -182,6 +182,22 @@ def test_two_workers_without_a_shared_disk_write_the_bytes_of_one(
     check_equal(kit, service.folder, fast_path / "s")
 
 
+def test_a_service_keeps_its_store_in_a_bucket_as_in_a_folder(
+    kit: StoreKit, bucket: str, serve_writable: Callable[..., Any], fast_path: Path
+) -> None:
+    service = serve_writable(bucket)
+    run(kit, service.address)
+    run(kit, fast_path / "s")
+    told = verify_store(bucket)
+    assert (told.ok, told.generations) == (True, NAMES)
+    np.testing.assert_array_equal(scores(service.address), scores(fast_path / "s"))
+    with pytest.raises(StoreBusy, match=rf"host \S+, pid {os.getpid()}"):
+        StoreWriter(bucket, provenance=kit.provenance)
+    service.stop()
+    run(kit, bucket)
+    service.start()
+
+
 def test_a_second_writer_is_told_who_writes_and_another_run_what_differs(
     kit: StoreKit, service: Any
 ) -> None:
