@@ -123,9 +123,10 @@ def plan(address: str, units: int) -> None:
     _, seal = read_provenance(provenance_bytes("gradient", provenance), "gradient")
     wanted = Plan("train/0", "gradient", seal, record, RowSet(hashes), DIM, "float16")
     os.environ["GRADSTORE_WRITE_TOKEN"] = WRITE_KEY
-    with StoreWriter(address, provenance=provenance) as writer:
+    files = files_at(address)
+    with StoreWriter(address, provenance=provenance, files=files) as writer:
         # Not by `begin`, which looks for each of the units.
-        publish_plan(files_at(address), writer.store, wanted)
+        publish_plan(files, writer.store, wanted)
 
 
 @contextmanager

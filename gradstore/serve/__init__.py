@@ -1,1 +1,1 @@
-"""An HTTP service over one store, which takes writes where asked to, and the page that explores it."""
+"""An HTTP service over one store, which may take writes, and the page that explores it."""

@@ -15,12 +15,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 from gradstore.errors import BadInput, DamagedFile
+from gradstore.format.canonical import parse
 from gradstore.format.layout import METADATA
 from gradstore.format.paths import StorePath, check_parts, file_at
 from gradstore.serve.checking import Checks
 from gradstore.serve.problems import Missing, Refusal
 from gradstore.serve.removing import needed
 from gradstore.serve.served import Served
+from gradstore.serve.turns import Turns
+from gradstore.storage.leases import LEASES
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.location import ObjectPath
 from gradstore.storage.lock import LOCK
@@ -91,6 +94,11 @@ class Keeping:
         #: committed or removed, and of what is replaced.
         self._order, self._replacing = threading.Lock(), threading.Lock()
         self._checks = Checks(served.files, self._view)
+        #: Shared by changes, had alone by a change of the clients' lock: so no change of a writer
+        #: that lost the lock comes after it.
+        self._turns = Turns()
+        with self._writer() as files:
+            self._holders = _holders(files.read_if_there(_LOCK))
 
     def close(self) -> None:
         """Let the store go."""
@@ -106,7 +114,10 @@ class Keeping:
         with self._writer() as files:
             return files.read_if_there(_LOCK)
 
-    def put(self, path: str, data: bytes, if_match: str | None, if_none_match: str | None) -> bool:
+    def put(
+        self, path: str, data: bytes, if_match: str | None, if_none_match: str | None,
+        writer: str = "",
+    ) -> bool:  # fmt: skip
         """Write a file, durably.
 
         Args:
@@ -114,6 +125,7 @@ class Keeping:
             data: its bytes.
             if_match: ETag of the bytes that it must have.
             if_none_match: "*" where there must be none.
+            writer: token of the holder of the clients' lock that it is for, "" for no holder.
 
         Returns:
             True where it is new, False where it was there.
@@ -128,24 +140,28 @@ class Keeping:
         if if_none_match not in (None, "*"):
             raise BadInput(f"If-None-Match is {if_none_match!r}; only * is taken with PUT")
         if where.kind == "lock":
-            return self._swap(_LOCK, data, if_match, if_none_match, most_bytes=_LOCK_BYTES)
+            with self._turns.alone():
+                new = self._swap(_LOCK, data, if_match, if_none_match, most_bytes=_LOCK_BYTES)
+                self._holders = _holders(data)
+                return new
         if if_match is not None:
             if where.kind != "staging":
                 raise Refusal(428, "condition-required", f"{path} never changes: write it with "
                               "If-None-Match: *")  # fmt: skip
             return self._swap(path, data, if_match, None)
         if if_none_match is None:
-            return self._replace(where, data)
+            return self._replace(where, data, writer)
         with self._order if where.kind in _IN_ORDER else nullcontext():
             there = self._served.files.has(path)
             if where.kind not in ("staging", "claim"):
                 self._checks.check(where, data)
-            with self._writer() as files:
+            with self._turns.shared(), self._writer() as files:
+                self._check_holder(path, writer)
                 if not files.publish(path, data):
                     raise _taken(path)
             return not there
 
-    def remove(self, paths: Iterable[str]) -> None:
+    def remove(self, paths: Iterable[str], writer: str = "") -> None:
         """Remove files; what is no file, or is not there, is passed over.
 
         Raises:
@@ -155,7 +171,9 @@ class Keeping:
         wanted = [check_parts(path) for path in paths]
         with self._order:
             self._check_removable(wanted)
-            with self._writer() as files:
+            with self._turns.shared(), self._writer() as files:
+                for path in wanted:
+                    self._check_holder(path, writer)
                 for path in wanted:
                     if path and kind_of(files, path) == "file":
                         files.remove(path)
@@ -221,7 +239,22 @@ class Keeping:
             files.replace(path, data)
             return found is None
 
-    def _replace(self, where: StorePath, data: bytes) -> bool:
+    def _check_holder(self, path: str, writer: str) -> None:
+        """Refuse a writer that does not hold the clients' lock, or no longer.
+
+        What is in staging is a writer's own, but for claims: it may be written before the lock is
+        taken. Who names itself no holder may write while there is none.
+        """
+        if path.startswith(f"{STAGING}/") and not path.startswith(f"{LEASES}/"):
+            return
+        if writer in self._holders if writer else not self._holders:
+            return
+        who = ", ".join(self._holders.values()) or "nobody"
+        raise Refusal(409, "not-the-writer", f"{path} is not changed: the store is held by {who}, "
+                      "and not, or no longer, by who asks. Run again: what is finished is reused",
+                      exit_code=6)  # fmt: skip
+
+    def _replace(self, where: StorePath, data: bytes, writer: str) -> bool:
         """Write a file without a condition, where that can lose nothing that was published."""
         if where.kind not in ("staging", "root"):
             raise Refusal(428, "condition-required", f"{where.path} is never overwritten: write it "
@@ -230,7 +263,8 @@ class Keeping:
             there = self._served.files.has(where.path)
             if where.kind == "root":
                 self._checks.check_newer_root(data)
-            with self._writer() as files:
+            with self._turns.shared(), self._writer() as files:
+                self._check_holder(where.path, writer)
                 files.make_directory(where.path.rpartition("/")[0])
                 files.replace(where.path, data)
             return not there
@@ -246,6 +280,15 @@ class Keeping:
             raise Refusal(409, "committed", f"{path} is needed by {needs}, and what is committed "
                           f"is not removed. Retire it first (`gradstore gc`). {_DAMAGED}"
                           )  # fmt: skip
+
+
+def _holders(record: bytes | None) -> dict[str, str]:
+    """Map the tokens of the clients' lock's holders to who they are."""
+    try:
+        holders = parse(record or b"{}").get("holders", [])
+        return {str(each["token"]): str(each["who"]) for each in holders}
+    except (ValueError, TypeError, KeyError):
+        return {}
 
 
 def _taken(path: str) -> Refusal:

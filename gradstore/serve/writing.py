@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from gradstore.serve.intake import Intake, Limits, digest_of, length_of
 from gradstore.serve.keeping import CHANGES_AT_ONCE, Keeping, tag_of
 from gradstore.serve.problems import RESPONSES, Refusal
-from gradstore.storage.wire import COPIES, FILES, REMOVALS, WRITE_KEY
+from gradstore.storage.wire import COPIES, FILES, REMOVALS, WRITE_KEY, WRITER
 
 T = TypeVar("T")
 
@@ -118,7 +118,8 @@ async def put(request: Request, writing: Allowed, path: str) -> Response:
             data = await intake.received(request, size)
             given = request.headers
             new = await writing.done(lambda: writing.keeping.put(
-                path, data, given.get("if-match"), given.get("if-none-match")
+                path, data, given.get("if-match"), given.get("if-none-match"),
+                given.get(WRITER, ""),
             ))  # fmt: skip
     except Refusal:
         await intake.passed_over(request)
@@ -127,9 +128,10 @@ async def put(request: Request, writing: Allowed, path: str) -> Response:
 
 
 @router.post(REMOVALS)
-async def remove(writing: Allowed, form: Annotated[Removal, Body()]) -> Response:
+async def remove(request: Request, writing: Allowed, form: Annotated[Removal, Body()]) -> Response:
     """Remove files that nothing committed needs; all of them, or none."""
-    await writing.done(lambda: writing.keeping.remove(form.paths))
+    writer = request.headers.get(WRITER, "")
+    await writing.done(lambda: writing.keeping.remove(form.paths, writer))
     return Response(status_code=200)
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from gradstore.errors import StoreError
 from gradstore.storage.location import ObjectPath
@@ -72,11 +72,10 @@ class Bucket(ABC):
         place: where they are.
     """
 
-    #: Where else a store could be, for the message about a server that breaks its word.
-    otherwise: ClassVar[str]
-
     def __init__(self, place: ObjectPath) -> None:
         self.place = place
+        #: Name of the writer that uses it, which a service compares with the lock's holders.
+        self.writer = ""
         self._answered = False
 
     @abstractmethod

@@ -51,8 +51,6 @@ class S3Bucket(Bucket):
         BadInput: obstore is not installed, or the environment is no configuration.
     """
 
-    otherwise = "choose another with AWS_ENDPOINT_URL, or a folder with gradstore=PATH"
-
     def __init__(self, place: ObjectPath) -> None:
         super().__init__(place)
         self._store = _connected(place)

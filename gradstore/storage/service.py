@@ -33,6 +33,7 @@ from gradstore.storage.wire import (
     READ_KEY,
     REMOVALS,
     WRITE_KEY,
+    WRITER,
     content_digest,
     key_for,
 )
@@ -87,8 +88,6 @@ class ServiceBucket(Bucket):
     Raises:
         BadInput: there is no key.
     """
-
-    otherwise = "see that no proxy before it drops this header"
 
     def __init__(self, place: ObjectPath) -> None:
         super().__init__(place)
@@ -200,6 +199,8 @@ class ServiceBucket(Bucket):
         """
         prefix = f"/{self.place.key}" if self.place.key else ""
         client = self._connected()
+        if self.writer and method in ("PUT", "POST"):
+            headers = {**(headers or {}), WRITER: self.writer}
         address = f"{self.place.scheme}://{self.place.bucket}{prefix}{url}"
         with client.stream(method, address, content=data, headers=headers) as answer:
             ours = MARK in answer.headers

@@ -20,6 +20,9 @@ FILES, REMOVALS, COPIES = "/v1/files", "/v1/removals", "/v1/copies"
 #: takes, 0 where it takes none.
 MARK = "Gradstore-Most-Bytes"
 
+#: Header by which a writer says which of the lock's holders it is.
+WRITER = "Gradstore-Writer"
+
 
 def content_digest(data: bytes | memoryview) -> str:
     """Return the value of the field Content-Digest (RFC 9530) for some bytes.

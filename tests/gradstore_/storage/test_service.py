@@ -314,6 +314,34 @@ def test_random_kills_of_workers_of_a_service_lose_double_and_tear_nothing() -> 
     assert "0 rows lost" in done.stdout
 
 
+def test_what_a_writer_sent_before_it_lost_the_lock_does_not_come_after_it(
+    kit: StoreKit, service: Any, fast_path: Path
+) -> None:
+    """As of a worker that was killed while its request waited: others set the unit up anew."""
+    late = ObjectFiles(location(service.address))  # type: ignore[arg-type]
+    with StoreWriter(service.address, provenance=kit.provenance, files=late) as writer:
+        begun = writer.begin(kit.record("train/1"), kit.rows(N), dim=4, unit_rows=UNIT_ROWS)
+        kit.fill(begun, kit.features(N), units=1)
+        other = ObjectFiles(location(service.address))  # type: ignore[arg-type]
+        found = other.bucket.get("writer.lock")
+        assert found is not None
+        holder = {**json.loads(bytes(found.data))["holders"][0], "token": other.own, "who": "B"}
+        taken = {"holders": [holder], "shared": False, "after": found.e_tag}
+        assert other.bucket.swap("writer.lock", json.dumps(taken).encode(), found.e_tag)
+        before = content(service.folder)
+        for act in (
+            lambda: kit.fill(begun, kit.features(N)),
+            lambda: late.publish("staging/leases/a/0.chosen", b"{}"),
+            lambda: late.bucket.delete([CHUNK.replace("c/1", "c/0")]),
+            lambda: late.replace("zarr.json", (service.folder / "zarr.json").read_bytes()),
+        ):
+            with pytest.raises(StoreBusy, match="held by B, and not, or no longer, by who asks"):
+                act()
+        assert content(service.folder) == before
+        other.bucket.delete([CHUNK.replace("c/1", "c/0")])
+        assert content(service.folder) != before, "who holds it changes it"
+
+
 #: A server in a process of its own, as the command starts it.
 _SERVER = """
 import sys
