@@ -259,11 +259,13 @@ class Keeping:
         if where.kind not in ("staging", "root"):
             raise Refusal(428, "condition-required", f"{where.path} is never overwritten: write it "
                           f"with If-None-Match: *. {_DAMAGED}")  # fmt: skip
-        with self._order if where.kind == "root" else self._replacing:
+        # In this order: who changes the clients' lock has its turn alone, and then replaces.
+        in_order = self._order if where.kind == "root" else nullcontext()
+        with in_order, self._turns.shared(), self._replacing:
             there = self._served.files.has(where.path)
             if where.kind == "root":
                 self._checks.check_newer_root(data)
-            with self._turns.shared(), self._writer() as files:
+            with self._writer() as files:
                 self._check_holder(where.path, writer)
                 files.make_directory(where.path.rpartition("/")[0])
                 files.replace(where.path, data)
