@@ -8,6 +8,7 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ from gradstore.format.plans import Plan
 from gradstore.format.provenance import provenance_bytes
 from gradstore.format.unit_records import UnitRecord
 from gradstore.serve.intake import Intake, Limits
+from gradstore.serve.keeping import tag_of
 from gradstore.serve.problems import Refusal
 from gradstore.storage.local import StoreFiles
 from gradstore.storage.wire import content_digest
@@ -399,6 +401,33 @@ def test_of_two_that_change_the_lock_from_the_same_state_one_does(writer: Writer
     assert writer.client.get("/v1/files/writer.lock").content == b"b"
     answer = writer.put("writer.lock", bytes(1 << 17), If_None_Match=None, If_Match="x")
     refused(answer, 422, "bad-input", "65,536 bytes at most")
+
+
+def test_signs_of_life_and_changes_of_the_lock_never_wait_for_each_other(service: Any) -> None:
+    keeping, failed = service.writing.keeping, []
+
+    def live(number: int) -> None:
+        for count in range(60):
+            keeping.put(f"staging/{number}/owner", b"%d" % count, None, None)
+
+    def change(_: int) -> None:
+        for count in range(60):
+            found = keeping.read_lock()
+            data = b'{"count":%d}' % count
+            try:
+                keeping.put("writer.lock", data, tag_of(found) if found else None,
+                            None if found else "*")  # fmt: skip
+            except Refusal as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=act, args=(i,), daemon=True)
+               for i in range(4) for act in (live, change if not i else live)]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not [thread for thread in threads if thread.is_alive()]
+    assert failed == []
 
 
 # ---- bodies ----------------------------------------------------------------------------------
