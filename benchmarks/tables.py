@@ -439,6 +439,21 @@ def looking() -> str:
     return f"{table(('', 'took', ''), body)}\n\n{where([served, asked, page])}."
 
 
+def service_writes() -> str:
+    """Files that a server takes, by their size and by clients at once."""
+    lines = list(newest(read(RESULTS / "serve_writes.csv"), "array", "clients").values())
+    body = [
+        (f"{int(line['bytes']):,} bytes (`{line['array']}`)", line["clients"], line["requests_s"],
+         line["mb_s"], f"{float(line['p50_ms']):.0f} / {float(line['p99_ms']):.0f} ms",
+         f"{line['on_disk_p50_ms']} ms", f"{line['failures']} of {int(line['requests']):,}",
+         f"{line['memory_before_mib']} to {line['memory_peak_mib']} MiB")
+        for line in lines
+    ]  # fmt: skip
+    head = ("file", "clients", "files/s", "MB/s", "p50 / p99", "on disk, without a server",
+            "failed", "server's memory")  # fmt: skip
+    return f"{table(head, body)}\n\n{where(lines)}."
+
+
 #: Seeds from which on a difference is told.
 LEAST_SEEDS = 3
 
@@ -728,6 +743,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lengths": lengths,
     "audit": audits,
     "looking": looking,
+    "service_writes": service_writes,
     "rules": rules,
     "effect": effects,
     "effect_elsewhere": effects_elsewhere,

@@ -1,4 +1,4 @@
-"""Shared by every test: no hub, no telemetry, one thread, quiet progress bars; object stores."""
+"""Shared by every test: no hub, no telemetry, one thread, quiet progress bars; stores elsewhere."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -137,3 +140,77 @@ def use_server(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
 def bucket(any_server: str, use_server: Callable[[str], str]) -> str:
     """A prefix in a bucket, empty, with the environment set to reach it."""
     return use_server(any_server)
+
+
+class Service:
+    """A server in a thread of this process that takes writes into a folder.
+
+    Attributes:
+        folder: of the store, which there need not be.
+        address: of the server, the same after it was stopped and started.
+        limits: of what it takes in; None: its own.
+    """
+
+    read_key, write_key = "a-key-of-the-tests-to-read", "a-key-of-the-tests-to-write"
+
+    def __init__(self, folder: Path, limits: Any = None, **options: Any) -> None:
+        self.folder, self.limits, self._options = folder, limits, options
+        self._port = 0
+        self.start()
+        scheme = "https" if options else "http"
+        self.address = f"{scheme}://{HOST}:{self._port}"
+
+    def start(self) -> None:
+        """Serve; return once the port answers."""
+        import uvicorn
+
+        from gradstore.serve.app import create_app
+        from gradstore.serve.intake import Limits
+        from gradstore.serve.keeping import Keeping
+        from gradstore.serve.running import listen
+        from gradstore.serve.served import Served
+        from gradstore.serve.writing import Writing
+
+        served = Served(self.folder, is_made=True)
+        self.writing = Writing(self.write_key, Keeping(served), self.limits or Limits())
+        sock = listen(self._port)
+        self._port = sock.getsockname()[1]
+        app = create_app(served, self.read_key, self.writing)
+        config = uvicorn.Config(app, log_level="error", access_log=False, timeout_keep_alive=60,
+                                timeout_graceful_shutdown=1, **self._options)  # fmt: skip
+        sock.listen(config.backlog)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([sock],), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the server, and every connection to it; let its store go."""
+        self._server.should_exit = True
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def serve_writable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Service]]:
+    """Serve folders that take writes; the environment has the key that writes."""
+    made: list[Service] = []
+    monkeypatch.delenv("GRADSTORE_TOKEN", raising=False)
+    monkeypatch.setenv("GRADSTORE_WRITE_TOKEN", Service.write_key)
+
+    def serve(folder: Path, limits: Any = None, **options: Any) -> Service:
+        made.append(Service(folder, limits, **options))
+        return made[-1]
+
+    yield serve
+    for each in made:
+        each.stop()
+
+
+@pytest.fixture
+def service(serve_writable: Callable[..., Service]) -> Iterator[Service]:
+    """A server of a folder that is not there yet, in memory where there is such a place."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        made = serve_writable(Path(folder, "served"))
+        yield made
+        made.stop()

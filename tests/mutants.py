@@ -60,6 +60,10 @@ DENSE = "tests/gradstore_/capture/test_dense.py"
 WHOLE = "tests/gradstore_/export/test_whole_weights.py"
 LOCK = "tests/gradstore_/storage/test_lock.py"
 OBJECTS = "tests/gradstore_/storage/test_object_faults.py"
+SERVICE, WRITING = (
+    "tests/gradstore_/storage/test_service.py",
+    "tests/gradstore_/serve/test_writing.py",
+)
 OBJECT_LOCK = "tests/gradstore_/storage/test_object_lock.py"
 LEASES, WORKERS = "tests/gradstore_/storage/test_leases.py", f"{STORE}/test_workers.py"
 REPAIR, FORGETTING = f"{STORE}/test_repair.py", f"{STORE}/test_forgetting.py"
@@ -125,6 +129,39 @@ MUTANTS = [
     Mutant("gradstore/storage/object_lock.py", "return self._files.bucket.swap(LOCK, ",
            "return self._files.bucket.put(LOCK, canonical_json(document)) or True or (",
            OBJECT_LOCK),
+    Mutant("gradstore/serve/intake.py", "if not hmac.compare_digest(digest.digest(), expected):",
+           "if False:",
+           f"{WRITING}::test_a_body_without_its_digest_is_refused_before_anything_is_seen"),
+    Mutant("gradstore/serve/intake.py", "if len(data) != size:", "if False:",
+           f"{WRITING}::test_a_body_that_ends_early_is_told_apart_from_a_changed_one"),
+    Mutant("gradstore/serve/checking.py",
+           'raise out_of_order(f"{path} comes before its plan: write {plan_path(name)} first")',
+           "raise BadInput(path)",
+           f"{WRITING}::test_before_its_plan_nothing_of_a_generation_is_taken"),
+    Mutant("gradstore/serve/checking.py", "    check_plan(self._files, store, plan)", "    pass",
+           f"{WRITING}::test_a_plan_other_than_the_one_there_is_refused_with_every_difference"),
+    Mutant("gradstore/serve/checking.py", "            self._whole(store, commit, where)\n",
+           "            pass\n",
+           f"{WRITING}::test_a_commit_of_units_that_are_not_finished_or_others_is_refused"),
+    Mutant("gradstore/serve/checking.py", "faults = check_unit(self._files, record, deep=True)",
+           "faults = []",
+           f"{WRITING}::test_each_thing_that_comes_too_early_is_told_what_comes_before"),
+    Mutant("gradstore/serve/security.py", "self._write_key is not None and any(writes)",
+           "self._write_key is not None",
+           f"{WRITING}::test_only_the_key_that_writes_writes_and_only_in_the_header"),
+    Mutant("gradstore/serve/writing.py", "if not request.state.may_write:", "if False:",
+           f"{WRITING}::test_only_the_key_that_writes_writes_and_only_in_the_header"),
+    Mutant("gradstore/serve/removing.py", "        elif where.name in live:\n",
+           "        elif False:\n",
+           f"{WRITING}::test_what_is_committed_is_not_removed_and_the_rest_is"),
+    Mutant("gradstore/serve/keeping.py", "            if tag != if_match:\n",
+           "            if False:\n",
+           f"{WRITING}::test_of_two_that_change_the_lock_from_the_same_state_one_does"),
+    Mutant("gradstore/serve/keeping.py",
+           "if writer in self._holders if writer else not self._holders:", "if True:",
+           f"{SERVICE}::test_what_a_writer_sent_before_it_lost_the_lock_does_not_come_after_it"),
+    Mutant("gradstore/storage/service.py", "wait = float(given) if", "wait = 0.0 if",
+           f"{SERVICE}::test_a_server_that_is_busy_is_asked_again_when_it_says"),
     Mutant("gradstore/store/documents.py", "number <= listed else files.read_if_there(path)",
            "number <= listed else None", OBJECTS),
     Mutant("gradstore/store/cleaning.py", "files.remove_tree(path, known)",

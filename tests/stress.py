@@ -2,6 +2,7 @@
 
     uv run python tests/stress.py --kills 500                      # in a folder
     uv run python tests/stress.py --minutes 30 --place s3://bucket/stress    # in a bucket
+    uv run python tests/stress.py --kills 100 --service            # behind a service, one a store
 
 One to four workers at a time, their number changing, fill a small store. One after another is ended
 by SIGKILL wherever it is; others are started in its place. After each kill a process of its own
@@ -9,8 +10,8 @@ opens the store, and every generation that it sees must be whole. When all are c
 last workers have ended by themselves the store must hold, byte for byte, what one process writes:
 no row lost, doubled or torn. Then the next store begins, until there were enough kills.
 
-Run by `test_workers.py` and `test_object_store.py` for some kills. Exit code: 0, or 1
-where something was not as it must be: the store is left for inspection.
+Run by `test_workers.py`, `test_object_store.py` and `test_service.py` for some kills. Exit code: 0,
+or 1 where something was not as it must be: the store is left for inspection.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -51,6 +54,15 @@ PROVENANCE: dict[str, Any] = {
 
 #: Seconds: a worker's work on a unit, the life of a lease, and the longest wait before a kill.
 PAUSE, LEASE, LONGEST = 0.004, 0.3, 0.08
+#: Times as long may a worker of a service live: each of its steps is a request.
+SLOWER = 8
+
+SERVER = """
+import sys
+from pathlib import Path
+from gradstore.serve.running import Offer, serve
+serve(Path(sys.argv[1]), 0, lambda address, _: print(address, flush=True), None, Offer(True))
+"""
 #: Exit code of a look at a store, where it is well: this and the number of its generations.
 WELL = 10
 
@@ -155,6 +167,20 @@ def must(act: Callable[[], int | None], what: str) -> int:
     return code
 
 
+@contextmanager
+def served(folder: str) -> Iterator[str]:
+    """Serve a folder, in a process of its own that takes writes; its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, folder], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip().partition("/?")[0]
+    finally:
+        process.terminate()
+        process.communicate()
+
+
 def killed_until_done(place: str, draw: random.Random) -> int:
     """Fill one store while workers are killed; return how many were."""
     living: set[int] = set()
@@ -164,7 +190,7 @@ def killed_until_done(place: str, draw: random.Random) -> int:
         while len(living) < count:
             worker = Worker(draw.randint(1, count), count, LEASE)
             living.add(forked(lambda worker=worker: build(place, worker)))  # type: ignore[misc]
-        time.sleep(draw.uniform(0, LONGEST))
+        time.sleep(draw.uniform(0, LONGEST * (SLOWER if place.startswith("http") else 1)))
         victim = draw.choice(sorted(living))
         os.kill(victim, signal.SIGKILL)
         living.discard(victim)
@@ -187,6 +213,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=0, help="at least so many")
     parser.add_argument("--minutes", type=float, default=0, help="at least so long")
     parser.add_argument("--place", help="a folder, or s3://BUCKET/PREFIX, for the stores")
+    parser.add_argument("--service", action="store_true", help="each behind a server of its own")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     if options.kills <= 0 and options.minutes <= 0:
@@ -194,13 +221,16 @@ def main() -> int:
     began, draw = time.monotonic(), random.Random(options.seed)
     folder = tempfile.mkdtemp(prefix="stress-")
     top, alone = options.place or folder, f"{folder}/alone"
+    os.environ.setdefault("GRADSTORE_TOKEN", "a-key-of-the-stress-to-read")
+    os.environ.setdefault("GRADSTORE_WRITE_TOKEN", "a-key-of-the-stress-to-write")
     must(lambda: build(alone, None), "a single process")
     kills = stores = 0
     while kills < options.kills or time.monotonic() - began < 60 * options.minutes:
-        place = f"{top}/{os.getpid()}-{stores}"
-        kills += killed_until_done(place, draw)
-        must(lambda: build(place, None), f"a last process at {place}")  # noqa: B023
-        must(lambda: compare(place, alone), f"what {place} holds")  # noqa: B023
+        where = f"{top}/{os.getpid()}-{stores}"
+        with served(where) if options.service else nullcontext(where) as place:
+            kills += killed_until_done(place, draw)
+            must(lambda: build(place, None), f"a last process at {place}")
+            must(lambda: compare(place, alone), f"what {place} holds")
         stores += 1
     shutil.rmtree(folder)
     print(f"{kills} workers killed over {stores} stores, in {time.monotonic() - began:.0f} s: "

@@ -6,6 +6,7 @@ would stop at the first, name no accepted keys, and has an option to ignore miss
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -20,7 +21,7 @@ from dataflex.config.known import KnownKeys
 from dataflex.config.parameters import converted
 from dataflex.config.presets import PACKAGED_PRESETS, Component, check_names, resolve
 from dataflex.config.registry import KINDS, unknown
-from dataflex.config.secrets import keep_secrets
+from dataflex.config.secrets import keep_secret, keep_secrets
 from dataflex.config.values import (
     ComponentName,
     Name,
@@ -33,6 +34,7 @@ from dataflex.config.values import (
 )
 from gradstore.errors import BadInput
 from gradstore.storage.location import Location, at_user_home, is_address, location
+from gradstore.storage.wire import READ_KEY, WRITE_KEY
 
 #: train_types that replace the trainer, and the one that leaves LlamaFactory alone.
 TRAIN_TYPES = ("static", *KINDS)
@@ -80,7 +82,7 @@ class DataFlexConfig:
     mixer_eval_dataset: NameList = ()
     """Held-out sets for mixers that look at them."""
     gradstore: PathText | None = None
-    """Gradient store: a folder, or s3://BUCKET/PREFIX; default: output_dir/gradstore."""
+    """Gradient store: a folder, s3://BUCKET/PREFIX, https://HOST; default: output_dir/gradstore."""
     gradstore_run: Name | None = None
     """Prefix of the generations that this run writes."""
     store_text: bool = True
@@ -199,6 +201,8 @@ def load(path: Path, overrides: Sequence[str], accepted: Collection[str]) -> Run
     """
     merged = _read(path, overrides)
     keep_secrets(merged)
+    for key in filter(None, map(os.environ.get, (READ_KEY, WRITE_KEY))):
+        keep_secret(key)
     own = {f.name for f in fields(DataFlexConfig)}
     if extra := set(merged) - own - set(accepted):
         raise BadInput(f"{path}: {unknown('key', extra, own | set(accepted), LISTED_BY)}")
@@ -221,7 +225,8 @@ def _place_faults(output_dir: str, gradstore: str | None) -> list[str]:
     if is_address(output_dir):
         return [
             f"output_dir is {output_dir!r}; expected a folder of this machine: a run writes its "
-            "checkpoints there. Its features alone may lie in a bucket: gradstore=s3://BUCKET/PREFIX."
+            "checkpoints there. Its features alone may lie elsewhere: "
+            "gradstore=s3://BUCKET/PREFIX, or gradstore=https://HOST."
         ]
     try:
         location(gradstore or output_dir)

@@ -68,7 +68,7 @@ def open_model(
     the store says.
 
     Args:
-        store: the store's folder, or s3://BUCKET/PREFIX.
+        store: the store's folder, s3://BUCKET/PREFIX, or https://HOST.
         generation: a train generation, such as "train/20"; None takes the newest whose checkpoint
             is there.
         checkpoints: to combine, up to that one: the last, all, or how many.

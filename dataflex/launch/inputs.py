@@ -14,6 +14,7 @@ from dataflex.models.paths import how_to_bring, missing_folder_faults
 from gradstore.errors import BadInput, StoreIOError
 from gradstore.format.foreign import read_object
 from gradstore.storage.location import ObjectPath
+from gradstore.storage.objects_reading import bucket_at
 from gradstore.storage.places import reads_at
 
 
@@ -39,6 +40,7 @@ def check_inputs(config: RunConfig) -> None:
     store = config.store_path
     if isinstance(store, ObjectPath):
         reads_at(store).check_place()
+        bucket_at(store).check_writable()
     elif store != config.own_store:
         _check_writable("gradstore", store)
 

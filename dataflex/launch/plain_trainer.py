@@ -91,7 +91,7 @@ class GradientStoreCallback(TrainerCallback):
 
         Args:
             trainer: whose model, optimizer, collator, tokenizer and rows are used.
-            store: the store's folder, made if need be, or s3://BUCKET/PREFIX.
+            store: the store's folder, made if need be; s3://BUCKET/PREFIX; or https://HOST.
             steps: optimizer steps after which to export, beside the last one.
             every: export after every so many steps, too.
             train_rows: rows to score; None for the trainer's `train_dataset`. Given ones have

@@ -36,7 +36,7 @@ def path_at_home(text: str) -> Path:
     """Return the path that a word names; `~/` counts where no shell has replaced it (`-o=~/x`)."""
     if is_address(text):
         raise BadInput(f"{text!r} is no path: give a file or folder of this machine (a store alone "
-                       "may lie in a bucket).")  # fmt: skip
+                       "may lie elsewhere).")  # fmt: skip
     return Path(text).expanduser()
 
 
@@ -48,7 +48,9 @@ else:
 StorePath = Annotated[
     _Store,
     typer.Argument(
-        help="Folder of the store, or s3://BUCKET/PREFIX.", metavar="STORE", parser=at_user_home
+        help="Folder of the store, s3://BUCKET/PREFIX, or https://HOST of a service.",
+        metavar="STORE",
+        parser=at_user_home,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

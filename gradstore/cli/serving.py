@@ -26,17 +26,36 @@ def serve(
     port: Annotated[
         int, typer.Option(help="Port on loopback; 0 takes any free one.", min=0, max=65535)
     ] = PORT,
+    writable: Annotated[
+        bool,
+        typer.Option(
+            "--writable",
+            help="Take what trainings and builds elsewhere write, gradstore=https://HOST there; "
+            "nobody else writes to the store meanwhile. It is made if need be.",
+        ),
+    ] = False,
+    max_body: Annotated[
+        int, typer.Option(help="Largest file that is taken, in MiB.", min=1, max=5120)
+    ] = 128,
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name under which a reverse proxy passes requests on; repeat for more."),
+    ] = None,
 ) -> None:
-    """Serve a store, read-only, on this machine: a page to explore it, and an API under /v1."""
+    """Serve a store on this machine: a page to explore it, and an API under /v1; read-only."""
     # First: it chooses how much other libraries say, which they read when they are imported.
     explainer = open_explainer(store)
+    from gradstore.serve.running import Offer
     from gradstore.serve.running import serve as run
 
-    def say(address: str) -> None:
-        typer.echo(f"store {store} is served at\n  {address}\nCtrl-C ends it.")
+    def say(address: str, key: str | None) -> None:
+        typer.echo(f"store {store} is served at\n  {address}")
+        if key is not None:
+            typer.echo(f"who writes sets\n  GRADSTORE_WRITE_TOKEN={key}")
+        typer.echo("Ctrl-C ends it.")
 
     try:
-        run(store, port, say, explainer)
+        run(store, port, say, explainer, Offer(writable, max_body << 20, tuple(host or ())))
     except KeyboardInterrupt:  # the way to end it, so no failure
         typer.echo("\nstopped.", err=True)
         raise SystemExit(130) from None

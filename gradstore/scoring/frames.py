@@ -25,7 +25,7 @@ def open_store(path: Place) -> AskedStore:
     """Open a store for reading, at its newest commit.
 
     Args:
-        path: the store's folder, or s3://BUCKET/PREFIX.
+        path: the store's folder, s3://BUCKET/PREFIX, or https://HOST.
 
     Raises:
         BadInput: there is no store.

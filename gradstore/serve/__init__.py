@@ -1,1 +1,1 @@
-"""A read-only HTTP service over one store, and the page that explores it in a browser."""
+"""An HTTP service over one store, which may take writes, and the page that explores it."""

@@ -18,6 +18,7 @@ from gradstore.errors import (
     StoreIOError,
 )
 from gradstore.format.names import printable
+from gradstore.storage.reading import FULL
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -27,7 +28,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     for code, text in {
         401: "No token, or a wrong one.",
         403: "The request was made to another host name, or by another site's page.",
-        404: "No such generation, row or job; or the store is gone.",
+        404: "No such generation, row, file or job; or the store is gone.",
         409: "The store is damaged, its features can't be compared, or there is no model.",
         422: "A parameter that cannot be worked with.",
         429: "Too many scans at once; try again after the seconds of Retry-After.",
@@ -49,6 +50,31 @@ class TooMany(StoreError):
 
 class Cancelled(StoreError):
     """A scan that was stopped by request."""
+
+
+class Refusal(StoreError):
+    """A request that the server answers with a status of its own choice."""
+
+    def __init__(
+        self, status: int, title: str, detail: str, *, exit_code: int = 2, wait_seconds: int = 0
+    ) -> None:
+        """Say what is refused.
+
+        Args:
+            status: of HTTP.
+            title: the kind, in words joined by hyphens.
+            detail: what is wrong, where, and what to do next.
+            exit_code: with which a command line ends.
+            wait_seconds: to wait before the same request is worth a try; 0 for no such time.
+        """
+        super().__init__(detail)
+        self.status, self.title, self.told_code = status, title, exit_code
+        self.wait_seconds = wait_seconds
+
+
+def out_of_order(detail: str) -> Refusal:
+    """Make the refusal of what comes before what it needs."""
+    return Refusal(409, "out-of-order", detail)
 
 
 #: Class -> (HTTP status, kind), the most special first. The kind is the exit code's meaning.
@@ -89,6 +115,12 @@ def problem(
 
 def of_store(error: StoreError) -> JSONResponse:
     """Make the problem of one of our errors; it carries the command line's exit code."""
+    if isinstance(error, Refusal):
+        wait = {"Retry-After": str(error.wait_seconds)} if error.wait_seconds else None
+        return problem(error.status, error.title, str(error), headers=wait,
+                       exit_code=error.told_code)  # fmt: skip
+    if isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL:
+        return problem(507, "disk-full", str(error), exit_code=error.exit_code)
     status, title = next((code, name) for kind, code, name in _STATUS if isinstance(error, kind))
     members: dict[str, Any] = {"exit_code": error.exit_code}
     if isinstance(error, ProvenanceMismatch):

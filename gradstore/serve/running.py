@@ -1,28 +1,30 @@
-"""Running the server: one port on loopback, one token, until Ctrl-C."""
+"""Running the server: one port on loopback, one key or two, until Ctrl-C."""
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import uvicorn
 
 from gradstore.errors import BadInput
 from gradstore.serve.app import create_app
+from gradstore.serve.intake import Limits
 from gradstore.serve.jobs import Desk
+from gradstore.serve.keeping import Keeping
+from gradstore.serve.keys import both_keys, own_token
 from gradstore.serve.served import Explainer, Served
+from gradstore.serve.writing import Writing
 from gradstore.storage.location import Location
+from gradstore.storage.wire import WRITE_KEY
 
 HOST = "127.0.0.1"
 
-#: Environment variable that fixes the token, for scripts; else it is made anew at each start.
-TOKEN = "GRADSTORE_TOKEN"
-
-#: Shortest token that is taken.
-TOKEN_CHARACTERS = 16
+#: Seconds for which an unused connection is kept; clients give theirs up sooner.
+_KEPT_SECONDS = 60
 
 
 def listen(port: int) -> socket.socket:
@@ -34,7 +36,8 @@ def listen(port: int) -> socket.socket:
     Raises:
         BadInput: it is in use, or not ours to open.
     """
-    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # asyncio sends small parts at once, without waiting for more, of sockets that say TCP alone.
+    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((HOST, port))
@@ -50,52 +53,68 @@ def listen(port: int) -> socket.socket:
     return found
 
 
-def own_token() -> str:
-    """Return the token of this start.
+@dataclass(frozen=True)
+class Offer:
+    """Things that a server does beside answering on loopback.
 
-    Raises:
-        BadInput: the one given in the environment is too short, or can't stand in an address.
+    Attributes:
+        writable: it takes writes.
+        most_bytes: of one body that is written.
+        hosts: names under which a proxy passes requests on.
     """
-    given = os.environ.get(TOKEN)
-    if given is None:
-        return secrets.token_urlsafe(24)
-    if len(given) < TOKEN_CHARACTERS or not given.replace("-", "").replace("_", "").isalnum():
-        raise BadInput(f"{TOKEN} has {len(given)} characters; give at least {TOKEN_CHARACTERS} "
-                       "letters, digits, - or _, or unset it.")  # fmt: skip
-    return given
+
+    writable: bool = False
+    most_bytes: int = Limits.body_bytes
+    hosts: Sequence[str] = ()
 
 
 def serve(
     path: Location,
     port: int,
-    say: Callable[[str], None],
+    say: Callable[[str, str | None], None],
     explainer: Explainer | None = None,
+    offer: Offer | None = None,
 ) -> None:
     """Serve a store until Ctrl-C.
 
     Args:
         path: where the store is.
         port: on loopback; 0 takes any free one.
-        say: gets the page's address, with the token, once the port is open.
+        say: gets the page's address, with the token, once the port is open; and the key that
+            writes, where one was made.
         explainer: a model at hand.
+        offer: further things that it does.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, after requests and jobs were ended.
         BadInput: no store, or a port that can't be opened.
+        StoreBusy: it is to take writes, and another process writes to the store.
+        StoreIOError: it is to take writes, and can't write.
     """
-    token = own_token()
-    served = Served(path, explainer)
+    offer = offer or Offer()
+    token, key = both_keys() if offer.writable else (own_token(), None)
+    served = Served(path, explainer, is_made=offer.writable)
     sock = listen(port)
+    writing = None
+    if key is not None:
+        limits = Limits(offer.most_bytes, max(Limits.flight_bytes, offer.most_bytes))
+        try:
+            writing = Writing(key, Keeping(served), limits)
+        except BaseException:
+            sock.close()
+            raise
     config = uvicorn.Config(
-        create_app(served, token),
+        create_app(served, token, writing, offer.hosts),
         # Its warnings are of what clients send, such as bytes that are no HTTP.
         log_level="error",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=1,
+        timeout_keep_alive=_KEPT_SECONDS,
     )
     sock.listen(config.backlog)
-    say(f"http://{HOST}:{sock.getsockname()[1]}/?token={token}")
+    made = None if os.environ.get(WRITE_KEY) else key
+    say(f"http://{HOST}:{sock.getsockname()[1]}/?token={token}", made)
     _Server(config, served.desk).run(sockets=[sock])
 
 

@@ -17,9 +17,8 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gradstore.serve.problems import problem
-
-#: Names of this machine for itself.
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from gradstore.storage.location import LOOPBACK
+from gradstore.storage.wire import FILES, MARK
 
 #: Largest body of a request, in bytes.
 BODY_BYTES = 4 << 20
@@ -52,13 +51,25 @@ class Door:
     Args:
         app: what is guarded.
         token: what a request must show.
+        write_key: what one shows that changes the store, in a header alone; it lets the rest in,
+            too. None where nothing is written.
+        most_bytes: of a body that is written.
         hosts: host names under which the server may be asked; a port is not compared, so that it
             can be reached through a tunnel.
     """
 
-    def __init__(self, app: ASGIApp, token: str, hosts: Sequence[str] = LOOPBACK) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        token: str,
+        write_key: str | None = None,
+        most_bytes: int = 0,
+        hosts: Sequence[str] = LOOPBACK,
+    ) -> None:
         self._app = app
         self._token = token.encode()
+        self._write_key = None if write_key is None else write_key.encode()
+        self._most_bytes = most_bytes
         self._hosts = frozenset(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,6 +85,8 @@ class Door:
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
+                if scope["path"].startswith("/v1/"):
+                    headers[MARK] = str(self._most_bytes)
             await send(message)
 
         if refusal is not None:
@@ -85,17 +98,22 @@ class Door:
         headers = Headers(scope=scope)
         host = host_name(f"//{headers.get('host', '')}")
         if host not in self._hosts:
+            known = ", ".join(sorted(self._hosts))
             return problem(403, "foreign-host", f"the host name {headers.get('host', '')!r} is not "
-                           f"this server's; ask it as one of {', '.join(LOOPBACK)}.")  # fmt: skip
+                           f"this server's; ask it as one of {known}, or start it with --host NAME."
+                           )  # fmt: skip
         origin = headers.get("origin")
         if origin is not None and host_name(origin) not in self._hosts:
             return problem(403, "foreign-origin", f"a page of {origin!r} may not ask this server; "
                            "open the server's own page.")  # fmt: skip
-        length = headers.get("content-length", "0")
-        if "transfer-encoding" in headers or not length.isdigit() or int(length) > BODY_BYTES:
-            return problem(413, "too-large", "the body must have a length, of at most "
-                           f"{BODY_BYTES:,} bytes; ask for less at once.")  # fmt: skip
-        return self._unknown(scope, headers)
+        refusal = self._unknown(scope, headers)
+        taken = self._write_key is not None and scope["method"] == "PUT"
+        if refusal is None and not (taken and scope["path"].startswith(f"{FILES}/")):
+            length = headers.get("content-length", "0")
+            if "transfer-encoding" in headers or not length.isdigit() or int(length) > BODY_BYTES:
+                return problem(413, "too-large", "the body must have a length, of at most "
+                               f"{BODY_BYTES:,} bytes; ask for less at once.")  # fmt: skip
+        return refusal
 
     def _unknown(self, scope: Scope, headers: Headers) -> Response | None:
         """Check the token; one in a page's address is moved into a cookie."""
@@ -104,9 +122,11 @@ class Door:
         given = [value for name, value in query if name == "token"]
         shown = [*given, *_bearer(headers), *_cookies(headers, cookie)]
         # Every one is compared, and in constant time.
-        known = [hmac.compare_digest(each.encode("utf-8", "replace"), self._token)
-                 for each in shown]  # fmt: skip
-        if not any(known):
+        known = [_same(each, self._token) for each in shown]
+        writes = [_same(each, self._write_key or b"") for each in _bearer(headers)]
+        may_write = self._write_key is not None and any(writes)
+        scope.setdefault("state", {})["may_write"] = may_write
+        if not any(known) and not may_write:
             if scope["path"] == "/" and "text/html" in headers.get("accept", ""):
                 said = "That token is wrong." if given else "This server needs its token."
                 return HTMLResponse(_ASK % said, 401)
@@ -140,6 +160,10 @@ def host_name(address: str) -> str:
 def cookie_name(scope: Scope) -> str:
     """Name the cookie of this server: cookies are shared between the ports of a host."""
     return f"gradstore-{(scope.get('server') or ('', 0))[1]}"
+
+
+def _same(given: str, key: bytes) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "replace"), key)
 
 
 def _bearer(headers: Headers) -> Iterable[str]:

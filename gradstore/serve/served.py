@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from gradstore.errors import BadInput
+from gradstore.format.layout import METADATA
 from gradstore.scoring.pairing import Which
 from gradstore.serve.jobs import Desk
 from gradstore.serve.problems import Missing
 from gradstore.storage.location import Location, location
+from gradstore.storage.places import reads_at
 from gradstore.store.generation import Generation
 from gradstore.store.reader import Store, open_store
 
@@ -73,18 +75,30 @@ class Served:
 
     Attributes:
         path: where the store is.
+        files: its files, to be read.
         desk: jobs and kept results.
         explainer: the model, None where there is none.
     """
 
-    def __init__(self, path: Location, explainer: Explainer | None = None) -> None:
-        """Open the store; raises as `open_store` does."""
+    def __init__(
+        self, path: Location, explainer: Explainer | None = None, *, is_made: bool = False
+    ) -> None:
+        """Open the store; raises as `open_store` does.
+
+        Args:
+            path: where it is.
+            explainer: the model, None where there is none.
+            is_made: the store may be missing, and is made by whoever writes through the server.
+        """
         found = location(path)
         self.path = found.absolute() if isinstance(found, Path) else found
+        self.files = reads_at(self.path)
         self.desk = Desk()
         self.explainer = explainer
         self._lock = threading.Lock()
-        self._view = open_store(self.path)
+        self._view: Store | None = None
+        if not is_made or self.files.has(METADATA):
+            self._view = open_store(self.path)
 
     def view(self) -> Store:
         """Return the store at its newest commit.
@@ -95,6 +109,8 @@ class Served:
         """
         with self._lock:
             try:
+                if self._view is None:
+                    self._view = Store(self.files)
                 self._view = self._view.refresh()
             except BadInput as error:
                 raise Missing(str(error)) from error

@@ -49,6 +49,7 @@ class ObjectFiles(ObjectReads, StoreFiles):
         ObjectReads.__init__(self, place)
         self._hook = hook
         self.own = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self.bucket.writer = self.own
         self.alone = False
         self.guard: Callable[[], None] = lambda: None
         self._count = 0
@@ -62,9 +63,13 @@ class ObjectFiles(ObjectReads, StoreFiles):
     def make_root(self) -> None:
         """See that the bucket is there, and that its server keeps the conditions of a put.
 
+        A service keeps them, and says so itself where a header does not arrive.
+
         Raises:
             StoreIOError: it ignores or refuses one; names it.
         """
+        if self.place.is_service:
+            return
         key = f"{STAGING}/probe-{secrets.token_hex(8)}"
         bucket = self.bucket
         try:
@@ -97,8 +102,8 @@ class ObjectFiles(ObjectReads, StoreFiles):
     def _ignored(self, header: str, what: str) -> StoreIOError:
         return StoreIOError(
             f'the object store of "{self.place}" does not honour {header}: {what}. A store needs '
-            "a server that honours If-None-Match and If-Match on PUT, as Amazon S3 does; choose "
-            "another with AWS_ENDPOINT_URL, or a folder with gradstore=PATH"
+            "a server that honours If-None-Match and If-Match on PUT, as Amazon S3 does; "
+            "choose another with AWS_ENDPOINT_URL, or a folder with gradstore=PATH"
         )
 
     def make_directory(self, relative: str) -> None:

@@ -1,4 +1,4 @@
-"""The reading half of a store's files where they are objects in a bucket.
+"""The reading half of a store's files where they are objects in a bucket, or a service has them.
 
 Names mean what they mean in a folder, and a folder is what keys begin with. No answer of a listing
 is taken for the truth: whether an object is there its own name says (`kind`, `read_if_there`).
@@ -16,12 +16,23 @@ from typing import TypeVar
 from gradstore.storage.bucket import Bucket
 from gradstore.storage.location import Location, ObjectPath
 from gradstore.storage.reading import COMPONENT, JSON_LIMIT_BYTES, ReadFiles
+from gradstore.storage.s3 import S3Bucket
+from gradstore.storage.service import ServiceBucket
 
 #: Requests in flight: a request takes its time, and a server answers many.
 REQUESTS_AT_ONCE = 16
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def bucket_at(place: ObjectPath) -> Bucket:
+    """Return what speaks to the server of a place.
+
+    Raises:
+        BadInput: the environment does not say how, or what it needs is not installed.
+    """
+    return ServiceBucket(place) if place.is_service else S3Bucket(place)
 
 
 class ObjectReads(ReadFiles):
@@ -34,7 +45,7 @@ class ObjectReads(ReadFiles):
     def __init__(self, place: ObjectPath) -> None:
         self.place = place
         self.root: Location = place
-        self.bucket = Bucket(place)
+        self.bucket = bucket_at(place)
         self._guard = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._begun: dict[str, Future[memoryview]] = {}

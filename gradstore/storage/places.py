@@ -17,7 +17,7 @@ def reads_at(place: Place) -> ReadFiles:
     """Return the files of a store, to be read.
 
     Args:
-        place: its folder, or s3://BUCKET/PREFIX.
+        place: its folder, s3://BUCKET/PREFIX, or https://HOST of a service.
 
     Raises:
         BadInput: it is neither, or what an object store needs is not installed.

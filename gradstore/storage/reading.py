@@ -28,7 +28,8 @@ _TO_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 T = TypeVar("T")
 R = TypeVar("R")
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+#: How file systems say that there is no room.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class ReadFiles:
@@ -303,7 +304,7 @@ class ReadFiles:
 
     def _io_error(self, verb: str, path: Path, error: OSError, needed: int) -> StoreIOError:
         reason = error.strerror or str(error)
-        if error.errno in _FULL:
+        if error.errno in FULL:
             return StoreIOError(
                 f'cannot {verb} "{path}": {reason}; needs {needed:,} bytes, '
                 f"{self.free_bytes():,} free. Free some space, or choose another disk with "

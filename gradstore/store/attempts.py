@@ -17,6 +17,7 @@ from gradstore.format.plans import Plan
 from gradstore.format.provenance import Difference, compare, refuse
 from gradstore.format.records import LOADED_FROM, GenerationRecord
 from gradstore.storage.local import StoreFiles
+from gradstore.storage.reading import ReadFiles
 from gradstore.store.own_units import quarantine
 from gradstore.store.ownership import check_step
 from gradstore.store.reader import Store
@@ -66,8 +67,7 @@ def choose_plan(
         )
     _check_prefix(store, wanted)
     planned = readable_plans(files, store, mend=before is None)
-    _check_shape(store, wanted)
-    _check_rows(store, planned, wanted)
+    _check_beside(store, planned, wanted)
     if share := record.feature_options.get("share"):
         check_step(store, StepShare(**share).step, run=record.run)
     base = record.parsed
@@ -102,6 +102,38 @@ def choose_plan(
     return PlanChoice(plan, Plan.from_bytes(plan.to_bytes())[1])
 
 
+def check_plan(files: ReadFiles, store: Store, wanted: Plan) -> None:
+    """Refuse a plan that can't stand beside what a store has, whoever chose it.
+
+    Args:
+        files: the store's files.
+        store: today's view.
+        wanted: the plan, with its attempt.
+
+    Raises:
+        BadInput: its name lacks the prefix of its space.
+        ProvenanceMismatch: other rows, d or dtype than earlier generations, a name of another run
+            or space, or another plan of this name; lists every difference.
+        DamagedFile: a plan that is not committed is damaged.
+    """
+    _check_prefix(store, wanted)
+    planned = readable_plans(files, store, mend=False)
+    if wanted.name in planned:
+        theirs = planned.pop(wanted.name)[0]
+        if differences := compare(_compared(theirs), _compared(wanted)):
+            hint = "give every writer the same CONFIG, checkpoints and data"
+            raise refuse(str(store.path), differences, hint=hint)
+    _check_beside(store, planned, wanted)
+    current = _current(store, wanted.record.parsed)
+    if current is not None and current[1].record.run_id != wanted.record.run_id:
+        raise _other_run(store, current[1].record, wanted.record)
+
+
+def _compared(plan: Plan) -> dict[str, object]:
+    return {**plan.identity(), "run_id": plan.record.run_id, "unit_rows": plan.unit_rows,
+            "losses": plan.losses}  # fmt: skip
+
+
 def warn_of_libraries(store: Store, plan: Plan) -> None:
     """Warn when library versions differ from those of the space's newest generation."""
     for commit in reversed(store.live_commits()):
@@ -129,7 +161,7 @@ def _current(store: Store, base: GenerationName) -> tuple[Commit, Plan] | None:
 
 
 def readable_plans(
-    files: StoreFiles, store: Store, *, mend: bool = True
+    files: ReadFiles, store: Store, *, mend: bool = True
 ) -> dict[str, tuple[Plan, str]]:
     """Read the uncommitted plans; quarantine a damaged one with what was written for it.
 
@@ -143,7 +175,7 @@ def readable_plans(
         try:
             plans[name] = Plan.from_bytes(files.read(plan_path(name)))
         except (ValueError, DamagedFile) as error:
-            if not mend:
+            if not mend or not isinstance(files, StoreFiles):
                 fault = Fault(plan_path(name), "the plan that was written", str(error))
                 raise DamagedFile(fault, str(files.root)) from error
             _log.warning("the plan of %s is damaged (%s): planned again", name, error)
@@ -180,6 +212,12 @@ def _check_prefix(store: Store, wanted: Plan) -> None:
             raise refuse(str(store.path), [difference], hint=hint)
 
 
+def _check_beside(store: Store, planned: dict[str, tuple[Plan, str]], wanted: Plan) -> None:
+    """Reject what can't be compared with the generations that there are."""
+    _check_shape(store, wanted)
+    _check_rows(store, planned, wanted)
+
+
 def _check_shape(store: Store, wanted: Plan) -> None:
     """Reject another d or dtype than the space's newest generation of either role has."""
     seen: set[str] = set()
@@ -210,7 +248,10 @@ def _check_rows(store: Store, planned: dict[str, tuple[Plan, str]], wanted: Plan
     for plan in chain(committed, (plan for plan, _ in reversed(planned.values()))):
         if (plan.record.role, plan.record.set) != key:
             continue
-        note = wanted.rows.difference(plan.rows)
+        stored = plan.rows
+        if len(stored) == len(wanted.rows):  # rows that are being removed are no others
+            stored = stored.without(wanted.rows.forgotten)
+        note = wanted.rows.difference(stored)
         if note:
             what = "train.rows" if key[0] == "train" else f"target.{key[1]}.rows"
             text = f'{note}. Store "{store.path}" has those of generation {plan.name}'

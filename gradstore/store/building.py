@@ -76,7 +76,7 @@ def build(
             rows it takes; or None for rows of `input_ids` and `labels`.
         train_rows: n rows; None for none.
         target_rows: rows of each target set by its name, or those of one set; None for none.
-        path: the store's folder, made if need be, or s3://BUCKET/PREFIX.
+        path: the store's folder, made if need be; s3://BUCKET/PREFIX; or https://HOST.
         moments: for Adam features: `AdamMoments`, or the optimizer that holds them.
         step: g, optimizer steps the model has made; names the generations.
         **settings: fields of `gradstore.BuildSettings`, as `gradient_type` and `proj_dim`.

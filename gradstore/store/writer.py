@@ -24,11 +24,8 @@ from typing import TYPE_CHECKING, Any
 from gradstore.errors import BadInput, DamagedData, expect
 from gradstore.format.layout import (
     COMMITS,
-    CURVATURE,
-    FORGOTTEN,
     GENERATIONS,
     GRADIENT,
-    INDEX,
     METADATA,
     PLANS,
     SPACES,
@@ -37,15 +34,15 @@ from gradstore.format.layout import (
     root_json,
 )
 from gradstore.format.records import GenerationRecord, RowSet
-from gradstore.format.text_table import TEXTS, Formats, Text
+from gradstore.format.text_table import Formats, Text
 from gradstore.storage.leases import Leases, Worker
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.location import Location, Place, location
-from gradstore.storage.lock import LOCK
 from gradstore.storage.places import files_at, lock_of
 from gradstore.storage.probes import check_sharing, check_zarr, probe
 from gradstore.store.cleaning import clean_store, remove_dead_staging
 from gradstore.store.curvature import FactorSample, step_factors
+from gradstore.store.empty_place import check_empty
 from gradstore.store.forgetting import finish_removals
 from gradstore.store.generation_writer import GenerationWriter
 from gradstore.store.own_units import quarantine
@@ -60,9 +57,6 @@ if TYPE_CHECKING:
     from gradstore.export.kronecker import CurvatureRule, KroneckerFactors
 
 _log = logging.getLogger(__name__)
-
-_OURS = {METADATA, COMMITS, GENERATIONS, PLANS, SPACES, STAGING, LOCK, TEXTS, CURVATURE, FORGOTTEN,
-         INDEX}  # fmt: skip
 
 
 class StoreWriter:
@@ -101,7 +95,7 @@ class StoreWriter:
         """Create or open the store.
 
         Args:
-            path: the store's folder, or s3://BUCKET/PREFIX.
+            path: the store's folder, s3://BUCKET/PREFIX, or https://HOST.
             provenance: the MUST-EQUAL fields of the space, JSON-like, nested mappings welcome. A
                 field called `canary` is compared with a tolerance.
             space: `gradient`, or one per embedding model.
@@ -119,7 +113,7 @@ class StoreWriter:
         if self._files.has(METADATA):
             self._check_before_lock(fields)
         else:
-            self._check_foreign()
+            check_empty(self._files)
             self._files.make_root()
         self._closed = False
         self._leases: Leases | None = None
@@ -266,15 +260,6 @@ class StoreWriter:
             fields.compare(self._files)
         except DamagedData:
             return
-
-    def _check_foreign(self) -> None:
-        self._files.check_place()
-        foreign = sorted(set(self._files.names("")) - _OURS)
-        if foreign:
-            raise BadInput(
-                f'"{self.path}" is no store and not empty (it holds {foreign[0]!r}). '
-                "Choose another folder with gradstore=PATH"
-            )
 
     def _join(self, worker: Worker) -> None:
         """Share the lock with other workers; the first prepares the store for all of them."""

@@ -111,6 +111,17 @@ def test_keys_of_a_configuration_and_of_its_presets_are_known_once_they_are_read
     assert redacted("open-sesame") == "***"
 
 
+def test_keys_of_a_service_are_known_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADSTORE_TOKEN", "reads-open-sesame")
+    monkeypatch.setenv("GRADSTORE_WRITE_TOKEN", "writes-open-sesame")
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: {tmp_path}\n")
+    load(path, [], {"output_dir"})
+    assert redacted("Bearer writes-open-sesame, reads-open-sesame") == "Bearer ***, ***"
+
+
 @pytest.mark.parametrize(
     ("yaml", "override"),
     [

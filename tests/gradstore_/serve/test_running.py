@@ -17,7 +17,8 @@ import httpx
 import pytest
 
 from gradstore.errors import BadInput
-from gradstore.serve.running import listen, own_token
+from gradstore.serve.keys import both_keys, own_token
+from gradstore.serve.running import listen
 
 COMMAND = (sys.executable, "-m", "dataflex", "gradstore", "serve")
 
@@ -90,7 +91,7 @@ class Model:
         on_stage("loading the model")
         time.sleep(60)
 try:
-    serve(sys.argv[1], 0, print, Model())
+    serve(sys.argv[1], 0, lambda address, _: print(address), Model())
 except KeyboardInterrupt:
     sys.exit(130)
 """
@@ -118,3 +119,48 @@ def test_ctrl_c_answers_a_prompt_that_waits_for_its_model(store_path: Path) -> N
         )
     assert (process.returncode, said) == (130, "")
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_server_that_takes_writes_tells_the_key_that_it_made_and_none_that_it_was_given(
+    tmp_path: Path, given: bool
+) -> None:
+    keys = {"GRADSTORE_TOKEN": "a-key-that-reads-only"}
+    keys |= {"GRADSTORE_WRITE_TOKEN": "a-key-that-writes-too"} if given else {}
+    process = subprocess.Popen(
+        [*COMMAND, str(tmp_path / "new"), "--port", "0", "--writable", "--max-body", "1",
+         "--host", "store.example.org"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**{k: v for k, v in os.environ.items() if k != "GRADSTORE_WRITE_TOKEN"}, **keys,
+             "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines = [process.stdout.readline()]
+    while "Ctrl-C" not in lines[-1]:
+        lines.append(process.stdout.readline())
+    said = "".join(lines)
+    key = re.search(r"GRADSTORE_WRITE_TOKEN=([\w-]{32})", said)
+    assert (key is None) == given
+    assert "a-key-that-writes-too" not in said
+    address = lines[1].strip().partition("/?")[0]
+    shown = key[1] if key is not None else "a-key-that-writes-too"
+    headers = {"Authorization": f"Bearer {shown}", "Host": "store.example.org"}
+    with httpx.Client(base_url=address, headers=headers) as client:
+        answer = client.get("/v1/files?deep=false")
+        assert (answer.status_code, answer.json()) == (200, {"names": ["writer.lock"]})
+        assert answer.headers["gradstore-most-bytes"] == str(1 << 20)
+        assert client.get("/v1/files", headers={"Host": "another.example.org"}).status_code == 403
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert (process.returncode, error.strip()) == (130, "stopped.")
+    assert (tmp_path / "new/writer.lock").read_bytes() == b"", "its store is let go"
+
+
+def test_two_keys_that_are_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GRADSTORE_TOKEN", "GRADSTORE_WRITE_TOKEN"):
+        monkeypatch.setenv(name, "one-key-for-both-of-them")
+    with pytest.raises(BadInput, match="whoever may read could write"):
+        both_keys()
+    monkeypatch.setenv("GRADSTORE_WRITE_TOKEN", "short")
+    with pytest.raises(BadInput, match="GRADSTORE_WRITE_TOKEN has 5 characters"):
+        both_keys()

@@ -1,4 +1,4 @@
-"""A proxy before an object store that makes faults."""
+"""A proxy before an object store, or before a service, that makes faults."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import http.client
 import re
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -26,7 +27,7 @@ class Asked:
 
     @property
     def key(self) -> str:
-        return self.path.partition("?")[0].removeprefix("/features/")
+        return self.path.partition("?")[0].removeprefix("/features/").removeprefix("/v1/files/")
 
 
 #: What a fault does with a request: answers it (status, body), or None for the server's answer.
@@ -43,6 +44,7 @@ class FaultyServer:
             ConnectionAbortedError, which ends the connection without an answer.
         after: the same, once the server has done what was asked.
         asked: every request, as "METHOD key".
+        more: headers of the answers that a fault gives.
         late: keys that no listing shows.
     """
 
@@ -50,6 +52,7 @@ class FaultyServer:
     before: Fault = lambda _: None
     after: Fault = lambda _: None
     asked: list[str] = field(default_factory=list)
+    more: dict[str, str] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
     keys: set[str] = field(default_factory=set)
 
@@ -83,9 +86,23 @@ class FaultyServer:
 
 @pytest.fixture
 def faulty(any_server: str, use_server: Callable[[str], str]) -> Iterator[FaultyServer]:
-    """The proxy, with the environment pointed to it; without a fault so far."""
+    """The proxy before an object store; without a fault so far."""
+    with proxied(any_server) as made:
+        yield made
+
+
+@pytest.fixture
+def faulty_service(service: Any) -> Iterator[FaultyServer]:
+    """The proxy before a service that takes writes; without a fault so far."""
+    with proxied(service.address) as made:
+        yield made
+
+
+@contextmanager
+def proxied(address: str) -> Iterator[FaultyServer]:
+    """Pass requests on to a server."""
     made = FaultyServer()
-    upstream = any_server.removeprefix("http://")
+    upstream = address.removeprefix("http://")
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -100,13 +117,13 @@ def faulty(any_server: str, use_server: Callable[[str], str]) -> Iterator[Faulty
             made.asked.append(f"{asked.method} {asked.key}")
             try:
                 told = made.before(asked)
-                status, headers, data = (told and (told[0], {}, told[1])) or forwarded(asked)
+                status, headers, data = (told and (told[0], made.more, told[1])) or forwarded(asked)
                 told = made.after(asked)
                 status, data = told or (status, data)
             except ConnectionAbortedError:
                 self.close_connection = True
                 return
-            if asked.method == "PUT" and status == 200:
+            if asked.method == "PUT" and status in (200, 201):
                 made.keys.add(asked.key)
             self.send_response(status)
             for name, value in headers.items():

@@ -30,9 +30,12 @@ if TYPE_CHECKING:
         ("s3://bucket/a/../b", "'..' can't be part of a prefix"),
         ("s3://bucket/a b", "'a b' can't be part of a prefix"),
         ("s3://bucket/a%2f", "can't be part of a prefix"),
-        ("gs://bucket/a", "gs:// is not known; give a folder, or s3://BUCKET/PREFIX"),
-        ("https://host/a", "https:// is not known"),
-        (7, "the store is 7; give a path, or s3://BUCKET/PREFIX"),
+        (
+            "gs://bucket/a",
+            "gs:// is not known; give a folder, or s3://BUCKET/PREFIX or https://HOST",
+        ),
+        ("ftp://host/a", "ftp:// is not known"),
+        (7, "the store is 7; give a path, or s3://BUCKET/PREFIX or https://HOST"),
     ],
 )
 def test_an_address_that_cannot_be_is_refused(address: Any, says: str) -> None:

@@ -129,7 +129,7 @@ def test_a_connection_cut_in_mid_write_leaves_one_write(
 def test_an_answer_that_does_not_come_is_asked_for_again(
     kit: StoreKit, faulty: Any, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bucket_module, "_REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr("gradstore.storage.s3._REQUEST_SECONDS", 0.5)
     slept: list[str] = []
 
     def slow(asked: Any) -> None:
