@@ -30,7 +30,7 @@ from report import RESULTS, append, machine
 
 READ_KEY, WRITE_KEY = "a-key-of-the-benchmark-to-read", "a-key-of-the-benchmark-to-write"
 DIM, UNIT_ROWS = 4096, 256
-LOAD = Path(__file__).with_name("serve_writes_load.py")
+LOAD = Path(__file__).parent / "load" / "locustfile.py"
 
 #: Array whose chunks are sent -> clients at once.
 PARTS = (("features", 1), ("features", 16), ("norm", 1), ("norm", 16))

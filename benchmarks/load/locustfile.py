@@ -1,4 +1,4 @@
-"""Clients of `serve_writes.py`, run by Locust: each puts one chunk after another.
+"""Clients of `../serve_writes.py`, run by Locust: each puts one chunk after another.
 
 Knows nothing of gradstore, which is not in Locust's environment.
 """
