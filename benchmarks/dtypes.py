@@ -1,6 +1,8 @@
 """Price and loss of each stored dtype: bytes, speed of scan and read, and the rows it finds.
 
     uv run python benchmarks/dtypes.py                  # 1.5 GB of disk, a few minutes
+    uv run --with reasoning-gym==0.1.25 python benchmarks/dtypes.py --smollm2
+                                # rows found alone; after examples/real/prepare.py, ten minutes
 
 *Speed*: a store of 20,480 x 4,096 rows of each dtype, random numbers, page cache warm. *Scan* is
 their products with one query, in turns with the float16 rows' (A B A B); *read* decodes them.
@@ -18,8 +20,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -49,6 +52,7 @@ from gradstore.store.writer import StoreWriter
 DTYPES = get_args(FeatureDtype)
 BESIDE, EXACT = "float16", "float32"
 DIM, STEP, FRACTION, TOP = 4096, 10, 0.05, 20
+CANDIDATES = 1.5  # times as many rows as are taken
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
@@ -61,11 +65,16 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=20_480)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--smollm2", action="store_true", help="rows found on SmolLM2's store")
     parser.add_argument("--folder", default=None, help="where the temporary stores go")
     options = parser.parse_args()
+    model, seeds = ("smollm2", 1) if options.smollm2 else ("", options.seeds)
+    speeds: dict[str, dict[str, Any]] = {dtype: {} for dtype in DTYPES}
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="dtypes-") as folder:
-        speeds = measured_speeds(Path(folder), options.rows, options.pairs)
-        by_seed = [rankings(Path(folder), seed) for seed in range(options.seeds)]
+        if not options.smollm2:
+            speeds = measured_speeds(Path(folder), options.rows, options.pairs)
+        begin = real if options.smollm2 else embedded
+        by_seed = [rankings(Path(folder), seed, *begin(seed)) for seed in range(seeds)]
     where = machine()
     lines = []
     for dtype in DTYPES:
@@ -73,8 +82,8 @@ def main() -> int:
             name: round(statistics.mean(found[dtype][name] for found in by_seed), 4)
             for name in by_seed[0][dtype]
         }
-        lines.append(where | {"dtype": dtype, "dim": DIM} | speeds[dtype] | figures
-                     | {"seeds": options.seeds, "ranked_rows": 1600})  # fmt: skip
+        lines.append(where | {"model": model, "dtype": dtype, "dim": DIM} | speeds[dtype] | figures
+                     | {"seeds": seeds})  # fmt: skip
         echo("  ".join(f"{name}={value}" for name, value in lines[-1].items()))
     append(RESULTS / "dtypes.csv", lines)
     return 0
@@ -115,27 +124,58 @@ def scan(train: Generation) -> None:
             products.chunk(start, min(start + CHUNK_ROWS, train.rows))
 
 
-def rankings(folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """How a store of each dtype ranks the embedded rows of one seed, beside one of float32."""
+def embedded(seed: int) -> tuple[TinyRun, Sequence[str]]:
+    """Pause the embedded run; its skills are the targets."""
     with tempfile.TemporaryDirectory() as output:
         run = TinyRun.start(seed, Path(output))
-        moments = run.train_to(STEP)
-        p = sum(parameter.numel() for parameter in run.trained)
-        spec = ProjectionSpec("sjlt", p=p, d=DIM, seed=seed)
-        sets = {"train/0": gather(export_features(
-            run.model, run.batches(run.data.train), features=FeatureSpec("adam_marginal"),
-            projection=spec, moments=moments), len(run.data.train), DIM)}  # fmt: skip
-        for skill, rows in zip(SKILLS, run.data.targets, strict=True):
-            parts = export_features(
-                run.model, run.batches(rows), features=FeatureSpec("sgd"), projection=spec
-            )
-            sets[f"target/{skill}/0"] = gather(parts, len(rows), DIM)
+    run.train_to(STEP)
+    return run, SKILLS
+
+
+def real(seed: int) -> tuple[TinyRun, Sequence[str]]:
+    """Pause the run of quality/real.py; its targets' kinds."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
+    import real_rows
+    from real import SETTINGS, STEP_TOKENS, TARGETS, WARM_UP
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "data"
+        folder.mkdir()
+        real_rows.write_data(folder, seed, list(TARGETS), None)
+        sets = [f"real_target_{kind}" for kind in TARGETS]
+        run = TinyRun.start(seed, Path(temporary) / "run", data_dir=folder, train="real_train",
+                            targets=sets, settings=SETTINGS)  # fmt: skip
+    run.step_tokens = STEP_TOKENS
+    run.train_to(WARM_UP)
+    return run, TARGETS
+
+
+def rankings(
+    folder: Path, seed: int, run: TinyRun, kinds: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """How a store of each dtype ranks the rows of a paused run, beside one of float32."""
+    moments = run.train_to(run.step)
+    p = sum(parameter.numel() for parameter in run.trained)
+    spec = ProjectionSpec("sjlt", p=p, d=DIM, seed=seed)
+    sets = {"train/0": gather(export_features(
+        run.model, run.batches(run.data.train), features=FeatureSpec("adam_marginal"),
+        projection=spec, moments=moments), len(run.data.train), DIM)}  # fmt: skip
+    for kind, rows in zip(kinds, run.data.targets, strict=True):
+        parts = export_features(
+            run.model, run.batches(rows), features=FeatureSpec("sgd"), projection=spec
+        )
+        sets[f"target/{kind}/0"] = gather(parts, len(rows), DIM)
     scores = {}
     for dtype in DTYPES:
         store_features(folder / f"{seed}-{dtype}", sets, dtype)
-        pairs = checkpoint_features(open_store(folder / f"{seed}-{dtype}"))
+        pairs = checkpoint_features(open_store(folder / f"{seed}-{dtype}"), sets=kinds)
         scores[dtype] = subtask_influence(pairs).values
-    return {dtype: compared_scores(scores[dtype], scores[EXACT], run.skills) for dtype in DTYPES}
+    exact = scores[EXACT]
+    return {
+        dtype: compared_scores(scores[dtype], exact, run.skills, kinds)
+        | {"ranked_rows": len(exact)}
+        for dtype in DTYPES
+    }
 
 
 def store_features(path: Path, sets: Mapping[str, FloatArray], dtype: str) -> None:
@@ -160,20 +200,24 @@ def store_features(path: Path, sets: Mapping[str, FloatArray], dtype: str) -> No
 
 
 def compared_scores(
-    scores: FloatArray, exact: FloatArray, skills: npt.NDArray[np.str_]
+    scores: FloatArray, exact: FloatArray, skills: npt.NDArray[np.str_], kinds: Sequence[str]
 ) -> dict[str, float]:
     """Compare (n, q) scores with those of float32: means over the targets."""
     k = rows_for_fraction(FRACTION, len(scores))
-    found: dict[str, list[float]] = {"overlap": [], "ndcg": [], "spearman": [], "skill": []}
-    for mine, true, skill in zip(scores.T, exact.T, SKILLS, strict=True):
+    names = ("overlap", "reranked", "ndcg", "spearman", "skill")
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for mine, true, kind in zip(scores.T, exact.T, kinds, strict=True):
         best, wanted = select_top(mine, k), select_top(true, k)
+        candidates = select_top(mine, round(CANDIDATES * k))
+        again = candidates[select_top(true[candidates], k)]
         gains = np.maximum(true, 0)
         discounts = 1 / np.log2(np.arange(TOP) + 2)
         ideal = float(gains[select_top(true, TOP)] @ discounts)
         found["overlap"].append(len(np.intersect1d(best, wanted)) / k)
+        found["reranked"].append(len(np.intersect1d(again, wanted)) / k)
         found["ndcg"].append(float(gains[best[:TOP]] @ discounts) / ideal)
         found["spearman"].append(float(stats.spearmanr(mine, true).statistic))
-        found["skill"].append(float((skills[best] == skill).mean()))
+        found["skill"].append(float((skills[best] == kind).mean()))
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 

@@ -499,23 +499,29 @@ def _seed_table(
         for head, found in columns.items():
             key = method, head
             gap = bold(plus_minus(gaps[key]), when=marks[key]) if key in gaps else ""
-            cells.append(f"{statistics.mean(found[method].values()):.3f} {gap}".strip())
+            mean = f"{statistics.mean(found[method].values()):.3f}" if method in found else ""
+            cells.append(f"{mean} {gap}".strip())
         body.append([*cells, *(cell[method] for cell in extra.values()), str(len(seeds))])
     return table(("", *columns, *extra, "seeds"), body)
 
 
 def rules(path: Path = RESULTS / "rules.csv") -> str:
     """Share of the right rule, and held-out loss after training on the chosen rows."""
-    lines = newest(read(path), "method", "step", "seed").values()
-    steps = sorted({line["step"] for line in lines}, key=int)
-    last = [line for line in lines if line["step"] == steps[-1]]
+    every = newest(read(path), "method", "step", "seed", "clip").values()
+    plain = [line for line in every if not line["clip"]]
+    clipped = [line for line in every if line["clip"]]
+    steps = sorted({line["step"] for line in plain}, key=int)
+    last = [line for line in plain if line["step"] == steps[-1]]
     columns = {f"share after {step} steps": _by_seed(
-        (line for line in lines if line["step"] == step), "share") for step in steps}  # fmt: skip
+        (line for line in plain if line["step"] == step), "share") for step in steps}  # fmt: skip
     columns["held-out loss"] = _by_seed(last, "loss")
+    if clipped:
+        columns["share, clipped"] = _by_seed(clipped, "share")
+        columns["loss, clipped"] = _by_seed(clipped, "loss")
     seconds = {method: f"{statistics.median(each.values()):.1f}"
                for method, each in _by_seed(last, "cpu_s").items()}  # fmt: skip
     shown = _seed_table(columns, "held-out loss", {"CPU s": seconds})
-    return f"{shown}\n\n{where(lines)}."
+    return f"{shown}\n\n{where(every)}."
 
 
 #: Methods of rules.csv that the README shows, and what lds.csv calls their scores.
@@ -535,10 +541,11 @@ SHOWN = {
 
 def quality() -> str:
     """Show the ten lines of the quality benchmarks that matter."""
-    shown = [line for line in read(RESULTS / "rules.csv") if line["method"] in SHOWN]
+    shown = [line for line in read(RESULTS / "rules.csv")
+             if line["method"] in SHOWN and not line["clip"]]  # fmt: skip
     lines = newest(shown, "method", "step", "seed")
     trust = {line["score"]: float(line["mean"]) for line in read(RESULTS / "lds.csv")
-             if line["figure"] == "lds"}  # fmt: skip
+             if line["figure"] == "lds" and not line["run"]}  # fmt: skip
     last = max((step for _, step, _ in lines), key=int)
     body = []
     for method, score in SHOWN.items():
@@ -619,9 +626,10 @@ def wrong_rows() -> str:
     return f"{table(head, body)}\n\n{where(lines.values())}."
 
 
-def trusted() -> str:
-    """LDS and QLD of every score."""
-    lines = newest(read(RESULTS / "lds.csv"), "score", "figure")
+def trusted(run: str = "") -> str:
+    """LDS and QLD of every score, on the file's run or on the smooth one."""
+    found = [line for line in read(RESULTS / "lds.csv") if line["run"] == run]
+    lines = newest(found, "score", "figure")
     figures = list(dict.fromkeys(figure for _, figure in lines))
     scores = dict.fromkeys(score for score, _ in lines)
     body = []
@@ -653,18 +661,25 @@ def curvature() -> str:
 
 def dtypes() -> str:
     """Bytes, speed and found rows of each stored dtype."""
-    lines = newest(read(RESULTS / "dtypes.csv"), "dtype").values()
+    every = newest(read(RESULTS / "dtypes.csv"), "dtype", "model")
+    near = {dtype: line for (dtype, model), line in every.items() if not model}
+    far = {dtype: line for (dtype, model), line in every.items() if model}
+
+    def found(line: Line) -> tuple[str, ...]:
+        return (f"{float(line['overlap']):.3f}", f"{float(line['reranked']):.3f}",
+                f"{float(line['spearman']):.4f}", f"{float(line['skill']):.3f}")  # fmt: skip
+
     body = [
-        (f"`{line['dtype']}`", f"{float(line['feature_bytes']):,.0f}",
+        (f"`{dtype}`", f"{float(line['feature_bytes']):,.0f}",
          f"{float(line['row_bytes']):,.0f}", ratio(line), f"{int(line['read_rows_s']):,}",
-         f"{float(line['overlap']):.3f}", f"{float(line['ndcg']):.4f}",
-         f"{float(line['spearman']):.4f}", f"{float(line['skill']):.3f}", line["seeds"])
-        for line in lines
+         *found(line), *(found(far[dtype])[:3] if far else ()))
+        for dtype, line in near.items()
     ]  # fmt: skip
+    more = ("SmolLM2: same best 5%", "re-ranked", "rank correlation") if far else ()
     head = ("dtype", "bytes of features", "of a row in all", "scan, rows/s over float16's, median "
-            "(pairs)", "rows/s read", "same best 5%", "NDCG@20", "rank correlation",
-            "target's skill in the best 5%", "seeds")  # fmt: skip
-    return f"{table(head, body)}\n\n{where(lines)}."
+            "(pairs)", "rows/s read", "same best 5%", "of its best 7.5%, re-ranked",
+            "rank correlation", "target's skill in the best 5%", *more)  # fmt: skip
+    return f"{table(head, body)}\n\n{where(every.values())}."
 
 
 def real(path: Path = RESULTS / "real.csv") -> str:
@@ -705,6 +720,40 @@ def planted(path: Path = RESULTS / "real.csv") -> str:
     return f"{_seed_table(columns, 'poison: AUPRC', {})}\n\n{where(lines)}."
 
 
+def online() -> str:
+    """Compare a step of `online` with a plain one, and its products with the passes alone."""
+    lines = newest(read(RESULTS / "online_cost.csv"), "workload", "candidates", "what")
+    heads = {
+        "step": "a step over a plain one of the chosen rows",
+        "capture over plain": "candidates' frozen pass over a plain forward and backward",
+        "products over capture": "with products over without",
+    }
+    keys = dict.fromkeys((workload, candidates) for workload, candidates, _ in lines)
+    body = [
+        (workload, m, *(ratio(lines[workload, m, what]) for what in heads))
+        for workload, m in keys
+    ]  # fmt: skip
+    shown = table(("model", "candidates for each row taken", *heads.values()), body)
+    return f"{shown}\n\n{where(lines.values())}."
+
+
+def peers(path: Path = RESULTS / "against_peers.csv") -> str:
+    """Compare features and scores with those of other packages."""
+    lines = newest(read(path), "model", "method").values()
+    names = {"smollm2": "SmolLM2-135M", "tiny": "embedded"}
+    body = [
+        (names[line["model"]], line["method"], line["rows"], f"{float(line['rows_s']):,.2f}",
+         f"{float(line['tokens_s']):,.0f}", f"{float(line['ours_over']):,.1f}",
+         f"{int(line['peak_mib']):,}", f"{int(line['row_bytes']):,}", line["spearman"],
+         line["top"], line["measurements"])
+        for line in lines
+    ]  # fmt: skip
+    head = ("model", "method", "rows timed", "rows/s", "tokens/s", "ours, sjlt, is faster",
+            "peak MiB", "bytes a row", "rank correlation with exact LESS", "same best 5%",
+            "measurements")  # fmt: skip
+    return f"{table(head, body)}\n\n{where(lines)}."
+
+
 def gpu(path: Path = RESULTS / "gpu.csv") -> str:
     """Compare the Triton kernels with plain torch, and with what the card can do."""
     keys = ("method", "dtype", "p", "d", "rows")
@@ -728,6 +777,8 @@ def gpu(path: Path = RESULTS / "gpu.csv") -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "export": export,
     "gpu": gpu,
+    "peers": peers,
+    "online": online,
     "strategies": lambda: strategies("rows", "random", "target_loss"),
     "mixtures": lambda: strategies("mixtures", "mix: static", "mean_loss"),
     "orders": lambda: strategies("orders", "order: shuffle", "mean_loss"),
@@ -753,6 +804,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "curvature": curvature,
     "dtypes": dtypes,
     "lds": trusted,
+    "lds_smooth": lambda: trusted("smooth"),
     "quality": quality,
 }
 
