@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import paused
 import torch
 from datasets import Dataset
-from export_ratio import REAL, collate, load_rows, lora_model
+from export_ratio import REAL, collate, load_rows, trained_model
 from tinyrun import TinyRun
 from transformers import AutoTokenizer
 
@@ -30,7 +30,7 @@ def smollm2(folder: Path, rows: int) -> None:
     order = torch.randperm(len(pool)).tolist()
     target = [pool[i] for i in order[:TARGET_ROWS]]
     train = [pool[i] for i in order[TARGET_ROWS:]]
-    model: Any = lora_model(torch.device("cpu"))
+    model: Any = trained_model(torch.device("cpu"))
     optimizer = torch.optim.AdamW(paused.trained(model).values(), lr=2e-4)
     for start in (0, 4):
         model(**collate(train[start : start + 4]), use_cache=False).loss.backward()
