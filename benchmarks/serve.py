@@ -97,10 +97,11 @@ def write(path: Path, rows: int, dim: int, *, text: bool = False, dtype: str = "
 
 
 @contextmanager
-def server(path: Path) -> Iterator[tuple[str, int]]:
+def server(path: Path, *options: str) -> Iterator[tuple[str, int]]:
     """Serve a store in a process of its own: its address and process id."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "dataflex", "gradstore", "serve", str(path), "--port", "0"],
+        [sys.executable, "-m", "dataflex", "gradstore", "serve", str(path), "--port", "0",
+         *options],
         stdout=subprocess.PIPE, text=True,
         env={**os.environ, "GRADSTORE_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

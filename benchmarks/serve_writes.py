@@ -17,7 +17,6 @@ import csv
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from report import RESULTS, append, machine
+from serve import server
 
-READ_KEY, WRITE_KEY = "a-key-of-the-benchmark-to-read", "a-key-of-the-benchmark-to-write"
+WRITE_KEY = "a-key-of-the-benchmark-to-write"
 DIM, UNIT_ROWS = 4096, 256
 LOAD = Path(__file__).parent / "load" / "locustfile.py"
 
@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--units", type=int, default=4000, help="that a part may write")
     parser.add_argument("--folder", default=None, help="where the temporary store goes")
     options = parser.parse_args()
+    os.environ["GRADSTORE_WRITE_TOKEN"] = WRITE_KEY  # of the server, too
     lines = []
     for array, clients in PARTS:
         with tempfile.TemporaryDirectory(dir=options.folder, prefix="writes-") as folder:
@@ -60,7 +61,7 @@ def measured(folder: Path, array: str, clients: int, options: argparse.Namespace
     body = chunk_of(array)
     (folder / "body").write_bytes(body)
     line = machine(1, "") | {"array": array, "bytes": len(body), "clients": clients}
-    with server(folder / "served") as (address, pid), watched(pid) as memory:
+    with server(folder / "served", "--writable") as (address, pid), watched(pid) as memory:
         plan(address, options.units)
         memory.clear()
         time.sleep(0.3)
@@ -69,7 +70,7 @@ def measured(folder: Path, array: str, clients: int, options: argparse.Namespace
             [options.locust, "--headless", "--locustfile", LOAD, "--host", address,
              "--users", str(clients), "--spawn-rate", str(clients),
              "--run-time", f"{options.seconds}s", "--csv", folder / "load", "--only-summary"],
-            env={**os.environ, "GRADSTORE_WRITE_TOKEN": WRITE_KEY, "BODY": str(folder / "body"),
+            env={**os.environ, "BODY": str(folder / "body"),
                  "WHERE": f"generations/train/0/{array}/c/%d" + "/0" * (array == "features")},
             capture_output=True, text=True,
         )  # fmt: skip
@@ -122,28 +123,10 @@ def plan(address: str, units: int) -> None:
     provenance = {"benchmark": "serve_writes"}
     _, seal = read_provenance(provenance_bytes("gradient", provenance), "gradient")
     wanted = Plan("train/0", "gradient", seal, record, RowSet(hashes), DIM, "float16")
-    os.environ["GRADSTORE_WRITE_TOKEN"] = WRITE_KEY
     files = files_at(address)
     with StoreWriter(address, provenance=provenance, files=files) as writer:
         # Not by `begin`, which looks for each of the units.
         publish_plan(files, writer.store, wanted)
-
-
-@contextmanager
-def server(path: Path) -> Iterator[tuple[str, int]]:
-    """Serve a store that takes writes, in a process of its own: its address and process id."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dataflex", "gradstore", "serve", str(path), "--port", "0",
-         "--writable"],
-        stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "GRADSTORE_TOKEN": READ_KEY, "GRADSTORE_WRITE_TOKEN": WRITE_KEY,
-             "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    process.stdout.readline()
-    yield process.stdout.readline().strip().partition("/?")[0], process.pid
-    process.terminate()
-    process.wait()
 
 
 @contextmanager
