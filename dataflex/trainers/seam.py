@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,9 @@ from dataflex.trainers.settings import check_agreement, comparable, of_run, rows
 from gradstore.capture.modelstate import random_states_kept
 from gradstore.errors import BadInput, DamagedData, StoreError
 from gradstore.store.cleaning import store_set_aside
+
+if TYPE_CHECKING:
+    from gradstore.export.moments import AdamMoments
 
 
 class Seam(SealedCheckpoints):
@@ -118,20 +121,27 @@ class Seam(SealedCheckpoints):
         with disk_faults(Path(output_dir or self.args.output_dir)):
             super().save_model(output_dir, _internal_call)
         is_checkpoint = output_dir is not None and Path(output_dir) != Path(self.args.output_dir)
-        if is_checkpoint and _internal_call and self.args.should_save:
-            self.save_state_beside(Path(str(output_dir)))
+        if is_checkpoint and _internal_call:
+            moments = self.present_moments()  # on every rank: DeepSpeed has a part on each
+            if self.args.should_save:
+                self.save_state_beside(Path(str(output_dir)), moments)
 
-    def save_state_beside(self, checkpoint: Path) -> None:
-        """Write `dataflex/state.json` of the current step into a checkpoint folder.
+    def present_moments(self) -> AdamMoments | None:
+        """Copy Adam's moments by name, which let `gradstore build` do without optimizer.pt.
 
-        Adam moments by name go beside it: `gradstore build` then needs no optimizer.pt. Those of a
-        whole model, twice as large as itself, stay in that file alone.
+        None where no strategy takes gradients of LoRA matrices: those of a whole model, twice as
+        large as itself, stay in that file alone.
         """
         is_lora = self.run.config.known.finetuning_type == "lora"
-        if is_lora and self.run.strategy.needs_lora and keeps_moments(self.optimizer):
-            from gradstore.export.moments import AdamMoments
+        if not (is_lora and self.run.strategy.needs_lora and keeps_moments(self.optimizer)):
+            return None
+        from gradstore.export.moments import AdamMoments
 
-            moments = AdamMoments.from_optimizer(self.optimizer, self.model)
+        return AdamMoments.from_optimizer(self.optimizer, self.model)
+
+    def save_state_beside(self, checkpoint: Path, moments: AdamMoments | None) -> None:
+        """Write `dataflex/state.json` of the current step into a checkpoint folder, and moments."""
+        if moments is not None:
             moments.save(checkpoint / "dataflex" / "moments.safetensors")
         self.present_state().save(checkpoint)
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from gradstore.capture.slots import ParameterSlot, parameter_name
 from gradstore.errors import BadInput, DamagedData, expect
+from gradstore.export.zero_moments import SpreadMoments, is_spread
 from gradstore.format.foreign import read_json
 from gradstore.storage.replace import replace_file
 
@@ -66,8 +67,12 @@ class AdamMoments:
     def from_optimizer(cls, optimizer: Any, model: nn.Module) -> Self:  # noqa: ANN401 - wrappers
         """Copy the moments out of an optimizer; zeros if it has not stepped yet.
 
+        Under DeepSpeed's ZeRO-1 and ZeRO-2 they are put together from all processes, each of which
+        has to call this.
+
         Args:
-            optimizer: a torch optimizer of the Adam family, or accelerate's wrapper of one.
+            optimizer: a torch optimizer of the Adam family, or accelerate's wrapper of one, or of
+                DeepSpeed's.
             model: the model whose parameters it updates.
 
         Raises:
@@ -78,13 +83,17 @@ class AdamMoments:
         fits = hasattr(inner, "param_groups") and hasattr(inner, "state")
         expect(fits, "optimizer", optimizer, "a torch optimizer of the Adam family")
         groups = {id(p): group for group in inner.param_groups for p in group["params"]}
+        spread = SpreadMoments(optimizer) if any(map(is_spread, model.parameters())) else None
         found: dict[str, ParameterMoments] = {}
         for raw_name, parameter in model.named_parameters():
-            group = groups.get(id(parameter))
-            if group is not None:
-                name = parameter_name(raw_name)
-                state = inner.state.get(parameter, {})
-                found[name] = _read(name, parameter, group, state, type(inner).__name__)
+            if spread is not None and is_spread(parameter):
+                group, state = spread.group, spread.state_of(parameter)
+            elif id(parameter) in groups:
+                group, state = groups[id(parameter)], inner.state.get(parameter, {})
+            else:
+                continue
+            name = parameter_name(raw_name)
+            found[name] = _read(name, parameter, group, state, type(inner).__name__)
         return cls(found)
 
     @classmethod

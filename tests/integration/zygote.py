@@ -93,7 +93,7 @@ def serve_or_die(self: Any, *args: Any) -> Any:
 
 def save_or_die(self: Any, output_dir: Any = None, _internal_call: bool = False) -> None:
     if _internal_call and self.state.global_step == self.faults.get("kill_saving"):
-        self.save_state_beside = lambda checkpoint: die()
+        self.save_state_beside = lambda *_: die()
     without_room(self, "save_model", output_dir, _internal_call)
 
 
