@@ -1,7 +1,7 @@
 """Gradient features and selection beside every peer: same model, adapter, rows and target, one run.
 
     uv run python examples/real/prepare.py              # weights and rows of SmolLM2
-    uv run python benchmarks/against_peers.py           # an hour on two cores, half of it TRAK
+    uv run python benchmarks/against_peers.py           # two hours on two cores, most of it TRAK
     uv run python benchmarks/against_peers.py --model tiny --rows 256
 
 * *ours*: `gradstore.build` into a store, scores from it; the default feature, and LESS's own.
@@ -17,14 +17,15 @@ few rows, which loads its libraries); bergson's commands are timed whole, once w
 once with few, and the difference is the time of the others.
 The fast ones run `--pairs` times in turns. The two that project through TRAK take only the first 16
 rows, which is their buffer: a projection of fewer costs them the same, of SmolLM2's adapter a
-quarter of an hour on two cores. So only their pass over the training rows is made there, and their
+half an hour and more. So only their pass over the training rows is made there, and their
 scores are those on `--model tiny`.
 
 *agreement*: Spearman correlation, over the rows that a method scored, with LESS's scores from whole
 gradients in float64 (cosine of Adam's step and target gradient, no projection), and how many of
 those scores' best 5% it has among its own; the latter for methods that scored all rows.
 
-Prints a line for each method and appends them to results/against_peers.csv.
+Prints a line for each method and appends it to results/against_peers.csv: the fast ones', then each
+of the other two as it is measured.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,8 +188,8 @@ def scores_of(folder: Path) -> Scores:
     return found
 
 
-def measure(bench: Bench, model: str, pairs: int, slow: bool) -> list[Method]:
-    """Measure every method, the fast ones in turns."""
+def fast_ones(bench: Bench, pairs: int) -> list[Method]:
+    """Measure ours and bergson's in turns."""
     python = environment("bergson")
     adapter = bench.folder / "adapter"
     longest = json.loads((bench.base / "config.json").read_text("utf-8"))["max_position_embeddings"]
@@ -211,26 +212,29 @@ def measure(bench: Bench, model: str, pairs: int, slow: bool) -> list[Method]:
         for name, command, weights in peers:
             bench.bergson(found[name], python, command, weights)
             echo(f"turn {turn} of {pairs}: {name} {found[name].seconds[-1]:.1f} s")
-    if slow:
-        rows = min(BUFFER, len(bench.train))
-        what = "scores" if model == "tiny" else "time"
-        for name, script, interpreter in (
-            ("LESS, TRAK", "published_less.py", sys.executable),
-            ("dataflex 1.1.0", "dataflex_less.py", environment("dataflex")),
-        ):
-            found[name] = Method(name)
-            bench.driver(found[name], script, interpreter, rows, bench.dim, what)
-            echo(f"{name} {found[name].seconds[-1]:.1f} s for {rows} rows")
     return list(found.values())
 
 
+def slow_ones(bench: Bench, model: str) -> Iterator[Method]:
+    """Measure, one by one, what projects through TRAK."""
+    rows = min(BUFFER, len(bench.train))
+    what = "scores" if model == "tiny" else "time"
+    for name, script, python in (
+        ("LESS, TRAK", "published_less.py", Path(sys.executable)),
+        ("dataflex 1.1.0", "dataflex_less.py", environment("dataflex")),
+    ):
+        method = Method(name)
+        bench.driver(method, script, python, rows, bench.dim, what)
+        echo(f"{name} {method.seconds[-1]:.1f} s for {rows} rows")
+        yield method
+
+
 def lines(
-    bench: Bench, found: list[Method], name: str, first: dict[str, Any]
+    bench: Bench, found: Sequence[Method], ours: Method, first: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """One line a method: speed, agreement, memory and bytes."""
+    """One line a method: speed, that of ours beside it, agreement, memory and bytes."""
     file = bench.folder / "exact.npy"
     exact = np.load(file) if file.is_file() else None
-    ours = found[0]
     speed = ours.rows / statistics.median(ours.seconds)
     made = []
     for method in found:
@@ -238,7 +242,6 @@ def lines(
         made.append(
             first
             | {
-                "model": name,
                 "method": method.name,
                 "d": bench.dim,
                 "rows": method.rows,
@@ -274,6 +277,12 @@ def agreement(scores: Scores | None, exact: Scores | None) -> dict[str, float | 
     return {"spearman": spearman, "top": round(len(best[0] & best[1]) / k, 4)}
 
 
+def record(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Append lines to the CSV as soon as they are measured; return them."""
+    append(RESULTS / "against_peers.csv", results)
+    return results
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -291,9 +300,11 @@ def main() -> None:
         prepare = [sys.executable, HERE / "peers" / "prepare.py", folder, options.model]
         subprocess.run([*prepare, str(options.rows), str(FEW)], check=True)
         bench = Bench(folder, options.dim, options.threads)
-        found = measure(bench, options.model, options.pairs, not options.fast)
-        results = lines(bench, found, options.model, machine(options.threads))
-    append(RESULTS / "against_peers.csv", results)
+        first = machine(options.threads) | {"model": options.model}
+        found = fast_ones(bench, options.pairs)
+        results = record(lines(bench, found, found[0], first))
+        for method in () if options.fast else slow_ones(bench, options.model):
+            results += record(lines(bench, [method], found[0], first))
     echo(f"\n{results[0]['cpu']}, {options.threads} threads, load {results[0]['load']}")
     for row in results:
         echo(
