@@ -145,8 +145,6 @@ MUTANTS = [
            f"{LATE}::test_a_write_is_not_sent_again_once_another_has_the_lock"),
     Mutant("gradstore/storage/objects.py", "if not self.late_writes:  # a service", "if True:  #",
            f"{LATE}::test_a_root_that_lands_late_does_not_lower_the_schema"),
-    Mutant("gradstore/storage/s3.py", 'if e_tag is None or "NoSuchBucket"', 'if True or "NoSuch"',
-           LATE),
     Mutant("gradstore/storage/leases.py", 'return f"{LEASES}/{files.group}" if files.group else',
            "return", f"{LATE}::test_a_choice_that_lands_late_is_none_of_the_next_group "
            f"{LATE}::test_a_clean_up_that_lands_late_takes_nothing_that_the_next_group_agreed_on"),

@@ -101,10 +101,6 @@ class S3Bucket(Bucket):
                 obstore.put(self._store, key, data, mode=mode, use_multipart=False)  # type: ignore[arg-type]
             except (AlreadyExistsError, PreconditionError):
                 return False
-            except FileNotFoundError as error:  # If-Match, and there is no object
-                if e_tag is None or "NoSuchBucket" in str(error):
-                    raise
-                return False
             return True
 
         return self._changed(verb, [key], write)

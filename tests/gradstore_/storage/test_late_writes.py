@@ -429,12 +429,17 @@ def test_a_service_that_lost_the_lock_of_its_bucket_changes_nothing_there(
     assert not files_of(place).has("staging/1-a/1")
 
 
-def test_what_changes_only_as_it_was_seen_is_left_where_there_is_nothing(bucket: str) -> None:
-    """Of servers that answer 404 to If-Match, as Amazon S3 does."""
-    objects = files_of(bucket).bucket
+def test_what_changes_only_as_it_was_seen_is_left_where_there_is_nothing(
+    faulty: Any, place: str
+) -> None:
+    """Amazon S3 answers If-Match with 404 then, others with 412."""
+    objects = files_of(place).bucket
     objects.put("a", b"1")
     found = objects.get("a")
     assert found is not None
     objects.delete(["a"])
+    assert not objects.swap("a", b"2", found.e_tag)
+    gone = b"<Error><Code>NoSuchKey</Code></Error>"
+    faulty.before = lambda asked: (404, gone) if asked.method == "PUT" else None
     assert not objects.swap("a", b"2", found.e_tag)
     assert objects.get("a") is None

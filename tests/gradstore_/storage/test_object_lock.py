@@ -167,25 +167,27 @@ def test_a_sign_of_life_that_may_have_come_too_late_says_nothing(
 def test_a_sign_of_life_that_comes_while_an_answer_is_on_its_way_is_not_missed(
     lock_at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    holder, second = lock_at("one"), lock_at("two")
-    asked_twice, looks = threading.Event(), list[str]()
-    show, get = holder._files.show_life, second._files.bucket.get
+    holder = lock_at("one")
+    looking, looks = threading.Event(), list[str]()
+    show = holder._files.show_life
 
-    def after_the_second_look(count: int) -> None:
-        assert count == 0 or asked_twice.wait(10)
+    def while_it_is_looked_at(count: int) -> None:
+        assert count == 0 or looking.wait(10)
         show(count)
 
     def slow(key: str, *most: int) -> Any:
         found = get(key, *most)
         if key.startswith(f"staging/{holder._files.own}/"):
             looks.append(key)
-            if len(looks) == 2:
-                asked_twice.set()
+            if len(looks) == 3:  # by it a holder is passed over; two are made in a round
+                looking.set()
                 time.sleep(1.5 * SILENT)
         return found
 
-    monkeypatch.setattr(holder._files, "show_life", after_the_second_look)
+    monkeypatch.setattr(holder._files, "show_life", while_it_is_looked_at)
     holder.acquire()
+    second = lock_at("two")
+    get = second._files.bucket.get
     monkeypatch.setattr(second._files.bucket, "get", slow)
     with pytest.raises(StoreBusy, match="is being written by host"):
         second.acquire()
