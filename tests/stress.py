@@ -3,12 +3,16 @@
     uv run python tests/stress.py --kills 500                      # in a folder
     uv run python tests/stress.py --minutes 30 --place s3://bucket/stress    # in a bucket
     uv run python tests/stress.py --kills 100 --service            # behind a service, one a store
+    uv run python tests/stress.py --kills 50 --launcher torchrun   # ranks, of which rank 0 writes
+    uv run python tests/stress.py --kills 50 --launcher ray        # tasks of Ray
 
 One to four workers at a time, their number changing, fill a small store. One after another is ended
 by SIGKILL wherever it is; others are started in its place. After each kill a process of its own
 opens the store, and every generation that it sees must be whole. When all are committed and the
 last workers have ended by themselves the store must hold, byte for byte, what one process writes:
-no row lost, doubled or torn. Then the next store begins, until there were enough kills.
+no row lost, doubled or torn. Then the next store begins, until there were enough kills. Under
+torchrun a rank is ended, its launcher ends the others, and all are started again; under Ray the
+process of a task is, and Ray starts the task again.
 
 Run by `test_workers.py`, `test_object_store.py` and `test_service.py` for some kills. Exit code: 0,
 or 1 where something was not as it must be: the store is left for inspection.
@@ -28,10 +32,11 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
+import psutil
 
 from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
@@ -56,6 +61,8 @@ PROVENANCE: dict[str, Any] = {
 PAUSE, LEASE, LONGEST = 0.004, 0.3, 0.08
 #: Times as long may a worker of a service live: each of its steps is a request.
 SLOWER = 8
+#: Seconds that a rank, or a task of Ray, works on a unit, and may live from its first one on.
+SLOW_PAUSE, LONGEST_STARTED = 0.03, 1.5
 
 SERVER = """
 import sys
@@ -67,7 +74,17 @@ serve(Path(sys.argv[1]), 0, lambda address, _: print(address, flush=True), None,
 WELL = 10
 
 
-def build(place: str, worker: Worker | None) -> None:
+#: Makes the features of a unit, of the whole generation's (ROWS, DIM).
+Compute = Callable[[np.ndarray, int, int], np.ndarray]
+
+
+def at_once(features: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Compute in this process."""
+    time.sleep(PAUSE)
+    return features[start:stop]
+
+
+def build(place: str, worker: Worker | None, compute: Compute = at_once) -> None:
     """Build every generation, as one worker or alone."""
     rows = RowSet.from_hashes([row_hash([i, i + 1], [-100, i]) for i in range(ROWS)])
     with StoreWriter(place, provenance=PROVENANCE, worker=worker) as writer:
@@ -82,10 +99,9 @@ def build(place: str, worker: Worker | None) -> None:
             generation = writer.begin(record, rows, dim=DIM, unit_rows=UNIT_ROWS)
             writer.keep_texts(rows, (Text(f"prompt {i}", f"answer {i}", 3) for i in range(ROWS)))
             for unit in generation.claimed():
-                time.sleep(PAUSE)
                 k = unit.stop - unit.start
                 generation.write_unit(
-                    unit.index, features[unit.start : unit.stop], np.ones(k, np.float32),
+                    unit.index, compute(features, unit.start, unit.stop), np.ones(k, np.float32),
                     np.full(k, RowStatus.OK, np.uint8), np.arange(k, dtype=np.int32),
                 )  # fmt: skip
             generation.commit()
@@ -205,6 +221,118 @@ def killed_until_done(place: str, draw: random.Random) -> int:
     return kills
 
 
+# ---- other launchers -------------------------------------------------------------------------
+
+
+def as_rank(place: str) -> None:
+    """Build under torchrun: every rank computes rows of a unit, and rank 0 writes them."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+
+    def shared(features: np.ndarray | None, start: int, stop: int) -> np.ndarray:
+        asked: list[Any] = [(features, start, stop)]
+        dist.broadcast_object_list(asked)
+        features, start, stop = asked[0]
+        if features is None:
+            dist.barrier()
+            os._exit(0)  # a process group that is still there when Python ends may abort
+        time.sleep(SLOW_PAUSE)
+        parts: list[Any] = [None] * ranks
+        dist.all_gather_object(parts, features[start + rank : stop : ranks])
+        found = np.empty((stop - start, DIM), np.float32)
+        for i, part in enumerate(parts):
+            found[i::ranks] = part
+        return found
+
+    if rank == 0:
+        print("begun", flush=True)
+        build(place, None, shared)
+        shared(None, 0, 0)
+    while True:
+        shared(None, 0, 0)
+
+
+def as_driver(place: str) -> None:
+    """Build by tasks of Ray, each a worker; Ray starts one again whose process has ended."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    def slowly(features: np.ndarray, start: int, stop: int) -> np.ndarray:
+        time.sleep(SLOW_PAUSE)
+        return features[start:stop]
+
+    count = random.Random(place).randint(2, 4)
+    ray.init(num_cpus=count, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    task = ray.remote(num_cpus=1, max_retries=-1)(build)
+    workers = [Worker(i + 1, count, LEASE) for i in range(count)]
+    print("begun", flush=True)
+    ray.get([task.remote(place, worker, slowly) for worker in workers])
+
+
+@contextmanager
+def started(
+    launcher: str, place: str, draw: random.Random
+) -> Iterator[tuple[subprocess.Popen[str], Callable[[], str]]]:
+    """Start ranks, or a driver, which end with the block; yield it, and what tells its errors."""
+    command = [sys.executable, __file__, "--as-driver", place]
+    if launcher == "torchrun":
+        ranks = f"--nproc-per-node={draw.randint(2, 3)}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, __file__,
+                   "--as-rank", place]  # fmt: skip
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
+        assert process.stdout is not None
+
+        def errors() -> str:
+            said.seek(0)
+            return said.read()[-3000:]
+
+        try:
+            if not process.stdout.readline():
+                raise SystemExit(f"{launcher} does not start: {errors()}")
+            yield process, errors
+        finally:
+            if process.poll() is None:
+                for each in psutil.Process(process.pid).children(recursive=True):
+                    with suppress(psutil.NoSuchProcess):
+                        each.kill()
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def victims(launcher: psutil.Process) -> list[psutil.Process]:
+    """List the ranks, or the processes of Ray's tasks that are at work."""
+    found = []
+    for each in launcher.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            words = " ".join(each.cmdline())
+            if "--as-rank" in words or "ray::build" in words:
+                found.append(each)
+    return found
+
+
+def killed_under(launcher: str, place: str, draw: random.Random) -> int:
+    """Fill one store under torchrun or Ray while processes are killed; return how many were."""
+    kills = committed = 0
+    while committed < len(NAMES):
+        with started(launcher, place, draw) as (process, errors):
+            killed = False
+            while process.poll() is None and not (killed and launcher == "torchrun"):
+                time.sleep(draw.uniform(0, LONGEST_STARTED))
+                if process.poll() is None and (alive := victims(psutil.Process(process.pid))):
+                    draw.choice(alive).kill()
+                    kills, killed = kills + 1, True
+                committed = must(lambda: WELL + look(place), f"a look at {place}") - WELL
+            code = process.wait()
+            if code and not (killed and launcher == "torchrun"):
+                raise SystemExit(f"{launcher} of {place}: exit code {code}: {errors()}")
+        committed = must(lambda: WELL + look(place), f"a look at {place}") - WELL
+    return kills
+
+
 def main() -> int:
     """Kill until there were enough; print what was done."""
     parser = argparse.ArgumentParser(
@@ -214,8 +342,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=0, help="at least so long")
     parser.add_argument("--place", help="a folder, or s3://BUCKET/PREFIX, for the stores")
     parser.add_argument("--service", action="store_true", help="each behind a server of its own")
+    parser.add_argument("--launcher", choices=["torchrun", "ray"], help="who starts the workers")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--as-rank", metavar="PLACE", help=argparse.SUPPRESS)
+    parser.add_argument("--as-driver", metavar="PLACE", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if place := options.as_rank or options.as_driver:
+        (as_rank if options.as_rank else as_driver)(place)
+        return 0
     if options.kills <= 0 and options.minutes <= 0:
         parser.error("nothing to do: give --kills or --minutes")
     began, draw = time.monotonic(), random.Random(options.seed)
@@ -228,7 +362,10 @@ def main() -> int:
     while kills < options.kills or time.monotonic() - began < 60 * options.minutes:
         where = f"{top}/{os.getpid()}-{stores}"
         with served(where) if options.service else nullcontext(where) as place:
-            kills += killed_until_done(place, draw)
+            if options.launcher:
+                kills += killed_under(options.launcher, place, draw)
+            else:
+                kills += killed_until_done(place, draw)
             must(lambda: build(place, None), f"a last process at {place}")
             must(lambda: compare(place, alone), f"what {place} holds")
         stores += 1

@@ -160,7 +160,7 @@ class _Session:
             )
             if damage.faults[0].file == path and self._is_committed(data):
                 self.files.make_directory(path.rpartition("/")[0])
-                self.files.replace(path, data)
+                self.files.replace(path, data, self.files.read_if_there(path))
             else:
                 notes.append(f"{damage.faults[0].file}: comes out otherwise, and was left alone")
         return notes

@@ -27,6 +27,7 @@ from gradstore.storage.leases import LEASES
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.location import ObjectPath
 from gradstore.storage.lock import LOCK
+from gradstore.storage.objects import ObjectFiles
 from gradstore.storage.places import files_at, lock_of
 from gradstore.storage.reading import ReadFiles
 from gradstore.store.empty_place import check_empty
@@ -87,6 +88,8 @@ class Keeping:
         self._free: queue.SimpleQueue[StoreFiles] = queue.SimpleQueue()
         writers = [files_at(served.path) for _ in range(CHANGES_AT_ONCE)]
         for each in writers:
+            if isinstance(each, ObjectFiles) and isinstance(self._held, ObjectFiles):
+                each.bucket.guard = self._held.bucket.guard  # of the one that holds the lock
             self._free.put(each)
         #: Folders in staging that no client sees or changes.
         self.hidden = frozenset({SERVICE, self._held.own, *(each.own for each in writers)})
@@ -236,7 +239,7 @@ class Keeping:
             if tag != if_match:
                 raise _taken(path)
             files.make_directory(path.rpartition("/")[0])
-            files.replace(path, data)
+            files.replace(path, data, found)
             return found is None
 
     def _check_holder(self, path: str, writer: str) -> None:
@@ -262,14 +265,14 @@ class Keeping:
         # In this order: who changes the clients' lock has its turn alone, and then replaces.
         in_order = self._order if where.kind == "root" else nullcontext()
         with in_order, self._turns.shared(), self._replacing:
-            there = self._served.files.has(where.path)
-            if where.kind == "root":
-                self._checks.check_newer_root(data)
             with self._writer() as files:
+                found = files.read_if_there(where.path)
+                if where.kind == "root":
+                    self._checks.check_newer_root(data)
                 self._check_holder(where.path, writer)
                 files.make_directory(where.path.rpartition("/")[0])
-                files.replace(where.path, data)
-            return not there
+                files.replace(where.path, data, found)
+            return found is None
 
     def _check_removable(self, paths: Iterable[str]) -> None:
         for path in paths:

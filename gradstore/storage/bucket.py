@@ -76,6 +76,8 @@ class Bucket(ABC):
         self.place = place
         #: Name of the writer that uses it, which a service compares with the lock's holders.
         self.writer = ""
+        #: Called with the keys before each try of a change; raises where the lock may be lost.
+        self.guard: Callable[[Sequence[str]], None] = lambda _: None
         self._answered = False
 
     @abstractmethod
@@ -170,6 +172,15 @@ class Bucket(ABC):
             failure: the same, judged.
             again: how often it was tried again, "" for never.
         """
+
+    def _changed(self, verb: str, keys: Sequence[str], act: Callable[[], T]) -> T:
+        """Return what a request gives that changes objects; the guard is asked before each try."""
+
+        def guarded() -> T:
+            self.guard(keys)
+            return act()
+
+        return self._tried(verb, keys[0], guarded)
 
     def _tried(self, verb: str, key: str, act: Callable[[], T]) -> T:
         """Return what a request gives, sent again while its failure may pass.

@@ -33,6 +33,12 @@ _log = logging.getLogger(__name__)
 #: Claims of all tasks; like all of staging they are garbage once nobody writes.
 LEASES = f"{STAGING}/leases"
 
+
+def leases_of(files: StoreFiles) -> str:
+    """Return the folder of the claims that count now; in a bucket each group of workers has one."""
+    return f"{LEASES}/{files.group}" if files.group else LEASES
+
+
 #: File in a worker's own staging folder that it changes while it lives.
 BEAT = "beat"
 
@@ -111,7 +117,7 @@ class Holder:
 class Leases:
     """Claims of one worker on tasks of a store.
 
-    A task is a name below `staging/leases`, such as `<plan sha256>/17`. Used from one thread, but
+    A task is a name below `leases_of(files)`, such as `<plan sha256>/17`. Used from one thread, but
     for the sign of life, which has one of its own.
 
     Args:
@@ -121,7 +127,7 @@ class Leases:
 
     def __init__(self, files: StoreFiles, worker: Worker) -> None:
         self.worker = worker
-        self._files = files
+        self._files, self._folder = files, leases_of(files)
         self._boot = boot_id()
         since = datetime.now(UTC).isoformat(timespec="seconds")
         who = f"worker {worker}, host {socket.gethostname()}, pid {os.getpid()}, since {since}"
@@ -158,7 +164,7 @@ class Leases:
         if holder is not None and self._lives(holder):
             return holder if holder.token != self._files.own else None
         self._pause = FIRST_LOOK_SECONDS
-        if self._files.publish(f"{LEASES}/{task}.{number + 1}", self._document):
+        if self._files.publish(f"{self._folder}/{task}.{number + 1}", self._document):
             self._numbers[task] = number + 1
             if holder is not None:
                 _log.info("%s is taken over from %s", task.rpartition("/")[2], holder.who)
@@ -195,13 +201,13 @@ class Leases:
     def _newest(self, task: str) -> tuple[int, Holder | None]:
         """Return the highest claim's number, 0 for none, and its owner."""
         number = self._numbers.get(task, 0)
-        while self._files.has(f"{LEASES}/{task}.{number + 1}"):
+        while self._files.has(f"{self._folder}/{task}.{number + 1}"):
             number += 1
         self._numbers[task] = number
         if not number:
             return 0, None
         try:
-            return number, Holder(**parse(self._files.read(f"{LEASES}/{task}.{number}")))
+            return number, Holder(**parse(self._files.read(f"{self._folder}/{task}.{number}")))
         except (ValueError, TypeError):
             return number, None  # not of ours: nobody that could be alive
 

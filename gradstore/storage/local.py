@@ -44,7 +44,13 @@ class StoreFiles(ReadFiles):
 
     Attributes:
         own: name of this writer's folder in staging, which no other writer ever has.
+        late_writes: whether a change that a dead writer has sent may still come, so that a name
+            that was freed is not used again.
+        group: name of the workers that share the lock now; "" where a former group's files are
+            gone before another begins.
     """
+
+    late_writes, group = False, ""
 
     def __init__(self, root: str | Path, hook: Hook | None = None) -> None:
         super().__init__(root)
@@ -180,8 +186,21 @@ class StoreFiles(ReadFiles):
         self.sync_directory(parent_of(relative))
         return same
 
-    def replace(self, relative: str, data: bytes) -> None:
-        """Replace one file durably: readers see the old bytes or the new ones."""
+    def supplant(self, staged: str, relative: str) -> bool:
+        """Write staged bytes over what came late from a dead writer; where none does, False."""
+        return False
+
+    def replace(self, relative: str, data: bytes, was: bytes | None) -> None:
+        """Replace one file durably: readers see the old bytes or the new ones.
+
+        Args:
+            relative: of the file.
+            data: its new bytes.
+            was: the bytes that were read; None where there was no file.
+
+        Raises:
+            StoreBusy: they are others by now; told only where a dead writer's may come late.
+        """
         path = self.on_disk(relative)
         staged = self.stage([data])
         with self._translated("replace", path):

@@ -6,13 +6,14 @@ shows that it lives by counting up an object of its own. Whoever wants the lock 
 *it* has not seen that change, on its own monotonic clock; and of a process of its own machine the
 kernel says at once whether it lives.
 
-A holder that others gave up, as a machine that slept may be, changes nothing any more once it sees
-that it was silent for too long. As in a folder, the lock serves the message: what keeps two writers
-apart is that nothing published is overwritten.
+A holder that was silent, as a machine that slept, changes nothing before it has looked whether it
+still holds the lock. It looks after half of the time in which others give it up: so what it has
+sent by then has time to arrive. What comes later still is made harmless by its name or condition.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
@@ -35,6 +36,9 @@ _log = logging.getLogger(__name__)
 #: Seconds of silence after which a holder on another machine counts as dead, and signs of life
 #: within them.
 SILENT_SECONDS, BEATS = 60.0, 6
+
+#: Share of that silence after which a holder looks at the lock before its next change.
+_LOOKS_AFTER = 0.5
 
 #: Seconds between two looks at a lock that another holds.
 _LOOK_SECONDS = 0.1
@@ -66,10 +70,11 @@ class Holder:
 
 @dataclass(frozen=True)
 class _Record:
-    """Content of the lock's object: its holders, who share it or not, and its ETag."""
+    """Content of the lock's object: its holders, who share it or not, their group, its ETag."""
 
     holders: tuple[Holder, ...] = ()
     shared: bool = False
+    group: str = ""
     e_tag: str | None = None
 
 
@@ -108,15 +113,17 @@ class ObjectLock(StoreLock):
                 record = self._read()
                 living = self._living(record)
                 if not living:
-                    if not self._write(record, [me], shared=False):
+                    if not self._write(record, [me]):
                         continue
                     self._take_over(record)
+                    self._files.group = me.token
                     set_up()
                     self._files.alone = False
-                    if self._write(self._read(), [me], shared=True):
+                    if self._write(self._read(), [me], group=me.token):
                         break
-                elif record.shared and is_set_up():
-                    if self._write(record, [*living, me], shared=True):
+                elif record.shared:
+                    self._files.group = record.group
+                    if is_set_up() and self._write(record, [*living, me], group=record.group):
                         break
                 elif not living[0].worker and self._judged(living[0]):
                     raise self._busy(living)
@@ -132,7 +139,7 @@ class ObjectLock(StoreLock):
             if self._when_last is not None:
                 record = self._read()
                 living = [each for each in self._living(record) if each != me]
-                if not living and self._write(record, [me], shared=False):
+                if not living and self._write(record, [me]):
                     self._files.alone = True
                     self._when_last()
             self._leave(me)
@@ -149,7 +156,7 @@ class ObjectLock(StoreLock):
             record = self._read()
             living = self._living(record)
             if not living:
-                if self._write(record, [me], shared=False):
+                if self._write(record, [me]):
                     self._take_over(record)
                     return
             elif any(self._judged(each) for each in living):
@@ -170,14 +177,21 @@ class ObjectLock(StoreLock):
                 Holder(each["token"], Process(**each["process"]), each["who"], each["worker"])
                 for each in document["holders"]
             )
-            return _Record(holders, bool(document["shared"]), found.e_tag)
+            group = str(document.get("group", ""))
+            return _Record(holders, bool(document["shared"]), group, found.e_tag)
         except (ValueError, KeyError, TypeError):
             return _Record(e_tag=found.e_tag)  # not of ours: nobody that could be alive
 
-    def _write(self, record: _Record, holders: Sequence[Holder], *, shared: bool) -> bool:
-        """Write new holders over the record that was read; False if it has changed since."""
-        document = {"holders": [asdict(each) for each in holders], "shared": shared,
-                    "after": record.e_tag}  # fmt: skip
+    def _write(self, record: _Record, holders: Sequence[Holder], *, group: str = "") -> bool:
+        """Write new holders over the record that was read; False if it has changed since.
+
+        Args:
+            record: as it was read.
+            holders: who holds the lock now.
+            group: what workers that share it are called together; "" of a writer alone.
+        """
+        document = {"holders": [asdict(each) for each in holders], "shared": bool(group),
+                    "group": group, "after": record.e_tag}  # fmt: skip
         return self._files.bucket.swap(LOCK, canonical_json(document), record.e_tag)
 
     def _leave(self, me: Holder) -> None:
@@ -187,7 +201,7 @@ class ObjectLock(StoreLock):
             others = [each for each in record.holders if each != me]
             if len(others) == len(record.holders):
                 return
-            if self._write(record, others, shared=record.shared and bool(others)):
+            if self._write(record, others, group=record.group if others else ""):
                 return
 
     def _take_over(self, record: _Record) -> None:
@@ -212,6 +226,7 @@ class ObjectLock(StoreLock):
         lives = holder.process.lives()
         if lives is not None:
             return lives
+        asked = time.monotonic()  # what comes while the answer is on its way may not be in it
         found = self._files.bucket.get(f"{STAGING}/{holder.token}/{OWNER}")
         if found is None:  # it has ended
             return False
@@ -219,7 +234,7 @@ class ObjectLock(StoreLock):
         sign = self._seen.setdefault(holder.token, _Sign(content, now))
         if sign.content != content:
             sign = self._seen[holder.token] = _Sign(content, now, changed=True)
-        if now - sign.since >= SILENT_SECONDS:
+        if asked - sign.since >= SILENT_SECONDS:
             return False
         return True if sign.changed else None
 
@@ -244,13 +259,13 @@ class ObjectLock(StoreLock):
         since = datetime.now(UTC).isoformat(timespec="seconds")
         who = f"host {socket.gethostname()}, pid {os.getpid()}, since {since}"
         self._seen: dict[str, _Sign] = {}
-        self._ends = threading.Event()
+        self._ends, self._looking = threading.Event(), threading.Lock()
         self._files.make_own()
         _ours.add(self._files.own)
-        self._shown = _now()
+        self._shown, self._signs = _now(), itertools.count(1)
         self._thread = threading.Thread(target=self._show_life, name="lock", daemon=True)
         self._thread.start()
-        self._files.guard = self._check_held
+        self._files.bucket.guard = self._check_held
         return Holder(self._files.own, process, who, worker)
 
     def _end(self) -> None:
@@ -260,33 +275,60 @@ class ObjectLock(StoreLock):
             self._ends.set()
             self._thread.join()
             self._thread = None
-        self._files.guard = lambda: None
+        self._files.bucket.guard = lambda _: None
+        self._files.group = ""
 
     def _show_life(self) -> None:
-        count = 0
         while not self._ends.wait(SILENT_SECONDS / BEATS):
-            count += 1
             try:
-                if _now() - self._shown < SILENT_SECONDS:
-                    began = _now()
-                    self._files.show_life(count)
-                    self._shown = began
+                before = self._shown
+                if _now() - before >= SILENT_SECONDS:
+                    with self._looking:
+                        self._look_again()
+                    continue
+                began = self._show_once()
+                # One that may have come too late does not say that nobody has given this writer up.
+                if _now() - before < SILENT_SECONDS:
+                    self._shown = max(self._shown, began)
+            except StoreBusy:  # told at the next change
+                continue
             except StoreIOError as error:
                 _log.warning("no sign of life of this writer for others: %s", error)
 
-    def _check_held(self) -> None:
-        """Refuse to change anything after a silence in which others may have taken the lock.
+    def _show_once(self) -> float:
+        """Show a sign of life; return when it began."""
+        began = _now()
+        self._files.show_life(next(self._signs))
+        return began
+
+    def _check_held(self, keys: Sequence[str]) -> None:
+        """Refuse to change anything after a silence in which others have taken the lock.
 
         Raises:
-            StoreBusy: there was one.
+            StoreBusy: another has.
         """
-        silent = _now() - self._shown
-        if silent >= SILENT_SECONDS:
-            raise StoreBusy(
-                f"this process showed no sign of life for {silent:.0f} s (more than "
-                f"{SILENT_SECONDS:.0f}), so another may write {self._what} now. Run again: what is "
-                "finished is reused"
-            )
+        own = f"{STAGING}/{self._files.own}/"
+        if all(key == LOCK or key.startswith(own) for key in keys):  # harm nobody at any time
+            return
+        if _now() - self._shown >= _LOOKS_AFTER * SILENT_SECONDS:
+            with self._looking:
+                if _now() - self._shown >= _LOOKS_AFTER * SILENT_SECONDS:
+                    self._look_again()
+
+    def _look_again(self) -> None:
+        """Hold on to the lock by a change of its record, unless another has taken it."""
+        began = self._show_once()  # before the record: who reads that sees this
+        while True:
+            record = self._read()
+            if not any(each.token == self._files.own for each in record.holders):
+                silent = _now() - self._shown
+                raise StoreBusy(
+                    f"this process showed no sign of life for {silent:.0f} s, and another writes "
+                    f"{self._what} now. Run again: what is finished is reused"
+                )
+            if self._write(record, record.holders, group=record.group):
+                self._shown = began
+                return
 
 
 def _now() -> float:

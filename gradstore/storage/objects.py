@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from gradstore.errors import StoreIOError
+from gradstore.errors import StoreBusy, StoreIOError
 from gradstore.format.canonical import canonical_json, parse
 from gradstore.storage.local import STAGING, Block, Hook, StoreFiles
 from gradstore.storage.location import ObjectPath
+from gradstore.storage.object_probes import probe_server
 from gradstore.storage.objects_reading import ObjectReads
 from gradstore.storage.processes import Process
 
@@ -26,9 +27,6 @@ OWNER = "owner"
 
 #: Looks at a name that is taken and holds nothing, or at a folder that is emptied.
 _LOOKS = 5
-
-#: An ETag that no content has.
-_NO_TAG = '"00000000000000000000000000000000"'
 
 
 class ObjectFiles(ObjectReads, StoreFiles):
@@ -42,7 +40,6 @@ class ObjectFiles(ObjectReads, StoreFiles):
     Attributes:
         own: name of this writer's folder in staging, which no other writer ever has.
         alone: whether this writer holds the store's lock exclusively; the lock says so.
-        guard: called before each change; raises where the lock was lost to another.
     """
 
     def __init__(self, place: ObjectPath, hook: Hook | None = None) -> None:
@@ -51,7 +48,8 @@ class ObjectFiles(ObjectReads, StoreFiles):
         self.own = f"{os.getpid()}-{secrets.token_hex(4)}"
         self.bucket.writer = self.own
         self.alone = False
-        self.guard: Callable[[], None] = lambda: None
+        #: A service refuses what a dead writer has sent; a bucket can't.
+        self.late_writes = not place.is_service
         self._count = 0
         self._has_own = False
         #: Path in staging -> bytes, of what only this process sees; and the paths that all see.
@@ -68,43 +66,8 @@ class ObjectFiles(ObjectReads, StoreFiles):
         Raises:
             StoreIOError: it ignores or refuses one; names it.
         """
-        if self.place.is_service:
-            return
-        key = f"{STAGING}/probe-{secrets.token_hex(8)}"
-        bucket = self.bucket
-        try:
-            with self._condition("If-None-Match"):
-                bucket.put_new(key, b"first")
-                second = bucket.put_new(key, b"second")
-            found = bucket.get(key)
-            if second or found is None or bytes(found.data) != b"first":
-                raise self._ignored("If-None-Match", "a second write to a taken name replaced it")
-            with self._condition("If-Match"):
-                if bucket.swap(key, b"third", _NO_TAG):
-                    raise self._ignored("If-Match", "a write over other content replaced it")
-                if not bucket.swap(key, b"fourth", found.e_tag):
-                    raise self._ignored("If-Match", "a write over the same content was refused")
-        finally:
-            with suppress(StoreIOError):
-                bucket.delete([key])
-
-    @contextmanager
-    def _condition(self, header: str) -> Iterator[None]:
-        """Name the header where a server answers it with an error of the request."""
-        try:
-            yield
-        except StoreIOError as error:
-            text = str(error)
-            if "status 400" in text or "status 501" in text:
-                raise self._ignored(header, "the server refused a write with it") from error
-            raise
-
-    def _ignored(self, header: str, what: str) -> StoreIOError:
-        return StoreIOError(
-            f'the object store of "{self.place}" does not honour {header}: {what}. A store needs '
-            "a server that honours If-None-Match and If-Match on PUT, as Amazon S3 does; "
-            "choose another with AWS_ENDPOINT_URL, or a folder with gradstore=PATH"
-        )
+        if not self.place.is_service:
+            probe_server(self.bucket)
 
     def make_directory(self, relative: str) -> None:
         """Do nothing: keys need no folders."""
@@ -192,15 +155,12 @@ class ObjectFiles(ObjectReads, StoreFiles):
 
     def link(self, staged: str, relative: str) -> bool:
         """Write staged bytes under their final name; False, and no change, when it is taken."""
-        data = self._staged.get(staged)
+        data = self._staged_bytes(staged)
         if data is None:
-            found = self.bucket.get(self._key(staged))
-            if found is None:
-                missing = FileNotFoundError(0, "it is no longer staged", staged)
-                raise StoreIOError(
-                    f'cannot write "{self.place / relative}": its staged bytes are gone. Run again'
-                ) from missing
-            data = bytes(found.data)
+            missing = FileNotFoundError(0, "it is no longer staged", staged)
+            raise StoreIOError(
+                f'cannot write "{self.place / relative}": its staged bytes are gone. Run again'
+            ) from missing
         self._step("link", relative)
         return self.bucket.put_new(self._key(relative), data)
 
@@ -227,10 +187,44 @@ class ObjectFiles(ObjectReads, StoreFiles):
             "not. See that the server is well, then run again"
         )
 
-    def replace(self, relative: str, data: bytes) -> None:
-        """Replace one object: readers see the old bytes or the new ones."""
+    def supplant(self, staged: str, relative: str) -> bool:
+        """Write staged bytes over what came late from a dead writer, or was left by one.
+
+        Nobody else may have taken the object for what it should be: so only under the lock, and
+        where nothing committed names it. What is there is replaced as it was seen, or not at all.
+
+        Returns:
+            Whether the object holds these bytes now.
+        """
+        data = self._staged_bytes(staged) if self.late_writes else None
+        if data is None:
+            return False
+        key = self._key(relative)
+        for _ in range(_LOOKS):
+            if self._put_new(key, data):
+                return True
+            found = self.bucket.get(key)
+            self._step("rename", relative)
+            if found is not None and self.bucket.swap(key, data, found.e_tag):
+                return True
+        return False
+
+    def replace(self, relative: str, data: bytes, was: bytes | None) -> None:
+        """Replace one object, if it is as it was read; see `StoreFiles`."""
+        key = self._key(relative)
         self._step("rename", relative)
-        self.bucket.put(self._key(relative), data)
+        if not self.late_writes:  # a service compares for itself
+            self.bucket.put(key, data)
+            return
+        found = self.bucket.get(key)
+        if found is not None and found.data == data:
+            return
+        same = was is None if found is None else was is not None and found.data == was
+        if not same or not self.bucket.swap(key, data, None if found is None else found.e_tag):
+            raise StoreBusy(
+                f'"{self.place / key}" was changed by another process meanwhile, in spite of the '
+                "lock. Run again: what is finished is reused"
+            )
 
     def overwrite(self, relative: str, data: bytes) -> None:
         """Write a small object of this writer's own in its place: a sign of life."""
@@ -292,7 +286,11 @@ class ObjectFiles(ObjectReads, StoreFiles):
 
     # ---- private helpers ---------------------------------------------------------------------
 
+    def _staged_bytes(self, staged: str) -> bytes | None:
+        """Return staged bytes, which may be another worker's; None where they are gone."""
+        known = self._staged.get(staged)
+        return self.read_if_there(staged) if known is None else known
+
     def _step(self, operation: str, path: str | Path) -> None:
         if self._hook is not None:
             self._hook(operation, Path(path))
-        self.guard()

@@ -89,7 +89,7 @@ class S3Bucket(Bucket):
         import obstore
 
         put = partial(obstore.put, self._store, key, data, use_multipart=False)
-        return self._tried("write", key, put)["version"]
+        return self._changed("write", [key], put)["version"]
 
     def _put_if(self, verb: str, key: str, data: bytes, e_tag: str | None) -> bool:
         import obstore
@@ -103,7 +103,7 @@ class S3Bucket(Bucket):
                 return False
             return True
 
-        return self._tried(verb, key, write)
+        return self._changed(verb, [key], write)
 
     def delete(self, keys: Sequence[str]) -> None:
         """Remove objects; see `Bucket`."""
@@ -114,13 +114,13 @@ class S3Bucket(Bucket):
                 obstore.delete(self._store, list(keys))
 
         if keys:
-            self._tried("remove", keys[0], remove)
+            self._changed("remove", keys, remove)
 
     def copy(self, key: str, target: str) -> None:
         """Copy an object; see `Bucket`."""
         import obstore
 
-        self._tried("copy", key, lambda: obstore.copy(self._store, key, target))
+        self._changed("copy", [key, target], lambda: obstore.copy(self._store, key, target))
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Map keys below a folder to sizes; see `Bucket`."""

@@ -121,11 +121,11 @@ class ServiceBucket(Bucket):
 
     def put(self, key: str, data: bytes) -> None:
         """Write a file; see `Bucket`."""
-        self._tried("write", key, lambda: self._write(key, data, {}))
+        self._changed("write", [key], lambda: self._write(key, data, {}))
 
     def _put_if(self, verb: str, key: str, data: bytes, e_tag: str | None) -> bool:
         condition = {"If-None-Match": "*"} if e_tag is None else {"If-Match": e_tag}
-        return self._tried(verb, key, lambda: self._write(key, data, condition))
+        return self._changed(verb, [key], lambda: self._write(key, data, condition))
 
     def _write(self, key: str, data: bytes, condition: Mapping[str, str]) -> bool:
         """Send a file; False where the condition does not hold."""
@@ -138,11 +138,13 @@ class ServiceBucket(Bucket):
     def delete(self, keys: Sequence[str]) -> None:
         """Remove files; see `Bucket`."""
         if keys:
-            self._tried("remove", keys[0], lambda: self._json(REMOVALS, {"paths": list(keys)}))
+            self._changed("remove", keys, lambda: self._json(REMOVALS, {"paths": list(keys)}))
 
     def copy(self, key: str, target: str) -> None:
         """Copy a file; see `Bucket`."""
-        self._tried("copy", key, lambda: self._json(COPIES, {"source": key, "target": target}))
+        self._changed(
+            "copy", [key, target], lambda: self._json(COPIES, {"source": key, "target": target})
+        )
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Map paths below a folder to sizes; see `Bucket`."""

@@ -149,8 +149,8 @@ def _versions(record: GenerationRecord) -> dict[str, object]:
 
 
 def ever_committed(store: Store) -> list[str]:
-    """List every generation that was committed, those retired later too."""
-    return [name for c in store.commits if c.kind == "generation" for name in c.generations]
+    """List every generation that a commit names: those retired later, or before one, too."""
+    return list(dict.fromkeys(name for c in store.commits for name in c.generations))
 
 
 def _current(store: Store, base: GenerationName) -> tuple[Commit, Plan] | None:

@@ -104,8 +104,9 @@ def plan_clean_up(files: StoreFiles, store: Store, keep_generations: int | None)
     indexes = {c.generation: f"{INDEX}/{c.sha256}" for c in store.commits if c.kind == "generation"}
     paths: dict[str, str] = {}
     for name, reason in [*_retired(store), *why.items()]:
-        for path in (generation_path(name), plan_path(name), indexes[name]):
-            paths[path] = reason
+        paths |= dict.fromkeys((generation_path(name), plan_path(name)), reason)
+        if name in indexes:  # it was committed
+            paths[indexes[name]] = reason
     kept = store.text_commits().keys() - set(unread)
     paths |= dict.fromkeys(texts_but(files, store, kept), "unread text")
     for name in abandoned:
@@ -138,7 +139,8 @@ def clean_store(
     """
     store = view()
     found = plan_clean_up(files, store, keep_generations)
-    retire(files, view, found.retire, found.unread)
+    abandoned = found.abandoned if files.late_writes else ()
+    retire(files, view, [*found.retire, *abandoned], found.unread)
     for each in found.removals:
         remove_whole(files, store, each.path)
     return found
@@ -150,7 +152,11 @@ def retire(
     generations: Sequence[str],
     texts: Sequence[str] = (),
 ) -> None:
-    """Commit that generations, and the text of row sets, are readable no more."""
+    """Commit that generations, and the text of row sets, are readable no more.
+
+    Where writes may come late, of planned generations too, before their files go: no commit of them
+    can come after this one, which has its number, and no attempt is called so again.
+    """
     if not generations and not texts:
         return
     store = view()

@@ -21,7 +21,7 @@ from gradstore.export.kronecker import CurvatureRule, KroneckerFactors
 from gradstore.export.kronecker_fit import fit_factors, full_width, whole_bytes
 from gradstore.format.layout import CURVATURE, plan_path
 from gradstore.format.plans import Plan
-from gradstore.storage.leases import LEASES
+from gradstore.storage.leases import leases_of
 from gradstore.store.own_units import quarantine
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def step_factors(
         return find()
     asked = sha256(repr((state, rule.kind, sample and sample.sha256)).encode()).hexdigest()
     task = f"{CURVATURE}/{asked}"
-    mark = f"{LEASES}/{task}.found"
+    mark = f"{leases_of(files)}/{task}.found"
 
     def tell() -> None:
         files.publish(mark, find().sha256.encode())

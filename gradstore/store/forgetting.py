@@ -196,7 +196,8 @@ def _finish(files: StoreFiles, view: View, request: Request) -> Receipt:
     for sha in found.texts:
         _keep_others(files, view, RowTexts(files, store.text_commits()[sha].texts[0]))
     left = affected(files, view(), key, ids)
-    retire(files, view, tuple(left.rows), left.texts)
+    unfinished = left.unfinished if files.late_writes else ()
+    retire(files, view, (*left.rows, *unfinished), left.texts)
     remove_retired(files, view())
     store = view()
     for name in left.unfinished:
@@ -279,7 +280,7 @@ def _receipt(files: StoreFiles, store: Store, request: Request) -> Receipt:
         rows=rows,
         removed=tuple(removed),
         texts=tuple(t.rows_sha256 for c in since if c.kind == "retire" for t in c.texts),
-        chunk_bytes=sum(size[name] for name in removed),
+        chunk_bytes=sum(size.get(name, 0) for name in removed),
     )
 
 

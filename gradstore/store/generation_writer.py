@@ -14,6 +14,7 @@ from gradstore.format.layout import (
     METADATA,
     RowStatus,
     commit_path,
+    read_root,
     root_json,
 )
 from gradstore.format.plans import Plan, UnitRange
@@ -236,7 +237,9 @@ class GenerationWriter:
 def raise_schema(files: StoreFiles, store: Store, version: int) -> None:
     """Let a store's root ask for a newer release, before anything that older ones can't read."""
     if store.schema_version < version:
-        files.replace(METADATA, root_json(store.uuid, version))
+        found = files.read(METADATA)
+        if read_root(found)[0] < version:
+            files.replace(METADATA, root_json(store.uuid, version), found)
 
 
 def publish_commit(

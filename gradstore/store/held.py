@@ -9,7 +9,7 @@ from gradstore.storage.local import StoreFiles
 from gradstore.storage.location import Place
 from gradstore.storage.places import files_at, lock_of
 from gradstore.store.reader import Store, read_identity
-from gradstore.store.worker_group import GROUP
+from gradstore.store.worker_group import group_mark
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def held_store(
     read_identity(held)
     with lock_of(held, instead="stop it, and run this command then"):
         try:
-            held.remove(GROUP)  # of workers that were killed: who joins now begins another group
+            held.remove(group_mark(held))  # of workers that were killed: who joins begins anew
             yield held, _View(held)
         finally:
             held.close()

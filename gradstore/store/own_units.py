@@ -51,7 +51,11 @@ class OwnUnits:
         self._files, self._plan, self._plan_sha = files, plan, plan_sha256
 
     def finished(self, units: Sequence[UnitRange]) -> list[Done | None]:
-        """Return the record of each unit that is complete; quarantine other files of the rest."""
+        """Return the record of each unit that is complete; quarantine other files of the rest.
+
+        Where a removal may come late, what has been freed can't be written again: chunks stay, and
+        whoever publishes the unit settles them.
+        """
         files = self._files
         found = []
         for unit, looked in zip(units, files.at_once(self._look, units), strict=True):
@@ -64,8 +68,10 @@ class OwnUnits:
                 _log.warning(
                     "unit %d of %s is damaged (%s): redone", unit.index, self._plan.name, faults[0]
                 )
+            record = unit_path(self._plan.name, unit.index)
             for path in [] if done is not None else left:
-                quarantine(files, path)
+                if path == record or not files.late_writes:
+                    quarantine(files, path)
             found.append(done)
         return found
 

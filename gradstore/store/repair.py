@@ -131,11 +131,11 @@ def _mend(files: StoreFiles, damage: Damage) -> bool:
     elif damage.what == "stray":
         quarantine(files, path)
     elif damage.what == "root":
-        files.replace(METADATA, _root(files))
+        files.replace(METADATA, _root(files), files.read_if_there(METADATA))
     elif damage.what == "metadata":
         expected = dict(_metadata(files))
         files.make_directory(parent_of(path))
-        files.replace(path, expected[path])
+        files.replace(path, expected[path], files.read_if_there(path))
     else:
         assert damage.unit is not None
         plan, commit = plan_of(files, Store(files), damage.generation)
@@ -219,12 +219,13 @@ def _fits(data: bytes | None, seal: FileSeal) -> bool:
 
 
 def _restore(files: StoreFiles, path: str, data: bytes) -> None:
-    if files.kind(path) == "file" and files.read(path) == data:
-        return
-    files.make_directory(parent_of(path))
     if files.kind(path) not in ("file", "nothing"):
         quarantine(files, path)
-    files.replace(path, data)
+    found = files.read_if_there(path)
+    if found == data:
+        return
+    files.make_directory(parent_of(path))
+    files.replace(path, data, found)
     _log.info("%s is as it was committed", path)
 
 

@@ -10,6 +10,7 @@ from gradstore.format.layout import plan_path
 from gradstore.format.names import GenerationName
 from gradstore.format.plans import Plan
 from gradstore.storage.local import StoreFiles
+from gradstore.store.attempts import ever_committed
 from gradstore.store.generation_writer import GenerationWriter
 from gradstore.store.reader import Store
 from gradstore.store.space_writer import publish_plan
@@ -29,7 +30,7 @@ def next_attempt(files: StoreFiles, view: Callable[[], Store], plan: Plan) -> Ge
     store = view()
     base = GenerationName.parse(plan.name).base()
     planned = store.planned()
-    committed = [n for c in store.commits if c.kind == "generation" for n in c.generations]
+    committed = ever_committed(store)
     used = [
         n.attempt for n in map(GenerationName.parse, [*planned, *committed]) if n.base() == base
     ]

@@ -25,7 +25,7 @@ from gradstore.format.canonical import canonical_json, parse
 from gradstore.format.layout import unit_path
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.unit_records import UnitRecord
-from gradstore.storage.leases import LEASES, Holder, Leases
+from gradstore.storage.leases import Holder, Leases, leases_of
 from gradstore.storage.local import StoreFiles
 from gradstore.store.own_units import Done
 from gradstore.store.unit_files import StagedUnit, name_unit, read_record, stage_unit
@@ -73,11 +73,15 @@ class SharedUnits:
         document = {"record": staged.record.to_dict(), "staged": staged.staged}
         try:
             files.share(staged.staged.values())
+        except StoreIOError:
+            files.discard(staged.staged.values())
+            raise
+        try:
             files.publish(self._choice(unit), canonical_json(document))
         except StoreIOError:
-            if not files.has(self._choice(unit)):
+            if not files.late_writes and not files.has(self._choice(unit)):
                 files.discard(staged.staged.values())
-            raise
+            raise  # a choice that comes late names them: the next writer alone removes both
         done = self._carry_out(unit)
         files.discard(staged.staged.values())
         return done
@@ -153,7 +157,7 @@ class SharedUnits:
         return StagedUnit(record, staged)
 
     def _choice(self, unit: UnitRange) -> str:
-        return f"{LEASES}/{self._task(f'{unit.index}.chosen')}"
+        return f"{leases_of(self._files)}/{self._task(f'{unit.index}.chosen')}"
 
     def _task(self, name: str) -> str:
         return f"{self._plan_sha}/{name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from gradstore.errors import BadInput, DamagedData, DamagedFile, Fault, StoreIOError, expect
@@ -30,9 +31,13 @@ from gradstore.store.generation_writer import GenerationWriter, raise_schema
 from gradstore.store.own_units import quarantine
 from gradstore.store.reader import Store
 from gradstore.store.text_writer import keep_texts
+from gradstore.store.unit_files import publish_anew
 from gradstore.store.worker_group import generations_before
 
 _log = logging.getLogger(__name__)
+
+#: Plans of dead writers that may come late, one after the other, before a writer gives up.
+_PLANS = 3
 
 
 class SpaceFields:
@@ -171,13 +176,14 @@ class SpaceWriter:
         wanted = Plan(
             record.name, self.space, self._seal, record, rows, dim, stored, unit_rows, losses
         )
-        chosen = self._plan(wanted)
+        chosen, tries = self._plan(wanted), _PLANS
         while chosen.committed is None and not self._files.publish(
             plan_path(chosen.plan.name), chosen.plan.to_bytes()
         ):
-            if self._leases is None:
+            tries -= 1
+            if self._leases is None and not (self._files.late_writes and tries):
                 raise another_plan(self._files, chosen.plan)
-            chosen = self._plan(wanted)  # another worker came first: its plan
+            chosen = self._plan(wanted)  # another worker came first: its plan; or one came late
         plan, view, leases = chosen.plan, self._view, self._leases
         if chosen.committed is None:
             _publish_metadata(self._files, view(), plan)
@@ -272,13 +278,15 @@ def publish_metadata(
             files.make_directory(parent_of(path))
             files.sync_directory(parent_of(path))
             return True
-        return files.publish(path, documents[path])
+        return (files.publish if path in committed else replace)(path, documents[path])
 
+    replace = partial(publish_anew, files)
     for path, there in found.items():
         if there not in (None, documents[path]):
             if path in committed:
                 raise _others_bytes(files, path)
-            quarantine(files, path)
+            if not files.late_writes:
+                quarantine(files, path)
     for path, settled in zip(documents, files.at_once(settle, documents), strict=True):
         if not settled:
             raise _others_bytes(files, path)

@@ -27,6 +27,7 @@ from gradstore.storage.local import StoreFiles
 from gradstore.store.generation_writer import publish_commit, raise_schema
 from gradstore.store.own_units import quarantine
 from gradstore.store.reader import Store
+from gradstore.store.unit_files import publish_anew
 
 #: In place of the text of a row that was removed on request.
 _NOTHING = Text("", "", 0)
@@ -146,10 +147,13 @@ def _publish(files: StoreFiles, path: str, data: bytes, *, shared: bool) -> byte
         return data
     if shared:
         found = files.read(path)
-        if not same_rows(found, data):
-            fault = Fault(path, "the text of these rows", "other text")
-            raise DamagedFile(fault, str(files.root))
-        return found
+        if same_rows(found, data):
+            return found
+    if publish_anew(files, path, data):
+        return data
+    if shared:
+        fault = Fault(path, "the text of these rows", "other text")
+        raise DamagedFile(fault, str(files.root))
     quarantine(files, path)  # of a writer that died before it committed
     if not files.publish(path, data):
         raise DamagedFile(Fault(path, "no file", "another writer's"), str(files.root))

@@ -84,10 +84,26 @@ def _counted(codes: list[int]) -> dict[str, int]:
     return {RowStatus(code).name.lower(): count for code, count in Counter(codes).items()}
 
 
+def publish_anew(files: StoreFiles, path: str, data: bytes) -> bool:
+    """Publish a document that nothing committed names, over one that a dead writer's came late as.
+
+    Returns:
+        Whether the name holds `data` now; False where others' bytes do not come late.
+    """
+    if files.publish(path, data):
+        return True
+    staged = files.stage([data])
+    try:
+        return files.supplant(staged, path)
+    finally:
+        files.discard([staged])
+
+
 def name_unit(files: StoreFiles, staged: StagedUnit) -> tuple[UnitRecord, str] | None:
     """Give a unit's chunks their names, then write its record; each durable before the next step.
 
-    Repeated, by another process too, it does what is left to do.
+    Repeated, by another process too, it does what is left to do. Where a dead writer's files may
+    come late, a unit that is whole stands as it is, and parts of one are replaced.
 
     Returns:
         The record and its seal, or None when other chunks, or another record, have the names.
@@ -99,15 +115,35 @@ def name_unit(files: StoreFiles, staged: StagedUnit) -> tuple[UnitRecord, str] |
         lambda path: _name_chunk(files, staged.staged[path], f"{base}/{path}", record.files[path]),
         staged.staged,
     )
-    if not all(named):
-        return None
+    others = [path for path, fits in zip(staged.staged, list(named), strict=True) if not fits]
+    if others:
+        whole = _late_unit(files, record)
+        if whole is not None:
+            return whole
+        if not all(files.supplant(staged.staged[path], f"{base}/{path}") for path in others):
+            return None
     for folder in sorted(folders):
         files.sync_directory(folder)
     document = record.to_dict()
     path = unit_path(record.generation, record.unit.index)
-    if not files.publish(path, canonical_json(document)):
+    data = canonical_json(document)
+    if not publish_anew(files, path, data):
         return None
     return record, document["sha256"]
+
+
+def _late_unit(files: StoreFiles, expected: UnitRecord) -> tuple[UnitRecord, str] | None:
+    """Return the record that a dead writer's came late as, if all its chunks are there."""
+    path = unit_path(expected.generation, expected.unit.index)
+    data = files.read_if_there(path) if files.late_writes else None
+    try:
+        found, sha = UnitRecord.from_bytes(data or b"")
+    except ValueError:
+        return None
+    same = (found.generation, found.unit, found.plan_sha256, found.files.keys()) == (
+        expected.generation, expected.unit, expected.plan_sha256, expected.files.keys(),
+    )  # fmt: skip
+    return (found, sha) if same and not check_unit(files, found, deep=True) else None
 
 
 def _name_chunk(files: StoreFiles, source: str, path: str, expected: FileSeal) -> bool:

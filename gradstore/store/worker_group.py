@@ -10,14 +10,20 @@ from __future__ import annotations
 from gradstore.errors import DamagedFile, Fault
 from gradstore.format.canonical import canonical_json, parse
 from gradstore.format.text_table import TEXTS
-from gradstore.storage.leases import LEASES
+from gradstore.storage.leases import leases_of
 from gradstore.storage.local import StoreFiles
 from gradstore.store.attempts import ever_committed, readable_plans
 from gradstore.store.own_units import OwnUnits, quarantine
 from gradstore.store.reader import Store
 
-#: Written last; removed with the rest of staging by the next writer that has the store to itself.
-GROUP = f"{LEASES}/group"
+
+def group_mark(files: StoreFiles) -> str:
+    """Return the path of the mark of the group that has the lock.
+
+    It is written last, and goes with the rest of staging: the next writer that has the store to
+    itself removes it.
+    """
+    return f"{leases_of(files)}/group"
 
 
 def begin_group(files: StoreFiles, store: Store) -> None:
@@ -31,11 +37,11 @@ def begin_group(files: StoreFiles, store: Store) -> None:
     for plan, sha in plans.values():
         OwnUnits(files, plan, sha).finished(plan.units)
     kept = store.text_commits()
-    for sha in files.names(TEXTS):  # of a writer that died before it committed, or retired
-        if sha not in kept:
+    for sha in [] if files.late_writes else files.names(TEXTS):
+        if sha not in kept:  # of a writer that died before it committed, or retired
             quarantine(files, f"{TEXTS}/{sha}")
     names = sorted({*plans, *ever_committed(store)})
-    files.publish(GROUP, canonical_json({"generations": names}))
+    files.publish(group_mark(files), canonical_json({"generations": names}))
 
 
 def generations_before(files: StoreFiles) -> frozenset[str]:
@@ -44,8 +50,9 @@ def generations_before(files: StoreFiles) -> frozenset[str]:
     Raises:
         DamagedFile: the mark is not as it was written.
     """
+    mark = group_mark(files)
     try:
-        return frozenset(map(str, parse(files.read(GROUP))["generations"]))
+        return frozenset(map(str, parse(files.read(mark))["generations"]))
     except (ValueError, KeyError, TypeError) as error:
-        fault = Fault(GROUP, "the mark of a group", str(error))
+        fault = Fault(mark, "the mark of a group", str(error))
         raise DamagedFile(fault, str(files.root)) from error

@@ -48,7 +48,7 @@ from gradstore.store.generation_writer import GenerationWriter
 from gradstore.store.own_units import quarantine
 from gradstore.store.reader import Store, read_identity
 from gradstore.store.space_writer import SpaceFields, SpaceWriter, publish_metadata
-from gradstore.store.worker_group import GROUP, begin_group
+from gradstore.store.worker_group import begin_group, group_mark
 
 if TYPE_CHECKING:
     from torch import nn
@@ -271,7 +271,10 @@ class StoreWriter:
             begin_group(files, self._store)
 
         self._lock.join(
-            str(worker), set_up, lambda: files.has(GROUP), lambda: remove_dead_staging(files)
+            str(worker),
+            set_up,
+            lambda: files.has(group_mark(files)),
+            lambda: remove_dead_staging(files),
         )
         self._store = Store(files)
         self._leases = Leases(files, worker)

@@ -90,6 +90,109 @@ def test_a_holder_that_slept_changes_nothing_once_it_wakes(lock_at: Any) -> None
         assert not lock._files.has("plans/a.json")
 
 
+def test_a_holder_that_slept_goes_on_where_nobody_took_its_place(lock_at: Any) -> None:
+    sleeper = lock_at("one")
+    sleeper.acquire()
+    die(sleeper)
+    time.sleep(1.1 * SILENT)
+    assert sleeper._files.publish("plans/a.json", b"a")
+    began = time.monotonic()
+    lock_at("two").acquire()
+    assert time.monotonic() - began >= SILENT, "by its look it has shown that it lives"
+
+
+def test_a_holder_looks_while_what_it_sends_still_has_time_to_arrive(lock_at: Any) -> None:
+    lock = lock_at("one")
+    lock.acquire()
+    die(lock)
+    before = lock._read().e_tag
+    lock._files.publish("plans/a.json", b"a")
+    assert lock._read().e_tag == before
+    time.sleep(0.6 * SILENT)
+    lock._files.publish("plans/b.json", b"b")
+    assert lock._read().e_tag != before
+
+
+def test_of_a_holder_that_wakes_and_one_that_takes_over_one_has_the_lock(
+    lock_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeper = lock_at("one")
+    sleeper.acquire()
+    die(sleeper)
+    second, told, write = lock_at("two"), list[bool](), ObjectLock._write
+
+    def meanwhile(lock: ObjectLock, *record: Any, **group: Any) -> bool:
+        wakes = lock is second and not told
+        if wakes:
+            told.append(True)
+            sleeper._files.publish("plans/a.json", b"a")
+        done = write(lock, *record, **group)
+        assert not (wakes and done), "it judged by what was there before"
+        return done
+
+    monkeypatch.setattr(ObjectLock, "_write", meanwhile)
+    with pytest.raises(StoreBusy, match="is being written by host"):
+        second.acquire()
+    assert told == [True]
+    assert sleeper._files.publish("plans/b.json", b"b")
+
+
+def test_a_sign_of_life_that_may_have_come_too_late_says_nothing(
+    lock_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Once(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            was = self.is_set()
+            self.set()
+            return was
+
+    lock = lock_at("one")
+    lock.acquire()
+    die(lock)
+    lock._thread.join()
+    shown = lock._shown
+    clock, show = [shown + SILENT / 2], lock._files.show_life
+    monkeypatch.setattr(object_lock, "_now", lambda: clock[0])
+
+    def slow(count: int) -> None:
+        show(count)
+        clock[0] = shown + 1.1 * SILENT
+
+    monkeypatch.setattr(lock._files, "show_life", slow)
+    lock._ends = Once()
+    lock._show_life()
+    assert lock._shown == shown, "others may have given it up before"
+
+
+def test_a_sign_of_life_that_comes_while_an_answer_is_on_its_way_is_not_missed(
+    lock_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = lock_at("one")
+    looking, looks = threading.Event(), list[str]()
+    show = holder._files.show_life
+
+    def while_it_is_looked_at(count: int) -> None:
+        assert count == 0 or looking.wait(10)
+        show(count)
+
+    def slow(key: str, *most: int) -> Any:
+        found = get(key, *most)
+        if key.startswith(f"staging/{holder._files.own}/"):
+            looks.append(key)
+            if len(looks) == 3:  # by it a holder is passed over; two are made in a round
+                looking.set()
+                time.sleep(1.5 * SILENT)
+        return found
+
+    monkeypatch.setattr(holder._files, "show_life", while_it_is_looked_at)
+    holder.acquire()
+    second = lock_at("two")
+    get = second._files.bucket.get
+    monkeypatch.setattr(second._files.bucket, "get", slow)
+    with pytest.raises(StoreBusy, match="is being written by host"):
+        second.acquire()
+
+
 def test_of_two_that_take_over_at_once_one_has_the_lock(
     lock_at: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,10 +201,10 @@ def test_of_two_that_take_over_at_once_one_has_the_lock(
     die(dead)
     both, write = threading.Barrier(2), ObjectLock._write
 
-    def both_have_read(lock: ObjectLock, record: Any, holders: Any, *, shared: bool) -> bool:
+    def both_have_read(lock: ObjectLock, record: Any, holders: Any, **group: Any) -> bool:
         if any(each.token == dead._files.own for each in record.holders):
             both.wait(10)
-        return write(lock, record, holders, shared=shared)
+        return write(lock, record, holders, **group)
 
     monkeypatch.setattr(ObjectLock, "_write", both_have_read)
     told: list[str] = []
@@ -142,7 +245,7 @@ def test_a_worker_that_dies_while_it_sets_up_keeps_nobody_waiting(lock_at: Any) 
     """Its sign of life was seen to change before: that says nothing of later."""
     first = lock_at("one")
     me = first._begin("1/2")
-    assert first._write(first._read(), [me], shared=False)
+    assert first._write(first._read(), [me])
     second, told = lock_at("two"), list[str]()
 
     def join() -> None:

@@ -333,7 +333,7 @@ def test_what_a_writer_sent_before_it_lost_the_lock_does_not_come_after_it(
             lambda: kit.fill(begun, kit.features(N)),
             lambda: late.publish("staging/leases/a/0.chosen", b"{}"),
             lambda: late.bucket.delete([CHUNK.replace("c/1", "c/0")]),
-            lambda: late.replace("zarr.json", (service.folder / "zarr.json").read_bytes()),
+            lambda: late.replace("zarr.json", (service.folder / "zarr.json").read_bytes(), None),
         ):
             with pytest.raises(StoreBusy, match="held by B, and not, or no longer, by who asks"):
                 act()

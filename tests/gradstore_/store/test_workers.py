@@ -33,7 +33,7 @@ from gradstore.store.generation_writer import GenerationWriter
 from gradstore.store.held import held_store
 from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
-from gradstore.store.worker_group import GROUP
+from gradstore.store.worker_group import group_mark
 from gradstore.store.writer import StoreWriter
 
 N, UNIT_ROWS = 40, 4
@@ -575,6 +575,6 @@ def test_care_after_killed_workers_lets_none_join_their_group(job: Job, fast_pat
     with StoreWriter(path, provenance=job.kit.provenance):
         pass
     (path / "staging" / "leases").mkdir(parents=True)
-    (path / GROUP).write_bytes(b'{"generations":["train/1"]}')
+    (path / group_mark(StoreFiles(path))).write_bytes(b'{"generations":["train/1"]}')
     with held_store(path):
-        assert not (path / GROUP).exists()
+        assert not (path / group_mark(StoreFiles(path))).exists()
