@@ -51,12 +51,18 @@ def reweighted(run: TrainingRun, weights: torch.Tensor) -> TrainingRun:
     return dataclasses.replace(run, steps=steps, loss=loss, ended=None)
 
 
-def quotients(recording: Recording, rows: int) -> list[float]:
-    """Central difference of the target's loss by each row's weight."""
+def judged(run: TrainingRun) -> list[int]:
+    """A row of every micro-batch, in turn the first, second, ... of it, and all of the last."""
+    batches = [batch.rows.tolist() for step in run.steps for batch in step.batches]
+    return sorted({rows[i % len(rows)] for i, rows in enumerate(batches)} | {*batches[-1]})
+
+
+def quotients(recording: Recording, rows: list[int]) -> list[float]:
+    """Central difference of the target's loss by the weight of each of some rows."""
     weights = torch.ones(recording.run.row_count, dtype=torch.float64)
     run, loss = reweighted(recording.run, weights), target_losses(recording, "sets")
     found = []
-    for row in range(rows):
+    for row in rows:
         sides = []
         for change in (STEP, -STEP):
             weights[row] = 1 + change
@@ -86,8 +92,10 @@ def main(config: Path, checkpoint: Path, adapter: Path, table: Path) -> dict[str
         "fused": max(float((end[name] - ended[name]).abs().max()) for name in end),
     }
     told = pq.read_table(table).to_pydict()
-    slopes = np.array(quotients(rest.in_float64(), len(told["row"])))
-    found["relative"] = (np.abs(-np.array(told["score"]) - slopes) / np.abs(slopes)).tolist()
+    rows = judged(rest.run)
+    slopes = np.array(quotients(rest.in_float64(), rows))
+    scores = np.array(told["score"])[rows]
+    found["relative"] = (np.abs(-scores - slopes) / np.abs(slopes)).tolist()
     return found
 
 
