@@ -1,10 +1,12 @@
-"""Shared by every test: no hub, no telemetry, one thread, quiet progress bars; stores elsewhere."""
+"""Shared by every test: no hub, one thread, quiet bars; processes, and stores elsewhere."""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,6 +33,13 @@ os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
 settings.register_profile("ours", deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ours"))
 
+# Stores and checkpoints are synced thousands of times: in memory, where there is room for them.
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+ROOT = Path(__file__).resolve().parents[1]
+
 #: Bucket that a server of the tests has.
 BUCKET = "features"
 
@@ -45,6 +54,39 @@ OPTIONS = (f"-ip={HOST}", f"-ip.bind={HOST}", "-filer", "-s3", "-s3.iam=false",
            "-volume.max=10")  # fmt: skip
 
 _numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Load processes.py, which no import finds."""
+    found = importlib.util.spec_from_file_location("processes", ROOT / "tests" / "processes.py")
+    assert found
+    assert found.loader
+    module = importlib.util.module_from_spec(found)
+    sys.modules["processes"] = module  # dataclasses look there
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def cli(processes: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Programs in processes of their own, without the time that their imports take."""
+    made = processes.Cli(tmp_path_factory.mktemp("output"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def until(processes: Any) -> Any:
+    """`until(FILE, WORDS)`: what a process in the background has said, once it said the words."""
+    return processes.said
+
+
+@pytest.fixture
+def disk_path() -> Iterator[Path]:
+    """A folder on a disk, where folders take blocks, too."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,14 @@ no row lost, doubled or torn. Then the next store begins, until there were enoug
 torchrun a rank is ended, its launcher ends the others, and all are started again; under Ray the
 process of a task is, and Ray starts the task again.
 
-Run by `test_workers.py`, `test_object_store.py` and `test_service.py` for some kills. Exit code: 0,
-or 1 where something was not as it must be: the store is left for inspection.
+Run by `test_workers.py` and `test_elsewhere.py` for some kills. Exit code: 0, or 1 where something
+was not as it must be: the store is left for inspection.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -33,6 +34,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,7 @@ from gradstore.format.layout import RowStatus
 from gradstore.format.names import GenerationName
 from gradstore.format.records import GenerationRecord, RowSet, row_hash
 from gradstore.format.text_table import Text
+from gradstore.serve.running import Offer, serve
 from gradstore.storage.leases import Worker
 from gradstore.storage.places import reads_at
 from gradstore.storage.reading import ReadFiles
@@ -64,12 +67,10 @@ SLOWER = 8
 #: Seconds that a rank, or a task of Ray, works on a unit, and may live from its first one on.
 SLOW_PAUSE, LONGEST_STARTED = 0.03, 1.5
 
-SERVER = """
-import sys
-from pathlib import Path
-from gradstore.serve.running import Offer, serve
-serve(Path(sys.argv[1]), 0, lambda address, _: print(address, flush=True), None, Offer(True))
-"""
+#: What a worker, in a folder or behind a service, and in a bucket, would take longer to import than
+#: it lives.
+IMPORTED = (("httpx", "httpcore", "pandas", "pyarrow.parquet"),
+            ("obstore.store", "pandas", "pyarrow.parquet"))  # fmt: skip
 #: Exit code of a look at a store, where it is well: this and the number of its generations.
 WELL = 10
 
@@ -186,15 +187,20 @@ def must(act: Callable[[], int | None], what: str) -> int:
 @contextmanager
 def served(folder: str) -> Iterator[str]:
     """Serve a folder, in a process of its own that takes writes; its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER, folder], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
+    reading, writing = os.pipe()
+
+    def say(address: str, key: str | None) -> None:
+        os.write(writing, f"{address}\n".encode())
+
+    child = forked(lambda: serve(Path(folder), 0, say, None, Offer(writable=True)))
+    os.close(writing)
     try:
-        yield process.stdout.readline().strip().partition("/?")[0]
+        with os.fdopen(reading) as told:
+            address = told.readline().strip()
+        yield address.partition("/?")[0]
     finally:
-        process.terminate()
-        process.communicate()
+        os.kill(child, signal.SIGTERM)
+        ended(child)
 
 
 def killed_until_done(place: str, draw: random.Random) -> int:
@@ -357,6 +363,8 @@ def main() -> int:
     top, alone = options.place or folder, f"{folder}/alone"
     os.environ.setdefault("GRADSTORE_TOKEN", "a-key-of-the-stress-to-read")
     os.environ.setdefault("GRADSTORE_WRITE_TOKEN", "a-key-of-the-stress-to-write")
+    for module in IMPORTED[top.partition(":")[0] == "s3"]:
+        importlib.import_module(module)
     must(lambda: build(alone, None), "a single process")
     kills = stores = 0
     while kills < options.kills or time.monotonic() - began < 60 * options.minutes:

@@ -106,4 +106,6 @@ def test_every_mutant_names_one_place_of_the_code_and_tests_that_exist() -> None
         found = (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.text)
         assert found == 1, f"{mutant.file} holds {mutant.text!r} {found} times"
         for test in mutant.tests.split():
-            assert (ROOT / test.partition("::")[0]).exists(), f"no {test}"
+            file, _, name = test.partition("::")
+            assert (ROOT / file).exists(), f"no {test}"
+            assert not name or f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), test

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from gradstore.format.layout import RowStatus
 from gradstore.format.names import GenerationName
 from gradstore.format.records import GenerationRecord, RowSet, row_hash
 from gradstore.storage.local import StoreFiles
+from gradstore.storage.location import location
+from gradstore.storage.objects import ObjectFiles
 from gradstore.store.generation_writer import GenerationWriter
 from gradstore.store.reader import Store, open_store
 from gradstore.store.writer import StoreWriter
@@ -97,6 +101,21 @@ class StoreKit:
         self.fill(generation, self.features(n, seed))
         return generation.commit().sha256
 
+    def content(self, found: Mapping[str, bytes] | Path) -> dict[str, object]:
+        """Keep of files, or of a folder's, what a reader may see: all but the store's own id."""
+        if isinstance(found, Path):
+            paths = [path for path in found.rglob("*") if path.is_file()]
+            found = {path.relative_to(found).as_posix(): path.read_bytes() for path in paths}
+        seen: dict[str, object] = {}
+        for name, data in found.items():
+            if name.split("/")[0] in ("staging", "writer.lock"):
+                continue
+            seen[name] = data if name != "zarr.json" else len(data)
+            if name.startswith("commits/"):
+                seen[name] = {k: v for k, v in json.loads(data).items()
+                              if k not in ("store_uuid", "parent", "sha256")}  # fmt: skip
+        return seen
+
     def build(self, path: Path, *names: str, n: int = 40) -> Store:
         """Makes a store with these generations (default train/1) committed."""
         with self.writer(path) as writer:
@@ -108,6 +127,91 @@ class StoreKit:
 @pytest.fixture
 def kit() -> StoreKit:
     return StoreKit()
+
+
+class InBucket:
+    """A place in a bucket for a store that shares no disk with who writes.
+
+    Attributes:
+        address: of the store.
+        lies: where the store lies, if not there.
+        keys: secrets of who writes, which nobody is shown.
+    """
+
+    keys = ("secret-of-the-tests",)
+
+    def __init__(self, address: str) -> None:
+        self.address = self.lies = address
+
+    def files(self) -> dict[str, bytes]:
+        """Every file of the store, read past our own code."""
+        import obstore
+        from obstore.store import S3Store
+
+        _, bucket, prefix = self.address.removeprefix("s3:/").split("/", 2)
+        store = S3Store(bucket, prefix=prefix, client_options={"allow_http": True})
+        paths = [each["path"] for page in obstore.list(store) for each in page]
+        return {path: bytes(obstore.get(store, path).bytes()) for path in paths}
+
+    def change(self, name: str, data: bytes | None) -> None:
+        """Write a file past the store's code, or remove it."""
+        bucket = ObjectFiles(location(self.address)).bucket  # type: ignore[arg-type]
+        bucket.delete([name]) if data is None else bucket.put(name, data)
+
+
+class InService:
+    """The same as `InBucket` of a place behind a service, which has a folder."""
+
+    def __init__(self, service: Any) -> None:
+        self.service, self.address, self.lies = service, service.address, service.folder
+        self.keys = (service.read_key, service.write_key)
+
+    def files(self) -> dict[str, bytes]:
+        paths = [path for path in self.lies.rglob("*") if path.is_file()]
+        return {path.relative_to(self.lies).as_posix(): path.read_bytes() for path in paths}
+
+    def change(self, name: str, data: bytes | None) -> None:
+        path = self.lies / name
+        path.unlink(missing_ok=True)
+        if data is not None:
+            path.write_bytes(data)
+
+
+@pytest.fixture
+def in_bucket(use_server: Callable[[str], str]) -> Callable[[str], InBucket]:
+    """Make an empty place in the bucket of a server."""
+    return lambda server: InBucket(use_server(server))
+
+
+@pytest.fixture
+def in_service(service: Any) -> InService:
+    """The place of the test's service."""
+    return InService(service)
+
+
+#: The server of a bucket that `make_elsewhere` takes, by what a test calls it.
+PLACES = {"bucket": "any_server", "moto": "object_server", "seaweedfs": "seaweedfs"}
+
+
+@pytest.fixture(params=["bucket", "service"])
+def make_elsewhere(
+    request: pytest.FixtureRequest,
+    fast_path: Path,
+    in_bucket: Callable[[str], InBucket],
+    serve_writable: Callable[..., Any],
+) -> Callable[[], InBucket | InService]:
+    """Make empty places: of a bucket of either server, or one behind a service each."""
+    numbers = itertools.count()
+    if request.param == "service":
+        return lambda: InService(serve_writable(fast_path / f"served-{next(numbers)}"))
+    server = request.getfixturevalue(PLACES[request.param])
+    return lambda: in_bucket(server)
+
+
+@pytest.fixture
+def elsewhere(make_elsewhere: Callable[[], InBucket | InService]) -> InBucket | InService:
+    """An empty place in a bucket, and one behind a service."""
+    return make_elsewhere()
 
 
 @pytest.fixture

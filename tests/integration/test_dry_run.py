@@ -30,13 +30,15 @@ def blocks(folder: Path) -> int:
 
 
 def test_a_forecast_is_what_the_run_takes_and_writes_nothing(
-    cli: Any, config: Any, tmp_path: Path
+    cli: Any, config: Any, tmp_path: Path, disk_path: Path
 ) -> None:
-    path = config(component_params={"proj_dim": 4096})
+    folder = disk_path / "run"
+    path = config(component_params={"proj_dim": 4096}, output_dir=str(folder))
     before = sorted(tmp_path.iterdir())
     result = cli("train", path, "--dry-run")
     assert result.code == 0, result.err[-3000:]
     assert sorted(tmp_path.iterdir()) == before
+    assert not folder.exists()
     told = table(result.out)
     assert told["training, 8 steps"][:2] == ["1", "48"]
     train, target = told["gradients of train"], told["gradients of tiny_target"]
@@ -44,7 +46,6 @@ def test_a_forecast_is_what_the_run_takes_and_writes_nothing(
     assert target[:2] == ["2", "32"]
 
     assert cli("train", path).code == 0
-    folder = tmp_path / "run"
     events = [json.loads(line) for line in
               (folder / "dataflex" / "events.jsonl").read_text().splitlines()]  # fmt: skip
     assert seconds(train[3]) > 0

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -141,33 +140,27 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(judge: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(judge: Path, cli: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """LlamaFactory's own chat server on a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     path = tmp_path_factory.mktemp("server") / "api.yaml"
     path.write_text(f"model_name_or_path: {judge}\ntemplate: default\n")
-    code = (
-        f"import sys; sys.argv = ['x', 'api', {str(path)!r}]\nfrom dataflex.cli import main\nmain()"
-    )
-    env = {**os.environ, "API_HOST": "127.0.0.1", "API_PORT": str(port),
-           "DISABLE_VERSION_CHECK": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, cwd=ROOT)  # fmt: skip
+    env = {"API_HOST": "127.0.0.1", "API_PORT": str(port)}
+    process = cli("api", path, env=env, background=path.with_name("log")).code
     url = f"http://127.0.0.1:{port}/v1"
     try:
-        for _ in range(240):
-            assert process.poll() is None, "the server ended"
+        for _ in range(1200):
             try:
                 urllib.request.urlopen(f"{url}/models", timeout=1).close()
                 break
             except (urllib.error.URLError, TimeoutError):
-                time.sleep(0.5)
+                time.sleep(0.1)
         yield url
     finally:
-        process.terminate()
-        process.wait(timeout=30)
+        os.kill(process, signal.SIGTERM)
+        cli.ended(process)
 
 
 def test_llamafactorys_own_server_can_be_the_judge(

@@ -5,12 +5,17 @@ from __future__ import annotations
 import base64
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import nbformat
 import pytest
+
+#: What takes a kernel longest.
+IMPORTED = ("ipykernel.kernelapp", "pandas", "transformers.trainer",
+            "dataflex.launch.explain", "dataflex.integrations", "gradstore")  # fmt: skip
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -89,10 +94,51 @@ def test_a_committed_notebook_is_small(path: Path) -> None:
             assert len(base64.b64decode(figure)) < LARGEST_FIGURE, cell.source
 
 
-def test_every_notebook_runs_and_shows_what_is_committed(
-    refresh: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In one test, since the first that needs the training run makes it for the others."""
+class Kernel:
+    """A kernel's process, as jupyter_client uses one."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, forks: Any, log: Path, command: list[str], more: dict[str, Any]) -> None:
+        self._forks = forks
+        self._ended: int | None = None
+        self.pid = forks(*command[1:], program="python", imports=IMPORTED, group=True,
+                         env=more["env"], cwd=Path(more["cwd"]), background=log).code  # fmt: skip
+
+    def poll(self) -> int | None:
+        """Return its exit code, None while it runs."""
+        if self._ended is None:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return self.wait() if state == "Z" else None
+        return self._ended
+
+    def wait(self) -> int:
+        """Wait for its exit code."""
+        if self._ended is None:
+            self._ended = self._forks.ended(self.pid)
+        return self._ended
+
+
+@pytest.fixture
+def forked_kernels(
+    processes: Any, refresh: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Let each notebook have a kernel of its own, and all of them one time of imports."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    # As a kernel sets it, before matplotlib is imported.
+    shown = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    forks = processes.Cli(tmp_path, TMPDIR=str(tmp_path), **refresh.QUIET, **shown)
+
+    def launch(command: list[str], **more: Any) -> Kernel:
+        return Kernel(forks, tmp_path / "kernel.log", command, more)
+
+    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", launch)
+    yield
+    forks.close()
+
+
+@pytest.mark.usefixtures("forked_kernels")
+def test_every_notebook_runs_and_shows_what_is_committed(refresh: ModuleType) -> None:
+    """In one test, since the first that needs the training run makes it for the others."""
     for path in NOTEBOOKS:
         assert outputs(refresh.executed(path)) == outputs(read(path)), path.name

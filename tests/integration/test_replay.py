@@ -6,16 +6,12 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
 
 #: 20 rows in micro-batches of 3, two a step: the last step of an epoch has one, of 2 rows.
 RUN: dict[str, Any] = {
@@ -57,16 +53,10 @@ def test_a_replay_ends_where_the_run_did_and_says_what_reweighted_runs_say(
     assert judged.code == 0, judged.err[-3000:]
     assert json.loads(judged.out)["mean"] == pytest.approx(1)
 
-    oracle = [sys.executable, str(Path(__file__).parent / "replay_oracle.py")]
-    done = subprocess.run(
-        [*oracle, path, half, tmp_path / "run", table],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    oracle = Path(__file__).parent / "replay_oracle.py"
+    done = cli(oracle, path, half, tmp_path / "run", table, program="python", heavy=True)
+    assert done.code == 0, done.err[-3000:]
+    found = json.loads(done.out.splitlines()[-1])
     assert found["steps"] == [8, 4]
     assert found["sizes"] == [[3, 3], [3, 3], [3, 3], [2]] * 2
     assert found["taken"] == 4
@@ -129,22 +119,15 @@ def test_a_replay_killed_on_its_way_back_goes_on_to_the_same_table(
     assert not states.exists()
 
 
-def test_ctrl_c_ends_a_replay_with_130(config: Any, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_replay_with_130(cli: Any, config: Any, until: Any, tmp_path: Path) -> None:
     told = tmp_path / "told"
-    with told.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dataflex", "gradstore", "replay",
-             str(config(**RUN | {"num_train_epochs": 500}))],
-            stdout=file, stderr=file, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    until = time.monotonic() + 300
-    while "replay of 2000 steps" not in told.read_text() and time.monotonic() < until:
-        time.sleep(0.1)
-    begun = "replay of 2000 steps" in told.read_text()
-    process.send_signal(signal.SIGINT)
-    code = process.wait(60)
-    assert begun, told.read_text()[-3000:]
-    assert code == 130, told.read_text()[-3000:]
+    path = config(**RUN | {"num_train_epochs": 500})
+    process = cli("gradstore", "replay", path, background=told).code
+    try:
+        until(told, "replay of 2000 steps")
+    finally:
+        os.kill(process, signal.SIGINT)
+    assert cli.ended(process) == 130, told.read_text()[-3000:]
     assert "error: interrupted. Run the same command again." in told.read_text()
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from dataflex.checkpoints.state import load_state
 
 ROOT = Path(__file__).resolve().parents[2]
 LESS = ROOT / "examples" / "train_lora" / "selectors" / "less.yaml"
-WEIGHTER = ROOT / "examples" / "train_lora" / "weighters" / "loss.yaml"
 
 #: The README's first command, with its steps and lines of losses, on fewer rows.
 FEWER = ("max_samples=40", "per_device_train_batch_size=1", "lora_target=q_proj", "lora_rank=2")
@@ -55,19 +58,34 @@ def test_all_that_llamafactory_says_is_shown_on_request(
     assert "no update was made" in result.out
 
 
-def test_workers_under_torchrun_are_as_quiet(cli: Any, tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_two_workers_under_torchrun_agree_and_are_as_quiet(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
     """Real processes of torch's launcher, in which LlamaFactory is imported after the choice."""
     env = {**USUAL, "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": None}
-    result = cli("train", WEIGHTER, *FEWER, "warmup_step=1", "train_step=3", "logging_steps=1",
-                 f"output_dir={tmp_path / 'run'}", env=env)  # fmt: skip
+    path, run = (
+        config(max_samples=60, gradient_accumulation_steps=1, train_step=4),
+        tmp_path / "run",
+    )
+    result = cli("train", path, env=env)
     assert result.code == 0, result.err[-3000:]
     assert lines(result.out) + lines(result.err) <= 60
     assert not [said for said in THEIRS if said in result.out + result.err]
     assert "*****\nSetting OMP_NUM_THREADS" not in result.err
     assert "2 processes with one CPU thread each" in result.err
     assert result.out.count("Updates of this run") == 1
-    assert result.err.count("step 3: loss weights") == 1
+    assert result.err.count("step 2: less chose") == 1
     assert result.out.splitlines()[-1].startswith("└")
+
+    chosen = json.loads((run / "dataflex" / "selections" / "step_2.json").read_text())["indices"]
+    assert len(set(chosen)) == 3 * 2 * 2, "U steps of 2 rows on 2 ranks"
+    events = (run / "dataflex" / "events.jsonl").read_text().splitlines()
+    assert len(events) == 1
+    state = load_state(run / "checkpoint-4")
+    owner = json.loads((run / "dataflex" / "run.json").read_text())
+    assert state.run_id == owner["run_id"]
+    assert state.more["rows"].tolist() == chosen
 
 
 def test_static_is_llamafactory_without_its_chatter(cli: Any, config: Any) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -37,7 +35,7 @@ print(shown[box])
 """
 
 
-def test_a_run_started_on_the_page_selects_its_rows(tmp_path: Path) -> None:
+def test_a_run_started_on_the_page_selects_its_rows(cli: Any, tmp_path: Path) -> None:
     extra = {"train_type": "dynamic_select", "component_name": "random", "warmup_step": 1,
              "update_step": 1, "update_times": 1, "optim": "adamw_torch"}  # fmt: skip
     form = {
@@ -48,13 +46,11 @@ def test_a_run_started_on_the_page_selects_its_rows(tmp_path: Path) -> None:
         "train.output_dir": "first", "train.logging_steps": 1,
         "train.extra_args": json.dumps(extra),
     }  # fmt: skip
-    env = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1",
-           "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}  # fmt: skip
-    command = [sys.executable, "-c", PAGE, json.dumps(form)]
-    found = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert "Finished" in found.stdout, found.stdout + found.stderr
-    assert "step 1: random chose 16 of 64 rows" in found.stdout  # in the page's own box
+    env = {"GRADIO_ANALYTICS_ENABLED": "False", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    found = cli("-c", PAGE, json.dumps(form), program="python", heavy=True, cwd=tmp_path, env=env)
+    assert found.code == 0, found.err
+    assert "Finished" in found.out, found.out + found.err
+    assert "step 1: random chose 16 of 64 rows" in found.out  # in the page's own box
     output = tmp_path / "saves" / "Custom" / "lora" / "first"
     saved = yaml.safe_load((output / "training_args.yaml").read_text())
     assert saved["train_type"] == "dynamic_select"

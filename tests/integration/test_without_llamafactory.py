@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,26 +52,32 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / f"{name}.py" for name in ("trainer", "sft", "script")]
 
 
-def run(scripts: list[Path], *launcher: str, **env: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", **env}
-    command = [sys.executable, *launcher, str(scripts[0].parent / "driver.py"), *map(str, scripts)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+@pytest.fixture
+def run(cli: Any) -> Callable[..., Any]:
+    """Run scripts by the driver beside the first of them."""
+
+    def go(scripts: list[Path], ranks: int = 1, **env: str) -> Any:
+        usual = {"TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "", "LLAMAFACTORY_VERBOSITY": None}
+        return cli(scripts[0].parent / "driver.py", *scripts, program="python", heavy=True,
+                   ranks=ranks, env={**usual, **env})  # fmt: skip
+
+    return go
 
 
 def test_the_scripts_of_the_page_run_and_a_killed_one_computes_what_is_missing(
-    scripts: list[Path],
+    scripts: list[Path], run: Callable[..., Any]
 ) -> None:
     # 20 target rows and 96 training rows are 2 and 6 units, after step 3 and after step 6.
     killed = run(scripts[:1], KILL_AFTER="11")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed.code == -signal.SIGKILL, killed.err
     store = open_store(scripts[0].parent / "trainer" / "gradstore")
     assert [g.name for g in store.generations()] == ["target/held_out/3", "train/3",
                                                      "target/held_out/6"]  # fmt: skip
     done = run(scripts)
-    assert done.returncode == 0, done.stderr
-    made = [int(n) for n in re.findall(r"^computed (\d+)", done.stdout, flags=re.M)]
+    assert done.code == 0, done.err
+    made = [int(n) for n in re.findall(r"^computed (\d+)", done.out, flags=re.M)]
     assert made[0] == 16 - 11, "the same steps again, committed units reused"
-    assert "response" in done.stdout
+    assert "response" in done.out
     steps = {"trainer": (3, 6), "trl": (2, 4), "script": (0,)}
     for name, exported in steps.items():
         path = scripts[0].parent / name / "gradstore"
@@ -89,7 +94,7 @@ def test_the_scripts_of_the_page_run_and_a_killed_one_computes_what_is_missing(
 
 
 def test_two_processes_share_a_callbacks_passes_and_one_writes(
-    scripts: list[Path], tmp_path: Path
+    scripts: list[Path], run: Callable[..., Any], tmp_path: Path
 ) -> None:
     """Their features are those that one process takes at the checkpoint they saved."""
     script = tmp_path / "two.py"
@@ -103,9 +108,8 @@ def test_two_processes_share_a_callbacks_passes_and_one_writes(
         "                    moments=trainer.optimizer)\n"
     )
     (tmp_path / "driver.py").write_text(DRIVER)
-    done = run([script], "-m", "torch.distributed.run", "--nproc_per_node=2",
-               "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0")  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run([script], ranks=2)
+    assert done.code == 0, done.err[-3000:]
     shared, alone = (open_store(tmp_path / part) for part in ("trainer/gradstore", "alone"))
     assert [g.step for g in shared.generations() if g.role == "train"] == [3, 6]
     for name in ("train/6", "target/held_out/6"):

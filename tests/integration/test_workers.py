@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,9 @@ def selected(cli: Any, store: Path, output: Path) -> tuple[str, list[float]]:
     return output.read_text(), told["scores"]
 
 
-def until(said: str, file: Path) -> str:
-    """Wait for words of a process in the background."""
-    ends = time.monotonic() + 60
-    while said not in (text := file.read_bytes().decode()) and time.monotonic() < ends:
-        time.sleep(0.05)
-    assert said in text, text[-3000:]
-    return text
-
-
-def test_two_workers_build_the_store_of_one_process(cli: Any, config: Any, tmp_path: Path) -> None:
+def test_two_workers_build_the_store_of_one_process(
+    cli: Any, config: Any, until: Any, tmp_path: Path
+) -> None:
     path = config(
         max_samples=280,
         target_dataset=SETS,
@@ -50,7 +42,7 @@ def test_two_workers_build_the_store_of_one_process(cli: Any, config: Any, tmp_p
     cli("gradstore", "build", path, many, "--worker", "1/2", background=tmp_path / "first.txt")
     second = cli("gradstore", "build", path, many, "--worker", "2/2")
     assert second.code == 0, second.err[-3000:]
-    until(f"store: {stores['many']}", tmp_path / "first.txt")
+    until(tmp_path / "first.txt", f"store: {stores['many']}")
     assert generations(stores["many"]) == generations(stores["one"])
     assert verify_store(stores["many"]).ok
     one, other = (

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ def test_the_page_names_every_path(client: Any) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
-def test_every_example_is_answered(store_path: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dataflex", "gradstore", "serve", str(store_path), "--port=0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        server.stdout.readline()
-        address, _, token = server.stdout.readline().strip().partition("/?token=")
+def test_every_example_is_answered(cli: Any, until: Any, store_path: Path, tmp_path: Path) -> None:
+    command, said = ("-m", "dataflex", "gradstore", "serve"), tmp_path / "said"
+    server = cli(*command, store_path, "--port=0", program="python", background=said).code
+    try:
+        told = until(said, "Ctrl-C")
+        address, _, token = told.splitlines()[1].strip().partition("/?token=")
         definition = re.search(r"^alias (ask)='(.*)'$", PAGE, flags=re.M)
         assert definition is not None
         ask = f'ask() {{ {definition[2]} "$@"; }}'
@@ -40,5 +41,7 @@ def test_every_example_is_answered(store_path: Path, tmp_path: Path) -> None:
             assert found.returncode == 0, f"{example}: {found.stdout!r} {found.stderr!r}"
             for line in found.stdout.splitlines():
                 json.loads(line)
-        server.terminate()
+    finally:
+        os.kill(server, signal.SIGTERM)
+        cli.ended(server)
     assert (tmp_path / "scores.arrow").stat().st_size > 300 * 4

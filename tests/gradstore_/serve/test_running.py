@@ -6,12 +6,11 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,28 +19,61 @@ from gradstore.errors import BadInput
 from gradstore.serve.keys import both_keys, own_token
 from gradstore.serve.running import listen
 
-COMMAND = (sys.executable, "-m", "dataflex", "gradstore", "serve")
+COMMAND = ("-m", "dataflex", "gradstore", "serve")
+
+
+class Begun:
+    """A server in the background: what it said on either stream, and its end."""
+
+    def __init__(self, cli: Any, folder: Path, *command: object, **env: str | None) -> None:
+        self._cli, self._out, self._err = cli, folder / "out.txt", folder / "err.txt"
+        self._process: int | None = cli(*command, program="python", env=env,
+                                        background=(self._out, self._err)).code  # fmt: skip
+
+    def lines(self, words: str) -> list[str]:
+        """Wait until it said some words on stdout; the lines up to them."""
+        ends = time.monotonic() + 60
+        while words not in (said := self._out.read_text()) or not said.endswith("\n"):
+            assert time.monotonic() < ends, said + self._err.read_text()
+            time.sleep(0.02)
+        return said.splitlines()
+
+    def interrupted(self) -> tuple[int, str]:
+        """Press Ctrl-C; its exit code, and what it said on stderr."""
+        return self.ended(signal.SIGINT), self._err.read_text()
+
+    def ended(self, how: int) -> int:
+        """Send a signal, unless it has ended already; its exit code."""
+        if self._process is None:
+            return 0
+        os.kill(self._process, how)
+        code, self._process = self._cli.ended(self._process), None
+        return int(code)
 
 
 @pytest.fixture
-def server(store_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server of a free port, and the address it printed."""
-    process = subprocess.Popen(
-        [*COMMAND, str(store_path), "--port", "0"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert "is served at" in process.stdout.readline()
-    yield process, process.stdout.readline().strip()
-    process.kill()
-    process.communicate()
+def begin(cli: Any, tmp_path: Path) -> Iterator[Callable[..., Begun]]:
+    """Begin servers that end with the test."""
+    begun: list[Begun] = []
+
+    def begin_one(*command: object, **env: str | None) -> Begun:
+        folder = tmp_path / f"said-{len(begun)}"
+        folder.mkdir()
+        begun.append(Begun(cli, folder, *command, **env))
+        return begun[-1]
+
+    yield begin_one
+    for each in begun:
+        each.ended(signal.SIGKILL)
 
 
 def test_the_printed_address_opens_the_page_and_ctrl_c_ends_it_at_once(
-    server: tuple[subprocess.Popen[str], str],
+    begin: Callable[..., Begun], store_path: Path
 ) -> None:
-    process, address = server
+    process = begin(*COMMAND, store_path, "--port", 0)
+    first, address, *_ = process.lines("/?token=")
+    assert "is served at" in first
+    address = address.strip()
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{32}", address)
     with httpx.Client(follow_redirects=True) as client:
         page = client.get(address)
@@ -51,25 +83,24 @@ def test_the_printed_address_opens_the_page_and_ctrl_c_ends_it_at_once(
         assert httpx.get(f"{base}/v1/stores").status_code == 401
         # A connection is still open when it ends.
         began = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=20)[1]
-    assert (process.returncode, said.strip()) == (130, "stopped.")
+        code, said = process.interrupted()
+    assert (code, said.strip()) == (130, "stopped.")
     assert time.monotonic() - began < 10
 
 
-def test_a_port_in_use_is_bad_input_that_names_it_and_the_option(store_path: Path) -> None:
+def test_a_port_in_use_is_bad_input_that_names_it_and_the_option(
+    cli: Any, store_path: Path
+) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(BadInput, match=rf"port {port} is in use.*--port"):
             listen(port)
-        found = subprocess.run(
-            [*COMMAND, str(store_path), "--port", str(port)], capture_output=True, text=True
-        )
-    assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr.startswith(f"error: port {port} is in use")
-    assert "Traceback" not in found.stderr
+        found = cli(*COMMAND, store_path, "--port", port, program="python")
+    assert (found.code, found.out) == (2, "")
+    assert found.err.startswith(f"error: port {port} is in use")
+    assert "Traceback" not in found.err
 
 
 def test_a_token_of_ones_own_must_be_hard_to_guess(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,19 +122,17 @@ class Model:
         on_stage("loading the model")
         time.sleep(60)
 try:
-    serve(sys.argv[1], 0, lambda address, _: print(address), Model())
+    serve(sys.argv[1], 0, lambda address, _: print(address, flush=True), Model())
 except KeyboardInterrupt:
     sys.exit(130)
 """
 
 
-def test_ctrl_c_answers_a_prompt_that_waits_for_its_model(store_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", _SLOW, str(store_path)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    base, _, token = process.stdout.readline().strip().partition("/?token=")
+def test_ctrl_c_answers_a_prompt_that_waits_for_its_model(
+    begin: Callable[..., Begun], store_path: Path
+) -> None:
+    process = begin("-c", _SLOW, store_path)
+    base, _, token = process.lines("/?token=")[0].strip().partition("/?token=")
     headers = {"Authorization": f"Bearer {token}"}
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(httpx.post, f"{base}/v1/explain?wait=50", json={"prompt": "a"},
@@ -111,34 +140,25 @@ def test_ctrl_c_answers_a_prompt_that_waits_for_its_model(store_path: Path) -> N
         while "loading the model" not in httpx.get(f"{base}/v1/jobs", headers=headers).text:
             time.sleep(0.05)
         began = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=20)[1]
+        code, said = process.interrupted()
         assert (waiting.result().status_code, waiting.result().json()["title"]) == (
             409,
             "cancelled",
         )
-    assert (process.returncode, said) == (130, "")
+    assert (code, said) == (130, "")
     assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("given", [True, False])
 def test_a_server_that_takes_writes_tells_the_key_that_it_made_and_none_that_it_was_given(
-    tmp_path: Path, given: bool
+    begin: Callable[..., Begun], tmp_path: Path, given: bool
 ) -> None:
-    keys = {"GRADSTORE_TOKEN": "a-key-that-reads-only"}
-    keys |= {"GRADSTORE_WRITE_TOKEN": "a-key-that-writes-too"} if given else {}
-    process = subprocess.Popen(
-        [*COMMAND, str(tmp_path / "new"), "--port", "0", "--writable", "--max-body", "1",
-         "--host", "store.example.org"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**{k: v for k, v in os.environ.items() if k != "GRADSTORE_WRITE_TOKEN"}, **keys,
-             "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-    assert process.stdout is not None
-    lines = [process.stdout.readline()]
-    while "Ctrl-C" not in lines[-1]:
-        lines.append(process.stdout.readline())
-    said = "".join(lines)
+    keys = {"GRADSTORE_TOKEN": "a-key-that-reads-only",
+            "GRADSTORE_WRITE_TOKEN": "a-key-that-writes-too" if given else None}  # fmt: skip
+    process = begin(*COMMAND, tmp_path / "new", "--port", 0, "--writable", "--max-body", 1,
+                    "--host", "store.example.org", **keys)  # fmt: skip
+    lines = process.lines("Ctrl-C")
+    said = "\n".join(lines)
     key = re.search(r"GRADSTORE_WRITE_TOKEN=([\w-]{32})", said)
     assert (key is None) == given
     assert "a-key-that-writes-too" not in said
@@ -150,9 +170,8 @@ def test_a_server_that_takes_writes_tells_the_key_that_it_made_and_none_that_it_
         assert (answer.status_code, answer.json()) == (200, {"names": ["writer.lock"]})
         assert answer.headers["gradstore-most-bytes"] == str(1 << 20)
         assert client.get("/v1/files", headers={"Host": "another.example.org"}).status_code == 403
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=20)
-    assert (process.returncode, error.strip()) == (130, "stopped.")
+    code, error = process.interrupted()
+    assert (code, error.strip()) == (130, "stopped.")
     assert (tmp_path / "new/writer.lock").read_bytes() == b"", "its store is let go"
 
 

@@ -1,19 +1,85 @@
-"""A proxy before an object store, or before a service, that makes faults."""
+"""A build of all that a store has, and a proxy that makes faults before the place of a store."""
 
 from __future__ import annotations
 
 import http.client
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
+from gradstore.format.text_table import Text
+from gradstore.scoring.influence import influence_scores
+from gradstore.scoring.pairing import checkpoint_features
+from gradstore.storage.leases import Worker
+from gradstore.storage.local import StoreFiles
+from gradstore.store.reader import open_store
+from gradstore.store.verify import verify_store
+from gradstore.store.writer import StoreWriter
+
+if TYPE_CHECKING:
+    from conftest import InBucket, InService, StoreKit
+
 _HOST = "127.0.0.1"
+
+
+class Build:
+    """Builds two generations and the text of their rows; every byte follows from the kit."""
+
+    n, unit_rows = 12, 4
+    names = ("target/skill/1", "train/1")
+    #: A file of it.
+    chunk = "generations/train/1/features/c/1/0"
+
+    def __init__(self, kit: StoreKit) -> None:
+        self.kit = kit
+
+    def run(
+        self,
+        place: str | Path,
+        worker: Worker | None = None,
+        names: Sequence[str] = names,
+        files: StoreFiles | None = None,
+    ) -> None:
+        """Build them all, as one worker or alone."""
+        kit, n = self.kit, self.n
+        with StoreWriter(place, provenance=kit.provenance, worker=worker, files=files) as writer:
+            texts = [Text(f"prompt {i}", f"answer {i}", 3) for i in range(n)]
+            writer.keep_texts(kit.rows(n), texts)
+            for name in names:
+                begun = writer.begin(kit.record(name), kit.rows(n), dim=4, unit_rows=self.unit_rows)
+                for unit in begun.claimed():
+                    k = unit.stop - unit.start
+                    begun.write_unit(
+                        unit.index, kit.features(n)[unit.start : unit.stop],
+                        np.ones(k, np.float32), np.zeros(k, np.uint8),
+                        np.arange(k, dtype=np.int32),
+                    )  # fmt: skip
+                begun.commit()
+
+    def scores(self, place: str | Path) -> np.ndarray:
+        """Of the newest train generation's rows."""
+        return influence_scores(checkpoint_features(open_store(place), "last")).values
+
+    def check(self, place: InBucket | InService | Path, reference: Path) -> None:
+        """A place holds what one build into a folder, made here if need be, leaves there."""
+        if not reference.exists():
+            self.run(reference)
+        files, lies = (place, place) if isinstance(place, Path) else (place.files(), place.lies)
+        assert self.kit.content(files) == self.kit.content(reference)
+        assert verify_store(lies).ok
+
+
+@pytest.fixture
+def build(kit: StoreKit) -> Build:
+    return Build(kit)
 
 
 @dataclass
@@ -96,6 +162,35 @@ def faulty_service(service: Any) -> Iterator[FaultyServer]:
     """The proxy before a service that takes writes; without a fault so far."""
     with proxied(service.address) as made:
         yield made
+
+
+class Behind:
+    """A place with the proxy before it.
+
+    Attributes:
+        proxy: before it.
+        address: of the store, by the proxy.
+        place: behind it.
+        failure: what its server answers when it fails.
+    """
+
+    def __init__(
+        self, proxy: FaultyServer, place: InBucket | InService, failure: tuple[int, bytes]
+    ) -> None:
+        self.proxy, self.place, self.failure = proxy, place, failure
+        self.address = place.address if place.address.startswith("s3:") else proxy.address
+
+
+@pytest.fixture(params=["bucket", "service"])
+def behind(request: pytest.FixtureRequest) -> Behind:
+    """A place in a bucket, and one behind a service, with the proxy before it."""
+    if request.param == "service":
+        proxy = request.getfixturevalue("faulty_service")
+        place = request.getfixturevalue("in_service")
+        return Behind(proxy, place, (502, b"<html>bad gateway"))
+    proxy = request.getfixturevalue("faulty")
+    place = request.getfixturevalue("in_bucket")(proxy.address)
+    return Behind(proxy, place, (500, b"<Code>InternalError</Code>"))
 
 
 @contextmanager

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -214,19 +212,15 @@ print("whole")
 
 
 def test_readers_in_other_processes_see_whole_generations_only(
-    kit: StoreKit, fast_path: Path
+    kit: StoreKit, cli: Any, fast_path: Path
 ) -> None:
-    path = fast_path / "s"
+    path, said = fast_path / "s", [fast_path / name for name in "ab"]
     with kit.writer(path) as writer:
-        readers = [
-            subprocess.Popen([sys.executable, "-c", READER, str(path)], stdout=subprocess.PIPE)
-            for _ in range(2)
-        ]
+        readers = [cli("-c", READER, path, program="python", background=each).code for each in said]
         for step in range(1, 7):
             kit.add(writer, f"train/{step}", 40)
-        for reader in readers:
-            out, _ = reader.communicate(timeout=60)
-            assert (reader.returncode, out) == (0, b"whole\n")
+        for reader, each in zip(readers, said, strict=True):
+            assert (cli.ended(reader), each.read_text()) == (0, "whole\n")
 
 
 def test_a_reader_in_a_thread_sees_each_commit_whole(kit: StoreKit, fast_path: Path) -> None:

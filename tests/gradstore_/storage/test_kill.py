@@ -5,10 +5,8 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -44,6 +42,35 @@ class KillAt:
         if self.dead:
             raise Killed(f"{operation} {path}")
         self.left -= 1
+
+
+class LeftByKills:
+    """A hook that keeps, of every operation, what a kill there would leave of a folder.
+
+    Attributes:
+        operations: their number.
+        left: folders, each other than all before, and the commits that had returned.
+    """
+
+    def __init__(self, path: Path, folder: Path, returned: list[str]) -> None:
+        self._path, self._folder, self._returned = path, folder, returned
+        self.operations = 0
+        self.left: list[tuple[Path, list[str]]] = []
+        self._seen: set[tuple[object, ...]] = set()
+
+    def __call__(self, operation: str, path: Path) -> None:
+        self.operations += 1
+        copy = self._folder / str(self.operations)
+        if self._path.exists():
+            shutil.copytree(self._path, copy)
+        if operation in ("write", "fsync"):
+            (copy / path.relative_to(self._path)).write_bytes(b"torn")
+        held = sorted((str(each.relative_to(copy)), each.is_file() and each.read_bytes())
+                      for each in copy.rglob("*"))  # fmt: skip
+        state = (*self._returned, *held)
+        if state not in self._seen:
+            self._seen.add(state)
+            self.left.append((copy, self._returned.copy()))
 
 
 def run(kit: StoreKit, path: Path, files: StoreFiles, returned: list[str]) -> None:
@@ -85,24 +112,19 @@ def reference(request: pytest.FixtureRequest, kit: StoreKit, fast_path: Path) ->
 def test_a_kill_at_every_operation_is_resumed_to_the_same_bytes(
     kit: StoreKit, fast_path: Path, reference: dict[str, bytes]
 ) -> None:
-    path, k = fast_path / "s", 0
-    while True:
-        shutil.rmtree(path, ignore_errors=True)
-        returned: list[str] = []
-        try:
-            run(kit, path, StoreFiles(path, KillAt(k)), returned)
-        except Killed:
-            check_only_whole_generations(path, returned)
-        else:
-            break
-        run(kit, path, StoreFiles(path), [])
-        store = open_store(path)
+    path, done = fast_path / "s", []
+    kills = LeftByKills(path, fast_path / "left", done)
+    run(kit, path, StoreFiles(path, kills), done)
+    assert kills.operations > 100
+    for k, (copy, returned) in enumerate(kills.left):
+        check_only_whole_generations(copy, returned)
+        run(kit, copy, StoreFiles(copy), [])
+        store = open_store(copy)
         if k % 5 == 0:
             assert verify_store(store.path).faults == (), k
         assert features(store) == reference, k
         assert len(store.commits) == len(NAMES), k
-        k += 1
-    assert k > 100
+        shutil.rmtree(copy)
 
 
 @pytest.mark.parametrize("reference", ["float16", "int8", "1bit"], indirect=True)
@@ -139,9 +161,8 @@ def test_resume_redoes_only_the_unfinished_units(kit: StoreKit, fast_path: Path)
 
 
 KILLED_CHILD = """
-import os, signal, sys, importlib.util
-spec = importlib.util.spec_from_file_location("kit", sys.argv[1])
-module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+import os, runpy, signal, sys
+kit = runpy.run_path(sys.argv[1])["StoreKit"]()
 left = int(sys.argv[3])
 def hook(operation, path):
     global left
@@ -150,7 +171,7 @@ def hook(operation, path):
     left -= 1
 from pathlib import Path
 from gradstore.storage.local import StoreFiles
-kit, path = module.StoreKit(), Path(sys.argv[2])
+path = Path(sys.argv[2])
 with kit.writer(path, StoreFiles(path, hook)) as writer:
     kit.add(writer, "train/1", 24)
 """
@@ -158,20 +179,11 @@ with kit.writer(path, StoreFiles(path, hook)) as writer:
 
 @pytest.mark.parametrize("k", [70, 110])
 def test_a_real_sigkill_leaves_a_stale_lock_that_is_taken_over(
-    kit: StoreKit, fast_path: Path, k: int, caplog: pytest.LogCaptureFixture
+    kit: StoreKit, cli: Any, fast_path: Path, k: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    child = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            KILLED_CHILD,
-            str(Path(__file__).parents[1] / "conftest.py"),
-            str(fast_path / "s"),
-            str(k),
-        ],
-        check=False,
-    )
-    assert child.returncode == -signal.SIGKILL
+    conftest = Path(__file__).parents[1] / "conftest.py"
+    child = cli("-c", KILLED_CHILD, conftest, fast_path / "s", k, program="python")
+    assert child.code == -signal.SIGKILL, child.err
     run(kit, fast_path / "s", StoreFiles(fast_path / "s"), [])
     assert "stale lock" in caplog.text
     assert verify_store(fast_path / "s").ok

@@ -1,11 +1,16 @@
-"""An object store that fails, lags or breaks its word: nothing is lost, doubled or half seen."""
+"""A server that fails, lags or breaks its word: nothing is lost, doubled or half seen.
+
+Most of it is about servers of objects: test_service.py says what only a service promises.
+"""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,10 +115,11 @@ def test_a_server_that_is_busy_now_and_then_is_asked_again(
 
 @pytest.mark.parametrize("done", [True, False], ids=["answer lost", "write lost"])
 def test_a_connection_cut_in_mid_write_leaves_one_write(
-    kit: StoreKit, faulty: Any, place: str, done: bool
+    build: Any, behind: Any, fast_path: Path, done: bool
 ) -> None:
     """Of chunks, records, plans, the root and commits; what the server did and did not do."""
     seen: set[str] = set()
+    faulty = behind.proxy
 
     def once(asked: Any) -> None:
         if asked.method == "PUT" and asked.key not in seen:
@@ -121,9 +127,9 @@ def test_a_connection_cut_in_mid_write_leaves_one_write(
             cut()
 
     faulty.after, faulty.before = (once, faulty.before) if done else (faulty.after, once)
-    kit.build(place, n=N)
-    check_whole(kit, place, "train/1")
-    assert len(seen) > 20
+    build.run(behind.address)
+    assert len(seen) > 40
+    build.check(behind.place, fast_path / "s")
 
 
 def test_an_answer_that_does_not_come_is_asked_for_again(
@@ -144,23 +150,27 @@ def test_an_answer_that_does_not_come_is_asked_for_again(
 
 
 def test_a_server_that_stays_away_is_told_and_the_build_goes_on_later(
-    kit: StoreKit, faulty: Any, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    build: Any, behind: Any, fast_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     monkeypatch.setattr(bucket_module, "PATIENCE_SECONDS", 0.3)
+    status, faulty = behind.failure[0], behind.proxy
 
     def away(asked: Any) -> tuple[int, bytes] | None:
         if "commits/1.json" in asked.key and asked.method == "PUT":
-            faulty.before = lambda _: (500, b"<Code>InternalError</Code>")
-            return 500, b""
+            faulty.before = lambda _: behind.failure
+            return status, b""
         return None
 
     faulty.before = away
-    with pytest.raises(StoreIOError, match=r"status 500.*committed data is untouched") as told:
-        kit.build(place, n=N)
-    assert "secret-of-the-tests" not in str(told.value)
+    says = rf"status {status}.*committed data is untouched"
+    with caplog.at_level(logging.DEBUG), pytest.raises(StoreIOError, match=says) as told:
+        build.run(behind.address)
+    for key in behind.place.keys:
+        assert key not in f"{told.value}{caplog.text}"
     faulty.before = lambda _: None
-    kit.build(place, n=N)
-    check_whole(kit, place, "train/1")
+    build.run(behind.address)
+    build.check(behind.place, fast_path / "s")
 
 
 def test_a_body_changed_on_its_way_back_is_reported(kit: StoreKit, faulty: Any, place: str) -> None:

@@ -1,40 +1,30 @@
-"""A store behind a service keeps what a store in a folder promises, over http and https."""
+"""A service of a store: keys, refusals, servers that die, fail or are slow, and addresses.
+
+What it shares with a bucket is in test_elsewhere.py, and test_object_faults.py.
+"""
 
 from __future__ import annotations
 
 import gc
 import itertools
 import json
-import logging
 import os
-import runpy
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch, StoreBusy, StoreIOError
-from gradstore.format.text_table import Text
-from gradstore.scoring.influence import influence_scores
-from gradstore.scoring.pairing import checkpoint_features
+from gradstore.errors import BadInput, ProvenanceMismatch, StoreBusy, StoreIOError
 from gradstore.storage import bucket as bucket_module
 from gradstore.storage.leases import Worker
-from gradstore.storage.local import StoreFiles
 from gradstore.storage.location import location
-from gradstore.storage.object_lock import SILENT_SECONDS
 from gradstore.storage.objects import ObjectFiles
-from gradstore.store.asked_rows import asked_rows
-from gradstore.store.cleaning import clean_store
-from gradstore.store.forgetting import forget, request_for
-from gradstore.store.generation_writer import GenerationWriter
-from gradstore.store.held import held_store
 from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
 from gradstore.store.writer import StoreWriter
@@ -42,77 +32,7 @@ from gradstore.store.writer import StoreWriter
 if TYPE_CHECKING:
     from conftest import StoreKit
 
-N, UNIT_ROWS = 12, 4
-NAMES = ("target/skill/1", "train/1")
-CHUNK = "generations/train/1/features/c/1/0"
-
-
-def content(folder: Path) -> dict[str, object]:
-    """What a reader may see; of commits, and the root, all but the store's own id."""
-    seen: dict[str, object] = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name.split("/")[0] in ("staging", "writer.lock"):
-            continue
-        data = path.read_bytes()
-        seen[name] = data if name != "zarr.json" else len(data)
-        if name.startswith("commits/"):
-            seen[name] = {k: v for k, v in json.loads(data).items()
-                          if k not in ("store_uuid", "parent", "sha256")}  # fmt: skip
-    return seen
-
-
-def run(
-    kit: StoreKit,
-    place: str | Path,
-    worker: Worker | None = None,
-    names: Sequence[str] = NAMES,
-    files: StoreFiles | None = None,
-) -> None:
-    """Build every generation and the text of its rows, as one worker or alone."""
-    with StoreWriter(place, provenance=kit.provenance, worker=worker, files=files) as writer:
-        writer.keep_texts(kit.rows(N), [Text(f"prompt {i}", f"answer {i}", 3) for i in range(N)])
-        for name in names:
-            begun = writer.begin(kit.record(name), kit.rows(N), dim=4, unit_rows=UNIT_ROWS)
-            for unit in begun.claimed():
-                k = unit.stop - unit.start
-                begun.write_unit(
-                    unit.index, kit.features(N)[unit.start : unit.stop], np.ones(k, np.float32),
-                    np.zeros(k, np.uint8), np.arange(k, dtype=np.int32),
-                )  # fmt: skip
-            begun.commit()
-
-
-def scores(place: str | Path) -> np.ndarray:
-    return influence_scores(checkpoint_features(open_store(place), "last")).values
-
-
-def check_equal(kit: StoreKit, folder: Path, reference: Path) -> None:
-    """The folder that is served holds what one build into a folder does, every byte."""
-    if not reference.exists():
-        run(kit, reference)
-    assert content(folder) == content(reference)
-    assert verify_store(folder).ok
-
-
-# ---- the whole path --------------------------------------------------------------------------
-
-
-def test_a_build_over_http_is_the_build_into_a_folder_byte_for_byte(
-    kit: StoreKit, service: Any, fast_path: Path
-) -> None:
-    run(kit, service.address)
-    check_equal(kit, service.folder, fast_path / "s")
-    np.testing.assert_array_equal(scores(service.address), scores(fast_path / "s"))
-    told = verify_store(service.address)
-    assert (told.ok, told.generations) == (True, NAMES)
-    assert told.files == verify_store(fast_path / "s").files
-    store = open_store(service.address)
-    found = store.texts(store.generation("train/1"))
-    assert found is not None
-    assert found.read([2])[0].prompt == "prompt 2"
-    left = [p for p in (service.folder / "staging").rglob("*") if p.is_file()]
-    assert [path.parent.name for path in left] == ["service"], "but for its lock nothing is left"
+# ---- who may write --------------------------------------------------------------------------
 
 
 def test_names_that_are_quoted_on_the_disk_arrive_as_they_are(kit: StoreKit, service: Any) -> None:
@@ -124,15 +44,15 @@ def test_names_that_are_quoted_on_the_disk_arrive_as_they_are(kit: StoreKit, ser
 
 
 def test_the_key_that_reads_reads_and_is_told_that_it_may_not_write(
-    kit: StoreKit, service: Any, monkeypatch: pytest.MonkeyPatch
+    build: Any, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(kit, service.address)
-    before = content(service.folder)
+    build.run(service.address)
+    before = build.kit.content(service.folder)
     monkeypatch.delenv("GRADSTORE_WRITE_TOKEN")
     monkeypatch.setenv("GRADSTORE_TOKEN", service.read_key)
-    assert scores(service.address).shape == (N,)
+    assert build.scores(service.address).shape == (build.n,)
     with pytest.raises(StoreIOError, match="this key may only read") as told:
-        run(kit, service.address)
+        build.run(service.address)
     assert service.read_key not in str(told.value)
     for key, says in (("wrong-key-of-nobody", "does not know this key"), ("a key", "no key has")):
         monkeypatch.setenv("GRADSTORE_TOKEN", key)
@@ -142,7 +62,7 @@ def test_the_key_that_reads_reads_and_is_told_that_it_may_not_write(
     monkeypatch.delenv("GRADSTORE_TOKEN")
     with pytest.raises(BadInput, match="set GRADSTORE_TOKEN to read, or GRADSTORE_WRITE_TOKEN"):
         open_store(service.address)
-    assert content(service.folder) == before
+    assert build.kit.content(service.folder) == before
 
 
 def test_a_server_that_takes_no_writes_is_told_as_such(
@@ -162,54 +82,20 @@ def test_a_server_that_takes_no_writes_is_told_as_such(
     service.writing.close()
 
 
-def test_two_workers_without_a_shared_disk_write_the_bytes_of_one(
-    kit: StoreKit, service: Any, fast_path: Path
-) -> None:
-    failed: list[BaseException] = []
-
-    def work(number: int) -> None:
-        try:
-            run(kit, service.address, Worker(number, 2))
-        except BaseException as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert failed == []
-    check_equal(kit, service.folder, fast_path / "s")
-
-
 def test_a_service_keeps_its_store_in_a_bucket_as_in_a_folder(
-    kit: StoreKit, bucket: str, serve_writable: Callable[..., Any], fast_path: Path
+    build: Any, kit: StoreKit, bucket: str, serve_writable: Callable[..., Any], fast_path: Path
 ) -> None:
     service = serve_writable(bucket)
-    run(kit, service.address)
-    run(kit, fast_path / "s")
+    build.run(service.address)
+    build.run(fast_path / "s")
     told = verify_store(bucket)
-    assert (told.ok, told.generations) == (True, NAMES)
-    np.testing.assert_array_equal(scores(service.address), scores(fast_path / "s"))
+    assert (told.ok, told.generations) == (True, build.names)
+    np.testing.assert_array_equal(build.scores(service.address), build.scores(fast_path / "s"))
     with pytest.raises(StoreBusy, match=rf"host \S+, pid {os.getpid()}"):
         StoreWriter(bucket, provenance=kit.provenance)
     service.stop()
-    run(kit, bucket)
+    build.run(bucket)
     service.start()
-
-
-def test_a_second_writer_is_told_who_writes_and_another_run_what_differs(
-    kit: StoreKit, service: Any
-) -> None:
-    with StoreWriter(service.address, provenance=kit.provenance):
-        with pytest.raises(StoreBusy, match=rf"host \S+, pid {os.getpid()}, since \d{{4}}-"):
-            StoreWriter(service.address, provenance=kit.provenance)
-    before = content(service.folder)
-    other = {**kit.provenance, "cutoff_len": 7, "template": "llama3"}
-    with pytest.raises(ProvenanceMismatch) as told:
-        StoreWriter(service.address, provenance=other)
-    assert [line.split(" ")[0] for line in told.value.differences] == ["cutoff_len", "template"]
-    assert content(service.folder) == before
 
 
 def test_a_writer_that_meets_another_provenance_on_its_way_hears_every_difference(
@@ -226,120 +112,38 @@ def test_a_writer_that_meets_another_provenance_on_its_way_hears_every_differenc
     assert len(told.value.differences) == 2
 
 
-def test_forgetting_and_cleaning_leave_no_byte_of_what_goes(kit: StoreKit, service: Any) -> None:
-    run(kit, service.address, names=(*NAMES, "target/skill/2", "train/2"))
-    with held_store(service.address) as (held, view):
-        clean_store(held, view, keep_generations=1)
-    assert not [path for path in content(service.folder) if "train/1/" in path]
-    with held_store(service.address) as (held, view):
-        forget(held, view, request_for(held, view(), asked_rows(held, view(), [2])))
-    left = content(service.folder)
-    assert not [path for path, data in left.items() if b"prompt 2" in bytes(str(data), "utf-8")]
-    assert {path.split("/")[2] for path in left if path.startswith("generations/train/2")} == {
-        "2.2"
-    }
-    assert verify_store(service.address).ok
-    assert np.isnan(scores(service.address)).nonzero()[0].tolist() == [2, 3, 5]
-
-
-def test_a_damaged_file_is_reported_before_a_score_is_computed(kit: StoreKit, service: Any) -> None:
-    """Fault 21, over http."""
-    run(kit, service.address)
-    path = service.folder / CHUNK
-    data = bytearray(path.read_bytes())
-    data[3] ^= 1
-    for damaged in (bytes(data), bytes(data[:-1]), None):
-        path.unlink()
-        if damaged is not None:
-            path.write_bytes(damaged)
-        (fault,) = verify_store(service.address).faults
-        assert fault.file == CHUNK
-        with pytest.raises(DamagedData, match=CHUNK):
-            scores(service.address)
-
-
 # ---- who dies --------------------------------------------------------------------------------
-
-#: Where a process dies -> units that the next one has to compute, and whether they are workers.
-DEATHS = {"link generations/train/1/features/c/1/0": (2, False), "link commits/3.json": (0, True),
-          "link generations/train/1/units/1.json": (2, True)}  # fmt: skip
-
-
-def die(address: str, where: str, shared: str) -> None:
-    """Build a store in this process, which ends by SIGKILL before a change."""
-    kit = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["StoreKit"]()
-
-    def at(operation: str, path: Path) -> None:
-        if f"{operation} {path}" == where:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    files = ObjectFiles(location(address), at)  # type: ignore[arg-type]
-    run(kit, address, Worker(1, 2) if shared == "True" else None, files=files)
-
-
-@pytest.mark.parametrize("where", DEATHS)
-def test_a_build_killed_anywhere_goes_on_and_redoes_only_what_was_not_finished(
-    kit: StoreKit, service: Any, fast_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    """Fault 16, over http: kill -9 of a client; the lock is taken over at once."""
-    units, shared = DEATHS[where]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    died = subprocess.run([sys.executable, __file__, service.address, where, str(shared)],
-                          env=environment, timeout=120)  # fmt: skip
-    assert died.returncode == -signal.SIGKILL
-    computed: list[int] = []
-    write_unit = GenerationWriter.write_unit
-
-    def counted(writer: GenerationWriter, index: int, *rest: Any) -> None:
-        computed.append(index)
-        write_unit(writer, index, *rest)
-
-    monkeypatch.setattr(GenerationWriter, "write_unit", counted)
-    began = time.monotonic()
-    run(kit, service.address, Worker(2, 2) if shared else None)
-    assert len(computed) == units
-    assert time.monotonic() - began < SILENT_SECONDS / 2
-    computed.clear()
-    check_equal(kit, service.folder, fast_path / "s")
-
-
-def test_random_kills_of_workers_of_a_service_lose_double_and_tear_nothing() -> None:
-    stress = Path(__file__).parents[2] / "stress.py"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, str(stress), "--kills", "3", "--service"],
-        env=environment, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "0 rows lost" in done.stdout
 
 
 def test_what_a_writer_sent_before_it_lost_the_lock_does_not_come_after_it(
-    kit: StoreKit, service: Any, fast_path: Path
+    build: Any, kit: StoreKit, service: Any
 ) -> None:
     """As of a worker that was killed while its request waited: others set the unit up anew."""
+    chunk, values = build.chunk.replace("c/1", "c/0"), kit.features(build.n)
     late = ObjectFiles(location(service.address))  # type: ignore[arg-type]
     with StoreWriter(service.address, provenance=kit.provenance, files=late) as writer:
-        begun = writer.begin(kit.record("train/1"), kit.rows(N), dim=4, unit_rows=UNIT_ROWS)
-        kit.fill(begun, kit.features(N), units=1)
+        begun = writer.begin(
+            kit.record("train/1"), kit.rows(build.n), dim=4, unit_rows=build.unit_rows
+        )
+        kit.fill(begun, values, units=1)
         other = ObjectFiles(location(service.address))  # type: ignore[arg-type]
         found = other.bucket.get("writer.lock")
         assert found is not None
         holder = {**json.loads(bytes(found.data))["holders"][0], "token": other.own, "who": "B"}
         taken = {"holders": [holder], "shared": False, "after": found.e_tag}
         assert other.bucket.swap("writer.lock", json.dumps(taken).encode(), found.e_tag)
-        before = content(service.folder)
+        before = build.kit.content(service.folder)
         for act in (
-            lambda: kit.fill(begun, kit.features(N)),
+            lambda: kit.fill(begun, values),
             lambda: late.publish("staging/leases/a/0.chosen", b"{}"),
-            lambda: late.bucket.delete([CHUNK.replace("c/1", "c/0")]),
+            lambda: late.bucket.delete([chunk]),
             lambda: late.replace("zarr.json", (service.folder / "zarr.json").read_bytes(), None),
         ):
             with pytest.raises(StoreBusy, match="held by B, and not, or no longer, by who asks"):
                 act()
-        assert content(service.folder) == before
-        other.bucket.delete([CHUNK.replace("c/1", "c/0")])
-        assert content(service.folder) != before, "who holds it changes it"
+        assert build.kit.content(service.folder) == before
+        other.bucket.delete([chunk])
+        assert build.kit.content(service.folder) != before, "who holds it changes it"
 
 
 #: A server in a process of its own, as the command starts it.
@@ -352,15 +156,18 @@ serve(Path(sys.argv[1]), int(sys.argv[2]), lambda address, _: print(address, flu
 """
 
 
-def started(folder: Path, port: int, read_key: str) -> tuple[subprocess.Popen[str], int]:
-    """Start a server; return it, and its port, once it answers."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", _SERVER, str(folder), str(port)], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "GRADSTORE_TOKEN": read_key},
-    )  # fmt: skip
-    assert process.stdout is not None
-    address = process.stdout.readline()
-    return process, int(address.partition("/?")[0].rpartition(":")[2])
+@pytest.fixture
+def started(cli: Any, until: Any, fast_path: Path) -> Callable[[int], tuple[int, int]]:
+    """Start a server of `fast_path / "served"`; its process and its port, once it answers."""
+    said = fast_path / "said"
+
+    def start(port: int) -> tuple[int, int]:
+        process = cli("-c", _SERVER, fast_path / "served", port, program="python", background=said,
+                      env={"GRADSTORE_TOKEN": "a-key-of-the-tests-to-read"}).code  # fmt: skip
+        address = until(said, "/?").partition("/?")[0]
+        return process, int(address.rpartition(":")[2])
+
+    return start
 
 
 @pytest.mark.parametrize(
@@ -369,47 +176,39 @@ def started(folder: Path, port: int, read_key: str) -> tuple[subprocess.Popen[st
     ids=["alone", "worker"],
 )
 def test_a_server_that_dies_in_the_middle_is_waited_for(
-    kit: StoreKit, serve_writable: Callable[..., Any], fast_path: Path, where: str, shared: bool
-) -> None:
+    build: Any, cli: Any, started: Any, fast_path: Path, monkeypatch: pytest.MonkeyPatch,
+    where: str, shared: bool,
+) -> None:  # fmt: skip
     """By SIGKILL. Its lock is as it was, so that the writer goes on and nobody else comes in."""
-    processes = []
-    process, port = started(fast_path / "served", 0, "a-key-of-the-tests-to-read")
-    processes.append(process)
-
-    def again() -> None:
-        processes.append(started(fast_path / "served", port, "a-key-of-the-tests-to-read")[0])
-
-    thread = threading.Thread(target=again)
+    monkeypatch.setenv("GRADSTORE_WRITE_TOKEN", "a-key-of-the-tests-to-write")
+    process, port = started(0)
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(started(port)[0]))
 
     def at(operation: str, path: Path) -> None:
         if f"{operation} {path}" == where and not thread.ident:
-            process.kill()
-            process.wait()
+            os.kill(process, signal.SIGKILL)
+            cli.ended(process)
             thread.start()
 
     address = f"http://127.0.0.1:{port}"
     files = ObjectFiles(location(address), at)  # type: ignore[arg-type]
     try:
-        run(kit, address, Worker(1, 2) if shared else None, files=files)
+        build.run(address, Worker(1, 2) if shared else None, files=files)
         assert thread.ident, "it died"
     finally:
-        thread.join(60)
-        for each in processes:
-            each.terminate()
-            each.communicate()
-    check_equal(kit, fast_path / "served", fast_path / "s")
+        thread.join(60) if thread.ident else later.append(process)
+        for each in later:
+            os.kill(each, signal.SIGTERM)
+            cli.ended(each)
+    build.check(fast_path / "served", fast_path / "s")
 
 
 # ---- a server, or a way to it, that fails ----------------------------------------------------
 
 
-def cut() -> None:
-    """End a connection without an answer."""
-    raise ConnectionAbortedError
-
-
 def test_a_server_that_is_busy_is_asked_again_when_it_says(
-    kit: StoreKit, service: Any, faulty_service: Any, fast_path: Path
+    build: Any, service: Any, faulty_service: Any, fast_path: Path
 ) -> None:
     number = itertools.count()
     told: dict[str, float] = {}
@@ -425,33 +224,14 @@ def test_a_server_that_is_busy_is_asked_again_when_it_says(
         return None
 
     faulty_service.before, faulty_service.more = busy, {"retry-after": "1"}
-    run(kit, faulty_service.address)
+    build.run(faulty_service.address)
     assert len(waits) > 1
     assert min(waits) >= 1
-    check_equal(kit, service.folder, fast_path / "s")
-
-
-@pytest.mark.parametrize("done", [True, False], ids=["answer lost", "write lost"])
-def test_a_connection_cut_in_mid_write_leaves_one_write(
-    kit: StoreKit, service: Any, faulty_service: Any, fast_path: Path, done: bool
-) -> None:
-    """Of chunks, records, plans, the root and commits; what the server did and did not do."""
-    seen: set[str] = set()
-
-    def once(asked: Any) -> None:
-        if asked.method == "PUT" and asked.key not in seen:
-            seen.add(asked.key)
-            cut()
-
-    faulty = faulty_service
-    faulty.after, faulty.before = (once, faulty.before) if done else (faulty.after, once)
-    run(kit, faulty.address)
-    assert len(seen) > 40
-    check_equal(kit, service.folder, fast_path / "s")
+    build.check(service.folder, fast_path / "s")
 
 
 def test_a_body_changed_on_its_way_is_sent_again_and_never_seen(
-    kit: StoreKit, service: Any, faulty_service: Any, fast_path: Path
+    build: Any, service: Any, faulty_service: Any, fast_path: Path
 ) -> None:
     seen: set[str] = set()
 
@@ -461,31 +241,9 @@ def test_a_body_changed_on_its_way_is_sent_again_and_never_seen(
             asked.body = asked.body[:-1] + bytes([asked.body[-1] ^ 1])
 
     faulty_service.before = spoil
-    run(kit, faulty_service.address)
+    build.run(faulty_service.address)
     assert len(seen) > 40
-    check_equal(kit, service.folder, fast_path / "s")
-
-
-def test_a_server_that_stays_away_is_told_and_the_build_goes_on_later(
-    kit: StoreKit, service: Any, faulty_service: Any, fast_path: Path,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(bucket_module, "PATIENCE_SECONDS", 0.3)
-
-    def away(asked: Any) -> tuple[int, bytes] | None:
-        if "commits/1.json" in asked.key and asked.method == "PUT":
-            faulty_service.before = lambda _: (502, b"<html>bad gateway")
-            return 502, b""
-        return None
-
-    faulty_service.before = away
-    with caplog.at_level(logging.DEBUG):
-        with pytest.raises(StoreIOError, match=r"status 502.*committed data is untouched") as told:
-            run(kit, faulty_service.address)
-    assert service.write_key not in f"{told.value}{caplog.text}"
-    faulty_service.before = lambda _: None
-    run(kit, faulty_service.address)
-    check_equal(kit, service.folder, fast_path / "s")
+    build.check(service.folder, fast_path / "s")
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -532,14 +290,14 @@ def test_a_server_that_is_not_there_or_is_another_is_told_soon(
 
 
 def test_a_file_larger_than_the_server_takes_is_told_at_once(
-    kit: StoreKit, serve_writable: Callable[..., Any], tmp_path: Path
+    build: Any, serve_writable: Callable[..., Any], tmp_path: Path
 ) -> None:
     from gradstore.serve.intake import Limits
 
     service = serve_writable(tmp_path / "served", Limits(body_bytes=600))
     began = time.monotonic()
     with pytest.raises(StoreIOError, match="600 are the most that this server takes"):
-        run(kit, service.address)
+        build.run(service.address)
     assert time.monotonic() - began < 10
 
 
@@ -576,7 +334,7 @@ def test_an_address_is_one_place_however_it_is_written() -> None:
 
 
 def test_over_https_only_a_certificate_that_is_trusted_is_talked_to(
-    kit: StoreKit, serve_writable: Callable[..., Any], fast_path: Path,
+    build: Any, serve_writable: Callable[..., Any], fast_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     key, certificate = fast_path / "key.pem", fast_path / "certificate.pem"
@@ -592,13 +350,9 @@ def test_over_https_only_a_certificate_that_is_trusted_is_talked_to(
                              ssl_certfile=str(certificate))  # fmt: skip
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     with pytest.raises(StoreIOError, match="SSL_CERT_FILE names certificates to trust"):
-        run(kit, service.address)
-    assert content(service.folder) == {}
+        build.run(service.address)
+    assert build.kit.content(service.folder) == {}
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    run(kit, service.address)
-    check_equal(kit, service.folder, fast_path / "s")
+    build.run(service.address)
+    build.check(service.folder, fast_path / "s")
     gc.collect()  # clients, whose connections a server over TLS takes its time to end
-
-
-if __name__ == "__main__":
-    die(*sys.argv[1:])

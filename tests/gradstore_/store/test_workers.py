@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -106,27 +103,11 @@ def together(works: Sequence[Callable[[], object]]) -> None:
         raise failed[0]
 
 
-def content(path: Path) -> dict[str, object]:
-    """Every byte that a reader may see; of commits, and the root, all but the store's own id."""
-    found: dict[str, object] = {}
-    for file in sorted(path.rglob("*")):
-        name = str(file.relative_to(path))
-        if file.is_file() and name.split("/")[0] not in ("staging", "writer.lock"):
-            data = file.read_bytes()
-            if name.startswith("commits/"):
-                commit = json.loads(data)
-                found[name] = {k: v for k, v in commit.items()
-                               if k not in ("store_uuid", "parent", "sha256")}  # fmt: skip
-            else:
-                found[name] = data if name != "zarr.json" else len(data)
-    return found
-
-
 @pytest.fixture
 def alone(kit: Any, fast_path: Path) -> dict[str, object]:
     """The store of a single process."""
     Job(kit).run(fast_path / "alone", None)
-    return content(fast_path / "alone")
+    return dict(kit.content(fast_path / "alone"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -135,7 +116,7 @@ def test_workers_write_the_bytes_of_one_process(
 ) -> None:
     path = fast_path / "s"
     together([lambda i=i: job.run(path, Worker(i + 1, count), 0.001) for i in range(count)])  # type: ignore[misc]
-    assert content(path) == alone
+    assert job.kit.content(path) == alone
     assert verify_store(path).ok
     assert len(job.computed) == len(NAMES) * N / UNIT_ROWS  # each once
     assert not (path / LEASES).exists()
@@ -144,11 +125,11 @@ def test_workers_write_the_bytes_of_one_process(
 
 def test_what_is_committed_costs_a_worker_nothing(job: Job, fast_path: Path) -> None:
     job.run(fast_path / "s", None)
-    before = content(fast_path / "s")
+    before = job.kit.content(fast_path / "s")
     job.computed.clear()
     job.run(fast_path / "s", Worker(2, 3))
     assert job.computed == []
-    assert content(fast_path / "s") == before
+    assert job.kit.content(fast_path / "s") == before
 
 
 # ---- death, sleep ----------------------------------------------------------------------------
@@ -189,7 +170,7 @@ def test_a_worker_killed_in_a_unit_is_replaced(
         os.waitpid(child, 0)
         began = time.monotonic()
         job.run(path, Worker(2, 3, lease))
-    assert content(path) == alone
+    assert job.kit.content(path) == alone
     assert (time.monotonic() - began >= lease) == elsewhere
     for end in (ready, tell):
         os.close(end)
@@ -341,7 +322,7 @@ def test_another_number_of_workers_redoes_only_unfinished_units(
     together([lambda i=i: second.run(path, Worker(i, 3), 0.001) for i in (1, 2, 3)])  # type: ignore[misc]
     assert not set(first.computed) & set(second.computed)
     assert len(first.computed) + len(second.computed) == len(NAMES) * N / UNIT_ROWS
-    assert content(path) == alone
+    assert kit.content(path) == alone
 
 
 class Blocked(Exception):
@@ -395,12 +376,11 @@ def test_a_slow_worker_delays_the_end_by_at_most_one_of_its_units(
     assert job.computed == []
 
 
-def test_random_kills_of_workers_lose_double_and_tear_nothing() -> None:
+def test_random_kills_of_workers_lose_double_and_tear_nothing(cli: Any) -> None:
     """One to four workers, killed and started again at random, beside verifying readers."""
-    command = [sys.executable, str(STRESS), "--kills", "12"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "0 rows lost" in done.stdout
+    done = cli(STRESS, "--kills", 12, program="python")
+    assert done.code == 0, done.err[-3000:]
+    assert "0 rows lost" in done.out
 
 
 # ---- who may be there --------------------------------------------------------------------------
@@ -438,7 +418,7 @@ def test_a_group_sets_aside_what_a_killed_writer_left_half_written(
         files.make_directory(f"generations/{NAMES[0]}/norm/c")
         files.write(f"generations/{NAMES[0]}/norm/c/2", [b"torn"])
     together([lambda i=i: job.run(path, Worker(i, 2)) for i in (1, 2)])  # type: ignore[misc]
-    assert content(path) == alone
+    assert job.kit.content(path) == alone
     assert verify_store(path).ok
 
 

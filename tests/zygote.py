@@ -1,8 +1,11 @@
-"""A process that has everything imported and forks a fresh `dataflex-cli` per request.
+"""A process that has everything imported and forks a fresh program per request.
 
 Real processes with real exit codes, without ten seconds of imports each. It reads one JSON request
 a line on stdin: {"argv": [...], "cwd": ..., "out": ..., "err": ..., "faults": {...}, "env": {...}}
-and answers with the exit code (-9 for a kill). `faults` plants a SIGKILL inside the run:
+and answers with the exit code (-9 for a kill). argv[0] is a console script, or `python`, which is
+followed by a script, `-c CODE` or `-m MODULE`. What trains and asks a model is imported when the
+first console script is asked for, or the first `python` with "heavy": true; before that, what
+stores and their service need. `faults` plants a SIGKILL inside the run:
 
     {"kill_step": g}          when the batch of step g is asked for
     {"copy_step": [g, path]}      no kill: copy output_dir, as a kill in its place would leave it
@@ -14,7 +17,10 @@ and answers with the exit code (-9 for a kill). `faults` plants a SIGKILL inside
 
 Without "draws": true, the run draws no picture at its end: a fifth of its time.
 With "given": text that is its standard input. With "background": true the answer is the child's
-process id, at once; whoever asked ends it.
+process id, at once; whoever asked ends it, and may ask {"wait": id} for its exit code.
+
+With "imports": [...] these modules are imported first, before this fork and all later ones. With
+"group": true the child has a process group of its own.
 
 With "ranks": n it forks n workers, as torchrun would start them; each traces into `<path>.<rank>`.
 """
@@ -28,15 +34,32 @@ import io
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import socket
 import sys
 import traceback
+import types
+from collections.abc import Sequence
 from typing import Any, TextIO
 
+#: What stores and their service import.
+LIGHT = (
+    "torch",
+    "httpx",
+    "pandas",
+    "pyarrow.parquet",
+    "pytest",
+    "gradstore.cli.serving",
+    "gradstore.scoring.influence",
+    "gradstore.serve.running",
+    "gradstore.store.verify",
+    "gradstore.store.writer",
+)
+
 #: What a run imports on its way: most of the time of a small one. Imported once, before the forks.
-IMPORTED = (
+HEAVY = (
     "llamafactory.train.tuner",
     "transformers.models.llama.modeling_llama",
     "zarr",
@@ -136,28 +159,32 @@ def run(request: dict[str, Any], rank: int | None = None) -> None:
     """In the forked child: become `dataflex-cli` (or another console script), or one worker."""
     for number, name in ((1, "out"), (2, "err")):
         path = request[name] + (f".{rank}" if rank else "")
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    if "given" in request:
-        reading, writing = os.pipe()
-        os.write(writing, request["given"].encode())
-        os.close(writing)
-        os.dup2(reading, 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND  # both may be one file
+        os.dup2(os.open(path, flags), number)
+    reading, writing = os.pipe()  # not the pipe from which the parent reads its requests
+    os.write(writing, request.get("given", "").encode())
+    os.close(writing)
+    os.dup2(reading, 0)
     os.chdir(request["cwd"])
     for name, value in request.get("env", {}).items():
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+    if rank is not None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     code = 1
     try:
         if request.get("faults"):
             plant(request["faults"])
+        if request["argv"][0] == "python":
+            python(request["argv"][1:])
+            sys.exit(0)
         if not request["draws"]:
             importlib.import_module("dataflex.report.picture").draw = lambda folder: None  # type: ignore[attr-defined]
         if rank is not None:
             from dataflex.launch.worker import worker
             from dataflex.run.messages import set_up_logging
 
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             set_up_logging()
             sys.exit(worker(request["argv"][2:]))
         if request["argv"][0] == "llamafactory-cli":
@@ -177,6 +204,23 @@ def run(request: dict[str, Any], rank: int | None = None) -> None:
         os._exit(code)
 
 
+def python(argv: list[str]) -> None:
+    """Run a script, `-c CODE` or `-m MODULE`, as the interpreter would."""
+    what, *rest = argv
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.path[0] = "" if what in ("-c", "-m") else os.path.dirname(what)
+    if what == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), vars(main))
+    elif what == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = argv
+        runpy.run_path(what, run_name="__main__")
+
+
 def draw_once() -> None:
     """Draw a picture as runs do at their end: fonts are found and loaded before the forks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -191,10 +235,19 @@ def draw_once() -> None:
     figure.savefig(io.BytesIO(), format="png")
 
 
+def import_all(modules: Sequence[str]) -> None:
+    """Import them, and let what is here be no garbage: no child looks through it, or copies it."""
+    new = [module for module in modules if module not in sys.modules]
+    for module in new:
+        importlib.import_module(module)
+    if new:
+        gc.collect()
+        gc.freeze()
+
+
 def warm_up() -> None:
     """Do here what every run does once in its life, before the forks."""
-    for module in IMPORTED:
-        importlib.import_module(module)
+    import_all(HEAVY)
     # Asked which tokenizers or models there are, transformers imports the settings of every one.
     mapping = importlib.import_module("transformers.models.auto.tokenization_auto")
     list(mapping.TOKENIZER_MAPPING.keys())
@@ -214,15 +267,23 @@ def warm_up() -> None:
     compiled.sjlt()
     compiled.rademacher()
     draw_once()
-    # What is here will not be garbage: no run looks through it, or copies its pages to do so.
     gc.collect()
     gc.freeze()
 
 
 def serve(answers: TextIO) -> None:
     """Fork one child per request, answer with its exit code."""
+    warm = False
     for line in sys.stdin:
         request = json.loads(line)
+        if "wait" in request:
+            code = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+            print(code, file=answers, flush=True)
+            continue
+        if not warm and (request["argv"][0] != "python" or request["heavy"]):
+            warm_up()
+            warm = True
+        import_all(request.get("imports", ()))
         world = request.get("ranks", 1)
         request.setdefault("env", {}).update(_as_torchrun_sets(world) if world > 1 else {})
         children = []
@@ -230,6 +291,8 @@ def serve(answers: TextIO) -> None:
             child = os.fork()
             if child == 0:
                 run(request, rank if world > 1 else None)
+            if request.get("group"):
+                os.setpgid(child, child)  # before anyone can send a signal to its group
             children.append(child)
         if request.get("background"):
             print(children[0], file=answers, flush=True)
@@ -250,5 +313,5 @@ if __name__ == "__main__":
     # Libraries print while they are imported: stdout carries answers alone.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    warm_up()
+    import_all(LIGHT)
     serve(answers)
