@@ -739,16 +739,17 @@ def online() -> str:
 
 def peers(path: Path = RESULTS / "against_peers.csv") -> str:
     """Compare features and scores with those of other packages."""
-    lines = newest(read(path), "model", "method").values()
+    lines = newest(read(path), "model", "d", "method").values()
     names = {"smollm2": "SmolLM2-135M", "tiny": "embedded"}
     body = [
-        (names[line["model"]], line["method"], line["rows"], f"{float(line['rows_s']):,.2f}",
+        (names[line["model"]], line["method"], f"{int(line['d']):,}", line["rows"],
+         f"{float(line['rows_s']):,.2f}",
          f"{float(line['tokens_s']):,.0f}", f"{float(line['ours_over']):,.1f}",
          f"{int(line['peak_mib']):,}", f"{int(line['row_bytes']):,}", line["spearman"],
          line["top"], line["measurements"])
         for line in lines
     ]  # fmt: skip
-    head = ("model", "method", "rows timed", "rows/s", "tokens/s", "ours, sjlt, is faster",
+    head = ("model", "method", "d", "rows timed", "rows/s", "tokens/s", "ours, sjlt, is faster",
             "peak MiB", "bytes a row", "rank correlation with exact LESS", "same best 5%",
             "measurements")  # fmt: skip
     return f"{table(head, body)}\n\n{where(lines)}."
