@@ -1,6 +1,7 @@
 """One of two processes that train a small model under DeepSpeed and keep the moments they read.
 
-python -m torch.distributed.run --nproc-per-node 2 zero_worker.py STAGE FOLDER
+Run by `python -m torch.distributed.run --nproc-per-node 2 zero_worker.py FOLDER`, for every stage
+in turn: DeepSpeed takes its time to import.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-STEPS, ROWS, RATE = 3, 4, 1e-2
+STAGES, STEPS, ROWS, RATE = (1, 2), 3, 4, 1e-2
 
 
 def small_model() -> nn.Module:
@@ -42,15 +43,21 @@ def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main() -> None:
-    """Train; save moments after some steps and, in an engine that loads the checkpoint, again."""
-    import deepspeed
+    """Train at each stage."""
     import deepspeed.comm.torch
-
-    from gradstore.export.moments import AdamMoments
 
     # It would be compiled, and makes sums on one machine faster.
     deepspeed.comm.torch.build_shm_op = lambda: None
-    stage, folder, rank = int(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
+    for stage in STAGES:
+        train(stage, Path(sys.argv[1]) / str(stage), int(os.environ["RANK"]))
+
+
+def train(stage: int, folder: Path, rank: int) -> None:
+    """Save moments before and after some steps, and those of an engine that loads a checkpoint."""
+    import deepspeed
+
+    from gradstore.export.moments import AdamMoments
+
     config = {"train_micro_batch_size_per_gpu": ROWS, "zero_allow_untested_optimizer": True,
               "zero_optimization": {"stage": stage}}  # fmt: skip
 
