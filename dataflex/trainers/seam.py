@@ -55,6 +55,7 @@ class Seam(SealedCheckpoints):
     train_dataset: Any
     data_collator: Any
     callback_handler: Any
+    is_deepspeed_enabled: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the Trainer's own
         super().__init__(*args, **kwargs)
@@ -122,8 +123,10 @@ class Seam(SealedCheckpoints):
             super().save_model(output_dir, _internal_call)
         is_checkpoint = output_dir is not None and Path(output_dir) != Path(self.args.output_dir)
         if is_checkpoint and _internal_call:
-            moments = self.present_moments()  # on every rank: DeepSpeed has a part on each
-            if self.args.should_save:
+            # Of DeepSpeed's moments every rank has a part, so that all put them together.
+            saves, gathers = self.args.should_save, self.is_deepspeed_enabled
+            moments = self.present_moments() if saves or gathers else None
+            if saves:
                 self.save_state_beside(Path(str(output_dir)), moments)
 
     def present_moments(self) -> AdamMoments | None:

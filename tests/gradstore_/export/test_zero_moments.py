@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -28,17 +30,12 @@ with_deepspeed = pytest.mark.skipif(
 
 
 @pytest.fixture
-def worker() -> ModuleType:
+def worker() -> Any:
     """The worker's own model, rows and optimizer."""
-    spec = importlib.util.spec_from_file_location("zero_worker", WORKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(WORKER)))
 
 
-def trained_alone(worker: ModuleType) -> AdamMoments:
+def trained_alone(worker: Any) -> AdamMoments:
     """The moments of one process that takes the rows of both."""
     model = worker.small_model()
     optimizer = worker.optimizer(model)
@@ -52,7 +49,7 @@ def trained_alone(worker: ModuleType) -> AdamMoments:
 
 @with_deepspeed
 def test_each_of_two_processes_reads_the_moments_that_one_would_have(
-    worker: ModuleType, tmp_path: Path
+    worker: Any, tmp_path: Path
 ) -> None:
     for stage in worker.STAGES:
         (tmp_path / str(stage)).mkdir()
