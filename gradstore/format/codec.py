@@ -16,6 +16,8 @@ from gradstore.format.quantise import pack, unpack, unrotate
 #: Entries beyond this could round up to infinity on the way back; they count as not finite.
 LARGEST = 2.0**127
 INT8_MAX = 127
+#: Rows that are scaled at a time, so that the quotients stay in the cache until they are rounded.
+_ROWS = 16
 
 
 def settle_status(features: np.ndarray, norm: np.ndarray, status: np.ndarray) -> np.ndarray:
@@ -32,8 +34,9 @@ def settle_status(features: np.ndarray, norm: np.ndarray, status: np.ndarray) ->
     """
     settled = status.astype(np.uint8, copy=True)
     ok = settled == RowStatus.OK
-    finite = (np.abs(features) <= LARGEST).all(axis=1) & np.isfinite(norm)
-    zero = ~features.any(axis=1) | (norm == 0)
+    largest = _largest(features)
+    finite = (largest <= LARGEST) & np.isfinite(norm)
+    zero = (largest == 0) | (norm == 0)
     settled[ok & zero] = RowStatus.ZERO_NORM
     settled[ok & ~finite] = RowStatus.NON_FINITE
     return settled
@@ -51,7 +54,7 @@ def encode(features: np.ndarray, usable: np.ndarray, dtype: str) -> tuple[np.nda
         Stored values (k, d), of 1bit (k, ceil(d / 8)), in the dtype's stored type, and scale (k,)
         float32.
     """
-    largest = np.where(usable, np.abs(features).max(axis=1), np.float32(0))
+    largest = np.where(usable, _largest(features), np.float32(0))
     if dtype == "1bit":
         return _signs(np.where(usable[:, None], features, np.float32(0)), largest, usable)
     scale = _byte_scale(largest) if dtype == "int8" else _binary_scale(largest)
@@ -61,17 +64,25 @@ def encode(features: np.ndarray, usable: np.ndarray, dtype: str) -> tuple[np.nda
     return stored, scale
 
 
+def _largest(features: np.ndarray) -> np.ndarray:
+    """Return the largest magnitude in each of (k, d) float32 rows, NaN where there is a NaN."""
+    return np.asarray(np.maximum(features.max(axis=1), -features.min(axis=1)))
+
+
 def _rounded(features: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:
     """Divide (k, d) float32 by (k,) scales and round ties to even, in a fifth of NumPy's time."""
     import torch
 
-    rows = np.require(features, requirements=["C", "W"])  # torch knows no read-only tensor
-    scaled = torch.from_numpy(rows) / torch.from_numpy(scale)[:, None]
+    # torch knows neither read-only memory nor negative strides
+    rows = torch.from_numpy(np.require(features, requirements=["C", "W"]))
+    divisors = torch.from_numpy(scale)[:, None]
+    stored = torch.empty(rows.shape, dtype=getattr(torch, dtype))
+    for low in range(0, len(rows), _ROWS):
+        scaled = rows[low : low + _ROWS] / divisors[low : low + _ROWS]
+        stored[low : low + _ROWS] = scaled.round_() if dtype == "int8" else scaled
     if dtype == "bfloat16":
-        return scaled.bfloat16().view(torch.int16).numpy().view(np.uint16)
-    if dtype == "int8":
-        return scaled.round_().to(torch.int8).numpy()
-    return scaled.to(getattr(torch, dtype)).numpy()
+        return stored.view(torch.int16).numpy().view(np.uint16)
+    return stored.numpy()
 
 
 def _binary_scale(largest: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -28,6 +28,8 @@ Hook = Callable[[str, Path], None]
 Block: TypeAlias = bytes | memoryview
 
 STAGING = "staging"
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def parent_of(relative: str) -> str:
@@ -126,10 +128,17 @@ class StoreFiles(ReadFiles):
 
     def stage(self, buffers: Sequence[Block]) -> str:
         """Write the buffers' bytes to a private file, fsynced; return its path in staging."""
+        return self.stage_all([buffers])[0]
+
+    def stage_all(self, contents: Sequence[Sequence[Block]]) -> list[str]:
+        """Write several private files, fsynced; return their paths in staging.
+
+        All are written before the first is synced: then the file system commits its journal once.
+        """
         folder = self.make_own()
-        self._count += 1
-        staged = f"{folder}/{self._count}"
-        self.write(staged, buffers)
+        first, self._count = self._count + 1, self._count + len(contents)
+        staged = [f"{folder}/{number}" for number in range(first, self._count + 1)]
+        self._write_new(dict(zip(staged, contents, strict=True)))
         return staged
 
     def share(self, staged: Iterable[str]) -> None:
@@ -139,26 +148,32 @@ class StoreFiles(ReadFiles):
 
     def write(self, relative: str, buffers: Sequence[Block]) -> None:
         """Write and fsync one new file under its own name; a failed write leaves nothing behind."""
-        path = self.on_disk(relative)
-        needed = sum(memoryview(buffer).nbytes for buffer in buffers)
-        try:
-            with self._translated("write", path, needed_bytes=needed):
-                self._write_new(path, buffers)
-        except StoreIOError:
-            self._remove_quietly(path)
-            raise
+        self._write_new({relative: buffers})
 
-    def _write_new(self, path: Path, buffers: Sequence[Block]) -> None:
-        self._step("create", path)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(path, flags, 0o644), "wb", buffering=0, closefd=True) as file:
-            for buffer in buffers:
-                view = memoryview(buffer).cast("B")
-                self._step("write", path)
-                while view:
-                    view = view[file.write(view) :]
-            self._step("fsync", path)
-            os.fsync(file.fileno())
+    def _write_new(self, contents: Mapping[str, Sequence[Block]]) -> None:
+        """Write new files, then sync each; where one fails none of them is left."""
+        created: dict[Path, int] = {}
+        try:
+            for relative, buffers in contents.items():
+                path = self.on_disk(relative)
+                needed = sum(memoryview(buffer).nbytes for buffer in buffers)
+                with self._translated("write", path, needed_bytes=needed):
+                    self._step("create", path)
+                    created[path] = os.open(path, _NEW, 0o644)
+                    for buffer in buffers:
+                        self._step("write", path)
+                        _write_whole(created[path], buffer)
+            for path, fd in created.items():
+                with self._translated("write", path):
+                    self._step("fsync", path)
+                    os.fsync(fd)
+        except StoreIOError:
+            for path in created:
+                self._remove_quietly(path)
+            raise
+        finally:
+            for fd in created.values():
+                os.close(fd)
 
     def link(self, staged: str, relative: str) -> bool:
         """Link a staged file to its final name; False, and no change, when the name is taken."""
@@ -297,6 +312,13 @@ class StoreFiles(ReadFiles):
             path.unlink(missing_ok=True)
         except OSError:  # report what went wrong before, not this
             return
+
+
+def _write_whole(fd: int, block: Block) -> None:
+    """Write all bytes of a block, however many the system takes at a time."""
+    view = memoryview(block).cast("B")
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def _flocked(path: Path) -> int | None:

@@ -116,11 +116,11 @@ class ObjectFiles(ObjectReads, StoreFiles):
             self._has_own = False
             self.bucket.delete([f"{STAGING}/{self.own}/{OWNER}"])
 
-    def stage(self, buffers: Sequence[Block]) -> str:
-        """Keep the buffers' bytes in memory; return the path that stands for them."""
-        self._count += 1
-        staged = f"{STAGING}/{self.own}/{self._count}"
-        self._staged[staged] = b"".join(buffers)
+    def stage_all(self, contents: Sequence[Sequence[Block]]) -> list[str]:
+        """Keep the bytes of several files in memory; return the paths that stand for them."""
+        first, self._count = self._count + 1, self._count + len(contents)
+        staged = [f"{STAGING}/{self.own}/{number}" for number in range(first, self._count + 1)]
+        self._staged |= zip(staged, map(b"".join, contents), strict=True)
         return staged
 
     def share(self, staged: Iterable[str]) -> None:

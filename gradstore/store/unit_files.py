@@ -60,22 +60,19 @@ def stage_unit(
         values: array name -> (rows, ...) values, in the stored dtype.
     """
     seals: dict[str, FileSeal] = {}
-    staged: dict[str, str] = {}
-    try:
-        for spec in plan.arrays:
-            chunk = chunk_values(values[spec.name], spec, plan.unit_rows)
-            data = chunk.data.cast("B")
-            checksum = crc32c(data)
-            trailer = checksum.to_bytes(CRC_BYTES, "little")
-            sha = hashlib.sha256(data)
-            sha.update(trailer)
-            path = spec.chunk_path(unit.index)
-            seals[path] = FileSeal(data.nbytes + CRC_BYTES, checksum, sha.hexdigest())
-            staged[path] = files.stage([data, trailer])
-    except StoreIOError:
-        files.discard(staged.values())
-        raise
+    contents: list[tuple[memoryview, bytes]] = []
+    for spec in plan.arrays:
+        data = chunk_values(values[spec.name], spec, plan.unit_rows).data.cast("B")
+        checksum = crc32c(data)
+        trailer = checksum.to_bytes(CRC_BYTES, "little")
+        sha = hashlib.sha256(data)
+        sha.update(trailer)
+        contents.append((data, trailer))
+        seals[spec.chunk_path(unit.index)] = FileSeal(
+            data.nbytes + CRC_BYTES, checksum, sha.hexdigest()
+        )
     counts = _counted(values["status"].tolist())
+    staged = dict(zip(seals, files.stage_all(contents), strict=True))
     return StagedUnit(UnitRecord(plan.name, unit, plan_sha256, seals, counts), staged)
 
 
