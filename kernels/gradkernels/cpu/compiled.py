@@ -15,19 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from gradkernels import randomness
-from gradkernels.cpu import loops, normals, vectors
+from gradkernels.cpu import lookups, loops, normals, vectors
 from numba import njit, types
+from numba.core.registry import cpu_target
 
 _F32_2D = types.Array(types.float32, 2, "C")
 _U32_1D = types.Array(types.uint32, 1, "C")
 _I64_1D = types.Array(types.int64, 1, "C")
+_I64_2D = types.Array(types.int64, 2, "C")
 _U8_2D = types.Array(types.uint8, 2, "C", readonly=True)
 _BLOCK = (_F32_2D, types.int64, types.uint32, types.uint32)
 
 _sjlt_loop = njit(nogil=True)(loops.sjlt_loop)
 _rademacher_loop = njit(nogil=True)(loops.rademacher_loop)
 _normals_loop = njit(nogil=True)(normals.normals_loop)
-_signs_loop = njit(nogil=True)(loops.signs_loop)
+_gather_loop = njit(nogil=True)(lookups.gather_loop)
+_shuffle_loop = njit(nogil=True)(lookups.shuffle_loop)
 _hadamard_loop = njit(nogil=True)(loops.hadamard_loop)
 
 
@@ -54,11 +57,23 @@ def gaussian() -> Callable[..., None]:
     return _compile(_normals_entry, types.void(*keys, _U32_1D, _U32_1D, _F32_2D))
 
 
+def has_avx2() -> bool:
+    """Return whether code is compiled for a processor with AVX2."""
+    return "+avx2" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+
+
 @cache
-def signs() -> Callable[..., None]:
-    """Return `signs_loop`, compiled; it runs without the GIL."""
-    signature = types.void(_U8_2D, _F32_2D, _F32_2D, _F32_2D)
-    return _compile(_signs_entry, signature)
+def gathered() -> Callable[..., None]:
+    """Return `gather_loop`, compiled; it runs without the GIL."""
+    entries = types.Array(types.uint32, 4, "C")
+    return _compile(_gather_entry, types.void(_U8_2D, entries, _I64_2D))
+
+
+@cache
+def shuffled() -> Callable[..., None]:
+    """Return `shuffle_loop`, compiled, where `has_avx2`; it runs without the GIL."""
+    planes = types.Array(types.uint8, 5, "C")
+    return _compile(_shuffle_entry, types.void(_U8_2D, planes, _I64_2D))
 
 
 @cache
@@ -91,12 +106,20 @@ def _normals_entry(fingerprint: int) -> Callable[..., None]:
     return normals_entry
 
 
-def _signs_entry(fingerprint: int) -> Callable[..., None]:
-    def signs_entry(bits, queries, tails, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _gather_entry(fingerprint: int) -> Callable[..., None]:
+    def gather_entry(bits, tables, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
         if fingerprint >= 0:
-            _signs_loop(bits, queries, tails, out)
+            _gather_loop(bits, tables, out)
 
-    return signs_entry
+    return gather_entry
+
+
+def _shuffle_entry(fingerprint: int) -> Callable[..., None]:
+    def shuffle_entry(bits, tables, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        if fingerprint >= 0:
+            _shuffle_loop(bits, tables, out)
+
+    return shuffle_entry
 
 
 def _hadamard_entry(fingerprint: int) -> Callable[..., None]:
@@ -123,6 +146,6 @@ def _compile(make: Callable[[int], Callable[..., None]], signature: Any) -> Call
 def _fingerprint() -> int:
     """Return 56 bits of a hash over every source that the machine code comes from."""
     digest = hashlib.blake2b(digest_size=7)
-    for module in (randomness, loops, normals, vectors):
+    for module in (randomness, loops, lookups, normals, vectors):
         digest.update(Path(str(module.__file__)).read_bytes())
     return int.from_bytes(digest.digest(), "little")

@@ -22,7 +22,6 @@ from gradkernels.cpu.vectors import (
     add_signed,
     butterfly,
     fill_table,
-    sum_signed,
     transpose8,
     two_butterflies,
 )
@@ -48,7 +47,6 @@ SJLT_TILE = 256  # parameters: with the outputs of one repetition they stay in t
 SJLT_CHUNK = 2**14
 DENSE_TILE = 4 * LOOKUPS  # 64 parameters: their 16 tables fill 16 KiB
 DENSE_CHUNK = 128 * DENSE_TILE
-SIGN_ROWS = 32  # rows that stay in the first cache while query after query passes over them
 _S1, _S2, _S4 = np.uint32(1), np.uint32(2), np.uint32(4)
 _EVEN1, _EVEN2, _EVEN4 = np.uint32(0x55555555), np.uint32(0x33333333), np.uint32(0x0F0F0F0F)
 
@@ -253,30 +251,6 @@ def rademacher_loop(
                             where = ((k * 8 + octet) * width + o) * LANES + lane
                             out[k, first_word + o // 4, 8 * (o % 4) + octet, lane] += acc[where]
                             acc[where] = np.float32(0)
-
-
-def signs_loop(bits: U8, queries: F32, tails: F32, out: F32) -> None:
-    """Multiply rows of packed signs with queries.
-
-    Args:
-        bits: (m, w) whose bit k of byte j is set where coordinate 8 j + k is positive.
-        queries: (q, 64 (w // 8)) NEGATED numbers in the order of `vectors.sum_signed`.
-        tails: (q, 8 (w % 8)) negated numbers of the last bytes, byte by byte.
-        out: (m, q) products.
-    """
-    width = bits.shape[1]
-    whole = width // 8
-    for first in range(0, len(out), SIGN_ROWS):
-        for c in range(queries.shape[0]):
-            for r in range(first, min(first + SIGN_ROWS, len(out))):
-                offset = r * width
-                total = sum_signed(bits, offset, queries, c * queries.shape[1], whole)
-                for j in range(width % 8):
-                    octet = bits[r, 8 * whole + j]
-                    for k in range(8):
-                        term = tails[c, 8 * j + k]
-                        total += -term if (octet >> k) & 1 else term
-                out[r, c] = total
 
 
 def hadamard_loop(x: F32) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16  # rows of a batch side by side: one AVX-512 register, two AVX2 ones
@@ -29,7 +28,7 @@ _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
 
 
-def _pointer(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:  # noqa: ANN401
+def address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:  # noqa: ANN401
     """Return the address of element `offset` of an array's data."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [offset])
@@ -57,8 +56,8 @@ def add_signed(
     signature = types.void(acc, types.int64, x, types.int64, types.uint32)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ANN401
-        target = _pointer(context, builder, sig.args[0], args[0], args[1])
-        source = _pointer(context, builder, sig.args[2], args[2], args[3])
+        target = address(context, builder, sig.args[0], args[0], args[1])
+        source = address(context, builder, sig.args[2], args[2], args[3])
         bits_type = ir.VectorType(_I32, SJLT_LANES)
         mask = ir.Constant(bits_type, ir.Undefined)
         for lane in range(SJLT_LANES):
@@ -92,17 +91,17 @@ def add_lookups(
         terms = []
         for pair in range(LOOKUPS // 2):
             offset = builder.add(args[4], ir.Constant(_I64, pair * INDEX_BYTES))
-            pattern = builder.load(_pointer(context, builder, sig.args[3], args[3], offset))
+            pattern = builder.load(address(context, builder, sig.args[3], args[3], offset))
             low = builder.and_(pattern, ir.Constant(_I8, 15))
             high = builder.lshr(pattern, ir.Constant(_I8, 4))
             for half, nibble in enumerate((low, high)):
                 row = builder.mul(builder.zext(nibble, _I64), ir.Constant(_I64, LANES))
                 where = builder.add(row, ir.Constant(_I64, (2 * pair + half) * TABLE))
-                pointer = _pointer(context, builder, sig.args[2], args[2], where)
+                pointer = address(context, builder, sig.args[2], args[2], where)
                 terms.append(_load(builder, pointer, LANES))
         while len(terms) > 1:  # a tree: short chains, small rounding error
             terms = [builder.fadd(a, b) for a, b in zip(terms[::2], terms[1::2], strict=True)]
-        target = _pointer(context, builder, sig.args[0], args[0], args[1])
+        target = address(context, builder, sig.args[0], args[0], args[1])
         _store(builder, builder.fadd(_load(builder, target, LANES), terms[0]), target)
         return context.get_dummy_value()
 
@@ -127,7 +126,7 @@ def fill_table(
         x0, x1, x2, x3 = (
             _load(
                 builder,
-                _pointer(
+                address(
                     context,
                     builder,
                     sig.args[2],
@@ -145,7 +144,7 @@ def fill_table(
         for pattern in range(16):
             where = builder.add(args[1], ir.Constant(_I64, pattern * LANES))
             total = builder.fadd(low[pattern % 4], high[pattern // 4])
-            _store(builder, total, _pointer(context, builder, sig.args[0], args[0], where))
+            _store(builder, total, address(context, builder, sig.args[0], args[0], where))
         return context.get_dummy_value()
 
     return signature, codegen
@@ -171,9 +170,9 @@ def transpose8(
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ANN401
         rows = []
         for r in range(8):
-            where = _pointer(context, builder, sig.args[3], args[3], ir.Constant(_I64, r))
+            where = address(context, builder, sig.args[3], args[3], ir.Constant(_I64, r))
             offset = builder.add(builder.load(where), args[4])
-            rows.append(_load(builder, _pointer(context, builder, sig.args[2], args[2], offset), 8))
+            rows.append(_load(builder, address(context, builder, sig.args[2], args[2], offset), 8))
         # Three rounds exchange the off-diagonal halves of 2x2, then 4x4, then 8x8 blocks.
         for distance in (1, 2, 4):
             keep_low = [c if not c & distance else 8 + c - distance for c in range(8)]
@@ -185,55 +184,9 @@ def transpose8(
                     rows[r + distance] = _shuffle(builder, pair, keep_high)
         offset = args[1]
         for r in range(8):
-            _store(builder, rows[r], _pointer(context, builder, sig.args[0], args[0], offset))
+            _store(builder, rows[r], address(context, builder, sig.args[0], args[0], offset))
             offset = builder.add(offset, args[5])
         return context.get_dummy_value()
-
-    return signature, codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def sum_signed(
-    typingctx: Any,  # noqa: ANN401
-    bits: Any,  # noqa: ANN401
-    bits_offset: Any,  # noqa: ANN401
-    z: Any,  # noqa: ANN401
-    z_offset: Any,  # noqa: ANN401
-    groups: Any,  # noqa: ANN401
-) -> tuple[Any, Callable[..., Any]]:
-    """Return the float32 sum of 64 `groups` numbers of z, negated where their bit is set.
-
-    Number 64 g + 8 k + l of z belongs to bit k of byte 8 g + l. Eight sums of eight lanes, added in
-    a tree at the end: short chains, small rounding error, the same for every row.
-    """
-    signature = types.float32(bits, types.int64, z, types.int64, types.int64)
-    eight = ir.VectorType(_I32, 8)
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ANN401
-        row = _pointer(context, builder, sig.args[0], args[0], args[1])
-        numbers = _pointer(context, builder, sig.args[2], args[2], args[3])
-        zero = ir.Constant(ir.VectorType(_FLOAT, 8), [0.0] * 8)
-        top = ir.Constant(eight, [1 << 31] * 8)
-        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(8)]
-        with cgutils.for_range(builder, args[4]) as loop:
-            here = builder.gep(row, [builder.mul(loop.index, ir.Constant(_I64, 8))])
-            pointer = builder.bitcast(here, ir.VectorType(_I8, 8).as_pointer())
-            octets = builder.zext(builder.load(pointer, align=1), eight)
-            first = builder.mul(loop.index, ir.Constant(_I64, 64))
-            for k, total in enumerate(sums):
-                # The bit, moved to where a float has its sign.
-                sign = builder.and_(builder.shl(octets, ir.Constant(eight, [31 - k] * 8)), top)
-                where = builder.gep(numbers, [builder.add(first, ir.Constant(_I64, 8 * k))])
-                value = builder.bitcast(_load(builder, where, 8), eight)
-                signed = builder.bitcast(builder.xor(value, sign), zero.type)
-                builder.store(builder.fadd(builder.load(total), signed), total)
-        terms = [builder.load(total) for total in sums]
-        while len(terms) > 1:
-            terms = [builder.fadd(a, b) for a, b in zip(terms[::2], terms[1::2], strict=True)]
-        parts = [builder.extract_element(terms[0], ir.Constant(_I32, lane)) for lane in range(8)]
-        while len(parts) > 1:
-            parts = [builder.fadd(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
 
     return signature, codegen
 
@@ -249,7 +202,7 @@ def butterfly(
     signature = types.void(x, types.int64, types.int64)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ANN401
-        first = _pointer(context, builder, sig.args[0], args[0], args[1])
+        first = address(context, builder, sig.args[0], args[0], args[1])
         second = builder.gep(first, [args[2]])
         a, b = _load(builder, first, LANES), _load(builder, second, LANES)
         _store(builder, builder.fadd(a, b), first)
@@ -270,7 +223,7 @@ def two_butterflies(
     signature = types.void(x, types.int64, types.int64)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ANN401
-        place = _pointer(context, builder, sig.args[0], args[0], args[1])
+        place = address(context, builder, sig.args[0], args[0], args[1])
         places = [place]
         for _ in range(3):
             place = builder.gep(place, [args[2]])
