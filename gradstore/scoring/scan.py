@@ -171,13 +171,13 @@ class Scan:
             corrected = self._queries * (np.sqrt(source.dim) / mean_length(source.dim))
             padded[:, : source.dim] = rotate(corrected)
             if count <= MOST_QUERIES:
-                self._of_packed = packed_products(padded[:, : source.dim], device)
+                units = padded[:, : source.dim] / np.float32(np.sqrt(source.dim))
+                self._of_packed = packed_products(units, device)
         self._right = torch.from_numpy(padded).to(device).T  # (width, q)
         self._block = torch.zeros(BLOCK_ROWS, width, device=device)
         self._products = torch.zeros(self._chunk_rows, count, device=device)
-        self._run: tuple[int, Tensor] = 0, self._products[:0]
-        # Products of packed rows leave them as they are here, the length of signs.
-        self._norms = torch.full((self._chunk_rows,), float(np.sqrt(source.dim)), device=device)
+        self._run = 0, np.empty((0, count), dtype=np.float32)
+        self._norms = torch.ones(self._chunk_rows, device=device)
         self._raw = self._packed or stored_as in _PLAIN_DTYPES
         # Called once: a source may build the list at every access.
         self._units: Sequence[tuple[int, int]] = cast(Any, source).units if self._raw else ()
@@ -193,10 +193,10 @@ class Scan:
             (m, q) float32 products of unit rows and queries, zero for rows with no direction;
             (m,) uint8 `RowStatus` codes. Rows the source itself calls unusable may hold anything.
         """
-        whole = None if self._raw else self._source.read(start, stop)
         if self._of_packed is not None:
-            self._multiply_packed(start, stop)
-        for low in range(start, stop, BLOCK_ROWS) if self._of_packed is None else ():
+            return self._packed_chunk(start, stop), np.zeros(stop - start, dtype=np.uint8)
+        whole = None if self._raw else self._source.read(start, stop)
+        for low in range(start, stop, BLOCK_ROWS):
             high = min(low + BLOCK_ROWS, stop)
             if whole is None:
                 for first, piece in self._raw_pieces(low, high):
@@ -221,13 +221,13 @@ class Scan:
             cosines[unsafe] = directions @ self._queries.T
         return cosines, codes
 
-    def _multiply_packed(self, start: int, stop: int) -> None:
+    def _packed_chunk(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Take products of a chunk's packed rows from those of a run of chunks made at once."""
         first, products = self._run
         if not first <= start <= stop <= first + len(products):
-            first, products = start, self._packed_run(start)
+            first, products = start, self._packed_run(start).cpu().numpy()
             self._run = first, products
-        self._products[: stop - start] = products[start - first : stop - first]
+        return products[start - first : stop - first]
 
     def _packed_run(self, start: int) -> Tensor:
         """Multiply the packed rows of some chunks; on a CPU in as many threads as torch has."""
