@@ -343,6 +343,8 @@ MUTANTS = [
            "beside = among[:, best]", "tests/gradstore_/scoring/test_joint_choice.py"),
     Mutant("gradstore/scoring/joint_choice.py", "np.diagonal(among) / 2", "np.diagonal(among)",
            "tests/gradstore_/scoring/test_joint_choice.py"),
+    Mutant("gradstore/capture/per_sample.py", "current.missed(slot)} | elsewhere",
+           "current.missed(slot)}", DENSE),
     Mutant("gradstore/capture/dense.py", "low = (part.start - slot.start) // slot.width",
            "low = 0", DENSE),
     Mutant("gradstore/capture/dense.py", "for other in sums[1:]:", "for other in sums[2:]:", DENSE),

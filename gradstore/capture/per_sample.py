@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from gradstore.capture.hooks import HookedModule, HookedPass, Sink, Tap
 from gradstore.capture.losses import BatchStats, RowLoss, Targets, target_losses
 from gradstore.capture.modelstate import borrowed, without_autocast
 from gradstore.capture.slots import ParameterSlot, unwrap
+from gradstore.capture.uses import uses_elsewhere
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class GradientCapture:
         self._loss = RowLoss(self._model)
         self._rowwise = RowwiseGradients(self._model, self._loss)
         self._pass: HookedPass | DensePass | None = None
+        self._looked = False
         self._stack: ExitStack | None = None
         self._log_fallback(set(self.slots) - self._hooked)
 
@@ -197,9 +199,10 @@ class GradientCapture:
         """Run one forward and backward of the whole batch; return the rows' losses (b,)."""
         self._pass = current = self._new_pass(targets, sink, tap)
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self._look() as elsewhere:
                 total, token_loss = self._loss(batch, targets)
-            missed = {slot for slot in self._hooked if current.missed(slot)}
+            self._looked = True
+            missed = {slot for slot in self._hooked if current.missed(slot)} | elsewhere
             self._hooked -= missed
             self._log_fallback(missed)
             current.await_only(self._hooked)
@@ -218,6 +221,12 @@ class GradientCapture:
         if self.dense:
             return DensePass(targets, sink, self._elements)
         return HookedPass(targets, sink, tap)
+
+    def _look(self) -> AbstractContextManager[set[ParameterSlot]]:
+        """Watch the first forward for weights that are used outside of their layers' calls."""
+        if self._looked or not self.dense:
+            return nullcontext(set())
+        return uses_elsewhere(cast(list[WatchedModule], self._watched), self._parameters)
 
     def _capture_rest(
         self, slots: list[ParameterSlot], batch: Mapping[str, Tensor], targets: Targets, sink: Sink

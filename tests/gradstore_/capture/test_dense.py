@@ -121,6 +121,35 @@ def one_layer() -> Any:
     return model
 
 
+class Borrowing(nn.Module):
+    """An output layer that multiplies with another layer's weight by itself."""
+
+    def __init__(self, lender: nn.Module, times: float) -> None:
+        super().__init__()
+        self._lender, self._times = [lender], times
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Give logits from the lender's weight, transposed where that fits."""
+        weight = self._lender[0].weight
+        return self._times * (
+            hidden @ (weight.T if weight.shape[1] == hidden.shape[-1] else weight)
+        )
+
+
+def embedding_as_output() -> Any:
+    """Logits are products with the embedding, not a call of a layer."""
+    model = llama()
+    model.lm_head = Borrowing(model.model.embed_tokens, times=1.0)
+    return model
+
+
+def projection_as_output() -> Any:
+    """A linear layer's weight gives the logits, beside the layer's own calls."""
+    model = llama(intermediate_size=VOCABULARY)
+    model.lm_head = Borrowing(model.model.layers[0].mlp.up_proj, times=0.5)
+    return model
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
     "llama_tied": lambda: llama(tie_word_embeddings=True),
@@ -132,6 +161,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mixtral": mixtral,
     "called_twice": called_twice,
     "one_layer": one_layer,
+    "embedding_as_output": embedding_as_output,
+    "projection_as_output": projection_as_output,
 }
 LENGTHS = [11, 18, 7]
 
