@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradstore.capture.losses import Targets, logits_of, model_inputs
+from gradstore.capture.losses import RowLoss, Targets
 from gradstore.capture.modelstate import borrowed
 from gradstore.capture.slots import unwrap
 from gradstore.errors import BadInput
@@ -53,7 +53,7 @@ class OutputGradients:
                 f"the model's output layer is {type(head).__name__}, not linear: its rows have no "
                 "gradient that a forward pass gives. Choose less or cluster_less."
             )
-        self._head = head
+        self._head, self._rows = head, RowLoss(self._model)
         generator = torch.Generator().manual_seed(seed)
         width = head.weight.shape[1]
         self._sides = [
@@ -65,16 +65,18 @@ class OutputGradients:
         device = self._head.weight.device
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         targets, inputs = Targets.of(moved), []
+        if len(targets.rows) == 0:
+            return torch.zeros(targets.grid[0], self.dim, device=device)
         handle = self._head.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
         try:
             with borrowed(self._model, freeze=False), torch.no_grad():
-                logits = logits_of(self._model(**model_inputs(moved)))
+                logits = self._rows.logits(moved, targets)
         finally:
             handle.remove()
         at = targets.rows, targets.columns
         # In float32, also under autocast: errors of a learnt token are small differences.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            errors = logits[at].float().softmax(-1)
+            errors = logits.float().softmax(-1)
             errors[torch.arange(len(errors), device=device), targets.tokens] -= 1
             left, right = (side.to(device) for side in self._sides)
             by_input = errors @ (self._head.weight.float() @ left)

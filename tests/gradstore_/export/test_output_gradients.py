@@ -78,3 +78,14 @@ def test_a_model_whose_output_layer_is_not_linear_is_refused() -> None:
         OutputGradients(Lm(nn.Sequential(nn.Linear(WIDTH, WORDS))), 0)
     with pytest.raises(BadInput, match="NoneType"):
         OutputGradients(nn.Linear(2, 2), 0)
+
+
+def test_the_output_layer_runs_on_target_tokens_alone() -> None:
+    """Its outputs, a vocabulary wide, are the most that a pass holds."""
+    model, given = Lm(), batch()
+    embed = OutputGradients(model, 5)
+    embed(given)  # the first batch shows that it may
+    seen: list[int] = []
+    model.head.register_forward_hook(lambda _, __, output: seen.append(output[..., 0].numel()))
+    embed(given)
+    assert seen == [int(target_tokens(given).sum())]
