@@ -7,7 +7,8 @@
     uv run python tests/stress.py --kills 50 --launcher ray        # tasks of Ray
 
 One to four workers at a time, their number changing, fill a small store. One after another is ended
-by SIGKILL wherever it is; others are started in its place. After each kill a process of its own
+by SIGKILL wherever it is; others are started in its place. Now and then one is stopped, for longer
+than its lease may last, and goes on to find its work taken. After each kill a process of its own
 opens the store, and every generation that it sees must be whole. When all are committed and the
 last workers have ended by themselves the store must hold, byte for byte, what one process writes:
 no row lost, doubled or torn. Then the next store begins, until there were enough kills. Under
@@ -62,6 +63,8 @@ PROVENANCE: dict[str, Any] = {
 
 #: Seconds: a worker's work on a unit, the life of a lease, and the longest wait before a kill.
 PAUSE, LEASE, LONGEST = 0.004, 0.3, 0.08
+#: Part of the kills before which another worker, or the same, is stopped for up to two leases.
+STOPPED = 0.2
 #: Times as long may a worker of a service live: each of its steps is a request.
 SLOWER = 8
 #: Seconds that a rank, or a task of Ray, works on a unit, and may live from its first one on.
@@ -212,6 +215,11 @@ def killed_until_done(place: str, draw: random.Random) -> int:
         while len(living) < count:
             worker = Worker(draw.randint(1, count), count, LEASE)
             living.add(forked(lambda worker=worker: build(place, worker)))  # type: ignore[misc]
+        if draw.random() < STOPPED:
+            sleeper = draw.choice(sorted(living))
+            os.kill(sleeper, signal.SIGSTOP)
+            time.sleep(draw.uniform(0, 2 * LEASE))
+            os.kill(sleeper, signal.SIGCONT)
         time.sleep(draw.uniform(0, LONGEST * (SLOWER if place.startswith("http") else 1)))
         victim = draw.choice(sorted(living))
         os.kill(victim, signal.SIGKILL)
