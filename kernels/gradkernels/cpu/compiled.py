@@ -16,8 +16,8 @@ from typing import Any
 
 from gradkernels import randomness
 from gradkernels.cpu import lookups, loops, normals, vectors
-from numba import njit, types
-from numba.core.registry import cpu_target
+from llvmlite.binding import get_host_cpu_features  # type: ignore[import-untyped]
+from numba import config, njit, types
 
 _F32_2D = types.Array(types.float32, 2, "C")
 _U32_1D = types.Array(types.uint32, 1, "C")
@@ -58,8 +58,13 @@ def gaussian() -> Callable[..., None]:
 
 
 def has_avx2() -> bool:
-    """Return whether code is compiled for a processor with AVX2."""
-    return "+avx2" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    """Return whether numba compiles for a processor with AVX2."""
+    if config.CPU_FEATURES is not None:  # the variable NUMBA_CPU_FEATURES
+        return "+avx2" in config.CPU_FEATURES.split(",")
+    try:
+        return bool(get_host_cpu_features().get("avx2"))
+    except RuntimeError:  # LLVM does not know this kind of processor
+        return False
 
 
 @cache
