@@ -35,7 +35,6 @@ class Sources(Sequence[tuple[str, int]]):
     """
 
     __slots__ = ("code", "names", "row")
-    __hash__ = None  # type: ignore[assignment]  # it is equal to lists
 
     def __init__(
         self, names: Sequence[str], code: npt.NDArray[np.int32], row: npt.NDArray[np.int64]
@@ -85,6 +84,9 @@ class Sources(Sequence[tuple[str, int]]):
         if not isinstance(other, Sequence):
             return NotImplemented
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
 
     def __repr__(self) -> str:
         return f"<Sources: {len(self):,} rows of {', '.join(self.names)}>"

@@ -72,7 +72,7 @@ class ReadFiles:
     def _check_directory(self, relative: str) -> None:
         if relative in self._real:
             return
-        kind = self._kind(self._folder / relative)
+        kind = self._kind(f"{self._folder}/{relative}")
         if kind == "directory":
             self._real.add(relative)
         elif kind != "nothing":
@@ -223,11 +223,12 @@ class ReadFiles:
             DamagedFile: it is missing, no regular file, or not `expected_bytes` long.
         """
         fd, _ = self._open_to_read(relative, expected_bytes)
-        with self._translated("map", self._folder / relative):
-            try:
-                return memoryview(mmap.mmap(fd, expected_bytes, access=mmap.ACCESS_READ))
-            finally:
-                os.close(fd)
+        try:
+            return memoryview(mmap.mmap(fd, expected_bytes, access=mmap.ACCESS_READ))
+        except OSError as error:
+            raise self._io_error("map", self._folder / relative, error, 0) from error
+        finally:
+            os.close(fd)
 
     def read_parts(
         self, relative: str, expected_bytes: int, parts: Iterable[tuple[int, memoryview]]
@@ -259,7 +260,7 @@ class ReadFiles:
         try:
             fd = os.open(path, _TO_READ)
         except OSError as error:
-            kind = self._kind(Path(path))
+            kind = self._kind(path)
             if kind in ("file", "directory"):
                 raise self._io_error("open", Path(path), error, 0) from error
             raise self._damaged(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -194,6 +195,28 @@ def test_units_that_are_not_those_of_the_plan_are_told(rows: list[int]) -> None:
         Plan.from_bytes(spelled(document))
 
 
+@pytest.mark.parametrize(("sourced", "most"), [(False, 24), (True, 40)])
+def test_a_plan_is_written_and_read_in_little_more_memory_than_its_rows(
+    sourced: bool, most: int
+) -> None:
+    n = 50_000
+    hashes = np.random.default_rng(0).integers(0, 256, (n, 16), np.uint8)
+    rows = RowSet(hashes, [(("poems", "sums")[i % 2], i) for i in range(n)] if sourced else None)
+    data = plan_of(rows, 256).to_bytes()
+    tracemalloc.start()
+    try:
+        written = plan_of(rows, 256).to_bytes()
+        assert tracemalloc.get_traced_memory()[1] < 1.3 * len(data) + 10 * n
+        assert written == data
+        del written
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        assert Plan.from_bytes(data)[0].rows.sources == rows.sources
+        assert tracemalloc.get_traced_memory()[1] - before < most * n
+    finally:
+        tracemalloc.stop()
+
+
 RECORD = UnitRecord(
     "train/1",
     UnitRange(1, 4, 8),
@@ -255,6 +278,7 @@ def test_sources_are_read_as_the_pairs_they_were_made_of(pairs: list[tuple[str, 
     sources = Sources.of(pairs)
     assert list(sources) == pairs == [sources[i] for i in range(len(pairs))]
     assert sources == tuple(pairs) == sources[:]
+    assert hash(sources) == hash(tuple(pairs))
     assert sources[-1] == pairs[-1]
     assert sources[1:3] == tuple(pairs[1:3])
     assert list(reversed(sources)) == pairs[::-1]
