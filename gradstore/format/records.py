@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, SupportsFloat
@@ -207,6 +207,13 @@ class RowSet:
     def forgotten(self) -> np.ndarray:
         """(n,) bool, True where a row was removed on request: it has `NO_HASH` and no source."""
         return np.asarray(_keys(self.hashes) == NO_HASH)
+
+    def held_once(self, others: Iterable[RowSet]) -> RowSet:
+        """Return the same rows with the same sources among `others`, else these."""
+        for other in others:
+            if np.array_equal(self.hashes, other.hashes) and self.sources == other.sources:
+                return other
+        return self
 
     def without(self, rows: np.ndarray) -> RowSet:
         """Return the same rows, without hash and source where `rows` (n,) bool is True."""

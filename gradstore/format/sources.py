@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
-from operator import index
 from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
 from gradstore.errors import BadInput, expect
+
+#: Pairs that are made at a time for whoever goes through all of them.
+_AT_ONCE = 4096
 
 
 def check_sources(sources: object, rows: int) -> None:
@@ -54,7 +57,7 @@ class Sources(Sequence[tuple[str, int]]):
             names = sorted({name for name, _ in pairs})
             number = {name: code for code, name in enumerate(names)}
             code = np.fromiter((number[name] for name, _ in pairs), np.int32, len(pairs))
-            row = np.fromiter((index(at) for _, at in pairs), np.int64, len(pairs))
+            row = np.fromiter((operator.index(at) for _, at in pairs), np.int64, len(pairs))
             if not all(isinstance(name, str) for name in names):
                 raise TypeError("a data set's name is no text")
         except (TypeError, ValueError, OverflowError) as error:
@@ -83,6 +86,8 @@ class Sources(Sequence[tuple[str, int]]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
             return NotImplemented
+        if isinstance(other, Sources) and self.names == other.names:
+            return np.array_equal(self.code, other.code) and np.array_equal(self.row, other.row)
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
     def __hash__(self) -> int:
@@ -94,7 +99,3 @@ class Sources(Sequence[tuple[str, int]]):
     def _pairs(self, place: slice) -> Iterable[tuple[str, int]]:
         names = map(self.names.__getitem__, self.code[place].tolist())
         return zip(names, self.row[place].tolist(), strict=True)
-
-
-#: Pairs that are made at a time for whoever goes through all of them.
-_AT_ONCE = 4096

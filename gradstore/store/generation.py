@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +15,7 @@ from gradstore.format.commits import Commit
 from gradstore.format.layout import RowStatus, generation_path
 from gradstore.format.names import Role
 from gradstore.format.plans import Plan, UnitRange
-from gradstore.format.records import GenerationRecord
+from gradstore.format.records import GenerationRecord, RowSet
 from gradstore.format.sources import Sources
 from gradstore.format.unit_records import UnitRecord
 from gradstore.storage.location import Location
@@ -42,7 +43,11 @@ class Generation:
     """
 
     def __init__(
-        self, files: ReadFiles, commit: Commit, explain: Callable[[str], None] | None = None
+        self,
+        files: ReadFiles,
+        commit: Commit,
+        explain: Callable[[str], None] | None = None,
+        held: Iterable[RowSet] = (),
     ) -> None:
         """Check everything but the chunks.
 
@@ -51,11 +56,13 @@ class Generation:
             commit: what it must be.
             explain: called with the name when a file is not as it should be; may raise what the
                 cause really is (a clean-up after this view was opened).
+            held: rows that are in memory already; where they are the generation's, it shares them.
         """
         self._files = files
         self.commit = commit
         self.name = commit.generation
-        self._plan = plan = read_committed_plan(files, commit)
+        plan = read_committed_plan(files, commit)
+        self._plan = plan = replace(plan, rows=plan.rows.held_once(held))
         self._provenance = check_beside_plan(files, plan)
         sums = np.empty((len(plan.units), len(plan.arrays)), np.uint32)
         self._counts = {status.name.lower(): 0 for status in RowStatus}
