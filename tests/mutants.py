@@ -47,6 +47,7 @@ class Mutant(NamedTuple):
 
 STORE, FORMAT = "tests/gradstore_/store", "tests/gradstore_/format"
 DAMAGE, RUNS = f"{STORE}/test_damage.py", f"{STORE}/test_runs.py"
+PLANS = f"{FORMAT}/test_plans.py"
 SEALS = f"{DAMAGE}::test_another_plan_or_provenance_is_reported_even_with_a_new_seal"
 FEATURES, MOMENTS = (
     "tests/gradstore_/export/test_features.py",
@@ -86,7 +87,7 @@ MUTANTS = [
            f"{DAMAGE}::test_a_chunk_made_to_fit_its_crc32c_is_told_by_its_sha256"),
     Mutant("gradstore/store/unit_files.py", '("plan", plan_sha256, record.plan_sha256),', "",
            f"{DAMAGE}::test_a_unit_of_another_plan_is_done_again_however_well_it_is_sealed"),
-    Mutant("gradstore/store/unit_files.py", "found != expected.crc32c or", "False or", DAMAGE),
+    Mutant("gradstore/store/unit_files.py", "found != expected or", "False or", DAMAGE),
     Mutant("gradstore/store/documents.py", '("store", store_uuid, commit.store_uuid),', "",
            f"{DAMAGE}::test_commits_of_another_store_are_no_commits_of_this_one"),
     Mutant("gradstore/store/documents.py", '("parent", parent, commit.parent),', "",
@@ -94,6 +95,18 @@ MUTANTS = [
     Mutant("gradstore/store/documents.py", '("sha256", commit.plan_sha256, found),', "", SEALS),
     Mutant("gradstore/store/documents.py", "if found != plan.provenance_sha256:", "if False:",
            SEALS),
+    Mutant("gradstore/format/plans.py", "if unit != _spelled(start, stop, hashes, sources):",
+           "if False:", PLANS),
+    Mutant("gradstore/format/plans.py", "if not after.startswith(", "if False and (", PLANS),
+    Mutant("gradstore/format/canonical.py", "if lead + given + after != data[:cut]:", "if False:",
+           PLANS),
+    Mutant("gradstore/format/canonical.py", "if document[SEAL] != digest.hexdigest():", "if False:",
+           PLANS),
+    Mutant("gradstore/store/generation_writer.py", "    check_committed_plan(files, draft)\n",
+           "    pass\n", DAMAGE),
+    Mutant("gradstore/store/generation_writer.py", "    check_beside_plan(files, plan)\n",
+           "    pass\n", DAMAGE),
+    Mutant("gradstore/format/unit_records.py", "if expected != data:", "if False:", PLANS),
     Mutant("gradstore/store/attempts.py", "    _check_rows(store, planned, wanted)\n", "", RUNS),
     Mutant("gradstore/store/repair.py", "    if others:\n", "    if False:\n", REPAIR),
     Mutant("gradstore/store/unit_files.py", "if sha == commit.units[unit.index]:", "if True:",
@@ -236,8 +249,8 @@ MUTANTS = [
     Mutant("gradstore/store/cleaning.py", "sorted(each)[:-keep]", "sorted(each)[keep:]", RUNS),
     Mutant("gradstore/format/codec.py", "values *= scale[:, None]", "values *= 1.0", FORMAT),
     Mutant("gradstore/format/codec.py", "scaled.round_()", "scaled", FORMAT),
-    Mutant("gradstore/store/chunks.py", "            self._checked.add(name)\n",
-           "            self._checked.add(name + '-')\n", CHUNKS),
+    Mutant("gradstore/store/chunks.py", "            self._checked[chunk_of] = True\n",
+           "", CHUNKS),
     Mutant("gradstore/store/chunks.py", "if fault is not None:", "if False:", DAMAGE),
     Mutant("gradstore/storage/reading.py", "elif expected_bytes not in (None, found.st_size):",
            "elif False:", CHUNKS),

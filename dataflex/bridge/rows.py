@@ -25,6 +25,7 @@ from dataflex.data.rows import (
     RunData,
 )
 from gradstore.errors import BadInput
+from gradstore.format.sources import Sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -281,7 +282,7 @@ def _rows(name: str, dataset: Any) -> Rows:  # noqa: ANN401 - a datasets.Dataset
     sets, numbers = dataset[SOURCE_SET][:], dataset[SOURCE_ROW][:]
     bare = dataset.remove_columns([SOURCE_SET, SOURCE_ROW])
     if not any(isinstance(each, list) for each in numbers):
-        return Rows(name, bare, tuple(zip(sets, numbers, strict=True)))
+        return Rows(name, bare, Sources.of(list(zip(sets, numbers, strict=True))))
     packed = zip(chain.from_iterable(sets), chain.from_iterable(numbers), strict=True)
     return Rows(name, bare, packed=tuple(packed))
 

@@ -39,7 +39,7 @@ class Rows:
 
     name: str
     dataset: Dataset
-    sources: tuple[tuple[str, int], ...] | None = None
+    sources: Sequence[tuple[str, int]] | None = None
     packed: tuple[tuple[str, int], ...] | None = None
 
     def __len__(self) -> int:

@@ -23,6 +23,12 @@ Json: TypeAlias = Any
 
 SEAL = "sha256"
 
+_SPELLING = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True
+)
+_OTHER_FORM = "not in canonical form"
+_OTHER_SEAL = "its seal is {}, the sha256 of its content {}"
+
 
 def plain(value: object, where: str = "value") -> Json:
     """Convert tuples, NumPy scalars, arrays and mappings to plain JSON values.
@@ -74,10 +80,7 @@ def canonical_json(value: object) -> bytes:
 
 def _dump(value: Json) -> bytes:
     """Serialize a value that is already plain JSON."""
-    text = json.dumps(
-        value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True
-    )
-    return text.encode("ascii")
+    return _SPELLING.encode(value).encode("ascii")
 
 
 def sha256_json(value: object) -> str:
@@ -88,7 +91,28 @@ def sha256_json(value: object) -> str:
 def seal(document: Mapping[str, object]) -> dict[str, Json]:
     """Return `document` with the sha256 of its other fields added as `sha256`."""
     body = {key: value for key, value in plain(document).items() if key != SEAL}
-    return {**body, SEAL: _seal_of(_members(body))}
+    return {**body, SEAL: sealed(body)[1]}
+
+
+def sealed(document: Mapping[str, Json]) -> tuple[bytes, str]:
+    """Spell a document of plain JSON values with its seal.
+
+    Returns:
+        The canonical bytes of `seal(document)`, and the seal.
+
+    >>> sealed({"b": 1, "z": None})[0][:20]
+    b'{"b":1,"sha256":"e7b'
+    """
+    around = around_seal(document)
+    found = hashlib.sha256(_joined(*around)).hexdigest()
+    return _joined(around[0], b'"%s":"%s"' % (SEAL.encode(), found.encode()), around[1]), found
+
+
+def around_seal(document: Mapping[str, Json]) -> tuple[bytes, bytes]:
+    """Spell the members of a plain document that come before its seal, and those after it."""
+    before = {key: value for key, value in document.items() if key < SEAL}
+    after = {key: value for key, value in document.items() if key > SEAL}
+    return _dump(before)[1:-1], _dump(after)[1:-1]
 
 
 def parse(data: bytes) -> dict[str, Json]:
@@ -112,28 +136,49 @@ def unseal(data: bytes) -> dict[str, Json]:
         ValueError: the bytes are not canonical JSON, or the seal does not fit.
     """
     document = parse(data)
-    members = _members(document)
-    if _joined(members) != data:
-        raise ValueError("not in canonical form")
-    found, expected = document.get(SEAL), _seal_of(members)
-    if found != expected:
-        raise ValueError(f"its seal is {found}, the sha256 of its content {expected}")
+    expected, fitting = sealed(document)
+    if expected != data:
+        if _dump(document) != data:
+            raise ValueError(_OTHER_FORM)
+        raise ValueError(_OTHER_SEAL.format(document.get(SEAL), fitting))
     return document
 
 
-def _members(document: Mapping[str, Json]) -> dict[str, bytes]:
-    """Serialize each member of a plain document: once, for the object with its seal and without."""
-    return {key: _dump(key) + b":" + _dump(document[key]) for key in sorted(document)}
+def unseal_head(data: bytes, last: str) -> tuple[dict[str, Json], int]:
+    """Read a sealed document up to its last member, a list of objects without lists of objects.
+
+    The list is neither parsed nor copied; that it is in canonical form is for the caller to see.
+
+    Args:
+        data: the document.
+        last: key of the list; members sort before and after the seal, and all before this one.
+
+    Returns:
+        The other members, and where in `data` the first element of the list begins.
+
+    Raises:
+        ValueError: the bytes before the list are not canonical JSON, or the seal does not fit.
+    """
+    opening = b',"%s":[' % last.encode()
+    cut = data.rfind(opening)
+    if cut < 0:
+        raise ValueError(f"it has no {last}")
+    document = parse(data[:cut] + b"}")
+    before, after = around_seal(document)
+    lead = b"{" + before + b","
+    given = b"%s:%s," % (_dump(SEAL), _dump(document.get(SEAL)))
+    if lead + given + after != data[:cut]:
+        raise ValueError(_OTHER_FORM)
+    digest = hashlib.sha256(lead)
+    digest.update(memoryview(data)[len(lead) + len(given) :])
+    if document[SEAL] != digest.hexdigest():
+        raise ValueError(_OTHER_SEAL.format(document[SEAL], digest.hexdigest()))
+    return document, cut + len(opening)
 
 
-def _joined(members: Mapping[str, bytes]) -> bytes:
+def _joined(*members: bytes) -> bytes:
     """Join members, in order, to an object."""
-    return b"{" + b",".join(members.values()) + b"}"
-
-
-def _seal_of(members: Mapping[str, bytes]) -> str:
-    body = {key: text for key, text in members.items() if key != SEAL}
-    return hashlib.sha256(_joined(body)).hexdigest()
+    return b"{" + b",".join(filter(None, members)) + b"}"
 
 
 def _finite(text: str) -> float:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Literal
 
 from gradstore.errors import BadInput
-from gradstore.format.canonical import Json, canonical_json, seal, unseal
+from gradstore.format.canonical import plain, sealed, unseal
 from gradstore.format.layout import SCHEMA_VERSION, TEXTS_VERSION
 from gradstore.format.names import GenerationName
 from gradstore.format.text_table import TextTable
@@ -46,22 +46,23 @@ class Commit:
     chunk_bytes: int = 0
     texts: tuple[TextTable, ...] = ()
 
-    def to_dict(self) -> dict[str, Json]:
-        """Return the sealed document: of schema 1, as far as that has words for it."""
+    def _sealed(self) -> tuple[bytes, str]:
+        """Spell the document, of schema 1 as far as that has words for it; with its seal."""
         body = {each.name: getattr(self, each.name) for each in fields(self)}
-        texts = [table.to_dict() for table in body.pop("texts")]
-        if not texts:
-            return seal({"schema_version": SCHEMA_VERSION, **body})
-        return seal({"schema_version": TEXTS_VERSION, **body, "texts": texts})
+        body["texts"] = [table.to_dict() for table in self.texts]
+        if not self.texts:
+            del body["texts"]
+        version = TEXTS_VERSION if self.texts else SCHEMA_VERSION
+        return sealed(plain({"schema_version": version, **body}))
 
     def to_bytes(self) -> bytes:
         """Return the bytes of the commit's file."""
-        return canonical_json(self.to_dict())
+        return self._sealed()[0]
 
     @cached_property
     def sha256(self) -> str:
         """The commit's seal, by which indexes and checkpoints name it."""
-        return str(self.to_dict()["sha256"])
+        return self._sealed()[1]
 
     @property
     def generation(self) -> str:

@@ -6,14 +6,18 @@ exactly-once key is (generation, row).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import io
+import json
+from binascii import hexlify, unhexlify
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from gradstore.errors import BadInput
-from gradstore.format.canonical import Json, canonical_json, seal, unseal
+from gradstore.format.canonical import Json, around_seal, plain, unseal_head
 from gradstore.format.layout import (
     DTYPES_VERSION,
     FIRST_DTYPES,
@@ -29,6 +33,7 @@ from gradstore.format.layout import (
 )
 from gradstore.format.names import GenerationName, check_space
 from gradstore.format.records import HASH_BYTES, GenerationRecord, RowSet
+from gradstore.format.sources import Sources
 
 _KEYS = {
     "schema_version",
@@ -41,12 +46,11 @@ _KEYS = {
     "unit_rows",
     "row_count",
     "source_names",
-    "units",
     "sha256",
 }
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class UnitRange:
     """Unit `index`: the rows `start` to `stop`, half-open."""
 
@@ -110,10 +114,20 @@ class Plan:
         newer |= {FORGOTTEN_VERSION} if self.rows.forgotten.any() else set()
         return max({SCHEMA_VERSION} | newer)
 
-    @property
+    @cached_property
     def arrays(self) -> tuple[ArraySpec, ...]:
         """The arrays of the generation, features first."""
         return arrays(self.dim, self.dtype, self.losses)
+
+    @cached_property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """Bytes of one chunk of each of `arrays`."""
+        return tuple(spec.chunk_bytes(self.unit_rows) for spec in self.arrays)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of all chunks."""
+        return len(self.units) * sum(self.chunk_sizes)
 
     def identity(self) -> dict[str, Json]:
         """Return the fields that must be equal for an earlier attempt to be reused or resumed."""
@@ -128,9 +142,25 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """Return the bytes of the sealed document."""
-        names = sorted({name for name, _ in self.rows.sources or ()})
-        return canonical_json(
-            seal(
+        out, pieces = io.BytesIO(), self._pieces()
+        out.write(next(pieces))
+        out.write(b'"sha256":"%s",' % self.sha256.encode())
+        out.writelines(pieces)
+        return out.getvalue()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Seal of the document."""
+        digest = hashlib.sha256()
+        for piece in self._pieces():
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def _pieces(self) -> Iterator[bytes]:
+        """Give the document without its seal: what comes before the seal, and the rest by unit."""
+        sources = self.rows.sources
+        before, after = around_seal(
+            plain(
                 {
                     "schema_version": self.schema_version,
                     "generation": self.name,
@@ -141,21 +171,16 @@ class Plan:
                     "dtype": self.dtype,
                     "unit_rows": self.unit_rows,
                     "row_count": len(self.rows),
-                    "source_names": None if self.rows.sources is None else names,
-                    "units": [self._unit(unit, names) for unit in self.units],
+                    "source_names": None if sources is None else sources.names,
                     **({"losses": True} if self.losses else {}),
                 }
             )
         )
-
-    def _unit(self, unit: UnitRange, names: Sequence[str]) -> dict[str, Json]:
-        hashes = np.ascontiguousarray(self.rows.hashes[unit.start : unit.stop]).tobytes().hex()
-        document: dict[str, Json] = {"rows": [unit.start, unit.stop], "row_hash": hashes}
-        if self.rows.sources is not None:
-            number = {name: i for i, name in enumerate(names)}
-            sources = self.rows.sources[unit.start : unit.stop]
-            document["sources"] = [[number[name], index] for name, index in sources]
-        return document
+        yield b"{" + before + b","
+        yield after + b',"units":['
+        for unit in self.units:
+            yield _spelled(unit.start, unit.stop, self.rows.hashes, sources)
+        yield b"]}"
 
     @classmethod
     def from_bytes(cls, data: bytes) -> tuple[Plan, str]:
@@ -165,18 +190,17 @@ class Plan:
             BadInput: a position is planned twice (or the units leave a gap).
             ValueError: the bytes are not a plan.
         """
-        document = unseal(data)
+        document, first = unseal_head(data, "units")
         losses = document.get("losses", False)
         if losses is not ("losses" in document) or set(document) - {"losses"} != _KEYS:
             raise ValueError("missing or unknown fields")
         try:
-            rows = _read_rows(document)
             plan = cls(
                 name=document["generation"],
                 space=document["space"],
                 provenance_sha256=document["provenance_sha256"],
                 record=GenerationRecord.from_dict(document["record"]),
-                rows=rows,
+                rows=_read_rows(document, data, first),
                 dim=document["dim"],
                 dtype=document["dtype"],
                 unit_rows=document["unit_rows"],
@@ -184,23 +208,71 @@ class Plan:
             )
             if document["schema_version"] != plan.schema_version:
                 raise ValueError("another schema")
-            ranges = [[unit.start, unit.stop] for unit in plan.units]
-            if [unit["rows"] for unit in document["units"]] != ranges:
-                raise BadInput(
-                    f"the plan of {plan.name} does not hold each of its {len(rows):,} positions "
-                    "exactly once; start another store with gradstore=PATH"
-                )
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+        except (TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a plan: {error!r}") from error
         return plan, document["sha256"]
 
 
-def _read_rows(document: dict[str, Json]) -> RowSet:
-    units, names = document["units"], document["source_names"]
-    data = bytes.fromhex("".join(unit["row_hash"] for unit in units))
-    if len(data) != document["row_count"] * HASH_BYTES:
+def seal_of_plan(data: bytes) -> str:
+    """Return the seal of a plan, after checking that its bytes have it, without reading its rows.
+
+    Raises:
+        ValueError: they are not a sealed plan's.
+    """
+    return str(unseal_head(data, "units")[0]["sha256"])
+
+
+def _spelled(start: int, stop: int, hashes: np.ndarray, sources: Sources | None) -> bytes:
+    """Spell the unit of rows `start` to `stop` of (n, 16) hashes, after the comma before it."""
+    text = b'%s{"row_hash":"%s","rows":[%d,%d]' % (
+        b"," if start else b"",
+        hexlify(np.ascontiguousarray(hashes[start:stop]).data),
+        start,
+        stop,
+    )
+    if sources is not None:
+        pairs = np.column_stack((sources.code[start:stop], sources.row[start:stop]))
+        each = b"[%d,%d]," * len(pairs) % tuple(pairs.ravel().tolist())
+        text += b',"sources":[' + each[:-1] + b"]"
+    return text + b"}"
+
+
+def _read_rows(document: dict[str, Json], data: bytes, at: int) -> RowSet:
+    """Read the rows of a plan, unit by unit; each must be spelled as it would be written.
+
+    Args:
+        document: the plan's other members.
+        data: the whole plan.
+        at: where its first unit begins.
+    """
+    n, names = document["row_count"], document["source_names"]
+    if not 0 <= n * 2 * HASH_BYTES <= len(data):
         raise ValueError("row_count does not fit the row hashes")
+    hashes = np.empty((n, HASH_BYTES), np.uint8)
     sources = None
     if names is not None:
-        sources = tuple((str(names[i]), int(at)) for unit in units for i, at in unit["sources"])
-    return RowSet(np.frombuffer(data, dtype=np.uint8).reshape(-1, HASH_BYTES), sources)
+        sources = Sources(list(map(str, names)), np.empty(n, np.int32), np.empty(n, np.int64))
+    for start in range(0, n, document["unit_rows"]):
+        stop = min(start + document["unit_rows"], n)
+        unit = data[at : data.index(b"}", at) + 1]
+        at += len(unit)
+        before, after = unit.split(b'","rows":')
+        if not after.startswith(b"[%d,%d]" % (start, stop)):
+            raise BadInput(
+                f"the plan of {document['generation']} does not hold each of its {n:,} positions "
+                "exactly once; start another store with gradstore=PATH"
+            )
+        found = unhexlify(before[before.rindex(b'"') + 1 :])
+        hashes[start:stop] = np.frombuffer(found, np.uint8).reshape(-1, HASH_BYTES)
+        if sources is not None:
+            numbers = after[after.index(b"[[") :].translate(None, b"[]}")
+            pairs = np.fromiter(json.loads(b"[%s]" % numbers), np.int64)
+            sources.code[start:stop], sources.row[start:stop] = pairs.reshape(-1, 2).T
+        if unit != _spelled(start, stop, hashes, sources):
+            raise ValueError(f"the unit of rows {start} to {stop} is not in canonical form")
+    if data[at:] != b"]}":
+        raise ValueError("row_count does not fit the row hashes")
+    if sources is not None and not 0 <= sources.code.min() <= sources.code.max() < len(names):
+        raise ValueError("a row's source is none of the names")
+    hashes.flags.writeable = False
+    return RowSet(hashes, sources)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, SupportsFloat
@@ -15,6 +15,7 @@ from gradstore.errors import BadInput, expect
 from gradstore.format.canonical import Json, plain
 from gradstore.format.layout import EMBEDDING
 from gradstore.format.names import GenerationName, Role, space_run
+from gradstore.format.sources import Sources, check_sources
 
 HASH_BYTES = 16
 
@@ -151,18 +152,7 @@ def row_hash(input_ids: Sequence[int], labels: Sequence[int]) -> bytes:
     return digest.digest()
 
 
-def check_sources(sources: object, rows: int) -> None:
-    """Raise BadInput unless there is a pair (data set, index in its file) for each row."""
-    fits = isinstance(sources, Sequence) and not isinstance(sources, str)
-    count = len(sources) if isinstance(sources, Sequence) else 0
-    wanted = f"a pair (data set, index in its file) for each of {rows:,} rows"
-    expect(fits and count == rows, f"sources, {count:,} of them,", sources, wanted)
-    first = sources[0] if isinstance(sources, Sequence) and count else ("", 0)
-    pair = isinstance(first, Sequence) and not isinstance(first, str) and len(first) == 2
-    expect(pair, "the first of sources", first, wanted)
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class RowSet:
     """The rows of a data set, in order.
 
@@ -172,18 +162,21 @@ class RowSet:
     """
 
     hashes: np.ndarray
-    sources: tuple[tuple[str, int], ...] | None = None
+    sources: Sources | None
 
-    def __post_init__(self) -> None:
-        hashes = self.hashes
+    def __init__(
+        self, hashes: np.ndarray, sources: Sequence[tuple[str, int]] | None = None
+    ) -> None:
         wanted = "uint8 (n, 16); RowSet.from_hashes makes it of the values of row_hash"
         expect(isinstance(hashes, np.ndarray), "hashes", hashes, wanted)
         if hashes.dtype != np.uint8 or hashes.ndim != 2 or hashes.shape[1] != HASH_BYTES:
             raise BadInput(f"row hashes are {hashes.dtype} {hashes.shape}; give uint8 (n, 16)")
         if len(hashes) == 0:
             raise BadInput("the data set has no rows; nothing to export; give at least one")
-        if self.sources is not None:
-            check_sources(self.sources, len(hashes))
+        if sources is not None:
+            check_sources(sources, len(hashes))
+        object.__setattr__(self, "hashes", hashes)
+        object.__setattr__(self, "sources", None if sources is None else Sources.of(sources))
 
     @classmethod
     def from_hashes(
@@ -194,7 +187,7 @@ class RowSet:
         fits = all(isinstance(one, bytes) and len(one) == HASH_BYTES for one in hashes)
         expect(fits, "hashes", hashes, "a list of the 16 bytes that row_hash returns for each row")
         flat = np.frombuffer(b"".join(hashes), dtype=np.uint8)
-        return cls(flat.reshape(-1, HASH_BYTES), None if sources is None else tuple(sources))
+        return cls(flat.reshape(-1, HASH_BYTES), sources)
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -202,7 +195,7 @@ class RowSet:
     @cached_property
     def sha256(self) -> str:
         """Hash of the ordered rows; the sources do not count."""
-        return hashlib.sha256(np.ascontiguousarray(self.hashes).tobytes()).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(self.hashes).data).hexdigest()
 
     @property
     def duplicates(self) -> int:
@@ -213,18 +206,24 @@ class RowSet:
     @cached_property
     def forgotten(self) -> np.ndarray:
         """(n,) bool, True where a row was removed on request: it has `NO_HASH` and no source."""
-        return np.asarray((self.hashes == _NO_HASH).all(axis=1))
+        return np.asarray(_keys(self.hashes) == NO_HASH)
+
+    def held_once(self, others: Iterable[RowSet]) -> RowSet:
+        """Return the same rows with the same sources among `others`, else these."""
+        for other in others:
+            if np.array_equal(self.hashes, other.hashes) and self.sources == other.sources:
+                return other
+        return self
 
     def without(self, rows: np.ndarray) -> RowSet:
         """Return the same rows, without hash and source where `rows` (n,) bool is True."""
         if not rows.any():
             return self
         hashes = np.where(rows[:, None], _NO_HASH, self.hashes)
-        sources = self.sources
-        if sources is not None:
-            pairs = zip(sources, rows.tolist(), strict=True)
-            sources = tuple(NO_SOURCE if gone else source for source, gone in pairs)
-        return RowSet(hashes, sources)
+        if self.sources is None:
+            return RowSet(hashes)
+        pairs = zip(self.sources, rows.tolist(), strict=True)
+        return RowSet(hashes, [NO_SOURCE if gone else source for source, gone in pairs])
 
     def difference(self, stored: RowSet) -> str:
         """Describe how these rows differ from the stored ones; "" when they do not."""

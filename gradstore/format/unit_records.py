@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import google_crc32c
 import numpy as np
 
-from gradstore.format.canonical import Json, canonical_json, seal, unseal
+from gradstore.format.canonical import Json, seal, sealed, unseal
 from gradstore.format.layout import SCHEMA_VERSION
 from gradstore.format.plans import UnitRange
 
@@ -18,7 +19,7 @@ def crc32c(data: bytes | memoryview) -> int:
     return int(google_crc32c.value(np.frombuffer(data, dtype=np.uint8)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileSeal:
     """Expected size and checksums of a chunk's file.
 
@@ -53,17 +54,21 @@ class UnitRecord:
 
     def to_dict(self) -> dict[str, Json]:
         """Return the sealed document."""
-        return seal(
-            {
-                "schema_version": SCHEMA_VERSION,
-                "generation": self.generation,
-                "unit": self.unit.index,
-                "rows": [self.unit.start, self.unit.stop],
-                "plan_sha256": self.plan_sha256,
-                "files": {name: vars(each) for name, each in self.files.items()},
-                "status": self.status,
-            }
-        )
+        return seal(self._body())
+
+    def _body(self) -> dict[str, Json]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "generation": self.generation,
+            "unit": self.unit.index,
+            "rows": [self.unit.start, self.unit.stop],
+            "plan_sha256": self.plan_sha256,
+            "files": {
+                name: {"bytes": each.bytes, "crc32c": each.crc32c, "sha256": each.sha256}
+                for name, each in self.files.items()
+            },
+            "status": self.status,
+        }
 
     @property
     def chunk_bytes(self) -> int:
@@ -73,8 +78,8 @@ class UnitRecord:
     @classmethod
     def from_bytes(cls, data: bytes) -> tuple[UnitRecord, str]:
         """Read a record and its seal; raise ValueError when the bytes are not exactly one."""
-        document = unseal(data)
         try:
+            document = json.loads(data)
             record = cls(
                 generation=document["generation"],
                 unit=UnitRange(document["unit"], *document["rows"]),
@@ -82,9 +87,11 @@ class UnitRecord:
                 files={name: FileSeal(**each) for name, each in document["files"].items()},
                 status=document["status"],
             )
-            same = canonical_json(record.to_dict()) == data
-        except (KeyError, TypeError, AttributeError) as error:
+            expected, found = sealed(record._body())
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            unseal(data)
             raise ValueError(f"not a unit record: {error!r}") from error
-        if not same:
+        if expected != data:
+            unseal(data)
             raise ValueError("not a unit record of this schema")
-        return record, document["sha256"]
+        return record, found

@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 
 from gradstore.errors import BadInput, expect, expect_path
-from gradstore.format.records import HASH_BYTES, check_sources
+from gradstore.format.records import HASH_BYTES
+from gradstore.format.sources import check_sources
 from gradstore.scoring.plain_rows import as_numbers
 from gradstore.storage.replace import replace_file
 from gradstore.storage.tables import check_suffix, write_table

@@ -57,13 +57,7 @@ class Sources:
         if not known:
             missing = np.full(generation.rows, -1)
             return cls((), missing.astype(np.int32), missing.astype(np.int64))
-        names = tuple(sorted({name for name, _ in known}))
-        number = {name: code for code, name in enumerate(names)}
-        return cls(
-            names,
-            np.array([number[name] for name, _ in known], dtype=np.int32),
-            np.array([row for _, row in known], dtype=np.int64),
-        )
+        return cls(known.names, known.code, known.row)
 
 
 class Table:

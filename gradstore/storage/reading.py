@@ -72,7 +72,7 @@ class ReadFiles:
     def _check_directory(self, relative: str) -> None:
         if relative in self._real:
             return
-        kind = self._kind(self._folder / relative)
+        kind = self._kind(f"{self._folder}/{relative}")
         if kind == "directory":
             self._real.add(relative)
         elif kind != "nothing":
@@ -80,14 +80,16 @@ class ReadFiles:
 
     def kind(self, relative: str) -> str:
         """Return the kind of a path: nothing, file, directory, symlink or special file."""
-        return self._kind(self.on_disk(relative))
+        self._check_name(relative)
+        return self._kind(f"{self._folder}/{relative}")
 
-    def _kind(self, path: Path) -> str:
-        with self._translated("look at", path):
-            try:
-                mode = os.lstat(path).st_mode
-            except (FileNotFoundError, NotADirectoryError):
-                return "nothing"
+    def _kind(self, path: str | Path) -> str:
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return "nothing"
+        except OSError as error:
+            raise self._io_error("look at", Path(path), error, 0) from error
         return _KINDS.get(stat.S_IFMT(mode), "special file")
 
     def path(self, relative: str) -> Location:
@@ -192,11 +194,13 @@ class ReadFiles:
             DamagedFile: it is missing, no regular file, or not `expected_bytes` long.
         """
         fd, size = self._open_to_read(relative, expected_bytes)
-        with self._translated("read", self._folder / relative):
+        try:
             with open(fd, "rb", buffering=0, closefd=True) as file:
                 data = file.read(size) or b""
                 while len(data) < size and (more := file.read(size - len(data))):
                     data += more
+        except OSError as error:
+            raise self._io_error("read", self._folder / relative, error, 0) from error
         if len(data) != size:
             raise self._damaged(relative, f"{size:,} bytes", f"{len(data):,} bytes")
         return data
@@ -219,11 +223,12 @@ class ReadFiles:
             DamagedFile: it is missing, no regular file, or not `expected_bytes` long.
         """
         fd, _ = self._open_to_read(relative, expected_bytes)
-        with self._translated("map", self._folder / relative):
-            try:
-                return memoryview(mmap.mmap(fd, expected_bytes, access=mmap.ACCESS_READ))
-            finally:
-                os.close(fd)
+        try:
+            return memoryview(mmap.mmap(fd, expected_bytes, access=mmap.ACCESS_READ))
+        except OSError as error:
+            raise self._io_error("map", self._folder / relative, error, 0) from error
+        finally:
+            os.close(fd)
 
     def read_parts(
         self, relative: str, expected_bytes: int, parts: Iterable[tuple[int, memoryview]]
@@ -255,7 +260,7 @@ class ReadFiles:
         try:
             fd = os.open(path, _TO_READ)
         except OSError as error:
-            kind = self._kind(Path(path))
+            kind = self._kind(path)
             if kind in ("file", "directory"):
                 raise self._io_error("open", Path(path), error, 0) from error
             raise self._damaged(

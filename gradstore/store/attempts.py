@@ -99,7 +99,7 @@ def choose_plan(
     if attempt:
         _log.warning("%s was made from another state before; now written as %s", base, name)
     plan = replace(wanted, name=name)
-    return PlanChoice(plan, Plan.from_bytes(plan.to_bytes())[1])
+    return PlanChoice(plan, plan.sha256)
 
 
 def check_plan(files: ReadFiles, store: Store, wanted: Plan) -> None:

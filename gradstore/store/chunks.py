@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from gradstore.errors import DamagedFile, Fault
 from gradstore.format.layout import CRC_BYTES, ArraySpec, generation_path
 from gradstore.format.plans import Plan
-from gradstore.format.unit_records import UnitRecord
 from gradstore.storage.reading import ReadFiles
 from gradstore.store.unit_files import check_chunk
 
@@ -31,7 +31,7 @@ class Chunks:
     Args:
         files: the store's files.
         plan: the generation's plan.
-        records: of its units, in order.
+        sums: (units, arrays) uint32, crc32c of each chunk, arrays in the order of the plan.
         explain: called with the generation's name when a file is not as it should be; may raise
             what the cause really is.
     """
@@ -40,12 +40,13 @@ class Chunks:
         self,
         files: ReadFiles,
         plan: Plan,
-        records: Sequence[UnitRecord],
+        sums: npt.NDArray[np.uint32],
         explain: Callable[[str], None] | None = None,
     ) -> None:
-        self._files, self._plan, self._records, self._explain = files, plan, records, explain
+        self._files, self._plan, self._sums, self._explain = files, plan, sums, explain
         self._base = generation_path(plan.name)
-        self._checked: set[str] = set()
+        self._checked = np.zeros(sums.shape, dtype=bool)
+        self._place = {spec.name: place for place, spec in enumerate(plan.arrays)}
         self._maps: OrderedDict[str, np.ndarray] = OrderedDict()
         self._guard = threading.Lock()  # of the maps
         # Units that were read last: of each of several threads, which take rows in order.
@@ -72,13 +73,14 @@ class Chunks:
                 return self._maps[name]
         if keep:
             self._read_ahead(spec, unit)
-        expected, path = self._records[unit].files[name], f"{self._base}/{name}"
-        mapped = self._told(lambda: self._files.map(path, expected.bytes))
-        if name not in self._checked:
-            fault = check_chunk(path, mapped, expected)
+        size, path = spec.chunk_bytes(self._plan.unit_rows), f"{self._base}/{name}"
+        mapped = self._told(lambda: self._files.map(path, size))
+        chunk_of = unit, self._place[spec.name]
+        if not self._checked[chunk_of]:
+            fault = check_chunk(path, mapped, int(self._sums[chunk_of]))
             if fault is not None:
                 raise self.damaged(fault)
-            self._checked.add(name)
+            self._checked[chunk_of] = True
         little = np.dtype(spec.dtype).newbyteorder("<")
         shape = spec.chunk_shape(self._plan.unit_rows)
         chunk = np.frombuffer(mapped[:-CRC_BYTES], dtype=little).reshape(shape)
@@ -110,13 +112,15 @@ class Chunks:
         in_turn = np.argsort(units, kind="stable")
         each = zip(*(of[in_turn].tolist() for of in (units, within)), in_turn.tolist(), strict=True)
         width, buffer = found[0].nbytes, found.data.cast("B")
+        checked = self._checked[:, self._place[spec.name]]
+        size = spec.chunk_bytes(self._plan.unit_rows)
         for unit, of_unit in groupby(each, key=itemgetter(0)):
             places = [(at, place) for _, at, place in of_unit]
             name = spec.chunk_path(unit)
-            if name in self._checked and name not in self._maps:
+            if checked[unit] and name not in self._maps:
                 parts = [(at * width, buffer[place * width : (place + 1) * width])
                          for at, place in places]  # fmt: skip
-                path, size = f"{self._base}/{name}", self._records[unit].files[name].bytes
+                path = f"{self._base}/{name}"
                 self._told(partial(self._files.read_parts, path, size, parts))
             else:
                 chunk = self.mapped(spec, unit)
@@ -138,14 +142,9 @@ class Chunks:
         follows = unit - 1 in self._last
         self._last.append(unit)
         if follows:
-            units = range(unit, min(unit + self._files.reads_ahead, len(self._records)))
-            seals = {each: self._records[each].files[spec.chunk_path(each)] for each in units}
-            self._files.soon(
-                {
-                    f"{self._base}/{spec.chunk_path(each)}": seal.bytes
-                    for each, seal in seals.items()
-                }
-            )
+            units = range(unit, min(unit + self._files.reads_ahead, len(self._sums)))
+            size = spec.chunk_bytes(self._plan.unit_rows)
+            self._files.soon({f"{self._base}/{spec.chunk_path(each)}": size for each in units})
 
     def damaged(self, fault: Fault) -> DamagedFile:
         """Make the error of a file that is not as it was committed."""

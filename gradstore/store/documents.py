@@ -23,7 +23,7 @@ from gradstore.format.layout import (
     request_path,
     unit_path,
 )
-from gradstore.format.plans import Plan
+from gradstore.format.plans import Plan, seal_of_plan
 from gradstore.format.provenance import read_provenance
 from gradstore.storage.reading import ReadFiles
 
@@ -76,6 +76,27 @@ def read_committed_plan(files: ReadFiles, commit: Commit) -> Plan:
         if want != have:
             raise DamagedFile(Fault(path, f"{what} {want}", f"{what} {have}"), str(files.root))
     return plan
+
+
+def check_committed_plan(files: ReadFiles, commit: Commit) -> None:
+    """Check that the plan that a commit names is there, without its rows; else DamagedFile."""
+    path = plan_path(commit.generation)
+    try:
+        found = seal_of_plan(files.read(path))
+    except ValueError as error:
+        fault = Fault(path, "the plan that was committed", str(error))
+        raise DamagedFile(fault, str(files.root)) from error
+    if found != commit.plan_sha256:
+        fault = Fault(path, f"sha256 {commit.plan_sha256}", f"sha256 {found}")
+        raise DamagedFile(fault, str(files.root))
+
+
+def check_beside_plan(files: ReadFiles, plan: Plan) -> dict[str, Json]:
+    """Check every zarr.json of a generation and its space's provenance, which is returned."""
+    provenance = read_space(files, plan)
+    for _ in files.at_once(lambda each: check_metadata(files, *each), metadata(plan).items()):
+        pass
+    return provenance
 
 
 def read_space(files: ReadFiles, plan: Plan) -> dict[str, Json]:

@@ -37,7 +37,7 @@ from gradstore.store.cleaning import (
 )
 from gradstore.store.documents import read_committed_plan
 from gradstore.store.encoding import without_forgotten
-from gradstore.store.generation import Generation
+from gradstore.store.generation import Generation, committed_records
 from gradstore.store.generation_writer import GenerationWriter, raise_schema
 from gradstore.store.own_units import QUARANTINE
 from gradstore.store.reader import Store
@@ -165,7 +165,8 @@ def _check(files: StoreFiles, store: Store, found: Affected) -> None:
         )
     for name in found.newest:
         commit = next(c for c in store.live_commits() if c.generation == name)
-        records = Generation(files, commit).unit_records
+        generation = Generation(files, commit)
+        records = committed_records(files, generation.plan, commit)
         for fault in (f for record in records for f in check_unit(files, record, deep=True)):
             raise DamagedData(
                 f"{fault}: rows of {name} can't be copied without the asked ones. Run "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -14,12 +15,13 @@ from gradstore.format.commits import Commit
 from gradstore.format.layout import RowStatus, generation_path
 from gradstore.format.names import Role
 from gradstore.format.plans import Plan, UnitRange
-from gradstore.format.records import GenerationRecord
+from gradstore.format.records import GenerationRecord, RowSet
+from gradstore.format.sources import Sources
 from gradstore.format.unit_records import UnitRecord
 from gradstore.storage.location import Location
 from gradstore.storage.reading import ReadFiles
 from gradstore.store.chunks import Chunks
-from gradstore.store.documents import check_metadata, metadata, read_committed_plan, read_space
+from gradstore.store.documents import check_beside_plan, read_committed_plan
 from gradstore.store.unit_files import read_record
 
 
@@ -41,7 +43,11 @@ class Generation:
     """
 
     def __init__(
-        self, files: ReadFiles, commit: Commit, explain: Callable[[str], None] | None = None
+        self,
+        files: ReadFiles,
+        commit: Commit,
+        explain: Callable[[str], None] | None = None,
+        held: Iterable[RowSet] = (),
     ) -> None:
         """Check everything but the chunks.
 
@@ -50,19 +56,23 @@ class Generation:
             commit: what it must be.
             explain: called with the name when a file is not as it should be; may raise what the
                 cause really is (a clean-up after this view was opened).
+            held: rows that are in memory already; where they are the generation's, it shares them.
         """
         self._files = files
         self.commit = commit
         self.name = commit.generation
-        self._plan = plan = read_committed_plan(files, commit)
-        self._provenance = read_space(files, self._plan)
-        for _ in files.at_once(lambda each: check_metadata(files, *each), metadata(plan).items()):
-            pass
-        self._records = tuple(files.at_once(
-            lambda each: read_record(files, plan, commit.plan_sha256, *each)[0],
-            zip(plan.units, commit.units, strict=True),
-        ))  # fmt: skip
-        self._chunks = Chunks(files, plan, self._records, explain)
+        plan = read_committed_plan(files, commit)
+        self._plan = plan = replace(plan, rows=plan.rows.held_once(held))
+        self._provenance = check_beside_plan(files, plan)
+        sums = np.empty((len(plan.units), len(plan.arrays)), np.uint32)
+        self._counts = {status.name.lower(): 0 for status in RowStatus}
+        for record in committed_records(files, plan, commit):
+            index = record.unit.index
+            paths = (spec.chunk_path(index) for spec in plan.arrays)
+            sums[index] = [record.files[path].crc32c for path in paths]
+            for name, count in record.status.items():
+                self._counts[name] = self._counts.get(name, 0) + count
+        self._chunks = Chunks(files, plan, sums, explain)
         self.record: GenerationRecord = self._plan.record
         self.rows = len(self._plan.rows)
         self.dim = self._plan.dim
@@ -113,17 +123,12 @@ class Generation:
     @property
     def bytes(self) -> int:
         """Bytes of all chunks."""
-        return sum(record.chunk_bytes for record in self._records)
+        return self._plan.chunk_bytes
 
     @property
     def path(self) -> Location:
         """Place of the Zarr group."""
         return self._files.path(generation_path(self.name))
-
-    @property
-    def unit_records(self) -> tuple[UnitRecord, ...]:
-        """Records of the expected files of each unit."""
-        return self._records
 
     @property
     def units(self) -> list[tuple[int, int]]:
@@ -181,17 +186,13 @@ class Generation:
             raise self._chunks.damaged(Fault(path, str(self.status_counts()), str(counts)))
 
     @property
-    def sources(self) -> tuple[tuple[str, int], ...] | None:
+    def sources(self) -> Sources | None:
         """(data set name, index in its file) of each row, if the exporter knew them."""
         return self._plan.rows.sources
 
     def status_counts(self) -> dict[str, int]:
         """Count the rows per status name, zeros included; from the unit records alone."""
-        counts = {status.name.lower(): 0 for status in RowStatus}
-        for record in self._records:
-            for name, count in record.status.items():
-                counts[name] = counts.get(name, 0) + count
-        return counts
+        return dict(self._counts)
 
     def raw(self, unit: int) -> np.ndarray:
         """Return the stored features of one unit, mapped from disk, read-only.
@@ -206,9 +207,9 @@ class Generation:
         Raises:
             DamagedData: the chunk's size or crc32c is not the committed one.
         """
-        if not 0 <= unit < len(self._records):
+        if not 0 <= unit < len(self._plan.units):
             raise BadInput(
-                f"{self.name} has units 0 to {len(self._records) - 1}, not {unit}; "
+                f"{self.name} has units 0 to {len(self._plan.units) - 1}, not {unit}; "
                 "ask for one of them"
             )
         start, stop = self.units_range(unit)
@@ -281,3 +282,15 @@ class Generation:
         column = np.concatenate(list(parts))
         column.flags.writeable = False
         return column
+
+
+def committed_records(files: ReadFiles, plan: Plan, commit: Commit) -> Iterator[UnitRecord]:
+    """Read the record of each unit that a commit names, in order.
+
+    Raises:
+        DamagedFile: one is missing, edited, or of another plan or unit.
+    """
+    return files.at_once(
+        lambda each: read_record(files, plan, commit.plan_sha256, *each)[0],
+        zip(plan.units, commit.units, strict=True),
+    )

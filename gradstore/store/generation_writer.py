@@ -19,8 +19,9 @@ from gradstore.format.layout import (
 )
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.storage.local import StoreFiles
+from gradstore.store.documents import check_beside_plan, check_committed_plan
 from gradstore.store.encoding import encoded_unit
-from gradstore.store.generation import Generation
+from gradstore.store.generation import committed_records
 from gradstore.store.own_units import Done, OwnUnits, Units
 from gradstore.store.reader import Store
 from gradstore.store.shared_units import SharedUnits
@@ -71,7 +72,7 @@ class GenerationWriter:
             else SharedUnits(files, plan, plan_sha256, leases)
         )
         self._commit = committed
-        self._done: dict[int, Done] = {}
+        self._seals: dict[int, str] = {}
         self._counts: Counter[str] = Counter()
         self.pending: list[UnitRange] = []
         if committed is None:
@@ -81,9 +82,7 @@ class GenerationWriter:
                 if done is not None:
                     self._count(unit, done)
         else:
-            records = view().generation(plan.name).unit_records
-            for record, sha in zip(records, committed.units, strict=True):
-                self._count(record.unit, (record, sha))
+            self._counts.update(view().generation(plan.name).status_counts())
 
     @property
     def name(self) -> str:
@@ -206,8 +205,8 @@ class GenerationWriter:
             kind="generation",
             generations=(self.name,),
             plan_sha256=self._plan_sha,
-            units=tuple(self._done[unit.index][1] for unit in self.plan.units),
-            chunk_bytes=sum(record.chunk_bytes for record, _ in self._done.values()),
+            units=tuple(self._seals[unit.index] for unit in self.plan.units),
+            chunk_bytes=self.plan.chunk_bytes,
         )
         self._check(draft)
         self._commit = publish_commit(self._files, draft, self._view, shared=self._shared)
@@ -217,13 +216,16 @@ class GenerationWriter:
         self.pending.remove(unit)
 
     def _count(self, unit: UnitRange, done: Done) -> None:
-        self._done[unit.index] = done
-        self._counts.update(done[0].status)
+        record, self._seals[unit.index] = done
+        self._counts.update(record.status)
 
     def _check(self, draft: Commit) -> None:
+        files, plan = self._files, self.plan
         try:
-            records = Generation(self._files, draft).unit_records
-            checked = self._files.at_once(lambda each: check_unit(self._files, each), records)
+            check_committed_plan(files, draft)
+            check_beside_plan(files, plan)
+            records = committed_records(files, plan, draft)
+            checked = files.at_once(lambda each: check_unit(files, each), records)
             faults = [fault for found in checked for fault in found]
         except DamagedFile as error:
             faults = [error.fault]

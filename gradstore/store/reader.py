@@ -260,8 +260,9 @@ class Store:
     def _open(self, commit: Commit) -> Generation:
         opened = self._opened.get(commit.sha256)
         if opened is None:
+            held = [generation.plan.rows for generation in tuple(self._opened.values())]
             try:
-                opened = Generation(self._files, commit, self._explain_retired)
+                opened = Generation(self._files, commit, self._explain_retired, held)
             except DamagedFile:
                 self._explain_retired(commit.generation)
                 raise

@@ -41,8 +41,7 @@ def next_attempt(files: StoreFiles, view: Callable[[], Store], plan: Plan) -> Ge
     if newest.name in committed or not _is_planned(files, newest):
         newest = replace(plan, name=str(base.with_attempt(attempt + 1)))
     publish_plan(files, store, newest)
-    sha = Plan.from_bytes(newest.to_bytes())[1]
-    return GenerationWriter(files, newest, sha, view)
+    return GenerationWriter(files, newest, newest.sha256, view)
 
 
 def _is_planned(files: StoreFiles, plan: Plan) -> bool:

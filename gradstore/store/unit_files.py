@@ -263,13 +263,13 @@ def read_record(
     Raises:
         DamagedFile: it is missing, edited, or of another plan or unit.
     """
-    path = unit_path(plan.name, unit.index)
+    path, arrays = unit_path(plan.name, unit.index), zip(plan.arrays, plan.chunk_sizes, strict=True)
     try:
         record, found = UnitRecord.from_bytes(files.read(path))
     except ValueError as error:
         fault = Fault(path, "the bytes that were written", str(error))
         raise DamagedFile(fault, str(files.root)) from error
-    sizes = {s.chunk_path(unit.index): s.chunk_bytes(plan.unit_rows) for s in plan.arrays}
+    sizes = {spec.chunk_path(unit.index): size for spec, size in arrays}
     for what, want, have in (
         ("sha256", expected or found, found),
         ("generation", plan.name, record.generation),
@@ -293,15 +293,15 @@ def check_unit(files: ReadFiles, record: UnitRecord, *, deep: bool = False) -> l
     return [fault for fault in faults if fault is not None]
 
 
-def check_chunk(path: str, data: bytes | memoryview, expected: FileSeal) -> Fault | None:
+def check_chunk(path: str, data: bytes | memoryview, expected: int) -> Fault | None:
     """Check the bytes of a chunk's file against its trailing crc32c and the recorded one."""
     view = memoryview(data)
     found = crc32c(view[:-CRC_BYTES])
     written = int.from_bytes(view[-CRC_BYTES:], "little")
-    if found != expected.crc32c or written != expected.crc32c:
+    if found != expected or written != expected:
         return Fault(
             path,
-            f"crc32c {expected.crc32c:08x}",
+            f"crc32c {expected:08x}",
             f"crc32c {found:08x} over the values, {written:08x} at the end of the file",
         )
     return None
@@ -313,7 +313,7 @@ def file_fault(files: ReadFiles, path: str, expected: FileSeal, *, deep: bool) -
         data = files.read(path, expected_bytes=expected.bytes)
     except DamagedFile as error:
         return error.fault
-    fault = check_chunk(path, data, expected)
+    fault = check_chunk(path, data, expected.crc32c)
     if fault is None and deep:
         found = hashlib.sha256(data).hexdigest()
         if found != expected.sha256:

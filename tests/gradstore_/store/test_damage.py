@@ -265,6 +265,26 @@ def test_a_plan_that_names_a_position_twice_is_refused(kit: StoreKit, fast_path:
         writer.begin(kit.record(), kit.rows(40), dim=4)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["plans/train/1.json", "spaces/gradient/provenance.json", "generations/train/1/norm/zarr.json"],
+)
+def test_nothing_is_committed_beside_a_document_that_changed_since_it_was_written(
+    kit: StoreKit, fast_path: Path, name: str
+) -> None:
+    with kit.writer(fast_path / "s") as writer:
+        generation = writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16)
+        kit.fill(generation, kit.features(40))
+        file = fast_path / "s" / name
+        data = file.read_bytes()
+        file.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+        with pytest.raises(DamagedData, match=f"not committed: {name}"):
+            generation.commit()
+        file.write_bytes(data)
+        generation.commit()
+    assert verify_store(fast_path / "s").ok
+
+
 def test_files_that_no_one_committed_are_reported_by_verify(store: Path) -> None:
     (store / "generations/train/1/features/c/9").mkdir()
     (store / "generations/train/1/features/c/9/0").write_bytes(b"x")

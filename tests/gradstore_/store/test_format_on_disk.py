@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 from gradstore.errors import BadInput
 from gradstore.format.codec import LARGEST, decode, encode, settle_status
 from gradstore.format.layout import RowStatus
+from gradstore.format.records import RowSet
 from gradstore.store.reader import open_store
 
 if TYPE_CHECKING:
@@ -193,3 +194,17 @@ def test_wrong_shapes_are_refused_with_both_shapes(kit: StoreKit, fast_path: Pat
             generation.commit()
         with pytest.raises(BadInput, match="not pending"):
             generation.write_unit(3, np.ones((16, 4), np.float32), one, one * 0, one)
+
+
+def test_generations_of_the_same_rows_hold_them_once(kit: StoreKit, fast_path: Path) -> None:
+    kit.build(fast_path / "s", "train/1", "train/2", "target/a/1")
+    with kit.writer(fast_path / "s") as writer:
+        rows = kit.rows(40)
+        other = RowSet(rows.hashes, [("set two", i) for i in range(40)])
+        kit.fill(begun := writer.begin(kit.record("train/3"), other, dim=4), kit.features(40))
+        begun.commit()
+    one, two, target, three = open_store(fast_path / "s").generations()
+    assert one.plan.rows is two.plan.rows is target.plan.rows
+    assert three.plan.rows is not one.plan.rows
+    assert np.array_equal(three.plan.rows.hashes, one.plan.rows.hashes)
+    assert three.sources == other.sources != one.sources == kit.rows(40).sources
