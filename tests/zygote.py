@@ -27,6 +27,7 @@ With "ranks": n it forks n workers, as torchrun would start them; each traces in
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import importlib
@@ -42,7 +43,11 @@ import sys
 import traceback
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TextIO
+
+#: A configuration that needs nothing but this repository.
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples/train_lora/selectors/less.yaml"
 
 #: What stores and their service import.
 LIGHT = (
@@ -221,6 +226,15 @@ def python(argv: list[str]) -> None:
         runpy.run_path(what, run_name="__main__")
 
 
+def card_once() -> None:
+    """Compile the template of the page that goes beside every adapter: it is at each save."""
+    from huggingface_hub import ModelCard, ModelCardData
+    from jinja2 import Environment
+
+    Environment.compile = functools.cache(Environment.compile)  # type: ignore[method-assign]
+    ModelCard.from_template(ModelCardData())
+
+
 def draw_once() -> None:
     """Draw a picture as runs do at their end: fonts are found and loaded before the forks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -259,6 +273,9 @@ def warm_up() -> None:
     registry = importlib.import_module("dataflex.config.registry")
     for _, kind in registry.KINDS.values():
         registry.strategies(kind)
+    importlib.import_module("dataflex.launch.configuration").read(EXAMPLE, [])
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("")
+    card_once()
     templates = importlib.import_module("dataflex.report.page").templates()
     for name in templates.list_templates(extensions=["j2"]):
         templates.get_template(name)

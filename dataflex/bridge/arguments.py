@@ -170,7 +170,8 @@ def own_templates() -> Iterator[None]:
     """
     from llamafactory.data import template
 
-    with swapped(template, "TEMPLATES", copy.deepcopy(template.TEMPLATES)):
+    own = {name: copy.copy(each) for name, each in template.TEMPLATES.items()}
+    with swapped(template, "TEMPLATES", own):
         yield
 
 

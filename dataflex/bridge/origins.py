@@ -105,23 +105,26 @@ class _SourceCarrier:
         if self.inner.data_args.packing:
             return self._packed(examples)
         found: dict[str, list[Any]] = {}
-        for i in range(len(examples[SOURCE_ROW])):
-            try:
-                with _drops_told_later(self.inner):
-                    one = self.inner.preprocess_dataset({k: [v[i]] for k, v in examples.items()})
-            except Exception as error:  # of any kind: a template or a tokenizer's own code
-                if is_another_matter(error):
-                    raise
-                where = f"data set {examples[SOURCE_SET][i]!r}: row {examples[SOURCE_ROW][i]}"
-                raise BadInput(
-                    f"{where} cannot be tokenised: {reason_of(error)}. Correct or remove the row."
-                ) from error
-            kept = len(next(iter(one.values()), []))
-            one = {**one, SOURCE_ROW: [examples[SOURCE_ROW][i]] * kept,
-                   SOURCE_SET: [examples[SOURCE_SET][i]] * kept}  # fmt: skip
-            for key, values in one.items():
-                found.setdefault(key, []).extend(values)
+        with _drops_told_later(self.inner):
+            for i in range(len(examples[SOURCE_ROW])):
+                for key, values in self._one_row(examples, i).items():
+                    found.setdefault(key, []).extend(values)
         return found
+
+    def _one_row(self, examples: dict[str, list[Any]], i: int) -> dict[str, list[Any]]:
+        """Preprocess a row of a batch; return the one row, or none, with its origin."""
+        origin = {SOURCE_ROW: examples[SOURCE_ROW][i], SOURCE_SET: examples[SOURCE_SET][i]}
+        try:
+            one = self.inner.preprocess_dataset({k: [v[i]] for k, v in examples.items()})
+        except Exception as error:  # of any kind: a template or a tokenizer's own code
+            if is_another_matter(error):
+                raise
+            where = f"data set {origin[SOURCE_SET]!r}: row {origin[SOURCE_ROW]}"
+            raise BadInput(
+                f"{where} cannot be tokenised: {reason_of(error)}. Correct or remove the row."
+            ) from error
+        kept = len(next(iter(one.values()), []))
+        return {**one, **{key: [value] * kept for key, value in origin.items()}}
 
     def _packed(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Pack a batch of rows; the first packed row has the origins of all that are in."""

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny"
 
+#: Names of weights of the embedded model's third and fourth layer.
+LATER = re.compile(r"layers\.[23]\.")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the embedded model's first two layers: half of the time, the same paths."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    shutil.copytree(TINY / "model", folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 2}))
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if not LATER.search(name)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
 
 @pytest.fixture
-def config(tmp_path: Path) -> Callable[..., Path]:
+def config(model: Path, tmp_path: Path) -> Callable[..., Path]:
     """Write a small LESS run's YAML: 8 steps, accumulation 3, dropout on, 96 rows."""
 
     def write(name: str = "run.yaml", **changes: object) -> Path:
         content: dict[str, object] = {
-            "model_name_or_path": str(TINY / "model"),
+            "model_name_or_path": str(model),
             "template": "default",
             "dataset": "tiny_train",
             "dataset_dir": str(TINY / "data"),

@@ -24,6 +24,9 @@ SHORT = ("max_samples=48", "warmup_step=2", "update_step=3", "update_times=2",
          "train_step=8", "logging_steps=1", "save_steps=3", "disable_tqdm=true",
          "do_eval=false", "overwrite_cache=true", "report_to=none")  # fmt: skip
 
+#: How most examples name their model.
+TINY = "model_name_or_path: examples/tiny/model\n"
+
 #: What single examples need beside that, by folder and file name.
 MORE: dict[str, tuple[str, ...]] = {
     "reorders/folding": ("max_samples=480",),  # its file has a score for each of them
@@ -104,11 +107,13 @@ def assert_same(one: Any, other: Any, where: str = "state", tolerance: float = 0
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: f"{p.parts[-3]}-{p.parent.name}-{p.stem}")
 def test_it_runs_and_neither_a_kill_nor_two_processes_change_anything(
-    path: Path, cli: Any, tmp_path: Path
+    path: Path, cli: Any, model: Path, tmp_path: Path
 ) -> None:
     """What a kill at step 7 leaves is copied from the whole run; test_resume.py kills for real."""
     whole, killed = tmp_path / "whole", tmp_path / "run"
-    options = settings(path, killed)  # the same folder for both: some of its files name it
+    smaller = [f"model_name_or_path={model}"] if TINY in path.read_text() else []
+    # The same folder for both: some of its files name it.
+    options = (*settings(path, killed), *smaller)
     faults = {"trace": str(tmp_path / "a"), "copy_step": [7, str(tmp_path / "copy")]}
     result = cli("train", path, *options, faults=faults, draws=True)
     assert result.code == 0, result.err[-3000:]
@@ -134,7 +139,7 @@ def test_it_runs_and_neither_a_kill_nor_two_processes_change_anything(
     if path in TWO_PROCESSES:
         two = tmp_path / "two"
         size = f"per_device_train_batch_size={batch_size(path) // 2}"
-        result = cli("train", path, *settings(path, two), size, ranks=2)
+        result = cli("train", path, *settings(path, two), *smaller, size, ranks=2)
         assert result.code == 0, result.err[-3000:]
         assert_two_decide_what_one_does(whole, two)
 

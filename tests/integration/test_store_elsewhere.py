@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,34 +33,42 @@ def place(request: pytest.FixtureRequest) -> str:
     return found if isinstance(found, str) else str(found.address)
 
 
+def answers(cli: Any, path: Path, store: object, folder: Path) -> tuple[Any, ...]:
+    """Build a store and ask it: rows that help and hurt, what the best ones gain, the audit."""
+    row = json.loads((TINY / "data" / "train.json").read_text())[5]
+    prompt = "\n".join(filter(None, (row["instruction"], row["input"])))
+    env, table = environment(), folder / "audit.jsonl"
+    ok(cli("gradstore", "build", path, f"gradstore={store}", env=env))
+    told = ok(cli("gradstore", "explain", store, "--prompt", prompt, "--response", row["output"],
+                  "--top", 3, "--json", env=env))  # fmt: skip
+    ok(cli("gradstore", "audit", store, "-o", table, "--json", env=env))
+    patched = ok(cli("gradstore", "eval", store, path, "--metric", "tail_patch", "--k", 2,
+                     "--json", env=env))  # fmt: skip
+    answer, gains = json.loads(told.out), json.loads(patched.out)
+    assert answer["helped"][0]["row"] == 5
+    measured = [gains[key] for key in ("mean", "low", "high", "queries")]
+    return answer["helped"], answer["hurt"], measured, table.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def of_folders() -> dict[str, tuple[Any, ...]]:
+    """Answers of a store in a folder by its dtype, filled by the first test that needs them."""
+    return {}
+
+
 @pytest.mark.parametrize("dtype", ["int8", "1bit"])
 def test_explain_audit_and_eval_answer_of_a_store_elsewhere_as_of_a_folder(
-    cli: Any, config: Callable[..., Path], place: str, dtype: str, tmp_path: Path
+    cli: Any, config: Any, place: str, dtype: str, of_folders: dict[str, Any], tmp_path: Path
 ) -> None:
-    env = environment()
     keys: dict[str, Any] = {
         "max_samples": 40, "max_steps": 4, "gradient_accumulation_steps": 1, "warmup_step": 1,
         "update_step": 1,
         "component_params": {"proj_dim": 64, "gradient_type": "sgd", "dtype": dtype},
     }  # fmt: skip
     path = config(**keys)
-    row = json.loads((TINY / "data" / "train.json").read_text())[5]
-    prompt = "\n".join(filter(None, (row["instruction"], row["input"])))
-    answers = []
-    for number, store in enumerate((tmp_path / "folder", place)):
-        ok(cli("gradstore", "build", path, f"gradstore={store}", env=env))
-        told = cli("gradstore", "explain", store, "--prompt", prompt, "--response", row["output"],
-                   "--top", 3, "--json", env=env)  # fmt: skip
-        table = tmp_path / f"{number}.jsonl"
-        ok(cli("gradstore", "audit", store, "-o", table, "--json", env=env))
-        patched = cli("gradstore", "eval", store, path, "--metric", "tail_patch", "--k", 2,
-                      "--json", env=env)  # fmt: skip
-        answer, gains = (json.loads(ok(each).out) for each in (told, patched))
-        rows = {side: answer[side] for side in ("helped", "hurt")}
-        answers.append((rows, [gains[key] for key in ("mean", "low", "high", "queries")],
-                        table.read_bytes()))  # fmt: skip
-    assert answers[0] == answers[1]
-    assert answers[0][0]["helped"][0]["row"] == 5
+    if dtype not in of_folders:
+        of_folders[dtype] = answers(cli, path, tmp_path / "folder", tmp_path)
+    assert answers(cli, path, place, tmp_path) == of_folders[dtype]
     assert verify_store(place).ok
     assert {each.dtype for each in open_store(place).generations()} == {dtype, "float16"}
 

@@ -109,7 +109,7 @@ def test_other_modules_and_other_kinds_of_checkpoints_are_refused(
 
 
 def test_icons_votes_by_gradients_of_the_layers_that_freeze_trains(
-    cli: Any, config: Any, tmp_path: Path
+    cli: Any, config: Any, model: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     path = config(**{**FULL, "finetuning_type": "freeze", "freeze_trainable_layers": 1,
@@ -124,7 +124,7 @@ def test_icons_votes_by_gradients_of_the_layers_that_freeze_trains(
     assert sum("norm" in name for name in names) == 2
     assert len(names) == 9
     assert int(train.usable.sum()) == 48
-    before = load_file(ROOT / "examples/tiny/model/model.safetensors")
+    before = load_file(model / "model.safetensors")
     after = load_file(run / "checkpoint-4" / "model.safetensors")
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
     assert moved == set(names)
