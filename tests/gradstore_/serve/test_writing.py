@@ -28,7 +28,6 @@ from gradstore.format.unit_records import UnitRecord
 from gradstore.serve.intake import Intake, Limits
 from gradstore.serve.keeping import tag_of
 from gradstore.serve.problems import Refusal
-from gradstore.storage.local import StoreFiles
 from gradstore.storage.wire import content_digest
 from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
@@ -544,7 +543,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(StoreFiles, "_write_new", full)
+        patch.setattr("gradstore.storage.local._write_whole", full)
         told = refused(writer.put(CHUNK, files[CHUNK]), 507, "disk-full", "No space left")
     assert told["exit_code"] == 5
     assert CHUNK not in published(writer.service.folder)
