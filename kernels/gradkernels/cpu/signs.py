@@ -9,6 +9,7 @@ from gradkernels.cpu.loops import F32, U8
 
 #: Half of the numbers that a table's entry may be: what stands for a sum of zero.
 _ZERO = 1 << (PLANES * PLANE - 1)
+#: Signs of four coordinates, (16, 4): coordinate i is positive where bit i is set.
 _PATTERNS = (np.arange(16)[:, None] >> np.arange(4) & 1) * 2.0 - 1
 
 
@@ -33,7 +34,9 @@ class SignProducts:
         columns = -(-self._width // WIDTH) * WIDTH if shuffles else self._width
         padded = np.zeros((count, 8 * columns))
         padded[:, :dim] = queries
-        sums = padded.reshape(count, columns, 2, 4) @ _PATTERNS.T
+        # Added one by one: a matrix product may round otherwise on another machine.
+        signed = padded.reshape(count, columns, 2, 1, 4) * _PATTERNS
+        sums = (signed[..., 0] + signed[..., 1]) + (signed[..., 2] + signed[..., 3])
         largest = np.abs(sums).max(axis=(1, 2, 3), initial=0)
         self._step = np.where(largest > 0, largest / (_ZERO - 1), 1.0)
         entries = (np.rint(sums / self._step[:, None, None, None]) + _ZERO).astype(np.uint32)
