@@ -154,19 +154,20 @@ class StoreFiles(ReadFiles):
 
     def _write_new(self, contents: Mapping[str, Sequence[Block]]) -> None:
         """Write new files, then sync each; where one fails none of them is left."""
+        sizes: dict[Path, int] = {}
         created: dict[Path, int] = {}
         try:
             for relative, buffers in contents.items():
                 path = self.on_disk(relative)
-                needed = sum(memoryview(buffer).nbytes for buffer in buffers)
-                with self._translated("write", path, needed_bytes=needed):
+                sizes[path] = sum(memoryview(buffer).nbytes for buffer in buffers)
+                with self._translated("write", path, needed_bytes=sizes[path]):
                     self._step("create", path)
                     created[path] = os.open(path, _NEW, 0o644)
                     for buffer in buffers:
                         self._step("write", path)
                         _write_whole(created[path], buffer)
             for path, fd in created.items():
-                with self._translated("write", path):
+                with self._translated("write", path, needed_bytes=sizes[path]):
                     self._step("fsync", path)
                     os.fsync(fd)
         except StoreIOError:

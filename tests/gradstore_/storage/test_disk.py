@@ -70,13 +70,15 @@ def test_a_full_disk_at_any_write_ends_in_exit_5_and_resumes(
     assert verify_store(path).ok
 
 
+@pytest.mark.parametrize("operation", ["write", "fsync"])
 def test_the_message_of_a_full_disk_tells_bytes_needed_and_free(
-    kit: StoreKit, fast_path: Path
+    kit: StoreKit, fast_path: Path, operation: str
 ) -> None:
+    """Where space is given late, as in NFS, a full disk is told by the sync."""
     path = fast_path / "s"
     with kit.writer(path) as writer:
         generation = writer.begin(kit.record(), kit.rows(20), dim=4)
-        writer._files._hook = failing("write", errno.ENOSPC)
+        writer._files._hook = failing(operation, errno.ENOSPC)
         with pytest.raises(StoreIOError, match=r"needs 2,052 bytes, [\d,]+ free.*gradstore=PATH"):
             kit.fill(generation, kit.features(20))
         writer._files._hook = None
