@@ -76,11 +76,11 @@ class _Uses(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - what the operation returns
         result = func(*args, **(kwargs or {}))
-        slots = {self._slots.get(id(each)) for each in tree_leaves((args, kwargs))} - {None}
-        slots = slots - {slot for call in self._calls for slot in call.slots.values()}
-        if slots and torch.is_grad_enabled() and _name(func) not in _CUT:
-            if any(isinstance(each, Tensor) for each in tree_leaves(result)):
-                self.found.update(slot for slot in slots if slot is not None)
+        gives = any(isinstance(each, Tensor) for each in tree_leaves(result))
+        if gives and torch.is_grad_enabled() and _name(func) not in _CUT:
+            taken = map(id, tree_leaves((args, kwargs)))
+            used = {self._slots[each] for each in taken if each in self._slots}
+            self.found |= used.difference(*(call.slots.values() for call in self._calls))
         return result
 
 

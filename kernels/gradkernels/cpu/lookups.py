@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gradkernels.cpu.vectors import address
+from gradkernels.cpu.vectors import address, shuffled
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.core import cgutils
@@ -34,7 +34,7 @@ _COLUMN = 2 * PLANES * 16
 #: Numbers that `sum_columns` stores.
 SUMS = PLANES * ROWS
 
-_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_I8, _I16, _I64 = (ir.IntType(bits) for bits in (8, 16, 64))
 _HALF = ir.VectorType(_I8, WIDTH)
 _BYTES = ir.VectorType(_I8, ROWS)
 _WORDS = ir.VectorType(_I16, ROWS // 2)
@@ -135,10 +135,10 @@ def turn(
             return _load(builder, address(context, builder, sig.args[0], args[0], offset), _HALF)
 
         both = list(range(ROWS))
-        lanes = [_shuffled(builder, row(r), row(r + 16), both) for r in range(16)]
+        lanes = [shuffled(builder, (row(r), row(r + 16)), both) for r in range(16)]
         for _ in range(4):
             pairs = list(zip(lanes[:8], lanes[8:], strict=True))
-            lanes = [_shuffled(builder, *pair, order) for pair in pairs for order in (low, high)]
+            lanes = [shuffled(builder, pair, order) for pair in pairs for order in (low, high)]
         for c, value in enumerate(lanes):
             where = builder.add(args[4], ir.Constant(_I64, ROWS * c))
             place = address(context, builder, sig.args[3], args[3], where)
@@ -185,7 +185,7 @@ def sum_columns(
                 for half, index in enumerate(halves):
                     offset = builder.add(first, ir.Constant(_I64, (PLANES * half + plane) * 16))
                     table = _load(builder, builder.gep(entries, [offset]), _HALF)
-                    twice = _shuffled(builder, table, table, [*range(16), *range(16)])
+                    twice = shuffled(builder, (table, table), [*range(16), *range(16)])
                     found.append(builder.call(shuffle, [twice, index]))
                 words = builder.bitcast(builder.add(*found), _WORDS)
                 upper = builder.lshr(words, ir.Constant(_WORDS, [8] * (ROWS // 2)))
@@ -209,7 +209,3 @@ def _load(builder: Any, place: Any, kind: Any) -> Any:  # noqa: ANN401
 
 def _store(builder: Any, value: Any, place: Any) -> None:  # noqa: ANN401
     builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=1)
-
-
-def _shuffled(builder: Any, a: Any, b: Any, order: list[int]) -> Any:  # noqa: ANN401
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(order)), order))

@@ -180,8 +180,8 @@ def transpose8(
             for r in range(8):
                 if not r & distance:
                     pair = rows[r], rows[r + distance]
-                    rows[r] = _shuffle(builder, pair, keep_low)
-                    rows[r + distance] = _shuffle(builder, pair, keep_high)
+                    rows[r] = shuffled(builder, pair, keep_low)
+                    rows[r + distance] = shuffled(builder, pair, keep_high)
         offset = args[1]
         for r in range(8):
             _store(builder, rows[r], address(context, builder, sig.args[0], args[0], offset))
@@ -239,7 +239,6 @@ def two_butterflies(
     return signature, codegen
 
 
-def _shuffle(builder: Any, pair: tuple[Any, Any], order: list[int]) -> Any:  # noqa: ANN401
-    """Pick the numbers `order` (0..7 from the first vector, 8..15 from the second)."""
-    mask = ir.Constant(ir.VectorType(_I32, 8), order)
-    return builder.shuffle_vector(*pair, mask)
+def shuffled(builder: Any, pair: tuple[Any, Any], order: list[int]) -> Any:  # noqa: ANN401
+    """Pick the elements `order` of two vectors, those of the second numbered after the first's."""
+    return builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(_I32, len(order)), order))
