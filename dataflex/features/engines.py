@@ -9,6 +9,7 @@ process, what is done stays done, and any other worker takes over the rest.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -258,7 +259,8 @@ class _Build:
     def _start(self, worker: Worker) -> None:
         options = self.cluster.actor_options() | {"max_restarts": 0}
         remote = self.cluster.ray.remote(FeatureActor).options(**options)
-        self._await(_Actor(worker, remote.remote(self.work, worker, Path.cwd())))
+        begin = functools.partial(remote.remote, self.work, worker, Path.cwd())
+        self._await(_Actor(worker, self.cluster.ask(begin)))
 
     def _await(self, actor: _Actor) -> None:
         self.running[actor.handle.unit.remote()] = actor
@@ -270,7 +272,7 @@ class _Build:
         for ref in ready:
             actor = self.running.pop(ref)
             try:
-                report: Report = self.cluster.ray.get(ref)
+                report: Report = self.cluster.ask(functools.partial(self.cluster.ray.get, ref))
             except self.cluster.ray.exceptions.ActorUnavailableError:
                 self._await(actor)  # for a moment: it has not died
             except self.cluster.ray.exceptions.RayActorError as error:

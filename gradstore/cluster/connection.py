@@ -17,11 +17,13 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gradstore.cluster.options import RayOptions, room
 from gradstore.errors import BadInput, StoreIOError
@@ -46,6 +48,8 @@ END_SECONDS = 10.0
 #: Longest folder that sockets of Ray's fit below: a path of theirs has at most 107 characters.
 _LONGEST_FOLDER = 40
 
+T = TypeVar("T")
+
 
 class Cluster:
     """A cluster that this process is connected to.
@@ -69,7 +73,9 @@ class Cluster:
         head: str,
     ) -> None:
         self.ray, self.options, self.head = ray, options, head
-        nodes = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
+        self.ended = False
+        self._looked, self._in_vain = time.monotonic(), 0
+        nodes = {n["NodeID"]: n["Resources"] for n in self.ask(ray.nodes) if n["Alive"]}
         total = {name: sum(has.get(name, 0.0) for has in nodes.values()) for name in ("CPU", "GPU")}
         self.taken = options.resources(total)
         fitting = room(nodes, self.taken)
@@ -82,8 +88,6 @@ class Cluster:
             )
         self.actors = options.actors or fitting
         self.told = f"nodes: {len(nodes)}, actors: {self.actors} of {_listed(self.taken)}"
-        self.ended = False
-        self._looked, self._in_vain = time.monotonic(), 0
 
     def actor_options(self) -> dict[str, Any]:
         """Return Ray's options of an actor or task of ours."""
@@ -108,14 +112,15 @@ class Cluster:
             StoreIOError: as `check` raises it.
         """
         # A lambda goes there by value: nothing of ours is imported for it.
-        probe = self.ray.remote(lambda: None).options(**self.actor_options()).remote()
+        task = self.ray.remote(lambda: None).options(**self.actor_options())
+        probe = self.ask(task.remote)
         began, silent = time.monotonic(), True
         while not self.ray.wait([probe], timeout=LOOK_SECONDS)[0]:
             self.check()
             waited = time.monotonic() - began
             if waited < TOLD_SECONDS:
                 continue
-            free = _listed(self.ray.available_resources())
+            free = _listed(self.ask(self.ray.available_resources))
             here = (
                 f"no process of {_listed(self.taken)} could start in {waited:.0f} seconds; {free}"
             )
@@ -127,6 +132,28 @@ class Cluster:
             if silent:
                 told(f"Ray: {here} are free; waiting for those who use the cluster.")
                 silent = False
+
+    def ask(self, call: Callable[[], T]) -> T:
+        """Return what a call to Ray returns that may need the head, and look at the head meanwhile.
+
+        A thread makes the call: it would wait for a head that has died, deaf to signals, until Ray
+        ends this process after a minute.
+
+        Raises:
+            StoreIOError: as `check` raises it; what the call raises is raised here.
+        """
+        answer: futures.Future[T] = futures.Future()
+
+        def make_it() -> None:
+            try:
+                answer.set_result(call())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=make_it, name="ray", daemon=True).start()
+        while not futures.wait([answer], timeout=LOOK_SECONDS).done:
+            self.check()
+        return answer.result()
 
     def check(self) -> None:
         """Look whether the head still answers, at most once a second.

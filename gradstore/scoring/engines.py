@@ -6,10 +6,10 @@ are computed once, the numbers of rows, and (rows, q) sums; features of rows nev
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -175,20 +175,22 @@ def _in_order(
     while kept < len(ranges):
         ahead = min(len(ranges), kept + AHEAD * cluster.actors)
         while begun < ahead and len(running) < cluster.actors:
-            running[remote.remote(shared, *ranges[begun])] = begun
+            begin = functools.partial(remote.remote, shared, *ranges[begun])
+            running[cluster.ask(begin)] = begun
             begun += 1
         ready, _ = ray.wait(list(running), timeout=WAIT_SECONDS)
         cluster.check()
         for ref in ready:
-            done[running.pop(ref)] = _result(ray, ref)
+            done[running.pop(ref)] = _result(cluster, ref)
         while kept in done:
             yield done.pop(kept)
             kept += 1
 
 
-def _result(ray: Any, ref: Any) -> Sums:  # noqa: ANN401 - the module, and a reference of its
+def _result(cluster: Cluster, ref: Any) -> Sums:  # noqa: ANN401 - a reference of Ray's
+    ray = cluster.ray
     try:
-        answer = ray.get(ref)
+        answer = cluster.ask(functools.partial(ray.get, ref))
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError,
             ray.exceptions.OutOfMemoryError, ray.exceptions.ObjectLostError) as error:  # fmt: skip
         raise StoreIOError(
@@ -223,7 +225,7 @@ def sums_of_range(task: ScanTask, start: int, stop: int) -> Sums | Failed:
     return sums, codes
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def _opened(path: Location, names: tuple[tuple[str, str], ...]) -> list[Generation]:
     """Open the train rows of a store, once per process."""
     if isinstance(path, Path) and not path.exists():

@@ -127,11 +127,17 @@ def test_ctrl_c_leaves_no_actor(cluster: Any, build: Any, tmp_path: Path) -> Non
     assert said(told).count("error: ") == 1, said(told)
 
 
-def worker_there(node: Any, store: Path, told: Path) -> int:
-    """Wait until both workers fill units of the train rows; return the process on a node."""
+def workers_at_work(node: Any, store: Path, told: Path) -> tuple[int, int]:
+    """Wait until both workers fill units of the train rows; return that of a node, and the other.
+
+    The other is stopped: it may be done with all before a death is known.
+    """
     until(lambda: len(leases(store)) == 2, "two workers", told)
-    (there,) = (pid for pid in leases(store) if psutil.Process(pid).ppid() == raylet(node))
-    return there
+    first, second = leases(store)
+    there = first if psutil.Process(first).ppid() == raylet(node) else second
+    other = second if there == first else first
+    os.kill(other, signal.SIGSTOP)
+    return there, other
 
 
 def test_units_of_a_killed_actor_are_taken_over_and_scores_are_those_of_one_process(
@@ -140,9 +146,7 @@ def test_units_of_a_killed_actor_are_taken_over_and_scores_are_those_of_one_proc
     store, told = tmp_path / "store", tmp_path / "told.txt"
     engine = ("--engine", "ray", "--address", cluster.address)
     build(store, *engine, background=told)
-    there = worker_there(*cluster.worker_nodes, store, told)
-    (other,) = leases(store).keys() - {there}
-    os.kill(other, signal.SIGSTOP)  # or it may be done with all before the death is known
+    there, other = workers_at_work(*cluster.worker_nodes, store, told)
     os.kill(there, signal.SIGKILL)
     died = f"pid {there}) died, its process ended: its units are taken over"
     until(lambda: died in said(told), "word of the actor", told)
@@ -164,14 +168,18 @@ def test_one_node_goes_on_without_the_other_and_any_process_after_the_head(
     store, told = tmp_path / "store", tmp_path / "told.txt"
     build(store, "--engine", "ray", "--address", cluster.address, background=told)
     (node,) = cluster.worker_nodes
-    worker_there(node, store, told)
+    _, other = workers_at_work(node, store, told)
     cluster.remove_node(node, allow_graceful=False)
     node_died = "died, its node left the cluster: its units are taken over"
     until(lambda: node_died in said(told), "word of the node", told)
+    os.kill(other, signal.SIGCONT)
     until(lambda: list(store.glob("generations/train/0/units/*.json")), "unit", told)
+    os.kill(other, signal.SIGSTOP)
     cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
     until(lambda: "its head no longer answers" in said(told), "word of the head", told)
     assert said(told).count("error: ") == 1
+    with contextlib.suppress(ProcessLookupError):  # it ends with its node, if it is given time to
+        os.kill(other, signal.SIGKILL)
     done = generations(store)
     cluster.shutdown()
     again = build(store)

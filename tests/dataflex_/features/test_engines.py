@@ -94,10 +94,11 @@ class Unavailable(ActorError):
 class Scripted:
     """A cluster whose actors say what a script has for their number, one after another.
 
-    A report that is an exception is raised, as Ray raises the death of an actor.
+    A report that is an exception is raised, as Ray raises the death of an actor. What may wait for
+    the head has to be called by `ask`.
     """
 
-    ended = False
+    ended = asked = False
     taken: dict[str, float] = {"CPU": 1.0}  # noqa: RUF012
     exceptions = type(
         "Exceptions", (), {"RayActorError": ActorError, "ActorUnavailableError": Unavailable}
@@ -114,11 +115,19 @@ class Scripted:
     def check(self) -> None:
         pass
 
+    def ask(self, call: Callable[[], Any]) -> Any:
+        self.asked = True
+        try:
+            return call()
+        finally:
+            self.asked = False
+
     def remote(self, _: type) -> Any:
         cluster = self
 
         class Handle:
             def __init__(self, _: object, worker: Worker, __: Path) -> None:
+                assert cluster.asked
                 self.number = worker.number
                 cluster.started.append(worker.number)
 
@@ -133,6 +142,7 @@ class Scripted:
         return [ref for ref in refs if self.scripts[ref[0].number - 1]][:1], []
 
     def get(self, ref: Any) -> Report:
+        assert self.asked
         report = self.scripts[ref[0].number - 1].pop(0)
         if isinstance(report, Exception):
             raise report

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import socket
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +124,33 @@ def test_a_head_counts_as_dead_after_several_looks_in_vain(
     with pytest.raises(StoreIOError, match="its head no longer answers"):
         cluster.check()
     assert cluster.ended
+
+
+def test_a_call_that_waits_for_a_head_that_died_ends_with_the_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray itself would end the process after a minute, with no word of the store."""
+    monkeypatch.setattr(connection, "LOOK_SECONDS", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        head = f"127.0.0.1:{server.getsockname()[1]}"
+    ray, never = ray_of({"CPU": 1.0}), threading.Event()
+    made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=never.wait))
+    ray.remote = lambda _: made
+    with pytest.raises(StoreIOError, match="its head no longer answers"):
+        Cluster(ray, RayOptions(), head).ask(never.wait)
+    with pytest.raises(StoreIOError, match="its head no longer answers"):
+        Cluster(ray, RayOptions(), head).wait_for_room(print)
+    ray.nodes = never.wait
+    with pytest.raises(StoreIOError, match="its head no longer answers"):
+        Cluster(ray, RayOptions(), head)
+    never.set()
+
+
+def test_what_a_call_returns_or_raises_is_the_callers() -> None:
+    cluster = Cluster(ray_of({"CPU": 1.0}), RayOptions(), "h:1")
+    assert cluster.ask(lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        cluster.ask(lambda: 1 // 0)
 
 
 def test_ray_s_own_ways_are_as_before_after_a_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class InProcess:
     """Ray, as far as a scan needs it: tasks run when they are waited for, the last one first.
 
-    What goes to a task and what comes back is pickled, as on the way between processes.
+    What goes to a task and what comes back is pickled, as on the way between processes. What may
+    wait for the head has to be called by `ask`.
     """
 
     def __init__(self) -> None:
@@ -74,6 +75,7 @@ class InProcess:
         ))  # fmt: skip
         self.waiting: dict[int, Any] = {}
         self.largest = self.sent = 0
+        self.asked = False
 
     def remote(self, function: Any) -> Any:
         ray = self
@@ -83,12 +85,20 @@ class InProcess:
                 return self
 
             def remote(self, *arguments: Any) -> int:
+                assert ray.asked
                 ray.sent += 1
                 ray.waiting[ray.sent] = (function, arguments)
                 ray.largest = max(ray.largest, len(ray.waiting))
                 return ray.sent
 
         return Remote()
+
+    def ask(self, call: Any) -> Any:
+        self.asked = True
+        try:
+            return call()
+        finally:
+            self.asked = False
 
     def put(self, value: Any) -> bytes:
         return pickle.dumps(value)
@@ -97,6 +107,7 @@ class InProcess:
         return [max(refs)], sorted(refs)[:-1]
 
     def get(self, ref: int) -> Any:
+        assert self.asked
         function, (shared, *numbers) = self.waiting.pop(ref)
         return pickle.loads(pickle.dumps(function(pickle.loads(shared), *numbers)))
 
@@ -109,6 +120,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> InProcess:
     def cluster(options: RayOptions, _: Any) -> Iterator[Any]:
         assert options.gpus_per_actor == 0
         members = {"ray": ray, "actors": 3, "check": lambda self: None,
+                   "ask": lambda self, call: ray.ask(call),
                    "actor_options": lambda self: {}}  # fmt: skip
         yield type("Cluster", (), members)()
 
