@@ -775,8 +775,21 @@ def gpu(path: Path = RESULTS / "gpu.csv") -> str:
     return f"{table(head, body)}\n\n{where(lines.values())}."
 
 
+def launches(path: Path = RESULTS / "launches.csv") -> str:
+    """Count what an export launches on a CUDA device, beside the model's own."""
+    lines = newest(read(path), "projection").values()
+    body = [
+        (line["projection"], f"{int(line['model']):,}", f"{float(line['launches']):,.0f}",
+         f"{float(line['waits']):g}")
+        for line in lines
+    ]  # fmt: skip
+    head = "projection", "the model's own", "beyond these", "waits beyond the model's"
+    return f"{table(head, body)}\n\n{where(lines)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "export": export,
+    "launches": launches,
     "gpu": gpu,
     "peers": peers,
     "online": online,

@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
+
+# A shell's background job ignores Ctrl-C, and all that it starts would.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A test says whether numbers are right; how long that takes is for benchmarks. The examples are the
 # same at every run, so a failure is the change's: HYPOTHESIS_PROFILE=default draws others.

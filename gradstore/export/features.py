@@ -16,7 +16,7 @@ Letters: b batch, w columns of a block.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -209,6 +209,32 @@ class FeatureMap:
             return feature
         low = slot.start - self._starts[slot.name]
         return feature.part(low, low + slot.numel)
+
+    def join(self, slots: Sequence[ParameterSlot]) -> Feature | None:
+        """Return one feature of neighbouring slots, as `of`; each slot's own shares its memory.
+
+        Args:
+            slots: whole ones, of one `numbers`, each beginning where that before it ends.
+        """
+        each = [self.of(slot) for slot in slots]
+        first = each[0]
+        if first is None or first.length is None:
+            return first
+        vectors: dict[str, Any] = {
+            name: torch.cat([getattr(feature, name) for feature in each])
+            for name in VECTORS[first.kind]
+        }
+        joined = replace(first, **vectors)
+        low = 0
+        for slot in slots:
+            self._features[slot.name] = joined.part(low, low + slot.numel)
+            low += slot.numel
+        return joined
+
+    def numbers(self, slot: ParameterSlot) -> tuple[float, float]:
+        """Return what is a number in a slot's feature, and not one for each parameter."""
+        feature = self._features.get(slot.name)
+        return (0.0, 0.0) if feature is None else (feature.curve, feature.outer)
 
     def factors(self, tokens: Tensor | None) -> Tensor | None:
         """Return what rows of so many target tokens are multiplied by before `of`: (b,) float32.

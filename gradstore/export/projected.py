@@ -3,15 +3,15 @@
 The way of one batch: token ids (b, t) -> gradient blocks (b, p_block) from `GradientCapture` ->
 feature blocks from `FeatureMap` -> accumulated projection (b, d). The full (b, p) matrix exists
 only where a dense projection wants many rows at once (`buffer_bytes` bounds it), and not of models
-without an adapter for which that would be too much. On a CUDA device the projection makes features,
-and their norms, as it reads gradients.
+without an adapter for which that would be too much. On a CUDA device the blocks of neighbours are
+joined (`gradstore.export.joined`), and the projection makes features, and their norms, as it reads
+gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,11 +20,13 @@ import torch
 from gradkernels import Accumulator, ProjectionSpec
 from torch import Tensor, nn
 
+from gradstore.capture.hooks import Sink
 from gradstore.capture.losses import BatchStats
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.export.features import FeatureMap, FeatureSpec, Recipe
+from gradstore.export.joined import JoiningSink, Run, runs_of
 from gradstore.export.moments import AdamMoments
 from gradstore.export.units import (
     Batch,
@@ -155,6 +157,13 @@ class _Exporter:
         # A curvature mixes parameters: no projection can do that as it reads them.
         self.fused = device.type in FUSED and recipe.features.curvature is None
         self.gather_rows = max(1, min(DENSE_ROWS, buffer_bytes // (4 * capture.p)))
+        # Whole weights are large by themselves, and come in parts.
+        self.joins = self.fused and not capture.dense
+        self.runs = (
+            runs_of(capture.slots, self.map)
+            if self.joins
+            else [self._alone(slot) for slot in capture.slots]
+        )
         # Whole weights' gradients come in parts, so that (b, p) need not fit into memory.
         few = self.gather_rows < DENSE_ROWS and capture.dense
         self.streams = projection.method == "sjlt" or few
@@ -165,16 +174,16 @@ class _Exporter:
         accumulator = Accumulator(self.projection, b, device=self.device, squares=self.fused)
         squares = torch.zeros(b, dtype=torch.float64, device=self.device)
         tokens = self.map.tokens_of(batch)
-        factors = self.map.factors(tokens) if self.fused else None
 
-        def sink(slot: ParameterSlot, gradient: Tensor) -> None:
-            if self.fused:
-                accumulator.add(gradient, slot.start, self.map.of(slot), factors)
-                return
+        def project(slot: ParameterSlot, gradient: Tensor) -> None:
             feature = self.map.apply_(slot, gradient, tokens)
             squares.add_(sum_of_squares(feature))
             accumulator.add(feature, slot.start)
 
+        sink: Sink = project
+        if self.fused:
+            factors = self.map.factors(tokens)
+            sink = self._by_runs(lambda run, g: accumulator.add(g, run.start, run.feature, factors))
         stats = self.capture.capture(self._move(batch), sink)
         if self.fused:
             squares = accumulator.squares()
@@ -194,28 +203,40 @@ class _Exporter:
                 continue
             part = buffer[filled : filled + len(rows)]
             tokens = self.map.tokens_of(batch)
-            stats = self.capture.capture(self._move(batch), partial(self._keep, part, tokens))
+            stats = self.capture.capture(self._move(batch), self._keeping(part, tokens))
             group.append(_Kept(rows, stats, self.map.factors(tokens) if self.fused else None))
             filled += len(rows)
         if filled:
             yield self._project(buffer[:filled], group)
 
-    def _keep(
-        self, part: Tensor, tokens: Tensor | None, slot: ParameterSlot, gradient: Tensor
-    ) -> None:
-        """Write a slot's features, or its gradients, into its columns of (b, p)."""
-        kept = gradient if self.fused else self.map.apply_(slot, gradient, tokens)
-        part[:, slot.start : slot.start + slot.numel] = kept
+    def _keeping(self, part: Tensor, tokens: Tensor | None) -> Sink:
+        """Return a sink that writes features, or gradients, into their columns of (b, p)."""
+
+        def keep(start: int, block: Tensor) -> None:
+            part[:, start : start + block.shape[1]] = block
+
+        if self.fused:
+            return self._by_runs(lambda run, gradient: keep(run.start, gradient))
+        return lambda slot, gradient: keep(slot.start, self.map.apply_(slot, gradient, tokens))
+
+    def _by_runs(self, take: Callable[[Run, Tensor], None]) -> Sink:
+        """Return a sink that hands on gradients of runs; each part of whole weights is its own."""
+        if self.joins:
+            return JoiningSink(self.runs, take)
+        return lambda slot, gradient: take(self._alone(slot), gradient)
+
+    def _alone(self, slot: ParameterSlot) -> Run:
+        return Run((slot,), self.map.of(slot))
 
     def _project(self, kept: Tensor, group: list[_Kept]) -> FeatureRows:
         accumulator = Accumulator(self.projection, len(kept), device=self.device,
                                   squares=self.fused)  # fmt: skip
-        if self.fused and self.map.spec.kind != "sgd":
+        if self.fused:
             factors = [each.factors for each in group if each.factors is not None]
             joined = torch.cat(factors) if factors else None
-            for slot in self.capture.slots:
-                block = kept[:, slot.start : slot.start + slot.numel]
-                accumulator.add(block, slot.start, self.map.of(slot), joined)
+            for run in self.runs:
+                block = kept[:, run.start : run.stop]
+                accumulator.add(block, run.start, run.feature, joined)
         else:
             accumulator.add(kept, 0)
         squares = accumulator.squares() if self.fused else sum_of_squares(kept)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gradkernels import Accumulator, Feature, ProjectionSpec
 
-from gradstore.export import projected
+from gradstore.export import joined, projected
 from gradstore.export.features import FeatureSpec
 from gradstore.export.projected import export_features
 from gradstore.export.share import StepShare
@@ -49,22 +49,28 @@ def exported(llama: Any, model: Any, method: Any, spec: FeatureSpec, size: int) 
 def test_the_projection_makes_the_same_features_norms_and_statuses(
     llama: Any, kind: str, method: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches that a dense projection gathers, and batches too large for its buffer of 8 rows."""
+    """Batches that a dense projection gathers, and batches too large for its buffer of 8 rows.
+
+    Slots are joined to a few runs.
+    """
     model = llama.model(broken=True)
     expected = exported(llama, model, method, SPECS[kind], size)
-    made: list[Feature | None] = []
+    made: list[tuple[int, Feature | None]] = []
     add = Accumulator.add
 
     def watched(
         self: Any, block: Any, start: int, feature: Any = None, factors: Any = None
     ) -> None:
-        made.append(feature)
+        made.append((start, feature))
         add(self, block, start, feature, factors)
 
     monkeypatch.setattr(projected, "FUSED", ("cpu",))
+    monkeypatch.setattr(joined, "RUN_PARAMETERS", 500)
     monkeypatch.setattr(Accumulator, "add", watched)
     found = exported(llama, model, method, SPECS[kind], size)
-    assert all((feature is None) == (kind == "sgd") for feature in made)
+    assert all((feature is None) == (kind == "sgd") for _, feature in made)
+    slots = [x for x in model.parameters() if x.requires_grad]
+    assert 1 < len({start for start, _ in made}) < len(slots) / 2
     np.testing.assert_array_equal(found.rows, expected.rows)
     np.testing.assert_array_equal(found.status, expected.status)
     assert {RowStatus.OK, RowStatus.NON_FINITE} < set(expected.status.tolist())

@@ -1,0 +1,96 @@
+"""Gradient blocks of neighbouring parameters, handed on together.
+
+A LoRA model has hundreds of small matrices, and a GPU is done with one of them before the next
+kernel is launched. Joined to runs, a batch takes a few large launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+
+import torch
+from gradkernels import Feature
+from torch import Tensor
+
+from gradstore.capture.slots import ParameterSlot
+from gradstore.export.features import FeatureMap
+
+#: Parameters of a run, at least, but for the last: what a dense projection stages, and with 16 rows
+#: of float32 what stays in a large GPU's second-level cache. A constant: a run's bounds, in which
+#: sums are added, may not depend on the rows.
+RUN_PARAMETERS = 1 << 19
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring slots.
+
+    Attributes:
+        slots: whole ones, each beginning where that before it ends.
+        feature: of their parameters together; None for the gradients themselves.
+    """
+
+    slots: tuple[ParameterSlot, ...]
+    feature: Feature | None
+
+    @property
+    def start(self) -> int:
+        """First index in the flat gradient."""
+        return self.slots[0].start
+
+    @cached_property
+    def stop(self) -> int:
+        """Index behind the last."""
+        return self.slots[-1].start + self.slots[-1].numel
+
+
+def runs_of(slots: Sequence[ParameterSlot], features: FeatureMap) -> list[Run]:
+    """Cut a layout into runs, of one feature each.
+
+    Args:
+        slots: all of them, in order.
+        features: of the slots.
+    """
+    runs: list[list[ParameterSlot]] = []
+    for _, alike in groupby(slots, features.numbers):
+        size = RUN_PARAMETERS
+        for slot in alike:
+            if size >= RUN_PARAMETERS:
+                runs.append([])
+                size = 0
+            runs[-1].append(slot)
+            size += slot.numel
+    return [Run(tuple(run), features.join(run)) for run in runs]
+
+
+@dataclass
+class JoiningSink:
+    """Takes a batch's blocks and hands on those of a run when the last of them is there.
+
+    Of one that stays incomplete nothing is handed on: a capture delivers every slot.
+
+    Args:
+        runs: of the whole layout.
+        take: called with a run and its gradients (b, stop - start) float32.
+    """
+
+    runs: Sequence[Run]
+    take: Callable[[Run, Tensor], None]
+    _waiting: dict[int, dict[ParameterSlot, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, slot: ParameterSlot, block: Tensor) -> None:
+        """Take a slot's block (b, numel)."""
+        run = self._run_of[slot]
+        blocks = self._waiting.setdefault(run.start, {})
+        blocks[slot] = block
+        if len(blocks) == len(run.slots):
+            del self._waiting[run.start]
+            ordered = [blocks[slot] for slot in run.slots]
+            self.take(run, torch.cat(ordered, dim=1) if len(ordered) > 1 else block)
+
+    @cached_property
+    def _run_of(self) -> dict[ParameterSlot, Run]:
+        return {slot: run for run in self.runs for slot in run.slots}
