@@ -12,7 +12,7 @@ in turns (A B A B) with reading the same files into one buffer: `ratio` is the s
 have been checked; *cold* is *first* where neither side's pages are in the page cache. *choice*: the
 best 5% of the scores.
 
-Prints a line for each and appends them to results/scale.csv. Exits 1 if *again* is below 0.8.
+Prints a line for each and appends them to results/scale.csv. Exits 1 if *cold* is below 0.8.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def main() -> int:
     columns = dict.fromkeys(key for each in lines for key in each)
     where = machine()
     append(options.csv, [where | {key: each.get(key, "") for key in columns} for each in lines])
-    return int(any(each["what"] == "again" and each["ratio"] < LIMIT for each in lines))
+    return int(any(each["what"] == "cold" and each["ratio"] < LIMIT for each in lines))
 
 
 if __name__ == "__main__":

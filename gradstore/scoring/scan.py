@@ -43,13 +43,16 @@ _CHUNKS_AT_ONCE = 8
 #: Norms whose squares neither underflow nor overflow float32; rows outside take the slow path.
 _SAFE_NORM = (1e-15, 1e15)
 
+#: (unit, start, stop) -> stored rows [start, stop) of a unit, until the next call.
+Reader = Callable[[int, int, int], npt.NDArray[Any]]
+
 
 class FeatureSource(Protocol):
     """Rows of features; a store's `Generation` is one.
 
     A source that also has `units` (list of (start_row, stop_row), ascending, covering all rows),
-    `raw(u)` (the unit's rows as stored, (rows_u, d)) and `dtype` of `layout.FeatureDtype` is read
-    without copies: a cosine does not care about the per-row scale.
+    `raw_reader()` (of `Generation`) and `dtype` of `layout.FeatureDtype` is read as it is stored: a
+    cosine does not care about the per-row scale.
     """
 
     @property
@@ -159,7 +162,7 @@ class Scan:
         self._queries = np.ascontiguousarray(queries, dtype=np.float64)
         self._device = device
         self._chunk_rows = round_chunk(chunk_rows)
-        stored_as = str(getattr(source, "dtype", "")) if hasattr(source, "raw") else ""
+        stored_as = str(getattr(source, "dtype", "")) if hasattr(source, "raw_reader") else ""
         self._packed = stored_as == "1bit"
         width = -(-source.dim // _PAD) * _PAD
         count = self._queries.shape[0]
@@ -181,6 +184,10 @@ class Scan:
         self._raw = self._packed or stored_as in _PLAIN_DTYPES
         # Called once: a source may build the list at every access.
         self._units: Sequence[tuple[int, int]] = cast(Any, source).units if self._raw else ()
+        threads = torch.get_num_threads() if self._packed and device.type == "cpu" else 1
+        self._readers: list[Reader] = (
+            [cast(Any, source).raw_reader() for _ in range(threads)] if self._raw else []
+        )
 
     def chunk(self, start: int, stop: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
         """Score rows [start, stop).
@@ -199,7 +206,7 @@ class Scan:
         for low in range(start, stop, BLOCK_ROWS):
             high = min(low + BLOCK_ROWS, stop)
             if whole is None:
-                for first, piece in self._raw_pieces(low, high):
+                for first, piece in self._raw_pieces(self._readers[0], low, high):
                     signs = unpack(piece, self._source.dim) if self._packed else piece
                     self._load(first - low, signs)
             else:
@@ -232,16 +239,16 @@ class Scan:
     def _packed_run(self, start: int) -> Tensor:
         """Multiply the packed rows of some chunks; on a CPU in as many threads as torch has."""
         stop = min(start + _CHUNKS_AT_ONCE * self._chunk_rows, self._source.rows)
-        threads = torch.get_num_threads() if self._device.type == "cpu" else 1
-        share = round_chunk(-(-(stop - start) // threads))
+        share = round_chunk(-(-(stop - start) // len(self._readers)))
         out = torch.empty(stop - start, self._products.shape[1], device=self._device)
 
-        def multiply(low: int) -> None:
+        def multiply(reader: Reader, low: int) -> None:
             assert self._of_packed is not None
-            for first, piece in self._raw_pieces(low, min(low + share, stop)):
+            for first, piece in self._raw_pieces(reader, low, min(low + share, stop)):
                 out[first - start : first - start + len(piece)] = self._of_packed(piece)
 
-        run_all([partial(multiply, low) for low in range(start, stop, share)])
+        shares = zip(self._readers, range(start, stop, share), strict=False)
+        run_all([partial(multiply, reader, low) for reader, low in shares])
         return out
 
     def _load(self, offset: int, piece: npt.NDArray[Any]) -> None:
@@ -259,13 +266,14 @@ class Scan:
         target = self._block[offset : offset + piece.shape[0], : piece.shape[1]]
         target.copy_(shared.to(self._device))
 
-    def _raw_pieces(self, start: int, stop: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    def _raw_pieces(
+        self, reader: Reader, start: int, stop: int
+    ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Yield the stored rows of [start, stop), as (first row, view) per unit touched."""
-        source = cast(Any, self._source)
         units = self._units
         index = bisect_right(units, start, key=lambda unit: unit[0]) - 1
         while index < len(units) and units[index][0] < stop:
             first, last = units[index]
             low, high = max(first, start), min(last, stop)
-            yield low, source.raw(index)[low - first : high - first]
+            yield low, reader(index, low - first, high - first)
             index += 1

@@ -120,7 +120,7 @@ class ReadFiles:
         return self.kind(relative) != "nothing"
 
     #: Files that are to be named as the next ones while one is read.
-    reads_ahead = 4
+    reads_ahead = 8
 
     def soon(self, wanted: Mapping[str, int]) -> None:
         """Hear which files are likely to be mapped next, and let the disk begin to read them.

@@ -215,6 +215,15 @@ class Generation:
         start, stop = self.units_range(unit)
         return self._chunks.mapped(self._plan.arrays[0], unit)[: stop - start]
 
+    def raw_reader(self) -> Callable[[int, int, int], np.ndarray]:
+        """Return what reads stored features for one thread that goes over many of them once.
+
+        Returns:
+            (unit, start, stop) -> rows [start, stop) of the unit, as `raw` gives them, until the
+            next call. It raises DamagedData as `raw` does.
+        """
+        return self._chunks.reader(self._plan.arrays[0])
+
     def units_range(self, unit: int) -> tuple[int, int]:
         """Return (start, stop) of one unit."""
         bounds: UnitRange = self._plan.units[unit]

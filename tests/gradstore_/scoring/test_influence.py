@@ -67,9 +67,8 @@ class Packed(Plain):
         self.stored.setflags(write=False)
         self.units = [(a, min(a + self.unit_rows, n)) for a in range(0, n, self.unit_rows)]
 
-    def raw(self, u: int) -> np.ndarray:
-        start, stop = self.units[u]
-        return self.stored[start:stop]
+    def raw_reader(self) -> Any:
+        return lambda unit, low, high: self.stored[slice(*self.units[unit])][low:high]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.stored[start:stop].astype(np.float32) * self.scale[start:stop, None]

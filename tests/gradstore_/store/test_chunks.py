@@ -88,6 +88,41 @@ def test_the_disk_begins_to_read_the_next_chunks_of_a_pass_and_of_no_other(
     assert sorted(begun) == sorted(path.stat().st_ino for path in ahead)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_reader_gives_what_is_stored_of_chunks_that_are_checked_or_are_not(
+    store: Path, mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large chunks are mapped, so that a reader's memory does not grow with them."""
+    if mapped:
+        monkeypatch.setattr(chunks, "_READ_BYTES", 0)
+    stored = [open_store(store).generation("train/1").raw(unit).copy() for unit in range(3)]
+    read = open_store(store).generation("train/1").raw_reader()
+    for _ in range(2):
+        for unit, start, stop in ((1, 3, 9), (1, 0, 16), (2, 7, 8), (0, 5, 5), (0, 0, 16)):
+            found = read(unit, start, stop)
+            assert found.dtype == stored[unit].dtype
+            assert found.tobytes() == stored[unit][start:stop].tobytes()
+
+
+def test_a_reader_checks_a_whole_chunk_once(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = store / "generations/train/1/features/c/1/0"
+    data = bytearray(chunk.read_bytes())
+    data[-8] ^= 1
+    generation = open_store(store).generation("train/1")
+    chunk.write_bytes(data)
+    for _ in range(2):
+        with pytest.raises(DamagedData, match="features/c/1/0"):
+            generation.raw_reader()(1, 0, 2)
+    asked: list[str] = []
+    check = chunks.check_chunk
+    monkeypatch.setattr(
+        chunks, "check_chunk", lambda path, *rest: asked.append(path) or check(path, *rest)
+    )
+    for _ in range(2):
+        generation.raw_reader()(2, 0, 2)
+    assert asked == ["generations/train/1/features/c/2/0"]
+
+
 def shorten(chunk: Path) -> None:
     chunk.write_bytes(chunk.read_bytes()[:-1])
 
@@ -117,7 +152,11 @@ def test_a_chunk_that_is_no_longer_a_file_of_its_size_is_reported(
 ) -> None:
     generation, _ = checked(store)
     change(store / "generations/train/1/features/c/1/0")
-    for read in (lambda: generation.take(ROWS), lambda: generation.read(0, 40)):
+    for read in (
+        lambda: generation.take(ROWS),
+        lambda: generation.read(0, 40),
+        lambda: generation.raw_reader()(1, 2, 3),
+    ):
         with pytest.raises(DamagedData, match=f"features/c/1/0.*({found})"):
             read()
     assert np.isfinite(generation.take([0])).all()
