@@ -79,12 +79,7 @@ class Chunks:
             self._read_ahead(spec, unit)
         size, path = spec.chunk_bytes(self._plan.unit_rows), f"{self._base}/{name}"
         mapped = self._told(lambda: self._files.map(path, size))
-        chunk_of = unit, self._place[spec.name]
-        if not self._checked[chunk_of]:
-            fault = check_chunk(path, mapped, int(self._sums[chunk_of]))
-            if fault is not None:
-                raise self.damaged(fault)
-            self._checked[chunk_of] = True
+        self._check(path, mapped, (unit, self._place[spec.name]))
         little = np.dtype(spec.dtype).newbyteorder("<")
         shape = spec.chunk_shape(self._plan.unit_rows)
         chunk = np.frombuffer(mapped[:-CRC_BYTES], dtype=little).reshape(shape)
@@ -106,10 +101,8 @@ class Chunks:
             next call. It raises DamagedFile where a chunk is not the committed one.
         """
         size, place = spec.chunk_bytes(self._plan.unit_rows), self._place[spec.name]
-        little, shape = (
-            np.dtype(spec.dtype).newbyteorder("<"),
-            spec.chunk_shape(self._plan.unit_rows)[1:],
-        )
+        little = np.dtype(spec.dtype).newbyteorder("<")
+        shape = spec.chunk_shape(self._plan.unit_rows)[1:]
         width = (size - CRC_BYTES) // self._plan.unit_rows
         if size > _READ_BYTES:
             return lambda unit, start, stop: self.mapped(spec, unit)[start:stop]
@@ -123,10 +116,7 @@ class Chunks:
             parts = [(first, memory[:length])]
             self._told(lambda: self._files.read_parts(path, size, parts))
             if whole:
-                fault = check_chunk(path, memory, int(self._sums[unit, place]))
-                if fault is not None:
-                    raise self.damaged(fault)
-                self._checked[unit, place] = True
+                self._check(path, memory, (unit, place))
             found = memory[start * width - first : stop * width - first]
             return np.frombuffer(found, little).reshape(stop - start, *shape)
 
@@ -168,6 +158,14 @@ class Chunks:
                 for at, place in places:
                     found[place] = chunk[at]
         return found
+
+    def _check(self, path: str, data: memoryview, chunk_of: tuple[int, int]) -> None:
+        """Compare a whole chunk with its crc32c, the first time."""
+        if not self._checked[chunk_of]:
+            fault = check_chunk(path, data, int(self._sums[chunk_of]))
+            if fault is not None:
+                raise self.damaged(fault)
+            self._checked[chunk_of] = True
 
     def _told(self, read: Callable[[], T]) -> T:
         """Read; where a file is not as it should be let `explain` say why."""
