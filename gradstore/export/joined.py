@@ -18,10 +18,10 @@ from torch import Tensor
 from gradstore.capture.slots import ParameterSlot
 from gradstore.export.features import FeatureMap
 
-#: Parameters of a run, at least, but for the last: what a dense projection stages, and with 16 rows
-#: of float32 what stays in a large GPU's second-level cache. A constant: a run's bounds, in which
-#: sums are added, may not depend on the rows.
-RUN_PARAMETERS = 1 << 19
+#: Parameters of a run, at least, but for the last: of float32 16 MiB for 16 rows, which a large
+#: GPU's second-level cache holds, and 256 MiB for a unit's 256. A constant: a run's bounds, in
+#: which sums are added, may not depend on the rows.
+RUN_PARAMETERS = 1 << 18
 
 
 @dataclass(frozen=True)

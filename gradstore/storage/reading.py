@@ -20,6 +20,9 @@ from gradstore.errors import BadInput, DamagedFile, Fault, StoreIOError
 from gradstore.storage.location import Location
 
 JSON_LIMIT_BYTES = 1 << 30
+
+#: Files that have been asked of the disk and are not asked of it again, until there are so many.
+_NAMED_KEPT = 128
 COMPONENT = re.compile(r"[A-Za-z0-9%][A-Za-z0-9._%+=@-]{0,199}")
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink"}
@@ -46,7 +49,8 @@ class ReadFiles:
         self._folder = Path(root)
         self.root: Location = self._folder
         self._real: set[str] = {""}
-        self._soon: frozenset[str] = frozenset()
+        # By several threads, each of which goes over files of its own.
+        self._soon: set[str] = set()
 
     # ---- paths -------------------------------------------------------------------------------
 
@@ -123,20 +127,22 @@ class ReadFiles:
     reads_ahead = 8
 
     def soon(self, wanted: Mapping[str, int]) -> None:
-        """Hear which files are likely to be mapped next, and let the disk begin to read them.
+        """Hear which files are likely to be read next, and let the disk begin to read them.
 
         Args:
-            wanted: their paths and sizes in bytes; what was named before and is not here is not.
+            wanted: their paths and sizes in bytes.
         """
+        if len(self._soon) > _NAMED_KEPT:
+            self._soon.clear()
         for relative in wanted.keys() - self._soon:
-            # Whatever is wrong with a file is told when it is mapped.
+            self._soon.add(relative)
+            # Whatever is wrong with a file is told when it is read.
             with suppress(OSError):
                 fd = os.open(f"{self._folder}/{relative}", _TO_READ)
                 try:
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
                 finally:
                     os.close(fd)
-        self._soon = frozenset(wanted)
 
     def at_once(self, act: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """Give what `act` returns for each item, in order; many at a time where they are requests.
