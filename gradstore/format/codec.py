@@ -9,9 +9,10 @@ Letters: k rows of a unit, d projected dimensions.
 from __future__ import annotations
 
 import numpy as np
+from gradkernels.rotation import unrotate
 
 from gradstore.format.layout import ArraySpec, RowStatus
-from gradstore.format.quantise import pack, unpack, unrotate
+from gradstore.format.quantise import pack, unpack
 
 #: Entries beyond this could round up to infinity on the way back; they count as not finite.
 LARGEST = 2.0**127

@@ -20,12 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gradkernels.cpu.pool import run_all
+from gradkernels.rotation import rotate
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
-from gradstore.format.quantise import mean_length, rotate, unpack
+from gradstore.format.quantise import mean_length, unpack
 from gradstore.scoring.byte_tables import MOST_QUERIES, packed_products
 
 #: Rows per matrix product: the size of a store's unit, so that a block is one file's view.
@@ -172,7 +173,7 @@ class Scan:
         if self._packed:
             # Products of signs, whose length is the root of d, are divided by that length.
             corrected = self._queries * (np.sqrt(source.dim) / mean_length(source.dim))
-            padded[:, : source.dim] = rotate(corrected)
+            padded[:, : source.dim] = rotate(corrected, device=device)
             if count <= MOST_QUERIES:
                 units = padded[:, : source.dim] / np.float32(np.sqrt(source.dim))
                 self._of_packed = packed_products(units, device)

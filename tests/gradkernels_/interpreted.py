@@ -64,6 +64,16 @@ class Interpreter:
         found: str | None = self._ask("difference", (method, width, kind, fault))
         return found
 
+    def rotated(self, x: torch.Tensor, seed: int) -> torch.Tensor:
+        """Rotate rows (k, d) float32."""
+        found: torch.Tensor = self._ask("rotated", (x, seed))
+        return found
+
+    def rotation_difference(self, fault: str = "") -> str | None:
+        """Ask the test at first use of rotations, on a kernel with a planted fault."""
+        found: str | None = self._ask("rotation_difference", (fault,))
+        return found
+
     def close(self) -> None:
         """End the process."""
         self._process.communicate()
@@ -126,6 +136,24 @@ def difference(method: Any, width: int, kind: Any, fault: str) -> str | None:
         module.signed, module.arguments = signed, given
 
 
+def rotated(x: torch.Tensor, seed: int) -> torch.Tensor:
+    from gradkernels.gpu import rotation
+
+    return rotation.rotated(x, seed)
+
+
+def rotation_difference(fault: str) -> str | None:
+    from gradkernels.gpu import rotation, usable
+
+    order = rotation.order_of
+    if fault == "order":  # coordinates that stay where they are
+        rotation.order_of = lambda dim: None
+    try:
+        return usable.rotation_difference(CPU, (64, 50))
+    finally:
+        rotation.order_of = order
+
+
 def make_index_work() -> None:
     """Let a loop's bounds be numbers of the interpreter, which holds them as arrays of one."""
     import triton.runtime.interpreter as interpreter
@@ -151,7 +179,8 @@ def main() -> None:
     make_index_work()
     from gradkernels.gpu import sums
 
-    answered = {"sums": sums_of, "features": features_of, "difference": difference}
+    answered = {"sums": sums_of, "features": features_of, "difference": difference,
+                "rotated": rotated, "rotation_difference": rotation_difference}  # fmt: skip
     answers = sys.stdout.buffer
     pickle.dump(sums.__name__, answers)
     answers.flush()

@@ -9,8 +9,9 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
 
-from gradkernels.gpu import dense, features, launching, sparse, sums  # noqa: E402
+from gradkernels.gpu import dense, features, hadamard, launching, rotation, sparse, sums  # noqa: E402
 from gradkernels.gpu.ahead import compile_ahead, disassembled, feature_constants  # noqa: E402
+from gradkernels.gpu.usable import LARGEST_TRANSFORM  # noqa: E402
 
 CAPABILITIES = (80, 90)
 
@@ -102,3 +103,13 @@ def test_adding_up_spills_nothing(capability: int) -> None:
     ):  # fmt: skip
         used = resources(program)
         assert (used["STACK"], used["LOCAL"]) == (0, 0)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("size", [1, 64, 1024, 4096, LARGEST_TRANSFORM])
+def test_a_transform_stays_in_registers(capability: int, size: int) -> None:
+    program = compile_ahead(hadamard.hadamard, capability, warps=rotation.warps_of(size),
+                            SIZE=size, STAGES=size.bit_length() - 1)  # fmt: skip
+    used = resources(program)
+    assert (used["STACK"], used["LOCAL"]) == (0, 0)
+    assert program.metadata.shared <= 100_000

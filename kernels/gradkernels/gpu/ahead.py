@@ -22,7 +22,7 @@ TYPES = {
     "state_b": "*u32", "offsets": "*u32", "places": "*u32", "partial": "*fp32", "sums": "*fp64",
     "largest": "*fp32", "whole": "*i64", "bounds": "*i32", "squares": "*fp64",
     "magnitudes": "*i32", "factors": "*fp32", "a": "*fp32", "base": "*fp32", "still": "*fp32",
-    "pull": "*fp32", "curve": "fp32", "outer": "fp32",
+    "pull": "*fp32", "curve": "fp32", "outer": "fp32", "scale": "fp32",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Imports Triton only inside functions: plain torch must stay usable without it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -27,6 +28,8 @@ _LARGEST = {torch.float32: 2**13 - 1, torch.float16: 2**11 - 1, torch.bfloat16: 
 #: Of a row's norm, that sums of rounded features may differ by, or of its square. A wrong number
 #: among `_PARAMS` is about 1 / sqrt(_PARAMS) of the one, 1 / _PARAMS of the other.
 _ROUNDING = 1e-5
+#: Numbers of a row that one program can hold in registers.
+LARGEST_TRANSFORM = 2**14
 
 
 def refusal(device: torch.device, method: Method, kind: FeatureKind | None = None) -> str | None:
@@ -40,36 +43,88 @@ def refusal(device: torch.device, method: Method, kind: FeatureKind | None = Non
         method: the projection's.
         kind: of the feature that is made as gradients are read; None projects what it is given.
     """
-    index = torch.cuda.current_device() if device.index is None else device.index
     if method == "gaussian":
         return "they do rademacher and sjlt"
+    index = _index(device)
+    return _unusable(index) or _tested(index, method, kind)
+
+
+def rotation_refusal(device: torch.device, dim: int) -> str | None:
+    """Return a reason why rows of d numbers may not be rotated on a CUDA device, or None."""
+    if dim >= 2 * LARGEST_TRANSFORM:
+        return f"a transform takes {LARGEST_TRANSFORM:,} numbers of a row at most"
+    index = _index(device)
+    return _unusable(index) or _rotation_tested(index)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _unusable(index: int) -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.get_device_capability(index) < CAPABILITY:
         return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
-    return _tested(index, method, kind)
+    return None
 
 
 @cache
 def _tested(index: int, method: Method, kind: FeatureKind | None) -> str | None:
     """Test the kernels of every width on a device, and warn where they fail."""
-    device = torch.device("cuda", index)
-    try:
+
+    def compare() -> str | None:
         from gradkernels.gpu.launching import WIDTHS
 
+        device = torch.device("cuda", index)
         found = (difference(device, method, width, kind) for width in WIDTHS)
-        why = next((each for each in found if each is not None), None)
+        return next((each for each in found if each is not None), None)
+
+    what = method if kind is None else f"{method} with {kind} features"
+    return _verdict(index, what, compare, "Plain torch computes there: the same features, many")
+
+
+@cache
+def _rotation_tested(index: int) -> str | None:
+    """Test the kernel of rotations on a device, and warn where it fails."""
+    device = torch.device("cuda", index)
+    return _verdict(
+        index, "rotations", lambda: rotation_difference(device), "The processor computes: many"
+    )
+
+
+def _verdict(index: int, what: str, compare: Callable[[], str | None], instead: str) -> str | None:
+    """Return how kernels differ, as `compare` finds it, or why they do not run; warn of either."""
+    try:
+        why = compare()
     except Exception as error:  # whatever a compiler, a driver or a full memory may raise
-        _log.debug("gradkernels: the Triton kernels of %s, %s", method, kind, exc_info=True)
+        _log.debug("gradkernels: the Triton kernels of %s", what, exc_info=True)
         why = f"they do not run: {type(error).__name__}: {error}".strip()
     if why is not None:
         _log.warning(
-            "gradkernels: the Triton kernels of %s are not used on %s, since %s. Plain torch "
-            "computes there: the same features, many times slower.",
-            method if kind is None else f"{method} with {kind} features",
-            torch.cuda.get_device_name(index), why,
+            "gradkernels: the Triton kernels of %s are not used on %s, since %s. %s times slower.",
+            what, torch.cuda.get_device_name(index), why, instead,
         )  # fmt: skip
     return why
+
+
+def rotation_difference(device: torch.device, dims: tuple[int, ...] = (4096, 1500)) -> str | None:
+    """Return how rotated rows differ from the processor's, which have the same bits, or None."""
+    from gradkernels.gpu.rotation import rotated
+    from gradkernels.rotation import SEED, rotate
+
+    for dim in dims:
+        x = (_whole_numbers(5, dim, 2**13 - 1, device) / 3.0).float()
+        found, expected = rotated(x, SEED).cpu(), torch.from_numpy(rotate(x.cpu().numpy()))
+        wrong = (found != expected).nonzero().tolist()
+        if wrong:
+            row, at = wrong[0]
+            return (
+                f"{len(wrong)} of {found.numel()} numbers differ from the processor's, first row "
+                f"{row}, number {at} of {dim}: {found[row, at].item()} instead of "
+                f"{expected[row, at].item()}"
+            )
+    return None
 
 
 def difference(

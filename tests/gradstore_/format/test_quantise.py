@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from gradkernels.rotation import ROUNDS, rotate, unrotate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gradstore.format.codec import LARGEST, decode, encode
-from gradstore.format.quantise import ROUNDS, mean_length, pack, rotate, unpack, unrotate
+from gradstore.format.quantise import mean_length, pack, unpack
 
 #: Bits of the rows of `test_signs_of_a_row_do_not_depend_on_its_neighbours`.
 PINNED = [[16, 0], [16, 0], [182, 1], [174, 3], [175, 3]]
