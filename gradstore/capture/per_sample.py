@@ -237,6 +237,11 @@ class GradientCapture:
             sink(slot, block)
         return losses
 
+    @property
+    def hooked(self) -> frozenset[ParameterSlot]:
+        """Slots whose blocks come out of the backward, so far as is known; others come after it."""
+        return frozenset(self._hooked)
+
     def further_elements(self, rows: int) -> int:
         """Count the numbers that a further pass over so many rows makes; 0 where there is none."""
         rest = [slot for slot in self.slots if slot not in self._hooked]

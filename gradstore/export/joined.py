@@ -6,10 +6,9 @@ kernel is launched. Joined to runs, a batch takes a few large launches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
 
 import torch
 from gradkernels import Feature
@@ -18,9 +17,9 @@ from torch import Tensor
 from gradstore.capture.slots import ParameterSlot
 from gradstore.export.features import FeatureMap
 
-#: Parameters of a run, at least, but for the last: of float32 16 MiB for 16 rows, which a large
-#: GPU's second-level cache holds, and 256 MiB for a unit's 256. A constant: a run's bounds, in
-#: which sums are added, may not depend on the rows.
+#: Parameters of a run, if there are so many of its kind in a row: of float32 16 MiB for 16 rows,
+#: which a large GPU's second-level cache holds, and 256 MiB for a unit's 256. A constant: a run's
+#: bounds, in which sums are added, may not depend on the rows.
 RUN_PARAMETERS = 1 << 18
 
 
@@ -47,22 +46,27 @@ class Run:
         return self.slots[-1].start + self.slots[-1].numel
 
 
-def runs_of(slots: Sequence[ParameterSlot], features: FeatureMap) -> list[Run]:
+def runs_of(
+    slots: Sequence[ParameterSlot], features: FeatureMap, hooked: Container[ParameterSlot]
+) -> list[Run]:
     """Cut a layout into runs, of one feature each.
 
     Args:
         slots: all of them, in order.
         features: of the slots.
+        hooked: those whose blocks come layer by layer; another comes at the end, and a run with it
+            would wait for it.
     """
     runs: list[list[ParameterSlot]] = []
-    for _, alike in groupby(slots, features.numbers):
-        size = RUN_PARAMETERS
-        for slot in alike:
-            if size >= RUN_PARAMETERS:
-                runs.append([])
-                size = 0
-            runs[-1].append(slot)
-            size += slot.numel
+    size, last = 0, None
+    for slot in slots:
+        small = slot in hooked and slot.numel < RUN_PARAMETERS
+        alike = features.numbers(slot) if small else None
+        if alike is None or alike != last or size >= RUN_PARAMETERS:
+            runs.append([])
+            size = 0
+        runs[-1].append(slot)
+        size, last = size + slot.numel, alike
     return [Run(tuple(run), features.join(run)) for run in runs]
 
 

@@ -160,7 +160,7 @@ class _Exporter:
         # Whole weights are large by themselves, and come in parts.
         self.joins = self.fused and not capture.dense
         self.runs = (
-            runs_of(capture.slots, self.map)
+            runs_of(capture.slots, self.map, capture.hooked)
             if self.joins
             else [self._alone(slot) for slot in capture.slots]
         )

@@ -257,7 +257,7 @@ class Scan:
 
         Args:
             offset: row of the buffer that gets the first row.
-            piece: (rows, d) in a plain dtype, possibly a read-only memory map.
+            piece: (rows, d) in a plain dtype, possibly read-only; copied from.
         """
         halves = piece.dtype == np.uint16  # bfloat16, which NumPy lacks, is stored as its bits
         # DLPack shares read-only memory without a copy and without from_numpy's warning.

@@ -51,6 +51,7 @@ class ObjectReads(ReadFiles):
         self._begun: dict[str, Future[memoryview]] = {}
 
     reads_ahead = 4
+    whole_only = True
 
     # ---- paths -------------------------------------------------------------------------------
 
@@ -116,7 +117,7 @@ class ObjectReads(ReadFiles):
         return sorted(self.bucket.sizes(self._key(relative)))
 
     def soon(self, wanted: Mapping[str, int]) -> None:
-        """Begin to read objects that are likely to be mapped next; let go of others."""
+        """Begin to read objects that are likely to be read next; let go of others."""
         with self._guard:
             for path in self._begun.keys() - wanted:
                 self._begun.pop(path).cancel()

@@ -21,7 +21,7 @@ from gradstore.storage.location import Location
 
 JSON_LIMIT_BYTES = 1 << 30
 
-#: Files that have been asked of the disk and are not asked of it again, until there are so many.
+#: Files that have been asked of the disk and were not read yet, at most.
 _NAMED_KEPT = 128
 COMPONENT = re.compile(r"[A-Za-z0-9%][A-Za-z0-9._%+=@-]{0,199}")
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -126,11 +126,15 @@ class ReadFiles:
     #: Files that are to be named as the next ones while one is read.
     reads_ahead = 8
 
+    #: Whether a part of a file costs as much as the whole, so that it is to be kept.
+    whole_only = False
+
     def soon(self, wanted: Mapping[str, int]) -> None:
         """Hear which files are likely to be read next, and let the disk begin to read them.
 
         Args:
-            wanted: their paths and sizes in bytes.
+            wanted: their paths and sizes in bytes. Objects that were named before, and are not
+                here, are let go of.
         """
         if len(self._soon) > _NAMED_KEPT:
             self._soon.clear()
@@ -252,8 +256,11 @@ class ReadFiles:
         fd, size = self._open_to_read(relative, expected_bytes)
         try:
             for offset, part in parts:
-                if os.preadv(fd, [part], offset) != part.nbytes:
-                    raise self._damaged(relative, f"{size:,} bytes", "fewer bytes")
+                while part.nbytes:  # some file systems give less than they are asked for
+                    count = os.preadv(fd, [part], offset)
+                    if not count:
+                        raise self._damaged(relative, f"{size:,} bytes", "fewer bytes")
+                    offset, part = offset + count, part[count:]
         except OSError as error:
             raise self._io_error("read", self._folder / relative, error, 0) from error
         finally:
@@ -261,6 +268,7 @@ class ReadFiles:
 
     def _open_to_read(self, relative: str, expected_bytes: int | None) -> tuple[int, int]:
         self._check_name(relative)
+        self._soon.discard(relative)
         path = f"{self._folder}/{relative}"  # a Path takes longer than to open it
         expected = "a file" if expected_bytes is None else f"{expected_bytes:,} bytes"
         try:

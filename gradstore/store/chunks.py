@@ -22,7 +22,7 @@ from gradstore.store.unit_files import check_chunk
 
 _MAPS_KEPT = 16
 
-#: Bytes of a chunk from which on a reader maps it.
+#: Bytes of a chunk above which a reader maps it.
 _READ_BYTES = 1 << 26
 T = TypeVar("T")
 
@@ -104,9 +104,10 @@ class Chunks:
         little = np.dtype(spec.dtype).newbyteorder("<")
         shape = spec.chunk_shape(self._plan.unit_rows)[1:]
         width = (size - CRC_BYTES) // self._plan.unit_rows
-        if size > _READ_BYTES:
+        if size > _READ_BYTES or self._files.whole_only:
             return lambda unit, start, stop: self.mapped(spec, unit)[start:stop]
-        memory = memoryview(mmap.mmap(-1, size))  # begins with a page
+        # It begins with a page, and a process that is forked has its own.
+        memory = memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
         def read(unit: int, start: int, stop: int) -> np.ndarray:
             self._read_ahead(spec, unit)

@@ -219,8 +219,8 @@ class Generation:
         """Return what reads stored features for one thread that goes over many of them once.
 
         Returns:
-            (unit, start, stop) -> rows [start, stop) of the unit, as `raw` gives them, until the
-            next call. It raises DamagedData as `raw` does.
+            (unit, start, stop) -> rows [start, stop) of `raw(unit)`, until the next call; there
+            must be such rows. It raises DamagedData as `raw` does.
         """
         return self._chunks.reader(self._plan.arrays[0])
 

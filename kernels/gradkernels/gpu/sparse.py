@@ -4,7 +4,7 @@ Three passes over a block of parameters:
 
 1. `measure`: gradients are read and become features, of which the largest and the squares are
    kept; `features.settle` adds them up. Exact sums want the largest before the first addition, and
-   reading twice costs less than keeping the features: a slot's block lies in the cache by then.
+   reading twice costs less than keeping the features: a small block lies in the cache by then.
 2. `scatter`: a row's features, made again, become whole numbers of 64 bits, of one power of two to
    a row, and are added to the s outputs of their parameter by integer atomics. Such sums are exact,
    so their order, which a GPU does not keep, changes nothing.

@@ -136,10 +136,10 @@ def test_a_call_that_waits_for_a_head_that_died_ends_with_the_head(
     ray, never = ray_of({"CPU": 1.0}), threading.Event()
     made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=never.wait))
     ray.remote = lambda _: made
-    with pytest.raises(StoreIOError, match="its head no longer answers"):
-        Cluster(ray, RayOptions(), head).ask(never.wait)
-    with pytest.raises(StoreIOError, match="its head no longer answers"):
-        Cluster(ray, RayOptions(), head).wait_for_room(print)
+    for call in (Cluster.ask, Cluster.wait_for_room):
+        cluster = Cluster(ray, RayOptions(), head)
+        with pytest.raises(StoreIOError, match="its head no longer answers"):
+            call(cluster, never.wait)
     ray.nodes = never.wait
     with pytest.raises(StoreIOError, match="its head no longer answers"):
         Cluster(ray, RayOptions(), head)

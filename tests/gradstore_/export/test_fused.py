@@ -13,6 +13,7 @@ from gradkernels import Accumulator, Feature, ProjectionSpec
 
 from gradstore.export import joined, projected
 from gradstore.export.features import FeatureSpec
+from gradstore.export.joined import JoiningSink
 from gradstore.export.projected import export_features
 from gradstore.export.share import StepShare
 from gradstore.export.units import FeatureRows
@@ -77,3 +78,31 @@ def test_the_projection_makes_the_same_features_norms_and_statuses(
     np.testing.assert_allclose(found.norm, expected.norm, rtol=1e-5)
     near = 1e-5 * np.nanmax(np.abs(expected.features))
     np.testing.assert_allclose(found.features, expected.features, rtol=0, atol=near)
+
+
+def test_with_dora_no_more_than_a_few_runs_wait(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its magnitudes come after the backward; a run with one would hold its matrices till then."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    base = LlamaForCausalLM(llama.model().config)
+    dora = LoraConfig(task_type="CAUSAL_LM", r=4, use_dora=True, target_modules="all-linear")
+    model = get_peft_model(base, dora)
+    monkeypatch.setattr(projected, "FUSED", ("cpu",))
+    monkeypatch.setattr(joined, "RUN_PARAMETERS", 500)
+    most, take = [0], JoiningSink.__call__
+
+    def watched(self: JoiningSink, slot: Any, block: Any) -> None:
+        take(self, slot, block)
+        waiting = sum(s.numel for blocks in self._waiting.values() for s in blocks)
+        most[0] = max(most[0], waiting)
+
+    monkeypatch.setattr(JoiningSink, "__call__", watched)
+    p = sum(x.numel() for x in model.parameters() if x.requires_grad)
+    spec = ProjectionSpec("sjlt", p=p, d=32)
+    rows = llama.rows(3)
+    assert list(export_features(model, llama.batches(rows, 3), features=SPECS["sgd"],
+                                projection=spec))  # fmt: skip
+    assert 0 < most[0] < 0.2 * p

@@ -38,13 +38,25 @@ def moments_of(slots: list[ParameterSlot], steps: list[int]) -> AdamMoments:
 
 
 def test_runs_are_neighbours_of_the_size_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot of that size is one by itself, and is not copied."""
     monkeypatch.setattr(joined, "RUN_PARAMETERS", 10)
-    slots = layout([4, 5, 1, 30, 2, 3])
-    runs = runs_of(slots, FeatureMap(FeatureSpec("sgd"), slots, None))
+    slots = layout([4, 5, 1, 30, 2, 3, 10])
+    runs = runs_of(slots, FeatureMap(FeatureSpec("sgd"), slots, None), slots)
     assert [[slot.name for slot in run.slots] for run in runs] == [
-        ["w0", "w1", "w2"], ["w3"], ["w4", "w5"],
+        ["w0", "w1", "w2"], ["w3"], ["w4", "w5"], ["w6"],
     ]  # fmt: skip
-    assert [(run.start, run.stop) for run in runs] == [(0, 10), (10, 40), (40, 45)]
+    assert [(run.start, run.stop) for run in runs] == [(0, 10), (10, 40), (40, 45), (45, 55)]
+
+
+def test_a_run_waits_for_no_slot_that_comes_after_the_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As magnitudes of DoRA do, one between every two matrices; the whole gradient would wait."""
+    monkeypatch.setattr(joined, "RUN_PARAMETERS", 10)
+    slots = layout([2, 3, 1, 2, 3, 1])
+    hooked = [slot for slot in slots if slot.numel > 1]
+    runs = runs_of(slots, FeatureMap(FeatureSpec("sgd"), slots, None), hooked)
+    assert [[slot.numel for slot in run.slots] for run in runs] == [[2, 3], [1], [2, 3], [1]]
 
 
 @pytest.mark.parametrize("kind", ["adam", "adam_marginal"])
@@ -53,13 +65,13 @@ def test_a_run_has_one_feature_that_gives_what_its_slots_give(
 ) -> None:
     """Also where parameters have had other numbers of steps, which are corrected for."""
     monkeypatch.setattr(joined, "RUN_PARAMETERS", 6)
-    slots = layout([4, 5, 3, 2, 7])
+    slots = layout([4, 5, 3, 2, 5])
     moments = moments_of(slots, [3, 3, 3, 8, 8])
     spec = FeatureSpec(kind, bias_correction=True)  # type: ignore[arg-type]
     apart, together = (FeatureMap(spec, slots, moments) for _ in range(2))
-    runs = runs_of(slots, together)
+    runs = runs_of(slots, together, slots)
     assert [len(run.slots) for run in runs] == [2, 1, 2]
-    gradient = torch.randn(3, 21, generator=torch.Generator().manual_seed(1))
+    gradient = torch.randn(3, 19, generator=torch.Generator().manual_seed(1))
     expected = torch.cat(
         [apart.apply_(s, gradient[:, s.start : s.start + s.numel].clone()) for s in slots], dim=1
     )

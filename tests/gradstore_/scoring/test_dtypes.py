@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from gradstore.errors import BadInput, DamagedData
-from gradstore.format.layout import FeatureDtype
+from gradstore.format.layout import ArraySpec, FeatureDtype
 from gradstore.scoring.curvature import Fisher
 from gradstore.scoring.influence import influence_scores
 from gradstore.scoring.pairing import checkpoint_features
@@ -19,6 +22,7 @@ from gradstore.scoring.products import InnerProduct, Normalize
 from gradstore.scoring.scan import Scan, exact_float32
 from gradstore.similarity.index import FeatureIndex
 from gradstore.similarity.rows import UsableRows, read_unit_rows
+from gradstore.store.chunks import Chunks
 from gradstore.store.reader import Store, open_store
 
 if TYPE_CHECKING:
@@ -153,3 +157,45 @@ def test_the_fisher_matrix_is_that_of_the_rows_of_the_store(store: Store) -> Non
     expected = level * np.linalg.solve(moment + level * np.eye(D), query[0])
     fisher = Fisher.of(store.generation("train/1"), unit=True)
     np.testing.assert_allclose(fisher.solve(query)[0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("queries", [2, 40])
+def test_what_a_reader_gave_is_used_before_the_next_and_by_one_thread(
+    store: Store, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few queries are multiplied with packed rows in several threads, many in one."""
+    wanted = np.random.default_rng(1).standard_normal((queries, D))
+    expected = scanned(store, wanted)
+    make = Chunks.reader
+
+    def poisoned(self: Chunks, spec: ArraySpec) -> Callable[[int, int, int], np.ndarray]:
+        read, given, busy = make(self, spec), [np.zeros(0, np.uint8)], threading.Lock()
+
+        def strict(unit: int, start: int, stop: int) -> np.ndarray:
+            assert busy.acquire(blocking=False), "two threads have one reader"
+            given[0][:] = 255
+            found = read(unit, start, stop).copy()
+            given[0] = found.view(np.uint8)
+            time.sleep(0.002)  # for others to come in
+            busy.release()
+            return found
+
+        return strict
+
+    monkeypatch.setattr(Chunks, "reader", poisoned)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = scanned(store, wanted)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def scanned(store: Store, queries: np.ndarray) -> np.ndarray:
+    """(n, q) products of the training rows, 256 at a time."""
+    with exact_float32():
+        scan = Scan(store.generation("train/1"), queries, chunk_rows=256,
+                    device=torch.device("cpu"))  # fmt: skip
+        parts = [scan.chunk(low, min(low + 256, N))[0].copy() for low in range(0, N, 256)]
+    return np.concatenate(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from gradstore.errors import DamagedData
+from gradstore.storage.objects_reading import ObjectReads
+from gradstore.storage.reading import ReadFiles
 from gradstore.store import chunks
 from gradstore.store.generation import Generation
 from gradstore.store.reader import open_store
@@ -84,8 +87,15 @@ def test_the_disk_begins_to_read_the_next_chunks_of_a_pass_and_of_no_other(
     for unit in (2, 1):
         backwards.raw(unit)
     assert begun == []
-    checked(store)
-    assert sorted(begun) == sorted(path.stat().st_ino for path in ahead)
+    generation, _ = checked(store)
+    wanted = sorted(path.stat().st_ino for path in ahead)
+    assert sorted(begun) == wanted
+    read = generation.raw_reader()
+    for _ in range(2):  # their pages may be gone by the next pass
+        begun.clear()
+        for unit in range(3):
+            read(unit, 0, 1)
+        assert sorted(begun) == wanted[1:] or sorted(begun) == wanted
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -121,6 +131,40 @@ def test_a_reader_checks_a_whole_chunk_once(store: Path, monkeypatch: pytest.Mon
     for _ in range(2):
         generation.raw_reader()(2, 0, 2)
     assert asked == ["generations/train/1/features/c/2/0"]
+
+
+def test_where_a_part_costs_as_much_as_the_whole_chunks_are_fetched_once_and_kept(
+    kit: StoreKit, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a bucket, and behind a service."""
+    assert ObjectReads.whole_only
+    kit.unit_rows = 16
+    kit.build(fast_path / "s", n=40)
+    generation = open_store(fast_path / "s").generation("train/1")
+    fetched: list[str] = []
+    fetch = ReadFiles.map
+
+    def counted(self: ReadFiles, relative: str, size: int) -> memoryview:
+        fetched.append(relative)
+        return fetch(self, relative, size)
+
+    monkeypatch.setattr(ReadFiles, "whole_only", True)
+    monkeypatch.setattr(ReadFiles, "map", counted)
+    for _ in range(2):
+        read = generation.raw_reader()
+        for unit, start in itertools.product(range(3), (0, 4)):
+            read(unit, start, start + 4)
+    assert fetched == [f"generations/train/1/features/c/{unit}/0" for unit in range(3)]
+
+
+def test_a_file_system_may_give_less_than_it_is_asked_for(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = open_store(store).generation("train/1").raw(1).copy()
+    some = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, to, at: some(fd, [to[0][:7]], at))
+    read = open_store(store).generation("train/1").raw_reader()
+    assert read(1, 0, 16).tobytes() == stored.tobytes()
 
 
 def shorten(chunk: Path) -> None:
