@@ -56,6 +56,7 @@ FEATURES, MOMENTS = (
 INFLUENCE = "tests/gradstore_/scoring/test_influence.py"
 SELECTION = "tests/gradstore_/scoring/test_selection.py"
 INDEX = "tests/gradstore_/similarity/test_index.py"
+JOINED = "tests/gradstore_/export/test_joined.py"
 CAPTURE = "tests/gradstore_/capture/test_per_sample.py"
 DENSE = "tests/gradstore_/capture/test_dense.py"
 WHOLE = "tests/gradstore_/export/test_whole_weights.py"
@@ -254,8 +255,21 @@ MUTANTS = [
     Mutant("gradstore/store/chunks.py", "if fault is not None:", "if False:", DAMAGE),
     Mutant("gradstore/storage/reading.py", "elif expected_bytes not in (None, found.st_size):",
            "elif False:", CHUNKS),
+    Mutant("gradstore/store/chunks.py", "or self._files.whole_only", "", CHUNKS),
+    Mutant("gradstore/store/chunks.py", "whole = not self._checked[unit, place]", "whole = False",
+           CHUNKS),
     Mutant("gradstore/scoring/scan.py", "if not first <= start <= stop", "if not start <= stop",
            PACKED),
+    Mutant("gradstore/scoring/scan.py", "zip(self._readers, range",
+           "zip(self._readers[:1] * 99, range", "tests/gradstore_/scoring/test_dtypes.py"),
+    Mutant("gradstore/export/joined.py", "slot in hooked and", "True and", JOINED),
+    Mutant("gradstore/export/joined.py", "or alike != last or", "or", JOINED),
+    Mutant("gradstore/export/projected.py", "self.map, capture.hooked)",
+           "self.map, capture.slots)", "tests/gradstore_/export/test_fused.py"),
+    Mutant("gradstore/cluster/connection.py", "probe = self.ask(task.remote)",
+           "probe = task.remote()", "tests/gradstore_/cluster/test_connection.py"),
+    Mutant("kernels/gradkernels/gpu/hadamard.py", "tl.join(a + b, a - b)",
+           "tl.join(a - b, a + b)", "tests/gradkernels_/test_rotation_triton.py"),
     Mutant("kernels/gradkernels/cpu/lookups.py", "SEGMENT = 256", "SEGMENT = 512", SIGNS),
     Mutant("kernels/gradkernels/cpu/lookups.py", "place = (r & 1) *", "place = 0 *",
            SIGNS),

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import socket
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,13 +135,14 @@ def test_a_call_that_waits_for_a_head_that_died_ends_with_the_head(
     with socket.create_server(("127.0.0.1", 0)) as server:
         head = f"127.0.0.1:{server.getsockname()[1]}"
     ray, never = ray_of({"CPU": 1.0}), threading.Event()
-    made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=never.wait))
+    stuck = partial(never.wait, 5.0)
+    made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=stuck))
     ray.remote = lambda _: made
     for call in (Cluster.ask, Cluster.wait_for_room):
         cluster = Cluster(ray, RayOptions(), head)
         with pytest.raises(StoreIOError, match="its head no longer answers"):
-            call(cluster, never.wait)
-    ray.nodes = never.wait
+            call(cluster, stuck)
+    ray.nodes = stuck
     with pytest.raises(StoreIOError, match="its head no longer answers"):
         Cluster(ray, RayOptions(), head)
     never.set()
