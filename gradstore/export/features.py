@@ -218,7 +218,7 @@ class FeatureMap:
         """
         each = [self.of(slot) for slot in slots]
         first = each[0]
-        if first is None or first.length is None:
+        if len(each) == 1 or first is None or first.length is None:
             return first
         vectors: dict[str, Any] = {
             name: torch.cat([getattr(feature, name) for feature in each])

@@ -40,7 +40,7 @@ class Run:
         """First index in the flat gradient."""
         return self.slots[0].start
 
-    @cached_property
+    @property
     def stop(self) -> int:
         """Index behind the last."""
         return self.slots[-1].start + self.slots[-1].numel

@@ -159,11 +159,8 @@ class _Exporter:
         self.gather_rows = max(1, min(DENSE_ROWS, buffer_bytes // (4 * capture.p)))
         # Whole weights are large by themselves, and come in parts.
         self.joins = self.fused and not capture.dense
-        self.runs = (
-            runs_of(capture.slots, self.map, capture.hooked)
-            if self.joins
-            else [self._alone(slot) for slot in capture.slots]
-        )
+        hooked = capture.hooked if self.joins else ()
+        self.runs = runs_of(capture.slots, self.map, hooked) if self.fused else []
         # Whole weights' gradients come in parts, so that (b, p) need not fit into memory.
         few = self.gather_rows < DENSE_ROWS and capture.dense
         self.streams = projection.method == "sjlt" or few
