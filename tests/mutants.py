@@ -59,6 +59,7 @@ INDEX = "tests/gradstore_/similarity/test_index.py"
 JOINED = "tests/gradstore_/export/test_joined.py"
 CAPTURE = "tests/gradstore_/capture/test_per_sample.py"
 DENSE = "tests/gradstore_/capture/test_dense.py"
+ONE_OPERATION = "tests/gradstore_/capture/test_lora.py"
 WHOLE = "tests/gradstore_/export/test_whole_weights.py"
 LOCK = "tests/gradstore_/storage/test_lock.py"
 OBJECTS = "tests/gradstore_/storage/test_object_faults.py"
@@ -372,6 +373,19 @@ MUTANTS = [
            "tests/gradstore_/scoring/test_joint_choice.py"),
     Mutant("gradstore/capture/per_sample.py", "current.missed(slot)} | elsewhere",
            "current.missed(slot)}", DENSE),
+    Mutant("gradstore/capture/lora.py", "x.to(dtype), anchor, call", "x.to(dtype), x, call",
+           ONE_OPERATION),
+    Mutant("gradstore/capture/lora.py", "name in layer.lora_variant or ", "", ONE_OPERATION),
+    Mutant("gradstore/capture/lora.py", "for hooks in _HOOKS", "for hooks in _HOOKS[2:]",
+           ONE_OPERATION),
+    Mutant("gradstore/capture/lora.py", "addmm_(low_gradient, call.down)", "clone()",
+           ONE_OPERATION),
+    Mutant("gradstore/capture/lora.py", "matrix.bias is not None", "matrix.bias is matrix",
+           ONE_OPERATION),
+    Mutant("gradstore/capture/lora.py", "part.dtype == x.dtype for part in parts",
+           "part.dtype is not None for part in parts", ONE_OPERATION),
+    Mutant("gradstore/capture/lora.py", 'stack.callback(delattr, layer.module, "forward")', "pass",
+           ONE_OPERATION),
     Mutant("gradstore/capture/dense.py", "low = (part.start - slot.start) // slot.width",
            "low = 0", DENSE),
     Mutant("gradstore/capture/dense.py", "for other in sums[1:]:", "for other in sums[2:]:", DENSE),

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,8 @@ from gradstore.capture.slots import ParameterSlot
 #: whole weights the slot is a part of a parameter's, some of its rows (`gradstore.capture.dense`).
 Sink = Callable[[ParameterSlot, Tensor], None]
 #: Takes a weight's slot and what its gradient is made of in one call of its module: the inputs
-#: (b, t, in) and the gradient of the outputs (b, t, out), in the dtypes they came in.
+#: (b, t, in) and the gradient of the outputs (b, t, out), in the dtypes they came in. The factor of
+#: a LoRA layer is with the gradients of B, or with its inputs (`gradstore.capture.lora`).
 Tap = Callable[[ParameterSlot, Tensor, Tensor], None]
 
 
@@ -70,21 +70,40 @@ class HookedPass:
             # DoRA multiplies its matrices by calling them on an identity, and detaches the result.
             self._ignored = output
             return
-        if self._rows > 1 and (x.dim() < 3 or x.shape[0] != self._rows):
+        if not self.fits(x):
             self._unfit.update(watched.slots)
             return
         if not output.requires_grad:
             output.requires_grad_(True)  # the lowest matrices: nothing below them needs a gradient
-        if self._forward_is_over:
+        if not self.expect(watched):
             return
-        self._expected.update(watched.slots)
         # Emptied on use: the graph holds its hooks to the end, the input is freed earlier.
         held = [x.detach()]
-        arrive = partial(self._arrive, watched, held)
+
+        def arrive(gradient: Tensor) -> None:
+            self.arrive(watched, held.pop(), gradient)
+
         output.register_hook(arrive)  # type: ignore[no-untyped-call]
 
-    def _arrive(self, watched: HookedModule, held: list[Tensor], gradient: Tensor) -> None:
-        x = held.pop().reshape(self._rows, -1, watched.module.in_features)
+    def fits(self, x: Tensor) -> bool:
+        """Return whether a call's input keeps the batch's rows apart."""
+        return self._rows == 1 or (x.dim() >= 3 and x.shape[0] == self._rows)
+
+    def expect(self, *watched: HookedModule) -> bool:
+        """Count a call of each module; False, and not counted, where a layer is recomputed."""
+        if not self._forward_is_over:
+            self._expected.update(slot for each in watched for slot in each.slots)
+        return not self._forward_is_over
+
+    def arrive(self, watched: HookedModule, x: Tensor, gradient: Tensor) -> None:
+        """Make the gradients of one call that was expected, and deliver them.
+
+        Args:
+            watched: the module.
+            x: (b, ..., in), or of one row with any first dimensions: the call's input.
+            gradient: (b, ..., out), of its output; a factor may be with either.
+        """
+        x = x.reshape(self._rows, -1, watched.module.in_features)
         gradient = gradient.reshape(self._rows, -1, watched.module.out_features)
         if watched.weight is not None and watched.weight in self._wanted:
             if self._tap is not None:

@@ -34,6 +34,7 @@ from gradstore.capture.dense import (
 )
 from gradstore.capture.fallback import RowwiseGradients
 from gradstore.capture.hooks import HookedModule, HookedPass, Sink, Tap
+from gradstore.capture.lora import fused_layers
 from gradstore.capture.losses import BatchStats, RowLoss, Targets, target_losses
 from gradstore.capture.modelstate import borrowed, without_autocast
 from gradstore.capture.slots import ParameterSlot, unwrap
@@ -102,6 +103,9 @@ class GradientCapture:
             raise RuntimeError("this GradientCapture is already entered")
         with ExitStack() as stack:
             stack.enter_context(borrowed(self._model, freeze=True))
+            if not self.dense:
+                matrices = cast(list[HookedModule], self._watched)
+                stack.enter_context(fused_layers(self._model, matrices, self._hooked_pass))
             for watched in self._watched:
                 hook = partial(self._observe, watched)
                 stack.callback(watched.module.register_forward_hook(hook).remove)
@@ -221,6 +225,9 @@ class GradientCapture:
         if self.dense:
             return DensePass(targets, sink, self._elements)
         return HookedPass(targets, sink, tap)
+
+    def _hooked_pass(self) -> HookedPass | None:
+        return cast(HookedPass | None, self._pass)
 
     def _look(self) -> AbstractContextManager[set[ParameterSlot]]:
         """Watch the first forward for weights that are used outside of their layers' calls."""

@@ -230,7 +230,7 @@ class LlamaKit:
     #: A token whose embedding is infinite in `model(broken=True)`.
     broken_token = 60
 
-    def model(self, *, broken: bool = False) -> Any:
+    def model(self, *, broken: bool = False, **lora: Any) -> Any:
         """LoRA on every linear layer, its matrices all random: no gradient is trivially zero."""
         from peft import LoraConfig, get_peft_model
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -246,9 +246,9 @@ class LlamaKit:
             max_position_embeddings=64,
             pad_token_id=0,
         )
-        lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+        adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", **lora)
         base = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
-        model: Any = get_peft_model(base, lora)
+        model: Any = get_peft_model(base, adapter)
         generator = torch.Generator().manual_seed(3)
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -1,0 +1,206 @@
+"""LoRA layers that run as one operation against peft's own forward and hooks on its matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import layer as peft_layer
+from torch import Tensor, nn
+
+from gradstore.capture import per_sample
+from gradstore.capture.adapters import watched_linears
+from gradstore.capture.lora import lora_layers
+from gradstore.capture.per_sample import GradientCapture
+from gradstore.capture.slots import ParameterSlot, trainable_slots
+
+Taken = dict[str, Tensor]
+
+
+def fused(model: Any) -> list[nn.Module]:
+    """The layers that would run as one operation."""
+    matrices = watched_linears(model, trainable_slots(model))
+    return [each.module for each in lora_layers(model, matrices)]
+
+
+def peft_layers(model: Any) -> list[nn.Module]:
+    """The layers that have an adapter."""
+    return [each for each in model.modules() if isinstance(each, peft_layer.Linear)]
+
+
+def taken(model: Any, batch: Any, tap: Any = None) -> Taken:
+    """Gradient blocks (b, numel) by name."""
+    found: Taken = {}
+
+    def sink(slot: ParameterSlot, block: Tensor) -> None:
+        assert slot.name not in found
+        found[slot.name] = block
+
+    with GradientCapture(model) as capture:
+        capture.capture(batch, sink, tap)
+    return found
+
+
+@pytest.fixture
+def by_hooks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Taken]:
+    """Take gradients with every layer left to peft."""
+
+    def take(*args: Any) -> Taken:
+        with monkeypatch.context() as patched:
+            patched.setattr(per_sample, "fused_layers", lambda *_: nullcontext())
+            return taken(*args)
+
+    return take
+
+
+def same(found: Taken, expected: Taken, tolerance: float = 1e-5) -> None:
+    """To a part of each block's largest number."""
+    assert found.keys() == expected.keys()
+    for name, block in expected.items():
+        assert (found[name] - block).abs().max() <= tolerance * block.abs().max(), name
+
+
+def never(*_: object, **__: object) -> Tensor:
+    """What nobody may call."""
+    raise AssertionError("called")
+
+
+def test_plain_layers_are_one_operation_with_the_gradients_that_hooks_give(
+    llama: Any, by_hooks: Callable[..., Taken], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = llama.model(), llama.collate(llama.rows(6))
+    expected = by_hooks(model, batch)
+    assert len(expected) == 2 * len(peft_layers(model)) == 2 * len(fused(model)) > 0
+    monkeypatch.setattr(peft_layer.LoraLayer, "_cast_input_dtype", never)  # of peft's forward
+    same(taken(model, batch), expected)
+
+
+def test_the_sum_is_that_of_rows_alone_in_float64(llama: Any) -> None:
+    model, rows = llama.model().double(), llama.rows(5)
+    expected = llama.gradients(model, rows)
+    found = taken(model, llama.collate(rows))
+    flat = torch.cat([found[slot.name] for slot in trainable_slots(model)], dim=1)
+    assert (flat - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+class Quantised(nn.Linear):
+    """As a library of quantised layers would make them."""
+
+
+def quantise(layer: Any) -> None:
+    layer.base_layer.__class__ = Quantised
+
+
+def hook(layer: Any) -> None:
+    layer.base_layer.register_forward_pre_hook(lambda *_: None)
+
+
+def hook_matrix(layer: Any) -> None:
+    layer.lora_B["default"].register_forward_hook(lambda *_: None)
+
+
+def move(layer: Any) -> None:
+    layer.base_layer.forward = layer.base_layer.forward
+
+
+def patch(layer: Any) -> None:
+    layer.forward = layer.forward
+
+
+def subclass(layer: Any) -> None:
+    layer.__class__ = type("Linear", (type(layer),), {"__module__": "elsewhere"})
+
+
+@pytest.mark.parametrize("change", [quantise, hook, hook_matrix, move, patch, subclass])
+def test_a_layer_that_another_library_changed_is_left_to_peft(
+    llama: Any, by_hooks: Callable[..., Taken], change: Callable[[Any], None]
+) -> None:
+    model, batch = llama.model(), llama.collate(llama.rows(4))
+    expected = by_hooks(model, batch)
+    changed = peft_layers(model)[3]
+    change(changed)
+    assert fused(model) == [each for each in peft_layers(model) if each is not changed]
+    same(taken(model, batch), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True`")  # peft: it can't be merged here
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_bias": True}])
+def test_what_peft_computes_otherwise_is_left_to_it(llama: Any, lora: dict[str, Any]) -> None:
+    model, rows = llama.model(**lora), llama.rows(4)
+    assert fused(model) == []
+    expected = llama.gradients(model, rows)
+    found = taken(model, llama.collate(rows))
+    flat = torch.cat([found[slot.name] for slot in trainable_slots(model)], dim=1)
+    assert (flat - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_rank_stabilised_scaling_is_the_layers_own(
+    llama: Any, by_hooks: Callable[..., Taken]
+) -> None:
+    model, batch = llama.model(use_rslora=True, lora_alpha=6), llama.collate(llama.rows(4))
+    assert len(fused(model)) == len(peft_layers(model))
+    same(taken(model, batch), by_hooks(model, batch))
+
+
+def test_layers_of_several_dtypes_are_left_to_peft(
+    llama: Any, by_hooks: Callable[..., Taken], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = llama.model().bfloat16(), llama.collate(llama.rows(4))
+    for parameter in filter(lambda each: each.requires_grad, model.parameters()):
+        parameter.data = parameter.data.float()
+    expected = by_hooks(model, batch)
+    monkeypatch.setattr("gradstore.capture.lora._Fused.apply", never)
+    found = taken(model, batch)
+    assert all(torch.equal(found[name], block) for name, block in expected.items())
+
+
+def test_autocast_computes_in_its_own_dtype(llama: Any, by_hooks: Callable[..., Taken]) -> None:
+    model, batch = llama.model(), llama.collate(llama.rows(4))
+    exact = by_hooks(model, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        by_peft, found = by_hooks(model, batch), taken(model, batch)
+
+    def errors(blocks: Taken) -> float:
+        return sum(
+            float((blocks[name] - exact[name]).norm() / exact[name].norm()) for name in exact
+        )
+
+    assert 0 < errors(found) <= 1.1 * errors(by_peft)
+
+
+def test_a_tap_sees_what_hooks_show_it(llama: Any, by_hooks: Callable[..., Taken]) -> None:
+    model, batch = llama.model(), llama.collate(llama.rows(4))
+    seen: tuple[dict[str, list[Tensor]], ...] = ({}, {})
+    for shown, take in zip(seen, (by_hooks, taken), strict=True):
+        take(model, batch, lambda slot, *pair, shown=shown: shown.update({slot.name: list(pair)}))
+    expected, found = seen
+    assert found.keys() == expected.keys()
+    for name, (x, gradient) in expected.items():
+        scale = 2.0 if "lora_B" in name else 1.0  # lora_alpha over r; with the inputs of B
+        for ours, theirs in zip(found[name], (x * scale, gradient / scale), strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_no_more_is_kept_for_the_backward(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = llama.model(), llama.collate(llama.rows(6))
+    with GradientCapture(model) as capture:
+        kept, _ = capture.kept_bytes(batch)
+    monkeypatch.setattr(per_sample, "fused_layers", lambda *_: nullcontext())
+    with GradientCapture(model) as capture:
+        assert kept <= capture.kept_bytes(batch)[0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_layers_are_given_back_and_other_forwards_are_pefts_own(llama: Any, fails: bool) -> None:
+    model, batch = llama.model().eval(), llama.collate(llama.rows(3))
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    expected = model(**inputs).logits
+    with pytest.raises(KeyError) if fails else nullcontext(), GradientCapture(model):
+        assert any("forward" in vars(layer) for layer in peft_layers(model))
+        assert torch.equal(model(**inputs).logits, expected)
+        if fails:
+            raise KeyError
+    assert not any("forward" in vars(layer) for layer in peft_layers(model))
