@@ -1,10 +1,12 @@
 """Writing and reading a store's features beside NumPy's bare memory map of the same numbers.
 
-    OMP_NUM_THREADS=1 uv run python benchmarks/throughput.py      # 2 GB of disk, a few minutes
+    OMP_NUM_THREADS=1 uv run python benchmarks/throughput.py      # 7 GB of disk, a few minutes
 
 The same 50,000 x 4,096 float32 rows go to a store as float16 (`StoreWriter`: a scale for each row,
 crc32c of every chunk, each unit fsynced and renamed, commit) and to an `np.memmap` of float16
-(cast, then `flush`, which is msync): A B A B, each from an empty file, nothing dirty from before.
+(cast, then `flush`, which is msync): A B A B, each into new files, nothing dirty from before. Files
+of earlier rounds stay, their pages dropped: ext4 looks through inodes that were freed in the last
+minute whenever it makes a file, which the thousand files of a store would pay for.
 
 *read all*: every row as float32, a unit at a time, of a store that was just opened, so that each
 chunk's crc32c is checked on the way; beside the map's `astype`. *again* is the same of a store
@@ -24,7 +26,6 @@ import argparse
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -119,18 +120,13 @@ def read_map(held: np.ndarray) -> None:
 
 def writing(folder: Path, rows: int, dim: int, pairs: int) -> dict[str, Any]:
     """Compare writing."""
-    ours: list[Took] = []
-    beside: list[Took] = []
-    store, plain = folder / "store", folder / "map"
-    for number in range(pairs + 1):  # the first warms up
-        shutil.rmtree(store, ignore_errors=True)
-        took = timed(partial(write_store, store, rows, dim), os.sync)
-        plain.unlink(missing_ok=True)
-        if number:
-            ours.append(took)
-        took = timed(partial(write_map, plain, rows, dim), os.sync)
-        if number:
-            beside.append(took)
+    found: dict[str, list[Took]] = {"store": [], "map": []}
+    for number in range(pairs + 1):
+        for name, write in (("store", write_store), ("map", write_map)):
+            drop(folder)
+            path = folder / (name if number == pairs else f"{name}-{number}")
+            found[name].append(timed(partial(write, path, rows, dim), os.sync))
+    ours, beside = (times[1:] for times in found.values())  # the first warms up
     return {"what": "write", **speeds(ours, beside)}
 
 

@@ -14,7 +14,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -166,7 +166,6 @@ class StoreFiles(ReadFiles):
                     for buffer in buffers:
                         self._step("write", path)
                         _write_whole(created[path], buffer)
-                    _begin_writeback(created[path])
             for path, fd in created.items():
                 with self._translated("write", path, needed_bytes=sizes[path]):
                     self._step("fsync", path)
@@ -323,16 +322,6 @@ def _write_whole(fd: int, block: Block) -> None:
     view = memoryview(block).cast("B")
     while view:
         view = view[os.write(fd, view[:_AT_ONCE]) :]
-
-
-def _begin_writeback(fd: int) -> None:
-    """Ask for the bytes to be written while the next files are made; their fsync waits less.
-
-    A hint: where the system has none, or refuses it, the fsync does all of it.
-    """
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _flocked(path: Path) -> int | None:
