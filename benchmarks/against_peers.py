@@ -3,6 +3,7 @@
     uv run python examples/real/prepare.py              # weights and rows of SmolLM2
     uv run python benchmarks/against_peers.py           # two hours on two cores, most of it TRAK
     uv run python benchmarks/against_peers.py --parts slow --dim 512   # a quarter of an hour
+    uv run python benchmarks/against_peers.py --parts dataflex         # three quarters
     uv run python benchmarks/against_peers.py --model tiny --rows 256
 
 * *ours*: `gradstore.build` into a store, scores from it; the default feature, and LESS's own.
@@ -190,8 +191,8 @@ def scores_of(folder: Path) -> Scores:
 
 
 def fast_ones(bench: Bench, pairs: int, parts: str) -> list[Method]:
-    """Measure ours and bergson's in turns; where the slow ones are the part, ours alone, once."""
-    python = environment("bergson")
+    """Measure ours and bergson's in turns; where slow ones are the part, ours alone, once."""
+    python = environment("bergson") if parts in ("all", "fast") else Path()
     adapter = bench.folder / "adapter"
     longest = json.loads((bench.base / "config.json").read_text("utf-8"))["max_position_embeddings"]
     side = ("--projection_dim", "16", "--token_batch_size", str(min(TOKENS, longest)))
@@ -205,7 +206,7 @@ def fast_ones(bench: Bench, pairs: int, parts: str) -> list[Method]:
         ("bergson build, adapter", ("build", *side), adapter),
         ("bergson trackstar, adapter", ("trackstar", *side), adapter),
     ]
-    if parts == "slow":
+    if parts not in ("all", "fast"):
         ours, peers, pairs = ours[:1], [], 1
     found = {name: Method(name) for name, *_ in (*ours, *peers)}
     for turn in range(1, pairs + 1):
@@ -218,14 +219,17 @@ def fast_ones(bench: Bench, pairs: int, parts: str) -> list[Method]:
     return list(found.values())
 
 
-def slow_ones(bench: Bench, model: str) -> Iterator[Method]:
+def slow_ones(bench: Bench, model: str, parts: str) -> Iterator[Method]:
     """Measure, one by one, what projects through TRAK."""
     rows = min(BUFFER, len(bench.train))
     what = "scores" if model == "tiny" else "time"
-    for name, script, python in (
-        ("LESS, TRAK", "published_less.py", Path(sys.executable)),
-        ("dataflex 1.1.0", "dataflex_less.py", environment("dataflex")),
+    for part, name, script in (
+        ("less", "LESS, TRAK", "published_less.py"),
+        ("dataflex", "dataflex 1.1.0", "dataflex_less.py"),
     ):
+        if parts not in (part, "slow", "all"):
+            continue
+        python = environment(part) if part in PACKAGES else Path(sys.executable)
         method = Method(name)
         bench.driver(method, script, python, rows, bench.dim, what)
         echo(f"{name} {method.seconds[-1]:.1f} s for {rows} rows")
@@ -294,8 +298,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="turns of the fast ones (default 3)")
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--parts", choices=("all", "fast", "slow"), default="all",
-                        help="slow: the two that project by TRAK, beside ours")  # fmt: skip
+    parser.add_argument("--parts", choices=("all", "fast", "slow", "less", "dataflex"),
+                        default="all",
+                        help="slow: the two that project by TRAK; or one of them")  # fmt: skip
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="peers-") as temporary:
         folder = Path(temporary)
@@ -307,7 +312,7 @@ def main() -> None:
         first = machine(options.threads) | {"model": options.model}
         found = fast_ones(bench, options.pairs, options.parts)
         results = record(lines(bench, found, found[0], first))
-        for method in () if options.parts == "fast" else slow_ones(bench, options.model):
+        for method in slow_ones(bench, options.model, options.parts):
             results += record(lines(bench, [method], found[0], first))
     echo(f"\n{results[0]['cpu']}, {options.threads} threads, load {results[0]['load']}")
     for row in results:

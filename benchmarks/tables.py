@@ -191,7 +191,7 @@ def export() -> str:
     """Cost of a selection's export."""
     measured = [{**li, "trained": (li.get("finetuning") or "lora") + (li.get("modules") or "")}
                 for li in read(RESULTS / "export_ratio.csv") if not li.get("chip")]  # fmt: skip
-    lines = newest(measured, "trained", "projection", "rows").values()
+    lines = newest(measured, "trained", "projection").values()
     of = {"fulllinear": ", whole linear layers", "fullall": ", all weights"}
     body = [
         (f"{line['projection']}, d = {line['d']}{of.get(line['trained'], '')}",
@@ -779,11 +779,16 @@ def launches(path: Path = RESULTS / "launches.csv") -> str:
     """Count what an export launches on a CUDA device, beside the model's own."""
     lines = newest(read(path), "projection").values()
     body = [
-        (line["projection"], f"{int(line['model']):,}", f"{float(line['launches']):,.0f}",
+        (line["projection"], f"{int(line['model']):,}", f"{float(line['launches']):+,.0f}",
          f"{float(line['waits']):g}")
         for line in lines
     ]  # fmt: skip
-    head = "projection", "the model's own", "beyond these", "waits beyond the model's"
+    head = (
+        "projection",
+        "the model's own",
+        "of an export, more than these",
+        "waits beyond the model's",
+    )
     return f"{table(head, body)}\n\n{where(lines)}."
 
 

@@ -96,12 +96,14 @@ def lora_layers(model: nn.Module, watched: Sequence[HookedModule]) -> Iterator[L
 
 def _are_plain(layer: nn.Module, parts: tuple[nn.Module, ...]) -> bool:
     """Return whether base, dropout, A and B can be multiplied with without being called."""
-    base, _, *matrices = parts
+    base, dropout, *matrices = parts
     if "forward" in vars(layer) or any("forward" in vars(part) for part in parts):
         return False  # accelerate moves weights there
     if any(getattr(part, hooks) for part in parts for hooks in _HOOKS):
         return False  # DeepSpeed gathers weights there
-    if type(base) is not nn.Linear or any(matrix.bias is not None for matrix in matrices):
+    if type(base) is not nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
+        return False
+    if any(matrix.bias is not None for matrix in matrices):
         return False
     return all(type(each) is nn.Parameter for part in parts for each in part.parameters())
 
@@ -120,31 +122,33 @@ def _forward(
     dtype = layer.computing_dtype(x)
     if dtype is None:
         return original(x)
-    bias = layer.base.bias
-    call = _Call(
-        layer,
-        seen if seen.expect(layer.down, layer.up) else None,
-        layer.base.weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        layer.down.module.weight.to(dtype),
-        layer.up.module.weight.to(dtype),
-    )
+    weights = layer.base.weight, layer.base.bias, layer.down.module.weight, layer.up.module.weight
+    call = _Call(layer, seen if seen.expect(layer.down, layer.up) else None, dtype, weights)
     # The lowest layer's input needs no gradient, but its matrices do.
     anchor = torch.empty(0, requires_grad=True)
-    result: Tensor = _Fused.apply(x.to(dtype), anchor, call)  # type: ignore[no-untyped-call]
+    result: Tensor = _Fused.apply(x, anchor, call)  # type: ignore[no-untyped-call]
     return result
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a layer: its weights, in one dtype, and the pass that waits for gradients."""
+    """One call of a layer.
+
+    Attributes:
+        layer: the layer.
+        seen: the pass that waits for gradients; None where the call is not counted.
+        dtype: that the call computes in.
+        weights: W, its bias, A and B as they were given, so that no cast one is kept.
+    """
 
     layer: LoraLayer
     seen: HookedPass | None
-    weight: Tensor
-    bias: Tensor | None
-    down: Tensor
-    up: Tensor
+    dtype: torch.dtype
+    weights: tuple[Tensor, Tensor | None, Tensor, Tensor]
+
+    def cast(self) -> list[Any]:
+        """Return the weights in the dtype of the call."""
+        return [None if each is None else each.to(self.dtype) for each in self.weights]
 
 
 class _Fused(torch.autograd.Function):
@@ -152,10 +156,11 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, _anchor: Tensor, call: _Call) -> Tensor:  # noqa: ANN401
-        flat = x.reshape(-1, x.shape[-1])
-        low = _scaled_product(call.layer.scale, flat, call.down.T)
-        result = functional.linear(flat, call.weight, call.bias)
-        result.addmm_(low, call.up.T)
+        weight, bias, down, up = call.cast()
+        flat = x.reshape(-1, x.shape[-1]).to(call.dtype)
+        low = _scaled_product(call.layer.scale, flat, down.T)
+        result = functional.linear(flat, weight, bias)
+        result.addmm_(low, up.T)
         ctx.save_for_backward(x, low)
         ctx.call = call
         return result.view(*x.shape[:-1], -1)
@@ -164,11 +169,12 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:  # noqa: ANN401
         (x, low), call, layer = ctx.saved_tensors, ctx.call, ctx.call.layer
+        weight, _, down, up = call.cast()
         flat = gradient.reshape(-1, gradient.shape[-1])
-        low_gradient = _scaled_product(layer.scale, flat, call.up)
+        low_gradient = _scaled_product(layer.scale, flat, up)
         back = None
         if ctx.needs_input_grad[0]:
-            back = (flat @ call.weight).addmm_(low_gradient, call.down).view(x.shape)
+            back = (flat @ weight).addmm_(low_gradient, down).view(x.shape).to(x.dtype)
         if call.seen is not None:
             call.seen.arrive(layer.up, low, gradient)
             call.seen.arrive(layer.down, x, low_gradient)

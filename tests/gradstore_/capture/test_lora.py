@@ -184,13 +184,17 @@ def test_a_tap_sees_what_hooks_show_it(llama: Any, by_hooks: Callable[..., Taken
             assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-def test_no_more_is_kept_for_the_backward(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_no_more_is_kept_for_the_backward(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, autocast: bool
+) -> None:
     model, batch = llama.model(), llama.collate(llama.rows(6))
-    with GradientCapture(model) as capture:
-        kept, _ = capture.kept_bytes(batch)
-    monkeypatch.setattr(per_sample, "fused_layers", lambda *_: nullcontext())
-    with GradientCapture(model) as capture:
-        assert kept <= capture.kept_bytes(batch)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with GradientCapture(model) as capture:
+            kept, _ = capture.kept_bytes(batch)
+        monkeypatch.setattr(per_sample, "fused_layers", lambda *_: nullcontext())
+        with GradientCapture(model) as capture:
+            assert 0 < kept <= capture.kept_bytes(batch)[0]
 
 
 @pytest.mark.parametrize("fails", [False, True])
