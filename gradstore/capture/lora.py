@@ -22,39 +22,68 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from gradstore.capture.hooks import HookedModule, HookedPass
 
 #: Where peft's own layer lives; one that another library patched has its forward elsewhere.
-_PEFT_LAYER = "peft.tuners.lora.layer"
+_PEFT_LAYER, _TORCH_LAYER = "peft.tuners.lora.layer", "torch.nn.modules.linear"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """A layer y = W x + s B A x of peft that can run as one operation.
+    """A layer y = W x + bias + s B A x of peft.
 
     Attributes:
         module: the layer.
-        base: W and its bias.
+        name: of its adapter.
         down: A (r, in).
         up: B (out, r).
-        scale: s.
     """
 
-    module: nn.Module
-    base: nn.Linear
+    module: Any
+    name: str
     down: HookedModule
     up: HookedModule
-    scale: float
+
+    def is_plain(self, hooks: int) -> bool:
+        """Return whether its parts can be multiplied with without being called.
+
+        Args:
+            hooks: on all parts together, of those that watch the matrices.
+        """
+        layer, name = self.module, self.name
+        if _home(type(layer).forward) != _PEFT_LAYER or _home(nn.Linear.forward) != _TORCH_LAYER:
+            return False
+        if has_global_hooks():  # type: ignore[no-untyped-call]
+            return False
+        if layer.disable_adapters or layer.merged or name in layer.lora_variant:
+            return False
+        if [each for each in layer.active_adapters if each in layer.lora_A] != [name]:
+            return False
+        matrices = [self.down.module, self.up.module]
+        if [layer.lora_A[name], layer.lora_B[name]] != matrices:
+            return False
+        base, dropout = layer.base_layer, layer.lora_dropout[name]
+        if type(base) is not nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
+            return False
+        parts = (base, dropout, *matrices)
+        if any("forward" in vars(part) for part in parts):
+            return False  # accelerate moves weights there
+        if sum(len(getattr(part, kind)) for part in parts for kind in _HOOKS) != hooks:
+            return False  # DeepSpeed gathers weights there
+        if any(matrix.bias is not None for matrix in matrices):
+            return False
+        return all(type(each) is nn.Parameter for part in parts for each in part.parameters())
 
     def computing_dtype(self, x: Tensor) -> torch.dtype | None:
         """Return the dtype that peft would compute in, if it is the same for all parts."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            return torch.get_autocast_dtype(kind)
-        parts = (self.base.weight, self.down.module.weight, self.up.module.weight)
-        return x.dtype if all(part.dtype == x.dtype for part in parts) else None
+        weights = (self.module.base_layer.weight, self.down.module.weight, self.up.module.weight)
+        dtypes = {x.dtype, *(weight.dtype for weight in weights)}
+        if torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes:
+            return torch.get_autocast_dtype(x.device.type)
+        return x.dtype if len(dtypes) == 1 else None
 
 
 @contextmanager
@@ -65,13 +94,14 @@ def fused_layers(
 
     Args:
         model: with its adapter; its parameters are frozen meanwhile.
-        watched: its LoRA matrices.
+        watched: its LoRA matrices, each of which gets one hook meanwhile.
         current: gives the pass that gradients are for; None for a forward of its own.
     """
     with ExitStack() as stack:
         for layer in lora_layers(model, watched):
-            layer.module.forward = partial(_forward, layer, layer.module.forward, current)
-            stack.callback(delattr, layer.module, "forward")
+            ours = partial(_forward, layer, current)
+            layer.module.forward = ours
+            stack.callback(_put_back, layer.module, ours)
         yield
 
 
@@ -82,52 +112,57 @@ def lora_layers(model: nn.Module, watched: Sequence[HookedModule]) -> Iterator[L
         kind = type(module)
         if (kind.__module__, kind.__name__) != (_PEFT_LAYER, "Linear"):
             continue
+        if "forward" in vars(module):
+            continue
         layer: Any = module
-        names = [name for name in layer.active_adapters if name in layer.lora_A]
-        if kind.forward.__module__ != _PEFT_LAYER or len(names) != 1:
-            continue
-        (name,) = names
-        parts = layer.base_layer, layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name]
-        down, up = (matrices.get(id(part)) for part in parts[2:])
-        if down is None or up is None or name in layer.lora_variant or not _are_plain(layer, parts):
-            continue
-        yield LoraLayer(layer, layer.base_layer, down, up, float(layer.scaling[name]))
+        for name in layer.active_adapters:
+            down, up = (
+                matrices.get(id(part[name])) if name in part else None
+                for part in (layer.lora_A, layer.lora_B)
+            )
+            if down is not None and up is not None:
+                found = LoraLayer(layer, name, down, up)
+                if found.is_plain(hooks=0):
+                    yield found
 
 
-def _are_plain(layer: nn.Module, parts: tuple[nn.Module, ...]) -> bool:
-    """Return whether base, dropout, A and B can be multiplied with without being called."""
-    base, dropout, *matrices = parts
-    if "forward" in vars(layer) or any("forward" in vars(part) for part in parts):
-        return False  # accelerate moves weights there
-    if any(getattr(part, hooks) for part in parts for hooks in _HOOKS):
-        return False  # DeepSpeed gathers weights there
-    if type(base) is not nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
-        return False
-    if any(matrix.bias is not None for matrix in matrices):
-        return False
-    return all(type(each) is nn.Parameter for part in parts for each in part.parameters())
+def _home(function: Any) -> str:  # noqa: ANN401 - whatever stands in the place of a method
+    """Name the module in which a function was written, whatever it calls itself."""
+    return str(getattr(function, "__globals__", {}).get("__name__"))
+
+
+def _put_back(module: nn.Module, ours: object) -> None:
+    """Remove our forward from a layer; one that was put in its place meanwhile stays."""
+    if vars(module).get("forward") is ours:
+        del module.forward
 
 
 def _forward(
     layer: LoraLayer,
-    original: Callable[..., Tensor],
     current: Callable[[], HookedPass | None],
     x: Tensor,
     *args: object,
     **kwargs: object,
 ) -> Tensor:
-    seen = current()
-    if seen is None or args or kwargs or not torch.is_grad_enabled() or not seen.fits(x):
+    original: Callable[..., Tensor] = partial(type(layer.module).forward, layer.module)
+    # A compiler would trace the operation, and lose what its backward delivers.
+    if torch.compiler.is_compiling() or args or kwargs:
         return original(x, *args, **kwargs)
-    dtype = layer.computing_dtype(x)
-    if dtype is None:
+    seen = current()
+    if seen is None or not torch.is_grad_enabled() or not seen.fits(x) or x.is_inference():
         return original(x)
-    weights = layer.base.weight, layer.base.bias, layer.down.module.weight, layer.up.module.weight
-    call = _Call(layer, seen if seen.expect(layer.down, layer.up) else None, dtype, weights)
+    dtype = layer.computing_dtype(x)
+    if dtype is None or not layer.is_plain(hooks=2):
+        return original(x)
+    base, scale = layer.module.base_layer, float(layer.module.scaling[layer.name])
+    weights = base.weight, base.bias, layer.down.module.weight, layer.up.module.weight
+    expected = seen.expect(layer.down, layer.up)
+    call = _Call(layer, seen if expected else None, dtype, scale, weights)
     # The lowest layer's input needs no gradient, but its matrices do.
     anchor = torch.empty(0, requires_grad=True)
     result: Tensor = _Fused.apply(x, anchor, call)  # type: ignore[no-untyped-call]
-    return result
+    # Outside of the function: a view that it returns could not be changed in place.
+    return result.view(*x.shape[:-1], base.out_features)
 
 
 @dataclass(frozen=True)
@@ -138,12 +173,14 @@ class _Call:
         layer: the layer.
         seen: the pass that waits for gradients; None where the call is not counted.
         dtype: that the call computes in.
+        scale: s.
         weights: W, its bias, A and B as they were given, so that no cast one is kept.
     """
 
     layer: LoraLayer
     seen: HookedPass | None
     dtype: torch.dtype
+    scale: float
     weights: tuple[Tensor, Tensor | None, Tensor, Tensor]
 
     def cast(self) -> list[Any]:
@@ -152,29 +189,28 @@ class _Call:
 
 
 class _Fused(torch.autograd.Function):
-    """y = W x + bias + s B A x, all weights frozen."""
+    """y (n, out) of x (..., in), n tokens in all; its weights are frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, _anchor: Tensor, call: _Call) -> Tensor:  # noqa: ANN401
         weight, bias, down, up = call.cast()
         flat = x.reshape(-1, x.shape[-1]).to(call.dtype)
-        low = _scaled_product(call.layer.scale, flat, down.T)
+        low = _scaled_product(call.scale, flat, down.T)
         result = functional.linear(flat, weight, bias)
         result.addmm_(low, up.T)
         ctx.save_for_backward(x, low)
         ctx.call = call
-        return result.view(*x.shape[:-1], -1)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:  # noqa: ANN401
         (x, low), call, layer = ctx.saved_tensors, ctx.call, ctx.call.layer
         weight, _, down, up = call.cast()
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        low_gradient = _scaled_product(layer.scale, flat, up)
+        low_gradient = _scaled_product(call.scale, gradient, up)
         back = None
         if ctx.needs_input_grad[0]:
-            back = (flat @ weight).addmm_(low_gradient, down).view(x.shape).to(x.dtype)
+            back = (gradient @ weight).addmm_(low_gradient, down).view(x.shape).to(x.dtype)
         if call.seen is not None:
             call.seen.arrive(layer.up, low, gradient)
             call.seen.arrive(layer.down, x, low_gradient)

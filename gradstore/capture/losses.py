@@ -159,13 +159,16 @@ class RowLoss:
             if given is seen[0] or self._verified.get(self._model):
                 return logits
             # Something follows the output layer (soft capping, scaling, a cast): compare once.
-            self._verified[self._model] = self._equals_full(logits, batch, targets)
+            self._verified[self._model] = self._equals_full(head, batch, targets)
         else:
             self._verified[self._model] = False
         return logits if self._verified[self._model] else None
 
     @torch.no_grad()
-    def _equals_full(self, gathered: Tensor, batch: Mapping[str, Tensor], targets: Targets) -> bool:
+    def _equals_full(self, head: nn.Module, batch: Mapping[str, Tensor], targets: Targets) -> bool:
+        # Both without gradients: with them layers may round otherwise (`gradstore.capture.lora`).
+        with _head_at(head, targets):
+            gathered = logits_of(self._model(**model_inputs(batch))).flatten(0, 1)
         full = self._full_logits(batch, targets).float()
         # Products of another shape round differently: a few units in the last place of the dtype.
         tolerance = 32 * torch.finfo(gathered.dtype).eps

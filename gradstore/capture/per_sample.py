@@ -13,11 +13,11 @@ Letters: b batch, t tokens, p gradient length.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,7 @@ class GradientCapture:
         self._loss = RowLoss(self._model)
         self._rowwise = RowwiseGradients(self._model, self._loss)
         self._pass: HookedPass | DensePass | None = None
+        self._note: Callable[[tuple[Tensor, ...]], None] | None = None
         self._looked = False
         self._stack: ExitStack | None = None
         self._log_fallback(set(self.slots) - self._hooked)
@@ -176,24 +177,19 @@ class GradientCapture:
                 kept[storage.data_ptr()] = storage.nbytes()
             return x.detach()
 
-        def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        def note(args: tuple[Tensor, ...]) -> None:
             if args and isinstance(args[0], Tensor):
                 keep(args[0])
 
         targets = Targets.of(batch)
         with torch.no_grad():
             self._loss(batch, targets)  # the first may take two forwards
-        self._pass = self._new_pass(targets, lambda *_: None)
+        self._pass, self._note = self._new_pass(targets, lambda *_: None), note
         try:
-            with ExitStack() as stack:
-                for watched in self._watched:
-                    hook = watched.module.register_forward_pre_hook(note)
-                    stack.callback(hook.remove)
-                stack.enter_context(torch.enable_grad())
-                stack.enter_context(saved_tensors_hooks(keep, lambda x: x))
+            with torch.enable_grad(), saved_tensors_hooks(keep, lambda x: x):
                 graph = self._loss(batch, targets)
         finally:
-            self._pass = None
+            self._pass = self._note = None
         del graph
         return sum(kept.values()), max(kept.values(), default=0)
 
@@ -284,6 +280,8 @@ class GradientCapture:
     ) -> None:
         if self._pass is None or not torch.is_grad_enabled():
             return
+        if self._note is not None:
+            self._note(args)
         if isinstance(watched, WatchedModule):
             assert isinstance(self._pass, DensePass)
             self._pass.watch(watched, args, output)

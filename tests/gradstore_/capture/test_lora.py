@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from gradstore.capture import per_sample
 from gradstore.capture.adapters import watched_linears
-from gradstore.capture.lora import lora_layers
+from gradstore.capture.hooks import HookedPass
+from gradstore.capture.lora import fused_layers, lora_layers
+from gradstore.capture.losses import RowLoss, Targets
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot, trainable_slots
 
@@ -61,6 +64,11 @@ def same(found: Taken, expected: Taken, tolerance: float = 1e-5) -> None:
     assert found.keys() == expected.keys()
     for name, block in expected.items():
         assert (found[name] - block).abs().max() <= tolerance * block.abs().max(), name
+
+
+def put(found: Taken, slot: ParameterSlot, block: Tensor) -> None:
+    """Keep a block by name."""
+    found[slot.name] = block
 
 
 def never(*_: object, **__: object) -> Tensor:
@@ -208,3 +216,140 @@ def test_layers_are_given_back_and_other_forwards_are_pefts_own(llama: Any, fail
         if fails:
             raise KeyError
     assert not any("forward" in vars(layer) for layer in peft_layers(model))
+
+
+# ---- what happens inside of the context ------------------------------------------------------
+
+
+def disable(_: pytest.MonkeyPatch, layer: Any) -> None:
+    layer.enable_adapters(False)
+
+
+def rescale(_: pytest.MonkeyPatch, layer: Any) -> None:
+    layer.set_scale("default", 3)
+
+
+def merge(_: pytest.MonkeyPatch, layer: Any) -> None:
+    layer.merge()
+
+
+def hook_base(_: pytest.MonkeyPatch, layer: Any) -> None:
+    layer.base_layer.register_forward_hook(lambda _module, _args, output: output * 2)
+
+
+def patch_class(patched: pytest.MonkeyPatch, layer: Any) -> None:
+    original = type(layer).forward
+
+    @functools.wraps(original)
+    def doubled(*args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = original(*args, **kwargs) * 2
+        return result
+
+    patched.setattr(type(layer), "forward", doubled)
+
+
+def patch_linear(patched: pytest.MonkeyPatch, _: Any) -> None:
+    original = nn.Linear.forward
+    patched.setattr(nn.Linear, "forward", lambda module, x: original(module, x) * 1.25)
+
+
+def hook_all(patched: pytest.MonkeyPatch, _: Any) -> None:
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _args, output: output * 1.25 if isinstance(module, nn.Linear) else None
+    )
+    patched.setattr(GradientCapture, "removed", handle.remove, raising=False)
+
+
+CHANGES = [disable, rescale, merge, hook_base, patch_class, patch_linear, hook_all]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("entered", [False, True])
+def test_changes_of_a_layer_before_a_batch_are_seen(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None], entered: bool
+) -> None:
+    if not entered and change in (disable, merge):
+        pytest.skip("refused by name")
+    batch, seen = llama.collate(llama.rows(4)), []
+    for by_peft in (True, False):
+        model, found = llama.model(), {}
+        with monkeypatch.context() as patched:
+            if by_peft:
+                patched.setattr(per_sample, "fused_layers", lambda *_: nullcontext())
+            try:
+                if not entered:
+                    change(patched, peft_layers(model)[3])
+                with GradientCapture(model) as capture:
+                    if entered:
+                        change(patched, peft_layers(model)[3])
+                    stats = capture.capture(batch, functools.partial(put, found))
+            finally:
+                getattr(GradientCapture, "removed", lambda: None)()
+        seen.append((found, stats.loss))
+    (expected, loss), (found, ours) = seen
+    assert (ours - loss).abs().max() <= 1e-4
+    same(found, expected, 1e-4)
+
+
+def test_a_forward_that_was_put_in_the_place_of_ours_stays(llama: Any) -> None:
+    model = llama.model()
+    layer, other = peft_layers(model)[:2]
+    with GradientCapture(model):
+        layer.forward = mine = functools.partial(layer.forward)
+        del other.forward
+    assert vars(layer)["forward"] is mine
+    assert "forward" not in vars(other)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it
+def test_a_compiled_layer_is_left_to_peft(llama: Any, by_hooks: Callable[..., Taken]) -> None:
+    model, batch = llama.model(), llama.collate(llama.rows(3))
+    expected = by_hooks(model, batch)
+    peft_layers(model)[0].compile(backend="eager")
+    same(taken(model, batch), expected)
+
+
+class Odd(nn.Module):
+    """Changes a layer's output in place, and calls a layer with no tokens."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.layer, self.other = peft_layers(model)[0:4:3]  # of q and o, as wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        nothing = self.other(x[:, :0])
+        return torch.cat([self.layer(x).clamp_(-0.5, 0.5), nothing], dim=1)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_outputs_may_be_changed_in_place_and_be_empty(llama: Any, rows: int) -> None:
+    odd = Odd(llama.model().eval())
+    x = torch.randn(rows, 5, 32, generator=torch.Generator().manual_seed(1))
+    weight = odd.layer.lora_A["default"].weight  # type: ignore[operator, union-attr, index]
+    (expected,) = torch.autograd.grad(odd(x).square().sum(), weight)
+    matrices = watched_linears(odd, trainable_slots(odd))
+    blocks: Taken = {}
+    targets = Targets.of({"labels": torch.ones(rows, 6, dtype=torch.long)})
+    seen = HookedPass(targets, lambda slot, block: blocks.update({slot.name: block}))
+    with fused_layers(odd, matrices, lambda: seen):
+        for each in matrices:
+            each.module.register_forward_hook(lambda *_: None)  # as capture's
+        total = odd(x).square().sum()
+        seen.await_only({each.weight for each in matrices if each.weight is not None})
+        total.backward()
+    found = blocks["layer.lora_A.default.weight"].sum(0).view_as(expected)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_float64_under_autocast_stays_float64(llama: Any, by_hooks: Callable[..., Taken]) -> None:
+    model, batch = llama.model().double(), llama.collate(llama.rows(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same(taken(model, batch), by_hooks(model, batch))
+
+
+def test_the_output_layer_is_compared_by_one_way_of_computing(llama: Any) -> None:
+    """What follows it may make logits float32 of a model that computed in bfloat16."""
+    model, batch = llama.model().bfloat16(), llama.collate(llama.rows(5))
+    model.register_forward_hook(lambda _module, _args, output: output.logits.float())
+    taken(model, batch)
+    assert RowLoss._verified[model] is True
