@@ -66,7 +66,8 @@ class LoraLayer:
         if [layer.lora_A[name], layer.lora_B[name]] != matrices:
             return False
         base, dropout = layer.base_layer, layer.lora_dropout[name]
-        if type(base) is not nn.Linear or type(dropout) not in (nn.Identity, nn.Dropout):
+        drops = dropout.training or not isinstance(dropout, nn.Dropout)
+        if type(base) is not nn.Linear or (drops and type(dropout) is not nn.Identity):
             return False
         parts = (base, dropout, *matrices)
         if any("forward" in vars(part) for part in parts):

@@ -153,6 +153,22 @@ def test_rank_stabilised_scaling_is_the_layers_own(
     same(taken(model, batch), by_hooks(model, batch))
 
 
+class OwnDropout(nn.Dropout):
+    """As a trainer puts it in the place of torch's."""
+
+
+def test_dropout_of_any_kind_does_nothing_to_gradients(
+    llama: Any, by_hooks: Callable[..., Taken], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = llama.model(lora_dropout=0.5), llama.collate(llama.rows(4))
+    for layer in peft_layers(model):
+        layer.lora_dropout["default"].__class__ = OwnDropout  # type: ignore[operator, union-attr, index, assignment]
+    expected = by_hooks(model, batch)
+    assert fused(model.train()) == []
+    monkeypatch.setattr(peft_layer.LoraLayer, "_cast_input_dtype", never)  # of peft's forward
+    same(taken(model, batch), expected)
+
+
 def test_layers_of_several_dtypes_are_left_to_peft(
     llama: Any, by_hooks: Callable[..., Taken], monkeypatch: pytest.MonkeyPatch
 ) -> None:
