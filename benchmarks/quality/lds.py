@@ -10,7 +10,8 @@ top 1% and 5%, against 10 without as many rows at random. Retrained models are b
 Scores are taken at four steps of one epoch on all rows (50, 100, 150, 200) and averaged, features
 through a projection (sjlt, d = 4096) and float16, as in a store; `--rerank 64` adds those of whole
 gradients, and some forty minutes. `--replay` adds the derivatives of that epoch's end by every
-row's weight, and two hours.
+row's weight, and two hours. These two are kept beside the bank as they are found: remove its folder
+`scores` when their code has changed.
 
 `--smooth` takes another run, on which replay can be a yardstick: a tenth of the learning rate, and
 a model that leaves rows out keeps the steps of the others, with weight 0 for those. At the file's
@@ -21,10 +22,12 @@ change who shares a step with whom. Appends to results/lds.csv, with the run's n
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,7 @@ from gradstore.replay import Limits, MicroBatch, Step, TrainingRun, replay_influ
 from gradstore.replay.run import Parameters
 from gradstore.scoring.influence import subtask_influence
 from gradstore.scoring.products import COSINE, InnerProduct
+from gradstore.storage.replace import replace_file
 
 STEPS, QUERIES_OF_SKILL, SUBSETS, CONTROLS = (50, 100, 150, 200), 4, 100, 10
 SHARES = (0.01, 0.05)
@@ -133,16 +137,33 @@ def embedding_scores(world: World) -> dict[str, Floats]:
     return found
 
 
-def whole_scores(world: World, curvature_rows: int) -> dict[str, Floats]:
+def kept(path: Path, make: Callable[[], Floats]) -> Floats:
+    """Scores that an earlier run left at a path; else made, and left there."""
+    if not path.exists():
+        held = io.BytesIO()
+        np.save(held, make())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, held.getvalue())
+        echo(f"kept {path}")
+    found: Floats = np.load(path)
+    return found
+
+
+def whole_scores(world: World, curvature_rows: int, place: Path) -> dict[str, Floats]:
     """(q, n) scores of `rerank` at one step, of every row and not of the best alone."""
     queries = [
         Rows("query", rows.dataset.select([i]))
         for rows in world.run.data.targets
         for i in range(QUERIES_OF_SKILL)
     ]
-    train = world.run.data.train
+
+    def scores(by: str) -> Floats:
+        return world.whole_products(world.run.data.train, queries, by, curvature_rows).T
+
     return {
-        f"rerank by {by}, every row": world.whole_products(train, queries, by, curvature_rows).T
+        f"rerank by {by}, every row": kept(
+            place / f"{by}-{curvature_rows}-step-{world.run.step}.npy", partial(scores, by)
+        )
         for by in ("exact", "cg")
     }
 
@@ -210,7 +231,7 @@ def texts() -> tuple[list[str], list[str]]:
 
 
 def all_scores(
-    run: TinyRun, curvature_rows: int, wanted: Callable[[str], bool]
+    run: TinyRun, curvature_rows: int, place: Path, wanted: Callable[[str], bool]
 ) -> dict[str, Floats]:
     """(q, n) scores of every method: means over the steps, of what a step changes."""
     found: dict[str, Floats] = {}
@@ -219,7 +240,7 @@ def all_scores(
             world = World(run, run.train_to(step), {})
             made = gradient_scores(world, wanted) | embedding_scores(world)
             if curvature_rows:
-                made |= whole_scores(world, curvature_rows)
+                made |= whole_scores(world, curvature_rows, place)
             for name, scores in made.items():
                 found[name] = found.get(name, 0) + scores / len(STEPS)
     run.step = 0
@@ -277,9 +298,10 @@ def main() -> int:
     bank = Bank(place, setting, n, queries)
     subsets = draw_subsets(n, options.subsets, 0.5)
     losses = bank.fill(subsets, retrain, budget=len(subsets), tell=told)
-    replayed = {"replay, one epoch": replay_scores(run)} if options.replay else {}
-    only = set(options.only)
-    scores = all_scores(run, options.rerank, lambda name: not only or name in only) | replayed
+    only, scored = set(options.only), place / "scores"
+    scores = all_scores(run, options.rerank, scored, lambda name: not only or name in only)
+    if options.replay:
+        scores["replay, one epoch"] = kept(scored / "replay.npy", lambda: replay_scores(run))
     where = machine() | {"subsets": options.subsets, "run": "smooth" if options.smooth else ""}
     lines = [line_of(name, "lds", lds(each, losses, subsets)) for name, each in scores.items()]
     append(options.csv, [where | line for line in lines])
