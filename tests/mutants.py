@@ -71,6 +71,7 @@ OBJECT_LOCK = "tests/gradstore_/storage/test_object_lock.py"
 LATE = "tests/gradstore_/storage/test_late_writes.py"
 PROBES = "tests/gradstore_/storage/test_object_probes.py"
 LEASES, WORKERS = "tests/gradstore_/storage/test_leases.py", f"{STORE}/test_workers.py"
+BEHIND, FILLING = f"{STORE}/test_writing_behind.py", "gradstore/store/filling.py"
 REPAIR, FORGETTING = f"{STORE}/test_repair.py", f"{STORE}/test_forgetting.py"
 CHUNKS, PACKED = f"{STORE}/test_chunks.py", "tests/gradstore_/scoring/test_dtypes.py"
 SIGNS = "tests/gradkernels_/test_sign_products.py"
@@ -241,6 +242,19 @@ MUTANTS = [
            WORKERS),
     Mutant("gradstore/store/shared_units.py", "elif not self._is_settled(unit, settle):", "else:",
            WORKERS),
+    Mutant("gradstore/store/shared_units.py", "left.remove(unit)\n                if not", "if not",
+           BEHIND),
+    Mutant("gradstore/store/generation_writer.py", " or index in self._being_written", "", BEHIND),
+    Mutant("gradstore/storage/local.py", "with self._own_guard:", "if True:", BEHIND),
+    Mutant(FILLING, "self._wait(most=self._behind - 1)", "self.look()", BEHIND),
+    Mutant(FILLING, "self._threads.submit(self._publish, done))",
+           "self._threads.submit(self._publish, done))\n            self._wait(most=0)", BEHIND),
+    Mutant(FILLING, "        if error is None:\n            self.settle()\n", "", BEHIND),
+    Mutant(FILLING, "self._threads.shutdown()", "self._threads.shutdown(False)", BEHIND),
+    Mutant(FILLING, "self._on_their_way.popleft().result()\n\n    def settle",
+           "self._on_their_way.popleft()\n\n    def settle", BEHIND),
+    Mutant("dataflex/features/shared.py", "            sink.look()", "            pass",
+           "tests/dataflex_/features/test_shared.py"),
     Mutant("gradstore/store/worker_group.py", "OwnUnits(files, plan, sha).finished(plan.units)",
            "pass", WORKERS),
     Mutant("gradstore/store/attempts.py", "if theirs and before is not None and",

@@ -3,11 +3,13 @@
 Units go to whichever rank is free, so that none idles while any are pending. One process holds
 the store, so there is one lock and nothing to merge; the units, and with them every feature, are
 those a single process would have computed. A process that has no other ranks writes what it
-computes; it may be one of several workers, which share the store instead.
+computes; it may be one of several workers, which share the store instead. A unit is written while
+the next one is computed.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +38,12 @@ class _OpenGeneration:
 
     writer: GenerationWriter
     sink: UnitSink
+
+    def committed(self) -> ExportSummary:
+        """Commit once all units are written; return what the pass did."""
+        self.sink.settle()
+        self.writer.commit()
+        return self.sink.summary
 
 
 def export_shared(
@@ -75,29 +83,30 @@ def export_shared(
             name, begin(), compute, max_bad_fraction, shown=shown, lengths=lengths, watch=watch
         )
     held: list[_OpenGeneration] = []
+    with contextlib.ExitStack() as sinks:
 
-    def plan() -> list[UnitRange]:
-        writer = begin()
-        held.append(_OpenGeneration(writer, UnitSink(writer, max_bad_fraction=max_bad_fraction)))
-        return list(writer.pending)
+        def plan() -> list[UnitRange]:
+            writer = begin()
+            sink = UnitSink(writer, max_bad_fraction=max_bad_fraction, behind=1)
+            held.append(_OpenGeneration(writer, sinks.enter_context(sink)))
+            return list(writer.pending)
 
-    pending = ranks.decide(plan)
-    with progress(
-        name,
-        _costs(pending, lengths),
-        shown=shows_progress and len(pending) > 0,
-        told=ranks.leads,
-        stored_bytes=_stored_bytes(held[0].writer) if ranks.leads else 0,
-    ) as advance:
-        share_out(
-            ranks,
-            pending,
-            lambda unit: compute(unit, advance),
-            lambda done: held[0].sink.write(done),
-            lambda unit: advance(unit.stop - unit.start),
-        )
-    ranks.decide(lambda: held[0].writer.commit())
-    return ranks.decide(lambda: held[0].sink.summary)
+        pending = ranks.decide(plan)
+        with progress(
+            name,
+            _costs(pending, lengths),
+            shown=shows_progress and len(pending) > 0,
+            told=ranks.leads,
+            stored_bytes=_stored_bytes(held[0].writer) if ranks.leads else 0,
+        ) as advance:
+            share_out(
+                ranks,
+                pending,
+                lambda unit: compute(unit, advance),
+                lambda done: held[0].sink.write(done),
+                lambda unit: advance(unit.stop - unit.start),
+            )
+        return ranks.decide(lambda: held[0].committed())
 
 
 def _export_here(
@@ -111,16 +120,26 @@ def _export_here(
     watch: Watch | None,
 ) -> ExportSummary:
     """Compute, write and commit a generation in this process, as a worker among others too."""
-    sink = UnitSink(writer, max_bad_fraction=max_bad_fraction)
     costs = _costs(writer.pending, lengths)
     shown = shown and len(costs) > 0
     if watch is not None:
         watch.begins(name, len(costs))
-    with progress(name, costs, shown=shown, stored_bytes=_stored_bytes(writer)) as advance:
+
+    def written(unit: UnitRange) -> None:
+        if watch is not None:
+            watch.finished(name, unit.index, unit.stop - unit.start)
+
+    sink = UnitSink(writer, max_bad_fraction=max_bad_fraction, behind=1, written=written)
+    bar = progress(name, costs, shown=shown, stored_bytes=_stored_bytes(writer))
+    with sink, bar as advance:
+
+        def computed(rows: int) -> None:
+            sink.look()  # not at the end of a unit that takes minutes: the disk is full now
+            advance(rows)
+
         for unit in writer.claimed(elsewhere=advance):
-            sink.write(compute(unit, advance))
-            if watch is not None:
-                watch.finished(name, unit.index, unit.stop - unit.start)
+            sink.write(compute(unit, computed))
+        sink.settle()
     sink.check()
     writer.commit()
     return sink.summary

@@ -44,7 +44,7 @@ class Watch(Protocol):
         """Hear that a pass begins, and how many rows it has left."""
 
     def finished(self, name: str, unit: int, rows: int) -> None:
-        """Hear that this process has finished a unit of a pass, and its rows."""
+        """Hear, from any thread, that this process has finished a unit of a pass, and its rows."""
 
 
 @dataclass(frozen=True)

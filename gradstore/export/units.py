@@ -8,9 +8,9 @@ and the process that holds the lock gathers them and writes (`UnitSink` of grads
 ```
 batches, recipe = Batches(rows, collate, lengths), Recipe(features, projection, moments)
 mine = [compute_unit(model, batches, recipe, unit) for unit in pending[rank::world]]
-sink = UnitSink(writer)                         # where the lock is held
-for unit in gathered:
-    sink.write(unit)
+with UnitSink(writer, behind=1) as sink:        # where the lock is held
+    for unit in gathered:
+        sink.write(unit)
 ```
 
 Letters: k rows of a unit, b rows of a batch, t tokens, d dimensions.

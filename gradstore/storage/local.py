@@ -11,8 +11,10 @@ module: the user gets a StoreIOError with the path and, on a full disk, the byte
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +64,8 @@ class StoreFiles(ReadFiles):
         self._durable: set[str] = {""}
         self.own = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._own_fd: int | None = None
-        self._count = 0
+        self._own_guard = threading.Lock()
+        self._numbers = itertools.count(1)  # of staged files, whichever thread stages them
 
     # ---- writing -----------------------------------------------------------------------------
 
@@ -124,8 +127,9 @@ class StoreFiles(ReadFiles):
         """Make this writer's staging folder, locked while it lives; return its path."""
         folder = f"{STAGING}/{self.own}"
         self.make_directory(folder)
-        if self._own_fd is None:
-            self._own_fd = _flocked(self._folder / folder)
+        with self._own_guard:
+            if self._own_fd is None:
+                self._own_fd = _flocked(self._folder / folder)
         return folder
 
     def stage(self, buffers: Sequence[Block]) -> str:
@@ -138,8 +142,7 @@ class StoreFiles(ReadFiles):
         All are written before the first is synced: then the file system commits its journal once.
         """
         folder = self.make_own()
-        first, self._count = self._count + 1, self._count + len(contents)
-        staged = [f"{folder}/{number}" for number in range(first, self._count + 1)]
+        staged = [f"{folder}/{next(self._numbers)}" for _ in contents]
         self._write_new(dict(zip(staged, contents, strict=True)))
         return staged
 

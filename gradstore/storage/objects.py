@@ -7,6 +7,7 @@ compares. Folders are not there; what a lagging listing hides is met by its name
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
@@ -50,7 +51,7 @@ class ObjectFiles(ObjectReads, StoreFiles):
         self.alone = False
         #: A service refuses what a dead writer has sent; a bucket can't.
         self.late_writes = not place.is_service
-        self._count = 0
+        self._numbers = itertools.count(1)
         self._has_own = False
         #: Path in staging -> bytes, of what only this process sees; and the paths that all see.
         self._staged: dict[str, bytes] = {}
@@ -118,8 +119,7 @@ class ObjectFiles(ObjectReads, StoreFiles):
 
     def stage_all(self, contents: Sequence[Sequence[Block]]) -> list[str]:
         """Keep the bytes of several files in memory; return the paths that stand for them."""
-        first, self._count = self._count + 1, self._count + len(contents)
-        staged = [f"{STAGING}/{self.own}/{number}" for number in range(first, self._count + 1)]
+        staged = [f"{STAGING}/{self.own}/{next(self._numbers)}" for _ in contents]
         self._staged |= zip(staged, map(b"".join, contents), strict=True)
         return staged
 

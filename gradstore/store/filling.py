@@ -1,14 +1,21 @@
-"""Filling a generation: computed units are written by a process that holds the store's lock."""
+"""Filling a generation: computed units are written by a process that holds the store's lock.
+
+Writing a unit is mostly waiting, for the disk or a server, so it can go on in threads of its own
+while the next unit is computed. Few are on their way at a time; the failure of one ends the pass.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import TracebackType
 
 import numpy as np
 
-from gradstore.errors import BadInput, expect
+from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.export.units import UnitFeatures, check_bad_rows
 from gradstore.format.layout import EMBEDDING, RowStatus
 from gradstore.format.plans import UnitRange
@@ -59,22 +66,52 @@ class UnitSink:
 
     The rows of all units given count together, whichever process computed them, and so do those of
     an earlier, interrupted export and those that other workers have finished.
+
+    As a context manager it leaves no unit on its way: on an error, or Ctrl-C, too, those that were
+    given are written before the store is closed.
     """
 
-    def __init__(self, writer: GenerationWriter, *, max_bad_fraction: float = 0.01) -> None:
+    def __init__(
+        self,
+        writer: GenerationWriter,
+        *,
+        max_bad_fraction: float = 0.01,
+        behind: int = 0,
+        written: Callable[[UnitRange], None] = lambda unit: None,
+    ) -> None:
         """Begin a pass; do not commit.
 
         Args:
             writer: from `StoreWriter.begin`.
             max_bad_fraction: share of non-finite rows above which `write` stops.
+            behind: units, at most, that are being written when `write` returns, each in a thread;
+                `settle` waits for them. With 1 they are written in the order they come.
+            written: called with each unit once it survives a crash, in the thread that wrote it.
         """
         expect(hasattr(writer, "bad_counts"), "writer", writer, "what StoreWriter.begin returns")
         self.summary = ExportSummary()
         self._writer = writer
         self._limit = max_bad_fraction
+        self._behind = expect_whole(behind, "behind", 0)
+        self._threads = ThreadPoolExecutor(max(1, self._behind), "store")
+        self._on_their_way: deque[Future[None]] = deque()
+        self._written = written
         self._non_finite: list[int] = []
         self._what = EMBEDDING if writer.plan.record.feature == EMBEDDING else "gradient"
         self._began = time.perf_counter()
+
+    def __enter__(self) -> UnitSink:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._threads.shutdown()
+        if error is None:
+            self.settle()
 
     def check(self, more: int = 0) -> None:
         """Stop where too many rows are bad; once nothing is pending, those of other workers too.
@@ -91,18 +128,24 @@ class UnitSink:
         )
 
     def write(self, done: UnitFeatures) -> None:
-        """Publish one pending unit; when this returns it survives a crash.
+        """Publish one pending unit; when this returns all but the last `behind` survive a crash.
+
+        Args:
+            done: not to be changed from now on.
 
         Raises:
             BadInput: more than `max_bad_fraction` of the rows are non-finite, or the unit is not
                 pending.
+            StoreError: a unit that was given before could not be written.
         """
         bad = done.unit.start + np.flatnonzero(done.status == RowStatus.NON_FINITE)
         self._non_finite += bad.tolist()
         self.check(len(bad))
-        self._writer.write_unit(
-            done.unit.index, done.features, done.norm, done.status, done.tokens, done.loss
-        )
+        if self._behind:
+            self._wait(most=self._behind - 1)
+            self._on_their_way.append(self._threads.submit(self._publish, done))
+        else:
+            self._publish(done)
         summary = self.summary
         summary.rows += len(done.status)
         summary.tokens += done.model_tokens
@@ -110,6 +153,31 @@ class UnitSink:
             name = RowStatus(int(status)).name.lower()
             summary.status_counts[name] = summary.status_counts.get(name, 0) + int(count)
         summary.seconds = time.perf_counter() - self._began
+
+    def look(self) -> None:
+        """Raise what has come in the way of a unit that was given; do not wait."""
+        while self._on_their_way and self._on_their_way[0].done():
+            self._on_their_way.popleft().result()
+
+    def settle(self) -> None:
+        """Wait until every unit that was given survives a crash.
+
+        Raises:
+            StoreError: one could not be written.
+        """
+        self._wait(most=0)
+        self.summary.seconds = time.perf_counter() - self._began
+
+    def _wait(self, most: int) -> None:
+        """Wait until that many units at most are on their way."""
+        while len(self._on_their_way) > most:
+            self._on_their_way.popleft().result()
+
+    def _publish(self, done: UnitFeatures) -> None:
+        self._writer.write_unit(
+            done.unit.index, done.features, done.norm, done.status, done.tokens, done.loss
+        )
+        self._written(done.unit)
 
 
 def check_usable(generation: Generation) -> None:
@@ -134,10 +202,12 @@ def fill(
     compute: Callable[[UnitRange], UnitFeatures],
     *,
     max_bad_fraction: float = 0.01,
+    behind: int = 1,
 ) -> ExportSummary:
     """Compute and write the units of a generation that are not done yet; does not commit.
 
-    A worker among others computes those that it is handed, and returns when all are done.
+    A worker among others computes those that it is handed, and returns when all are done. Units are
+    written while the next ones are computed; when this returns all survive a crash.
 
     Args:
         writer: from `StoreWriter.begin` or `SpaceWriter.begin`.
@@ -145,12 +215,16 @@ def fill(
             `partial(compute_unit, model, batches, recipe)` or
             `partial(compute_embedding_unit, embed, batches, dim=writer.plan.dim)`.
         max_bad_fraction: share of non-finite rows above which it stops.
+        behind: units that are written at once, in a thread each. 1 keeps up with any model; where
+            units come as fast as a disk takes them, more let their waiting for it overlap.
 
     Raises:
         BadInput: more than `max_bad_fraction` of the rows are non-finite.
+        StoreError: a unit could not be written.
     """
-    sink = UnitSink(writer, max_bad_fraction=max_bad_fraction)
-    for unit in writer.claimed():
-        sink.write(compute(unit))
+    with UnitSink(writer, max_bad_fraction=max_bad_fraction, behind=behind) as sink:
+        for unit in writer.claimed():
+            sink.write(compute(unit))
+        sink.settle()
     sink.check()
     return sink.summary

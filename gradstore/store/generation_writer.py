@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
 
 
 class GenerationWriter:
-    """Writer of one planned generation, made by `StoreWriter.begin`; for use from one thread.
+    """Writer of one planned generation, made by `StoreWriter.begin`.
+
+    For use from one thread, but for `write_unit` and `copy_unit`: several may call them at once,
+    each with another unit, so that their waiting for the disk overlaps.
 
     Attributes:
         plan: what will be written.
@@ -74,6 +79,8 @@ class GenerationWriter:
         self._commit = committed
         self._seals: dict[int, str] = {}
         self._counts: Counter[str] = Counter()
+        self._guard = threading.Lock()
+        self._being_written: set[int] = set()
         self.pending: list[UnitRange] = []
         if committed is None:
             found = dict(zip(plan.units, self._units.finished(plan.units), strict=True))
@@ -96,11 +103,12 @@ class GenerationWriter:
         return {name: self._counts[name] for name in names}
 
     def claimed(self, elsewhere: Callable[[int], None] = lambda _: None) -> Iterator[UnitRange]:
-        """Yield each unit that is to be computed here and given to `write_unit`, one at a time.
+        """Yield each unit that is to be computed here and given to `write_unit`, once.
 
         For a writer that has the store to itself these are the pending units, in order. For a
         worker among others each is claimed when it is asked for, units that others finish are left
-        out, and those of workers that died are among them; at the end nothing is pending.
+        out, and those of workers that died are among them; at the end nothing is pending but those
+        of the units that were yielded which are not written yet.
 
         Args:
             elsewhere: called with the rows of each unit that another worker finished.
@@ -110,7 +118,7 @@ class GenerationWriter:
             self._settle(unit, done)
             elsewhere(unit.stop - unit.start)
 
-        yield from self._units.handed_out(self.pending, settle)
+        yield from self._units.handed_out(list(self.pending), settle)
 
     def write_unit(
         self,
@@ -141,9 +149,9 @@ class GenerationWriter:
             StoreIOError: the disk is full or not writable.
             StoreBusy: another process, past the lock, wrote other values for this unit.
         """
-        unit = self._pending(index)
-        values = encoded_unit(self.plan, unit, features, norm, status, tokens, loss)
-        self._settle(unit, self._units.publish(unit, values))
+        with self._taken(index) as unit:
+            values = encoded_unit(self.plan, unit, features, norm, status, tokens, loss)
+            self._settle(unit, self._units.publish(unit, values))
 
     def copy_unit(self, index: int, values: Mapping[str, np.ndarray]) -> None:
         """Publish one unit of values that are stored already, as those of an earlier attempt.
@@ -155,17 +163,25 @@ class GenerationWriter:
         Raises:
             BadInput, StoreIOError, StoreBusy: as `write_unit`.
         """
-        unit = self._pending(index)
-        self._settle(unit, self._units.publish(unit, values))
+        with self._taken(index) as unit:
+            self._settle(unit, self._units.publish(unit, values))
 
-    def _pending(self, index: int) -> UnitRange:
-        unit = next((each for each in self.pending if each.index == index), None)
-        if unit is None:
-            raise BadInput(
-                f"unit {index} of {self.name} is not pending: finished, or not planned; "
-                "take one of `pending`"
-            )
-        return unit
+    @contextmanager
+    def _taken(self, index: int) -> Iterator[UnitRange]:
+        """Find a pending unit, which no other thread can take meanwhile."""
+        with self._guard:
+            unit = next((each for each in self.pending if each.index == index), None)
+            if unit is None or index in self._being_written:
+                raise BadInput(
+                    f"unit {index} of {self.name} is not pending: finished, being written by "
+                    "another thread, or not planned; take one of `pending`"
+                )
+            self._being_written.add(index)
+        try:
+            yield unit
+        finally:
+            with self._guard:
+                self._being_written.discard(index)
 
     def commit(self) -> Commit:
         """Check every unit and make the generation visible, complete, to readers.
@@ -212,8 +228,9 @@ class GenerationWriter:
         self._commit = publish_commit(self._files, draft, self._view, shared=self._shared)
 
     def _settle(self, unit: UnitRange, done: Done) -> None:
-        self._count(unit, done)
-        self.pending.remove(unit)
+        with self._guard:
+            self._count(unit, done)
+            self.pending.remove(unit)
 
     def _count(self, unit: UnitRange, done: Done) -> None:
         record, self._seals[unit.index] = done

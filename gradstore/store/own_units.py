@@ -123,7 +123,7 @@ class OwnUnits:
         self, pending: Sequence[UnitRange], settle: Callable[[UnitRange, Done], None]
     ) -> Iterator[UnitRange]:
         """Yield each pending unit; there is nobody else to finish one."""
-        yield from list(pending)
+        yield from pending
 
     def commit(self, done: Callable[[], bool], act: Callable[[], None]) -> None:
         """Call `act`."""

@@ -89,25 +89,29 @@ class SharedUnits:
     def handed_out(
         self, pending: Sequence[UnitRange], settle: Callable[[UnitRange, Done], None]
     ) -> Iterator[UnitRange]:
-        """Yield units that this worker alone is to compute and publish, until none is pending.
+        """Yield units that this worker alone is to compute and publish, each of them once.
 
         The next unit is claimed when it is asked for. Where all that are left are claimed by others
         that live it waits: for their records, or for the end of a lease.
 
         Args:
-            pending: units that are not finished, in turn; the caller removes what is published.
-            settle: called for each unit that another worker finished; removes it.
+            pending: units that are not finished, in turn.
+            settle: called for each unit that another worker finished.
         """
-        while pending:
+        left = list(pending)
+        while left:
             waiting_for: Holder | None = None
             idle = True
-            for unit in list(pending):
+            for unit in list(left):
                 if self._is_settled(unit, settle):
+                    left.remove(unit)
                     continue
                 holder = self._leases.claim(self._task(str(unit.index)))
                 if holder is not None:
                     waiting_for = waiting_for or holder
-                elif not self._is_settled(unit, settle):  # the holder before may have finished it
+                    continue
+                left.remove(unit)
+                if not self._is_settled(unit, settle):  # the holder before may have finished it
                     idle = False
                     yield unit
             if idle and waiting_for is not None:
