@@ -21,11 +21,11 @@ INT8_MAX = 127
 _ROWS = 16
 
 
-def settle_status(features: np.ndarray, norm: np.ndarray, status: np.ndarray) -> np.ndarray:
+def settle_status(largest: np.ndarray, norm: np.ndarray, status: np.ndarray) -> np.ndarray:
     """Return the status of each row, where a row with status ok must also be usable.
 
     Args:
-        features: (k, d) float32.
+        largest: (k,) float32, `row_maxima` of the features.
         norm: (k,) float32, the norm of each row's feature before projection.
         status: (k,) uint8 as the exporter saw it.
 
@@ -35,7 +35,6 @@ def settle_status(features: np.ndarray, norm: np.ndarray, status: np.ndarray) ->
     """
     settled = status.astype(np.uint8, copy=True)
     ok = settled == RowStatus.OK
-    largest = _largest(features)
     finite = (largest <= LARGEST) & np.isfinite(norm)
     zero = (largest == 0) | (norm == 0)
     settled[ok & zero] = RowStatus.ZERO_NORM
@@ -43,19 +42,23 @@ def settle_status(features: np.ndarray, norm: np.ndarray, status: np.ndarray) ->
     return settled
 
 
-def encode(features: np.ndarray, usable: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def encode(
+    features: np.ndarray, usable: np.ndarray, dtype: str, largest: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Scale and round rows for storage.
 
     Args:
         features: (k, d) float32, within `LARGEST` in usable rows.
         usable: (k,) bool; other rows are stored as NaN (0 in integer dtypes) with scale NaN.
         dtype: of `layout.FeatureDtype`.
+        largest: (k,) float32, `row_maxima` of the features, where they are known.
 
     Returns:
         Stored values (k, d), of 1bit (k, ceil(d / 8)), in the dtype's stored type, and scale (k,)
         float32.
     """
-    largest = np.where(usable, _largest(features), np.float32(0))
+    largest = row_maxima(features) if largest is None else largest
+    largest = np.where(usable, largest, np.float32(0))
     if dtype == "1bit":
         return _signs(np.where(usable[:, None], features, np.float32(0)), largest, usable)
     scale = _byte_scale(largest) if dtype == "int8" else _binary_scale(largest)
@@ -65,7 +68,7 @@ def encode(features: np.ndarray, usable: np.ndarray, dtype: str) -> tuple[np.nda
     return stored, scale
 
 
-def _largest(features: np.ndarray) -> np.ndarray:
+def row_maxima(features: np.ndarray) -> np.ndarray:
     """Return the largest magnitude in each of (k, d) float32 rows, NaN where there is a NaN."""
     return np.asarray(np.maximum(features.max(axis=1), -features.min(axis=1)))
 

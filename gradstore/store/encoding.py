@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from gradstore.errors import BadInput
-from gradstore.format.codec import encode, settle_status
+from gradstore.format.codec import encode, row_maxima, settle_status
 from gradstore.format.layout import RowStatus
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.records import NO_HASH
@@ -53,8 +53,9 @@ def encoded_unit(
         )
     if not np.isin(status, _COMPUTED).all():
         raise BadInput(f"status codes are {np.unique(status)}; they must be 0 to 4; use RowStatus")
-    settled = settle_status(features, norm, status)
-    stored, scale = encode(features, settled == RowStatus.OK, plan.dtype)
+    largest = row_maxima(features)
+    settled = settle_status(largest, norm, status)
+    stored, scale = encode(features, settled == RowStatus.OK, plan.dtype, largest)
     values = {
         "features": stored,
         "scale": scale,

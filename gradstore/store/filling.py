@@ -7,9 +7,8 @@ while the next unit is computed. Few are on their way at a time; the failure of 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -94,7 +93,7 @@ class UnitSink:
         self._limit = max_bad_fraction
         self._behind = expect_whole(behind, "behind", 0)
         self._threads = ThreadPoolExecutor(max(1, self._behind), "store")
-        self._on_their_way: deque[Future[None]] = deque()
+        self._on_their_way: set[Future[None]] = set()
         self._written = written
         self._non_finite: list[int] = []
         self._what = EMBEDDING if writer.plan.record.feature == EMBEDDING else "gradient"
@@ -143,7 +142,7 @@ class UnitSink:
         self.check(len(bad))
         if self._behind:
             self._wait(most=self._behind - 1)
-            self._on_their_way.append(self._threads.submit(self._publish, done))
+            self._on_their_way.add(self._threads.submit(self._publish, done))
         else:
             self._publish(done)
         summary = self.summary
@@ -156,8 +155,9 @@ class UnitSink:
 
     def look(self) -> None:
         """Raise what has come in the way of a unit that was given; do not wait."""
-        while self._on_their_way and self._on_their_way[0].done():
-            self._on_their_way.popleft().result()
+        done, self._on_their_way = wait(self._on_their_way, timeout=0)
+        for each in done:
+            each.result()
 
     def settle(self) -> None:
         """Wait until every unit that was given survives a crash.
@@ -169,9 +169,11 @@ class UnitSink:
         self.summary.seconds = time.perf_counter() - self._began
 
     def _wait(self, most: int) -> None:
-        """Wait until that many units at most are on their way."""
+        """Wait until that many units at most are on their way, whichever are done first."""
+        self.look()
         while len(self._on_their_way) > most:
-            self._on_their_way.popleft().result()
+            wait(self._on_their_way, return_when=FIRST_COMPLETED)
+            self.look()
 
     def _publish(self, done: UnitFeatures) -> None:
         self._writer.write_unit(

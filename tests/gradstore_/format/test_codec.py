@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from gradstore.format.codec import decode, encode, settle_status
+from gradstore.format.codec import decode, encode, row_maxima, settle_status
 from gradstore.format.layout import FeatureDtype, RowStatus
 
 ALL = np.ones(4, dtype=bool)
@@ -91,7 +91,7 @@ def test_a_row_called_ok_that_has_no_direction_is_not() -> None:
     rows = np.array([[1, 0], [0, 0], [np.nan, 1], [np.inf, 1], [0, 0]], np.float32)
     norm = np.array([1, 1, 1, 1, 1], np.float32)
     status = np.array([RowStatus.OK] * 4 + [RowStatus.MASKED], np.uint8)
-    assert [RowStatus(s) for s in settle_status(rows, norm, status)] == [
+    assert [RowStatus(s) for s in settle_status(row_maxima(rows), norm, status)] == [
         RowStatus.OK, RowStatus.ZERO_NORM, RowStatus.NON_FINITE, RowStatus.NON_FINITE,
         RowStatus.MASKED,
     ]  # fmt: skip
