@@ -55,6 +55,8 @@ from gradstore.similarity.landmarks import fit
 #: Steps and clipping of the states; clipping as a part of the usual norm, 0 for the Trainer's 1.0.
 STATES = ((10, 0.0), (60, 0.0), (60, 0.1))
 LAST, TRAINED_STEPS = 60, 30
+#: Steps of checkpoints before, for methods that take all: as of a run that selects every ten steps.
+EARLIER = (10, 20, 30, 40, 50)
 TARGETS = [f"rules_target_{rule}" for rule in RULES]
 HELD_OUT = [f"rules_heldout_{rule}" for rule in RULES]
 
@@ -63,15 +65,21 @@ State = tuple[int, float]
 Losses = npt.NDArray[np.float64]
 
 
-def less(kind: str, product: InnerProduct = COSINE, subset: str = "top") -> Method:
-    """Rows by influence: a kind of feature, a product, a subset rule."""
+def less(
+    kind: str, product: InnerProduct = COSINE, subset: str = "top", *, earlier: bool = False
+) -> Method:
+    """Rows by influence: a kind of feature, a product, a subset rule, with EARLIER checkpoints."""
 
     def choose(world: World, target: int) -> Chosen:
-        train = world.features(kind, world.run.data.train)
-        queries = world.features(target_kind(kind), world.run.data.targets[target])
-        pair = CheckpointFeatures(train, (queries,))
-        scores = influence_scores([pair], product=product)
-        table = StoredTable([pair], product=product)
+        rows, queries = world.run.data.train, world.run.data.targets[target]
+        pairs = [
+            CheckpointFeatures(
+                each.features(kind, rows), (each.features(target_kind(kind), queries),)
+            )
+            for each in ((*world.earlier, world) if earlier else (world,))
+        ]
+        scores = influence_scores(pairs, product=product)
+        table = StoredTable(pairs, product=product)
         rule = Rule(subset)
         return rule.choose(world.k, scores.values, table, usable=scores.usable)
 
@@ -186,7 +194,33 @@ METHODS: dict[str, Method] = {
     "less, sgd, fisher, round_robin": less("sgd", FISHER, "round_robin"),
     "less, sgd, kfac": less("kfac"),
     "less, sgd, ekfac": less("ekfac"),
+    "less, checkpoints: all": less("adam_marginal", earlier=True),
+    "less, sgd, fisher, checkpoints: all": less("sgd", FISHER, earlier=True),
+    "less, sgd, fisher, round_robin, checkpoints: all": less(
+        "sgd", FISHER, "round_robin", earlier=True
+    ),
 }
+#: Features that methods take of EARLIER checkpoints.
+OF_EARLIER = {
+    "less, checkpoints: all": "adam_marginal",
+    "less, sgd, fisher, checkpoints: all": "sgd",
+    "less, sgd, fisher, round_robin, checkpoints: all": "sgd",
+}
+
+
+def earlier_worlds(run: TinyRun, names: list[str], step: int) -> tuple[World, ...]:
+    """Train on to the step, and take the features that methods ask of EARLIER ones on the way."""
+    kinds = dict.fromkeys(OF_EARLIER[name] for name in names if name in OF_EARLIER)
+    worlds = []
+    for at in EARLIER if kinds else ():
+        if at < step:
+            world = World(run, run.train_to(at), {})
+            for kind in kinds:
+                world.features(kind, run.data.train)
+                for rows in run.data.targets[: len(TARGETS)]:
+                    world.features(target_kind(kind), rows)
+            worlds.append(world)
+    return tuple(worlds)
 
 
 def held_out_loss(world: World, target: int, chosen: Chosen) -> float:
@@ -240,7 +274,8 @@ def one_seed(seed: int, missing: Mapping[State, list[str]]) -> list[dict[str, An
             run.max_grad_norm = clip * usual
         names = missing[step, clip]
         if names:
-            world = World(run, run.train_to(step), texts)
+            earlier = earlier_worlds(run, names, step)
+            world = World(run, run.train_to(step), texts, earlier=earlier)
             found = measure(world, names, with_loss=step == LAST)
             lines += [line | {"clip": clip or ""} for line in found]
     return lines

@@ -55,12 +55,14 @@ class World:
         moments: of its optimizer.
         texts: question and answer, by data set.
         part: of the rows that a method takes.
+        earlier: the run at steps before, of which only what was made then can be asked.
     """
 
     run: TinyRun
     moments: AdamMoments
     texts: dict[str, list[str]]
     part: float = 0.05
+    earlier: tuple[World, ...] = ()
     _made: dict[str, Any] = field(default_factory=dict)
     _spent: dict[str, float] = field(default_factory=dict)
     _used: set[str] = field(default_factory=set)
@@ -90,11 +92,14 @@ class World:
 
     def timed(self, choose: Callable[[], Chosen]) -> tuple[Chosen, float]:
         """Choose rows; seconds of it as if nothing had been computed before."""
-        self._used.clear()
-        began, self._new = self.clock(), 0.0
+        worlds = (*self.earlier, self)
+        for world in worlds:
+            world._used.clear()
+            world._new = 0.0
+        began = self.clock()
         chosen = choose()
-        own = self.clock() - began - self._new
-        return chosen, own + sum(self._spent[name] for name in self._used)
+        own = self.clock() - began - sum(world._new for world in worlds)
+        return chosen, own + sum(w._spent[name] for w in worlds for name in w._used)
 
     def features(self, kind: str, rows: Rows) -> Held:
         """Projected features of a set, as a store gives them back.
