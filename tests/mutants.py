@@ -402,6 +402,7 @@ MUTANTS = [
     Mutant("gradstore/capture/lora.py", "layer.disable_adapters or layer.merged or ", "",
            ONE_OPERATION),
     Mutant("gradstore/capture/lora.py", "torch.compiler.is_compiling() or ", "", ONE_OPERATION),
+    Mutant("gradstore/capture/lora.py", " or x.is_inference()", "", ONE_OPERATION),
     Mutant("gradstore/capture/lora.py", " and torch.float64 not in dtypes", "", ONE_OPERATION),
     Mutant("gradstore/capture/lora.py", "_home(nn.Linear.forward) != _TORCH_LAYER", "False",
            ONE_OPERATION),

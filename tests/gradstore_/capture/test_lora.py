@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gradstore.capture import per_sample
 from gradstore.capture.adapters import watched_linears
@@ -269,11 +270,10 @@ def patch_linear(patched: pytest.MonkeyPatch, _: Any) -> None:
     patched.setattr(nn.Linear, "forward", lambda module, x: original(module, x) * 1.25)
 
 
-def hook_all(patched: pytest.MonkeyPatch, _: Any) -> None:
-    handle = nn.modules.module.register_module_forward_hook(
+def hook_all(_patched: pytest.MonkeyPatch, _layer: Any) -> RemovableHandle:
+    return nn.modules.module.register_module_forward_hook(
         lambda module, _args, output: output * 1.25 if isinstance(module, nn.Linear) else None
     )
-    patched.setattr(GradientCapture, "removed", handle.remove, raising=False)
 
 
 CHANGES = [disable, rescale, merge, hook_base, patch_class, patch_linear, hook_all]
@@ -282,25 +282,22 @@ CHANGES = [disable, rescale, merge, hook_base, patch_class, patch_linear, hook_a
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("entered", [False, True])
 def test_changes_of_a_layer_before_a_batch_are_seen(
-    llama: Any, monkeypatch: pytest.MonkeyPatch, change: Callable[..., None], entered: bool
+    llama: Any, monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any], entered: bool
 ) -> None:
     if not entered and change in (disable, merge):
         pytest.skip("refused by name")
     batch, seen = llama.collate(llama.rows(4)), []
     for by_peft in (True, False):
         model, found = llama.model(), {}
-        with monkeypatch.context() as patched:
+        with monkeypatch.context() as patched, ExitStack() as changed:
             if by_peft:
                 patched.setattr(per_sample, "fused_layers", lambda *_: nullcontext())
-            try:
-                if not entered:
-                    change(patched, peft_layers(model)[3])
-                with GradientCapture(model) as capture:
-                    if entered:
-                        change(patched, peft_layers(model)[3])
-                    stats = capture.capture(batch, functools.partial(put, found))
-            finally:
-                getattr(GradientCapture, "removed", lambda: None)()
+            if not entered:
+                changed.enter_context(change(patched, peft_layers(model)[3]) or nullcontext())
+            with GradientCapture(model) as capture:
+                if entered:
+                    changed.enter_context(change(patched, peft_layers(model)[3]) or nullcontext())
+                stats = capture.capture(batch, functools.partial(put, found))
         seen.append((found, stats.loss))
     (expected, loss), (found, ours) = seen
     assert (ours - loss).abs().max() <= 1e-4
@@ -355,6 +352,18 @@ def test_outputs_may_be_changed_in_place_and_be_empty(llama: Any, rows: int) -> 
         total.backward()
     found = blocks["layer.lora_A.default.weight"].sum(0).view_as(expected)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_inputs_made_in_inference_mode_are_left_to_peft(
+    llama: Any, by_hooks: Callable[..., Taken]
+) -> None:
+    """No operation may keep one for its backward; hooks do."""
+    model, batch = llama.model(), llama.collate(llama.rows(3))
+    expected = taken(model, batch)
+    norm = next(m for name, m in model.named_modules() if name.endswith("0.input_layernorm"))
+    norm.forward = torch.inference_mode()(norm.forward)
+    same(taken(model, batch), by_hooks(model, batch))
+    same(taken(model, batch), expected)
 
 
 def test_float64_under_autocast_stays_float64(llama: Any, by_hooks: Callable[..., Taken]) -> None:
