@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
 
 from dataflex.config.keys import DataFlexConfig, RunConfig
 from dataflex.config.presets import Component
 from dataflex.config.registry import BY_DOMAIN
+from dataflex.launch.deepspeed import keeps_copies, zero_stage
 from dataflex.launch.losses import Reader, loss_difference, loss_faults, readers_of
 from dataflex.mixers.base import Mixer
 from dataflex.mixers.faults import domain_faults, rule_faults
@@ -284,19 +283,6 @@ def _trained_faults(config: RunConfig, who: str, lora_alone: str) -> list[str]:
     return []
 
 
-def zero_stage(deepspeed: object) -> int | None:
-    """Return the ZeRO stage of LlamaFactory's `deepspeed`, a file or a mapping; None if unknown."""
-    content = deepspeed
-    if isinstance(deepspeed, str):
-        try:
-            content = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # LlamaFactory refuses it
-            return None
-    zero = content.get("zero_optimization") if isinstance(content, dict) else None
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    return stage if isinstance(stage, int) else None
-
-
 def _optimizer_faults(config: RunConfig, who: str, without: str) -> list[str]:
     way_out = f"Use one of {', '.join(ADAM)}, or set {without}, which needs no moments."
     optim = config.known.optim
@@ -304,6 +290,13 @@ def _optimizer_faults(config: RunConfig, who: str, without: str) -> list[str]:
         return [
             f"optim is {config.shown('optim')}, which keeps no Adam moments by parameter, "
             f"but {who} needs them. {way_out}"
+        ]
+    precision = {"bf16": config.known.bf16, "fp16": config.known.fp16}
+    if why := keeps_copies(config.known.deepspeed, precision):
+        return [
+            f"deepspeed is {config.shown('deepspeed')}, whose {why} keeps Adam moments of copies "
+            f"of the parameters, but {who} needs those of the parameters. Set zero_optimization's "
+            f"stage to 2, or {without}, which needs no moments."
         ]
     return [
         f"{key} is on, which keeps no Adam moments by parameter, but {who} needs them. "

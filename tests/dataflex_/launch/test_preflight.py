@@ -17,7 +17,6 @@ from dataflex.launch.preflight import (
     check,
     check_gradients,
     check_replay,
-    zero_stage,
 )
 from dataflex.run.strategy import FSDP, ZERO3
 from gradstore.errors import BadInput
@@ -170,6 +169,7 @@ def test_strategies_of_gradients_take_those_of_whole_weights(
         ("less", ["quantization_bit=4"], "quantization_bit is 4, but the weights that"),
         ("less", ["quantization_bit=8"], "remove quantization_bit, or set finetuning_type: lora"),
         ("less", ["deepspeed=zero3.json"], "of ZeRO stage 3, but component 'less' makes passes"),
+        ("less", ["deepspeed=zero0.json", "bf16=true"], "stage 0 with bf16 keeps Adam moments"),
         ("less", ["fsdp=full_shard"], "while its parameters are sharded: remove fsdp"),
         ("less", ["optim=adafactor"], "optim is 'adafactor', which keeps no Adam moments"),
     ],
@@ -183,22 +183,14 @@ def test_what_whole_weights_cannot_have_is_refused_by_name(
 ) -> None:
     monkeypatch.chdir(EXAMPLES.parents[1])
     (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
-    placed = [each.replace("=zero3", f"={tmp_path}/zero3") for each in changes]
+    (tmp_path / "zero0.json").write_text('{"bf16": {"enabled": "auto"}}')
+    placed = [each.replace("=zero", f"={tmp_path}/zero") for each in changes]
     config = load(EXAMPLES / "selectors" / f"{example}.yaml",
                   ["finetuning_type=full", *placed], arguments.accepted_keys())  # fmt: skip
     with pytest.raises(BadInput) as refused:
         check(config)
     assert named in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
-
-
-def test_the_stage_of_zero_is_read_from_a_file_or_a_mapping(tmp_path: Path) -> None:
-    (tmp_path / "two.json").write_text('{"zero_optimization": {"stage": 2}}')
-    (tmp_path / "none.json").write_text("[1]")
-    assert zero_stage(str(tmp_path / "two.json")) == 2
-    assert zero_stage({"zero_optimization": {"stage": 3}}) == 3
-    unknown = [None, str(tmp_path / "none.json"), str(tmp_path / "missing.json"), {}, 3]
-    assert [zero_stage(each) for each in unknown] == [None] * 5
 
 
 @pytest.mark.parametrize(
