@@ -40,7 +40,7 @@ class _OpenGeneration:
     sink: UnitSink
 
     def committed(self) -> ExportSummary:
-        """Commit once all units are written; return what the pass did."""
+        """Commit once all units are written, if not too many rows are bad; say what was done."""
         self.sink.settle()
         self.writer.commit()
         return self.sink.summary
@@ -102,7 +102,7 @@ def export_shared(
             share_out(
                 ranks,
                 pending,
-                lambda unit: compute(unit, advance),
+                lambda unit: compute(unit, _looking(held[0].sink if held else None, advance)),
                 lambda done: held[0].sink.write(done),
                 lambda unit: advance(unit.stop - unit.start),
             )
@@ -132,17 +132,22 @@ def _export_here(
     sink = UnitSink(writer, max_bad_fraction=max_bad_fraction, behind=1, written=written)
     bar = progress(name, costs, shown=shown, stored_bytes=_stored_bytes(writer))
     with sink, bar as advance:
-
-        def computed(rows: int) -> None:
-            sink.look()  # not at the end of a unit that takes minutes: the disk is full now
-            advance(rows)
-
-        for unit in writer.claimed(elsewhere=advance):
-            sink.write(compute(unit, computed))
-        sink.settle()
-    sink.check()
+        for unit in sink.claimed(elsewhere=advance):
+            sink.write(compute(unit, _looking(sink, advance)))
     writer.commit()
     return sink.summary
+
+
+def _looking(sink: UnitSink | None, advance: OnRows) -> OnRows:
+    """Look with every batch whether units are written: a unit takes minutes, a full disk none."""
+    if sink is None:
+        return advance
+
+    def look_and_advance(rows: int) -> None:
+        sink.look()
+        advance(rows)
+
+    return look_and_advance
 
 
 def _costs(units: Sequence[UnitRange], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -57,6 +57,7 @@ class StoreFiles(ReadFiles):
     """
 
     late_writes, group = False, ""
+    _ended = False
 
     def __init__(self, root: str | Path, hook: Hook | None = None) -> None:
         super().__init__(root)
@@ -117,6 +118,14 @@ class StoreFiles(ReadFiles):
             os.close(fd)
         return fd is None
 
+    def end(self) -> None:
+        """Write nothing of a store any more, in whatever thread: the lock is about to be let go."""
+        self._ended = True
+
+    def _check_not_ended(self) -> None:
+        if self._ended:
+            raise StoreIOError(f'store "{self.root}" was closed before all was written. Run again')
+
     def close(self) -> None:
         """Mark this writer's staging folder as no longer in use, for other writers to see."""
         fd, self._own_fd = self._own_fd, None
@@ -125,6 +134,7 @@ class StoreFiles(ReadFiles):
 
     def make_own(self) -> str:
         """Make this writer's staging folder, locked while it lives; return its path."""
+        self._check_not_ended()
         folder = f"{STAGING}/{self.own}"
         self.make_directory(folder)
         with self._own_guard:
@@ -157,6 +167,7 @@ class StoreFiles(ReadFiles):
 
     def _write_new(self, contents: Mapping[str, Sequence[Block]]) -> None:
         """Write new files, then sync each; where one fails none of them is left."""
+        self._check_not_ended()
         sizes: dict[Path, int] = {}
         created: dict[Path, int] = {}
         try:
@@ -183,6 +194,7 @@ class StoreFiles(ReadFiles):
 
     def link(self, staged: str, relative: str) -> bool:
         """Link a staged file to its final name; False, and no change, when the name is taken."""
+        self._check_not_ended()
         path = self.on_disk(relative)
         with self._translated("link", path):
             self._step("link", path)
@@ -308,9 +320,8 @@ class StoreFiles(ReadFiles):
 
     def _forget(self, relative: str) -> None:
         for known in (self._real, self._durable):
-            known.difference_update(
-                [name for name in known if name == relative or name.startswith(relative + "/")]
-            )
+            # A copy: other threads add to it.
+            known.difference_update({n for n in list(known) if f"{n}/".startswith(f"{relative}/")})
 
     def _remove_quietly(self, path: Path) -> None:
         try:

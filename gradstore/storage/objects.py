@@ -125,6 +125,7 @@ class ObjectFiles(ObjectReads, StoreFiles):
 
     def share(self, staged: Iterable[str]) -> None:
         """Let other writers see staged bytes by their paths, also after this process died."""
+        self._check_not_ended()
         self.make_own()
         for path in staged:
             self._step("put", path)
@@ -155,6 +156,7 @@ class ObjectFiles(ObjectReads, StoreFiles):
 
     def link(self, staged: str, relative: str) -> bool:
         """Write staged bytes under their final name; False, and no change, when it is taken."""
+        self._check_not_ended()
         data = self._staged_bytes(staged)
         if data is None:
             missing = FileNotFoundError(0, "it is no longer staged", staged)
@@ -176,6 +178,7 @@ class ObjectFiles(ObjectReads, StoreFiles):
 
     def _put_new(self, key: str, data: bytes) -> bool:
         """Put if absent; True also where the same bytes are there, as after an answer was lost."""
+        self._check_not_ended()
         for _ in range(_LOOKS):
             if self.bucket.put_new(key, data):
                 return True

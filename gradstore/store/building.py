@@ -37,7 +37,7 @@ from gradstore.format.names import GenerationName, Role
 from gradstore.format.text_table import Text
 from gradstore.storage.location import Location, Place, location
 from gradstore.store.curvature import FactorSample
-from gradstore.store.filling import CheckpointExport, ExportSummary, check_usable, fill
+from gradstore.store.filling import CheckpointExport, ExportSummary, UnitSink, check_usable
 from gradstore.store.ownership import check_rows_and_run, check_step
 from gradstore.store.writer import StoreWriter
 
@@ -175,13 +175,15 @@ class _Checkpoint:
             record, rows.row_set, dim=options.proj_dim, dtype=options.dtype, losses=True
         )
         left = sum(unit.stop - unit.start for unit in begun.pending)
-        with tqdm(total=left, desc=record.name, unit="row", disable=None, leave=False) as bar:
-            advance = partial(_advance, bar)
-            compute = partial(compute_unit, self.model, batches, recipe, on_rows=advance)
-            summary = fill(begun, compute, max_bad_fraction=options.max_bad_fraction)
+        sink = UnitSink(begun, max_bad_fraction=options.max_bad_fraction, behind=1)
+        bar = tqdm(total=left, desc=record.name, unit="row", disable=None, leave=False)
+        with bar, sink:
+            advance = partial(_advance, bar, sink)
+            for unit in sink.claimed():
+                sink.write(compute_unit(self.model, batches, recipe, unit, advance))
         begun.commit()
         check_usable(writer.store.generation(begun.name))
-        return rows, begun.name, summary
+        return rows, begun.name, sink.summary
 
     def batches(self, rows: TokenRows) -> Batches:
         """Cut rows into batches."""
@@ -222,7 +224,8 @@ class _Checkpoint:
                 yield Text(prompt, response, len(ids), json.dumps(row, ensure_ascii=False))
 
 
-def _advance(bar: Any, rows: int) -> None:  # noqa: ANN401 - tqdm
+def _advance(bar: Any, sink: UnitSink, rows: int) -> None:  # noqa: ANN401 - tqdm
+    sink.look()
     bar.update(rows)
 
 

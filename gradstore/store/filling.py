@@ -6,9 +6,11 @@ while the next unit is computed. Few are on their way at a time; the failure of 
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -20,6 +22,11 @@ from gradstore.format.layout import EMBEDDING, RowStatus
 from gradstore.format.plans import UnitRange
 from gradstore.store.generation import Generation
 from gradstore.store.generation_writer import GenerationWriter
+
+_log = logging.getLogger(__name__)
+
+#: What a process that ends waits for its last units before it says so.
+_SILENT_SECONDS = 1.0
 
 #: Reasons by status.
 _UNUSABLE = {
@@ -67,7 +74,7 @@ class UnitSink:
     an earlier, interrupted export and those that other workers have finished.
 
     As a context manager it leaves no unit on its way: on an error, or Ctrl-C, too, those that were
-    given are written before the store is closed.
+    given are written before the store is closed. A second Ctrl-C gives them up.
     """
 
     def __init__(
@@ -92,9 +99,11 @@ class UnitSink:
         self._writer = writer
         self._limit = max_bad_fraction
         self._behind = expect_whole(behind, "behind", 0)
-        self._threads = ThreadPoolExecutor(max(1, self._behind), "store")
-        self._on_their_way: set[Future[None]] = set()
         self._written = written
+        self._guard = threading.Lock()
+        self._on_their_way: set[Future[None]] = set()
+        self._failure: BaseException | None = None
+        self._bad_before = writer.bad_counts["non_finite"]
         self._non_finite: list[int] = []
         self._what = EMBEDDING if writer.plan.record.feature == EMBEDDING else "gradient"
         self._began = time.perf_counter()
@@ -108,18 +117,30 @@ class UnitSink:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._threads.shutdown()
         if error is None:
             self.settle()
+            return
+        if wait(self._on_their_way, timeout=_SILENT_SECONDS).not_done:
+            _log.warning("writing what was computed before this ends; Ctrl-C gives it up")
+        for each in wait(self._on_their_way).done:
+            failure = each.exception()
+            if failure is not None and failure is not error:
+                _log.warning("a unit that was computed is not written: %s", failure)
 
-    def check(self, more: int = 0) -> None:
-        """Stop where too many rows are bad; once nothing is pending, those of other workers too.
+    def claimed(self, elsewhere: Callable[[int], None] = lambda _: None) -> Iterator[UnitRange]:
+        """Yield each unit that is to be computed here; see `GenerationWriter.claimed`.
 
-        Args:
-            more: non-finite rows that are not written yet.
+        Before it waits for other workers it waits for its own units: one that can't be written is
+        told at once, and is free for those others.
         """
+        return self._writer.claimed(elsewhere, idle=self.settle)
+
+    def check(self) -> None:
+        """Stop where too many rows are bad; once nothing is pending, those of other workers too."""
+        # Units on their way may be counted by the writer already, or not yet.
+        counted = self._writer.bad_counts["non_finite"]
         check_bad_rows(
-            self._writer.bad_counts["non_finite"] + more,
+            max(counted, self._bad_before + len(self._non_finite)),
             sorted(self._non_finite),
             len(self._writer.plan.rows),
             self._limit,
@@ -135,14 +156,14 @@ class UnitSink:
         Raises:
             BadInput: more than `max_bad_fraction` of the rows are non-finite, or the unit is not
                 pending.
-            StoreError: a unit that was given before could not be written.
+            StoreError: this unit, or one that was given before, could not be written.
         """
         bad = done.unit.start + np.flatnonzero(done.status == RowStatus.NON_FINITE)
         self._non_finite += bad.tolist()
-        self.check(len(bad))
+        self.check()
         if self._behind:
             self._wait(most=self._behind - 1)
-            self._on_their_way.add(self._threads.submit(self._publish, done))
+            self._start(done)
         else:
             self._publish(done)
         summary = self.summary
@@ -154,18 +175,28 @@ class UnitSink:
         summary.seconds = time.perf_counter() - self._began
 
     def look(self) -> None:
-        """Raise what has come in the way of a unit that was given; do not wait."""
-        done, self._on_their_way = wait(self._on_their_way, timeout=0)
+        """Raise what has come in the way of a unit that was given; do not wait.
+
+        May be called from another thread than `write`.
+        """
+        with self._guard:
+            done = {each for each in self._on_their_way if each.done()}
+            self._on_their_way -= done
         for each in done:
-            each.result()
+            self._failure = self._failure or each.exception()
+        if self._failure is not None:
+            raise self._failure
 
     def settle(self) -> None:
         """Wait until every unit that was given survives a crash.
 
         Raises:
+            BadInput: more than `max_bad_fraction` of the rows are non-finite, with those of other
+                workers.
             StoreError: one could not be written.
         """
         self._wait(most=0)
+        self.check()
         self.summary.seconds = time.perf_counter() - self._began
 
     def _wait(self, most: int) -> None:
@@ -174,6 +205,22 @@ class UnitSink:
         while len(self._on_their_way) > most:
             wait(self._on_their_way, return_when=FIRST_COMPLETED)
             self.look()
+
+    def _start(self, done: UnitFeatures) -> None:
+        """Write a unit in a thread, which a process that ends does not wait for."""
+        future: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                self._publish(done)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+
+        with self._guard:
+            self._on_their_way.add(future)
+        threading.Thread(target=run, name=f"unit {done.unit.index}", daemon=True).start()
 
     def _publish(self, done: UnitFeatures) -> None:
         self._writer.write_unit(
@@ -204,12 +251,11 @@ def fill(
     compute: Callable[[UnitRange], UnitFeatures],
     *,
     max_bad_fraction: float = 0.01,
-    behind: int = 1,
+    behind: int = 0,
 ) -> ExportSummary:
     """Compute and write the units of a generation that are not done yet; does not commit.
 
-    A worker among others computes those that it is handed, and returns when all are done. Units are
-    written while the next ones are computed; when this returns all survive a crash.
+    A worker among others computes those that it is handed, and returns when all are done.
 
     Args:
         writer: from `StoreWriter.begin` or `SpaceWriter.begin`.
@@ -217,16 +263,15 @@ def fill(
             `partial(compute_unit, model, batches, recipe)` or
             `partial(compute_embedding_unit, embed, batches, dim=writer.plan.dim)`.
         max_bad_fraction: share of non-finite rows above which it stops.
-        behind: units that are written at once, in a thread each. 1 keeps up with any model; where
-            units come as fast as a disk takes them, more let their waiting for it overlap.
+        behind: units, at most, that are written while the next is computed, in a thread each; then
+            `compute` has to give other arrays every time. 1 keeps up with any model; where units
+            come as fast as a disk takes them, more let their waiting for it overlap.
 
     Raises:
         BadInput: more than `max_bad_fraction` of the rows are non-finite.
         StoreError: a unit could not be written.
     """
     with UnitSink(writer, max_bad_fraction=max_bad_fraction, behind=behind) as sink:
-        for unit in writer.claimed():
+        for unit in sink.claimed():
             sink.write(compute(unit))
-        sink.settle()
-    sink.check()
     return sink.summary

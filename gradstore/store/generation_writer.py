@@ -102,7 +102,12 @@ class GenerationWriter:
         names = (status.name.lower() for status in RowStatus if status != RowStatus.OK)
         return {name: self._counts[name] for name in names}
 
-    def claimed(self, elsewhere: Callable[[int], None] = lambda _: None) -> Iterator[UnitRange]:
+    def claimed(
+        self,
+        elsewhere: Callable[[int], None] = lambda _: None,
+        *,
+        idle: Callable[[], None] = lambda: None,
+    ) -> Iterator[UnitRange]:
         """Yield each unit that is to be computed here and given to `write_unit`, once.
 
         For a writer that has the store to itself these are the pending units, in order. For a
@@ -112,13 +117,14 @@ class GenerationWriter:
 
         Args:
             elsewhere: called with the rows of each unit that another worker finished.
+            idle: called before each wait for other workers.
         """
 
         def settle(unit: UnitRange, done: Done) -> None:
             self._settle(unit, done)
             elsewhere(unit.stop - unit.start)
 
-        yield from self._units.handed_out(list(self.pending), settle)
+        yield from self._units.handed_out(list(self.pending), settle, idle)
 
     def write_unit(
         self,

@@ -36,7 +36,10 @@ class Units(Protocol):
         """Publish the values of a unit; return what its record says in the end."""
 
     def handed_out(
-        self, pending: Sequence[UnitRange], settle: Callable[[UnitRange, Done], None]
+        self,
+        pending: Sequence[UnitRange],
+        settle: Callable[[UnitRange, Done], None],
+        idle: Callable[[], None],
     ) -> Iterator[UnitRange]:
         """Yield units to be computed here; call `settle` for each that another finished."""
 
@@ -120,9 +123,12 @@ class OwnUnits:
         return done
 
     def handed_out(
-        self, pending: Sequence[UnitRange], settle: Callable[[UnitRange, Done], None]
+        self,
+        pending: Sequence[UnitRange],
+        settle: Callable[[UnitRange, Done], None],
+        idle: Callable[[], None],
     ) -> Iterator[UnitRange]:
-        """Yield each pending unit; there is nobody else to finish one."""
+        """Yield each pending unit; there is nobody else to finish one, or to wait for."""
         yield from pending
 
     def commit(self, done: Callable[[], bool], act: Callable[[], None]) -> None:

@@ -87,7 +87,10 @@ class SharedUnits:
         return done
 
     def handed_out(
-        self, pending: Sequence[UnitRange], settle: Callable[[UnitRange, Done], None]
+        self,
+        pending: Sequence[UnitRange],
+        settle: Callable[[UnitRange, Done], None],
+        idle: Callable[[], None],
     ) -> Iterator[UnitRange]:
         """Yield units that this worker alone is to compute and publish, each of them once.
 
@@ -97,11 +100,12 @@ class SharedUnits:
         Args:
             pending: units that are not finished, in turn.
             settle: called for each unit that another worker finished.
+            idle: called before each wait; what fails here must not be waited for there.
         """
         left = list(pending)
         while left:
             waiting_for: Holder | None = None
-            idle = True
+            yielded = False
             for unit in list(left):
                 if self._is_settled(unit, settle):
                     left.remove(unit)
@@ -112,9 +116,10 @@ class SharedUnits:
                     continue
                 left.remove(unit)
                 if not self._is_settled(unit, settle):  # the holder before may have finished it
-                    idle = False
+                    yielded = True
                     yield unit
-            if idle and waiting_for is not None:
+            if not yielded and waiting_for is not None:
+                idle()
                 self._leases.wait(f"units of {self._plan.name} that others compute", waiting_for)
 
     def commit(self, done: Callable[[], bool], act: Callable[[], None]) -> None:

@@ -143,6 +143,7 @@ class StoreWriter:
     def close(self) -> None:
         """Release the lock; committed data stays, pending data can be resumed."""
         self._closed = True
+        self._files.end()  # before anybody else may write
         try:
             if self._leases is not None:
                 self._leases.close()

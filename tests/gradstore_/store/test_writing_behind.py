@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,7 +103,7 @@ def test_a_unit_is_written_while_the_next_is_computed(
     with kit.writer(fast_path / "s") as writer:
         generation = begin(kit, writer)
         intercepted(generation, monkeypatch, next_is_begun)
-        fill(generation, compute)
+        fill(generation, compute, behind=1)
         generation.commit()
 
 
@@ -141,11 +143,14 @@ def test_no_more_units_are_on_their_way_than_was_said(
 def test_a_unit_that_cannot_be_written_ends_the_pass(
     kit: Any, fast_path: Path, monkeypatch: pytest.MonkeyPatch, behind: int
 ) -> None:
-    asked: list[int] = []
+    asked, failed = list[int](), threading.Event()
 
     def full_disk(index: int) -> None:
         if index == 1:
+            failed.set()
             raise StoreIOError("the disk is full")
+        if index > 1:
+            wait_for(failed)
 
     def compute(unit: UnitRange) -> UnitFeatures:
         asked.append(unit.index)
@@ -156,8 +161,207 @@ def test_a_unit_that_cannot_be_written_ends_the_pass(
         intercepted(generation, monkeypatch, full_disk)
         with pytest.raises(StoreIOError, match="the disk is full"):
             fill(generation, compute, behind=behind)
-        assert len(asked) <= 2 + behind
+        assert len(asked) < UNITS
         assert 1 in [unit.index for unit in generation.pending]
+
+
+def test_a_failure_is_told_again_and_again(
+    kit: Any, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller that catches it can't take the rest for all."""
+
+    def full_disk(index: int) -> None:
+        if index == 0:
+            raise StoreIOError("the disk is full")
+
+    with kit.writer(fast_path / "s") as writer:
+        generation = begin(kit, writer)
+        intercepted(generation, monkeypatch, full_disk)
+        sink = UnitSink(generation, behind=1)
+        sink.write(computed(kit, generation.pending[0]))
+        for act in (sink.settle, sink.look, sink.settle):
+            with pytest.raises(StoreIOError, match="the disk is full"):
+                act()
+        with pytest.raises(StoreIOError, match="the disk is full"):
+            sink.write(computed(kit, generation.pending[1]))
+
+
+def test_a_failure_beside_another_is_logged(
+    kit: Any, fast_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full_disk(index: int) -> None:
+        raise StoreIOError("the disk is full")
+
+    def compute(unit: UnitRange) -> UnitFeatures:
+        if unit.index == 1:
+            raise KeyboardInterrupt
+        return computed(kit, unit)
+
+    with kit.writer(fast_path / "s") as writer:
+        generation = begin(kit, writer)
+        intercepted(generation, monkeypatch, full_disk)
+        with pytest.raises(KeyboardInterrupt):
+            fill(generation, compute, behind=1)
+    assert "a unit that was computed is not written: the disk is full" in caplog.text
+
+
+@pytest.mark.parametrize("behind", [0, 1, 3])
+@pytest.mark.parametrize("late", [False, True])
+def test_bad_rows_of_units_on_their_way_count(
+    kit: Any, fast_path: Path, monkeypatch: pytest.MonkeyPatch, behind: int, late: bool
+) -> None:
+    """The unit before the last, and the last: there is no later one to notice."""
+    goes_on = threading.Event()
+
+    def hold(index: int) -> None:
+        if late and behind and index == UNITS - 2:
+            wait_for(goes_on)
+
+    def compute(unit: UnitRange) -> UnitFeatures:
+        done = computed(kit, unit)
+        done.features[:] = 1.0
+        if unit.index >= UNITS - 2:
+            done.status[0] = RowStatus.NON_FINITE
+        return done
+
+    with kit.writer(fast_path / "s") as writer:
+        generation = begin(kit, writer)
+        intercepted(generation, monkeypatch, hold)
+        timer = threading.Timer(0.2, goes_on.set)
+        timer.start()
+        with pytest.raises(BadInput, match=r"2 of 40 rows .* the first: \[32, 36\]"):
+            filling.fill(generation, compute, behind=behind, max_bad_fraction=0.04)
+        timer.join()
+
+
+def test_bad_rows_of_units_on_their_way_count_at_once(
+    kit: Any, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+
+    def bad(unit: UnitRange) -> UnitFeatures:
+        done = computed(kit, unit)
+        done.features[:] = 1.0
+        done.status[0] = RowStatus.NON_FINITE
+        return done
+
+    with kit.writer(fast_path / "s") as writer:
+        generation = begin(kit, writer)
+        intercepted(generation, monkeypatch, lambda _: wait_for(goes_on))
+        sink = filling.UnitSink(generation, max_bad_fraction=0.04, behind=2)
+        first, second = generation.pending[:2]
+        sink.write(bad(first))
+        with pytest.raises(BadInput, match="2 of 40 rows"):
+            sink.write(bad(second))
+        goes_on.set()
+        with pytest.raises(BadInput, match="2 of 40 rows"):
+            sink.settle()
+
+
+def test_two_workers_that_both_fail_do_not_wait_for_each_other(
+    kit: Any, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each holds the lease of a unit that it could not write, and both live."""
+    both, told = threading.Barrier(2), list[str]()
+
+    def run(number: int) -> None:
+        with contextlib.suppress(StoreIOError):
+            build(number)
+
+    def build(number: int) -> None:
+        worker = Worker(number, 2, lease_seconds=10 * PATIENCE)
+        with StoreWriter(fast_path / "s", provenance=kit.provenance, worker=worker) as writer:
+            generation = writer.begin(kit.record("train/1"), kit.rows(8), dim=4, unit_rows=4)
+            intercepted(generation, monkeypatch, lambda _: full_disk(number))
+            try:
+                fill(generation, compute, behind=1)
+            except StoreIOError as error:
+                told.append(str(error))
+                raise
+
+    def compute(unit: UnitRange) -> UnitFeatures:
+        both.wait(PATIENCE)  # each has claimed one
+        return computed(kit, unit)
+
+    def full_disk(number: int) -> None:
+        time.sleep(0.2)  # both wait for each other by then
+        raise StoreIOError(f"the disk of {number} is full")
+
+    threads = [threading.Thread(target=run, args=(n,), daemon=True) for n in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert sorted(told) == ["the disk of 1 is full", "the disk of 2 is full"]
+
+
+def test_a_second_ctrl_c_leaves_the_store_to_others_and_a_late_thread_without_it(
+    kit: Any, fast_path: Path, monkeypatch: pytest.MonkeyPatch, alone: dict[str, object]
+) -> None:
+    begun, goes_on, ended = threading.Event(), threading.Event(), threading.Event()
+    failures: list[BaseException] = []
+    stage = StoreFiles.stage_all
+
+    def held(self: StoreFiles, contents: Any) -> list[str]:
+        if threading.current_thread().name != "unit 0":
+            return stage(self, contents)
+        begun.set()
+        wait_for(goes_on)
+        try:
+            return stage(self, contents)
+        except BaseException as error:
+            failures.append(error)
+            raise
+        finally:
+            ended.set()
+
+    def again(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def compute(unit: UnitRange) -> UnitFeatures:
+        if unit.index == 1:
+            wait_for(begun)
+            monkeypatch.setattr(filling, "wait", again)
+            raise KeyboardInterrupt
+        return computed(kit, unit)
+
+    def run() -> None:
+        with kit.writer(fast_path / "s") as writer:
+            generation = begin(kit, writer)
+            monkeypatch.setattr(StoreFiles, "stage_all", held)
+            fill(generation, compute, behind=1)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.undo()
+    with kit.writer(fast_path / "s") as writer:
+        generation = begin(kit, writer)
+        assert len(generation.pending) == UNITS
+        before = {str(path) for path in (fast_path / "s").rglob("*")}
+        goes_on.set()
+        wait_for(ended)
+        assert {str(path) for path in (fast_path / "s").rglob("*")} == before
+        assert "was closed before all was written" in str(failures[0])
+        fill(generation, lambda unit: computed(kit, unit))
+        generation.commit()
+    assert kit.content(fast_path / "s") == alone
+
+
+def test_a_buffer_may_be_used_again_where_nothing_is_written_behind(
+    kit: Any, fast_path: Path, alone: dict[str, object]
+) -> None:
+    buffer = np.empty((UNIT_ROWS, 4), np.float32)
+
+    def compute(unit: UnitRange) -> UnitFeatures:
+        done = computed(kit, unit)
+        buffer[:] = done.features
+        return replace(done, features=buffer)
+
+    with kit.writer(fast_path / "s") as writer:
+        generation = begin(kit, writer)
+        fill(generation, compute)
+        generation.commit()
+    assert kit.content(fast_path / "s") == alone
 
 
 def test_the_last_unit_that_cannot_be_written_ends_the_pass(
@@ -168,7 +372,7 @@ def test_the_last_unit_that_cannot_be_written_ends_the_pass(
             raise StoreIOError("the disk is full")
 
     with kit.writer(fast_path / "s") as writer:
-        for use in (fill, with_sink):
+        for use in (partial(fill, behind=1), with_sink):
             generation = begin(kit, writer)
             intercepted(generation, monkeypatch, full_disk)
             with pytest.raises(StoreIOError, match="the disk is full"):
@@ -226,7 +430,7 @@ def test_ctrl_c_loses_no_unit_that_was_computed(
         with kit.writer(fast_path / "s") as writer:
             generation = begin(kit, writer)
             intercepted(generation, monkeypatch, late)
-            fill(generation, compute)
+            fill(generation, compute, behind=1)
 
     with pytest.raises(KeyboardInterrupt):
         run()
