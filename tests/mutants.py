@@ -240,7 +240,7 @@ MUTANTS = [
     Mutant("gradstore/store/shared_units.py", "done = self._carry_out(unit)\n        files.discard",
            "done = name_unit(files, staged) or self._finished(unit)\n        files.discard",
            WORKERS),
-    Mutant("gradstore/store/shared_units.py", "elif not self._is_settled(unit, settle):", "else:",
+    Mutant("gradstore/store/shared_units.py", "if not self._is_settled(unit, settle):", "if True:",
            WORKERS),
     Mutant("gradstore/store/shared_units.py", "left.remove(unit)\n                if not", "if not",
            BEHIND),

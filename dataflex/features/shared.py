@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -32,12 +31,12 @@ from gradstore.store.writer import StoreWriter
 Compute = Callable[[UnitRange, OnRows], UnitFeatures]
 
 
-@dataclass
 class _OpenGeneration:
     """State that rank 0 holds while units arrive."""
 
-    writer: GenerationWriter
-    sink: UnitSink
+    def __init__(self, writer: GenerationWriter, max_bad_fraction: float) -> None:
+        self.writer = writer
+        self.sink = UnitSink(writer, max_bad_fraction=max_bad_fraction, behind=1)
 
     def committed(self) -> ExportSummary:
         """Commit once all units are written, if not too many rows are bad; say what was done."""
@@ -86,10 +85,9 @@ def export_shared(
     with contextlib.ExitStack() as sinks:
 
         def plan() -> list[UnitRange]:
-            writer = begin()
-            sink = UnitSink(writer, max_bad_fraction=max_bad_fraction, behind=1)
-            held.append(_OpenGeneration(writer, sinks.enter_context(sink)))
-            return list(writer.pending)
+            held.append(_OpenGeneration(begin(), max_bad_fraction))
+            sinks.enter_context(held[0].sink)
+            return list(held[0].writer.pending)
 
         pending = ranks.decide(plan)
         with progress(

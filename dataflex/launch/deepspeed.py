@@ -1,4 +1,4 @@
-"""What LlamaFactory's key `deepspeed`, a file or a mapping, says of where a run's state will be."""
+"""Answers from LlamaFactory's key `deepspeed`, a file or a mapping: where a run's state will be."""
 
 from __future__ import annotations
 
