@@ -76,7 +76,8 @@ def test_the_scripts_of_the_page_run_and_a_killed_one_computes_what_is_missing(
     done = run(scripts)
     assert done.code == 0, done.err
     made = [int(n) for n in re.findall(r"^computed (\d+)", done.out, flags=re.M)]
-    assert made[0] == 16 - 11, "the same steps again, committed units reused"
+    # The kill came as the eleventh was handed over: it may have been on its way.
+    assert 0 <= made[0] - (16 - 11) <= 1, "the same steps again, what was written is reused"
     assert "response" in done.out
     steps = {"trainer": (3, 6), "trl": (2, 4), "script": (0,)}
     for name, exported in steps.items():

@@ -46,7 +46,7 @@ class Build:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(building, "fill", stop)
+            patch.setattr(building, "compute_unit", stop)
             with pytest.raises(KeyboardInterrupt):
                 self()
 
