@@ -507,7 +507,8 @@ def _seed_table(
 
 def rules(path: Path = RESULTS / "rules.csv") -> str:
     """Share of the right rule, and held-out loss after training on the chosen rows."""
-    every = newest(read(path), "method", "step", "seed", "clip").values()
+    known = newest(read(path), "method", "step", "seed", "clip").values()
+    every = [line for line in known if not line["method"].endswith(OVER_ALL)]
     plain = [line for line in every if not line["clip"]]
     clipped = [line for line in every if line["clip"]]
     steps = sorted({line["step"] for line in plain}, key=int)
@@ -522,6 +523,34 @@ def rules(path: Path = RESULTS / "rules.csv") -> str:
                for method, each in _by_seed(last, "cpu_s").items()}  # fmt: skip
     shown = _seed_table(columns, "held-out loss", {"CPU s": seconds})
     return f"{shown}\n\n{where(every)}."
+
+
+#: Ends the name of a method that takes earlier checkpoints too; its table is one of its own.
+OVER_ALL = ", checkpoints: all"
+
+
+def over_checkpoints() -> str:
+    """Methods over earlier checkpoints, beside themselves at the last one alone."""
+    plain = [line for line in read(RESULTS / "rules.csv") if not line["clip"]]
+    last = max((line["step"] for line in plain), key=int)
+    lines = newest((line for line in plain if line["step"] == last), "method", "seed")
+    taken = [line for (method, _), line in lines.items() if method.endswith(OVER_ALL)]
+    body = []
+    for method in dict.fromkeys(line["method"] for line in taken):
+        alone = method.removesuffix(OVER_ALL)
+        seeds = [seed for name, seed in lines if name == method]
+        cells = []
+        for figure in ("share", "loss"):
+            ours, beside_it = (
+                [float(lines[name, seed][figure]) for seed in seeds] for name in (method, alone)
+            )
+            gap = plus_minus(difference(ours, beside_it))
+            cells += [f"{statistics.mean(beside_it):.3f}", f"{statistics.mean(ours):.3f} {gap}"]
+        price = statistics.median(float(lines[method, seed]["cpu_s"]) for seed in seeds)
+        body.append((f"`{alone}`", *cells, f"{price:.1f}", str(len(seeds))))
+    head = ("", "share, last checkpoint", "all", "held-out loss, last checkpoint", "all",
+            "CPU s, all", "seeds")  # fmt: skip
+    return f"{table(head, body)}\n\n{where(taken)}."
 
 
 #: Methods of rules.csv that the README shows, and what lds.csv calls their scores.
@@ -815,6 +844,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "looking": looking,
     "service_writes": service_writes,
     "rules": rules,
+    "rules_checkpoints": over_checkpoints,
     "effect": effects,
     "effect_elsewhere": effects_elsewhere,
     "wrong_rows": wrong_rows,
