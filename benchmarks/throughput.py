@@ -6,7 +6,8 @@ The same 50,000 x 4,096 float32 rows go to a store as float16 (`fill`, four unit
 for each row, crc32c and sha256 of every chunk, each unit fsynced and named, commit) and to an
 `np.memmap` of float16 (cast, then `flush`, which is msync): A B A B, each into new files, nothing
 dirty from before. Files of earlier rounds stay, their pages dropped: ext4 looks through inodes that
-were freed in the last minute whenever it makes a file, which a store's thousand would pay for.
+were freed in the last minutes whenever it makes a file, which a store's thousand would pay for. So
+remove nothing large for five minutes before.
 
 *read all*: every row as float32, a unit at a time, of a store that was just opened, so that each
 chunk's crc32c is checked on the way; beside the map's `astype`. *again* is the same of a store
@@ -178,23 +179,22 @@ def speeds(ours: list[Took], beside: list[Took]) -> dict[str, Any]:
     return compared(beside, ours, ("map", "store"), digits=4)
 
 
-def memory(rows: int, folder: str | None) -> float:
+def memory(rows: int, folder: Path) -> float:
     """MiB of peak RSS that building a store adds, in a process of its own."""
-    command = [sys.executable, __file__, "--build", str(rows)]
-    command += ["--folder", folder] if folder else []
+    folder.mkdir()
+    command = [sys.executable, __file__, "--build", str(rows), "--folder", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def build(rows: int, folder: str | None) -> float:
-    """Build a store here; MiB of peak RSS above the imports."""
+def build(rows: int, folder: Path) -> float:
+    """Build a store in a folder, and leave it there; MiB of peak RSS above the imports."""
     import gradstore.store.writer  # noqa: F401 - what it takes is not the store's
 
-    with tempfile.TemporaryDirectory(dir=folder, prefix="throughput-") as temporary:
-        write_store(Path(temporary, "small"), UNIT, BUILT_DIM)
-        before = peak_kib()
-        write_store(Path(temporary, "store"), rows, BUILT_DIM)
-        return (peak_kib() - before) / 1024
+    write_store(folder / "small", UNIT, BUILT_DIM)
+    before = peak_kib()
+    write_store(folder / "store", rows, BUILT_DIM)
+    return (peak_kib() - before) / 1024
 
 
 def peak_kib() -> int:
@@ -216,15 +216,15 @@ def main() -> int:
     parser.add_argument("--build", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.build is not None:
-        echo(json.dumps(build(options.build, options.folder)))
+        echo(json.dumps(build(options.build, Path(options.folder))))
         return 0
     lines: list[dict[str, Any]] = []
-    # Before this process has loaded a library: its children's peak begins with its own.
-    for rows in BUILT:
-        lines.append({"what": "memory", "rows": rows, "dim": BUILT_DIM,
-                      "peak_mib": round(memory(rows, options.folder), 1)})  # fmt: skip
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="throughput-") as temporary:
         folder, shape = Path(temporary), (options.rows, options.dim)
+        # Before this process has loaded a library: its children's peak begins with its own.
+        for rows in BUILT:
+            peak = round(memory(rows, folder / f"memory-{rows}"), 1)
+            lines.append({"what": "memory", "rows": rows, "dim": BUILT_DIM, "peak_mib": peak})
         of_both = [writing(folder, *shape, options.pairs),
                    *reading(folder, *shape, options.pairs, options.cold)]  # fmt: skip
     cache = "cold" if options.cold else "warm"
