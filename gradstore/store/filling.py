@@ -118,7 +118,10 @@ class UnitSink:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            self.settle()
+            try:
+                self.settle()
+            finally:  # others are on their way where one has failed
+                wait(self._on_their_way)
             return
         if wait(self._on_their_way, timeout=_SILENT_SECONDS).not_done:
             _log.warning("writing what was computed before this ends; Ctrl-C gives it up")
@@ -182,8 +185,8 @@ class UnitSink:
         with self._guard:
             done = {each for each in self._on_their_way if each.done()}
             self._on_their_way -= done
-        for each in done:
-            self._failure = self._failure or each.exception()
+            for each in done:
+                self._failure = self._failure or each.exception()
         if self._failure is not None:
             raise self._failure
 

@@ -165,6 +165,31 @@ def test_a_unit_that_cannot_be_written_ends_the_pass(
         assert 1 in [unit.index for unit in generation.pending]
 
 
+def test_a_failure_at_the_end_leaves_no_other_unit_on_its_way(
+    kit: Any, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = threading.Event()
+
+    def full_disk(index: int) -> None:
+        if index == 0:
+            wait_for(second)
+            raise StoreIOError("the disk is full")
+        second.set()
+        time.sleep(0.3)
+
+    def run(generation: GenerationWriter) -> None:
+        with UnitSink(generation, behind=2) as sink:
+            for unit in generation.pending[:2]:
+                sink.write(computed(kit, unit))
+
+    with kit.writer(fast_path / "s") as writer:
+        generation = begin(kit, writer)
+        intercepted(generation, monkeypatch, full_disk)
+        with pytest.raises(StoreIOError, match="the disk is full"):
+            run(generation)
+        assert [unit.index for unit in generation.pending] == [0, *range(2, UNITS)]
+
+
 def test_a_failure_is_told_again_and_again(
     kit: Any, fast_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
