@@ -71,7 +71,7 @@ def padded_tokens(lengths: npt.NDArray[np.int64], budget: int, unit_rows: int = 
 
     Examples:
         >>> padded_tokens(np.array([10, 6, 4, 4]), budget=12)
-        26
+        24
     """
     from gradstore.export.units import plan_batches
 

@@ -281,7 +281,7 @@ def test_a_batch_holds_no_more_rows_than_said(task: Task, kit: Any, fast_path: P
         compute_embedding_unit(embed, task.batches(token_budget=10_000, max_rows=n), unit, dim=DIM)
         for n in (3, 1024)
     )
-    assert sizes == [3] * 6 + [2, 20]
+    assert sizes == [2] + [3] * 6 + [20]
     np.testing.assert_allclose(few.features, all_at_once.features, atol=1e-5)
 
 

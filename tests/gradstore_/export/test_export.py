@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
 from gradstore.export.features import FeatureMap, FeatureSpec, Recipe
 from gradstore.export.projected import compute_unit, export_features
-from gradstore.export.units import Batches, plan_batches
+from gradstore.export.units import BATCH_SHARE, Batches, plan_batches
 from gradstore.format.layout import RowStatus, generation_path
 from gradstore.format.plans import UnitRange
 from gradstore.format.records import RowSet, row_hash
@@ -379,3 +380,34 @@ def test_batches_of_equal_rows_are_as_full_as_the_budget_allows(
 ) -> None:
     batches = plan_batches([length] * n, budget)
     assert len(batches) == -(-n // (budget // length))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=9),
+    budget=st.integers(1, 300),
+    max_rows=st.integers(1, 9),
+)
+def test_no_way_of_cutting_rows_by_length_costs_less(
+    lengths: list[int], budget: int, max_rows: int
+) -> None:
+    def cost(batches: list[list[int]]) -> int:
+        padded = sum(len(batch) * max(batch) for batch in batches)
+        return padded + len(batches) * (budget // BATCH_SHARE)
+
+    def fits(batch: list[int]) -> bool:
+        return len(batch) == 1 or (len(batch) <= max_rows and len(batch) * max(batch) <= budget)
+
+    down = sorted(lengths, reverse=True)
+    ways = []
+    for cuts in product([False, True], repeat=len(down) - 1):
+        ends = [i + 1 for i, cut in enumerate(cuts) if cut]
+        ways.append([down[a:b] for a, b in pairwise([0, *ends, len(down)])])
+    planned = plan_batches(lengths, budget, max_rows)
+    found = cost([[lengths[int(i)] for i in batch] for batch in planned])
+    assert found == min(cost(way) for way in ways if all(map(fits, way)))
+
+
+def test_rows_of_very_different_lengths_share_no_batch() -> None:
+    lengths = [400, 30, 390, 30, 30, 30]
+    batches = [sorted(int(i) for i in batch) for batch in plan_batches(lengths, 2048)]
+    assert batches == [[0, 2], [1, 3, 4, 5]]
