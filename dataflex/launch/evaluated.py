@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from dataflex.launch.known_rows import (
 from dataflex.launch.patched import checkpoint_of, patch
 from dataflex.launch.preflight import OF_LORA, check_gradients
 from dataflex.launch.retraining import Floats, Retrainer, queries_of, store_differs
+from dataflex.pipelines.pipeline import build_strategy
 from gradstore.cli.options import print_json, print_table
 from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.evaluation import Estimate, draw_subsets, lds, query_loss_difference, without_top
@@ -41,6 +42,7 @@ from gradstore.format.layout import RowStatus
 from gradstore.scoring.best_rows import usable_targets
 from gradstore.scoring.combine import CHUNK_ROWS, combine
 from gradstore.scoring.pairing import checkpoint_features, parse_which
+from gradstore.scoring.products import COSINE, InnerProduct
 from gradstore.scoring.scan import as_device
 from gradstore.scoring.selection import rows_for_fraction
 from gradstore.store.reader import open_store
@@ -68,10 +70,12 @@ class Evaluation:
         metric: one of `METRICS`.
         subsets: s, of lds.
         fraction: of the rows in a subset, of lds.
-        share: of the rows that is removed, of qld, or selected, of overlap.
+        share: of the rows that is removed, of qld (default .01), or selected, of overlap (.05).
         controls: c, of qld.
         seed: of subsets, controls and random rows; the training's is the configuration's.
         checkpoints: of the store to combine, as text.
+        normalize, preconditioner, damping: of the store's influence, as of `InnerProduct`; None
+            for what the configured component selects by.
         scores: file of other scores.
         truth: table of `gradstore replay`, of spearman, ndcg and overlap.
         planted: column of the training files that marks planted rows, of recall, mrr and auprc.
@@ -85,10 +89,13 @@ class Evaluation:
     metric: str = "lds"
     subsets: int = 100
     fraction: float = 0.5
-    share: float = 0.01
+    share: float | None = None
     controls: int = 5
     seed: int = 0
     checkpoints: str = "last"
+    normalize: str | None = None
+    preconditioner: str | None = None
+    damping: float | None = None
     scores: Path | None = None
     truth: Path | None = None
     planted: str = ""
@@ -109,13 +116,34 @@ class Evaluation:
         expect_whole(self.subsets, "--subsets", LEAST_SUBSETS)
         expect_whole(self.controls, "--controls")
         expect_whole(self.seed, "--seed", 0)
-        for fraction in (self.fraction, self.share):
+        for fraction in (self.fraction, self.taken):
             rows_for_fraction(fraction, 1)
+        self.product(COSINE)
         if self.scores is not None and self.scores.suffix not in (".parquet", ".npy"):
             raise BadInput(
                 f"scores is {str(self.scores)!r}; give a .parquet file with the columns row and "
                 "score, or a .npy file of (queries, training rows)."
             )
+        if self.scores is not None and self.product(COSINE) != COSINE:
+            raise BadInput("--normalize, --preconditioner and --damping are of the store's "
+                           "influence; --scores are judged as they are.")  # fmt: skip
+
+    @property
+    def taken(self) -> float:
+        """The share of the rows that the metric takes."""
+        default = 0.05 if self.metric == "overlap" else 0.01
+        return default if self.share is None else self.share
+
+    def product(self, own: InnerProduct) -> InnerProduct:
+        """Return the product asked for; where nothing is, that of the component, `own`.
+
+        Raises:
+            BadInput: an unknown name, or damping out of range.
+        """
+        normalize = own.normalize if self.normalize is None else self.normalize
+        preconditioner = own.preconditioner if self.preconditioner is None else self.preconditioner
+        damping = own.damping if self.damping is None else self.damping
+        return InnerProduct(normalize, preconditioner, damping)  # type: ignore[arg-type]
 
 
 def evaluate(config: RunConfig, asked: Evaluation) -> None:
@@ -130,10 +158,12 @@ def evaluate(config: RunConfig, asked: Evaluation) -> None:
     """
     check_gradients(config, "gradstore eval", lora_alone=OF_LORA)
     with on_stderr(), contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
-        found, retrainings = _judged(config, asked)
-    name = str(asked.scores or f"influence of {asked.store}")
+        product = asked.product(component_product(config))
+        found, retrainings = _judged(config, asked, product)
+    name = str(asked.scores or f"influence of {asked.store}{_told(product)}")
     if asked.as_json:
-        print_json({"scores": name, "metric": asked.metric, "retrainings": retrainings,
+        judged = {} if asked.scores else {"product": asdict(product)}
+        print_json({"scores": name, **judged, "metric": asked.metric, "retrainings": retrainings,
                     **found.as_json()})  # fmt: skip
         return
     interval = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
@@ -143,7 +173,24 @@ def evaluate(config: RunConfig, asked: Evaluation) -> None:
     )
 
 
-def _judged(config: RunConfig, asked: Evaluation) -> tuple[Estimate, int]:
+def component_product(config: RunConfig) -> InnerProduct:
+    """Return the product that the configured component selects by; cosines where it is none's."""
+    ours = config.dataflex
+    if ours.train_type == "static":
+        return COSINE
+    component = config.component(ours.train_type, ours.component_name, ours.component_params)
+    found = getattr(build_strategy(component), "product", COSINE)
+    return found if isinstance(found, InnerProduct) else COSINE
+
+
+def _told(product: InnerProduct) -> str:
+    """Name what is not the default of a product."""
+    default = asdict(COSINE)
+    parts = [f"{key} {value}" for key, value in asdict(product).items() if value != default[key]]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _judged(config: RunConfig, asked: Evaluation, product: InnerProduct) -> tuple[Estimate, int]:
     """Load rows and scores, then measure; return the estimate and the retrained models it took."""
 
     def check(data: RunData, *_: object) -> None:
@@ -155,7 +202,7 @@ def _judged(config: RunConfig, asked: Evaluation) -> tuple[Estimate, int]:
     data, seed = loaded.data, int(loaded.training_args.seed)
     queries = queries_of(data)
     if asked.scores is None:
-        judged = _influence(asked, config.store_run, data, queries)
+        judged = _influence(asked, config.store_run, data, queries, product)
     else:
         judged = _from_file(asked.scores, len(data.train), int(queries.sum()))
     scores, scored = judged
@@ -164,7 +211,7 @@ def _judged(config: RunConfig, asked: Evaluation) -> tuple[Estimate, int]:
     del loaded  # each retraining loads a model of its own
     if asked.truth is not None and asked.metric in EXACT:
         truth = read_truth(asked.truth, data, queries)
-        return against_exact(asked.metric, truth, scores, scored, k=asked.k, share=asked.share), 0
+        return against_exact(asked.metric, truth, scores, scored, k=asked.k, share=asked.taken), 0
     if asked.metric in PLANTED:
         return against_planted(
             asked.metric, planted_rows(data, asked.planted), scores, k=asked.k
@@ -191,7 +238,7 @@ def _measured(
     else:
         # Random scores lose their top just as these do: as many rows, whatever is rounded.
         noise = np.random.default_rng(asked.seed).random((asked.controls, rows))
-        masks = np.concatenate([without_top(scores, asked.share), without_top(noise, asked.share)])
+        masks = np.concatenate([without_top(scores, asked.taken), without_top(noise, asked.taken)])
     losses = bank.fill(
         masks,
         retrainer,
@@ -206,7 +253,7 @@ def _measured(
 
 
 def _influence(
-    asked: Evaluation, run: str, data: RunData, queries: Mask
+    asked: Evaluation, run: str, data: RunData, queries: Mask, product: InnerProduct
 ) -> tuple[Floats, npt.NDArray[np.int64]]:
     """Score each training row for each target row that the store can use.
 
@@ -228,10 +275,10 @@ def _influence(
         raise BadInput(f'store "{asked.store}" has no usable target row; build it again')
     found = np.zeros((len(wanted), len(data.train)))
 
-    def keep(start: int, stop: int, cosines: npt.NDArray[np.float32]) -> None:
-        found[:, start:stop] = cosines.T
+    def keep(start: int, stop: int, products: npt.NDArray[np.float32]) -> None:
+        found[:, start:stop] = products.T
 
-    codes = combine(pairs, wanted, keep, as_device("cpu"), CHUNK_ROWS)
+    codes = combine(pairs, wanted, keep, as_device("cpu"), CHUNK_ROWS, product)
     found[:, codes != RowStatus.OK] = 0
     return found, np.array([numbers[starts[each.target] + each.start] for each in wanted])
 

@@ -85,10 +85,19 @@ class Evaluated:
     ] = "lds"
     subsets: Annotated[int, typer.Option(help="lds: random subsets to retrain on.")] = 100
     fraction: Annotated[float, typer.Option(help="lds: share of the rows in a subset.")] = 0.5
-    share: Annotated[float, typer.Option(help="qld, overlap: share of the rows to take.")] = 0.01
+    share: Annotated[
+        float | None,
+        typer.Option(help="Share of the rows to take; default: .01 of qld, .05 of overlap."),
+    ] = None
     controls: Annotated[int, typer.Option(help="qld: retrainings without random rows.")] = 5
     seed: Annotated[int, typer.Option(help="Of random subsets and rows.")] = 0
     checkpoints: Checkpoints = "last"
+    normalize: Annotated[
+        str | None,
+        typer.Option(help="As of `gradstore score`; default: what CONFIG's component selects by."),
+    ] = None
+    preconditioner: Annotated[str | None, typer.Option(help="As --normalize.")] = None
+    damping: Annotated[float | None, typer.Option(help="As --normalize.")] = None
     scores: Annotated[
         Path | None,
         typer.Option(

@@ -101,6 +101,19 @@ def test_a_killed_evaluation_goes_on_and_a_second_one_retrains_nothing(
     assert table.code == 0, table.err[-3000:]
     assert f"{first['mean']:.3f}" in table.out
 
+    # The component's own product is judged, unless another is asked for.
+    judged = {}
+    fisher = "component_params.preconditioner=fisher"
+    for named in (("--preconditioner", "fisher"), (fisher,), (fisher, "--preconditioner", "none")):
+        answer = cli(*asked, *named, "--json")
+        assert answer.code == 0, answer.err[-3000:]
+        judged[named] = json.loads(answer.out)
+    by_option, by_component, overruled = judged.values()
+    assert by_option == by_component
+    assert by_option["product"]["preconditioner"] == "fisher"
+    assert by_option["mean"] != first["mean"]
+    assert overruled == first
+
     patched = cli("gradstore", "eval", store, path, "--metric", "tail_patch", "--k", 2, "--json")
     assert patched.code == 0, patched.err[-3000:]
     assert "steps from the model as it is configured, learning rate 0.002" in patched.err

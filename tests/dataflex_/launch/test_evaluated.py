@@ -13,6 +13,7 @@ import pytest
 from dataflex.launch.evaluated import Evaluation, _from_file, _measured
 from gradstore.errors import BadInput
 from gradstore.evaluation.bank import Bank
+from gradstore.scoring.products import InnerProduct
 
 ROWS, QUERIES = 40, 5
 EFFECTS = np.random.default_rng(3).normal(size=(QUERIES, ROWS))
@@ -85,6 +86,10 @@ def test_without_a_budget_nothing_is_trained_and_the_time_is_said(tmp_path: Path
         ({"budget": -1}, "--budget"),
         ({"controls": 0}, "--controls"),
         ({"scores": Path("scores.txt")}, "scores.txt"),
+        ({"normalize": "both"}, "normalize is 'both'"),
+        ({"preconditioner": "kfac"}, "preconditioner is 'kfac'"),
+        ({"damping": -1.0}, "damping is -1.0"),
+        ({"scores": Path("scores.npy"), "normalize": "none"}, "--scores are judged as they are"),
     ],
 )
 def test_bad_options_are_named_before_anything_is_loaded(
@@ -118,3 +123,17 @@ def test_scores_of_other_rows_are_refused(tmp_path: Path) -> None:
         _from_file(path, 3, 2)
     with pytest.raises(BadInput, match="cannot be read"):
         _from_file(tmp_path / "none.npy", 3, 2)
+
+
+def test_a_product_asked_for_overrules_that_of_the_component_part_by_part() -> None:
+    own = InnerProduct("target", "fisher", 4.0)
+    asked = Evaluation(store=Path("store"), bank=Path("bank"), normalize="none", damping=0.5)
+    assert asked.product(own) == InnerProduct("none", "fisher", 0.5)
+    assert Evaluation(store=Path("store"), bank=Path("bank")).product(own) == own
+
+
+@pytest.mark.parametrize(("metric", "share"), [("qld", 0.01), ("overlap", 0.05)])
+def test_each_metric_takes_its_own_share_of_the_rows(metric: str, share: float) -> None:
+    needs: dict[str, Any] = {"bank": Path("bank"), "truth": Path("replay.parquet")}
+    assert Evaluation(store=Path("store"), metric=metric, **needs).taken == share
+    assert Evaluation(store=Path("store"), metric=metric, share=0.2, **needs).taken == 0.2
