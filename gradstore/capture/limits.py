@@ -6,12 +6,25 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from gradstore.errors import BadInput
 
 #: Padded tokens of a gradient batch where the user sets none.
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
+
+
+#: How allocators of devices and of the host begin to say it where torch has no class for it.
+_NO_MEMORY = ("CUDA out of memory", "can't allocate memory", "cannot allocate memory",
+              "CUBLAS_STATUS_ALLOC_FAILED")  # fmt: skip
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, of a device or of the host."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
 
 
 def token_budget(model: nn.Module) -> int:

@@ -19,7 +19,8 @@ generation.commit()
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,9 @@ from gradstore.export.units import (
     Batches,
     FeatureRows,
     OnRows,
+    RowBatch,
     UnitFeatures,
+    computed_parts,
     join_unit,
     row_status,
 )
@@ -65,10 +68,13 @@ def compute_embedding_unit(
     """
     expect(callable(embed), "embed", embed, "a function: batch -> (b, d) vectors")
     expect(isinstance(batches, Batches), "batches", batches, "Batches(rows, collate, lengths)")
-    parts = (
-        _embedded(rows, embed(batch), tokens_of(batch), dim) for rows, batch in batches.of(unit)
-    )
-    return join_unit(unit, dim, parts, batches.tokens(unit), on_rows)
+
+    def embedded(pairs: Iterator[RowBatch]) -> Generator[FeatureRows, None, None]:
+        for rows, batch in pairs:
+            yield _embedded(rows, embed(batch), tokens_of(batch), dim)
+
+    with closing(computed_parts(batches, unit, embedded)) as parts:
+        return join_unit(unit, dim, parts, batches.tokens(unit), on_rows)
 
 
 def _embedded(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ from gradstore.export.units import (
     OnRows,
     RowBatch,
     UnitFeatures,
+    computed_parts,
     join_unit,
     row_status,
 )
@@ -104,14 +106,14 @@ def compute_unit(
     """
     expect(isinstance(recipe, Recipe), "recipe", recipe, "Recipe(features, projection, moments)")
     expect(isinstance(batches, Batches), "batches", batches, "Batches(rows, collate, lengths)")
-    parts = export_features(
+    export = partial(
+        export_features,
         model,
-        batches.of(unit),
         features=recipe.features,
         projection=recipe.projection,
         moments=recipe.moments,
     )
-    with closing(parts):  # or a traceback would keep the model frozen
+    with closing(computed_parts(batches, unit, export)) as parts:
         return join_unit(unit, recipe.projection.d, parts, batches.tokens(unit), on_rows)
 
 

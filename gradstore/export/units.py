@@ -18,8 +18,11 @@ Letters: k rows of a unit, b rows of a batch, t tokens, d dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import gc
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +31,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gradstore.capture.limits import ran_out_of_memory
 from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.format.layout import RowStatus
 from gradstore.format.plans import UnitRange
@@ -37,6 +41,8 @@ Collate = Callable[[list[Any]], Batch]
 Lengths = Sequence[int] | npt.NDArray[np.int64]
 RowBatch = tuple[npt.NDArray[np.int64], Batch]
 OnRows = Callable[[int], None]
+
+_log = logging.getLogger(__name__)
 
 #: Rows that stand for all where a mean over the training set is estimated.
 SAMPLE_ROWS = 256
@@ -126,6 +132,17 @@ def plan_batches(
     return batches
 
 
+@dataclass
+class _Room:
+    """What memory has shown to have room for.
+
+    Attributes:
+        tokens: of a padded batch; None as long as memory has not run out.
+    """
+
+    tokens: int | None = None
+
+
 @dataclass(frozen=True)
 class Batches:
     """The rows of a data set, and how those of a unit are put into batches.
@@ -134,7 +151,7 @@ class Batches:
         dataset: n rows; `dataset[i]` is what `collate` takes a list of.
         collate: rows -> padded batch.
         lengths: (n,) tokens of each row.
-        token_budget: tokens of a padded batch.
+        token_budget: tokens of a padded batch; fewer from where memory runs out (`lower`).
         longest: rows with more tokens get status `TOO_LONG` (the model's position limit); None
             takes all, where there is no limit or `collate` cuts them.
         max_rows: rows of a batch, at most.
@@ -146,6 +163,7 @@ class Batches:
     token_budget: int = 2048
     longest: int | None = None
     max_rows: int = 1024
+    _room: _Room = field(default_factory=_Room, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raise BadInput unless each row has a length and the limits are whole numbers.
@@ -163,17 +181,49 @@ class Batches:
         fits = lengths.shape == (len(self.dataset),) and (lengths.dtype.kind in "iu")
         expect(fits or lengths.size == len(self.dataset) == 0, "lengths", self.lengths, wanted)
 
-    def of(self, unit: UnitRange) -> Iterator[RowBatch]:
+    def of(self, unit: UnitRange, done: npt.NDArray[np.bool_] | None = None) -> Iterator[RowBatch]:
         """Yield row positions (b,) and their batch, made when it is asked for; longest rows first.
 
-        The batches depend on the unit alone, not on the process that computes it.
+        Batches depend on the unit alone, not on the process, unless memory ran out there.
+
+        Args:
+            unit: which rows.
+            done: (k,) rows of the unit to leave out.
         """
-        return self._batched(self._fitting(unit))
+        return self._batched(self._left(unit, done))
+
+    def lower(self, unit: UnitRange, done: npt.NDArray[np.bool_]) -> bool:
+        """Halve the tokens of the largest batch, after memory ran out in one of those left.
+
+        Args: those of `of`.
+
+        Returns:
+            Whether that made batches smaller: not where each holds one row.
+        """
+        lengths = self._lengths[self._left(unit, done)]
+        planned = [lengths[chosen] for chosen in self._planned(self._left(unit, done))]
+        several = [len(batch) * int(batch.max()) for batch in planned if len(batch) > 1]
+        if several:
+            self._room.tokens = max(several) // 2
+        return bool(several)
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of a padded batch from now on."""
+        room = self._room.tokens
+        return self.token_budget if room is None else min(room, self.token_budget)
 
     def _batched(self, positions: npt.NDArray[np.int64]) -> Iterator[RowBatch]:
-        for chosen in plan_batches(self._lengths[positions], self.token_budget, self.max_rows):
+        for chosen in self._planned(positions):
             rows = positions[chosen]
             yield rows, self.collate([self.dataset[int(i)] for i in rows])
+
+    def _planned(self, positions: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        return plan_batches(self._lengths[positions], self.tokens_at_once, self.max_rows)
+
+    def _left(self, unit: UnitRange, done: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.int64]:
+        rows = self._fitting(unit)
+        return rows if done is None else rows[~done[rows - unit.start]]
 
     def sample(self, seed: int, without: npt.NDArray[np.bool_] | None = None) -> Iterator[RowBatch]:
         """Yield at most `SAMPLE_ROWS` of all rows by lot, longest rows first."""
@@ -197,6 +247,41 @@ class Batches:
     def _lengths(self) -> npt.NDArray[np.int64]:
         """`lengths` as an array, made once for all units."""
         return np.asarray(self.lengths, dtype=np.int64)
+
+
+def computed_parts(
+    batches: Batches,
+    unit: UnitRange,
+    compute: Callable[[Iterator[RowBatch]], Generator[FeatureRows, None, None]],
+) -> Generator[FeatureRows, None, None]:
+    """Compute the rows of a unit; where memory runs out, those left in smaller batches.
+
+    Args:
+        batches: the rows; they stay smaller for the units that follow.
+        unit: which rows.
+        compute: batches -> features of their rows.
+
+    Raises whatever `compute` raises; that memory ran out, if a single row takes too much.
+    """
+    done = np.zeros(unit.stop - unit.start, dtype=np.bool_)
+    while True:
+        try:
+            with closing(compute(batches.of(unit, done))) as parts:  # else the model stays frozen
+                for part in parts:
+                    done[part.rows - unit.start] = True
+                    yield part
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out_of_memory(error) or not batches.lower(unit, done):
+                raise
+        _log.warning(
+            "out of memory: batches of at most %d padded tokens from here on; no row is lost "
+            "(tokens_per_batch sets it from the start)", batches.tokens_at_once,
+        )  # fmt: skip
+        # Not before: the error holds the frames, and they what filled the memory.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def join_unit(

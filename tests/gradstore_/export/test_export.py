@@ -411,3 +411,32 @@ def test_rows_of_very_different_lengths_share_no_batch() -> None:
     lengths = [400, 30, 390, 30, 30, 30]
     batches = [sorted(int(i) for i in batch) for batch in plan_batches(lengths, 2048)]
     assert batches == [[0, 2], [1, 3, 4, 5]]
+
+
+# ---- memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["sjlt", "rademacher"])
+def test_a_unit_that_runs_out_of_memory_has_the_features_of_smaller_batches(
+    llama: Any, rows: Rows, method: str
+) -> None:
+    model = llama.model()
+    recipe = Recipe(SPEC, projection(model, method), llama.moments(model))
+    lengths = [len(row["input_ids"]) for row in rows]
+    unit = UnitRange(0, 0, len(rows))
+    wanted = compute_unit(model, Batches(rows, llama.collate, lengths, 48), recipe, unit)
+
+    def full(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+        if inputs["input_ids"].numel() > 48:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    model.register_forward_pre_hook(full, with_kwargs=True)
+    done: list[int] = []
+    found = compute_unit(
+        model, Batches(rows, llama.collate, lengths, 4096), recipe, unit, done.append
+    )
+    assert sum(done) == len(rows)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    np.testing.assert_allclose(found.features, wanted.features, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)

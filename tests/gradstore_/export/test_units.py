@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from gradstore.export.units import Batches, FeatureRows, join_unit
+from gradstore.export.units import Batches, FeatureRows, computed_parts, join_unit
 from gradstore.format.layout import RowStatus
 from gradstore.format.plans import UnitRange
 
@@ -71,3 +72,70 @@ def test_a_row_in_no_part_is_too_long() -> None:
     np.testing.assert_array_equal(unit.features[:, 0], [4, np.nan, 6])
     assert unit.tokens.tolist() == [40, 0, 60]
     assert (unit.model_tokens, told) == (11, [2])
+
+
+# ---- when memory runs out ----------------------------------------------------------------------
+
+
+class Small:
+    """A device with room for so many padded tokens; rows are their own positions."""
+
+    def __init__(self, room: int, error: type[Exception] = torch.OutOfMemoryError) -> None:
+        self.room, self.error = room, error
+        self.sizes: list[int] = []
+
+    def __call__(self, pairs: Any) -> Any:
+        for rows, batch in pairs:
+            assert rows.tolist() == batch
+            self.sizes.append(len(rows) * max(LENGTHS[i] for i in rows))
+            if self.sizes[-1] > self.room:
+                raise self.error("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            yield FeatureRows(
+                rows=rows,
+                features=rows[:, None].astype(np.float32),
+                norm=np.ones(len(rows), np.float32),
+                status=np.zeros(len(rows), np.uint8),
+                tokens=np.ones(len(rows), np.int32),
+            )
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_rows_of_a_batch_too_large_for_memory_come_in_smaller_ones(
+    error: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows, device = batches(token_budget=100), Small(12, error)
+    parts = list(computed_parts(rows, UnitRange(0, 0, 10), device))
+    assert sorted(int(i) for part in parts for i in part.rows) == list(range(10))
+    assert caplog.messages
+    assert all("no row is lost" in message for message in caplog.messages)
+
+    # What memory has room for is remembered: the next unit does not run into it.
+    failures = sum(size > device.room for size in device.sizes)
+    assert failures == len(caplog.messages)
+    list(computed_parts(rows, UnitRange(1, 2, 9), device))
+    assert sum(size > device.room for size in device.sizes) == failures
+
+
+def test_a_row_too_large_for_memory_by_itself_is_an_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        list(computed_parts(batches(token_budget=100), UnitRange(0, 0, 10), Small(8)))
+
+
+def test_rows_computed_before_memory_ran_out_are_not_computed_again() -> None:
+    device, seen = Small(30), []
+    for part in computed_parts(batches(token_budget=9), UnitRange(0, 0, 10), device):
+        seen += part.rows.tolist()
+        device.room = 7 if len(seen) == 1 else device.room
+    assert sorted(seen) == list(range(10))
+    assert len(seen) == 10
+
+
+def test_an_error_that_is_not_of_memory_is_raised_at_once() -> None:
+    def broken(pairs: Any) -> Any:
+        yield from ()
+        raise RuntimeError("shapes do not fit")
+
+    rows = batches()
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        list(computed_parts(rows, UnitRange(0, 0, 10), broken))
+    assert rows.tokens_at_once == rows.token_budget
