@@ -134,7 +134,7 @@ def plan_batches(
 
 @dataclass
 class _Room:
-    """What memory has shown to have room for.
+    """Room in memory, as far as it has shown.
 
     Attributes:
         tokens: of a padded batch; None as long as memory has not run out.
