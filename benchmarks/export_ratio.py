@@ -2,6 +2,7 @@
 
     uv run python benchmarks/export_ratio.py            # after examples/real/prepare.py
     uv run python benchmarks/export_ratio.py --finetuning full --rows 24
+    uv run python benchmarks/export_ratio.py --shape llama-8b --device cuda --token-budget 8192
 
 SmolLM2-135M with LoRA r=16 on all linear layers, or with all its weights trained, and the real
 example's rows. *Plain* is one batched forward and backward with these trainable, eval mode, the
@@ -10,6 +11,9 @@ rows: per-row gradients (of whole weights, those that `--modules` names), adam_m
 projection to d=4096, units in a store, commit. Passes alternate A B A B after a warm-up; a ratio is
 the median over the pairs. Prints one table and appends to results/export_ratio.csv. Whole weights
 are projected by sjlt alone: a dense projection of so many is dozens of times the pass.
+
+`--shape llama-8b` is Llama-3.1-8B's shape in bfloat16 with random weights, and rows of 512 random
+tokens with labels on the second half; `--layers` cuts it where memory does not hold it.
 """
 
 from __future__ import annotations
@@ -51,6 +55,7 @@ LIMITS: dict[Trained, dict[Method, float]] = {
     "lora": {"sjlt": 1.05, "rademacher": 1.25},
     "full": {"sjlt": 2.0},
 }
+LARGE_LIMITS: dict[Method, float] = {"sjlt": 1.02, "rademacher": 1.06}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SPEAKERS = {
     "human": "user",
@@ -59,6 +64,17 @@ SPEAKERS = {
     "function_call": "assistant",
 }
 IGNORED = -100
+SHAPES = ("smollm2", "llama-8b")
+LLAMA_8B: dict[str, Any] = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+}
+LLAMA_8B_LAYERS = 32
+LONG = 512
 
 Row = dict[str, list[int]]
 
@@ -90,6 +106,23 @@ def load_rows(tokenizer: PreTrainedTokenizerBase, count: int) -> list[Row]:
             wanted = body if speaker == "assistant" else [IGNORED] * len(body)
             row["labels"] += [IGNORED] * len(head) + wanted
         rows.append({key: ids[:512] for key, ids in row.items()})
+    return rows
+
+
+def real_rows(count: int) -> list[Row]:
+    """Load `count` rows of the real pool with SmolLM2's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return load_rows(AutoTokenizer.from_pretrained(str(REAL / "model")), count)
+
+
+def random_rows(count: int) -> list[Row]:
+    """Draw rows of LONG tokens of Llama's vocabulary; labels on the second half."""
+    draw = torch.Generator().manual_seed(0)
+    rows: list[Row] = []
+    for _ in range(count):
+        ids = torch.randint(LLAMA_8B["vocab_size"], (LONG,), generator=draw).tolist()
+        rows.append({"input_ids": ids, "labels": [IGNORED] * (LONG // 2) + ids[LONG // 2 :]})
     return rows
 
 
@@ -196,14 +229,29 @@ class Bench:
 
 
 def trained_model(
-    device: torch.device, trained: Trained = "lora", *, random_weights: bool = False
+    device: torch.device,
+    trained: Trained = "lora",
+    *,
+    random_weights: bool = False,
+    layers: int | None = None,
 ) -> torch.nn.Module:
-    """SmolLM2-135M with LoRA r=16 on all linear layers, or with all weights trained, float32."""
+    """Make a model with LoRA r=16 on all linear layers, or with all weights trained.
+
+    Args:
+        device: where it is.
+        trained: lora | full.
+        random_weights: of SmolLM2-135M's shape, in place of its weights; float32 either way.
+        layers: of Llama-3.1-8B's shape in bfloat16, random weights; None for SmolLM2-135M.
+    """
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     folder = str(REAL / "model")
-    if random_weights:
+    if layers is not None:
+        settings = LlamaConfig(**LLAMA_8B, num_hidden_layers=layers, dtype="bfloat16")
+        with device:  # weights are drawn where they stay
+            base = AutoModelForCausalLM.from_config(settings)  # type: ignore[no-untyped-call]
+    elif random_weights:
         settings = AutoConfig.from_pretrained(folder)
         base = AutoModelForCausalLM.from_config(settings)  # type: ignore[no-untyped-call]
         base = base.to(torch.float32)
@@ -263,6 +311,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--finetuning", choices=("lora", "full"), default="lora")
     parser.add_argument("--modules", choices=("linear", "all"), default="linear")
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0])
+    parser.add_argument("--layers", type=int, default=LLAMA_8B_LAYERS, help="of llama-8b")
     parser.add_argument("--token-budget", type=int, default=2048, help="tokens of a padded batch")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
@@ -276,24 +326,34 @@ def main() -> None:
         help="where the figures are appended",
     )
     options = parser.parse_args()
-    if not (REAL / "model" / "config.json").is_file():
+    large = options.shape == "llama-8b"
+    if not large and not (REAL / "model" / "config.json").is_file():
         sys.exit("no examples/real/model: run `uv run python examples/real/prepare.py` first")
-    from transformers import AutoTokenizer
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = torch.device(options.device)
-    rows = load_rows(AutoTokenizer.from_pretrained(str(REAL / "model")), options.rows)
     bench = Bench(
-        trained_model(device, options.finetuning, random_weights=options.random_weights),
-        rows,
+        trained_model(
+            device,
+            options.finetuning,
+            random_weights=options.random_weights,
+            layers=options.layers if large else None,
+        ),
+        random_rows(options.rows) if large else real_rows(options.rows),
         options.token_budget,
         device,
         options.finetuning,
         options.modules,
     )
-    bench.train_a_little()
-    results = lines_of(bench, measure(bench, options.dim, options.pairs), options.dim)
+    # A base in bfloat16 has its adapter in float32, as in LlamaFactory: both passes cast.
+    with torch.autocast(device.type, torch.bfloat16, enabled=large):
+        bench.train_a_little()
+        found = measure(bench, options.dim, options.pairs)
+    results = lines_of(bench, found, options.dim)
+    if large:
+        shape = f"{options.shape}, {options.layers} layers"
+        results = [li | {"shape": shape, "limit": LARGE_LIMITS[li["projection"]]} for li in results]
     append(options.csv, results)
     first = results[0]
     echo(f"\n{first['chip'] or first['cpu']}; {first['rows']} rows, {first['tokens']} tokens")

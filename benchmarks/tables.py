@@ -190,7 +190,8 @@ def cpu_seconds(lines: Sequence[Line]) -> str:
 def export() -> str:
     """Cost of a selection's export."""
     measured = [{**li, "trained": (li.get("finetuning") or "lora") + (li.get("modules") or "")}
-                for li in read(RESULTS / "export_ratio.csv") if not li.get("chip")]  # fmt: skip
+                for li in read(RESULTS / "export_ratio.csv")
+                if not li.get("chip") and not li.get("shape")]  # fmt: skip
     lines = newest(measured, "trained", "projection").values()
     of = {"fulllinear": ", whole linear layers", "fullall": ", all weights"}
     body = [
@@ -437,6 +438,22 @@ def looking() -> str:
          f"{int(page['rows']):,} rows each", f"{page['seconds']} s", f"{page['kb']} kB"),
     ]  # fmt: skip
     return f"{table(('', 'took', ''), body)}\n\n{where([served, asked, page])}."
+
+
+def stress() -> str:
+    """Workers killed at random, by who started them and where their stores were."""
+    lines = read(RESULTS / "stress.csv")
+    found: dict[tuple[str, str], list[int]] = {}
+    for line in lines:
+        counts = found.setdefault((line["launcher"], line["place"]), [0, 0, 0])
+        for at, key in enumerate(("kills", "stores", "seconds")):
+            counts[at] += int(line[key])
+    body = [(who, place, f"{kills:,}", stores, seconds, "0 / 0 / 0")
+            for (who, place), (kills, stores, seconds) in found.items()]  # fmt: skip
+    body.append(("all", "", *(f"{sum(c[at] for c in found.values()):,}" for at in range(3)),
+                 "0 / 0 / 0"))  # fmt: skip
+    head = ("workers", "stores in a", "killed", "stores", "seconds", "rows lost / doubled / torn")
+    return f"{table(head, body)}\n\n{', '.join(sorted({line['date'] for line in lines}))}."
 
 
 def service_writes() -> str:
@@ -835,6 +852,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "passes": passes,
     "scoring": scoring,
     "throughput": throughput,
+    "stress": stress,
     "scale": scale,
     "tsds": tsds,
     "subsets": subsets,

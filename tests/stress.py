@@ -22,6 +22,7 @@ was not as it must be: the store is left for inspection.
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 import json
 import os
@@ -35,6 +36,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +360,7 @@ def main() -> int:
     parser.add_argument("--service", action="store_true", help="each behind a server of its own")
     parser.add_argument("--launcher", choices=["torchrun", "ray"], help="who starts the workers")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--csv", type=Path, help="append a line of what was done")
     parser.add_argument("--as-rank", metavar="PLACE", help=argparse.SUPPRESS)
     parser.add_argument("--as-driver", metavar="PLACE", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -386,9 +389,31 @@ def main() -> int:
             must(lambda: compare(place, alone), f"what {place} holds")
         stores += 1
     shutil.rmtree(folder)
+    if options.csv:
+        among = {"launcher": options.launcher or "processes", "place": kind_of(options),
+                 "kills": kills, "stores": stores,
+                 "seconds": round(time.monotonic() - began), "seed": options.seed}  # fmt: skip
+        noted(options.csv, among)
     print(f"{kills} workers killed over {stores} stores, in {time.monotonic() - began:.0f} s: "
           "0 rows lost, 0 doubled, 0 torn")  # fmt: skip
     return 0
+
+
+def kind_of(options: argparse.Namespace) -> str:
+    """Name where the stores were: in a folder, a bucket, or behind a service."""
+    if options.service:
+        return "service"
+    return "bucket" if str(options.place or "").startswith("s3:") else "folder"
+
+
+def noted(path: Path, line: dict[str, Any]) -> None:
+    """Append a line to a CSV, with a head where it is new."""
+    new = not path.exists()
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["date", *line], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow({"date": datetime.now(UTC).date().isoformat()} | line)
 
 
 if __name__ == "__main__":
