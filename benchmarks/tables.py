@@ -448,10 +448,8 @@ def stress() -> str:
         counts = found.setdefault((line["launcher"], line["place"]), [0, 0, 0])
         for at, key in enumerate(("kills", "stores", "seconds")):
             counts[at] += int(line[key])
-    body = [(who, place, f"{kills:,}", stores, seconds, "0 / 0 / 0")
-            for (who, place), (kills, stores, seconds) in found.items()]  # fmt: skip
-    body.append(("all", "", *(f"{sum(c[at] for c in found.values()):,}" for at in range(3)),
-                 "0 / 0 / 0"))  # fmt: skip
+    rows = [*found.items(), (("all", ""), [sum(c[at] for c in found.values()) for at in range(3)])]
+    body = [(*who, *(f"{count:,}" for count in counts), "0 / 0 / 0") for who, counts in rows]
     head = ("workers", "stores in a", "killed", "stores", "seconds", "rows lost / doubled / torn")
     return f"{table(head, body)}\n\n{', '.join(sorted({line['date'] for line in lines}))}."
 
