@@ -516,8 +516,26 @@ def _seed_table(
             gap = bold(plus_minus(gaps[key]), when=marks[key]) if key in gaps else ""
             mean = f"{statistics.mean(found[method].values()):.3f}" if method in found else ""
             cells.append(f"{mean} {gap}".strip())
-        body.append([*cells, *(cell[method] for cell in extra.values()), str(len(seeds))])
+        counts = {head: len(found[method]) for head, found in columns.items() if method in found}
+        body.append([*cells, *(cell[method] for cell in extra.values()),
+                     told_seeds(len(seeds), counts)])  # fmt: skip
     return table(("", *columns, *extra, "seeds"), body)
+
+
+def told_seeds(seeds: int, counts: Mapping[str, int]) -> str:
+    """Write how many seeds a line has, and which of its columns have another number of them.
+
+    Args:
+        seeds: of the line.
+        counts: by a column's head, of which what stands behind the last comma is told.
+
+    Examples:
+        >>> told_seeds(8, {"loss": 8, "share, clipped": 3, "loss, clipped": 3})
+        '8 (3 clipped)'
+    """
+    others = {f"{count} {head.rpartition(', ')[2]}": None
+              for head, count in counts.items() if count != seeds}  # fmt: skip
+    return f"{seeds} ({', '.join(others)})" if others else str(seeds)
 
 
 def rules(path: Path = RESULTS / "rules.csv") -> str:
@@ -736,7 +754,7 @@ def real(path: Path = RESULTS / "real.csv") -> str:
     }
     losses = {f"{target}: loss": _by_seed(found, "loss") for target, found in by_target.items()}
     others: dict[str, dict[str, str]] = {}
-    for figure in ("share", "exact"):
+    for figure in ("share", "exact", "score"):
         for target, found in by_target.items():
             values = _by_seed(found, figure)
             # Where no method gets an answer right, the column says nothing.

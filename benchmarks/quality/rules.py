@@ -14,7 +14,7 @@ Features go through a projection (sjlt, d = 4096) and float16, as in a store.
 embeddings or losses of the training rows included.
 
 Resumable: a method is not measured again at a state of a seed that the CSV has. Appends to
-results/rules.csv, seed by seed, and prints the table of docs/figures.md: means with the paired
+results/rules.csv, line by line, and prints the table of docs/figures.md: means with the paired
 difference to the default, bold where it is carried after Holm's correction.
 """
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +235,8 @@ def held_out_loss(world: World, target: int, chosen: Chosen) -> float:
         return float(run.losses(run.data.targets[len(TARGETS) + target]).mean())
 
 
-def measure(world: World, names: list[str], with_loss: bool) -> list[dict[str, Any]]:
-    """One line a method: share, held-out loss, and processor seconds for one target."""
-    lines = []
+def measure(world: World, names: list[str], with_loss: bool) -> Iterator[dict[str, Any]]:
+    """Yield one line a method: share, held-out loss, and processor seconds for one target."""
     for name in names:
         shares, losses, seconds = [], [], []
         for target, rule in enumerate(RULES):
@@ -246,21 +245,18 @@ def measure(world: World, names: list[str], with_loss: bool) -> list[dict[str, A
             shares.append(float((world.run.skills[chosen] == rule).mean()))
             if with_loss:
                 losses.append(held_out_loss(world, target, chosen))
-        lines.append({
+        yield {
             "method": name,
             "step": world.run.step,
             "seed": world.run.seed,
             "share": round(float(np.mean(shares)), 4),
             "loss": round(float(np.mean(losses)), 4) if with_loss else "",
             "cpu_s": round(float(np.mean(seconds)), 2),
-        })  # fmt: skip
-        echo(", ".join(f"{key} {value}" for key, value in lines[-1].items()))
-    return lines
+        }
 
 
-def one_seed(seed: int, missing: Mapping[State, list[str]]) -> list[dict[str, Any]]:
-    """Measure the methods that each state still lacks, on the rows of one seed."""
-    lines: list[dict[str, Any]] = []
+def one_seed(seed: int, missing: Mapping[State, list[str]]) -> Iterator[dict[str, Any]]:
+    """Measure the methods that each state still lacks on the rows of one seed, a line at a time."""
     texts = {
         name: [f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows]
         for name, rows in make_rows(seed).items()
@@ -276,9 +272,8 @@ def one_seed(seed: int, missing: Mapping[State, list[str]]) -> list[dict[str, An
         if names:
             earlier = earlier_worlds(run, names, step)
             world = World(run, run.train_to(step), texts, earlier=earlier)
-            found = measure(world, names, with_loss=step == LAST)
-            lines += [line | {"clip": clip or ""} for line in found]
-    return lines
+            for line in measure(world, names, with_loss=step == LAST):
+                yield line | {"clip": clip or ""}
 
 
 def start(seed: int) -> TinyRun:
@@ -314,8 +309,9 @@ def main() -> int:
             for state in STATES
         }
         if any(missing.values()):
-            lines = one_seed(seed, missing)
-            append(options.csv, [machine() | line for line in lines])
+            for line in one_seed(seed, missing):
+                echo(", ".join(f"{key} {value}" for key, value in line.items()))
+                append(options.csv, [machine() | line])
     echo(f"\n{tables.rules(options.csv)}")
     return 0
 
