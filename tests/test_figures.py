@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -20,6 +24,18 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return runpy.run_path(str(BENCHMARKS / "tables.py"))
     finally:
         sys.modules.pop("report", None)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Import scripts of benchmarks by name, and forget them afterwards."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "quality"))
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
 
 
 def test_every_page_says_what_the_csvs_say(tables: dict[str, Any]) -> None:
@@ -43,3 +59,68 @@ def test_a_difference_is_paired_by_seed(tables: dict[str, Any]) -> None:
     assert found.mean == pytest.approx(2.0)
     assert found.half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
     assert found.p == pytest.approx(0.0742, abs=1e-4)
+
+
+def test_a_line_tells_which_of_its_columns_have_fewer_seeds(tables: dict[str, Any]) -> None:
+    loss = {"less": {"1": 2.0, "2": 3.0}, "bm25": {"1": 2.5, "2": 4.0}}
+    columns = {"loss": loss, "loss, clipped": {"less": {"1": 2.0}}}
+    shown = tables["_seed_table"](columns, "loss", {}).splitlines()
+    assert [line.split(" | ")[-1] for line in shown[2:]] == ["2 (1 clipped) |", "2 |"]
+
+
+def test_every_plot_shows_what_the_csvs_say(script: Any) -> None:
+    plots = script("plots")
+    stale = [name for name, gather in plots.PLOTS.items() if not plots.shows(name, gather())]
+    assert not stale, f"run `python benchmarks/plots.py`: {stale}"
+
+
+def test_a_plot_of_other_numbers_is_told(script: Any) -> None:
+    plots = script("plots")
+    first, *others = plots.rules()
+    changed = plots.Point(first.method, first.operations, first.loss + 1e-3, first.half, 8)
+    assert plots.shows("rules", [first, *others])
+    assert not plots.shows("rules", [changed, *others])
+
+
+def test_a_plots_names_lie_apart_and_near_their_points(script: Any) -> None:
+    spread_out = script("plots").spread_out
+    assert spread_out([0.0, 0.2, 5.0], 1.0) == pytest.approx([-0.4, 0.6, 5.0])
+    # Moved apart, the first two meet the third.
+    assert spread_out([0.0, 0.0, 1.2], 1.0) == pytest.approx([-0.6, 0.4, 1.4])
+
+
+def test_a_stopped_run_of_rules_goes_on_with_the_next_method(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rules = script("rules")
+    run = SimpleNamespace(step=10, seed=1, skills=np.array(["left"]), train_to=lambda step: None)
+    measured: list[str] = []
+
+    def method(name: str, *, fails: bool) -> Any:
+        def choose(world: Any, target: int) -> Any:
+            if fails:
+                raise KeyboardInterrupt
+            measured.append(name)
+            return np.array([0])
+
+        return choose
+
+    def world(run: Any, *_: Any, **__: Any) -> Any:
+        return SimpleNamespace(run=run, timed=lambda choose: (choose(), 0.0))
+
+    methods = {"one": method("one", fails=False), "two": method("two", fails=True)}
+    monkeypatch.setattr(rules, "METHODS", methods)
+    monkeypatch.setattr(rules, "STATES", ((10, 0.0),))
+    monkeypatch.setattr(rules, "World", world)
+    monkeypatch.setattr(rules, "start", lambda seed: run)
+    monkeypatch.setattr(rules.torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(rules.tables, "rules", lambda path: "")
+    monkeypatch.setattr(sys, "argv", ["rules.py", "--seeds", "1", "--csv", str(tmp_path / "r.csv")])
+    with pytest.raises(KeyboardInterrupt):
+        rules.main()
+    methods["two"] = method("two", fails=False)
+    measured.clear()
+    assert rules.main() == 0
+    assert set(measured) == {"two"}
+    kept = [(line["method"], line["share"]) for line in rules.read(tmp_path / "r.csv")]
+    assert kept == [("one", "0.125"), ("two", "0.125")]
