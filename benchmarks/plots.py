@@ -146,8 +146,9 @@ def shows(name: str, points: Sequence[Point]) -> bool:
 def beside_each_other(points: Sequence[Point]) -> dict[str, float]:
     """Return where points go along x, in units: those of nearly equal cost side by side."""
     groups: list[list[tuple[float, float, str]]] = []
-    known = ((p.operations, p.loss, p.method) for p in points if p.method not in ACROSS)
-    for operations, loss, method in sorted((x / UNIT, *rest) for x, *rest in known if x):
+    known = [(p.operations / UNIT, p.loss, p.method) for p in points
+             if p.operations and p.method not in ACROSS]  # fmt: skip
+    for operations, loss, method in sorted(known):
         if not groups or operations > ALIKE * groups[-1][-1][0]:
             groups.append([])
         groups[-1].append((operations, loss, method))
