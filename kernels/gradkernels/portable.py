@@ -137,14 +137,18 @@ def signed(value: int) -> int:
 def full_float32() -> Iterator[None]:
     """Multiply float32 as float32 whatever the process allows (TF32 would keep 10 bits of x).
 
+    An autocast around us, as a trainer or `gradstore.build` has one, would keep 7.
+
     torch has an old and a new interface to this setting, and raises where they disagree: so each
     is changed through the interface that the process used.
     """
     mkldnn: Any = torch.backends.mkldnn  # its `matmul` is made at run time
     places: tuple[Any, Any] = (torch.backends.cuda.matmul, mkldnn.matmul)
     before = [place.fp32_precision for place in places]
+    plain = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
     if all(precision in ("none", "ieee") for precision in before):
-        yield
+        with plain[0], plain[1]:
+            yield
         return
     try:
         old = torch.get_float32_matmul_precision()
@@ -154,7 +158,8 @@ def full_float32() -> Iterator[None]:
         for place in places:
             place.fp32_precision = "ieee"
     try:
-        yield
+        with plain[0], plain[1]:
+            yield
     finally:
         if old is not None:
             torch.set_float32_matmul_precision(old)

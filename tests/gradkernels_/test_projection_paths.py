@@ -198,6 +198,16 @@ def test_no_rows_give_no_features(method: str, backend: str) -> None:
     assert out.shape == (0, 9)
 
 
+@paths
+def test_an_autocast_around_it_changes_no_bit(method: str, backend: str) -> None:
+    spec, x = _spec(method, 1003, 33), _rows(5, 1003)
+    alone = project(x, spec, backend=backend)  # type: ignore[arg-type]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = project(x, spec, backend=backend)  # type: ignore[arg-type]
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(found, alone)
+
+
 def test_reduced_matmul_precision_is_not_used_and_left_as_it_was() -> None:
     spec = _spec("gaussian", 2000, 64)
     x = _rows(32, 2000)
