@@ -20,6 +20,7 @@ from gradstore.export.features import Recipe
 from gradstore.export.gradient_space import GradientSpace
 from gradstore.export.kronecker import KroneckerFactors
 from gradstore.export.kronecker_fit import fit_factors, whole_bytes
+from gradstore.export.memory import check_published, most_rows
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
 from gradstore.export.share import StepShare
@@ -54,6 +55,7 @@ def gradient_forecasts(
     adam = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad])
     moments = AdamMoments.from_optimizer(adam, run.model)
     budget = settings.tokens_per_batch or token_budget(run.model)
+    check_published(projection, _most_rows(run, budget))
 
     factors, fits = None, list[Forecast]()
     if settings.curvature is not None:
@@ -89,6 +91,13 @@ def gradient_forecasts(
     train = run.data.train
     of_targets = [forecast(r, settings.target_features, len(r)) for r in run.data.targets]
     return [*fits, *of_targets, forecast(train, settings.train_features, sample_rows or len(train))]
+
+
+def _most_rows(run: RunContext, budget: int) -> int:
+    """Count the rows of the largest batch of any set."""
+    sets = (run.data.train, *run.data.targets)
+    cut = (Batches(rows.dataset, run.collate, rows.lengths, budget) for rows in sets)
+    return max(most_rows(batches) for batches in cut)
 
 
 def _factors_forecast(

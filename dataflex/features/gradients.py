@@ -28,7 +28,7 @@ from gradstore.export.combined import WeightedSums, compute_combined_unit
 from gradstore.export.features import FeatureSpec, Recipe
 from gradstore.export.gradient_space import GradientSpace
 from gradstore.export.kronecker import KroneckerFactors
-from gradstore.export.memory import check_memory
+from gradstore.export.memory import check_memory, check_published, most_rows
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
 from gradstore.export.units import Batches, UnitFeatures
@@ -275,8 +275,10 @@ class FeatureService:
         return found.to(next(run.model.parameters()).device)
 
     def _check_memory(self) -> None:
-        """Say what gradients of whole weights take; refuse what does not fit."""
+        """Say what gradients take that are kept whole; refuse what does not fit."""
         run, settings = self.run, self.settings
+        sets = [run.data.train, *run.data.targets]
+        check_published(self.space.projection, max(most_rows(self._batches(rows)) for rows in sets))
         with autocast(run.model, run.autocast):
             check_memory(run.model, self._batches(run.data.train), settings.train_features,
                          settings.proj_dim)  # fmt: skip

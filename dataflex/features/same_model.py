@@ -10,6 +10,7 @@ from gradkernels import ProjectionSpec
 from dataflex.features.fields import space_fields
 from gradstore.errors import ProvenanceMismatch
 from gradstore.export.gradient_space import GradientSpace, attention_of
+from gradstore.export.memory import check_published
 from gradstore.format.provenance import CANARY, Difference, compare
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def model_differences(
     given = {k: v for k, v in held.items() if k != CANARY} if isinstance(held, dict) else {}
     p = sum(slot.numel for slot in slots)
     projection = ProjectionSpec.from_dict({**given, "p": p})
+    check_published(projection, rows=1)
     space = GradientSpace(slots, projection, str(stored.get("dtype")))
     fields = space_fields(loaded.model, loaded, space)
     ours = {"attention": attention_of(loaded.model), "autocast": precision}

@@ -23,10 +23,12 @@ class FeatureSettings(GradientSettings):
         gradient_modules: of a model trained without LoRA (finetuning_type full or freeze), linear
             takes the gradients of its linear layers; all takes embeddings, the output layer and
             norms as well: docs/full-parameters.md.
-        proj_method: sjlt, rademacher or gaussian.
+        proj_method: sjlt, rademacher, gaussian, or trak: to compare with LESS and TRAK byte by byte
+            (TRAK's own projector, on the CPU; slow, 512 bytes of RAM a parameter, whole gradients).
         proj_dim: projected dimensions d.
         sjlt_s: non-zeros per parameter of sjlt, at most proj_dim.
-        seed: of the projection; each checkpoint projects with hash(seed, step).
+        seed: of the projection; each checkpoint projects with hash(seed, step), under trak with
+            the seed itself (LESS has 0).
         dtype: of stored training rows: 1bit, int8, bfloat16, float16 or float32; target rows are
             kept in float16 where those are 1bit or int8.
         tokens_per_batch: padded tokens of a gradient batch; null chooses by device.
@@ -34,7 +36,7 @@ class FeatureSettings(GradientSettings):
 
     Raises:
         BadParameter: a value of a wrong type or out of range.
-        ValueError: more non-zeros than dimensions.
+        ValueError: more non-zeros than dimensions, or proj_method trak without TRAK.
     """
 
 

@@ -112,8 +112,10 @@ class GradientSpace:
 
     def recipe(self, features: FeatureSpec, step: int, moments: AdamMoments | None) -> Recipe:
         """Return the way from gradients to the features of one checkpoint's generation."""
-        seed = effective_seed(self.projection.seed, step)
-        return Recipe(features, self.projection.with_seed(seed), moments)
+        projection = self.projection
+        if projection.method != "trak":  # whose matrix is that of the seed given, as LESS has it
+            projection = projection.with_seed(effective_seed(projection.seed, step))
+        return Recipe(features, projection, moments)
 
     def record(
         self,

@@ -1,4 +1,4 @@
-"""Memory of a pass over gradients of whole weights, known before it starts.
+"""Memory of a pass over gradients of whole weights, or through TRAK, known before it starts.
 
 Letters: b batch, t tokens, p gradient length, d projected dimensions.
 """
@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from gradkernels import ProjectionSpec
+from gradkernels.published import BLOCK_OUTPUTS, published_bytes
 from torch import Tensor, nn
 
 from gradstore.capture.adapters import has_adapter
@@ -23,6 +25,7 @@ from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import parameter_name, unwrap
 from gradstore.errors import BadInput
 from gradstore.export.features import FeatureSpec
+from gradstore.export.projected import gathered_rows
 from gradstore.export.units import Batches
 from gradstore.pace import size
 
@@ -95,10 +98,9 @@ def pass_memory(
     if probe is None:
         return None
     with GradientCapture(model, features.modules) as capture:
-        lengths = np.minimum(np.asarray(batches.lengths), batches.longest or np.inf)
         length = probe["labels"].shape[1]
         tokens = max(batches.token_budget, length)
-        rows = int(min(_UNIT_ROWS, max(1, batches.token_budget // max(1, lengths.min()))))
+        rows = most_rows(batches)
         kept, largest = capture.kept_bytes(probe)
         widest = max(rows * slot.width for slot in capture.slots)
         part = 4 * max(part_elements(probe["labels"].device), widest)
@@ -133,9 +135,7 @@ def check_memory(model: nn.Module, batches: Batches, features: FeatureSpec, d: i
     if need is None:
         return
     device = next(model.parameters()).device
-    ram = free_ram()
-    if ram is not None:  # the ranks of this machine share it
-        ram //= max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    ram = _own_ram()
     where = [(need.total, "RAM", ram)]
     if device.type == "cuda":
         where = [(need.on_device, str(device), free_on(device)), (need.moments, "RAM", ram)]
@@ -156,6 +156,43 @@ def check_memory(model: nn.Module, batches: Batches, features: FeatureSpec, d: i
             "moments), train fewer layers (finetuning_type freeze), or train a LoRA adapter."
         )
     _log.info("%s", what)
+
+
+def check_published(projection: ProjectionSpec, rows: int) -> None:
+    """Refuse a projection by TRAK's own code that takes more RAM than is free.
+
+    Args:
+        projection: of any method; nothing is asked of others.
+        rows: of a batch, at most (`most_rows`).
+
+    Raises:
+        BadInput: it does not fit.
+    """
+    if projection.method != "trak":
+        return
+    kept = gathered_rows(projection.p)
+    if rows > kept:  # such a batch is kept beside the rows that wait for others
+        kept += rows
+    need, free = published_bytes(projection, kept), _own_ram()
+    what = (
+        f"proj_method trak takes about {size(need)} of RAM"
+        + ("" if free is None else f" ({size(free)} are free)")
+        + f": TRAK's matrix, {projection.p:,} parameters x {min(projection.d, BLOCK_OUTPUTS)} "
+        f"outputs, and whole gradients of {kept} rows"
+    )
+    if free is not None and need > free:
+        raise BadInput(
+            f"{what}. Take proj_method rademacher, whose matrix is never held, lower "
+            "tokens_per_batch, or train a smaller LoRA adapter."
+        )
+    _log.info("%s", what)
+
+
+def most_rows(batches: Batches) -> int:
+    """Count the rows of the largest batch that a unit can have."""
+    lengths = np.asarray(batches.lengths)
+    shortest = 1 if not lengths.size else max(1, int(lengths.min()))
+    return min(_UNIT_ROWS, batches.max_rows, max(1, batches.token_budget // shortest))
 
 
 def free_on(device: torch.device) -> int:
@@ -187,6 +224,12 @@ def free_ram(root: Path = Path("/")) -> int | None:
             ]
             found.append(max(0, int(limits[0]) - int(taken[0]) + sum(idle)))
     return min(found, default=None)
+
+
+def _own_ram() -> int | None:
+    """Return the free RAM that falls to this process: the ranks of a machine share it."""
+    ram = free_ram()
+    return None if ram is None else ram // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 def _lines(path: Path) -> list[str]:

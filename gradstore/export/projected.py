@@ -46,6 +46,8 @@ from gradstore.format.plans import UnitRange
 #: Rows a dense projection multiplies at once: fewer underuse the matrix product (BLAS, tensor
 #: cores) because the random matrix has to be made again for every group of rows.
 DENSE_ROWS = 64
+#: Memory for whole gradients when a dense projection gathers rows.
+BUFFER_BYTES = 2 << 30
 #: Types of devices on which features are made by the projection. On a CPU they are made first.
 FUSED = ("cuda",)
 
@@ -57,7 +59,7 @@ def export_features(
     features: FeatureSpec,
     projection: ProjectionSpec,
     moments: AdamMoments | None = None,
-    buffer_bytes: int = 2 << 30,
+    buffer_bytes: int = BUFFER_BYTES,
 ) -> Generator[FeatureRows, None, None]:
     """Yield the features of every row of `batches`, in the order of the batches.
 
@@ -158,14 +160,14 @@ class _Exporter:
         self.map = FeatureMap(recipe.features, capture.slots, recipe.moments, device=device)
         # A curvature mixes parameters: no projection can do that as it reads them.
         self.fused = device.type in FUSED and recipe.features.curvature is None
-        self.gather_rows = max(1, min(DENSE_ROWS, buffer_bytes // (4 * capture.p)))
+        self.gather_rows = gathered_rows(capture.p, buffer_bytes)
         # Whole weights are large by themselves, and come in parts.
         self.joins = self.fused and not capture.dense
         hooked = capture.hooked if self.joins else ()
         self.runs = runs_of(capture.slots, self.map, hooked) if self.fused else []
         # Whole weights' gradients come in parts, so that (b, p) need not fit into memory.
         few = self.gather_rows < DENSE_ROWS and capture.dense
-        self.streams = projection.method == "sjlt" or few
+        self.streams = projection.method == "sjlt" or (few and projection.method != "trak")
 
     def streamed(self, rows: npt.NDArray[np.int64], batch: Batch) -> FeatureRows:
         """Project each block as it leaves the backward pass; nothing of size (b, p) is kept."""
@@ -248,6 +250,11 @@ class _Exporter:
 
     def _move(self, batch: Batch) -> dict[str, Any]:
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def gathered_rows(p: int, buffer_bytes: int = BUFFER_BYTES) -> int:
+    """Count the rows of p parameters that are gathered for a dense projection."""
+    return max(1, min(DENSE_ROWS, buffer_bytes // (4 * p)))
 
 
 def sum_of_squares(x: Tensor) -> Tensor:

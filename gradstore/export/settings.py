@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Gt, Interval, MinLen
 from gradkernels import ProjectionSpec
+from gradkernels.published import missing
+from gradkernels.spec import Method
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gradstore.capture.chosen import Modules
@@ -28,24 +30,26 @@ class GradientSettings:
         bias_correction: whether the moments are corrected for their start at zero.
         gradient_modules: linear or all, the trained parameters of a model without an adapter whose
             gradients are taken, see `gradstore.capture.chosen`.
-        proj_method: sjlt, rademacher or gaussian.
+        proj_method: sjlt, rademacher, gaussian, or trak: to compare with LESS and TRAK byte by byte
+            (TRAK's own projector, on the CPU; slow, 512 bytes of RAM a parameter, whole gradients).
         proj_dim: projected dimensions d.
         sjlt_s: non-zeros per parameter of sjlt.
-        seed: of the projection; each checkpoint projects with hash(seed, step).
+        seed: of the projection; each checkpoint projects with hash(seed, step), under trak with
+            the seed itself (LESS has 0).
         dtype: of stored training rows: 1bit, int8, bfloat16, float16 or float32; target rows are
             kept in float16 where those are 1bit or int8.
         tokens_per_batch: padded tokens of a gradient batch; None chooses by device.
         max_bad_fraction: share of rows with non-finite gradients above which an export stops.
 
     Raises:
-        ValueError: more non-zeros than dimensions.
+        ValueError: more non-zeros than dimensions, or proj_method trak without TRAK.
     """
 
     gradient_type: Kind = "adam_marginal"
     adam_eps_mode: EpsMode = "inside"
     bias_correction: bool = False
     gradient_modules: Modules = "linear"
-    proj_method: Literal["sjlt", "rademacher", "gaussian"] = "sjlt"
+    proj_method: Method = "sjlt"
     proj_dim: Annotated[int, Interval(ge=1, le=1 << 24)] = 8192
     sjlt_s: Annotated[int, Ge(1)] = 8
     seed: Annotated[int, Ge(0)] = 42
@@ -54,8 +58,11 @@ class GradientSettings:
     max_bad_fraction: Annotated[float, Interval(ge=0, le=1)] = 0.01
 
     def __post_init__(self) -> None:
-        """Let the projection check how its parameters relate to each other."""
+        """Let the projection check how its parameters relate to each other, and find TRAK."""
         self.projection(1)
+        why = missing() if self.proj_method == "trak" else None
+        if why is not None:
+            raise ValueError(f"proj_method is 'trak', but {why}")
 
     def projection(self, p: int) -> ProjectionSpec:
         """Return the projection of p parameters, with the base seed."""

@@ -25,7 +25,7 @@ from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.export.features import FeatureMap, FeatureSpec
 from gradstore.export.gradient_space import GradientSpace, tokenizer_hash
 from gradstore.export.kronecker import KroneckerFactors
-from gradstore.export.memory import check_memory
+from gradstore.export.memory import check_memory, check_published, most_rows
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
 from gradstore.export.settings import BuildSettings
@@ -106,6 +106,7 @@ def build(
     checkpoint = _Checkpoint(model, space, options, step, tokenizer, held)
     features = options.target_features if train_rows is None else options.train_features
     check_memory(model, checkpoint.batches(sets[0]), features, options.proj_dim)
+    check_published(space.projection, max(most_rows(checkpoint.batches(rows)) for rows in sets))
     return checkpoint.export(place, sets)
 
 

@@ -9,11 +9,12 @@ import torch
 from gradkernels.features import Feature
 from gradkernels.gpu.usable import refusal
 from gradkernels.portable import TorchSums
+from gradkernels.published import PublishedSums, missing
 from gradkernels.reference import scale
 from gradkernels.spec import ProjectionSpec, check_int, check_spec
 from torch import Tensor
 
-Backend = Literal["numba", "torch", "triton"]
+Backend = Literal["numba", "torch", "triton", "trak"]
 
 BACKENDS: tuple[str, ...] = get_args(Backend)
 _GROUP_ROWS = 64  # rows whose float32 sums stay in a core's cache
@@ -51,7 +52,8 @@ class Accumulator:
         rows: b >= 0, rows of every block.
         device: where blocks come from and the result goes.
         backend: None chooses the fastest: "numba" on a CPU, "triton" on a CUDA device where its
-            kernels pass their test (Gaussian: "torch"), else "torch".
+            kernels pass their test (Gaussian: "torch"), else "torch". Method "trak" has none but
+            "trak", which keeps (b, p) in RAM and projects there, from whatever device.
         squares: whether `squares` will be asked for. The Triton kernels know them anyway.
 
     Raises:
@@ -166,6 +168,8 @@ class Accumulator:
         return out
 
     def _new_sums(self, rows: int) -> _Sums:
+        if self.backend == "trak":
+            return PublishedSums(self.spec, rows)
         if self.backend == "torch":
             return TorchSums(self.spec, rows, self.device)
         # Importing Triton or numba is slow: only where it runs.
@@ -202,6 +206,8 @@ def choose_backend(spec: ProjectionSpec, device: torch.device, backend: str | No
     Raises:
         ValueError: the backend is unknown or cannot do this.
     """
+    if "trak" in (spec.method, backend):
+        return _published(spec, backend)
     # The numba loops read 32-bit words as four bytes, lowest first.
     can_numba = device.type == "cpu" and sys.byteorder == "little"
     if backend is None:
@@ -227,6 +233,21 @@ def choose_backend(spec: ProjectionSpec, device: torch.device, backend: str | No
     if backend == "torch":
         return "torch"
     raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)} or None")
+
+
+def _published(spec: ProjectionSpec, backend: str | None) -> Backend:
+    """Return the backend of the published projection; raise ValueError where it cannot run."""
+    if spec.method != "trak":
+        raise ValueError(f"backend='trak' does method trak, not {spec.method}; choose None")
+    if backend not in (None, "trak"):
+        raise ValueError(
+            f"backend={backend!r} does not do method trak, which is TRAK's own code, on the CPU; "
+            "choose None"
+        )
+    why = missing()
+    if why is not None:
+        raise ValueError(f"method='trak' cannot be computed: {why}")
+    return "trak"
 
 
 def _applied(block: Tensor, feature: Feature | None, factors: Tensor | None) -> Tensor:

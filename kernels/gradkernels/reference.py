@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+from gradkernels import published
 from gradkernels.randomness import gaussians, signs, sjlt_entries
 from gradkernels.spec import ProjectionSpec, check_spec
 from numpy.typing import NDArray
@@ -21,9 +22,11 @@ def matrix_rows(
 ) -> NDArray[np.float64]:
     """Return the transposed matrix at parameters (m,), before `scale`: (m, outputs or d) float64.
 
-    Entries are -1, 0, 1 (Rademacher, SJLT) or standard normals.
+    Entries are -1, 0, 1 (Rademacher, SJLT, TRAK) or standard normals.
     """
     width = spec.d if outputs is None else outputs
+    if spec.method == "trak":
+        return published.matrix_rows(spec, params, width)
     if spec.method == "rademacher":
         return signs(spec, params, width).astype(np.float64)
     if spec.method == "gaussian":
@@ -36,7 +39,9 @@ def matrix_rows(
 
 
 def scale(spec: ProjectionSpec) -> float:
-    """Return the factor that makes the projection keep squared lengths on average."""
+    """Return the factor that keeps squared lengths on average; 1 for "trak", which has none."""
+    if spec.method == "trak":
+        return 1.0
     return 1 / math.sqrt(spec.s if spec.method == "sjlt" else spec.d)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-Method = Literal["rademacher", "gaussian", "sjlt"]
+Method = Literal["rademacher", "gaussian", "sjlt", "trak"]
 
 METHODS: tuple[str, ...] = get_args(Method)
 VERSION = 1
@@ -20,8 +20,9 @@ class ProjectionSpec:
     """A (d, p) random matrix, as a pure function of these fields (never of device or batch).
 
     Attributes:
-        method: "rademacher" (entries +-1/sqrt(d)), "gaussian" (entries N(0, 1)/sqrt(d)) or
-            "sjlt" (s entries +-1/sqrt(s) per parameter; Kane & Nelson 2014, block construction).
+        method: "rademacher" (entries +-1/sqrt(d)), "gaussian" (entries N(0, 1)/sqrt(d)), "sjlt"
+            (s entries +-1/sqrt(s) per parameter; Kane & Nelson 2014, block construction) or "trak"
+            (entries +-1, those of TRAK's own code on a CPU; slow: to compare with it).
         p: gradient length, 1 <= p <= 2**31 - 1.
         d: projected dimensions, 1 <= d <= 2**24.
         seed: 0 <= seed < 2**63.
