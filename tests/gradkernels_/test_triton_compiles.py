@@ -1,4 +1,10 @@
-"""Every kernel that a device may be given, compiled ahead of time: no GPU is needed for that."""
+"""Every kernel that a device may be given, compiled ahead of time: no GPU is needed for that.
+
+Every run of the suite compiles all of them, for both capabilities and both widths of a batch: those
+that read gradients in each type with each kind of feature, and, at the larger width, with factors
+alone; the others, which read what these wrote, in the one type that it has; the transform for five
+lengths. One takes about half a second, and Triton keeps it until the kernel changes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +19,10 @@ from gradkernels.gpu import dense, features, hadamard, launching, rotation, spar
 from gradkernels.gpu.ahead import compile_ahead, disassembled, feature_constants  # noqa: E402
 from gradkernels.gpu.usable import LARGEST_TRANSFORM  # noqa: E402
 
-CAPABILITIES = (80, 90)
+capabilities = pytest.mark.parametrize("capability", [80, 90])
+widths = pytest.mark.parametrize("width", launching.WIDTHS)
+types = pytest.mark.parametrize("x", ["*fp32", "*fp16", "*bf16"])
+kinds = pytest.mark.parametrize("kind", list(features.KINDS))
 
 
 def resources(program: Any) -> dict[str, int]:
@@ -22,8 +31,8 @@ def resources(program: Any) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("width", launching.WIDTHS)
+@capabilities
+@widths
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_product_runs_on_tensor_cores_and_spills_nothing(
     capability: int, width: int, parts: int
@@ -54,28 +63,40 @@ def check_reading(program: Any) -> None:
     assert program.metadata.shared <= 50_000
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("width", launching.WIDTHS)
-@pytest.mark.parametrize(("x", "kind"), [("*fp32", None), ("*bf16", None), ("*bf16", "sign"),
-                                         ("*fp32", "adam"), ("*fp16", "adam_marginal"),
-                                         ("*fp32", "adam_marginal")])  # fmt: skip
+@capabilities
+@widths
+@types
+@kinds
 def test_reading_makes_features_in_registers(
     capability: int, width: int, x: str, kind: str | None
 ) -> None:
     """In the dense projection's staging and in the SJLT's measure, of every kind."""
     parts = 1 if kind == "sign" or (kind is None and x != "*fp32") else 2
-    given = feature_constants(kind) | {"BN": width, "CHAIN": dense.CHAIN}
+    read_by_both(capability, width, x, parts, feature_constants(kind))
+
+
+@capabilities
+@types
+def test_factors_without_a_feature_are_read_in_registers(capability: int, x: str) -> None:
+    unused: dict[str, Any] = feature_constants(None)
+    del unused["factors"]
+    read_by_both(capability, launching.WIDTHS[-1], x, 2, unused)
+    given = unused | {"BN": launching.WIDTHS[-1], "BLOCK": sparse.BLOCK}
+    used = resources(compile_ahead(sparse.scatter, capability, x, **given))
+    assert (used["STACK"], used["LOCAL"]) == (0, 0)
+
+
+def read_by_both(capability: int, width: int, x: str, parts: int, feature: dict[str, Any]) -> None:
+    given = feature | {"BN": width, "CHAIN": dense.CHAIN}
     warps = sums.READING_WARPS
     check_reading(compile_ahead(dense.pack, capability, x, warps, PARTS=parts, **given))
     check_reading(compile_ahead(sparse.measure, capability, x, warps, **given))
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("width", launching.WIDTHS)
-@pytest.mark.parametrize(
-    ("x", "kind"),
-    [("*fp32", None), ("*fp16", None), ("*bf16", "sign"), ("*fp32", "adam_marginal")],
-)
+@capabilities
+@widths
+@types
+@kinds
 def test_an_sjlt_adds_by_rows_side_by_side_and_spills_nothing(
     capability: int, width: int, x: str, kind: str | None
 ) -> None:
@@ -92,11 +113,12 @@ def test_an_sjlt_adds_by_rows_side_by_side_and_spills_nothing(
     assert f"sizePerThread = [1, 1], threadsPerWarp = [{32 // rows}, {rows}]" in layout[1]
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@capabilities
 def test_adding_up_spills_nothing(capability: int) -> None:
     for program in (
         compile_ahead(dense.gather, capability, BLOCK=launching.GATHERED),
-        compile_ahead(sparse.fold, capability, BN=launching.WIDTHS[0], BLOCK=launching.GATHERED),
+        *(compile_ahead(sparse.fold, capability, BN=width, BLOCK=launching.GATHERED)
+          for width in launching.WIDTHS),
         compile_ahead(features.settle, capability, BLOCK=launching.GATHERED),
         compile_ahead(features.settle, capability, BLOCK=launching.GATHERED, magnitudes=None,
                  largest=None),
@@ -105,7 +127,7 @@ def test_adding_up_spills_nothing(capability: int) -> None:
         assert (used["STACK"], used["LOCAL"]) == (0, 0)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@capabilities
 @pytest.mark.parametrize("size", [1, 64, 1024, 4096, LARGEST_TRANSFORM])
 def test_a_transform_stays_in_registers(capability: int, size: int) -> None:
     program = compile_ahead(hadamard.hadamard, capability, warps=rotation.warps_of(size),
