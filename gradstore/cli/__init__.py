@@ -1,6 +1,6 @@
 """`dataflex-cli gradstore`: look into a store, verify it, ask it, and care for it."""
 
-from gradstore.cli import asking, auditing, care, serving  # noqa: F401 - their commands
+from gradstore.cli import asking, auditing, care, querying, serving  # noqa: F401 - their commands
 from gradstore.cli.options import (
     Checkpoints,
     Output,

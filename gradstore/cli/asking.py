@@ -1,31 +1,27 @@
-"""Commands that look into a store and ask it: info, verify, score, select, query."""
+"""Commands that look into a store and rank its rows: info, verify, score, select."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gradstore.cli.choosing import Asked
 from gradstore.cli.options import (
-    NO_TEXT,
     AsJson,
-    Checkpoints,
     OnEngine,
     Question,
-    Run,
     StorePath,
     app,
     path_at_home,
     print_json,
     print_table,
-    read_text,
-    shown,
     with_options,
 )
+from gradstore.cli.reranking import Again
 from gradstore.errors import BadInput, DamagedData
 from gradstore.format.names import printable
 
@@ -107,7 +103,9 @@ def score(
 
     if output is not None:
         check_suffix(output)
-    store, pairs, scores = _score(question, options=engine.ray())
+    options = engine.ray()
+    store, pairs = _opened(question)
+    scores = _scored(question, pairs, options)
     train: Generation = pairs[-1].train  # type: ignore[assignment]
     if output is not None:
         write_table(output, _table_of(train, scores, store.texts(train)))
@@ -130,10 +128,11 @@ def score(
 
 
 @app.command()
-@with_options(Question, Asked)
+@with_options(Question, Asked, Again)
 def select(
     question: Question,
     asked: Asked,
+    again: Again,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -164,101 +163,48 @@ def select(
         check_suffix(output)
     if as_dataset is not None:
         check_folder(as_dataset)
-    store, pairs, scores = _score(question, asked.check)
+    store, pairs = _opened(question)
+    asked.check(pairs)
+    second = again.opened(question, pairs, asked.choice())
+    scores = _scored(question, pairs)
     train: Generation = pairs[-1].train  # type: ignore[assignment]
     texts = store.texts(train)
     usable = int(scores.usable.sum())
-    rows = asked.rows(pairs, scores, question.product())
+    if second is None:
+        rows, values = asked.rows(pairs, scores, question.product()), scores.values
+    else:
+        rows, values = again.rows(question, second, asked.choice(), scores)
     if output is not None:
-        write_selected(output, rows, scores.values, sources=train.sources,
+        write_selected(output, rows, values, sources=train.sources,
                        row_hashes=train.row_hash, texts=texts)  # fmt: skip
         typer.echo(f"{len(rows)} of {usable} usable rows written to {output}")
     if as_dataset is not None:
-        names = write_dataset(as_dataset, rows, scores.values, texts)
+        names = write_dataset(as_dataset, rows, values, texts)
         typer.echo(f"{len(rows)} of {usable} usable rows written as data sets to {as_dataset}")
         assert texts is not None  # or nothing was written
         keys = training_keys(as_dataset, names, texts, train.record)
         typer.echo(printable(f"train on them: {keys}"))
 
 
-@app.command()
-def query(
-    store: StorePath,
-    target_row: Annotated[int, typer.Option(help="Row of the target set, from 0.")],
-    top: Annotated[int, typer.Option(help="Rows to show on each side.")] = 10,
-    checkpoints: Checkpoints = "last",
-    run: Run = "",
-    target: Annotated[str, typer.Option(help="Target set; default: the first.")] = "",
-    as_json: AsJson = False,
-) -> None:
-    """Show who helped and who hurt one target row."""
+def _opened(question: Question) -> tuple[Store, list[CheckpointFeatures]]:
     from gradstore.scoring.pairing import checkpoint_features, parse_which
-    from gradstore.scoring.query import query_influence
     from gradstore.store.reader import open_store
 
-    opened = open_store(store)
-    pairs = checkpoint_features(
-        opened, parse_which(checkpoints), run=run, sets=[target] if target else None
-    )
-    answer = query_influence(pairs, target_row, top=top)
-    train: Generation = pairs[-1].train  # type: ignore[assignment]
-    texts = opened.texts(train)
-    sides = {"helped": answer.helped, "hurt": answer.hurt}
-    listed: dict[str, list[dict[str, Any]]] = {
-        side: [
-            {"row": int(i), "score": float(answer.values[i]), "source": _source(train, int(i))}
-            | ({} if texts is None else read_text(texts, int(i)))
-            for i in rows
-        ]
-        for side, rows in sides.items()
-    }
-    asked: Generation = pairs[-1].targets[0]  # type: ignore[assignment]
-    wanted = opened.texts(asked)
-    about = {} if wanted is None else read_text(wanted, target_row)
-    if as_json:
-        print_json({"target": asked.name, "target_row": target_row, **about,
-                    "skipped": dict(answer.skipped), **listed})  # fmt: skip
-        return
-    if about:
-        typer.echo(printable(f"{asked.name}, row {target_row}: {shown(about)}"))
-    for side, entries in listed.items():
-        print_table(
-            ("rank", "row", "cosine", f"source ({side})", *(("text",) if texts else ())),
-            [
-                (n, e["row"], f"{e['score']:+.4f}", e["source"], *((shown(e),) if texts else ()))
-                for n, e in enumerate(entries, 1)
-            ],
-        )
-    if texts is None:
-        typer.echo(NO_TEXT)
+    question.product()
+    store = open_store(question.store)
+    which = parse_which(question.checkpoints)
+    return store, checkpoint_features(store, which, run=question.run, sets=question.target or None)
 
 
-def _score(
-    question: Question,
-    check: Callable[[Sequence[CheckpointFeatures]], None] = lambda _: None,
-    options: RayOptions | None = None,
-) -> tuple[Store, list[CheckpointFeatures], Scores]:
+def _scored(
+    question: Question, pairs: list[CheckpointFeatures], options: RayOptions | None = None
+) -> Scores:
     from gradstore.pace import Pace, long_pass
     from gradstore.scoring.influence import influence_scores
-    from gradstore.scoring.pairing import checkpoint_features, parse_which
-    from gradstore.store.reader import open_store
 
     product = question.product()
-    store = open_store(question.store)
-    pairs = checkpoint_features(
-        store,
-        parse_which(question.checkpoints),
-        run=question.run,
-        sets=question.target or None,
-    )
-    check(pairs)
     if product.preconditioner == "subspace":
         typer.echo(f"subspace: {_kept(pairs)}", err=True)
-    cut = question.subtasks
-    try:
-        sizes = [int(size) for size in cut.split(",")] if cut else None
-    except ValueError:
-        raise BadInput(f"subtasks is {cut!r}; give sizes such as 16,16.") from None
     n = pairs[-1].train.rows
     pace = Pace(n, lambda seconds: typer.echo(long_pass("scores", n, seconds), err=True))
     engine = None
@@ -266,17 +212,13 @@ def _score(
         from gradstore.scoring.engines import RayScan
 
         engine = RayScan(question.store, options, lambda line: typer.echo(line, err=True))
-    return (
-        store,
+    return influence_scores(
         pairs,
-        influence_scores(
-            pairs,
-            subtask_sizes=sizes,
-            aggregation=question.aggregation,  # type: ignore[arg-type]
-            on_rows=pace.advance,
-            product=product,
-            engine=engine,
-        ),
+        subtask_sizes=question.subtask_sizes(),
+        aggregation=question.aggregation,  # type: ignore[arg-type]
+        on_rows=pace.advance,
+        product=product,
+        engine=engine,
     )
 
 
@@ -321,11 +263,6 @@ def _summary(train: Generation, scores: Scores) -> str:
         f"score minimum, quartiles, maximum: {quartiles}\n"
         "above 0: a step with the row lowers the target's loss further than one without it"
     )
-
-
-def _source(train: Generation, row: int) -> str:
-    sources = train.sources
-    return f"{sources[row][0]}[{sources[row][1]}]" if sources else ""
 
 
 def counted(status: Mapping[str, int]) -> str:

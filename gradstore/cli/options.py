@@ -159,6 +159,17 @@ class Question:
 
         return InnerProduct(self.normalize, self.preconditioner, self.damping)  # type: ignore[arg-type]
 
+    def subtask_sizes(self) -> list[int] | None:
+        """Read the sizes of sub-tasks; None where each target set is one.
+
+        Raises:
+            BadInput: they are no whole numbers.
+        """
+        try:
+            return [int(size) for size in self.subtasks.split(",")] if self.subtasks else None
+        except ValueError:
+            raise BadInput(f"subtasks is {self.subtasks!r}; give sizes such as 16,16.") from None
+
 
 def with_options(*kinds: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of some dataclasses in place of its first parameters."""

@@ -202,7 +202,7 @@ class Choice:
             train: the train rows.
             targets: t, the usable target rows.
         """
-        k = self._most(train.usable, train)
+        k = self.most_rows(train.usable, train)
         if self.count is not None or self.fraction is not None:
             check_k(k, int(train.usable.sum()), train.rows)
             self.rule.check(k, targets)
@@ -233,7 +233,7 @@ class Choice:
         """
         if self.length != "none":
             scores = without_length(scores, train.tokens, self.length, usable=usable)
-        k = self._most(usable, train)
+        k = self.most_rows(usable, train)
         limits = self.limits(train, k)
         if self.count is not None or self.fraction is not None:
             return self.rule.choose(k, scores, table, usable=usable, limits=limits)
@@ -262,7 +262,7 @@ class Choice:
             raise BadInput("quotas need the data set of each row, and these rows have none.")
         return Limits.of([name for name, _ in sources], rows_of_quotas(self.quotas, k))
 
-    def _most(self, usable: npt.NDArray[np.bool_], train: TrainRows) -> int:
+    def most_rows(self, usable: npt.NDArray[np.bool_], train: TrainRows) -> int:
         """Count the rows that the budget may hold."""
         if self.count is not None:
             return self.count

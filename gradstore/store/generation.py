@@ -272,13 +272,28 @@ class Generation:
             DamagedData: a chunk is not the committed one.
         """
         asked = np.asarray(rows, dtype=np.int64)
+        return decode(self.take_raw(asked), self.scale[asked], self.dtype, self.dim)
+
+    def take_raw(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Read rows here and there as they are stored, each unit once.
+
+        Args:
+            rows: (k,) positions, in any order.
+
+        Returns:
+            (k, d) in the stored dtype, as `raw` gives them, in that order.
+
+        Raises:
+            BadInput: a row is not within 0 to n.
+            DamagedData: a chunk is not the committed one.
+        """
+        asked = np.asarray(rows, dtype=np.int64)
         if len(asked) and not 0 <= asked.min() <= asked.max() < self.rows:
             raise BadInput(
                 f"{self.name} has rows 0 to {self.rows - 1}, not {asked.min()} to {asked.max()}; "
                 "ask for rows within them"
             )
-        stored = self._chunks.rows(self._plan.arrays[0], asked)
-        return decode(stored, self.scale[asked], self.dtype, self.dim)
+        return self._chunks.rows(self._plan.arrays[0], asked)
 
     def _column(self, name: str) -> np.ndarray:
         spec = next(each for each in self._plan.arrays if each.name == name)
