@@ -18,6 +18,7 @@ from gradstore.cli.options import (
     read_text,
     shown,
 )
+from gradstore.errors import BadInput
 from gradstore.format.names import printable
 
 if TYPE_CHECKING:
@@ -32,6 +33,14 @@ def query(
     checkpoints: Checkpoints = "last",
     run: Run = "",
     target: Annotated[str, typer.Option(help="Target set; default: the first.")] = "",
+    approximate: Annotated[
+        bool,
+        typer.Option(help="Look through lists of near rows (FAISS IVF) rather than at all rows."),
+    ] = False,
+    recall: Annotated[
+        float | None,
+        typer.Option(help="Of --approximate: share of the true best rows to find. Default: 0.95."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show who helped and who hurt one target row."""
@@ -39,11 +48,25 @@ def query(
     from gradstore.scoring.query import query_influence
     from gradstore.store.reader import open_store
 
+    if recall is not None and not approximate:
+        raise BadInput(f"--recall {recall:g} needs --approximate; without it nothing is missed.")
     opened = open_store(store)
     pairs = checkpoint_features(
         opened, parse_which(checkpoints), run=run, sets=[target] if target else None
     )
-    answer = query_influence(pairs, target_row, top=top)
+    told: dict[str, Any] = {}
+    if approximate:
+        from gradstore.similarity.approximate import RECALL, query_lists
+
+        near = query_lists(
+            pairs, target_row, top=top, recall=RECALL if recall is None else recall,
+            cache_dir=opened.index_folder,
+        )  # fmt: skip
+        answer = near.answer
+        told = {"approximate": {"recall": near.recall, "nprobe": near.nprobe, "lists": near.lists,
+                                "says": near.says}}  # fmt: skip
+    else:
+        answer = query_influence(pairs, target_row, top=top)
     train: Generation = pairs[-1].train  # type: ignore[assignment]
     texts = opened.texts(train)
     sides = {"helped": answer.helped, "hurt": answer.hurt}
@@ -60,7 +83,7 @@ def query(
     about = {} if wanted is None else read_text(wanted, target_row)
     if as_json:
         print_json({"target": asked.name, "target_row": target_row, **about,
-                    "skipped": dict(answer.skipped), **listed})  # fmt: skip
+                    "skipped": dict(answer.skipped), **told, **listed})  # fmt: skip
         return
     if about:
         typer.echo(printable(f"{asked.name}, row {target_row}: {shown(about)}"))
@@ -72,6 +95,8 @@ def query(
                 for n, e in enumerate(entries, 1)
             ],
         )
+    if told:
+        typer.echo(told["approximate"]["says"])
     if texts is None:
         typer.echo(NO_TEXT)
 

@@ -45,6 +45,8 @@ GENERATIONS = "generations"
 PLANS = "plans"
 SPACES = "spaces"
 INDEX = "index"
+#: What follows the commit's sha256 in the folder name of each kind of index.
+INDEX_KINDS = ("", ".ivf")
 #: Factors of the metrics that features were put into, a file each.
 CURVATURE = "curvature"
 FORGOTTEN = "forgotten"

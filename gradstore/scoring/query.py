@@ -67,6 +67,31 @@ def query_influence(
             `influence_scores`.
         ProvenanceMismatch: as for `influence_scores`.
     """
+    one = one_row(checkpoints, target_row, target)
+    expect_whole(top, "top")
+    values = np.empty(checkpoints[0].train.rows, dtype=np.float32)
+
+    def keep(start: int, stop: int, cosines: npt.NDArray[np.float32]) -> None:
+        values[start:stop] = cosines[:, 0]
+        if on_rows is not None:
+            on_rows(stop - start)
+
+    codes = combine(checkpoints, [one], keep, as_device(device), chunk_rows)
+    values[codes != RowStatus.OK] = np.nan
+    usable = codes == RowStatus.OK
+    count = min(top, int(usable.sum()))
+    helped = select_top(values, count, usable=usable)
+    hurt = select_top(-values, count, usable=usable)
+    return RowInfluence(values, usable, helped, hurt, count_skipped(codes))
+
+
+def one_row(checkpoints: Sequence[CheckpointFeatures], target_row: int, target: int = 0) -> Subtask:
+    """Name one target row as a sub-task of its own.
+
+    Raises:
+        BadInput: no such target set or row, or checkpoints that can't be combined.
+        ProvenanceMismatch: the checkpoints hold different rows, or dims differ.
+    """
     check_checkpoints(checkpoints)
     sets = checkpoints[0].targets
     if not 0 <= expect_whole(target, "target", None) < len(sets):
@@ -79,19 +104,4 @@ def query_influence(
             f"target row {target_row} requested, the set has rows 0-{sets[target].rows - 1}; "
             "name one of them"
         )
-    expect_whole(top, "top")
-    values = np.empty(checkpoints[0].train.rows, dtype=np.float32)
-
-    def keep(start: int, stop: int, cosines: npt.NDArray[np.float32]) -> None:
-        values[start:stop] = cosines[:, 0]
-        if on_rows is not None:
-            on_rows(stop - start)
-
-    one = Subtask(target, target_row, target_row + 1, f"target row {target_row}")
-    codes = combine(checkpoints, [one], keep, as_device(device), chunk_rows)
-    values[codes != RowStatus.OK] = np.nan
-    usable = codes == RowStatus.OK
-    count = min(top, int(usable.sum()))
-    helped = select_top(values, count, usable=usable)
-    hurt = select_top(-values, count, usable=usable)
-    return RowInfluence(values, usable, helped, hurt, count_skipped(codes))
+    return Subtask(target, target_row, target_row + 1, f"target row {target_row}")

@@ -22,6 +22,7 @@ from gradstore.format.layout import (
     CURVATURE,
     GENERATIONS,
     INDEX,
+    INDEX_KINDS,
     METADATA,
     generation_path,
     plan_path,
@@ -106,7 +107,7 @@ def plan_clean_up(files: StoreFiles, store: Store, keep_generations: int | None)
     for name, reason in [*_retired(store), *why.items()]:
         paths |= dict.fromkeys((generation_path(name), plan_path(name)), reason)
         if name in indexes:  # it was committed
-            paths[indexes[name]] = reason
+            paths |= {indexes[name] + kind: reason for kind in INDEX_KINDS}
     kept = store.text_commits().keys() - set(unread)
     paths |= dict.fromkeys(texts_but(files, store, kept), "unread text")
     for name in abandoned:

@@ -233,7 +233,9 @@ def test_removed_generations_leave_no_index(kit: StoreKit, fast_path: Path) -> N
     path = fast_path / "s"
     store = kit.build(path, "train/1", "train/2")
     for commit in store.commits:
-        (path / "index" / commit.sha256).mkdir(parents=True)
+        for kind in ("", ".ivf"):
+            (path / "index" / (commit.sha256 + kind)).mkdir(parents=True)
     with kit.writer(path) as writer:
         writer.clean(keep_generations=1)
-    assert [p.name for p in (path / "index").iterdir()] == [store.commits[1].sha256]
+    kept = store.commits[1].sha256
+    assert sorted(p.name for p in (path / "index").iterdir()) == [kept, f"{kept}.ivf"]
