@@ -73,6 +73,12 @@ def newest(lines: Iterable[Line], *keys: str) -> dict[tuple[str, ...], Line]:
     return {tuple(line[key] for key in keys): line for line in lines}
 
 
+def one_machine(lines: Sequence[Line]) -> list[Line]:
+    """Keep the lines of the newest processor, and of each GPU's: a table does not mix them."""
+    last = {line["chip"]: line["cpu"] for line in lines}
+    return [line for line in lines if line["cpu"] == last[line["chip"]]]
+
+
 # ---- words of tables ---------------------------------------------------------------------------
 
 
@@ -257,19 +263,31 @@ def passes() -> str:
     return f"{table(head, body)}\n\n{where([*asked, *weighted])}."
 
 
-def scoring() -> str:
-    """Memory and speed of scoring a stored generation."""
-    lines = newest(read(RESULTS / "scoring_memory.csv"), "chip", "rows").values()
-    body = [
-        (f"{int(line['rows']):,} x {int(line['dim']):,}", line["chip"] or "CPU",
-         f"{float(line['peak_mib']):.0f} MiB",
-         ratio(line, "speed_ratio"), line["rounds"] or UNKNOWN,
-         beside(line, "ours_cpu_s", "plain_cpu_s", 2))
-        for line in lines
-    ]  # fmt: skip
-    head = ("float16 rows", "device", "peak above the interpreter", "speed / plain torch", "rounds",
-            "CPU s")  # fmt: skip
-    return f"{table(head, body)}\n\n{where(lines)}."
+def scoring(path: Path = RESULTS / "scoring.csv") -> str:
+    """Speed and memory of scoring a stored generation beside torch and FAISS, by rows."""
+    found = newest(one_machine(read(path)), "chip", "rows", "state", "beside")
+    states = {"disk": "from disk", "opened": "in memory, just opened",
+              "checked": "in memory, checked"}  # fmt: skip
+    body = []
+    for (chip, rows, state, other), line in found.items():
+        if other != "torch":
+            continue
+        search = found.get((chip, rows, state, "faiss"), {})
+        peaks = (line["ours_peak_mib"], line["beside_peak_mib"], search.get("beside_peak_mib"))
+        memory = " / ".join(f"{float(peak):,.0f}" if peak else "-" for peak in peaks)
+        body.append((
+            f"{int(rows):,} x {int(line['dim']):,}", chip or "CPU", states[state],
+            f"{float(line['ours_gb_s']):.2f}", f"{ratio(line)}, {line['way']}",
+            ratio(search) if search else "", line["pairs"] or UNKNOWN, memory,
+        ))  # fmt: skip
+    head = ("float16 rows", "device", "state", "GB/s", "speed / plain torch's, its faster way",
+            "speed / FAISS's search", "rounds", "peak MiB: ours / torch / FAISS")  # fmt: skip
+    built = "; ".join(
+        f"{int(line['rows']):,} rows {float(line['build_s']):.1f} s, `{line['way']}`"
+        for line in found.values() if line["build_s"]
+    )  # fmt: skip
+    before = f"FAISS's index was built before: {built}. " if built else ""
+    return f"{table(head, body)}\n\n{before}{where(found.values())}."
 
 
 def throughput() -> str:
