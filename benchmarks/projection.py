@@ -1,155 +1,256 @@
-"""What projecting costs beside a float32 matrix product with a ready matrix (and TRAK's own code).
+"""What projecting costs on a CPU, beside a copy of the gradients, sgemm, a stored matrix and TRAK.
 
-The blocks are those of SmolLM2-135M with LoRA r=16 on all linear layers, 14 a layer, added one by
-one as the export does. A product with a ready matrix is what projecting cost if randomness and
-memory were free: the whole matrix would take 80 GB, so a slice of it serves for all. Measured in
-turns (A B A B), medians; seconds are per row of the whole gradient.
+    uv run python benchmarks/projection.py         # about nine minutes on two cores, 8 GB of memory
 
-    python benchmarks/projection.py [--repeats 5] [--trak] [--device cuda]
+Gradients of p = 1 M, SmolLM2-135M's and Llama-3.1-8B's LoRA r=16 (4,884,480 and 41,943,040) to
+d = 1,024, 4,096 and 8,192, 8 and 64 rows at a time, in one block of float32:
+
+    sjlt, rademacher, gaussian   ours, the default backend; gaussian at one p and d
+    stored matrix                a float32 product with a matrix in memory, where 4 GiB hold it
+    trak                         TRAK's `BasicProjector`, rademacher, in its blocks of 100 outputs
+    copy                         `copy_` of the same gradients, b x p float32
+    sgemm                        a float32 product of two square matrices of 3,072
+
+All of a case take turns (A B C A B C), after a round that warms up. Milliseconds are per row of the
+whole gradient. A call that would take longer than `--seconds`, or gradients of more than 1.5 GB,
+are cut to the first `params` parameters, and the time is by proportion: the work of every method,
+and of a copy, is so much for each parameter. `over_copy` and `of_sgemm` are medians over the
+rounds, with the smallest and the largest. Operations are 2 p d a row of a dense projection,
+whatever it really computes, and 8 p additions of an SJLT.
+
+Prints a line for each and appends them to results/projection_cpu.csv. Exits 1 where `rademacher`
+of 64 rows, p = 4,884,480, d = 4,096, is under 0.6 of sgemm's rate. SJLT has no limit: at 16 rows a
+copy ought to take 0.6 of its time or more, or the table show what bounds it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from gradkernels import Accumulator, ProjectionSpec
-from report import RESULTS, Took, append, compared, echo, machine, timed
+from gradkernels.spec import Method
+from report import RESULTS, append, echo, machine, timed
 
-HIDDEN, KEYS, INNER, RANK, LAYERS = 576, 192, 1536, 16, 30
-# (inputs, outputs) of q, k, v, o, gate, up, down; each has an A (r x inputs) and a B (outputs x r).
-SHAPES = (
-    [(HIDDEN, HIDDEN), (HIDDEN, KEYS), (HIDDEN, KEYS), (HIDDEN, HIDDEN)]
-    + 2 * [(HIDDEN, INNER)]
-    + [(INNER, HIDDEN)]
-)
-BLOCKS = [RANK * size for shape in SHAPES for size in shape]
-P = LAYERS * sum(BLOCKS)  # 4,884,480
-SLICE = 8192  # parameters of the ready matrix
-
-NAMES = ("seconds_per_row", "beside_seconds_per_row")
-
-# method, rows, d, layers that are really projected (the rest by proportion)
-CASES = [
-    ("sjlt", 1, 4096, 30),
-    ("sjlt", 8, 4096, 30),
-    ("sjlt", 16, 4096, 30),
-    ("sjlt", 8, 8192, 30),
-    ("rademacher", 8, 4096, 6),
-    ("rademacher", 16, 4096, 6),
-    ("rademacher", 64, 4096, 3),
-    ("rademacher", 16, 8192, 3),
-    ("gaussian", 16, 4096, 1),
-]
-# A GPU wants more rows at a time; TF32 is off, as for the projection.
-GPU_CASES = [
-    ("sjlt", 8, 4096, 30),
-    ("sjlt", 64, 4096, 30),
-    ("rademacher", 8, 4096, 30),
-    ("rademacher", 64, 4096, 30),
-    ("gaussian", 64, 4096, 6),
-]
+SMALL, SMOLLM2, LLAMA3 = 1_000_000, 4_884_480, 41_943_040
+LIMIT = 0.6
+SIDE = 3072  # of sgemm's matrices
+GRADIENT_BYTES = 1.5e9  # of a case's gradients, and again of their copy
+MATRIX_BYTES = 2**32  # of a stored matrix
+FEW, FEWER = 2**14, 2**9  # parameters that tell how long a call takes; TRAK is slow
+SJLT_ENTRIES = 8
 
 
-def project_blocks(spec: ProjectionSpec, blocks: list[torch.Tensor]) -> torch.Tensor:
-    """Project blocks (b, p_block), consecutive from parameter 0: (b, d)."""
-    accumulator = Accumulator(spec, len(blocks[0]), device=blocks[0].device)
-    start = 0
-    for block in blocks:
-        accumulator.add(block, start)
-        start += block.shape[1]
-    return accumulator.result()
+@dataclass(frozen=True)
+class Case:
+    """Length of a gradient, dimensions and rows."""
+
+    p: int
+    d: int
+    rows: int
+
+    @property
+    def most(self) -> int:
+        """Parameters whose gradients fit into `GRADIENT_BYTES`."""
+        return min(self.p, int(GRADIENT_BYTES / 4 / self.rows))
 
 
-def took(work: Callable[[], torch.Tensor], scale: float) -> Took:
-    """Time one call, to the end of the device's work, and look at its result.
+CASES = [Case(p, d, b) for p in (SMALL, SMOLLM2, LLAMA3) for d in (1024, 4096, 8192)
+         for b in (8, 64)]  # fmt: skip
+CASES.append(Case(SMOLLM2, 4096, 16))
+SLOW = (SMOLLM2, 4096)  # p and d of the Gaussian
+LIMITED = Case(SMOLLM2, 4096, 64)
 
-    Args:
-        work: projects.
-        scale: seconds are multiplied by it: to those per row of a whole gradient.
+#: (b, params) -> (b, d) or, of a copy, (b, params).
+Work = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is timed.
+
+    Attributes:
+        method: name in the table.
+        make: work on so many parameters; called anew for each number of them.
+        probe: parameters of the call that tells how many `--seconds` allow; None takes them all.
+        operations: of one row of p parameters; 0 counts none.
+        is_dense: whether sgemm's rate is a yardstick.
     """
-    found: list[torch.Tensor] = []
-    time = timed(lambda: found.append(work()), wait)
-    if not found[0].isfinite().all() or not found[0].any():
-        raise RuntimeError("the projection returned zeros or non-finite numbers")
-    return Took(time.wall * scale, time.cpu * scale)
+
+    method: str
+    make: Callable[[int], Work]
+    probe: int | None = FEW
+    operations: float = 0
+    is_dense: bool = True
 
 
-def wait() -> None:
-    """Wait for a GPU to finish, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+# ---- ways ------------------------------------------------------------------------------------
 
 
-def measure(
-    method: str, rows: int, d: int, layers: int, repeats: int, device: str
-) -> dict[str, float | int]:
-    """Time ours and the ready matrix's, per row of the whole gradient, in turns."""
-    spec = ProjectionSpec(method, p=P, d=d)  # type: ignore[arg-type]
-    matrix = torch.randn(SLICE, d, device=device)
-    ours, ready = [], []
-    for turn in range(repeats + 1):
-        blocks = [torch.randn(rows, size, device=device) for size in layers * BLOCKS]
-        x = torch.randn(rows, SLICE, device=device)
-        times = (
-            took(lambda: project_blocks(spec, blocks), LAYERS / layers / rows),  # noqa: B023
-            took(lambda: x @ matrix, P / SLICE / rows),  # noqa: B023
-        )
-        if turn:  # the first turn warms up
-            ours.append(times[0])
-            ready.append(times[1])
-    return compared(ours, ready, NAMES, digits=6)
+def ours(method: Method, case: Case, params: int) -> Work:
+    """Project with these kernels."""
+    spec = ProjectionSpec(method, p=case.p, d=case.d, s=SJLT_ENTRIES)
+
+    def project(x: torch.Tensor) -> torch.Tensor:
+        accumulator = Accumulator(spec, len(x))
+        accumulator.add(x, 0)
+        return accumulator.result()
+
+    assert params <= spec.p
+    return project
 
 
-def measure_trak(params: int, rows: int, d: int, repeats: int) -> dict[str, float | int]:
-    """Time TRAK's projector and ours, per row of a gradient of `params`, by proportion for P."""
+def trak(case: Case, params: int) -> Work:
+    """Project with TRAK's portable projector."""
     from trak.projectors import BasicProjector, ProjectionType
 
     projector = BasicProjector(
-        params, d, seed=0, proj_type=ProjectionType.rademacher, device=torch.device("cpu")
+        params, case.d, seed=0, proj_type=ProjectionType.rademacher, device=torch.device("cpu")
     )
-    x = torch.randn(rows, params)
-    spec = ProjectionSpec("rademacher", p=params, d=d)
-    project_blocks(spec, [x])
-    scale = P / params / rows
-    theirs, ours = [], []
-    for _ in range(repeats):
-        theirs.append(took(lambda: projector.project(x, model_id=0), scale))
-        ours.append(took(lambda: project_blocks(spec, [x]), scale))
-    return compared(theirs, ours, NAMES, digits=6)
+    project: Work = partial(projector.project, model_id=0)
+    return project
 
 
-def main() -> None:
-    """Print one table and append it to results/projection.csv."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--trak", action="store_true", help="also time TRAK's BasicProjector")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    on_gpu = args.device != "cpu"
-    where = machine(chip=torch.cuda.get_device_name(args.device) if on_gpu else None)
-    echo(f"{where['chip'] or where['cpu']}, {where['threads']} threads, torch {where['torch']}; "
-         f"p = {P:,}; load before the start {where['load']}")  # fmt: skip
+def stored(case: Case, params: int) -> Work:
+    """Multiply with a matrix that was made before."""
+    matrix = torch.empty(params, case.d).normal_()
+    return lambda x: x @ matrix
+
+
+def copy(case: Case, params: int) -> Work:
+    """Copy the gradients into memory that was touched before."""
+    target = torch.zeros(case.rows, params)
+    return target.copy_
+
+
+def ways_of(case: Case) -> list[Way]:
+    """List what takes turns."""
+    dense = 2.0 * case.p * case.d
     found = [
-        (method, d, rows, "ready matrix", measure(method, rows, d, layers, args.repeats,
-                                                  args.device))
-        for method, rows, d, layers in (GPU_CASES if on_gpu else CASES)
+        Way("copy", partial(copy, case), probe=None, is_dense=False),
+        Way("sjlt", partial(ours, "sjlt", case), operations=float(SJLT_ENTRIES * case.p),
+            is_dense=False),
+        Way("rademacher", partial(ours, "rademacher", case), operations=dense),
+        Way("trak", partial(trak, case), FEWER, dense),
     ]  # fmt: skip
-    if args.trak:
-        trak = measure_trak(params=2000, rows=16, d=4096, repeats=args.repeats)
-        found.append(("trak basic", 4096, 16, "our rademacher", trak))
-    echo(f"{'method':<12}{'d':>6}{'rows':>6}{'s/row':>12}{'beside s/row':>14}{'ratio':>9}  beside")
-    lines = []
-    for method, d, rows, beside, times in found:
-        ours, other = times["seconds_per_row_s"], times["beside_seconds_per_row_s"]
-        echo(f"{method:<12}{d:>6}{rows:>6}{ours:>12.5f}{other:>14.4f}{times['ratio']:>9.3f}  "
-             f"{beside}")  # fmt: skip
-        named = {key.removesuffix("_s"): value for key, value in times.items()}
-        case = {"method": method, "p": P, "d": d, "rows": rows, "beside": beside}
-        lines.append(where | case | named)
-    append(RESULTS / "projection.csv", lines)
+    if (case.p, case.d) == SLOW:
+        found.append(Way("gaussian", partial(ours, "gaussian", case), operations=dense))
+    if 4 * case.p * case.d <= MATRIX_BYTES:
+        found.append(Way("stored matrix", partial(stored, case), None, dense))
+    return found
+
+
+# ---- measuring -------------------------------------------------------------------------------
+
+
+def checked(work: Work, x: torch.Tensor) -> float:
+    """Time one call and look at its result: seconds."""
+    found: list[torch.Tensor] = []
+    took = timed(lambda: found.append(work(x)))
+    if not found[0].isfinite().all() or not found[0].any():
+        sys.exit("a projection returned zeros or non-finite numbers")
+    return took.wall
+
+
+def affordable(case: Case, way: Way, gradients: torch.Tensor, seconds: float) -> int:
+    """Return how many parameters a call may take: all, or as many as `seconds` allow."""
+    if way.probe is None:
+        return case.most
+    few = min(way.probe, case.most)
+    x, work = part(gradients, case, few), way.make(few)
+    checked(work, x)  # compiles
+    allowed = int(seconds * few / checked(work, x))
+    return min(case.most, max(few, allowed // few * few))
+
+
+def part(gradients: torch.Tensor, case: Case, params: int) -> torch.Tensor:
+    """Return contiguous gradients (b, params)."""
+    return gradients[: case.rows * params].view(case.rows, params)
+
+
+def measure(
+    case: Case, gradients: torch.Tensor, rounds: int, seconds: float
+) -> list[dict[str, Any]]:
+    """Time every way of a case, and sgemm, in turns: a line each."""
+    ways = ways_of(case)
+    params = {way.method: affordable(case, way, gradients, seconds) for way in ways}
+    works = {way.method: way.make(params[way.method]) for way in ways}
+    parts = {name: part(gradients, case, count) for name, count in params.items()}
+    square = gradients[: SIDE * SIDE].view(SIDE, SIDE)
+    per_row: dict[str, list[float]] = {way.method: [] for way in ways}
+    rates: list[float] = []
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            took = checked(work, parts[name]) * case.p / params[name] / case.rows
+            if number:
+                per_row[name].append(took)
+        took = checked(lambda x: x @ x, square)
+        if number:
+            rates.append(2.0 * SIDE**3 / took)
+    return [line_of(case, way, params[way.method], per_row, rates) for way in ways]
+
+
+def line_of(
+    case: Case, way: Way, params: int, per_row: dict[str, list[float]], rates: list[float]
+) -> dict[str, Any]:
+    """Return the columns of a way that was measured; `per_row` are seconds, `rates` FLOP/s."""
+    mine = per_row[way.method]
+    shares: Sequence[float] = [
+        way.operations / took / rate for took, rate in zip(mine, rates, strict=True)
+    ]
+    return {
+        "p": case.p, "d": case.d, "rows": case.rows, "method": way.method, "params": params,
+        "rounds": len(mine),
+        **spread("ms_per_row", [1e3 * took for took in mine]),
+        **spread("over_copy", [a / b for a, b in zip(mine, per_row["copy"], strict=True)]),
+        "gops": round(1e-9 * way.operations / statistics.median(mine), 2) if way.operations else "",
+        "sgemm_gflops": round(1e-9 * statistics.median(rates), 1),
+        **spread("of_sgemm", shares if way.is_dense else []),
+    }  # fmt: skip
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """Return the median, the smallest and the largest of some values; none are empty cells."""
+    found = (statistics.median(values), min(values), max(values)) if values else ("", "", "")
+    return {
+        f"{name}{end}": round(value, 4) if isinstance(value, float) else value
+        for end, value in zip(("", "_min", "_max"), found, strict=True)
+    }
+
+
+def main() -> int:
+    """Print the lines, append them to the CSV; return 1 if the limit is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of one call")
+    parser.add_argument("--p", type=int, nargs="+", default=[SMALL, SMOLLM2, LLAMA3])
+    parser.add_argument("--d", type=int, nargs="+", default=[1024, 4096, 8192])
+    parser.add_argument("--csv", type=Path, default=RESULTS / "projection_cpu.csv")
+    options = parser.parse_args()
+    cases = [case for case in CASES if case.p in options.p and case.d in options.d]
+    most = max(SIDE * SIDE, *(case.rows * case.most for case in cases))
+    gradients = torch.empty(most).normal_()
+    is_missed = False
+    for case in cases:
+        lines = measure(case, gradients, options.rounds, options.seconds)
+        for line in lines:
+            echo(", ".join(f"{key} {value}" for key, value in line.items()))
+            if (case, line["method"]) == (LIMITED, "rademacher"):
+                is_missed |= line["of_sgemm"] < LIMIT
+        append(options.csv, [machine() | line for line in lines])
+    return int(is_missed)
 
 
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        raise SystemExit(main())

@@ -30,6 +30,12 @@ FAR_ROWS, FAR_CHECKPOINTS, PRICE = 1e9, 4, 0.04
 #: Stands for a figure that older lines of a CSV do not have.
 UNKNOWN = "not recorded"
 
+#: Stands for a table whose CSV has no line yet.
+NOT_YET = "Not measured yet."
+
+#: Methods of `projecting`, in the order of its columns.
+PROJECTIONS = ("copy", "sjlt", "rademacher", "gaussian", "stored matrix", "trak")
+
 Line = dict[str, str]
 
 
@@ -835,6 +841,35 @@ def peers(path: Path = RESULTS / "against_peers.csv") -> str:
     return f"{table(head, body)}\n\n{where(lines)}."
 
 
+def projecting(path: Path = RESULTS / "projection_cpu.csv") -> str:
+    """Compare projections on a CPU with a copy, with sgemm, a stored matrix and TRAK."""
+    if not path.exists():
+        return NOT_YET
+    lines = newest(one_machine(read(path)), "p", "d", "rows", "method")
+
+    def milliseconds(line: Line | None) -> str:
+        if line is None:
+            return ""
+        cut, took = "" if line["params"] == line["p"] else "*", float(line["ms_per_row"])
+        return (f"{took:,.0f}" if took >= 100 else f"{took:.3g}") + cut
+
+    body = []
+    for p, d, rows in dict.fromkeys(key[:3] for key in lines):
+        sjlt, dense = (lines[p, d, rows, method] for method in PROJECTIONS[1:3])
+        rate = f"{float(dense['gops']):,.0f} / {float(dense['sgemm_gflops']):,.0f}"
+        body.append((
+            f"{int(p):,}", f"{int(d):,}", rows, milliseconds(lines[p, d, rows, "copy"]),
+            milliseconds(sjlt),
+            ratio(sjlt, "over_copy"), milliseconds(dense), rate, ratio(dense, "of_sgemm"),
+            *(milliseconds(lines.get((p, d, rows, method))) for method in PROJECTIONS[3:]),
+        ))  # fmt: skip
+    head = ("p", "d", "rows", "copy, ms a row", "sjlt, ms a row", "over the copy, median (rounds)",
+            "rademacher, ms a row", "GFLOP/s / sgemm's", "of sgemm's rate, median (rounds)",
+            *(f"{method}, ms a row" for method in PROJECTIONS[3:]))  # fmt: skip
+    said = "\\* measured on the first parameters, by proportion for p."
+    return f"{table(head, body)}\n\n{said} {where(lines.values())}."
+
+
 def gpu(path: Path = RESULTS / "gpu.csv") -> str:
     """Compare the Triton kernels with plain torch, and with what the card can do."""
     keys = ("method", "dtype", "p", "d", "rows")
@@ -875,6 +910,7 @@ def launches(path: Path = RESULTS / "launches.csv") -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "export": export,
     "launches": launches,
+    "projecting": projecting,
     "gpu": gpu,
     "peers": peers,
     "online": online,
