@@ -870,6 +870,26 @@ def projecting(path: Path = RESULTS / "projection_cpu.csv") -> str:
     return f"{table(head, body)}\n\n{said} {where(lines.values())}."
 
 
+def growth(path: Path = RESULTS / "growth.csv") -> str:
+    """Show how an export's time grows with rows, gradient length and dimensions."""
+    if not path.exists():
+        return NOT_YET
+    lines = newest(one_machine(read(path)), "factor", "projection", "size")
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for (factor, projection, _), line in lines.items():
+        groups.setdefault((factor, projection), []).append(line)
+    body = []
+    for (factor, projection), of in groups.items():
+        times = ", ".join(f"{float(line['seconds']):.2f}" for line in of)
+        sizes = ", ".join(f"{int(line['size']):,}" for line in of)
+        last = of[-1]
+        start = f"{float(last['start_s']):.2f}" if last["claim"] == "linear" else ""
+        body.append((factor, projection, sizes, times, start, last["claim"], ratio(last, "slope")))
+    head = ("varied", "projection", "from, to", "seconds", "start, s", "claim",
+            "slope, median (rounds)")  # fmt: skip
+    return f"{table(head, body)}\n\n{where(lines.values())}."
+
+
 def gpu(path: Path = RESULTS / "gpu.csv") -> str:
     """Compare the Triton kernels with plain torch, and with what the card can do."""
     keys = ("method", "dtype", "p", "d", "rows")
@@ -909,6 +929,7 @@ def launches(path: Path = RESULTS / "launches.csv") -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "export": export,
+    "growth": growth,
     "launches": launches,
     "projecting": projecting,
     "gpu": gpu,
