@@ -751,6 +751,10 @@ def dtypes() -> str:
     near = {dtype: line for (dtype, model), line in every.items() if not model}
     far = {dtype: line for (dtype, model), line in every.items() if model}
 
+    def error(line: Line) -> str:
+        both = [line.get(name, "") for name in ("error_std", "error_max")]
+        return " / ".join(f"{float(value):.1e}" for value in both) if all(both) else ""
+
     def found(line: Line) -> tuple[str, ...]:
         return (f"{float(line['overlap']):.3f}", f"{float(line['reranked']):.3f}",
                 f"{float(line['spearman']):.4f}", f"{float(line['skill']):.3f}")  # fmt: skip
@@ -758,13 +762,16 @@ def dtypes() -> str:
     body = [
         (f"`{dtype}`", f"{float(line['feature_bytes']):,.0f}",
          f"{float(line['row_bytes']):,.0f}", ratio(line), f"{int(line['read_rows_s']):,}",
-         *found(line), *(found(far[dtype])[:3] if far else ()))
+         *found(line), error(line),
+         *((*found(far[dtype])[:3], error(far[dtype])) if far else ()))
         for dtype, line in near.items()
     ]  # fmt: skip
-    more = ("SmolLM2: same best 5%", "re-ranked", "rank correlation") if far else ()
+    of_a_score = "error of a score: std / largest"
+    smollm2 = ("SmolLM2: same best 5%", "re-ranked", "rank correlation", of_a_score)
+    more = smollm2 if far else ()
     head = ("dtype", "bytes of features", "of a row in all", "scan, rows/s over float16's, median "
             "(pairs)", "rows/s read", "same best 5%", "of its best 7.5%, re-ranked",
-            "rank correlation", "target's skill in the best 5%", *more)  # fmt: skip
+            "rank correlation", "target's skill in the best 5%", of_a_score, *more)  # fmt: skip
     return f"{table(head, body)}\n\n{where(every.values())}."
 
 
