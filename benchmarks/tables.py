@@ -12,6 +12,7 @@ method for the comparisons of the table, at 5%.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,12 @@ LEVEL = 0.05
 
 #: What `scale` calculates for; USD for an hour of a core, an assumption.
 FAR_ROWS, FAR_CHECKPOINTS, PRICE = 1e9, 4, 0.04
+
+#: Cores of a node, and hours in which the nodes that `scale` counts shall be done.
+NODE_CORES, NODE_HOURS = 64, 24
+
+#: A second pass over the same rows, which the sum leaves out.
+SCANNED_AGAIN = "scan, in memory and checked"
 
 #: Stands for a figure that older lines of a CSV do not have.
 UNKNOWN = "not recorded"
@@ -330,15 +337,26 @@ def scale() -> str:
     body = [
         ("bytes", f"{per_row * rows / 1e9:.1f} GB", f"{per_row * rows * times / 1e12:.1f} TB", "")
     ]
+    in_all = 0.0
     for name, seconds, busy in (
         ("rotate and pack, one core", encode, 1),
         ("write and commit, one process", float(of["build"]["scan_s"]), 1),
         ("scan, nothing in memory yet", float(of["cold"]["scan_s"]), cores),
-        ("scan, in memory and checked", float(of["again"]["scan_s"]), cores),
+        (SCANNED_AGAIN, float(of["again"]["scan_s"]), cores),
         ("choice of the best 5%", float(of["choice"]["scan_s"]), 1),
     ):
         hours = seconds * times * busy / 3600
         body.append((name, f"{seconds:.1f} s", f"{hours:.1f} core-hours", f"{hours * PRICE:.2f}"))
+        in_all += hours if name != SCANNED_AGAIN else 0
+    nodes = math.ceil(in_all / (NODE_CORES * NODE_HOURS))
+    need = (
+        f"{nodes} node{'s' if nodes > 1 else ''}, done in {in_all / nodes / NODE_CORES:.1f} hours, "
+        f"{per_row * rows * times / nodes / 1e12:.1f} TB a node"
+    )
+    body += [
+        ("all of it, scanned once", "", f"{in_all:.1f} core-hours", f"{in_all * PRICE:.2f}"),
+        (f"nodes of {NODE_CORES} cores that need at most {NODE_HOURS} hours", "", need, ""),
+    ]
     head = (f"{rows:,} x 4,096, 1 bit", "measured",
             f"{FAR_ROWS:.0e} rows x {FAR_CHECKPOINTS} checkpoints, calculated", "USD")  # fmt: skip
     speeds = "; ".join(
