@@ -61,7 +61,6 @@ def test_a_difference_is_paired_by_seed(tables: dict[str, Any]) -> None:
     assert found.p == pytest.approx(0.0742, abs=1e-4)
 
 
-<<<<<<< HEAD
 def test_a_line_tells_which_of_its_columns_have_fewer_seeds(tables: dict[str, Any]) -> None:
     loss = {"less": {"1": 2.0, "2": 3.0}, "bm25": {"1": 2.5, "2": 4.0}}
     columns = {"loss": loss, "loss, clipped": {"less": {"1": 2.0}}}
@@ -125,7 +124,8 @@ def test_a_stopped_run_of_rules_goes_on_with_the_next_method(
     assert set(measured) == {"two"}
     kept = [(line["method"], line["share"]) for line in rules.read(tmp_path / "r.csv")]
     assert kept == [("one", "0.125"), ("two", "0.125")]
-=======
+
+
 def test_a_table_does_not_mix_machines(tables: dict[str, Any]) -> None:
     lines = [
         {"cpu": "old", "chip": "", "rows": "1"}, {"cpu": "host", "chip": "GPU", "rows": "2"},
@@ -139,4 +139,3 @@ def test_a_table_that_nobody_measured_says_so(
     tables: dict[str, Any], name: str, tmp_path: Path
 ) -> None:
     assert tables[name](tmp_path / "none.csv") == "Not measured yet."
->>>>>>> 507511a (The calculation for a thousand million rows says how many nodes of 64 cores it takes; tables do not mix machines)
