@@ -94,7 +94,7 @@ MUTANTS = [
     Mutant("gradstore/store/documents.py", '("store", store_uuid, commit.store_uuid),', "",
            f"{DAMAGE}::test_commits_of_another_store_are_no_commits_of_this_one"),
     Mutant("gradstore/store/documents.py", '("parent", parent, commit.parent),', "",
-           f"{DAMAGE}::test_an_edited_commit_breaks_the_chain_even_with_a_new_seal"),
+           f"{DAMAGE}::test_fault_22_an_edited_commit_breaks_the_chain_even_with_a_new_seal"),
     Mutant("gradstore/store/documents.py", '("sha256", commit.plan_sha256, found),', "", SEALS),
     Mutant("gradstore/store/documents.py", "if found != plan.provenance_sha256:", "if False:",
            SEALS),

@@ -195,7 +195,7 @@ def test_a_missing_data_file_is_named(cli: Any, config: Any, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("content", ["[]", ""], ids=["no rows", "no bytes"])
 @pytest.mark.parametrize("role", ["dataset", "target_dataset"])
-def test_an_empty_file_is_refused(
+def test_fault_05_an_empty_file_is_refused(
     role: str, content: str, cli: Any, config: Any, tmp_path: Path
 ) -> None:
     folder = data_folder(tmp_path / "data", empty=content, goal=[row("Say yes.", "yes")] * 4)
@@ -239,14 +239,14 @@ def test_rows_without_a_response_leave_an_empty_target(
     )
 
 
-def test_a_fully_masked_target_is_refused(cli: Any, config: Any, tmp_path: Path) -> None:
+def test_fault_05_a_fully_masked_target_is_refused(cli: Any, config: Any, tmp_path: Path) -> None:
     """LlamaFactory shares a small cutoff_len by length: nothing is left for such responses."""
     folder = data_folder(tmp_path / "data", goal=[row("Reverse the word. " * 40, "y")] * 4)
     path = config(dataset_dir=str(folder), target_dataset="goal", cutoff_len=4)
     check_refusal(cli("train", path), 2, "'goal'", "all 4 rows are masked", "cutoff_len")
 
 
-def test_more_rows_than_usable_ones_are_counted(cli: Any, config: Any, tmp_path: Path) -> None:
+def test_fault_06_more_rows_than_usable_ones_are_counted(cli: Any, config: Any, tmp_path: Path) -> None:
     good, masked = row("Say yes.", "yes " * 60), row("Reverse the word. " * 40, "y")
     folder = data_folder(tmp_path / "data", few=[good] * 12 + [masked] * 8, goal=[good] * 4)
     changes = {"dataset_dir": str(folder), "dataset": "few", "target_dataset": "goal",
@@ -324,7 +324,7 @@ class Runs:
         return os.mkdir, (str(self.path),)
 
 
-def test_an_optimizer_file_that_would_run_code_is_not_opened(
+def test_fault_14_an_optimizer_file_that_would_run_code_is_not_opened(
     cli: Any, config: Any, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "run" / "checkpoint-2"

@@ -123,7 +123,7 @@ def moved_target(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("case", DIFFERENT)
-def test_what_cannot_be_compared_is_refused_with_every_difference(
+def test_fault_11_what_cannot_be_compared_is_refused_with_every_difference(
     case: str, run: Write, first: dict[str, Path], cli: Any, tmp_path: Path
 ) -> None:
     changes, fragments = DIFFERENT[case]

@@ -55,7 +55,7 @@ def test_the_projection_is_told_with_its_canary() -> None:
     assert any(told["canary"])
 
 
-def test_another_random_stream_is_refused_by_its_canary_alone(tmp_path: Path) -> None:
+def test_fault_12_another_random_stream_is_refused_by_its_canary_alone(tmp_path: Path) -> None:
     told = fields()
     StoreWriter(tmp_path / "s", provenance=told).close()
     moved = [value + 0.5 for value in told["projection"]["canary"]]

@@ -195,7 +195,7 @@ def test_rows_that_cannot_be_used_carry_a_status_and_leave_the_others_alone(
     assert row_errors(part.features[good], clean.features[good]).max() <= 1e-5
 
 
-def test_a_batch_of_masked_rows_alone_is_masked(llama: Any, model: Any, rows: Rows) -> None:
+def test_fault_02_a_batch_of_masked_rows_alone_is_masked(llama: Any, model: Any, rows: Rows) -> None:
     masked = [{**row, "labels": [-100] * len(row["labels"])} for row in rows[:2]]
     (part,) = export_features(
         model, llama.batches(masked, 2), features=FeatureSpec("sgd"), projection=projection(model)
@@ -205,7 +205,7 @@ def test_a_batch_of_masked_rows_alone_is_masked(llama: Any, model: Any, rows: Ro
 
 
 @pytest.mark.parametrize("method", ["sjlt", "rademacher"])
-def test_a_gradient_of_zeros_is_zero_norm(llama: Any, rows: Rows, method: str) -> None:
+def test_fault_03_a_gradient_of_zeros_is_zero_norm(llama: Any, rows: Rows, method: str) -> None:
     model = llama.model()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # with B = 0 and fixed, A has no influence
@@ -341,7 +341,7 @@ def test_rows_longer_than_the_models_limit_are_too_long_and_never_run(
     assert np.isnan(generation.read(0, N)[lengths > longest]).all()
 
 
-def test_too_many_rows_without_a_finite_gradient_stop_the_export(
+def test_fault_01_too_many_rows_without_a_finite_gradient_stop_the_export(
     kit: Any, llama: Any, rows: Rows, tmp_path: Path
 ) -> None:
     model = llama.model(broken=True)

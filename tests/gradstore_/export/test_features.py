@@ -186,7 +186,7 @@ def test_constants_may_differ_between_parameters() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
-def test_missing_or_misshapen_moments_are_refused_by_name() -> None:
+def test_fault_13_missing_or_misshapen_moments_are_refused_by_name() -> None:
     slot = ParameterSlot("layer.lora_A.default.weight", (2, 3), 0, 6)
     with pytest.raises(BadInput, match="moments"):
         FeatureMap(FeatureSpec(), [slot], None)

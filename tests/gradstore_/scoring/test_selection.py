@@ -32,7 +32,7 @@ def by_hand(scores: list[float], k: int) -> list[int]:
     ),
     data=st.data(),
 )
-def test_any_k_gives_the_best_with_ties_to_the_lower_row(scores: list[float], data: Any) -> None:
+def test_fault_08_any_k_gives_the_best_with_ties_to_the_lower_row(scores: list[float], data: Any) -> None:
     usable = sum(score == score for score in scores)
     if usable == 0:
         with pytest.raises(BadInput):
@@ -44,7 +44,7 @@ def test_any_k_gives_the_best_with_ties_to_the_lower_row(scores: list[float], da
     assert chosen.tolist() == by_hand(np.float32(scores).tolist(), k)
 
 
-def test_tensors_and_arrays_agree() -> None:
+def test_fault_08_tensors_and_arrays_agree() -> None:
     scores = torch.randn(500, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     expected = select_top(scores.numpy(), 100).tolist()
@@ -61,7 +61,7 @@ def test_zero_and_minus_zero_tie() -> None:
     assert select_top([-0.0, 0.0, -0.0, 0.0], 3).tolist() == [0, 1, 2]
 
 
-def test_rows_not_usable_or_nan_are_never_chosen() -> None:
+def test_fault_02_rows_not_usable_or_nan_are_never_chosen() -> None:
     scores = np.array([9.0, NAN, 1.0, 5.0])
     usable = np.array([False, True, True, True])
     assert select_top(scores, 2, usable=usable).tolist() == [3, 2]
@@ -70,7 +70,7 @@ def test_rows_not_usable_or_nan_are_never_chosen() -> None:
         select_top(scores, 3, usable=usable)
 
 
-def test_more_than_usable_says_how_many() -> None:
+def test_fault_06_more_than_usable_says_how_many() -> None:
     scores = np.zeros(5000)
     scores[:188] = NAN
     with pytest.raises(BadInput, match=r"asked 5000, 4812 usable, 188 skipped") as caught:
@@ -80,7 +80,7 @@ def test_more_than_usable_says_how_many() -> None:
 
 
 @pytest.mark.parametrize("k", [0, -3, NAN, 2.0, "2", None, True])
-def test_k_that_is_no_count_is_refused(k: Any) -> None:
+def test_fault_06_k_that_is_no_count_is_refused(k: Any) -> None:
     with pytest.raises(BadInput, match="asked"):
         select_top([1.0, 2.0, 3.0], k)
 

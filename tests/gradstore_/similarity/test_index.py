@@ -211,7 +211,7 @@ def edit(key: str, value: Any) -> Callable[[Path], None]:
         (edit("rows", 599), "another rows"),
     ],
 )
-def test_an_unsound_index_is_rebuilt_with_a_warning_and_never_read(
+def test_fault_23_an_unsound_index_is_rebuilt_with_a_warning_and_never_read(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -44,7 +44,7 @@ class SmallDisk(StoreFiles):
         return 100_000
 
 
-def test_a_full_disk_at_any_write_ends_in_exit_5_and_resumes(
+def test_fault_20_a_full_disk_at_any_write_ends_in_exit_5_and_resumes(
     kit: StoreKit, fast_path: Path
 ) -> None:
     path, after = fast_path / "s", 0
@@ -86,7 +86,7 @@ def test_the_message_of_a_full_disk_tells_bytes_needed_and_free(
         generation.commit()
 
 
-def test_room_is_checked_before_the_start_without_allocating(
+def test_fault_20_room_is_checked_before_the_start_without_allocating(
     kit: StoreKit, fast_path: Path
 ) -> None:
     path = fast_path / "s"
@@ -111,7 +111,7 @@ def test_no_oserror_reaches_the_user(
     assert verify_store(fast_path / "s").ok
 
 
-def test_a_read_only_store_is_read_and_its_writer_refused_at_once(
+def test_fault_25_a_read_only_store_is_read_and_its_writer_refused_at_once(
     kit: StoreKit, fast_path: Path
 ) -> None:
     path = fast_path / "s"
@@ -134,7 +134,7 @@ def test_a_read_only_store_is_read_and_its_writer_refused_at_once(
 
 
 @pytest.mark.parametrize("operation", ["fsync", "link", "rename"])
-def test_a_file_system_that_lacks_an_operation_is_refused_at_creation(
+def test_fault_26_a_file_system_that_lacks_an_operation_is_refused_at_creation(
     kit: StoreKit, fast_path: Path, operation: str
 ) -> None:
     files = StoreFiles(fast_path / "s", failing(operation, errno.ENOTSUP, under="s/staging"))
@@ -143,7 +143,7 @@ def test_a_file_system_that_lacks_an_operation_is_refused_at_creation(
     assert not (fast_path / "s/zarr.json").exists()
 
 
-def test_a_file_system_without_flock_is_refused_at_creation(
+def test_fault_26_a_file_system_without_flock_is_refused_at_creation(
     kit: StoreKit, fast_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lacks(fd: int, operation: int) -> None:
@@ -163,7 +163,7 @@ def no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_lock")
-def test_past_the_lock_one_writer_of_a_unit_wins_and_the_other_hears_of_it(
+def test_fault_18_past_the_lock_one_writer_of_a_unit_wins_and_the_other_hears_of_it(
     kit: StoreKit, fast_path: Path
 ) -> None:
     path = fast_path / "s"
@@ -179,7 +179,7 @@ def test_past_the_lock_one_writer_of_a_unit_wins_and_the_other_hears_of_it(
 
 
 @pytest.mark.usefixtures("no_lock")
-def test_past_the_lock_the_same_commit_succeeds_twice_and_another_conflicts(
+def test_fault_18_past_the_lock_the_same_commit_succeeds_twice_and_another_conflicts(
     kit: StoreKit, fast_path: Path
 ) -> None:
     path, values = fast_path / "s", kit.features(40)
@@ -300,7 +300,7 @@ def recording(disk: Disk, at: Callable[[str, Path], None]) -> Hook:
     return hook
 
 
-def test_after_a_power_loss_every_commit_that_returned_is_there_and_whole(
+def test_fault_17_after_a_power_loss_every_commit_that_returned_is_there_and_whole(
     kit: StoreKit, fast_path: Path
 ) -> None:
     path = fast_path / "s"

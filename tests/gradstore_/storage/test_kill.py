@@ -109,7 +109,7 @@ def reference(request: pytest.FixtureRequest, kit: StoreKit, fast_path: Path) ->
     return features(open_store(fast_path / "reference"))
 
 
-def test_a_kill_at_every_operation_is_resumed_to_the_same_bytes(
+def test_fault_16_a_kill_at_every_operation_is_resumed_to_the_same_bytes(
     kit: StoreKit, fast_path: Path, reference: dict[str, bytes]
 ) -> None:
     path, done = fast_path / "s", []

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from conftest import StoreKit
 
 
-def test_a_second_writer_is_told_host_pid_and_since_when(kit: StoreKit, fast_path: Path) -> None:
+def test_fault_18_a_second_writer_is_told_host_pid_and_since_when(kit: StoreKit, fast_path: Path) -> None:
     with kit.writer(fast_path / "s"):
         with pytest.raises(StoreBusy, match=rf"host \S+, pid {os.getpid()}, since \d{{4}}-") as e:
             kit.writer(fast_path / "s")
@@ -25,7 +25,7 @@ def test_a_second_writer_is_told_host_pid_and_since_when(kit: StoreKit, fast_pat
     kit.writer(fast_path / "s").close()
 
 
-def test_a_stale_lock_is_taken_over_with_a_warning(
+def test_fault_19_a_stale_lock_is_taken_over_with_a_warning(
     kit: StoreKit, fast_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kit.build(fast_path / "s")

@@ -57,7 +57,7 @@ def test_a_holder_on_another_machine_that_lives_is_told_of_soon(lock_at: Any) ->
 
 
 @pytest.mark.parametrize("years", [-30, 30])
-def test_a_dead_holder_is_taken_over_after_the_silence_whatever_its_clock_says(
+def test_fault_28_a_dead_holder_is_taken_over_after_the_silence_whatever_its_clock_says(
     lock_at: Any, years: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Fault 28: neither its clock nor the server's counts."""

@@ -45,7 +45,7 @@ def store(kit: StoreKit, fast_path: Path) -> Path:
         "zarr.json",
     ],
 )
-def test_a_symlink_inside_a_store_is_never_followed(store: Path, relative: str) -> None:
+def test_fault_27_a_symlink_inside_a_store_is_never_followed(store: Path, relative: str) -> None:
     place, outside = store / relative, store.parent / "outside"
     shutil.move(place, outside)
     place.symlink_to(outside)

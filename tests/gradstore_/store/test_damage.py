@@ -44,7 +44,7 @@ def store(kit: StoreKit, fast_path: Path) -> Path:
     return fast_path / "s"
 
 
-def test_any_flipped_bit_in_any_file_is_reported_when_read_and_when_verified(store: Path) -> None:
+def test_fault_21_any_flipped_bit_in_any_file_is_reported_when_read_and_when_verified(store: Path) -> None:
     draw = random.Random(0)
     for file in files_of(store):
         data = file.read_bytes()
@@ -63,7 +63,7 @@ def test_any_flipped_bit_in_any_file_is_reported_when_read_and_when_verified(sto
 
 
 @pytest.mark.parametrize("how", ["missing", "empty", "truncated", "longer"])
-def test_a_missing_or_wrongly_sized_file_is_reported_never_filled_in(store: Path, how: str) -> None:
+def test_fault_21_a_missing_or_wrongly_sized_file_is_reported_never_filled_in(store: Path, how: str) -> None:
     for file in files_of(store):
         data = file.read_bytes()
         if how == "missing":
@@ -81,7 +81,7 @@ def test_a_missing_or_wrongly_sized_file_is_reported_never_filled_in(store: Path
     assert verify_store(store).ok
 
 
-def test_an_edited_commit_breaks_the_chain_even_with_a_new_seal(store: Path) -> None:
+def test_fault_22_an_edited_commit_breaks_the_chain_even_with_a_new_seal(store: Path) -> None:
     file = store / "commits/1.json"
     file.write_bytes(canonical_json(seal({**parse(file.read_bytes()), "chunk_bytes": 1})))
     with pytest.raises(DamagedData, match="chain broken at 2"):
@@ -94,7 +94,7 @@ def test_a_missing_commit_in_the_middle_breaks_the_chain(store: Path) -> None:
         open_store(store)
 
 
-def test_an_edited_unit_record_is_reported_even_with_a_new_seal(store: Path) -> None:
+def test_fault_22_an_edited_unit_record_is_reported_even_with_a_new_seal(store: Path) -> None:
     file = store / "generations/train/1/units/0.json"
     file.write_bytes(canonical_json(seal({**parse(file.read_bytes()), "status": {"ok": 16}})))
     with pytest.raises(DamagedData, match=r"units/0\.json"):
@@ -130,7 +130,7 @@ def test_another_plan_or_provenance_is_reported_even_with_a_new_seal(
     assert str(file.relative_to(store)) in [fault.file for fault in verify_store(store).faults]
 
 
-def test_an_uncommitted_damaged_unit_is_set_aside_and_redone(
+def test_fault_17_an_uncommitted_damaged_unit_is_set_aside_and_redone(
     kit: StoreKit, fast_path: Path
 ) -> None:
     values, path = kit.features(40), fast_path / "s"
@@ -176,7 +176,7 @@ def test_a_writer_refuses_a_store_whose_committed_root_is_damaged(
         kit.writer(store)
 
 
-def test_a_newer_schema_is_refused_and_nothing_written(kit: StoreKit, store: Path) -> None:
+def test_fault_15_a_newer_schema_is_refused_and_nothing_written(kit: StoreKit, store: Path) -> None:
     attributes = parse(root_json("u"))["attributes"]
     body = {k: v for k, v in attributes.items() if k != "check"}
     newer = {**body, "schema_version": max(NEEDS) + 1, "needs": "dataflex-gradstore>=9"}
@@ -216,7 +216,7 @@ def test_other_folders_are_no_stores(kit: StoreKit, fast_path: Path) -> None:
         {"storage_transformers": [{"name": "x"}]},
     ],
 )
-def test_metadata_other_than_ours_is_refused_before_an_array_is_opened(
+def test_fault_27_metadata_other_than_ours_is_refused_before_an_array_is_opened(
     store: Path, change: dict[str, object]
 ) -> None:
     file = store / "generations/train/1/features/zarr.json"
@@ -234,7 +234,7 @@ def forge(store: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     "name", ["../../etc/1", "/etc/1", "train/../1", "train/1/x", "", "a/b/c/1"]
 )
-def test_hostile_generation_names_never_reach_the_disk(store: Path, name: str) -> None:
+def test_fault_27_hostile_generation_names_never_reach_the_disk(store: Path, name: str) -> None:
     forge(store, generations=[name])
     with pytest.raises(StoreError) as caught:
         read_everything(store)
@@ -242,7 +242,7 @@ def test_hostile_generation_names_never_reach_the_disk(store: Path, name: str) -
     assert not verify_store(store).ok
 
 
-def test_a_plan_of_impossible_size_is_refused(store: Path) -> None:
+def test_fault_27_a_plan_of_impossible_size_is_refused(store: Path) -> None:
     file = store / "plans/target/a/1.json"
     plan = seal({**parse(file.read_bytes()), "row_count": 2**50, "dim": 2**50})
     file.write_bytes(canonical_json(plan))
@@ -251,7 +251,7 @@ def test_a_plan_of_impossible_size_is_refused(store: Path) -> None:
         read_everything(store)
 
 
-def test_a_plan_that_names_a_position_twice_is_refused(kit: StoreKit, fast_path: Path) -> None:
+def test_fault_07_a_plan_that_names_a_position_twice_is_refused(kit: StoreKit, fast_path: Path) -> None:
     with kit.writer(fast_path / "s") as writer:
         writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16)
     file = fast_path / "s/plans/train/1.json"

@@ -121,7 +121,7 @@ def test_rows_come_back_within_rounding_and_bad_rows_as_nan(
         [("float16", 2.0**-11), ("bfloat16", 2.0**-8), ("float32", 2.0**-24), ("int8", 0.00394)]
     ),
 )
-def test_encoding_never_overflows_whatever_the_size(
+def test_fault_04_encoding_never_overflows_whatever_the_size(
     values: np.ndarray, kind: tuple[str, float]
 ) -> None:
     usable = values.any(axis=1)
@@ -165,7 +165,7 @@ def test_info_has_the_promised_schema(kit: StoreKit, fast_path: Path) -> None:
     assert second["rows_done"] == 16
 
 
-def test_equal_rows_are_legitimate_and_counted(kit: StoreKit, fast_path: Path) -> None:
+def test_fault_07_equal_rows_are_legitimate_and_counted(kit: StoreKit, fast_path: Path) -> None:
     rows = type(kit.rows(1))(np.zeros((20, 16), np.uint8))
     with kit.writer(fast_path / "s") as writer:
         generation = writer.begin(kit.record(), rows, dim=4, unit_rows=16)

@@ -80,7 +80,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_kept_store_is_migrated_with_the_same_scores_and_no_other_byte_changed(
+def test_fault_15_a_kept_store_is_migrated_with_the_same_scores_and_no_other_byte_changed(
     version: int, fast_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = unpacked(version, fast_path)

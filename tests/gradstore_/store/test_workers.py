@@ -149,7 +149,7 @@ def in_child(work: Callable[[], None]) -> int:
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_worker_killed_in_a_unit_is_replaced(
+def test_fault_24_a_worker_killed_in_a_unit_is_replaced(
     job: Job, fast_path: Path, alone: dict[str, object], elsewhere: bool
 ) -> None:
     """At once on the same machine; after the lease, and not before it, on another."""
@@ -299,7 +299,7 @@ def test_a_unit_that_its_holder_finished_at_the_last_moment_is_not_computed_agai
         assert list(other.claimed()) == []
 
 
-def test_another_number_of_workers_redoes_only_unfinished_units(
+def test_fault_24_another_number_of_workers_redoes_only_unfinished_units(
     kit: Any, fast_path: Path, alone: dict[str, object]
 ) -> None:
     path, first, second = fast_path / "s", Job(kit), Job(kit)
