@@ -246,7 +246,9 @@ def test_fault_05_a_fully_masked_target_is_refused(cli: Any, config: Any, tmp_pa
     check_refusal(cli("train", path), 2, "'goal'", "all 4 rows are masked", "cutoff_len")
 
 
-def test_fault_06_more_rows_than_usable_ones_are_counted(cli: Any, config: Any, tmp_path: Path) -> None:
+def test_fault_06_more_rows_than_usable_ones_are_counted(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
     good, masked = row("Say yes.", "yes " * 60), row("Reverse the word. " * 40, "y")
     folder = data_folder(tmp_path / "data", few=[good] * 12 + [masked] * 8, goal=[good] * 4)
     changes = {"dataset_dir": str(folder), "dataset": "few", "target_dataset": "goal",

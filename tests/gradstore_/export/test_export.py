@@ -195,7 +195,9 @@ def test_rows_that_cannot_be_used_carry_a_status_and_leave_the_others_alone(
     assert row_errors(part.features[good], clean.features[good]).max() <= 1e-5
 
 
-def test_fault_02_a_batch_of_masked_rows_alone_is_masked(llama: Any, model: Any, rows: Rows) -> None:
+def test_fault_02_a_batch_of_masked_rows_alone_is_masked(
+    llama: Any, model: Any, rows: Rows
+) -> None:
     masked = [{**row, "labels": [-100] * len(row["labels"])} for row in rows[:2]]
     (part,) = export_features(
         model, llama.batches(masked, 2), features=FeatureSpec("sgd"), projection=projection(model)

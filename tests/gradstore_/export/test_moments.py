@@ -129,7 +129,9 @@ def test_frozen_parameters_outside_the_optimizer_have_no_moments() -> None:
 
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad])
-def test_fault_13_optimizers_without_moments_are_refused_naming_sgd_and_sign(kind: Any, steps: int) -> None:
+def test_fault_13_optimizers_without_moments_are_refused_naming_sgd_and_sign(
+    kind: Any, steps: int
+) -> None:
     model = small_model()
     optimizer = stepped(model, kind(model.parameters(), lr=1e-3), steps)
     with pytest.raises(BadInput, match=rf"{kind.__name__}.*0\.weight.*`sgd` or `sign`"):

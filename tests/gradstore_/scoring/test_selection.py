@@ -32,7 +32,9 @@ def by_hand(scores: list[float], k: int) -> list[int]:
     ),
     data=st.data(),
 )
-def test_fault_08_any_k_gives_the_best_with_ties_to_the_lower_row(scores: list[float], data: Any) -> None:
+def test_fault_08_any_k_gives_the_best_with_ties_to_the_lower_row(
+    scores: list[float], data: Any
+) -> None:
     usable = sum(score == score for score in scores)
     if usable == 0:
         with pytest.raises(BadInput):

@@ -1,11 +1,13 @@
-"""A full, read-only or unsuitable disk, writers past the lock, readers, and a power loss."""
+"""A full, failing, read-only or unsuitable disk, writers past the lock, readers, a power loss."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +99,113 @@ def test_fault_20_room_is_checked_before_the_start_without_allocating(
             writer.check_space_for(50_000, 4096)
     assert not (path / "plans/train").exists()
     assert generation_bytes(50_000, 4096) >= 50_000 * 4096 * 2
+
+
+def test_fault_20_no_file_of_a_store_is_mapped_to_be_written(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    """A full disk ends a process by SIGBUS where it writes to a map; a write tells it."""
+    path, maps = fast_path / "s", Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc that lists the maps of a process")
+    looked = 0
+
+    def none_is_mapped(operation: str, _: Path) -> None:
+        nonlocal looked
+        looked += 1
+        ours = [line for line in maps.read_text().splitlines() if f" {fast_path}/" in line]
+        assert not [line for line in ours if "w" in line.split()[1]], operation
+
+    with kit.writer(path, StoreFiles(path, none_is_mapped)) as writer:
+        generation = writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16)
+        kit.fill(generation, kit.features(40), units=1)
+        chunks = list((path / "generations/train/1/features/c").rglob("*"))
+        assert [chunk.name for chunk in chunks if chunk.is_file()] == ["0"]  # the others take none
+        kit.fill(generation, kit.features(40))
+        generation.commit()
+    assert looked > 100
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB, taken away again whatever happens."""
+    mount, unmount = shutil.which("mount"), shutil.which("umount")
+    if mount is None or unmount is None or os.geteuid() != 0:
+        pytest.skip("only root mounts a tmpfs")
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    command = [mount, "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs can't be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run([unmount, "--lazy", str(folder)], check=True)
+
+
+def test_fault_20_a_disk_that_is_really_full_ends_in_exit_5_and_resumes_when_there_is_room(
+    kit: StoreKit, tiny_disk: Path
+) -> None:
+    path, other = tiny_disk / "s", tiny_disk / "other"
+    kit.build(path, "train/1", n=200)
+    committed = open_store(path).generation("train/1").read(0, 200)
+    with kit.writer(path) as writer:
+        generation = writer.begin(kit.record("train/2"), kit.rows(200), dim=4, unit_rows=16)
+        other.write_bytes(bytes(shutil.disk_usage(path).free - (128 << 10)))  # others fill it
+        with pytest.raises(StoreIOError, match=r"needs [\d,]+ bytes, [\d,]+ free") as caught:
+            kit.fill(generation, kit.features(200, 2))
+        assert caught.value.exit_code == 5
+        finished = 13 - len(generation.pending)
+    assert 0 < finished < 13
+    assert not [p for p in (path / "staging").rglob("*") if p.is_file()]
+    found = open_store(path).generation("train/1").read(0, 200)
+    assert np.array_equal(found, committed, equal_nan=True)
+    assert verify_store(path).ok
+    other.unlink()
+    with kit.writer(path) as writer:
+        generation = writer.begin(kit.record("train/2"), kit.rows(200), dim=4, unit_rows=16)
+        assert len(generation.pending) == 13 - finished
+        kit.fill(generation, kit.features(200, 2))
+        generation.commit()
+    assert verify_store(path).ok
+
+
+@pytest.mark.parametrize("operation", ["write", "fsync", "fsync_dir", "create", "link"])
+def test_a_disk_that_fails_from_any_operation_on_ends_in_exit_5_and_resumes(
+    kit: StoreKit, fast_path: Path, operation: str
+) -> None:
+    """EIO from the k-th write, sync, creation or link on, for every k until none fails."""
+    after, path = 0, fast_path / "s"
+    kit.build(path, "train/1", n=20)
+    before = kit.content(path)
+    whole = fast_path / "whole"
+    shutil.copytree(path, whole)
+    with kit.writer(whole) as writer:
+        kit.add(writer, "train/2", 20)
+    while True:
+        tried = fast_path / str(after)
+        shutil.copytree(path, tried)
+        files, told = StoreFiles(tried, failing(operation, errno.EIO, after)), ""
+        try:
+            with kit.writer(tried, files) as writer:
+                kit.add(writer, "train/2", 20)
+        except StoreIOError as error:
+            told = f"exit {error.exit_code}: {error}"
+        if not told:
+            break
+        assert told.startswith("exit 5")
+        assert os.strerror(errno.EIO) in told
+        names = [generation.name for generation in open_store(tried).generations()]
+        assert names in (["train/1"], ["train/1", "train/2"])
+        assert kit.content(tried).items() >= before.items()
+        with kit.writer(tried) as writer:
+            kit.add(writer, "train/2", 20)
+        assert kit.content(tried) == kit.content(whole)
+        assert verify_store(tried).ok
+        shutil.rmtree(tried)
+        after += 1
+    assert after > 10
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO])
@@ -303,18 +412,25 @@ def recording(disk: Disk, at: Callable[[str, Path], None]) -> Hook:
 def test_fault_17_after_a_power_loss_every_commit_that_returned_is_there_and_whole(
     kit: StoreKit, fast_path: Path
 ) -> None:
+    """At every operation; of states that are equal the first is looked at."""
     path = fast_path / "s"
     disk = Disk(path)
     returned: list[str] = []
+    seen: set[tuple[object, ...]] = set()
     count = 0
 
     def lose_power(operation: str, where: Path) -> None:
         nonlocal count
         count += 1
-        if count % 9:
-            return
         left = fast_path / f"left{count}"
         disk.restore(left)
+        held = sorted((str(each.relative_to(left)), each.is_file() and each.read_bytes())
+                      for each in left.rglob("*"))  # fmt: skip
+        state = (*returned, *held)
+        if state in seen:
+            shutil.rmtree(left)
+            return
+        seen.add(state)
         if returned:
             store = open_store(left)
             assert [g.name for g in store.generations()][: len(returned)] == returned
@@ -322,6 +438,7 @@ def test_fault_17_after_a_power_loss_every_commit_that_returned_is_there_and_who
         with kit.writer(left) as writer:
             kit.add(writer, "train/1", 20)
         assert verify_store(left).ok
+        shutil.rmtree(left)
 
     with kit.writer(path, StoreFiles(path, recording(disk, lose_power))) as writer:
         for name in ("train/1", "target/a/1"):

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from conftest import StoreKit
 
 
-def test_fault_18_a_second_writer_is_told_host_pid_and_since_when(kit: StoreKit, fast_path: Path) -> None:
+def test_fault_18_a_second_writer_is_told_host_pid_and_since_when(
+    kit: StoreKit, fast_path: Path
+) -> None:
     with kit.writer(fast_path / "s"):
         with pytest.raises(StoreBusy, match=rf"host \S+, pid {os.getpid()}, since \d{{4}}-") as e:
             kit.writer(fast_path / "s")

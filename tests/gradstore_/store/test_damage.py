@@ -44,7 +44,9 @@ def store(kit: StoreKit, fast_path: Path) -> Path:
     return fast_path / "s"
 
 
-def test_fault_21_any_flipped_bit_in_any_file_is_reported_when_read_and_when_verified(store: Path) -> None:
+def test_fault_21_any_flipped_bit_in_any_file_is_reported_when_read_and_when_verified(
+    store: Path,
+) -> None:
     draw = random.Random(0)
     for file in files_of(store):
         data = file.read_bytes()
@@ -62,8 +64,68 @@ def test_fault_21_any_flipped_bit_in_any_file_is_reported_when_read_and_when_ver
     assert verify_store(store).ok
 
 
+def test_fault_21_every_byte_of_a_small_store_is_reported_when_a_bit_of_it_is_flipped(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    """A reader reports each of them, a check of the whole store names the file (every 7th byte)."""
+    path, draw, flipped = fast_path / "s", random.Random(0), 0
+    kit.build(path, n=3)
+    for file in files_of(path):
+        data = file.read_bytes()
+        for at in range(len(data)):
+            damaged = bytearray(data)
+            damaged[at] ^= 1 << draw.randrange(8)
+            file.write_bytes(damaged)
+            with pytest.raises(DamagedData) as caught:
+                read_everything(path)
+            assert caught.value.exit_code == 4, (file, at)
+            if flipped % 7 == 0:
+                report = verify_store(path)
+                assert str(file.relative_to(path)) in [f.file for f in report.faults], (file, at)
+            flipped += 1
+        file.write_bytes(data)
+    assert flipped > 5000
+    assert verify_store(path).ok
+
+
+SWAPPED = {
+    "units of an array": ("features/c/0/0", "features/c/1/0"),
+    "units of a small array": ("scale/c/0", "scale/c/1"),
+    "arrays of equal size": ("scale/c/0", "norm/c/0"),
+    "arrays and units": ("scale/c/0", "norm/c/1"),
+    "unit records": ("units/0.json", "units/1.json"),
+    "zarr.json of two arrays": ("scale/zarr.json", "tokens/zarr.json"),
+    "generations": ("features/c/0/0", "../../target/a/2/features/c/0/0"),
+}
+
+
+@pytest.mark.parametrize("what", SWAPPED)
+def test_fault_21_two_sound_files_that_are_swapped_are_both_reported(
+    kit: StoreKit, fast_path: Path, what: str
+) -> None:
+    path = fast_path / "s"
+    kit.build(path, "train/1", "target/a/2", n=32)  # the step is the seed: other values
+    base = path / "generations/train/1"
+    first, second = ((base / name).resolve() for name in SWAPPED[what])
+    sizes = {file.stat().st_size for file in (first, second)}
+    assert len(sizes) == 1 or first.suffix == ".json"
+    one, other = first.read_bytes(), second.read_bytes()
+    assert one != other
+    first.write_bytes(other)
+    second.write_bytes(one)
+    with pytest.raises(DamagedData):
+        read_everything(path)
+    faults = {fault.file for fault in verify_store(path).faults}
+    assert faults >= {str(file.relative_to(path.resolve())) for file in (first, second)}
+    first.write_bytes(one)
+    second.write_bytes(other)
+    assert verify_store(path).ok
+
+
 @pytest.mark.parametrize("how", ["missing", "empty", "truncated", "longer"])
-def test_fault_21_a_missing_or_wrongly_sized_file_is_reported_never_filled_in(store: Path, how: str) -> None:
+def test_fault_21_a_missing_or_wrongly_sized_file_is_reported_never_filled_in(
+    store: Path, how: str
+) -> None:
     for file in files_of(store):
         data = file.read_bytes()
         if how == "missing":
@@ -251,7 +313,9 @@ def test_fault_27_a_plan_of_impossible_size_is_refused(store: Path) -> None:
         read_everything(store)
 
 
-def test_fault_07_a_plan_that_names_a_position_twice_is_refused(kit: StoreKit, fast_path: Path) -> None:
+def test_fault_07_a_plan_that_names_a_position_twice_is_refused(
+    kit: StoreKit, fast_path: Path
+) -> None:
     with kit.writer(fast_path / "s") as writer:
         writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16)
     file = fast_path / "s/plans/train/1.json"

@@ -105,7 +105,9 @@ def test_a_run_that_never_committed_keeps_nobody_out(kit: StoreKit, fast_path: P
     assert names(path) == ["train/1.2"]
 
 
-def test_fault_09_changed_rows_are_counted_and_the_first_is_named(kit: StoreKit, fast_path: Path) -> None:
+def test_fault_09_changed_rows_are_counted_and_the_first_is_named(
+    kit: StoreKit, fast_path: Path
+) -> None:
     kit.build(fast_path / "s")
     hashes = kit.rows(40).hashes.copy()
     hashes[[7, 9, 30], 0] ^= 1
@@ -165,7 +167,9 @@ def test_another_width_or_dtype_in_the_same_space_is_refused(
             writer.begin(record, kit.rows(40), dim=4, dtype="bfloat16")
 
 
-def test_fault_12_a_canary_within_rounding_is_accepted_and_another_refused(kit: StoreKit, fast_path: Path) -> None:
+def test_fault_12_a_canary_within_rounding_is_accepted_and_another_refused(
+    kit: StoreKit, fast_path: Path
+) -> None:
     kit.build(fast_path / "s")
     near = {**kit.provenance["projection"], "canary": [0.5, -1.2500001, 3.0]}
     kit.writer(fast_path / "s", projection=near).close()
