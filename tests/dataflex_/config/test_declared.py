@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -165,6 +166,13 @@ def test_a_group_of_parameters_is_declared_in_one_place() -> None:
         LessSelector(proj_dim=0)
     with pytest.raises(ValueError, match="s=9 exceeds d=8"):
         LessSelector(proj_dim=8, sjlt_s=9)
+
+
+def test_a_projection_by_trak_is_refused_where_trak_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LessSelector(proj_method="trak").settings.proj_method == "trak"
+    monkeypatch.setitem(sys.modules, "trak", None)
+    with pytest.raises(ValueError, match=r"proj_method is 'trak', but the package traker"):
+        LessSelector(proj_method="trak")
 
 
 def test_the_words_for_a_declaration_are_those_of_the_catalogue() -> None:
