@@ -72,6 +72,7 @@ LATE = "tests/gradstore_/storage/test_late_writes.py"
 PROBES = "tests/gradstore_/storage/test_object_probes.py"
 LEASES, WORKERS = "tests/gradstore_/storage/test_leases.py", f"{STORE}/test_workers.py"
 BEHIND, FILLING = f"{STORE}/test_writing_behind.py", "gradstore/store/filling.py"
+UNITS = "tests/gradstore_/export/test_units.py"
 REPAIR, FORGETTING = f"{STORE}/test_repair.py", f"{STORE}/test_forgetting.py"
 CHUNKS, PACKED = f"{STORE}/test_chunks.py", "tests/gradstore_/scoring/test_dtypes.py"
 SIGNS = "tests/gradkernels_/test_sign_products.py"
@@ -246,6 +247,10 @@ MUTANTS = [
            BEHIND),
     Mutant("gradstore/store/generation_writer.py", " or index in self._being_written", "", BEHIND),
     Mutant("gradstore/storage/local.py", "with self._own_guard:", "if True:", BEHIND),
+    Mutant("gradstore/export/units.py", "done[part.rows - unit.start] = True", "pass", UNITS),
+    Mutant("gradstore/export/units.py", "max(several) // 2", "max(several)", UNITS),
+    Mutant("gradstore/export/units.py", "cheapest[start] = costs[taken[start] - 1] + start_cost",
+           "cheapest[start] = costs[taken[start] - 1]", "tests/gradstore_/export/test_export.py"),
     Mutant(FILLING, "self._wait(most=self._behind - 1)", "self.look()", BEHIND),
     Mutant(FILLING, "            self._start(done)\n",
            "            self._start(done)\n            self.settle()\n", BEHIND),

@@ -1,4 +1,4 @@
-"""Who helped one target row, by lists of near rows: approximate, with the recall stated.
+"""Rows that helped one target row, by lists of near rows: approximate, with the recall stated.
 
 Letters: n train rows.
 """
@@ -93,17 +93,9 @@ def query_lists(
     """
     one = one_row(checkpoints, target_row, target)
     expect_whole(top, "top")
-    if isinstance(recall, bool) or not isinstance(recall, int | float) or not 0 < recall < 1:
-        raise BadInput(f"recall is {recall!r}; give a number above 0 and below 1, or ask exactly.")
-    if len(checkpoints) != 1:
-        raise BadInput(
-            f"lists hold the rows of one checkpoint, {len(checkpoints)} are asked; take the last "
-            "alone, or ask for the exact answer"
-        )
+    _check(checkpoints, target, recall)
     (pair,) = checkpoints
     train: Any = pair.train
-    if not (hasattr(train, "commit_sha") and getattr(pair.targets[target], "commit_sha", None)):
-        raise BadInput("lists are made of committed generations, not of arrays; ask exactly.")
     (query,) = weighted_queries(checkpoints, [one], COSINE, torch.device("cpu"))
     found = InvertedLists.build(train, cache_dir) if lists is None else lists
     curve = None if found is None else found.curve(pair.targets[target])
@@ -120,6 +112,22 @@ def query_lists(
         f"lists, measured on {curve.rows} rows"
     )
     return Approximate(answer, share, measured.nprobe, found.lists, says)
+
+
+def _check(checkpoints: Sequence[CheckpointFeatures], target: int, recall: object) -> None:
+    """Refuse what lists can't answer, before they are made (BadInput)."""
+    if isinstance(recall, bool) or not isinstance(recall, int | float) or not 0 < recall < 1:
+        raise BadInput(f"recall is {recall!r}; give a number above 0 and below 1, or ask exactly.")
+    if len(checkpoints) != 1:
+        raise BadInput(
+            f"lists hold the rows of one checkpoint, {len(checkpoints)} are asked; take the last "
+            "alone, or ask for the exact answer"
+        )
+    (pair,) = checkpoints
+    if not (
+        hasattr(pair.train, "commit_sha") and getattr(pair.targets[target], "commit_sha", None)
+    ):
+        raise BadInput("lists are made of committed generations, not of arrays; ask exactly.")
 
 
 def _why_exact(train: FeatureSource, curve: Curve | None, recall: float) -> str:

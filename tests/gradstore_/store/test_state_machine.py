@@ -460,7 +460,7 @@ def test_whatever_processes_do_in_whatever_order_readers_see_what_was_committed(
 
     run_state_machine_as_test(
         make,  # type: ignore[arg-type]
-        settings=settings(max_examples=32, stateful_step_count=50, deadline=None,
+        settings=settings(max_examples=24, stateful_step_count=50, deadline=None,
                           derandomize=True, suppress_health_check=list(HealthCheck)),
     )  # fmt: skip
     never = [event for event in EVENTS if not seen[event]]
