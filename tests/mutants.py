@@ -248,7 +248,7 @@ MUTANTS = [
     Mutant("gradstore/store/generation_writer.py", " or index in self._being_written", "", BEHIND),
     Mutant("gradstore/storage/local.py", "with self._own_guard:", "if True:", BEHIND),
     Mutant("gradstore/export/units.py", "done[part.rows - unit.start] = True", "pass", UNITS),
-    Mutant("gradstore/export/units.py", "max(several) // 2", "max(several)", UNITS),
+    Mutant("gradstore/export/units.py", "return bool(several)", "return False", UNITS),
     Mutant("gradstore/export/units.py", "cheapest[start] = costs[taken[start] - 1] + start_cost",
            "cheapest[start] = costs[taken[start] - 1]", "tests/gradstore_/export/test_export.py"),
     Mutant(FILLING, "self._wait(most=self._behind - 1)", "self.look()", BEHIND),
