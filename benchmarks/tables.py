@@ -491,8 +491,8 @@ def stress() -> str:
         for at, key in enumerate(("kills", "stores", "seconds")):
             counts[at] += int(line[key])
     rows = [*found.items(), (("all", ""), [sum(c[at] for c in found.values()) for at in range(3)])]
-    body = [(*who, *(f"{count:,}" for count in counts), "0 / 0 / 0") for who, counts in rows]
-    head = ("workers", "stores in a", "killed", "stores", "seconds", "rows lost / doubled / torn")
+    body = [(*who, *(f"{count:,}" for count in counts)) for who, counts in rows]
+    head = ("workers", "stores in a", "killed", "stores", "seconds")
     return f"{table(head, body)}\n\n{', '.join(sorted({line['date'] for line in lines}))}."
 
 
