@@ -146,6 +146,8 @@ def end(worker: int) -> None:
         process = psutil.Process(worker)
         process.kill()
         until(lambda: process.status() == psutil.STATUS_ZOMBIE, "end of a worker")
+        # Its first thread is gone; files, and locks on them, are open until the last one is.
+        until(lambda: process.num_threads() <= 1, "end of a worker's threads")
 
 
 def test_units_of_a_killed_actor_are_taken_over_and_scores_are_those_of_one_process(
