@@ -16,7 +16,7 @@ CPU_TOKENS, GPU_TOKENS = 2048, 16384
 
 
 #: How allocators of devices and of the host begin to say it where torch has no class for it.
-_NO_MEMORY = ("CUDA out of memory", "can't allocate memory", "cannot allocate memory",
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory",
               "CUBLAS_STATUS_ALLOC_FAILED")  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from gradstore.capture.limits import ran_out_of_memory
 from gradstore.export.units import Batches, FeatureRows, computed_parts, join_unit
 from gradstore.format.layout import RowStatus
 from gradstore.format.plans import UnitRange
@@ -128,6 +129,20 @@ def test_rows_computed_before_memory_ran_out_are_not_computed_again() -> None:
         device.room = 7 if len(seen) == 1 else device.room
     assert sorted(seen) == list(range(10))
     assert len(seen) == 10
+
+
+@pytest.mark.parametrize(
+    ("said", "of_memory"),
+    [
+        ("CUDA error: out of memory", True),
+        ("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_what_allocators_say_is_told_from_other_errors(said: str, of_memory: bool) -> None:
+    assert ran_out_of_memory(RuntimeError(said)) is of_memory
+    assert not ran_out_of_memory(ValueError(said))
 
 
 def test_an_error_that_is_not_of_memory_is_raised_at_once() -> None:
