@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.util
 import itertools
 import logging
@@ -268,3 +269,16 @@ def service(serve_writable: Callable[..., Service]) -> Iterator[Service]:
         made = serve_writable(Path(folder, "served"))
         yield made
         made.stop()
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Import scripts of benchmarks by name, and forget them afterwards."""
+    benchmarks = Path(__file__).resolve().parent.parent / "benchmarks"
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(benchmarks))
+    monkeypatch.syspath_prepend(str(benchmarks / "quality"))
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(benchmarks)):
+            del sys.modules[name]

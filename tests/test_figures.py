@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import runpy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,18 +22,6 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return runpy.run_path(str(BENCHMARKS / "tables.py"))
     finally:
         sys.modules.pop("report", None)
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Import scripts of benchmarks by name, and forget them afterwards."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.syspath_prepend(str(BENCHMARKS / "quality"))
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
-            del sys.modules[name]
 
 
 def test_every_page_says_what_the_csvs_say(tables: dict[str, Any]) -> None:

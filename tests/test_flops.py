@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +18,8 @@ ROWS, LENGTH, ANSWER = 3, 24, 6
 
 
 @pytest.fixture
-def quality(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Import scripts of benchmarks/quality by name, and forget them afterwards."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.syspath_prepend(str(BENCHMARKS / "quality"))
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
-            del sys.modules[name]
-
-
-@pytest.fixture
-def flops(quality: Any) -> Any:
-    return quality("flops")
+def flops(script: Any) -> Any:
+    return script("flops")
 
 
 @pytest.fixture
@@ -132,9 +117,9 @@ def test_other_packages_programs_are_not_counted(flops: Any, small: Any) -> None
     assert flops.selecting("bergson trackstar", small) is None
 
 
-def test_every_method_of_the_benchmarks_has_its_count(quality: Any, flops: Any) -> None:
-    rules, real = quality("rules"), quality("real")
-    peers = set(quality("peer").COMMANDS)
+def test_every_method_of_the_benchmarks_has_its_count(script: Any, flops: Any) -> None:
+    rules, real = script("rules"), script("real")
+    peers = set(script("peer").COMMANDS)
     assert set(rules.METHODS) | set(real.METHODS) | peers == set(flops.SELECTING)
     assert (flops.CHECKPOINTS, flops.TAKEN_STEPS) == (len(rules.EARLIER) + 1, rules.TRAINED_STEPS)
     assert flops.REAL.trained_rows == real.TRAINED_STEPS * flops.STEP_ROWS
@@ -200,8 +185,8 @@ def test_gradients_of_rows_are_what_torch_counts(model: Any, shape: Any, batch: 
     assert shape.of_train(ROWS) == pytest.approx(found, rel=0.05)
 
 
-def test_the_shape_of_rules_is_that_of_its_model_and_rows(quality: Any, flops: Any) -> None:
-    run = quality("rules").start(1)
+def test_the_shape_of_rules_is_that_of_its_model_and_rows(script: Any, flops: Any) -> None:
+    run = script("rules").start(1)
     train, targets = run.data.train, run.data.targets[:8]
     shape = flops.RULES
     assert sum(p.numel() for p in run.trained) == shape.lora

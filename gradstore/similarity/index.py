@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol, get_args
@@ -313,6 +314,23 @@ def _fill(
 ) -> Any:  # noqa: ANN401
     """Build a FAISS inner-product index of the unit rows, keyed by their dataset row numbers."""
     index = _empty(faiss, generation.dim, large)
+    for rows, units in usable_units(generation, usable):
+        index.add_with_ids(units, rows)
+    return index
+
+
+def usable_units(
+    generation: FeatureSource, usable: npt.NDArray[np.int64]
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]:
+    """Yield row numbers (m,) and their unit rows (m, d) float32, block by block.
+
+    Args:
+        generation: whose rows.
+        usable: (n,) row numbers, ascending.
+
+    Raises:
+        BadInput: a row marked usable that has no direction.
+    """
     for start in range(0, generation.rows, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, generation.rows)
         rows = usable[np.searchsorted(usable, start) : np.searchsorted(usable, stop)]
@@ -325,5 +343,4 @@ def _fill(
                 f"row {bad} is marked usable but its feature is zero or not finite; export this "
                 "generation again"
             )
-        index.add_with_ids(directions.astype(np.float32), rows)
-    return index
+        yield rows, directions.astype(np.float32)

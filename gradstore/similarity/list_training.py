@@ -12,12 +12,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from gradstore.errors import BadInput
-from gradstore.format.layout import RowStatus
 from gradstore.scoring.best_rows import BestRows, ranked
 from gradstore.scoring.scan import BLOCK_ROWS, FeatureSource, unit_rows
 from gradstore.scoring.some_rows import SomeRows
-from gradstore.similarity.index import CommittedSource
+from gradstore.similarity.index import CommittedSource, usable_units
 from gradstore.similarity.recalls import NEAREST
 
 _log = logging.getLogger(__name__)
@@ -72,19 +70,7 @@ def neighbours(
         BadInput: a row marked usable that has no direction.
     """
     sides = BestRows(len(own), NEAREST[-1]), BestRows(len(own), NEAREST[-1])
-    for start in range(0, generation.rows, BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, generation.rows)
-        here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
-        if here.size == 0:
-            continue
-        directions, codes = unit_rows(generation.read(start, stop)[here - start])
-        if (codes != RowStatus.OK).any():
-            bad = int(here[np.flatnonzero(codes != RowStatus.OK)[0]])
-            raise BadInput(
-                f"row {bad} is marked usable but its feature is zero or not finite; export this "
-                "generation again"
-            )
-        units = directions.astype(np.float32)
+    for here, units in usable_units(generation, rows):
         add(units, here)
         cosines = units @ queries.T
         cosines[here[:, None] == own[None, :]] = np.nan

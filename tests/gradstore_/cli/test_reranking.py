@@ -79,11 +79,14 @@ def test_a_later_checkpoint_of_the_second_store_is_passed_over(
     stores: tuple[Path, Path], commands: Any, kit: StoreKit, tmp_path: Path
 ) -> None:
     bits, more = stores
+    outputs = [tmp_path / name for name in ("before.jsonl", "after.jsonl")]
+    commands("select", bits, "-k", 6, "-o", outputs[0], "--rerank-store", more)
     kit.dtype = "int8"
     with kit.writer(more) as writer:
         kit.add(writer, "train/3", 24)
         kit.add(writer, "target/dev/3", 8)
-    commands("select", bits, "-k", 6, "-o", tmp_path / "c.jsonl", "--rerank-store", more)
+    commands("select", bits, "-k", 6, "-o", outputs[1], "--rerank-store", more)
+    assert outputs[1].read_bytes() == outputs[0].read_bytes()
 
 
 def test_a_factor_needs_a_store_and_is_at_least_1() -> None:
