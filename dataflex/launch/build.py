@@ -126,7 +126,10 @@ def _export(
     loaded = _loaded(config, folders, worker)
     if watch is not None:
         watch.loaded()
-    run = replace(context_of(config, loaded, built_by(config)), watch=watch)
+    # Of torchrun's ranks the first alone tells, of the units of all.
+    tells = _log.isEnabledFor(logging.INFO)
+    run = context_of(config, loaded, built_by(config))
+    run = replace(run, watch=watch, shows_progress=tells)
     if settings.train_features.needs_share and folders:
         run = replace(run, step=step_at(folders[0], run.step))
     service = FeatureService(run, settings, worker)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,7 +35,8 @@ class Builders(OnEngine):
         str | None,
         typer.Option(
             help="Build as worker i of N, started as often and wherever you like: they share the "
-            "work through the store, on a file system that all of them see.",
+            "work through the store, on a file system that all of them see. Default: a rank that "
+            "torchrun started is one.",
             metavar="i/N",
         ),
     ] = None
@@ -48,6 +51,8 @@ class Builders(OnEngine):
     def chosen(self) -> tuple[Worker | None, RayOptions | None]:
         """Check and read them: this process among workers, and the cluster; at most one is given.
 
+        A process that torchrun started is a worker, where nothing else is asked for.
+
         Raises:
             BadInput: both, or what one of them refuses.
         """
@@ -59,7 +64,41 @@ class Builders(OnEngine):
                 "--worker and --engine are both given: the engine starts workers of its own; give "
                 "one of them. (Workers may join a build on an engine at any time.)"
             )
-        return None if self.worker is None else Worker.parse(self.worker), ray
+        if self.worker is not None:
+            return Worker.parse(self.worker), None
+        return (rank_as_worker(os.environ) if ray is None else None), ray
+
+
+#: Variables by which libraries find the other ranks, which a worker has no need of.
+_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank_as_worker(env: MutableMapping[str, str]) -> Worker | None:
+    """Make this process, if it is one of torchrun's ranks, a worker of the store.
+
+    Ranks of a build have nothing to say to each other but what the store tells: no process group is
+    made, and one that is started again, or late, takes what is left.
+
+    Args:
+        env: os.environ; what would make libraries wait for the other ranks is removed.
+
+    Returns:
+        Worker RANK + 1 of WORLD_SIZE; None where this is one process alone.
+
+    Raises:
+        BadInput: the variables are not whole numbers that fit each other.
+    """
+    from gradstore.storage.leases import Worker
+
+    rank, world = env.get("RANK", "0"), env.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise BadInput(
+            f"RANK is {rank!r} and WORLD_SIZE {world!r}: torchrun sets them to a number and how "
+            "many there are; unset both, or give --worker i/N"
+        )
+    for name in _OF_RANKS:
+        env.pop(name, None)
+    return None if world == "1" else Worker(int(rank) + 1, int(world))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from gradstore.export.features import EpsMode, FeatureSpec, Kind
 from gradstore.export.kronecker import DAMPING, CurvatureRule
 from gradstore.export.share import OptimizerStep
 from gradstore.format.layout import FeatureDtype
+from gradstore.storage.leases import Worker
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ class BuildSettings(GradientSettings):
         preconditioner: kfac or ekfac puts gradients into the metric of Kronecker factors, fitted on
             training rows (`gradstore.export.kronecker`); for gradient_type sgd.
         damping: of that metric, as a multiple of a block's mean eigenvalue.
+        worker: this process among those that build the store together, ranks too; None builds it
+            alone.
 
     Raises:
         ValueError: gradient_type adam_share without step_rows, or a metric of another type than
@@ -116,6 +119,7 @@ class BuildSettings(GradientSettings):
     max_grad_norm: Annotated[float, Ge(0)] = 1.0
     preconditioner: Literal["none", "kfac", "ekfac"] = "none"
     damping: Annotated[float, Gt(0)] = DAMPING
+    worker: Worker | None = None
 
     def __post_init__(self) -> None:
         """Check that a row's share of a step is known where it is needed, and the metric's rule."""

@@ -83,16 +83,18 @@ def build(
 
     Raises:
         BadInput: nothing to train, moments missing, rows that can't be used, too little memory, a
-            process other than rank 0.
+            rank other than the first that is no `worker`.
         ProvenanceMismatch: the store's features come of another model, tokenizer, projection, run
             or of other rows; lists the differences.
-        StoreBusy: another process writes to the store.
-        StoreIOError: the disk is full, or cannot be written.
+        StoreBusy: another process writes to the store; for a worker, one that is no worker.
+        StoreIOError: the disk is full, or cannot be written; for a worker, its file system keeps
+            locks to one machine.
     """
     options = BuildSettings.of(settings)
     place = location(path)
     step = expect_whole(step, "step", least=0)
-    _check_process()
+    if options.worker is None:
+        _check_process()
     expect(isinstance(model, nn.Module), "model", model, "a torch module")
     check_frozen(model)
     space = GradientSpace.of(model, options)
@@ -132,7 +134,7 @@ class _Checkpoint:
             rows={},
         )
         named = {"" if _is_train(rows) else rows.name: rows.row_set for rows in sets}
-        with StoreWriter(path, provenance=fields) as writer:
+        with StoreWriter(path, provenance=fields, worker=options.worker) as writer:
             check_rows_and_run(writer.store, named, space=GRADIENT, run=options.gradstore_run,
                                run_id=options.run_id)  # fmt: skip
             if options.train_features.needs_share and options.optimizer_step is not None:
@@ -180,7 +182,7 @@ class _Checkpoint:
         bar = tqdm(total=left, desc=record.name, unit="row", disable=None, leave=False)
         with bar, sink:
             advance = partial(_advance, bar, sink)
-            for unit in sink.claimed():
+            for unit in sink.claimed(elsewhere=bar.update):
                 sink.write(compute_unit(self.model, batches, recipe, unit, advance))
         begun.commit()
         check_usable(writer.store.generation(begun.name))
@@ -235,15 +237,15 @@ def _is_train(rows: TokenRows) -> bool:
 
 
 def _check_process() -> None:
-    """Refuse a process other than the first: one writes a store."""
+    """Refuse a rank other than the first: a store is one process's, or that of workers."""
     rank = int(os.environ.get("RANK", "0") or 0)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank = torch.distributed.get_rank()
     if rank:
         raise BadInput(
-            f"gradstore.build was called by rank {rank} of a distributed run, and one process "
-            "writes a store. Call it on rank 0 alone, or let the ranks share the passes: "
-            "dataflex.integrations.GradientStoreCallback."
+            f"gradstore.build was called by rank {rank} of a distributed run, as if it were alone. "
+            "Give every rank worker=gradstore.Worker(rank + 1, ranks), and they share the rows; or "
+            "call it on rank 0 alone. In training: dataflex.integrations.GradientStoreCallback."
         )
 
 

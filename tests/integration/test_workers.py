@@ -1,4 +1,4 @@
-"""`gradstore build --worker`: two processes that know only the store build what one builds."""
+"""Two processes that know only the store build what one builds: `--worker`, ranks of torchrun."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import numpy as np
 from gradstore import open_store
 from gradstore.store.verify import verify_store
 
-SETS = "tiny_target_sort,tiny_target_date"
+SMALL = {
+    "max_samples": 280,
+    "target_dataset": "tiny_target_sort,tiny_target_date",
+    "component_params": {"proj_dim": 64, "gradient_type": "sgd"},
+}
 
 
 def generations(store: Path) -> dict[str, bytes]:
@@ -30,11 +34,7 @@ def selected(cli: Any, store: Path, output: Path) -> tuple[str, list[float]]:
 def test_two_workers_build_the_store_of_one_process(
     cli: Any, config: Any, until: Any, tmp_path: Path
 ) -> None:
-    path = config(
-        max_samples=280,
-        target_dataset=SETS,
-        component_params={"proj_dim": 64, "gradient_type": "sgd"},
-    )
+    path = config(**SMALL)
     stores = {name: tmp_path / name for name in ("one", "many")}
     alone = cli("gradstore", "build", path, f"gradstore={stores['one']}")
     assert alone.code == 0, alone.err[-3000:]
@@ -55,3 +55,19 @@ def test_two_workers_build_the_store_of_one_process(
     )
     assert rows == rows_of_many
     np.testing.assert_array_equal(scores, scores_of_many)
+
+
+def test_ranks_of_torchrun_write_for_themselves_the_store_of_one_process(
+    cli: Any, config: Any, tmp_path: Path
+) -> None:
+    """No process group: each rank is a worker, and the first alone tells of it."""
+    path = config(**SMALL)
+    stores = {name: tmp_path / name for name in ("one", "many")}
+    assert cli("gradstore", "build", path, f"gradstore={stores['one']}").code == 0
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    many = ["-m", "dataflex", "gradstore", "build", path, f"gradstore={stores['many']}"]
+    result = cli(*torchrun, *many, program="python")
+    assert result.code == 0, result.err[-3000:]
+    assert generations(stores["many"]) == generations(stores["one"])
+    told = [line for line in result.err.splitlines() if line.startswith("[dataflex]")]
+    assert told.count(f"[dataflex] store: {stores['many']}") == 1

@@ -4,9 +4,40 @@ from __future__ import annotations
 
 import pytest
 
-from dataflex.launch.options import Builders
+from dataflex.launch.options import Builders, rank_as_worker
 from gradstore.errors import BadInput
 from gradstore.storage.leases import Worker
+
+#: Beside what torchrun sets for a rank: what else a process has.
+REST = {"LOCAL_WORLD_SIZE": "2", "PATH": "/bin"}
+
+
+def of_torchrun(rank: str, world: str) -> dict[str, str]:
+    meet = {"LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    return {"RANK": rank, "WORLD_SIZE": world, **meet, **REST}
+
+
+def test_a_rank_of_torchrun_is_a_worker_and_waits_for_no_other_rank() -> None:
+    env = of_torchrun("2", "4")
+    assert rank_as_worker(env) == Worker(3, 4)
+    assert env == REST
+    for alone in (of_torchrun("0", "1"), dict(REST)):
+        assert rank_as_worker(alone) is None
+        assert alone == REST
+
+
+@pytest.mark.parametrize(("rank", "world"), [("4", "4"), ("-1", "2"), ("0", "two"), ("", "2")])
+def test_a_rank_that_is_none_is_refused(rank: str, world: str) -> None:
+    with pytest.raises(BadInput, match=f"RANK is {rank!r} and WORLD_SIZE {world!r}"):
+        rank_as_worker(of_torchrun(rank, world))
+
+
+def test_who_builds_is_asked_of_the_options_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert Builders(worker="2/4").chosen() == (Worker(2, 4), None)
+    assert Builders(engine="ray").chosen()[0] is None
+    assert Builders().chosen() == (Worker(2, 2), None)
 
 
 def test_a_build_is_alone_or_a_worker_or_on_an_engine() -> None:

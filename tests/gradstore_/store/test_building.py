@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import gradstore
 from gradstore.cli import app
-from gradstore.errors import BadInput, ProvenanceMismatch
+from gradstore.errors import BadInput, ProvenanceMismatch, StoreBusy
 from gradstore.export import memory, projected
 from gradstore.export.features import FeatureSpec, Recipe
 from gradstore.export.gradient_space import effective_seed
@@ -390,6 +390,26 @@ def test_other_ranks_of_a_distributed_run_are_refused(
         build()
     monkeypatch.setenv("RANK", "0")
     assert build().train == "train/7"
+
+
+def test_a_rank_that_is_a_worker_takes_what_the_others_left(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build()
+    alone, build.path = build.path, tmp_path / "shared"
+    monkeypatch.setenv("RANK", "1")
+    assert build(worker=gradstore.Worker(2, 2)).tokens > 0
+    monkeypatch.setenv("RANK", "0")
+    assert build(worker=gradstore.Worker(1, 2)).tokens == 0
+    one, shared = (gradstore.open_store(path).generation("train/7") for path in (alone, build.path))
+    np.testing.assert_array_equal(one.read(0, 40), shared.read(0, 40))
+
+
+def test_a_worker_is_refused_while_a_process_has_the_store_to_itself(build: Build) -> None:
+    build(train=None)
+    provenance = dict(gradstore.open_store(build.path).provenance)
+    with gradstore.StoreWriter(build.path, provenance=provenance), pytest.raises(StoreBusy):
+        build(worker=gradstore.Worker(1, 2))
 
 
 def test_autocast_of_the_caller_is_followed_and_recorded(build: Build) -> None:
