@@ -407,7 +407,7 @@ def test_a_rank_that_is_a_worker_takes_what_the_others_left(
 
 def test_a_worker_is_refused_while_a_process_has_the_store_to_itself(build: Build) -> None:
     build(train=None)
-    provenance = dict(gradstore.open_store(build.path).provenance)
+    provenance = gradstore.open_store(build.path).provenance()
     with gradstore.StoreWriter(build.path, provenance=provenance), pytest.raises(StoreBusy):
         build(worker=gradstore.Worker(1, 2))
 
