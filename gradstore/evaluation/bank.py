@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class Bank:
         self._description: dict[str, Json] = plain(described, "configuration")
         self.configuration_hash = sha256_json(self._description)
         path = self.folder / "bank.json"
-        if (found := _read(path)) is None:
+        if (found := read_sealed(path)) is None:
             replace_file(path, canonical_json(seal({"configuration": self._description})))
         else:
             self._check(found.get("configuration"))
@@ -87,24 +87,27 @@ class Bank:
         retrain: Retrain,
         *,
         budget: int,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         tell: Callable[[Progress], None] = lambda progress: None,
         forecast: Callable[[Mask], float] | None = None,
     ) -> Floats:
         """Return the losses (s, q) after training on each subset; retrain for those not banked.
 
+        Training itself is noisy (initial weights, order, dropout): of several seeds each loss is
+        the mean, whose noise is smaller by the root of their number.
+
         Args:
             subsets: (s, n) bool, True for rows to train on.
             retrain: called for each subset that is missing; the losses it returns are kept at once.
             budget: retrainings that may be made now.
-            seed: of the training.
+            seed: of the training; or several, each of which retrains on every subset.
             tell: called after each retraining.
             forecast: seconds of retraining on a subset (n,); asked where the budget is short and
                 no entry says it.
 
         Raises:
-            BadInput: before any work, if more retrainings are missing than the budget allows, or
-                a subset is empty; losses of another shape, or not finite.
+            BadInput: before any work, if more retrainings are missing than the budget allows, a
+                subset is empty or there is no seed; losses of another shape, or not finite.
             ProvenanceMismatch: an entry was measured with another configuration.
             DamagedData: an entry is not as it was written.
             StoreIOError: the folder can't be read or written.
@@ -112,19 +115,21 @@ class Bank:
         masks = row_masks(subsets, "subsets", self.rows)
         if (empty := np.flatnonzero(~masks.any(axis=1))).size:
             raise BadInput(f"subset {empty[0]} holds no row to train on; give at least one")
-        start, allowed = expect_whole(seed, "seed", 0), expect_whole(budget, "budget", 0)
-        entries = {self._path(mask, start): mask for mask in masks}
+        allowed, seeds = expect_whole(budget, "budget", 0), _seeds(seed)
+        # The first seed's models come first: they alone are an answer, if a noisier one.
+        entries = {self._path(mask, each): (mask, each) for each in seeds for mask in masks}
         known = {path: entry for path in entries if (entry := self._entry(path)) is not None}
         if (missing := len(entries) - len(known)) > allowed:
             seconds = _mean_seconds(known) if known else forecast(masks[0]) if forecast else None
             raise self._budget_short(missing, len(known), seconds, allowed)
-        for path, mask in entries.items():
+        for path, (mask, each) in entries.items():
             if path in known:
                 continue
-            known[path] = self._measure(path, mask, retrain, start)
+            known[path] = self._measure(path, mask, retrain, each)
             left = len(entries) - len(known)
             tell(Progress(len(known), len(entries), left * _mean_seconds(known)))
-        return np.array([known[self._path(mask, start)]["losses"] for mask in masks])
+        losses = [[known[self._path(mask, each)]["losses"] for each in seeds] for mask in masks]
+        return np.asarray(np.mean(losses, axis=1), dtype=np.float64)
 
     def _measure(self, path: Path, mask: Mask, retrain: Retrain, seed: int) -> dict[str, Json]:
         began = time.perf_counter()
@@ -148,7 +153,7 @@ class Bank:
         return self.folder / "entries" / f"{_subset_hash(mask)[:32]}-{seed}.json"
 
     def _entry(self, path: Path) -> dict[str, Json] | None:
-        entry = _read(path)
+        entry = read_sealed(path)
         if entry is not None and entry["configuration"] != self.configuration_hash:
             raise ProvenanceMismatch(
                 f'"{path}" was measured with another training configuration '
@@ -181,6 +186,14 @@ class Bank:
         )
 
 
+def _seeds(given: int | Sequence[int]) -> list[int]:
+    """Return the seeds, each once; raise BadInput for none, or one that is no whole number."""
+    listed = list(given) if isinstance(given, Sequence) else [given]
+    if not listed:
+        raise BadInput("seed is empty; give at least one seed to train with")
+    return list(dict.fromkeys(expect_whole(each, "seed", 0) for each in listed))
+
+
 def _mean_seconds(entries: Mapping[Path, Json]) -> float:
     return float(np.mean([entry["seconds"] for entry in entries.values()]))
 
@@ -191,8 +204,13 @@ def _subset_hash(mask: Mask) -> str:
     return hashlib.sha256(head + np.packbits(mask).tobytes()).hexdigest()
 
 
-def _read(path: Path) -> dict[str, Json] | None:
-    """Read a sealed document; None if there is none."""
+def read_sealed(path: Path) -> dict[str, Json] | None:
+    """Read a sealed document of a bank; None if there is none.
+
+    Raises:
+        DamagedData: it is not as it was written.
+        StoreIOError: it can't be read.
+    """
     try:
         return unseal(path.read_bytes())
     except FileNotFoundError:

@@ -55,6 +55,18 @@ def test_more_subsets_and_other_seeds_cost_only_what_is_new(tmp_path: Path) -> N
     assert other[0, 0] == np.flatnonzero(SUBSETS[0]).sum() + 7
 
 
+def test_losses_of_several_seeds_are_means_and_each_model_is_trained_once(tmp_path: Path) -> None:
+    training = Training()
+    bank(tmp_path).fill(SUBSETS, training, budget=4, seed=3)
+    with pytest.raises(BadInput, match="8 retrainings are missing"):
+        bank(tmp_path).fill(SUBSETS, training, budget=7, seed=range(3, 6))
+    found = bank(tmp_path).fill(SUBSETS, training, budget=8, seed=range(3, 6))
+    assert training.calls == 12
+    assert found[:, 0] == pytest.approx([np.flatnonzero(mask).sum() + 4 for mask in SUBSETS])
+    with pytest.raises(BadInput, match="seed is empty"):
+        bank(tmp_path).fill(SUBSETS, training, budget=8, seed=())
+
+
 @pytest.mark.parametrize("step", range(4))
 @pytest.mark.parametrize("point", ["fsync", "replace"])
 def test_a_kill_at_any_step_loses_at_most_the_retraining_under_way(
