@@ -78,8 +78,8 @@ class Evaluation:
             for what the configured component selects by.
         scores: file of other scores.
         truth: table of `gradstore replay`, of spearman, ndcg and overlap.
-        planted: column of the training files that marks planted rows, of recall, mrr and auprc.
-        k: rows at the top, of recall, ndcg and tail_patch.
+        planted: column of the files that says which rows are planted, of recall, mrr and auprc.
+        k: rows at the top, of recall (default 50), ndcg and tail_patch (20).
         as_json: print JSON.
     """
 
@@ -99,7 +99,7 @@ class Evaluation:
     scores: Path | None = None
     truth: Path | None = None
     planted: str = ""
-    k: int = 20
+    k: int | None = None
     as_json: bool = False
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ class Evaluation:
         for (option, metrics), value in zip(needs.items(), given, strict=True):
             if self.metric in metrics and not value:
                 raise BadInput(f"--metric {self.metric} needs {option}.")
-        expect_whole(self.k, "--k")
+        expect_whole(self.at_top, "--k")
         expect_whole(self.budget, "--budget", 0)
         expect_whole(self.subsets, "--subsets", LEAST_SUBSETS)
         expect_whole(self.controls, "--controls")
@@ -127,6 +127,12 @@ class Evaluation:
         if self.scores is not None and self.product(COSINE) != COSINE:
             raise BadInput("--normalize, --preconditioner and --damping are of the store's "
                            "influence; --scores are judged as they are.")  # fmt: skip
+
+    @property
+    def at_top(self) -> int:
+        """The rows at the top that the metric looks at."""
+        default = 50 if self.metric == "recall" else 20
+        return default if self.k is None else self.k
 
     @property
     def taken(self) -> float:
@@ -207,15 +213,14 @@ def _judged(config: RunConfig, asked: Evaluation, product: InnerProduct) -> tupl
         judged = _from_file(asked.scores, len(data.train), int(queries.sum()))
     scores, scored = judged
     if patched:
-        return patch(config, loaded, checkpoint, scores, scored, k=asked.k, seed=asked.seed), 0
+        return patch(config, loaded, checkpoint, scores, scored, k=asked.at_top, seed=asked.seed), 0
     del loaded  # each retraining loads a model of its own
     if asked.truth is not None and asked.metric in EXACT:
         truth = read_truth(asked.truth, data, queries)
-        return against_exact(asked.metric, truth, scores, scored, k=asked.k, share=asked.taken), 0
+        return against_exact(asked.metric, truth, scores, scored, k=asked.at_top, share=asked.taken), 0
     if asked.metric in PLANTED:
-        return against_planted(
-            asked.metric, planted_rows(data, asked.planted), scores, k=asked.k
-        ), 0
+        planted = planted_rows(data, asked.planted, queries)[scored]
+        return against_planted(asked.metric, planted, scores, k=asked.at_top), 0
     assert asked.bank is not None
     retrainer = Retrainer(config, data)
     bank = Bank(asked.bank, retrainer.configuration, len(data.train), int(queries.sum()))

@@ -1,17 +1,19 @@
 """Metrics of scores that need no retraining: against a replay's table, or rows that were planted.
 
-Letters: n training rows, q queries, g targets of a table, m rows that a table has.
+Letters: n training rows, q queries, q' of them that are scored, g targets of a table, m rows that a
+table has.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dataflex.data.rows import RunData
+from dataflex.data.rows import SOURCE_ROW, Rows, RunData, as_numbers
 from gradstore.errors import BadInput, ProvenanceMismatch
 from gradstore.evaluation import (
     Estimate,
@@ -137,26 +139,75 @@ def against_exact(
     return overlap_at(given, exact, share)
 
 
-def planted_rows(data: RunData, column: str) -> npt.NDArray[np.bool_]:
-    """Return which training rows (n,) have a number other than 0, or true, in a column.
+def planted_rows(
+    data: RunData, column: str, queries: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """Return which training rows are planted for each query, (q, n), by a column of the files.
+
+    A column of text matches: planted for a query are the training rows with the query's own text,
+    such as the name of the fact that both are about. One of numbers marks: every row with a number
+    other than 0, or true, is planted for every query, and target rows need no such column.
+
+    Args:
+        data: rows of the run.
+        column: of the data sets' files.
+        queries: of its target rows, all sets in a row, those that are queries.
 
     Raises:
-        BadInput: there is no such column, or where the rows come from is unknown.
+        BadInput: there is no such column, where the rows come from is unknown, or a query has a
+            text that no training row has.
     """
-    if data.raw is None:
-        raise BadInput(
-            f"--planted {column} is a column of the data sets' files, but where the rows come from "
-            "is unknown: remove tokenized_path."
+    held = _column(data, data.train, column)
+    if not any(isinstance(value, str) for value in held):
+        values = np.array(as_numbers(held, f"column {column!r} of the training rows"))
+        return np.broadcast_to(
+            np.isfinite(values) & (values != 0), (int(queries.sum()), len(values))
         )
-    values = data.raw.numbers(column)
-    marks: npt.NDArray[np.bool_] = np.isfinite(values) & (values != 0)
-    return marks
+    stating: dict[str, list[int]] = {}
+    for row, value in enumerate(held):
+        if isinstance(value, str):
+            stating.setdefault(value, []).append(row)
+    asked = [(source, value) for rows in data.targets
+             for source, value in zip(rows.sources or (), _column(data, rows, column), strict=True)
+             ]  # fmt: skip
+    found = np.zeros((int(queries.sum()), len(held)), dtype=np.bool_)
+    for marks, number in zip(found, np.flatnonzero(queries), strict=True):
+        (name, row), value = asked[number]
+        if not isinstance(value, str) or value not in stating:
+            raise BadInput(
+                f"target row {row} of data set {name!r} has {value!r} in column {column!r}, which "
+                "no training row has, so nothing is planted for it; take it out of that file, or "
+                "set target_dataset to sets of planted facts."
+            )
+        marks[stating[value]] = True
+    return found
+
+
+def _column(data: RunData, rows: Rows, column: str) -> list[Any]:
+    """Read a column of the files that rows come from, (n,); None where a row has no value."""
+    what = "the training rows" if rows is data.train else f"target set {rows.name!r}"
+    if rows.sources is None:
+        raise BadInput(
+            f"--planted {column} is a column of the data sets' files, and {what} do not say which "
+            "rows of them they are: remove tokenized_path and packing."
+        )
+    found: dict[str, dict[int, Any]] = {}
+    for name in {name for name, _ in rows.sources}:
+        file = data.files[name]
+        if column not in file.column_names:
+            have = ", ".join(sorted(c for c in file.column_names if c != SOURCE_ROW))
+            raise BadInput(
+                f"data set {name!r} of {what} has no column {column!r}; its columns are {have}. "
+                "Name one of them in --planted."
+            )
+        found[name] = dict(zip(file[SOURCE_ROW][:], file[column][:], strict=True))
+    return [found[name][row] for name, row in rows.sources]
 
 
 def against_planted(
     metric: str, planted: npt.NDArray[np.bool_], scores: Floats, *, k: int
 ) -> Estimate:
-    """Say how high scores (q', n) rank planted rows (n,), by a metric of `PLANTED`."""
+    """Say how high scores (q', n) rank planted rows (q', n), by a metric of `PLANTED`."""
     if metric == "recall":
         return recall_at_k(scores, planted, k)
     if metric == "mrr":

@@ -150,9 +150,16 @@ class Evaluated:
     ] = None
     planted: Annotated[
         str,
-        typer.Option(help="Column of the files that marks planted rows.", metavar="COLUMN"),
+        typer.Option(
+            help="Column of the files that says which rows are planted: by a number or true, for "
+            "every query; by text, for the target rows with the same text.",
+            metavar="COLUMN",
+        ),
     ] = ""
-    k: Annotated[int, typer.Option(help="recall, ndcg, tail_patch: rows at the top.")] = 20
+    k: Annotated[
+        int | None,
+        typer.Option(help="Rows at the top; default: 50 of recall, 20 of ndcg and tail_patch."),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

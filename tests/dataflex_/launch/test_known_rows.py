@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from dataflex.launch.known_rows import (
     read_truth,
 )
 from gradstore.errors import BadInput, ProvenanceMismatch
-from gradstore.evaluation import average_precision, mean_reciprocal_rank, recall_at_k
 from gradstore.replay.table import ReplayTable, Target
 
 N = 5
@@ -37,10 +37,19 @@ def rows(name: str, count: int, masked: tuple[int, ...] = ()) -> Rows:
 def data() -> RunData:
     """5 training rows, 3 target rows of "aa" (the second without a token) and 2 of "bbb"."""
     nothing: Any = None
-    held = {SOURCE_ROW: range(N), "planted": [0.0, 1.0, None, 1.0, 0.0], "name": list("abcde")}
+    held: dict[str, dict[str, list[Any]]] = {
+        "t": {"planted": [0.0, 1.0, None, 1.0, 0.0], "true": [False, True, None, False, True],
+              "fact": ["x", "y", None, "x", "z"], "here": list("abcde")},
+        "aa": {"fact": ["z", "no query", "x"]},
+        "bbb": {"fact": ["y", "x"]},
+    }  # fmt: skip
+    files = {}
+    for name, columns in held.items():
+        numbers = range(len(next(iter(columns.values()))))
+        files[name] = Dataset.from_dict({SOURCE_ROW: numbers, **columns})
     return RunData(
         rows("t", N), (rows("aa", 3, (1,)), rows("bbb", 2)), nothing, "default", nothing, "sft",
-        files={"t": Dataset.from_dict(held)},
+        files=files,
     )  # fmt: skip
 
 
@@ -106,20 +115,48 @@ def test_a_table_of_other_rows_or_targets_is_refused(tmp_path: Path, data: RunDa
             read_truth(each, data, QUERIES)
 
 
-def test_planted_rows_are_those_with_a_number_in_their_column(data: RunData) -> None:
-    marks = planted_rows(data, "planted")
-    assert marks.tolist() == [False, True, False, True, False]
-    scores = np.array([[5.0, 4.0, 3.0, 2.0, 1.0]])
+@pytest.mark.parametrize(
+    ("column", "marked"),
+    [("planted", [False, True, False, True, False]), ("true", [False, True, False, False, True])],
+)
+def test_a_column_of_numbers_marks_the_same_rows_for_every_query(
+    data: RunData, column: str, marked: list[bool]
+) -> None:
+    assert planted_rows(data, column, QUERIES).tolist() == [marked] * 4
+    with pytest.raises(BadInput, match="'t' of the training rows has no column 'poison'"):
+        planted_rows(data, "poison", QUERIES)
+
+
+def test_a_column_of_text_plants_the_rows_of_a_querys_own_text(data: RunData) -> None:
+    x, y, z = [True, False, False, True, False], [False, True, *[False] * 3], [*[False] * 4, True]
+    marks = planted_rows(data, "fact", QUERIES)
+    assert marks.tolist() == [z, x, y, x]
+    scored = np.array([3, 0])
+    scores = np.array([[5.0, 4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 5.0, 3.0, 4.0]])
     for metric, expected in (
-        ("recall", recall_at_k(scores, marks, 2)),
-        ("mrr", mean_reciprocal_rank(scores, marks)),
-        ("auprc", average_precision(scores, marks)),
+        ("recall", (0.5, 1.0)),  # of x, the first of two is among the best 2; z is second
+        ("mrr", (1.0, 0.5)),
+        ("auprc", ((1 + 2 / 4) / 2, 0.5)),
     ):
-        assert against_planted(metric, marks, scores, k=2) == expected
-    with pytest.raises(BadInput, match="no column 'poison'"):
-        planted_rows(data, "poison")
-    with pytest.raises(BadInput, match="expected numbers"):
-        planted_rows(data, "name")
+        found = against_planted(metric, marks[scored], scores, k=2)
+        assert found.values == pytest.approx(expected), metric
+
+
+def test_text_that_is_not_on_both_sides_is_refused_by_its_place(data: RunData) -> None:
+    with pytest.raises(BadInput, match="'aa' of target set 'aa' has no column 'here'"):
+        planted_rows(data, "here", QUERIES)
+    files = dict(data.files)
+    files["bbb"] = Dataset.from_dict({SOURCE_ROW: [0, 1], "fact": ["y", "w"]})
+    with pytest.raises(
+        BadInput, match=r"target row 1 of data set 'bbb' has 'w' in column 'fact', which"
+    ):
+        planted_rows(replace(data, files=files), "fact", QUERIES)
+    files["bbb"] = Dataset.from_dict({SOURCE_ROW: [0, 1], "fact": ["y", None]})
+    with pytest.raises(BadInput, match=r"target row 1 of data set 'bbb' has None"):
+        planted_rows(replace(data, files=files), "fact", QUERIES)
+    nowhere = replace(data, train=Rows("t", data.train.dataset))
+    with pytest.raises(BadInput, match="remove tokenized_path"):
+        planted_rows(nowhere, "fact", QUERIES)
 
 
 @pytest.mark.parametrize(

@@ -134,4 +134,4 @@ def test_a_learning_rate_of_0_is_refused(trained: Any, tmp_path: Path) -> None:
 
 
 def test_tail_patch_needs_neither_bank_nor_truth() -> None:
-    assert Evaluation(store=Path("store"), metric="tail_patch").k == 20
+    assert Evaluation(store=Path("store"), metric="tail_patch").at_top == 20
