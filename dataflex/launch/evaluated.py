@@ -30,7 +30,14 @@ from dataflex.launch.known_rows import (
 )
 from dataflex.launch.patched import checkpoint_of, patch
 from dataflex.launch.preflight import OF_LORA, check_gradients
-from dataflex.launch.retraining import Floats, Retrainer, queries_of, store_differs
+from dataflex.launch.retraining import (
+    IN_RUNS_ORDER,
+    ORDERS,
+    Floats,
+    Retrainer,
+    queries_of,
+    store_differs,
+)
 from dataflex.pipelines.pipeline import build_strategy
 from gradstore.cli.options import print_json, print_table
 from gradstore.errors import BadInput, expect, expect_whole
@@ -72,6 +79,9 @@ class Evaluation:
         fraction: of the rows in a subset, of lds.
         share: of the rows that is removed, of qld (default .01), or selected, of overlap (.05).
         controls: c, of qld.
+        seeds: trainings of each subset, of lds and qld: with the configuration's seed, the next one
+            and so on; losses are their means.
+        order: of the rows of a retraining, of lds and qld; one of `ORDERS`.
         seed: of subsets, controls and random rows; the training's is the configuration's.
         checkpoints: of the store to combine, as text.
         normalize, preconditioner, damping: of the store's influence, as of `InnerProduct`; None
@@ -90,7 +100,9 @@ class Evaluation:
     subsets: int = 100
     fraction: float = 0.5
     share: float | None = None
-    controls: int = 5
+    controls: int = 10
+    seeds: int = 1
+    order: str = IN_RUNS_ORDER
     seed: int = 0
     checkpoints: str = "last"
     normalize: str | None = None
@@ -111,7 +123,9 @@ class Evaluation:
         for (option, metrics), value in zip(needs.items(), given, strict=True):
             if self.metric in metrics and not value:
                 raise BadInput(f"--metric {self.metric} needs {option}.")
+        expect(self.order in ORDERS, "--order", self.order, " or ".join(ORDERS))
         expect_whole(self.at_top, "--k")
+        expect_whole(self.seeds, "--seeds")
         expect_whole(self.budget, "--budget", 0)
         expect_whole(self.subsets, "--subsets", LEAST_SUBSETS)
         expect_whole(self.controls, "--controls")
@@ -206,6 +220,7 @@ def _judged(config: RunConfig, asked: Evaluation, product: InnerProduct) -> tupl
     checkpoint = checkpoint_of(find_checkpoints(config)) if patched else None
     loaded = running.load_run(config, checkpoint, check)
     data, seed = loaded.data, int(loaded.training_args.seed)
+    device = loaded.training_args.device.type
     queries = queries_of(data)
     if asked.scores is None:
         judged = _influence(asked, config.store_run, data, queries, product)
@@ -222,7 +237,7 @@ def _judged(config: RunConfig, asked: Evaluation, product: InnerProduct) -> tupl
         planted = planted_rows(data, asked.planted, queries)[scored]
         return against_planted(asked.metric, planted, scores, k=asked.at_top), 0
     assert asked.bank is not None
-    retrainer = Retrainer(config, data)
+    retrainer = Retrainer(config, data, device, asked.order)
     bank = Bank(asked.bank, retrainer.configuration, len(data.train), int(queries.sum()))
     found, masks = _measured(asked, bank, retrainer, seed, judged)
     return found, len(masks)
@@ -248,7 +263,7 @@ def _measured(
         masks,
         retrainer,
         budget=asked.budget,
-        seed=seed,
+        seed=range(seed, seed + asked.seeds),
         tell=lambda progress: _log.info("%s", progress),
         forecast=lambda mask: retrainer.seconds(np.flatnonzero(mask), seed),
     )[:, scored]

@@ -128,7 +128,17 @@ class Evaluated:
         float | None,
         typer.Option(help="Share of the rows to take; default: .01 of qld, .05 of overlap."),
     ] = None
-    controls: Annotated[int, typer.Option(help="qld: retrainings without random rows.")] = 5
+    controls: Annotated[int, typer.Option(help="qld: retrainings without random rows.")] = 10
+    seeds: Annotated[
+        int, typer.Option(help="lds, qld: trainings of each subset, whose losses are averaged.")
+    ] = 1
+    order: Annotated[
+        str,
+        typer.Option(
+            help="lds, qld: run, a retrained model sees its rows in the order of the whole run; "
+            "redrawn, in one of its own."
+        ),
+    ] = "run"
     seed: Annotated[int, typer.Option(help="Of random subsets and rows.")] = 0
     checkpoints: Checkpoints = "last"
     normalize: Annotated[

@@ -23,7 +23,7 @@ from torch.nn import functional
 from dataflex.bridge import running
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData, check_rows
-from dataflex.launch.retraining import plain_arguments
+from dataflex.launch.plain_run import plain_arguments
 from dataflex.models.dropout import dropouts
 from dataflex.models.vocabulary import check_vocabulary
 from dataflex.models.widened import Widened

@@ -31,10 +31,10 @@ from dataflex import __version__
 from dataflex.bridge.quiet import on_stderr
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import Rows, RunData
+from dataflex.launch.plain_run import deciding, plain_arguments
 from dataflex.launch.preflight import check_replay
 from dataflex.launch.recorded import Recording, logits_of, record, row_sums
 from dataflex.launch.replay_states import States, check_states
-from dataflex.launch.retraining import deciding, plain_arguments
 from dataflex.models.passes import longest_row, own_labels
 from dataflex.run.log import progress
 from gradstore.capture.limits import token_budget
@@ -185,15 +185,14 @@ def _states(config: RunConfig, recording: Recording, asked: Replay) -> States | 
 def _description(config: RunConfig, recording: Recording, asked: Replay) -> dict[str, object]:
     """Return what decides a replay's result, to the bit, as plain JSON."""
     args, known = plain_arguments(config), config.known
+    device = next(recording.model.parameters()).device.type
     return {
-        **deciding(args, recording.data),
+        **deciding(args, recording.data, device),
         "seed": args.get("seed"),
         "resume_from_checkpoint": known.resume_from_checkpoint,
         "targets": asked.targets,
         "float64": asked.float64,
         "segment": segment_steps(recording.run, asked.segment),
-        "device": next(recording.model.parameters()).device.type,
-        "torch": str(torch.__version__),  # a kind of str that equals no other kind
         "dataflex": __version__,
     }
 

@@ -5,10 +5,9 @@ Letters: n training rows, q queries (target rows with a target token, all target
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from dataflex.bridge import running
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import Rows, RunData
+from dataflex.launch.plain_run import deciding, plain_arguments
 from dataflex.models.passes import longest_row, own_labels
 from dataflex.models.precision import autocast
 from gradstore.capture.limits import token_budget
@@ -28,29 +28,9 @@ from gradstore.export.units import plan_batches
 
 Floats = npt.NDArray[np.float64]
 
-#: What a retraining has no use for: it is trained, measured and forgotten.
-_NOT_KEPT: Mapping[str, Any] = {
-    "do_train": True,
-    "do_eval": False,
-    "do_predict": False,
-    "eval_strategy": "no",
-    "save_strategy": "no",
-    "logging_strategy": "no",
-    "load_best_model_at_end": False,
-    "report_to": "none",
-    "plot_loss": False,
-    "push_to_hub": False,
-    "disable_tqdm": True,
-    "overwrite_output_dir": True,
-    "resume_from_checkpoint": None,
-}
-
-#: Keys that decide no loss; `seed` is a part of each banked entry.
-_WITHOUT_EFFECT = frozenset(_NOT_KEPT) | {
-    "output_dir", "logging_steps", "logging_dir", "save_steps", "eval_steps",
-    "save_total_limit", "save_only_model", "run_name", "overwrite_cache", "seed",
-    "preprocessing_num_workers", "dataset_dir",
-}  # fmt: skip
+#: Orders of the rows of a retraining: the run's with the others left out, or one of their own.
+IN_RUNS_ORDER, REDRAWN = "run", "redrawn"
+ORDERS = (IN_RUNS_ORDER, REDRAWN)
 
 #: Steps of a forecast; the first, which warms up, doesn't count.
 _TIMED_STEPS = 4
@@ -58,41 +38,30 @@ _TIMED_STEPS = 4
 _MAX_ROWS = 1024
 
 
-def plain_arguments(config: RunConfig) -> dict[str, Any]:
-    """Return LlamaFactory's arguments of a run's plain training, of which nothing is kept."""
-    args = {**config.llamafactory, **_NOT_KEPT}
-    if (steps := config.dataflex.train_step) > 0:
-        args["max_steps"] = steps
-    return args
-
-
-def deciding(args: Mapping[str, Any], data: RunData) -> dict[str, object]:
-    """Return what decides the losses of a plain training besides its seed, as plain JSON.
-
-    Args:
-        args: as `plain_arguments` gave them.
-        data: its rows.
-    """
-    held = {k: v for k, v in args.items() if k not in _WITHOUT_EFFECT}
-    targets = {rows.name: _sha256(rows) for rows in data.targets}
-    return {**held, "train_rows": _sha256(data.train), "target_rows": targets}
-
-
 class Retrainer:
     """The training of a configuration, on any of its rows, as `Bank.fill` calls it.
+
+    In the run's order a model sees its rows as the run of all rows with the same seed does, the
+    others taken out and batches filled up: two models differ by their rows, and not by the luck of
+    a permutation as well. Redrawn, the trainer shuffles the rows that are left on their own.
 
     Args:
         config: a run; what its train_type does with the rows is left out, its steps are kept.
         data: its rows, as `running.load_run` gave them.
+        device: kind of device it trains on, cpu or cuda.
+        order: one of `ORDERS`.
     """
 
-    def __init__(self, config: RunConfig, data: RunData) -> None:
+    def __init__(
+        self, config: RunConfig, data: RunData, device: str, order: str = IN_RUNS_ORDER
+    ) -> None:
         self._config, self._data = config, data
+        self._device, self._order = device, order
 
     @property
     def configuration(self) -> dict[str, object]:
         """All that decides the losses besides rows and seed, for a bank."""
-        return deciding(self._args(0), self._data)
+        return {**deciding(self._args(0), self._data, self._device), "order": self._order}
 
     def __call__(self, rows: npt.NDArray[np.int64], seed: int) -> Floats:
         """Train on rows (k,); return the mean token loss of each query, (q,).
@@ -101,12 +70,14 @@ class Retrainer:
             BadInput: LlamaFactory refuses the configuration.
             ProvenanceMismatch: the data sets changed since they were loaded.
         """
-        return self._train(_Session(self._args(seed), self._data, rows)).losses
+        return self._train(_Session(self._args(seed), self._data, rows, self._order)).losses
 
     def seconds(self, rows: npt.NDArray[np.int64], seed: int) -> float:
         """Forecast the seconds of a retraining on rows (k,), from its first steps."""
         began = time.perf_counter()
-        session = self._train(_Session(self._args(seed), self._data, rows, _TIMED_STEPS))
+        session = self._train(
+            _Session(self._args(seed), self._data, rows, self._order, _TIMED_STEPS)
+        )
         return time.perf_counter() - began + session.seconds_left
 
     def _train(self, session: _Session) -> _Session:
@@ -130,12 +101,18 @@ class _Session:
     arrange = None
 
     def __init__(
-        self, args: dict[str, Any], data: RunData, rows: npt.NDArray[np.int64], stop: int = 0
+        self,
+        args: dict[str, Any],
+        data: RunData,
+        rows: npt.NDArray[np.int64],
+        order: str,
+        stop: int = 0,
     ) -> None:
         self.args = args
         self.losses: Floats = np.empty(0)
         self.seconds_left = 0.0
         self._expected, self._rows, self._stop = data, rows, stop
+        self._redrawn = order == REDRAWN
 
     def take_data(self, data: RunData, training_args: Any, tuned: Any) -> None:  # noqa: ANN401
         """Refuse rows that are not those the subsets were drawn from."""
@@ -154,6 +131,13 @@ class _Session:
         session = self
 
         class Retrained(base):  # type: ignore[misc]
+            def get_train_dataloader(self) -> Any:  # noqa: ANN401 - a DataLoader
+                found = super().get_train_dataloader()
+                if not session._redrawn:
+                    batches = found.batch_sampler
+                    batches.sampler = Remaining(batches.sampler, session._rows)
+                return found
+
             def train(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
                 found = super().train(*args, **kwargs)
                 model = self.accelerator.unwrap_model(self.model)
@@ -170,7 +154,8 @@ class _Session:
                 """Print nothing: progress is told once per retraining."""
 
         def build(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            kwargs["train_dataset"] = kwargs["train_dataset"].select(session._rows)
+            if session._redrawn:
+                kwargs["train_dataset"] = kwargs["train_dataset"].select(session._rows)
             trainer = Retrained(*args, **kwargs)
             trainer.remove_callback(PrinterCallback)
             if session._stop:
@@ -178,6 +163,30 @@ class _Session:
             return trainer
 
         return build
+
+
+class Remaining(torch.utils.data.Sampler[int]):
+    """Order of rows with all but some of them left out, in every epoch.
+
+    Args:
+        order: of all rows, each once an epoch.
+        rows: (k,) those that remain.
+    """
+
+    def __init__(self, order: torch.utils.data.Sampler[int], rows: npt.NDArray[np.int64]) -> None:
+        self._order, self._rows = order, frozenset(rows.tolist())
+
+    def __iter__(self) -> Iterator[int]:
+        return (row for row in self._order if row in self._rows)
+
+    def __len__(self) -> int:
+        """Return the number of rows that remain, k."""
+        return len(self._rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of all rows as their run does in that epoch."""
+        if hasattr(self._order, "set_epoch"):
+            self._order.set_epoch(epoch)
 
 
 def _stopwatch(session: _Session) -> Any:  # noqa: ANN401 - a TrainerCallback
@@ -241,7 +250,3 @@ def store_differs(store: Path, rows: Rows, hashes: npt.NDArray[np.uint8]) -> Non
             f"{len(rows):,} of the configuration; give the configuration that the store was "
             "built with"
         )
-
-
-def _sha256(rows: Rows) -> str:
-    return hashlib.sha256(rows.row_set.hashes.tobytes()).hexdigest()
