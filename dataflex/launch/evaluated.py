@@ -8,18 +8,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from dataflex.bridge import running
 from dataflex.bridge.quiet import on_stderr
 from dataflex.checkpoints.folders import find_checkpoints
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import RunData, check_rows
+from dataflex.launch.judged_scores import Component, Scored, component_of, influence, read_scores
 from dataflex.launch.known_rows import (
     EXACT,
     PLANTED,
@@ -30,32 +30,14 @@ from dataflex.launch.known_rows import (
 )
 from dataflex.launch.patched import checkpoint_of, patch
 from dataflex.launch.preflight import OF_LORA, check_gradients
-from dataflex.launch.retraining import (
-    IN_RUNS_ORDER,
-    ORDERS,
-    Floats,
-    Retrainer,
-    queries_of,
-    store_differs,
-)
-from dataflex.pipelines.pipeline import build_strategy
+from dataflex.launch.retraining import IN_RUNS_ORDER, ORDERS, Retrainer, queries_of
 from gradstore.cli.options import print_json, print_table
 from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.evaluation import Estimate, draw_subsets, lds, query_loss_difference, without_top
-from gradstore.evaluation.bank import Bank
-from gradstore.evaluation.estimates import score_matrix
+from gradstore.evaluation.bank import Bank, Progress
 from gradstore.evaluation.retraining import LEAST_SUBSETS
-from gradstore.format.layout import RowStatus
-from gradstore.scoring.best_rows import usable_targets
-from gradstore.scoring.combine import CHUNK_ROWS, combine
-from gradstore.scoring.pairing import checkpoint_features, parse_which
 from gradstore.scoring.products import COSINE, InnerProduct
-from gradstore.scoring.scan import as_device
 from gradstore.scoring.selection import rows_for_fraction
-from gradstore.store.reader import open_store
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +45,8 @@ RETRAINED = ("lds", "qld")
 PATCHED = "tail_patch"
 METRICS = (*RETRAINED, PATCHED, *EXACT, *PLANTED)
 
-Mask = npt.NDArray[np.bool_]
+#: In the place of a store that nothing is asked of.
+NO_STORE = Path("-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +54,8 @@ class Evaluation:
     """One call of the command.
 
     Attributes:
-        store: whose influence is judged, unless `scores` names others.
+        store: whose influence is judged, unless `scores` names others: then it is not opened, and
+            may be `NO_STORE`.
         bank: folder of the losses of retrained models, of lds and qld.
         budget: retrainings that may be made now.
         metric: one of `METRICS`.
@@ -123,6 +107,9 @@ class Evaluation:
         for (option, metrics), value in zip(needs.items(), given, strict=True):
             if self.metric in metrics and not value:
                 raise BadInput(f"--metric {self.metric} needs {option}.")
+        if self.scores is None and self.store == NO_STORE:
+            raise BadInput("STORE is -, so there is no influence to judge: name a store, or scores "
+                           "with --scores.")  # fmt: skip
         expect(self.order in ORDERS, "--order", self.order, " or ".join(ORDERS))
         expect_whole(self.at_top, "--k")
         expect_whole(self.seeds, "--seeds")
@@ -166,6 +153,21 @@ class Evaluation:
         return InnerProduct(normalize, preconditioner, damping)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """An answer of the command.
+
+    Attributes:
+        figures: by name, that of the metric asked for among them.
+        retrainings: distinct retrained models that it took.
+        made: of them, those that were trained now.
+    """
+
+    figures: Mapping[str, Estimate]
+    retrainings: int = 0
+    made: int = 0
+
+
 def evaluate(config: RunConfig, asked: Evaluation) -> None:
     """Retrain what the bank lacks, or take steps, as the metric needs; print it with its interval.
 
@@ -178,29 +180,32 @@ def evaluate(config: RunConfig, asked: Evaluation) -> None:
     """
     check_gradients(config, "gradstore eval", lora_alone=OF_LORA)
     with on_stderr(), contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
-        product = asked.product(component_product(config))
-        found, retrainings = _judged(config, asked, product)
+        component = component_of(config) if asked.scores is None else Component()
+        for line in component.left_out:
+            _log.warning("%s", line)
+        product = asked.product(component.product)
+        found = _judged(config, asked, product)
     name = str(asked.scores or f"influence of {asked.store}{_told(product)}")
     if asked.as_json:
-        judged = {} if asked.scores else {"product": asdict(product)}
-        print_json({"scores": name, **judged, "metric": asked.metric, "retrainings": retrainings,
-                    **found.as_json()})  # fmt: skip
+        of_product = {} if asked.scores else {"product": asdict(product)}
+        figures = {key: one.as_json() for key, one in found.figures.items()}
+        print_json({"scores": name, **of_product, "metric": asked.metric,
+                    "retrainings": found.retrainings, "retrained_now": found.made,
+                    **figures.pop(asked.metric), **figures})  # fmt: skip
         return
-    interval = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
     print_table(
-        ("scores", "metric", "mean and 95% interval", "queries", "retrainings"),
-        [(name, asked.metric, f"{found.mean:.3f}{interval}", len(found.values), retrainings)],
-    )
+        ("scores", "metric", "mean and 95% interval", "queries", "retrainings", "made now"),
+        [(name, key, _interval(one), len(one.values), found.retrainings, found.made)
+         for key, one in found.figures.items()],
+    )  # fmt: skip
 
 
-def component_product(config: RunConfig) -> InnerProduct:
-    """Return the product that the configured component selects by; cosines where it is none's."""
-    ours = config.dataflex
-    if ours.train_type == "static":
-        return COSINE
-    component = config.component(ours.train_type, ours.component_name, ours.component_params)
-    found = getattr(build_strategy(component), "product", COSINE)
-    return found if isinstance(found, InnerProduct) else COSINE
+def _interval(found: Estimate) -> str:
+    """Write a figure: three digits, or as many as a small one needs."""
+    digits = ".3f" if abs(found.mean) >= 0.01 or not found.mean else ".2e"
+    if found.low is None:
+        return f"{found.mean:{digits}}"
+    return f"{found.mean:{digits}} [{found.low:{digits}}, {found.high:{digits}}]"
 
 
 def _told(product: InnerProduct) -> str:
@@ -210,127 +215,73 @@ def _told(product: InnerProduct) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _judged(config: RunConfig, asked: Evaluation, product: InnerProduct) -> tuple[Estimate, int]:
-    """Load rows and scores, then measure; return the estimate and the retrained models it took."""
+def _judged(config: RunConfig, asked: Evaluation, product: InnerProduct) -> Judged:
+    """Load rows and scores, then measure."""
 
     def check(data: RunData, *_: object) -> None:
         check_rows(data, needs_targets=True, subtask_sizes=None)
 
-    patched = asked.metric == PATCHED
-    checkpoint = checkpoint_of(find_checkpoints(config)) if patched else None
+    metric = asked.metric
+    checkpoint = checkpoint_of(find_checkpoints(config)) if metric == PATCHED else None
     loaded = running.load_run(config, checkpoint, check)
-    data, seed = loaded.data, int(loaded.training_args.seed)
-    device = loaded.training_args.device.type
+    data, training_args = loaded.data, loaded.training_args
     queries = queries_of(data)
     if asked.scores is None:
-        judged = _influence(asked, config.store_run, data, queries, product)
+        scored = influence(asked.store, asked.checkpoints, config.store_run, data, queries, product)
     else:
-        judged = _from_file(asked.scores, len(data.train), int(queries.sum()))
-    scores, scored = judged
-    if patched:
-        return patch(config, loaded, checkpoint, scores, scored, k=asked.at_top, seed=asked.seed), 0
+        scored = read_scores(asked.scores, len(data.train), int(queries.sum()))
+    if metric == PATCHED:
+        return Judged({metric: patch(
+            config, loaded, checkpoint, scored.values, scored.queries,
+            k=asked.at_top, seed=asked.seed,
+        )})  # fmt: skip
     del loaded  # each retraining loads a model of its own
-    if asked.truth is not None and asked.metric in EXACT:
+    if metric in EXACT:
+        assert asked.truth is not None
         truth = read_truth(asked.truth, data, queries)
-        return against_exact(asked.metric, truth, scores, scored, k=asked.at_top, share=asked.taken), 0
-    if asked.metric in PLANTED:
-        planted = planted_rows(data, asked.planted, queries)[scored]
-        return against_planted(asked.metric, planted, scores, k=asked.at_top), 0
+        return Judged({metric: against_exact(
+            metric, truth, scored.values, scored.queries, k=asked.at_top, share=asked.taken
+        )})  # fmt: skip
+    if metric in PLANTED:
+        planted = planted_rows(data, asked.planted, queries)[scored.queries]
+        return Judged({metric: against_planted(metric, planted, scored.values, k=asked.at_top)})
     assert asked.bank is not None
-    retrainer = Retrainer(config, data, device, asked.order)
+    retrainer = Retrainer(config, data, training_args.device.type, asked.order)
     bank = Bank(asked.bank, retrainer.configuration, len(data.train), int(queries.sum()))
-    found, masks = _measured(asked, bank, retrainer, seed, judged)
-    return found, len(masks)
+    return _measured(asked, bank, retrainer, int(training_args.seed), scored)
 
 
 def _measured(
-    asked: Evaluation,
-    bank: Bank,
-    retrainer: Retrainer,
-    seed: int,
-    judged: tuple[Floats, npt.NDArray[np.int64]],
-) -> tuple[Estimate, Mask]:
-    """Fill the bank for the metric and compute it; return it and the subsets it took."""
-    scores, scored = judged
-    rows = scores.shape[1]
+    asked: Evaluation, bank: Bank, retrainer: Retrainer, seed: int, scored: Scored
+) -> Judged:
+    """Fill the bank for the metric and compute it."""
+    rows, made = scored.values.shape[1], 0
     if asked.metric == "lds":
         masks = draw_subsets(rows, asked.subsets, asked.fraction, seed=asked.seed)
     else:
         # Random scores lose their top just as these do: as many rows, whatever is rounded.
         noise = np.random.default_rng(asked.seed).random((asked.controls, rows))
-        masks = np.concatenate([without_top(scores, asked.taken), without_top(noise, asked.taken)])
+        masks = np.concatenate([
+            without_top(each, asked.taken) for each in (scored.values, noise)
+        ])  # fmt: skip
+
+    def tell(progress: Progress) -> None:
+        nonlocal made
+        made += 1
+        _log.info("%s", progress)
+
     losses = bank.fill(
         masks,
         retrainer,
         budget=asked.budget,
         seed=range(seed, seed + asked.seeds),
-        tell=lambda progress: _log.info("%s", progress),
+        tell=tell,
         forecast=lambda mask: retrainer.seconds(np.flatnonzero(mask), seed),
-    )[:, scored]
+    )[:, scored.queries]
     if asked.metric == "lds":
-        return lds(scores, losses, masks), masks
-    return query_loss_difference(np.diagonal(losses).copy(), losses[len(scored) :]), masks
-
-
-def _influence(
-    asked: Evaluation, run: str, data: RunData, queries: Mask, product: InnerProduct
-) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """Score each training row for each target row that the store can use.
-
-    Returns:
-        (q', n) scores, 0 for a training row without a feature (no step moves it); (q',) positions
-        among the queries.
-    """
-    sets = [rows.name for rows in data.targets]
-    pairs = checkpoint_features(
-        open_store(asked.store), parse_which(asked.checkpoints), run=run, sets=sets
-    )
-    held = (pairs[-1].train, *pairs[-1].targets)
-    for rows, generation in zip((data.train, *data.targets), held, strict=True):
-        store_differs(asked.store, rows, generation.row_hash)  # type: ignore[attr-defined]
-    starts = np.cumsum([0, *(len(rows) for rows in data.targets)])
-    numbers = np.cumsum(queries) - 1  # target row -> its number among the queries
-    wanted = [each for each in usable_targets(pairs) if queries[starts[each.target] + each.start]]
-    if not wanted:
-        raise BadInput(f'store "{asked.store}" has no usable target row; build it again')
-    found = np.zeros((len(wanted), len(data.train)))
-
-    def keep(start: int, stop: int, products: npt.NDArray[np.float32]) -> None:
-        found[:, start:stop] = products.T
-
-    codes = combine(pairs, wanted, keep, as_device("cpu"), CHUNK_ROWS, product)
-    found[:, codes != RowStatus.OK] = 0
-    return found, np.array([numbers[starts[each.target] + each.start] for each in wanted])
-
-
-def _from_file(path: Path, rows: int, queries: int) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """Read (q, n) scores: a matrix, or one score for each row that holds for every query."""
-    import pyarrow.parquet as pq
-
-    matrix = path.suffix == ".npy"
-    try:
-        held = np.load(path, allow_pickle=False) if matrix else pq.read_table(path)
-    except (OSError, ValueError) as error:
-        raise BadInput(f'"{path}" cannot be read as scores: {error}') from error
-    values = held if matrix else _one_for_each(path, held, rows)
-    scores = score_matrix(values, str(path)) if matrix else np.tile(values, (queries, 1))
-    if scores.shape != (queries, rows):
-        raise BadInput(
-            f'"{path}" has shape {scores.shape}; give ({queries}, {rows}): a line for each '
-            "target row with a target token, a column for each training row"
-        )
-    return scores, np.arange(queries)
-
-
-def _one_for_each(path: Path, table: pa.Table, rows: int) -> Floats:
-    """Read (n,) scores in the order of the rows; one that is null is 0, as in `_influence`."""
-    for column in ("row", "score"):
-        if column not in table.column_names:
-            raise BadInput(f'"{path}" has no column {column!r}; give row and score')
-    at = table["row"].to_numpy()
-    if not np.array_equal(np.sort(at), np.arange(rows)):
-        raise BadInput(f'"{path}" does not score each of the {rows:,} training rows once')
-    given = table["score"].to_pylist()
-    values = np.zeros(rows)
-    values[at] = [0.0 if each is None else each for each in given]
-    return values
+        found = lds(scored.values, losses, masks)
+    else:
+        own, controls = np.split(losses, [len(scored.queries)])
+        found = query_loss_difference(np.diagonal(own).copy(), controls)
+    distinct = len(np.unique(masks, axis=0)) * asked.seeds
+    return Judged({asked.metric: found}, distinct, made)

@@ -150,7 +150,8 @@ class Evaluated:
     scores: Annotated[
         Path | None,
         typer.Option(
-            help=".parquet (row, score) or .npy (queries, rows); default: the store's influence.",
+            help=".parquet (row, score) or .npy (queries, rows), with which STORE may be -; "
+            "default: the store's influence.",
             parser=path_at_home,
         ),
     ] = None

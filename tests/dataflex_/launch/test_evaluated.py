@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from dataflex.launch.evaluated import Evaluation, _from_file, _measured
+from dataflex.launch.evaluated import NO_STORE, Evaluation, _measured
+from dataflex.launch.judged_scores import Scored
 from gradstore.errors import BadInput
 from gradstore.evaluation.bank import Bank
 from gradstore.scoring.products import InnerProduct
@@ -33,13 +32,18 @@ class Additive:
         return 60.0
 
 
-def measured(
+def judged(
     folder: Path, training: Any, scores: np.ndarray, scored: Any = None, **asked: Any
 ) -> Any:
     evaluation = Evaluation(store=folder, bank=folder / "bank", **{"budget": 99} | asked)
     bank = Bank(folder / "bank", {"model": "additive"}, ROWS, QUERIES)
     queries = np.arange(QUERIES) if scored is None else np.array(scored)
-    return _measured(evaluation, bank, training, 42, (scores, queries))[0]
+    return _measured(evaluation, bank, training, 42, Scored(scores, queries))
+
+
+def measured(*args: Any, **asked: Any) -> Any:
+    found = judged(*args, **asked)
+    return found.figures[asked.get("metric", "lds")]
 
 
 def test_true_effects_order_all_models_and_reversed_ones_none(tmp_path: Path) -> None:
@@ -69,6 +73,31 @@ def test_qld_is_what_the_top_rows_gave_above_random_ones(tmp_path: Path) -> None
         assert value == pytest.approx(top - random)
 
 
+class Noisy(Additive):
+    """The same with noise of each training that hides all effects, and that three seeds share."""
+
+    def __call__(self, rows: np.ndarray, seed: int) -> np.ndarray:
+        noise = {42: 1, 43: -3, 44: 2}[seed]
+        return super().__call__(rows, seed) + 1000 * noise * np.sin(rows.sum())
+
+
+def test_of_several_seeds_the_losses_are_means(tmp_path: Path) -> None:
+    training = Noisy()
+    assert measured(tmp_path, training, EFFECTS, subsets=8).mean < 0.9
+    assert measured(tmp_path, training, EFFECTS, subsets=8, seeds=3).mean == pytest.approx(1)
+    assert len(training.calls) == 24
+
+
+def test_models_are_counted_once_and_those_made_now_apart(tmp_path: Path) -> None:
+    same = np.stack([EFFECTS[0]] * 3)  # three queries with one top
+    found = judged(tmp_path, Additive(), same, [0, 1, 2], metric="qld", share=0.25, controls=4,
+                   seeds=2)  # fmt: skip
+    assert (found.retrainings, found.made) == (10, 10)
+    again = judged(tmp_path, Additive(), same, [0, 1, 2], metric="qld", share=0.25, controls=5,
+                   seeds=2)  # fmt: skip
+    assert (again.retrainings, again.made) == (12, 2)
+
+
 def test_without_a_budget_nothing_is_trained_and_the_time_is_said(tmp_path: Path) -> None:
     training = Additive()
     with pytest.raises(BadInput, match=r"8 retrainings are missing .*about 8 min"):
@@ -85,6 +114,10 @@ def test_without_a_budget_nothing_is_trained_and_the_time_is_said(tmp_path: Path
         ({"share": 1.5}, "fraction"),
         ({"budget": -1}, "--budget"),
         ({"controls": 0}, "--controls"),
+        ({"seeds": 0}, "--seeds"),
+        ({"order": "file"}, "--order is 'file'; give run or redrawn"),
+        ({"k": 0}, "--k"),
+        ({"store": NO_STORE}, "STORE is -"),
         ({"scores": Path("scores.txt")}, "scores.txt"),
         ({"normalize": "both"}, "normalize is 'both'"),
         ({"preconditioner": "kfac"}, "preconditioner is 'kfac'"),
@@ -96,33 +129,7 @@ def test_bad_options_are_named_before_anything_is_loaded(
     changed: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(BadInput, match=named):
-        Evaluation(store=Path("store"), bank=Path("bank"), **changed)
-
-
-def test_scores_of_a_file_hold_for_every_query_whatever_its_order(tmp_path: Path) -> None:
-    path = tmp_path / "scores.parquet"
-    pq.write_table(pa.table({"row": [2, 0, 1], "score": [0.5, None, -1.0]}), path)
-    scores, queries = _from_file(path, 3, 2)
-    assert scores.tolist() == [[0, -1, 0.5]] * 2
-    assert queries.tolist() == [0, 1]
-
-
-def test_scores_of_other_rows_are_refused(tmp_path: Path) -> None:
-    path, matrix = tmp_path / "scores.parquet", tmp_path / "scores.npy"
-    pq.write_table(pa.table({"row": [0, 1, 1], "score": [0.5, 1.0, 2.0]}), path)
-    with pytest.raises(BadInput, match="each of the 3 training rows once"):
-        _from_file(path, 3, 2)
-    np.save(matrix, np.zeros((3, 2)))
-    with pytest.raises(BadInput, match=r"give \(2, 3\)"):
-        _from_file(matrix, 3, 2)
-    np.save(matrix, np.full((2, 3), np.nan))
-    with pytest.raises(BadInput, match="finite"):
-        _from_file(matrix, 3, 2)
-    pq.write_table(pa.table({"number": [0, 1, 2]}), path)
-    with pytest.raises(BadInput, match="no column 'row'"):
-        _from_file(path, 3, 2)
-    with pytest.raises(BadInput, match="cannot be read"):
-        _from_file(tmp_path / "none.npy", 3, 2)
+        Evaluation(**{"store": Path("store"), "bank": Path("bank")} | changed)
 
 
 def test_a_product_asked_for_overrules_that_of_the_component_part_by_part() -> None:
@@ -137,3 +144,18 @@ def test_each_metric_takes_its_own_share_of_the_rows(metric: str, share: float) 
     needs: dict[str, Any] = {"bank": Path("bank"), "truth": Path("replay.parquet")}
     assert Evaluation(store=Path("store"), metric=metric, **needs).taken == share
     assert Evaluation(store=Path("store"), metric=metric, share=0.2, **needs).taken == 0.2
+
+
+@pytest.mark.parametrize(("metric", "k"), [("recall", 50), ("ndcg", 20), ("tail_patch", 20)])
+def test_each_metric_looks_at_its_own_number_of_rows(metric: str, k: int) -> None:
+    needs: dict[str, Any] = {"planted": "fact", "truth": Path("replay.parquet")}
+    assert Evaluation(store=Path("store"), metric=metric, **needs).at_top == k
+    assert Evaluation(store=Path("store"), metric=metric, k=3, **needs).at_top == 3
+
+
+def test_qld_takes_ten_controls() -> None:
+    assert Evaluation(store=Path("store"), metric="qld", bank=Path("bank")).controls == 10
+
+
+def test_scores_of_a_file_need_no_store() -> None:
+    assert Evaluation(store=NO_STORE, bank=Path("bank"), scores=Path("scores.npy")).seeds == 1
