@@ -28,7 +28,7 @@ from dataflex.launch.known_rows import (
     planted_rows,
     read_truth,
 )
-from dataflex.launch.patched import checkpoint_of, patch
+from dataflex.launch.patched import PATCHED, checkpoint_of, patch
 from dataflex.launch.preflight import OF_LORA, check_gradients
 from dataflex.launch.retraining import IN_RUNS_ORDER, ORDERS, Retrainer, queries_of
 from gradstore.cli.options import print_json, print_table
@@ -42,7 +42,6 @@ from gradstore.scoring.selection import rows_for_fraction
 _log = logging.getLogger(__name__)
 
 RETRAINED = ("lds", "qld")
-PATCHED = "tail_patch"
 METRICS = (*RETRAINED, PATCHED, *EXACT, *PLANTED)
 
 #: In the place of a store that nothing is asked of.
@@ -56,7 +55,8 @@ class Evaluation:
     Attributes:
         store: whose influence is judged, unless `scores` names others: then it is not opened, and
             may be `NO_STORE`.
-        bank: folder of the losses of retrained models, of lds and qld.
+        bank: folder of the losses of retrained models, of lds and qld; of what steps did, of
+            tail_patch, which needs none.
         budget: retrainings that may be made now.
         metric: one of `METRICS`.
         subsets: s, of lds.
@@ -231,10 +231,10 @@ def _judged(config: RunConfig, asked: Evaluation, product: InnerProduct) -> Judg
     else:
         scored = read_scores(asked.scores, len(data.train), int(queries.sum()))
     if metric == PATCHED:
-        return Judged({metric: patch(
-            config, loaded, checkpoint, scored.values, scored.queries,
-            k=asked.at_top, seed=asked.seed,
-        )})  # fmt: skip
+        return Judged(
+            patch(config, loaded, checkpoint, scored, k=asked.at_top, seed=asked.seed,
+                  bank=asked.bank)
+        )  # fmt: skip
     del loaded  # each retraining loads a model of its own
     if metric in EXACT:
         assert asked.truth is not None

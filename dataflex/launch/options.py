@@ -110,7 +110,9 @@ class Evaluated:
     bank: Annotated[
         Path | None,
         typer.Option(
-            help="lds, qld: folder that keeps the losses of retrained models.", parser=path_at_home
+            help="Folder that keeps what was measured: lds, qld need one for the losses of "
+            "retrained models; tail_patch goes on from one.",
+            parser=path_at_home,
         ),
     ] = None
     budget: Annotated[int, typer.Option(help="Retrainings that may be made now.")] = 0

@@ -20,6 +20,8 @@ from dataflex.checkpoints.weights import check_moments, checkpoint_moments
 from dataflex.config.keys import RunConfig
 from dataflex.data.rows import Rows
 from dataflex.launch.dry_run import DRY_RUN, context_of
+from dataflex.launch.judged_scores import Scored
+from dataflex.launch.plain_run import deciding, plain_arguments
 from dataflex.models.passes import batches, fitting, own_labels
 from dataflex.models.precision import autocast
 from dataflex.models.trained import ShortTraining, trained_on
@@ -28,14 +30,20 @@ from dataflex.run.context import RunContext
 from dataflex.run.log import progress
 from gradstore.capture.limits import token_budget
 from gradstore.capture.per_sample import batch_losses
+from gradstore.capture.slots import trainable_slots, unwrap
 from gradstore.errors import BadInput
-from gradstore.evaluation import Estimate, tail_patch_log
+from gradstore.evaluation import Estimate, tail_patch, tail_patch_log
+from gradstore.evaluation.steps import StepBank
+from gradstore.export.gradient_space import adapter_hash
 from gradstore.scoring.selection import select_top
 
 _log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float64]
 Positions = npt.NDArray[np.int64]
+
+#: The published figure, and the one that is above random rows.
+PATCHED, PATCHED_LOG = "tail_patch", "tail_patch_log"
 
 
 @dataclass(frozen=True)
@@ -68,12 +76,12 @@ def patch(
     config: RunConfig,
     loaded: ExportInputs,
     checkpoint: Path | None,
-    scores: Floats,
-    scored: Positions,
+    scored: Scored,
     *,
     k: int,
     seed: int,
-) -> Estimate:
+    bank: Path | None = None,
+) -> dict[str, Estimate]:
     """Take one step on each of a query's k top rows, and on k random ones; compare their gains.
 
     Every step starts from the checkpoint: its adapter, its Adam moments, `learning_rate` and
@@ -83,14 +91,19 @@ def patch(
         config: of the run.
         loaded: its rows, and its model at the checkpoint.
         checkpoint: whose moments the step has; None for new ones, at the model as configured.
-        scores: (q, n).
-        scored: (q,) positions among the queries (target rows with a target token).
+        scored: scores of the rows, and which queries (target rows with a target token) they are of.
         k: rows of a query.
         seed: of the random rows.
+        bank: folder that keeps what steps did, from which a later call goes on; None keeps nothing.
+
+    Returns:
+        `tail_patch` and `tail_patch_log`, by name.
 
     Raises:
         BadInput: fewer than k rows can be trained on; a learning rate of 0; moments that do not
             fit the model.
+        DamagedData: an entry of the bank is not as it was written.
+        StoreIOError: the bank can't be read or written.
     """
     run = replace(
         context_of(config, loaded, DRY_RUN),
@@ -106,14 +119,31 @@ def patch(
         moments=None if checkpoint is None else checkpoint_moments(checkpoint, run.model),
         max_grad_norm=max(float(loaded.training_args.max_grad_norm or 0.0), 0.0),
     )  # fmt: skip
-    rows = rows_to_patch(scores, trainable(run), k, seed)
-    queries = [_queries(run)[number] for number in scored]
     told = "the model as it is configured" if checkpoint is None else str(checkpoint)
     _log.info("tail_patch: steps from %s, learning rate %g", told, rate)
-    with autocast(run.model, run.autocast):
-        before = answer_log_probabilities(run, queries)
-    after, random = _after_steps(run, rows, queries, training)
-    return tail_patch_log(before, after, random, seed=seed)
+    kept = None if bank is None else StepBank(bank, _described(config, run, training))
+    steps = _Steps(run, training, scored.queries, kept)
+    rows = rows_to_patch(scored.values, trainable(run), k, seed)
+    before = steps.before()
+    after, random = np.split(steps.after(np.concatenate([rows.top, rows.random], axis=1)), [k], 1)
+    return {
+        PATCHED: tail_patch(np.exp(before), np.exp(after), seed=seed),
+        PATCHED_LOG: tail_patch_log(before, after, random, seed=seed),
+    }
+
+
+def _described(config: RunConfig, run: RunContext, training: ShortTraining) -> dict[str, object]:
+    """Return what decides a query's log-probability after a step, as plain JSON."""
+    model, moments = unwrap(run.model), training.moments
+    trained = [slot.name for slot in trainable_slots(model)]
+    return {
+        **deciding(plain_arguments(config), run.data, next(model.parameters()).device.type),
+        "trained_parameters": adapter_hash(model, trained),  # the checkpoint's, or fresh ones
+        "moments": None if moments is None else moments.sha256(),
+        "step_learning_rate": training.learning_rate,
+        "step_max_grad_norm": training.max_grad_norm,
+        "autocast": run.autocast,
+    }
 
 
 def rows_to_patch(scores: Floats, usable: npt.NDArray[np.bool_], k: int, seed: int) -> Patched:
@@ -149,26 +179,55 @@ def answer_log_probabilities(run: RunContext, queries: Sequence[tuple[Rows, int]
     return found
 
 
-def _after_steps(
-    run: RunContext, rows: Patched, queries: list[tuple[Rows, int]], training: ShortTraining
-) -> tuple[Floats, Floats]:
-    """Measure (q, k) log-probabilities after a step on each top row, and on each random one."""
-    chosen = np.concatenate([rows.top, rows.random], axis=1)
-    found = np.empty(chosen.shape)
-    stepped = np.unique(chosen)
-    with progress("tail_patch", len(stepped), told=True, unit="step") as advance:
-        for row in stepped:
-            asks = np.flatnonzero((chosen == row).any(axis=1))
+class _Steps:
+    """Steps on rows, each from the same model, and what they do to queries.
+
+    Args:
+        run: with its model.
+        training: of one step.
+        scored: (q,) positions of the queries among all of them.
+        kept: where what steps did is kept, if anywhere.
+    """
+
+    def __init__(
+        self, run: RunContext, training: ShortTraining, scored: Positions, kept: StepBank | None
+    ) -> None:
+        everyone = _queries(run)
+        self._queries = [everyone[number] for number in scored]
+        self._run, self._training, self._scored, self._kept = run, training, scored, kept
+
+    def before(self) -> Floats:
+        """Measure the queries' log-probabilities, (q,), before any step."""
+        with autocast(self._run.model, self._run.autocast):
+            return answer_log_probabilities(self._run, self._queries)
+
+    def after(self, chosen: Positions) -> Floats:
+        """Measure the log-probabilities (q, m) after a step on each of a query's rows (q, m)."""
+        found = np.empty(chosen.shape)
+        stepped = np.unique(chosen)
+        with progress("tail_patch", len(stepped), told=True, unit="step") as advance:
+            for row in stepped:
+                asks = np.flatnonzero((chosen == row).any(axis=1))
+                for query, value in zip(asks, self._after(int(row), asks), strict=True):
+                    found[query, chosen[query] == row] = value
+                advance(1)
+        return found
+
+    def _after(self, row: int, asks: Positions) -> list[float]:
+        """Measure after a step on a row what the bank does not know of these queries."""
+        names = [int(self._scored[query]) for query in asks]
+        known = {} if self._kept is None else self._kept.known(row)
+        if not known.keys() >= set(names):
+            run, rows = self._run, np.array([row])
             with (
                 autocast(run.model, run.autocast),
-                trained_on(run, run.data.train, np.array([row]), training, [0]),
+                trained_on(run, run.data.train, rows, self._training, [0]),
             ):
-                gained = answer_log_probabilities(run, [queries[query] for query in asks])
-            for query, value in zip(asks, gained, strict=True):
-                found[query, chosen[query] == row] = value
-            advance(1)
-    k = rows.top.shape[1]
-    return found[:, :k], found[:, k:]
+                gained = answer_log_probabilities(run, [self._queries[query] for query in asks])
+            known = dict(zip(names, gained.tolist(), strict=True))
+            if self._kept is not None:
+                self._kept.keep(row, known)
+        return [known[name] for name in names]
 
 
 def _queries(run: RunContext) -> list[tuple[Rows, int]]:

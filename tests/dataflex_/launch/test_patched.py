@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,9 @@ from peft import LoraConfig, get_peft_model
 from dataflex.data.rows import Rows, RunData
 from dataflex.launch import patched
 from dataflex.launch.evaluated import Evaluation
+from dataflex.launch.judged_scores import Scored
 from dataflex.launch.patched import checkpoint_of, patch, rows_to_patch
+from dataflex.models.trained import trained_on
 from gradstore.errors import BadInput
 from gradstore.export.moments import AdamMoments
 from gradstore.export.token_rows import padded
@@ -91,7 +94,7 @@ def test_the_gain_is_that_of_torchs_next_step_on_each_row_above_random_ones(
     scores = np.random.default_rng(0).normal(size=(3, 6))
     scored = np.array([0, 1, 3])  # of four queries: a[0], a[2], b[0], b[1]
     before = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}
-    found = patch(config, loaded, tmp_path, scores, scored, k=2, seed=5)
+    both = patch(config, loaded, tmp_path, Scored(scores, scored), k=2, seed=5)
     assert all((p == before[name]).all() for name, p in loaded.model.named_parameters())
 
     a, b = (rows.dataset for rows in loaded.data.targets)
@@ -104,8 +107,77 @@ def test_the_gain_is_that_of_torchs_next_step_on_each_row_above_random_ones(
         (after[q, rows.top[q]] - start[q]).mean() - (after[q, rows.random[q]] - start[q]).mean()
         for q in range(3)
     ]
-    assert found.values == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert both["tail_patch_log"].values == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert max(abs(value) for value in expected) > 0.01
+    rises = [(np.exp(after[q, rows.top[q]]) - np.exp(start[q])).mean() for q in range(3)]
+    assert both["tail_patch"].values == pytest.approx(rises, rel=1e-3, abs=0)
+    assert set(both) == {"tail_patch", "tail_patch_log"}
+
+
+class Stopped(Exception):
+    """What ends an evaluation on its way."""
+
+
+def test_a_bank_keeps_each_rows_step_and_a_stopped_evaluation_goes_on(
+    trained: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded, _ = trained
+    config: Any = SimpleNamespace(output_dir=tmp_path, llamafactory={"seed": 1},
+                                  dataflex=SimpleNamespace(train_step=0))  # fmt: skip
+    scored = Scored(np.random.default_rng(0).normal(size=(3, 6)), np.array([0, 1, 3]))
+    stepped: list[int] = []
+    most = 99
+
+    @contextlib.contextmanager
+    def counted(run: Any, rows: Any, positions: Any, *rest: Any) -> Any:
+        if len(stepped) == most:
+            raise Stopped
+        stepped.append(int(positions[0]))
+        with trained_on(run, rows, positions, *rest) as losses:
+            yield losses
+
+    monkeypatch.setattr(patched, "trained_on", counted)
+
+    def ask(bank: Path | None, seed: int = 5, of: Scored = scored) -> Any:
+        return patch(config, loaded, None, of, k=2, seed=seed, bank=bank)
+
+    whole = ask(None)
+    rows, most = set(stepped), len(stepped) + 2
+    with pytest.raises(Stopped):
+        ask(tmp_path / "bank")
+    begun, most = set(stepped[-2:]), 99
+    stepped.clear()
+    assert ask(tmp_path / "bank") == whole
+    assert set(stepped) == rows - begun
+    stepped.clear()
+    assert ask(tmp_path / "bank") == whole
+    assert not stepped
+
+    # Another rate or another start is another step.
+    loaded.training_args.learning_rate = RATE / 2
+    assert ask(tmp_path / "bank") != whole
+    assert set(stepped) == rows
+    loaded.training_args.learning_rate = RATE
+    stepped.clear()
+    parameter = next(p for p in loaded.model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        parameter += 1e-3
+    ask(tmp_path / "bank")
+    assert set(stepped) == rows
+
+
+def test_a_query_that_asks_for_a_kept_row_later_has_it_stepped_on_again(
+    trained: Any, tmp_path: Path
+) -> None:
+    loaded, _ = trained
+    config: Any = SimpleNamespace(output_dir=tmp_path, llamafactory={"seed": 1},
+                                  dataflex=SimpleNamespace(train_step=0))  # fmt: skip
+    values = np.random.default_rng(0).normal(size=(4, 6))
+    one = Scored(values[:1], np.array([0]))
+    everyone = Scored(values, np.arange(4))
+    patch(config, loaded, None, one, k=3, seed=5, bank=tmp_path)
+    found = patch(config, loaded, None, everyone, k=3, seed=5, bank=tmp_path)
+    assert found == patch(config, loaded, None, everyone, k=3, seed=5)
 
 
 def test_rows_without_a_target_token_are_neither_at_the_top_nor_drawn() -> None:
@@ -130,8 +202,8 @@ def test_a_learning_rate_of_0_is_refused(trained: Any, tmp_path: Path) -> None:
     loaded.training_args.learning_rate = 0.0
     config: Any = SimpleNamespace(output_dir=tmp_path)
     with pytest.raises(BadInput, match="learning_rate is 0"):
-        patch(config, loaded, None, np.zeros((1, 6)), np.array([0]), k=1, seed=0)
+        patch(config, loaded, None, Scored(np.zeros((1, 6)), np.array([0])), k=1, seed=0)
 
 
 def test_tail_patch_needs_neither_bank_nor_truth() -> None:
-    assert Evaluation(store=Path("store"), metric="tail_patch").at_top == 20
+    assert Evaluation(store=Path("store"), metric="tail_patch").bank is None
