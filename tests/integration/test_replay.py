@@ -10,8 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import spearmanr
+from sklearn.metrics import ndcg_score
 
 #: 20 rows in micro-batches of 3, two a step: the last step of an epoch has one, of 2 rows.
 RUN: dict[str, Any] = {
@@ -48,10 +52,23 @@ def test_a_replay_ends_where_the_run_did_and_says_what_reweighted_runs_say(
     assert listed["row"] == list(range(20))
     assert set(listed["target"]) == {"tiny_target"}
     assert set(listed["times"]) == {1}  # the second of two epochs
-    judged = cli("gradstore", "eval", tmp_path / "no store", path, "--metric", "spearman",
-                 "--truth", table, "--scores", table, "--json")  # fmt: skip
-    assert judged.code == 0, judged.err[-3000:]
-    assert json.loads(judged.out)["mean"] == pytest.approx(1)
+    others, order = tmp_path / "others.parquet", np.random.default_rng(0).permutation(20)
+    scores = np.array(listed["score"]) + np.random.default_rng(1).normal(
+        scale=np.std(listed["score"]), size=20
+    )
+    pq.write_table(pa.table({"row": order, "score": scores[order]}), others)
+    exact = np.array(listed["score"])
+    best, found = ({*np.argsort(-each)[:5]} for each in (exact, scores))
+    for metric, option, expected in (
+        ("spearman", (), spearmanr(scores, exact).statistic),
+        ("overlap", ("--share", 0.25), len(best & found) / 5),
+        ("ndcg", ("--k", 5), ndcg_score([np.maximum(exact, 0)], [scores], k=5)),
+    ):
+        judged = cli("gradstore", "eval", "-", path, "--metric", metric, *option,
+                     "--truth", table, "--scores", others, "--json")  # fmt: skip
+        assert judged.code == 0, judged.err[-3000:]
+        assert 0.1 < expected < 0.95, metric
+        assert json.loads(judged.out)["mean"] == pytest.approx(expected), metric
 
     oracle = Path(__file__).parent / "replay_oracle.py"
     done = cli(oracle, path, half, tmp_path / "run", table, program="python", heavy=True)
