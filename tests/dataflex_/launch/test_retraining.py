@@ -26,7 +26,7 @@ def loader(sampler: type) -> DataLoader:
 
 def epochs(made: DataLoader) -> list[list[int]]:
     found = []
-    for epoch in range(3):
+    for epoch in (0, 3, 1):  # a run that goes on begins at any
         made.set_epoch(epoch)  # type: ignore[attr-defined]
         found.append([int(row) for batch in made for row in batch])
     return found
