@@ -61,7 +61,19 @@ def test_every_example_configuration_passes_its_checks(
         check(config)
 
 
-def test_adding_a_strategy_takes_one_file_one_preset_and_one_test(tmp_path: Path) -> None:
+#: What looks at every strategy and every example; a strategy that is added has to pass it.
+ENUMERATING = (
+    "tests/integration/test_examples.py::test_there_is_an_example_of_every_strategy",
+    "tests/dataflex_/config/test_registry.py"
+    "::test_every_strategy_documents_every_parameter_and_no_other",
+    "tests/dataflex_/test_docs.py::test_every_example_configuration_passes_its_checks"
+    "[examples/train_lora/selectors/shortest.yaml]",
+)
+
+
+def test_adding_a_strategy_takes_one_file_one_preset_one_example_and_one_test(
+    tmp_path: Path,
+) -> None:
     """The example of docs/add-a-strategy.md, applied to a copy of the package and run."""
     page = (ROOT / "docs" / "add-a-strategy.md").read_text()
     diff = re.search(r"```diff\n(.*?)```", page, flags=re.S)
@@ -70,16 +82,22 @@ def test_adding_a_strategy_takes_one_file_one_preset_and_one_test(tmp_path: Path
     assert touched == [
         "dataflex/selectors/shortest.py",
         "dataflex/config/components.yaml",
+        "examples/train_lora/selectors/shortest.yaml",
         "tests/dataflex_/selectors/test_shortest.py",
     ]
-    shutil.copytree(ROOT / "dataflex", tmp_path / "dataflex")
+    for folder in ("dataflex", "examples"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for test in {test.partition("::")[0] for test in ENUMERATING}:
+        (tmp_path / test).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / test, tmp_path / test)
     subprocess.run(["git", "apply", "-"], input=diff[1], text=True, check=True, cwd=tmp_path)
     inherited = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               "--import-mode=importlib", "tests"]  # fmt: skip
+               f"--rootdir={tmp_path}", "--import-mode=importlib", touched[-1],
+               *ENUMERATING]  # fmt: skip
     found = subprocess.run(command, cwd=tmp_path, env=inherited, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "2 passed" in found.stdout
+    assert "13 passed" in found.stdout  # its own two, five kinds twice, and the example's
 
 
 def test_the_pipeline_on_its_page_can_be_built() -> None:
