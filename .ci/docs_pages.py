@@ -137,7 +137,7 @@ def _default(field: Field[Any]) -> str:
 def strategies() -> str:
     """Write the reference of strategies and their parameters: the catalogue of `components`."""
     from dataflex.config.registry import KINDS
-    from dataflex.launch.components import catalogue
+    from dataflex.launch.components import as_yaml, catalogue, other_presets
 
     parts: list[str] = []
     types = {kind: train_type for train_type, (_, kind) in KINDS.items()}
@@ -145,19 +145,23 @@ def strategies() -> str:
     for kind in dict.fromkeys(entry["kind"] for entry in entries):
         parts.append(f"## {kind}\n\n`train_type: {types[kind]}`\n")
         for entry in (e for e in entries if e["kind"] == kind):
-            others = [f"`{name}`" for name in entry["presets"] if name != entry["name"]]
             parts.append(f"### {kind}: {entry['name']}\n\n{_text(entry['summary'])}\n")
             if entry["paper"]:
                 parts.append(f"{_text(entry['paper'])}\n")
-            if others:
-                parts.append(f"Other presets: {', '.join(others)}.\n")
             rows = [
-                (f"`{name}`", f"`{value}`" if value is not None else "`null`",
+                (f"`{name}`", f"`{as_yaml(value)}`",
                  _text(entry["accepts"].get(name, "")), _text(entry["describes"].get(name, "")))
                 for name, value in entry["parameters"].items()
             ]  # fmt: skip
             if rows:
-                parts.append(table(("parameter", "default", "accepts", ""), rows) + "\n")
+                parts.append(table(("parameter", "value", "accepts", ""), rows) + "\n")
+            others = [
+                (", ".join(f"`{name}`" for name in names),
+                 ", ".join(f"`{key}: {as_yaml(value)}`" for key, value in differing.items()))
+                for names, differing in other_presets(entry)
+            ]  # fmt: skip
+            if others:
+                parts.append(table(("other presets", "set"), others) + "\n")
     return "\n".join(parts)
 
 

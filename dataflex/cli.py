@@ -231,7 +231,7 @@ serving.open_explainer = _model_at_hand
 
 @app.command()
 def components(as_json: AsJson = False) -> None:
-    """List every strategy with its parameters, their defaults and what they accept."""
+    """List every strategy and preset with its parameters, their values and what they accept."""
     from dataflex.launch.components import catalogue, show
 
     if as_json:

@@ -22,6 +22,7 @@ import gradstore.evaluation
 import gradstore.replay
 from dataflex.cli import app
 from dataflex.config.keys import DataFlexConfig
+from dataflex.launch.components import as_yaml, catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,6 +102,17 @@ def test_the_reference_has_every_command_option_and_key(site: Path) -> None:
             assert all(f"`{name}`" in told[words] for name in option.opts), (words, option.opts)
     keys = (site / "reference" / "keys.md").read_text(encoding="utf-8")
     assert [k for k in DataFlexConfig.__dataclass_fields__ if f"| `{k}` |" not in keys] == []
+
+
+def test_the_reference_has_every_strategy_with_the_values_that_a_run_gets(site: Path) -> None:
+    page = (site / "reference" / "strategies.md").read_text(encoding="utf-8")
+    told = {part.partition("\n")[0]: part for part in page.split("\n### ")[1:]}
+    for entry in catalogue():
+        part = told[f"{entry['kind']}: {entry['name']}"]
+        for key, value in entry["parameters"].items():
+            assert f"| `{key}` | `{as_yaml(value)}` |" in part, (entry["name"], key)
+        for name in entry["presets"]:
+            assert f"`{name}`" in part or name == entry["name"]
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=[package.__name__ for package in PACKAGES])

@@ -1,8 +1,9 @@
-"""The catalogue of `dataflex-cli components`: every registered strategy and its parameters."""
+"""The catalogue of `dataflex-cli components`: every strategy, and what each of its names sets."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Any
 
 from rich.markup import escape
@@ -21,10 +22,12 @@ from dataflex.run.strategy import Strategy
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """List the strategies: kind, name, summary, paper, presets, parameters with defaults.
+    """List the strategies: kind, name, summary, paper, presets, parameters and their values.
 
-    `accepts` says in words what each parameter may be, for those whose annotation is checked;
-    `describes` what it is, for those that the docstring explains.
+    `parameters` are the values that a run with `component_name: NAME` works with: those of the
+    preset of that name, and the constructor's defaults for the rest; `preset_parameters` the same
+    for each preset. `accepts` says in words what each parameter may be, for those whose annotation
+    is checked; `describes` what it is, for those that the docstring explains.
     """
     buckets = {kind: bucket for bucket, kind in KINDS.values()}
     return [
@@ -33,15 +36,7 @@ def catalogue() -> list[dict[str, Any]]:
             "name": name,
             "summary": (inspect.getdoc(cls) or "").split("\n")[0],
             "paper": getattr(cls, "paper", Strategy.paper),  # a registered class may have no base
-            "presets": sorted(
-                key
-                for key, preset in presets_of(buckets[kind]).items()
-                if preset.get("name", key) == name
-            ),
-            "parameters": {
-                key: None if p.default is p.empty else _plain(p.default)
-                for key, p in parameters(cls).items()
-            },
+            **_values(cls, name, presets_of(buckets[kind])),
             "accepts": {key: describe(known.hint) for key, known in declarations(cls).items()},
             "describes": {
                 key: words for key, words in descriptions(cls).items() if key in parameters(cls)
@@ -50,6 +45,49 @@ def catalogue() -> list[dict[str, Any]]:
         for kind in PACKAGES
         for name, cls in strategies(kind).items()
     ]
+
+
+def _values(cls: type, name: str, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the presets of a strategy, and what each and its own name set, defaults included."""
+    defaults = {
+        key: None if p.default is p.empty else _plain(p.default)
+        for key, p in parameters(cls).items()
+    }
+    merged = {
+        key: {**defaults, **(preset.get("params") or {})}
+        for key, preset in sorted(presets.items())
+        if preset.get("name", key) == name
+    }
+    return {
+        "presets": list(merged),
+        "parameters": merged.get(name, defaults),
+        "preset_parameters": merged,
+    }
+
+
+def other_presets(entry: dict[str, Any]) -> list[tuple[list[str], dict[str, Any]]]:
+    """List an entry's presets of other names: those that are alike, and what they set differently.
+
+    Returns:
+        Names, and the values that differ from the entry's `parameters`.
+    """
+    found: list[tuple[list[str], dict[str, Any]]] = []
+    for name, values in entry["preset_parameters"].items():
+        if name == entry["name"]:
+            continue
+        own = entry["parameters"]
+        other = {key: value for key, value in values.items() if value != own.get(key)}
+        alike = next((names for names, known in found if known == other), None)
+        if alike is None:
+            found.append(([name], other))
+        else:
+            alike.append(name)
+    return found
+
+
+def as_yaml(value: object) -> str:
+    """Return a parameter's value as a configuration would hold it, on one line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def show(entries: list[dict[str, Any]]) -> None:
@@ -68,14 +106,22 @@ def show(entries: list[dict[str, Any]]) -> None:
             others = [preset for preset in entry["presets"] if preset != entry["name"]]
             name = entry["name"] + "".join(f"\n  {preset}" for preset in others)
             summary = "\n".join(filter(None, (entry["summary"], entry["paper"])))
-            settings = "\n".join(
-                f"{key}: {default}" + (f"  # {accepts[key]}" if key in accepts else "")
-                for accepts in [entry["accepts"]]
-                for key, default in entry["parameters"].items()
-            )
-            table.add_row(escape(name), escape(summary), escape(settings))
+            table.add_row(escape(name), escape(summary), escape("\n".join(_settings(entry))))
         if table.row_count:
             console.print(table)
+
+
+def _settings(entry: dict[str, Any]) -> list[str]:
+    """Return the lines of the last column: each parameter, then what other presets set."""
+    accepts = entry["accepts"]
+    lines = [
+        f"{key}: {as_yaml(value)}" + (f"  # {accepts[key]}" if key in accepts else "")
+        for key, value in entry["parameters"].items()
+    ]
+    for names, differing in other_presets(entry):
+        lines += [f"{', '.join(names)}:"]
+        lines += [f"  {key}: {as_yaml(value)}" for key, value in differing.items()]
+    return lines
 
 
 def _plain(value: object) -> object:

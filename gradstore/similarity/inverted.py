@@ -121,8 +121,8 @@ class InvertedLists:
         try:
             faiss: Any = importlib.import_module("faiss")
         except ImportError:
-            raise BadInput("an approximate answer needs faiss, which is not installed; install "
-                           "faiss-cpu, or ask for the exact answer") from None  # fmt: skip
+            raise BadInput(f"an approximate answer needs faiss; {FAISS_MISSING}, or ask for the "
+                           "exact answer") from None  # fmt: skip
         rows = _usable(generation)
         if not (lists := lists_for(rows.size)):
             return None
