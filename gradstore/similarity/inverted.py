@@ -106,7 +106,7 @@ class InvertedLists:
             None where the usable rows are too few for lists.
 
         Raises:
-            BadInput: FAISS is not installed, the generation is not committed, or of 1bit rows.
+            BadInput: FAISS cannot be imported, the generation is not committed, or of 1bit rows.
         """
         if getattr(generation, "dtype", "") == "1bit":
             raise BadInput(
@@ -120,9 +120,12 @@ class InvertedLists:
             )
         try:
             faiss: Any = importlib.import_module("faiss")
-        except ImportError:
-            raise BadInput(f"an approximate answer needs faiss; {FAISS_MISSING}, or ask for the "
-                           "exact answer") from None  # fmt: skip
+        except ImportError as error:
+            raise BadInput(
+                f"an approximate answer needs faiss, which cannot be imported ({error}). It comes "
+                "with DataFlex: install dataflex-gradstore again (faiss-gpu and faiss-cpu share a "
+                "folder, so keep one of them), or ask for the exact answer"
+            ) from None
         rows = _usable(generation)
         if not (lists := lists_for(rows.size)):
             return None
