@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,48 @@ def commands(runs: Path) -> list[list[str]]:
     filled = text.replace("$here", "examples/offline").replace("$runs", str(runs))
     lines = [line for line in filled.splitlines() if "-cli " in line and not line.startswith("#")]
     return [shlex.split(line) for line in lines]
+
+
+#: Stands in for both programs: notes the call, and leaves what the script looks for. As the real
+#: ones, `select` refuses a folder that holds anything, and a training writes its results at its end.
+PROGRAM = """#!/usr/bin/env bash
+set -euo pipefail
+echo "$(basename "$0") $*" >>"$CALLS"
+for word in "$@"; do
+  case "$word" in output_dir=*) folder=${word#*=} ;; esac
+done
+if [ "$1" = train ]; then
+  mkdir -p "$folder"
+  [ "${DIES_IN:-}" != "$(basename "$folder")" ] || exit 1
+  touch "$folder/train_results.json"
+elif [ "$2" = select ]; then
+  folder=${*: -1}
+  [ ! -e "$folder" ] || exit 2
+  mkdir -p "$folder"
+  touch "$folder/dataset_info.json"
+fi
+"""
+
+
+def test_the_script_runs_again_without_a_second_warm_up(tmp_path: Path) -> None:
+    for name in ("llamafactory-cli", "dataflex-cli"):
+        (tmp_path / name).write_text(PROGRAM)
+        (tmp_path / name).chmod(0o755)
+    calls, runs = tmp_path / "calls", tmp_path / "runs"
+    inherited = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls),
+                 "RUNS": str(runs)}  # fmt: skip
+
+    def run(**more: str) -> tuple[int, list[str]]:
+        """Exit code of the script, and the commands that it ran: train, build, select, train."""
+        calls.write_text("")
+        ended = subprocess.run(["bash", str(SCRIPT)], env={**inherited, **more}, check=False)
+        words = [line.split() for line in calls.read_text().splitlines()]
+        return ended.returncode, [w[2] if w[1] == "gradstore" else w[1] for w in words]
+
+    assert run(DIES_IN="warmup") == (1, ["train"])
+    assert run() == (0, ["train", "build", "select", "train"])
+    assert run() == (0, ["build", "select", "train"])
+    assert (runs / "selected" / "dataset_info.json").is_file()
 
 
 def less_influence(store: Path, sets: tuple[str, ...]) -> np.ndarray:
