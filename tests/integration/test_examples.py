@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dataflex.config.presets import presets_of
+from dataflex.config.presets import presets_of, resolve
 from dataflex.config.registry import KINDS, strategies
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +30,17 @@ def test_there_is_an_example_of_every_strategy(train_type: str) -> None:
                 name = content["component_name"]
                 shown.add(presets.get(name, {}).get("name", name))
     assert not set(strategies(kind)) - shown
+
+
+def test_the_example_of_dynamic_sorting_is_one_of_every_order_by_loss() -> None:
+    path = ROOT / "examples" / "train_lora" / "reorders" / "dynamic_sorting.yaml"
+    params = yaml.safe_load(path.read_text())["component_params"]
+    patterns = [name for name in presets_of("reorders") if name.startswith("dynamic_")]
+    assert len(patterns) == 7
+    for name in patterns:
+        assert resolve("dynamic_reorder", name, params).build() is not None
+    for name in ("select_only", "select_then_reorder"):
+        assert resolve("dynamic_lego", name, {}).build() is not None
 
 
 def test_the_readmes_example_runs_as_often_as_one_likes(cli: Any, tmp_path: Path) -> None:
