@@ -201,8 +201,12 @@ def moved(path: Path) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in what a page wants of the code, `<!-- made: NAME -->`, and remember its Markdown."""
-    filled = re.sub(r"<!-- made: (\w+) -->", lambda found: MADE[found[1]](), markdown)
+    """Fill in what a page wants of the code, `<!-- made: NAME -->`, and remember its Markdown.
+
+    The line that says, to who reads the page as a file, where this part is to be seen goes.
+    """
+    there = re.sub(r"^> Made from the code.*\n\n", "", markdown, flags=re.M)
+    filled = re.sub(r"<!-- made: (\w+) -->", lambda found: MADE[found[1]](), there)
     _sources[page.file.src_uri] = filled
     return filled
 

@@ -83,6 +83,14 @@ def test_every_page_lies_there_as_markdown_and_is_listed(site: Path) -> None:
     assert all((site / page).read_text(encoding="utf-8") in full for page in map(Path, listed))
 
 
+def test_a_page_of_the_reference_says_where_it_is_read_as_a_file_that_the_site_has_it(
+    site: Path,
+) -> None:
+    for page in sorted((ROOT / "docs" / "reference").glob("*.md")):
+        assert "`uv run mkdocs serve` shows it" in page.read_text(encoding="utf-8"), page.name
+        assert "mkdocs serve" not in (site / "reference" / page.name).read_text(encoding="utf-8")
+
+
 def commands(command: Any, words: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """Every command that does something, by its words."""
     inner = getattr(command, "commands", {})
