@@ -33,8 +33,8 @@ READ = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json",
 
 NEXT = (
     "Restore the file from a copy (remove one that was added), or name another checkpoint with "
-    "resume_from_checkpoint (one that was changed on purpose can be sealed again: "
-    "docs/checkpoints.md)."
+    "resume_from_checkpoint (one that was changed on purpose can be sealed again, by "
+    "dataflex.checkpoints.seal.seal(Path('CHECKPOINT')) in Python)."
 )
 
 

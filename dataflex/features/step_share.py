@@ -68,7 +68,7 @@ def train_features(
     if found.share.clip < LEAST_CLIP and run.ranks.leads:
         _log.info(
             "a step's gradient is clipped to %.0f%% of its length (max_grad_norm %g): normalize: "
-            "cosine predicts such steps as well as products with norms (docs/products.md)",
+            "cosine predicts such steps as well as products with norms",
             100 * found.share.clip, step.max_grad_norm,
         )  # fmt: skip
     return found

@@ -17,13 +17,13 @@ from dataflex.run.strategy import Strategy
 
 
 class Reader(StrEnum):
-    """Ways in which a strategy reads losses."""
+    """Ways in which a strategy reads losses; docs/losses.md lists which reads which."""
 
-    GRADIENTS = "gradients"  # the gradient of a row's loss: less, icons, nice, gradstore build
-    ROW_LOSSES = "losses of rows"  # passes of its own: loss, delta_loss, orders by loss
-    OBSERVED = "observed losses"  # of the training passes: odm
-    REPLAY = "replayed losses"  # gradstore replay: differentiates what training minimised
-    WEIGHTS = "weights"  # multiplies each sample's part of the loss: weighters, doremi
+    GRADIENTS = "gradients"  # of a row's loss
+    ROW_LOSSES = "losses of rows"  # in passes of its own
+    OBSERVED = "observed losses"  # of the training passes
+    REPLAY = "replayed losses"  # differentiates what training minimised
+    WEIGHTS = "weights"  # multiplies each sample's part of the loss
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,12 @@ def loss_difference(known: KnownKeys, who: str, readers: Iterable[Reader]) -> st
     Returns:
         "" where the two are the same, or `who` reads no loss.
     """
-    on = [f"{o.key} {o.does}" for o in OPTIONS if o.told and o.is_on(known)]
+    on = [o for o in OPTIONS if o.told and o.is_on(known)]
     if not on or not list(readers):
         return ""
+    does, off = [f"{o.key} {o.does}" for o in on], [f"{o.key}: {o.off}" for o in on]
     return (
-        f"training and scoring use different losses: {' and '.join(on)} in training, {who} "
-        "compares rows by the plain cross-entropy of their target tokens (docs/losses.md)"
+        f"training and scoring use different losses: {' and '.join(does)} in training, {who} "
+        "compares rows by the plain cross-entropy of their target tokens. To train on that too, "
+        f"set {' and '.join(off)}"
     )

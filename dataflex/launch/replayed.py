@@ -61,8 +61,7 @@ _MAX_ROWS = 256
 
 _SIGNS = (
     "Adam's first step is close to the sign of the gradient: scores of the first steps' rows hold "
-    "for tiny changes of weight alone, and may be large; warmup_steps makes the run smooth "
-    "(docs/replay.md)"
+    "for tiny changes of weight alone, and may be large; warmup_steps makes the run smooth"
 )
 
 #: Of a run that was trained already: its price was known before.

@@ -138,7 +138,7 @@ def _ordered(answer: object, pool: IntArray, stage: Stage) -> IntArray:
     if not isinstance(answer, Ordering):
         raise BadInput(
             f"{stage.spec.name} answered a {type(answer).__name__}; expected a "
-            "dataflex.reorders.base.Ordering."
+            "dataflex.api.Ordering."
         )
     return _within(answer.rows, pool, stage)
 

@@ -6,6 +6,7 @@ rank 0's by every rank. `RemoteFailure` carries it there.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -26,6 +27,18 @@ DEBUG = "DATAFLEX_DEBUG"
 NO_MEMORY = ("CUDA out of memory", "failed to map segment from shared object",
              "Cannot allocate memory", "can't allocate memory",
              "cannot allocate memory")  # fmt: skip
+
+#: What to do about a failure of the operating system, by its number.
+NEXT_STEPS = {
+    errno.ENOENT: "Correct the path; one that does not begin with / counts from the folder that "
+    "the command is started in",
+    errno.ENOSPC: "Make room there, or choose another folder",
+    errno.EDQUOT: "Make room there, or choose another folder",
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        "Choose a place that may be read and written, or change its permissions",
+    ),
+}
 
 #: Code that is ours; libraries that may be installed from a folder of their developers' (editable);
 #: and folders of code that is nobody's own: Python's and installed.
@@ -70,7 +83,8 @@ def explain(error: BaseException) -> Failure | None:
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         kind = BadInput if isinstance(error, FileNotFoundError) else StoreIOError
         where = f" ({error.filename})" if error.filename else ""
-        return Failure(kind.exit_code, f"{error.strerror}{where}")
+        next_step = NEXT_STEPS.get(error.errno, "Run again with --debug to see what was asked for")
+        return Failure(kind.exit_code, f"{error.strerror}{where}. {next_step}.")
     if isinstance(error, KeyboardInterrupt):
         return Failure(
             130,

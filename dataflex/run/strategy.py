@@ -134,7 +134,7 @@ def ask_forecasts(strategy: Strategy, run: RunContext, steps: Sequence[int]) -> 
     if odd := [f for f in found if not isinstance(f, Forecast)]:
         raise BadInput(
             f"{target_of(type(strategy))}.forecasts answered a {type(odd[0]).__name__}; expected a "
-            "list of dataflex.api.Forecast, one for each pass: see docs/add-a-strategy.md."
+            "list of dataflex.api.Forecast, one for each pass, or an empty one."
         )
     return found
 
@@ -216,5 +216,5 @@ def _check_answers(built: object, base: type[Strategy]) -> None:
     arguments = ", ".join([*inspect.signature(promised).parameters][1:])
     raise BadInput(
         f"{own} has no method {base.required}({arguments}), which every {base.__name__} needs: "
-        "see docs/add-a-strategy.md."
+        f"define it; `python -m pydoc dataflex.api.{base.__name__}` says what it returns."
     )

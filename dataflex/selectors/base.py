@@ -71,8 +71,7 @@ def ask(
     answer = ranks.gather(lambda: selector.select(count, context))[0]
     if not isinstance(answer, Selection):
         raise BadInput(
-            f"{name} answered a {type(answer).__name__}; expected a "
-            "dataflex.selectors.base.Selection."
+            f"{name} answered a {type(answer).__name__}; expected a dataflex.api.Selection."
         )
     answered = len(answer.indices)
     if exact and answered != count and ranks.leads:

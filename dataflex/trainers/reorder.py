@@ -30,7 +30,7 @@ class ReorderSeam(RowSeam):
         if not isinstance(ordering, Ordering):
             raise BadInput(
                 f"component {self.run.name!r} answered a {type(ordering).__name__}; "
-                "expected a dataflex.reorders.base.Ordering."
+                "expected a dataflex.api.Ordering."
             )
         rows = check_rows_of(ordering.rows, len(self.run.data.train), self.run.name)
         if len(rows) != count:

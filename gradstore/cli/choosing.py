@@ -66,9 +66,12 @@ class Asked:
         from gradstore.scoring.choose import Choice, Rule
 
         rule = Rule(self.subset, self.neighbours)
-        budgets = 3 - [self.count, self.fraction, self.token_budget].count(None)
-        if budgets > 1 or (budgets == 0 and self.subset != "drop_harmful"):
-            raise BadInput("give either -k N or --fraction F or --token-budget T.")
+        budgets = {"-k": self.count, "--fraction": self.fraction,
+                   "--token-budget": self.token_budget}  # fmt: skip
+        given = [f"{option} {value}" for option, value in budgets.items() if value is not None]
+        if len(given) > 1 or (not given and self.subset != "drop_harmful"):
+            found = f"{' and '.join(given)} are" if given else f"no budget of {self.subset} is"
+            raise BadInput(f"{found} given; give one: -k N, --fraction F or --token-budget T.")
         quotas = quotas_of(self.quota or ())
         if self.token_budget is not None:
             expect_whole(self.token_budget, "--token-budget")

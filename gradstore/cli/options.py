@@ -122,7 +122,7 @@ class OnEngine:
         from gradstore.cluster.options import RayOptions
 
         if self.engine not in (None, "ray"):
-            raise BadInput(f"engine is {self.engine!r}; use ray, or none.")
+            raise BadInput(f"engine is {self.engine!r}; use --engine ray, or leave --engine out.")
         options = RayOptions(
             address=self.address,
             actors=self.actors,

@@ -140,4 +140,7 @@ _NAMES: dict[Kind, Callable[[str], object]] = {
 
 def _no_file(path: str) -> BadInput:
     shown = path if len(path) <= 200 else f"{path[:200]}..."
-    return BadInput(f"{shown!r} is no file of a store; docs/store-format.md lists what is one")
+    return BadInput(
+        f"{shown!r} is no file of a store: none is written there. See that reader and writer are "
+        "of the same release"
+    )

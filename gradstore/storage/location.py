@@ -122,7 +122,7 @@ def _service(text: str, found: re.Match[str]) -> ObjectPath:
     if found["scheme"] == "http" and host["name"].strip("[]").lower() not in LOOPBACK:
         raise BadInput(
             f"the store is {text!r}: over http:// its key could be read on the way. Give https:// "
-            "(docs/service.md shows a reverse proxy), or a tunnel's end, http://127.0.0.1:PORT"
+            "(a reverse proxy before the service), or a tunnel's end, http://127.0.0.1:PORT"
         )
     return ObjectPath(found["host"].lower(), _prefix(text, found["key"]), found["scheme"])
 

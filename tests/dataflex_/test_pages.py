@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -95,6 +96,17 @@ def test_the_exit_codes_of_a_page_are_all_there_are(page: str) -> None:
     own = {each.exit_code for each in vars(errors).values()
            if isinstance(each, type) and issubclass(each, errors.StoreError)}  # fmt: skip
     assert told == {0, INTERRUPTED} | own
+
+
+def test_no_message_sends_to_a_page_that_the_wheel_does_not_have() -> None:
+    """Comments and docstrings may name pages: who reads them has the repository."""
+    for package in ("dataflex", "gradstore", "kernels"):
+        for path in (ROOT / package).rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            kept = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Constant) and id(node) not in kept:
+                    assert not re.search(r"docs/[\w-]+\.md", str(node.value)), (path, node.lineno)
 
 
 BLOCKS = [

@@ -33,8 +33,8 @@ def commands(runs: Path) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-#: Stands in for both programs: notes the call, and leaves what the script looks for. As the real
-#: ones, `select` refuses a folder that holds anything, and a training writes its results at its end.
+#: Stands in for both programs: notes the call, and leaves what the script looks for. As in truth,
+#: `select` refuses a folder that holds anything, and a training writes its results at its end.
 PROGRAM = """#!/usr/bin/env bash
 set -euo pipefail
 echo "$(basename "$0") $*" >>"$CALLS"

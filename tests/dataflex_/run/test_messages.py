@@ -70,6 +70,25 @@ def test_memory_that_does_not_suffice_is_one_message(error: Exception) -> None:
     assert "ulimit -v" in failure.message
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "next_step"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.json"), 2, "Correct the"),
+        (OSError(errno.ENOSPC, "No space left on device", "a.json"), 5, "Make room there"),
+        (PermissionError(errno.EACCES, "Permission denied", "a.json"), 5, "Choose a place"),
+        (OSError(errno.EIO, "Input/output error"), 5, "Run again with --debug"),
+    ],
+)
+def test_a_failure_of_the_system_names_the_file_and_the_next_step(
+    error: OSError, code: int, next_step: str
+) -> None:
+    failure = explain(error)
+    assert failure is not None
+    where = " (a.json)" if error.filename else ""
+    assert failure.code == code
+    assert failure.message.startswith(f"{error.strerror}{where}. {next_step}")
+
+
 def test_a_worker_shows_its_traceback_with_debug_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,7 +92,7 @@ def test_a_class_without_its_method_is_refused_when_it_is_built(
             adapt(other(), base)
         assert str(refused.value) == (
             f"{target_of(other)} has no method {method}, which every {base.__name__} needs: "
-            "see docs/add-a-strategy.md."
+            f"define it; `python -m pydoc dataflex.api.{base.__name__}` says what it returns."
         )
 
 

@@ -158,7 +158,7 @@ def test_harmful_rows_are_dropped_and_counted_with_and_without_a_budget(
         (("-k", "3", "--subset", "round_robin"), "3 rows cannot serve 6 target rows"),
         (("-k", "41", "--subset", "round_robin"), "asked 41"),
         (("-k", "3", "--subset", "round_robbin"), "did you mean 'round_robin'"),
-        (("-k", "3", "--token-budget", "9"), "either -k N or --fraction F or --token-budget T"),
+        (("-k", "3", "--token-budget", "9"), "-k 3 and --token-budget 9 are given; give one: -k N"),
         (("-k", "3", "--quota", "nosuch=1"), "quota of 'nosuch', but the train rows are of"),
         (("-k", "3", "--quota", "a=few"), "'few' is no number of rows and no share"),
         (("-k", "3", "--quota", "a"), "give SET=ROWS or SET=SHARE"),
@@ -170,7 +170,7 @@ def test_harmful_rows_are_dropped_and_counted_with_and_without_a_budget(
         (("--token-budget", "9", "--quota", "a=0.5"), "beside --token-budget"),
         (("-k", "9", "--length-correction", "log"), "choose none or regression or bins"),
         (("-k", "9", "--neighbours", "3"), "only the subset 'knn_uniform' has neighbours"),
-        ((), "either -k N or --fraction F or --token-budget T"),
+        ((), "no budget of top is given; give one: -k N, --fraction F or --token-budget T"),
         (("--token-budget", "0"), "--token-budget is 0"),
     ],
 )

@@ -23,5 +23,5 @@ def test_options_of_an_engine_need_one(given: dict[str, Any]) -> None:
 
 
 def test_another_engine_is_named() -> None:
-    with pytest.raises(BadInput, match="engine is 'spark'; use ray, or none"):
+    with pytest.raises(BadInput, match="'spark'; use --engine ray, or leave --engine out"):
         OnEngine(engine="spark").ray()
