@@ -25,6 +25,7 @@ from dataflex.launch.options import (
 from dataflex.run.messages import DEBUG, Failure, end_bars, explain, set_up_logging, show_traceback
 from gradstore import cli as gradstore_cli
 from gradstore.cli import care, serving
+from gradstore.cli.options import AsJson
 from gradstore.format.names import printable
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check all, measure a few rows, print a forecast."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What Typer answers for Ctrl-C (or raises Abort, by version).
 INTERRUPTED = 130

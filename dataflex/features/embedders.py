@@ -11,7 +11,7 @@ import numpy as np
 
 from dataflex.config.values import names_a_folder
 from dataflex.data.rows import Rows
-from dataflex.features.fields import row_fields
+from dataflex.features.fields import model_identity, row_fields
 from dataflex.models.encoders import (
     Encoder,
     TextEncoder,
@@ -24,7 +24,7 @@ from dataflex.run.log import OnRows
 from gradstore.capture.limits import token_budget
 from gradstore.errors import BadInput
 from gradstore.export.embeddings import compute_embedding_unit
-from gradstore.export.gradient_space import attention_of, named_parameters, tokenizer_hash
+from gradstore.export.gradient_space import named_parameters, tokenizer_hash
 from gradstore.export.output_gradients import OutputGradients, target_tokens
 from gradstore.export.pooling import HiddenStates, Pooling
 from gradstore.export.units import Batches
@@ -141,12 +141,7 @@ class CurrentModel:
 
     def identity(self) -> dict[str, Any]:
         """Return the arguments of `embedding_record` that identify its present state."""
-        run, parameters = self._run, named_parameters(self._run.model)
-        return {
-            "model_hash": tensor_hash((n, p) for n, p in parameters.items() if p.requires_grad),
-            "autocast": run.autocast,
-            "attention": attention_of(run.model),
-        }
+        return model_identity(self._run)
 
     def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
         """Compute the embeddings of one unit of rows."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dataflex.data.rows import ROW_FIELDS
-from gradstore.export.gradient_space import tokenizer_hash
+from gradstore.export.gradient_space import attention_of, named_parameters, tokenizer_hash
+from gradstore.storage.hashing import tensor_hash
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from dataflex.run.context import RunContext
     from gradstore.export.gradient_space import GradientSpace
 
 
@@ -55,3 +57,13 @@ def row_fields(data: Tokenised) -> dict[str, Any]:
     if data.data_args is None:
         return {}
     return {field: getattr(data.data_args, field, None) for field in ROW_FIELDS}
+
+
+def model_identity(run: RunContext) -> dict[str, Any]:
+    """Return the arguments of `embedding_record` that say which state a model in training is in."""
+    parameters = named_parameters(run.model)
+    return {
+        "model_hash": tensor_hash((n, p) for n, p in parameters.items() if p.requires_grad),
+        "autocast": run.autocast,
+        "attention": attention_of(run.model),
+    }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dataflex.data.images import TextsWithPictures, pictures_hash, shown_batch
 from dataflex.data.rows import Rows
 from dataflex.features.embedders import STORED
-from dataflex.features.fields import row_fields
+from dataflex.features.fields import model_identity, row_fields
 from dataflex.models.encoders import DECIDING, DTYPES, find_folder
 from dataflex.models.passes import longest_row
 from dataflex.run.context import RunContext
@@ -19,7 +19,7 @@ from dataflex.run.log import OnRows
 from gradstore.capture.limits import token_budget
 from gradstore.errors import BadInput
 from gradstore.export.embeddings import compute_embedding_unit
-from gradstore.export.gradient_space import attention_of, named_parameters, tokenizer_hash
+from gradstore.export.gradient_space import named_parameters, tokenizer_hash
 from gradstore.export.units import Batches
 from gradstore.export.visual import VISUAL_KEYS, VisualStates, even_layers, visual_token_ids
 from gradstore.storage.hashing import hash_folder_files, tensor_hash
@@ -121,12 +121,7 @@ class CurrentVisionModel:
 
     def identity(self) -> dict[str, Any]:
         """Return the arguments of `embedding_record` that identify its present state."""
-        run, parameters = self._run, named_parameters(self._run.model)
-        return {
-            "model_hash": tensor_hash((n, p) for n, p in parameters.items() if p.requires_grad),
-            "autocast": run.autocast,
-            "attention": attention_of(run.model),
-        }
+        return model_identity(self._run)
 
     def unit(self, rows: Rows, unit: UnitRange, advance: OnRows) -> UnitFeatures:
         """Compute the features of one unit of rows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from gradstore.scoring.contributions import Contributions
     from gradstore.store.generation import Generation
     from gradstore.store.texts import RowTexts
-
-Side = Literal["helped", "hurt"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.strategy import Strategy
 from gradstore.errors import BadInput
 
-__all__ = ["RunContext", "Selection", "Selector", "UpdateContext", "ask"]
+__all__ = ["RunContext", "Selection", "Selector", "StoreSelector", "UpdateContext", "ask"]
 
 _log = logging.getLogger(__name__)
 
@@ -114,3 +114,15 @@ class Selector(Strategy):
         Called on every rank; rank 0's answer counts.
         """
         raise TypeError(f"{type(self).__name__} does not implement select(count, context)")
+
+
+class StoreSelector(Selector):
+    """Base of the selectors that keep a store open, by a service, from `start` to `finish`."""
+
+    _service: Any = None
+
+    def finish(self) -> None:
+        """Release the store."""
+        if self._service is not None:
+            self._service.close()
+            self._service = None

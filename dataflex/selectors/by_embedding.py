@@ -19,7 +19,7 @@ from dataflex.data.rows import Rows
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP, ZERO3
-from dataflex.selectors.base import Selection, Selector
+from dataflex.selectors.base import Selection, StoreSelector
 from gradstore.errors import BadInput
 from gradstore.similarity.neighbours import Neighbours
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dataflex.run.forecast import Forecast
 
 
-class EmbeddingSelector(Selector):
+class EmbeddingSelector(StoreSelector):
     """Base of selectors that compare the rows' embeddings with the target's.
 
     Args:
@@ -123,12 +123,6 @@ class EmbeddingSelector(Selector):
         self._service = EmbeddingService(run, self.embeddings)
         if self._service.frozen:
             self._embedded = self._service.export(0, run.data.targets)
-
-    def finish(self) -> None:
-        """Release the store."""
-        if self._service is not None:
-            self._service.close()
-            self._service = None
 
     def select(self, count: int, context: UpdateContext) -> Selection:
         """Embed what is not embedded yet, then choose."""

@@ -21,7 +21,7 @@ from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.log import progress
 from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP, ZERO3
-from dataflex.selectors.base import Selection, Selector
+from dataflex.selectors.base import Selection, StoreSelector
 from dataflex.selectors.directly import select_directly
 from dataflex.selectors.product import check_product, in_metric, product_of, product_told
 from dataflex.selectors.rerank import lora_alone, rank_again, rerank_of
@@ -52,7 +52,7 @@ class RowScores:
     best: npt.NDArray[np.integer[Any]] | None = None
 
 
-class InfluenceSelector(Selector):
+class InfluenceSelector(StoreSelector):
     """Base of selectors that score a row by its gradient's cosines to the target's gradients.
 
     A subclass says in `fold` what a row's influence on the sub-tasks adds up to.
@@ -241,12 +241,6 @@ class InfluenceSelector(Selector):
             expected = self._restored.get("store_uuid")
             run.ranks.decide(lambda: check_same_store(run.config.store_path, expected))
             self._service = FeatureService(run, self.settings)
-
-    def finish(self) -> None:
-        """Release the store."""
-        if self._service is not None:
-            self._service.close()
-            self._service = None
 
     def state(self) -> dict[str, Any]:
         """Return the store's identity and progress: a resume refuses another store."""

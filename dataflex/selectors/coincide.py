@@ -22,7 +22,7 @@ from dataflex.models.paths import model_path_faults
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.log import progress
 from dataflex.run.strategy import FSDP, ZERO3
-from dataflex.selectors.base import Selection, Selector
+from dataflex.selectors.base import Selection, StoreSelector
 from gradstore.errors import BadInput
 from gradstore.format.foreign import read_object
 from gradstore.similarity.coresets import Groups
@@ -42,7 +42,7 @@ ROWS_PER_CLUSTER, MOST_CLUSTERS = 64, 10_000
 
 
 @register("selector", "coincide")
-class CoincideSelector(Selector):
+class CoincideSelector(StoreSelector):
     """Selector of rows from every cluster of vision-language features, most from transferable ones.
 
     A row's score is the transferability of its cluster.
@@ -177,12 +177,6 @@ class CoincideSelector(Selector):
         from dataflex.features.vision import CurrentVisionModel, FixedVisionModel
 
         return (FixedVisionModel if self.fixed else CurrentVisionModel)(run, self.settings)
-
-    def finish(self) -> None:
-        """Release the store."""
-        if self._service is not None:
-            self._service.close()
-            self._service = None
 
     def state(self) -> dict[str, Any]:
         """Return the rows that later updates leave out."""

@@ -20,6 +20,7 @@ from gradstore.cli.options import (
     print_json,
     print_table,
     with_options,
+    written_to,
 )
 from gradstore.cli.reranking import Again
 from gradstore.errors import BadInput, DamagedData
@@ -86,16 +87,7 @@ def verify(store: StorePath, as_json: AsJson = False) -> None:
 def score(
     question: Question,
     engine: OnEngine,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            help="scores.parquet, .csv or .jsonl",
-            metavar="PATH",
-            parser=path_at_home,
-        ),
-    ] = None,
+    output: Annotated[Path | None, written_to("scores.parquet, .csv or .jsonl")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score every training row by its cosine influence on the target."""
@@ -133,16 +125,7 @@ def select(
     question: Question,
     asked: Asked,
     again: Again,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            help="selected.jsonl, .csv or .parquet",
-            metavar="PATH",
-            parser=path_at_home,
-        ),
-    ] = None,
+    output: Annotated[Path | None, written_to("selected.jsonl, .csv or .parquet")] = None,
     as_dataset: Annotated[
         Path | None,
         typer.Option(

@@ -13,10 +13,10 @@ from gradstore.cli.options import (
     StorePath,
     Targets,
     app,
-    path_at_home,
     print_json,
     print_table,
     shown,
+    written_to,
 )
 from gradstore.errors import expect_whole
 from gradstore.format.names import printable
@@ -29,14 +29,7 @@ if TYPE_CHECKING:
 def audit(
     store: StorePath,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            help="audit.parquet, .csv or .jsonl: every row with every signal.",
-            metavar="PATH",
-            parser=path_at_home,
-        ),
+        Path | None, written_to("audit.parquet, .csv or .jsonl: every row with every signal.")
     ] = None,
     top: Annotated[int, typer.Option(help="Rows to show.")] = 20,
     checkpoints: Annotated[

@@ -41,12 +41,12 @@ def path_at_home(text: str) -> Path:
 
 
 if TYPE_CHECKING:
-    _Store = Location
+    StoreValue = Location
 else:
-    _Store = Path  # Typer takes no unions; the parser makes the value
+    StoreValue = Path  # Typer takes no unions; the parser makes the value
 
 StorePath = Annotated[
-    _Store,
+    StoreValue,
     typer.Argument(
         help="Folder of the store, s3://BUCKET/PREFIX, or https://HOST of a service.",
         metavar="STORE",
@@ -74,16 +74,14 @@ Preconditioner = Annotated[
     ),
 ]
 Damping = Annotated[float, typer.Option(help="Of fisher, in mean eigenvalues.")]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "-o",
-        "--output",
-        help="rows.parquet, .csv or .jsonl",
-        metavar="PATH",
-        parser=path_at_home,
-    ),
-]
+
+
+def written_to(what: str) -> Any:  # noqa: ANN401 - Typer's option
+    """Declare `-o PATH`, the file that a command writes; `what` it is, for the help."""
+    return typer.Option("-o", "--output", help=what, metavar="PATH", parser=path_at_home)
+
+
+Output = Annotated[Path | None, written_to("rows.parquet, .csv or .jsonl")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradstore.cli.options import Question
+from gradstore.cli.options import Question, StoreValue
 from gradstore.errors import BadInput
-from gradstore.storage.location import Location, at_user_home
+from gradstore.storage.location import at_user_home
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,10 +20,6 @@ if TYPE_CHECKING:
     from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.scoring.influence import Scores
     from gradstore.store.generation import Generation
-
-    _Store = Location
-else:
-    _Store = Path  # Typer takes no unions; the parser makes the value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +31,7 @@ class Again:
     """
 
     rerank_store: Annotated[
-        _Store | None,
+        StoreValue | None,
         typer.Option(
             help="Another store of the same rows, of a more exact dtype: the best rows are ranked "
             "again by its features.",
