@@ -5,10 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import runpy
+import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dataflex", "gradstore", "kernels/gradkernels")
@@ -109,3 +113,37 @@ def test_every_mutant_names_one_place_of_the_code_and_tests_that_exist() -> None
             file, _, name = test.partition("::")
             assert (ROOT / file).exists(), f"no {test}"
             assert not name or f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), test
+
+
+#: Imported, and declared by nobody: triton is torch's on Linux alone, and plain torch stands in for
+#: it elsewhere; DeepSpeed is of who trains with it.
+NOT_OURS_TO_DECLARE = {"triton", "deepspeed"}
+
+
+def imported() -> set[str]:
+    """Packages that the code imports, beside Python's own and ours."""
+    found: set[str] = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.partition(".")[0])
+    ours = {Path(package).name for package in PACKAGES}
+    return found - set(sys.stdlib_module_names) - ours
+
+
+def test_what_the_code_imports_is_declared_and_what_is_installed_is_within_its_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [each for more in project["optional-dependencies"].values() for each in more]
+    declared = {
+        requirement.name: requirement
+        for requirement in map(Requirement, [*project["dependencies"], *extras])
+        if requirement.marker is None or requirement.marker.evaluate()
+    }
+    distributions = packages_distributions()
+    for package in sorted(imported() - NOT_OURS_TO_DECLARE):
+        names = {name.lower().replace("_", "-") for name in distributions[package]}
+        assert names & set(declared), f"{package} ({', '.join(names)}) is not in pyproject.toml"
+        for name in names & set(declared):
+            assert version(name) in declared[name].specifier, name
