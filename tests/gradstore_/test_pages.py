@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gradstore.store.texts import Text
+from gradstore.format.text_table import Text
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "guide" / "offline.md"
 
@@ -26,5 +26,5 @@ def test_the_python_of_the_offline_page_runs_from_its_top(
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
-    assert len(names["found"]) == 9
+    assert len(names["found"]) == 7
     assert names["scores"].usable.sum() == 94
