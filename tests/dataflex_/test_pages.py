@@ -92,7 +92,7 @@ def test_the_exit_codes_of_a_page_are_all_there_are(page: str) -> None:
     text = (ROOT / page).read_text()
     said = re.search(r"(?:## Exit codes\n|Exit codes:)(.*?)\n\n(?!0)", text, flags=re.S)
     assert said is not None
-    told = {int(code) for code in re.findall(r"(?<!\S)(\d+) [a-z]", said[1])}
+    told = {int(code) for code in re.findall(r"(?<!\S)(\d+)\s[a-z]", said[1])}
     own = {each.exit_code for each in vars(errors).values()
            if isinstance(each, type) and issubclass(each, errors.StoreError)}  # fmt: skip
     assert told == {0, INTERRUPTED} | own
