@@ -337,7 +337,7 @@ MUTANTS = [
     Mutant("dataflex/checkpoints/weights.py", "if pair[0] in decayed] + [", "] + [", CHECKPOINTS),
     # -- scores and what is chosen --
     Mutant("gradstore/scoring/subtasks.py", "queries[index] /= kept.size", "pass", INFLUENCE),
-    Mutant("gradstore/scoring/combine.py", "one.weight * subtask_queries", "subtask_queries",
+    Mutant("gradstore/scoring/combine.py", "one.weight * found", "found",
            INFLUENCE),
     Mutant("gradstore/scoring/influence.py", 'if mode == "max" else', 'if mode != "max" else',
            INFLUENCE),

@@ -69,7 +69,10 @@ def product_of(
         )
     if preconditioner == "kfac" or preconditioner == "ekfac":  # the features are in the metric
         return InnerProduct(normalize)
-    return InnerProduct(normalize, preconditioner, 1.0 if damping is None else float(damping))
+    try:
+        return InnerProduct(normalize, preconditioner, 1.0 if damping is None else float(damping))
+    except BadInput as error:
+        raise ValueError(str(error)) from error
 
 
 def check_product(product: InnerProduct, data: RunData) -> None:

@@ -95,13 +95,18 @@ def weighted_queries(
     """Compute each checkpoint's (q, d) queries: its weight times the direction of each sub-task.
 
     Raises:
-        BadInput: a sub-task without a usable row, or a curvature that is singular.
+        BadInput: a sub-task without a usable row, one whose direction is zero at every checkpoint
+            (all rows would score 0), or a curvature that is singular.
     """
     usable = usable_targets_of(checkpoints)
-    queries = []
+    queries, points = [], np.zeros(len(subtasks), dtype=bool)
     for one in checkpoints:
         as_queries = product.query_map(one, usable, device)
-        queries.append(one.weight * subtask_queries(one.targets, subtasks, usable, as_queries))
+        found = subtask_queries(one.targets, subtasks, usable, as_queries)
+        points |= found.any(axis=1)
+        queries.append(one.weight * found)
+    if not points.all():
+        raise subtasks[int(np.flatnonzero(~points)[0])].no_direction()
     return queries
 
 

@@ -29,8 +29,8 @@ ROWS_PER_DIMENSION = 4
 FEWEST_ROWS = 16_384
 
 _SINGULAR = (
-    "the second moment of {rows} train rows in {dim} dimensions is singular, and damping is "
-    "{damping}; give a larger one, such as 1."
+    "the second moment of {rows} train rows in {dim} dimensions is singular but for rounding, and "
+    "damping is {damping}, too little; give a larger one, such as 1."
 )
 
 
@@ -66,12 +66,14 @@ class Fisher:
         Args:
             train: n rows.
             unit: whether rows are taken at length 1, or with their norms.
-            damping: l as a multiple of the mean eigenvalue of R, its trace over d.
+            damping: l as a multiple of the mean eigenvalue of R, its trace over d; above 0.
             device: where the matrix lives: 8 d^2 bytes, or 8 N (N + d) where N < d.
 
         Raises:
-            BadInput: no usable row, or a singular R without damping.
+            BadInput: no usable row, damping of 0 or less, or so little of it that a singular R
+                can't be told from its rounding.
         """
+        check_damping(damping)
         device, dim = torch.device(device), train.dim
         blocks = _sampled_blocks(train, max(FEWEST_ROWS, ROWS_PER_DIMENSION * dim))
         with exact_float32():
@@ -92,7 +94,9 @@ class Fisher:
         moment /= count
         level = damping * float(moment.trace()) / dim
         moment.diagonal().add_(level)
-        return cls(_cholesky(moment, count, dim, damping), None, level)
+        # Blocks are multiplied in float32, whatever they are summed in.
+        noise = float(np.finfo(np.float32).eps)
+        return cls(_cholesky(moment, noise, (count, dim, damping)), None, level)
 
     @classmethod
     def _of_few(cls, rows: Tensor, damping: float, dim: int) -> Self:
@@ -100,11 +104,10 @@ class Fisher:
         count = len(rows)
         gram = rows @ rows.T
         trace = float(gram.trace())
-        if trace == 0 or damping == 0:
-            raise BadInput(_SINGULAR.format(rows=count, dim=dim, damping=damping))
         level = damping * trace / count / dim
         gram.diagonal().add_(count * level)
-        return cls(_cholesky(gram, count, dim, damping), rows, level)
+        noise = float(np.finfo(np.float64).eps)
+        return cls(_cholesky(gram, noise, (count, dim, damping)), rows, level)
 
     def solve(self, queries: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Compute l C^-1 q for each of (m, d) queries; tends to q as l grows."""
@@ -126,15 +129,37 @@ class Fisher:
         return solved / np.where(lengths > 0, lengths, 1.0)
 
 
-def _cholesky(matrix: Tensor, rows: int, dim: int, damping: float) -> Tensor:
+def check_damping(damping: float) -> None:
+    """Raise BadInput unless damping is above 0: every product has a factor of it."""
+    if not damping > 0:
+        raise BadInput(
+            f"damping is {damping}, and preconditioner: fisher needs a number above 0: its products"
+            " are l times the inverse's, and tend to 0 with l; 1 is the usual one."
+        )
+
+
+def _cholesky(matrix: Tensor, noise: float, of: tuple[int, int, float]) -> Tensor:
     """Return the lower factor of a damped matrix.
 
+    A factorisation that ends says little: rounding may leave a singular matrix a small positive
+    pivot. The noise of sums moves a random-like m x m matrix by about noise * sqrt(m) times its
+    mean diagonal (in the spectral norm), and no pivot is below the smallest eigenvalue: a pivot
+    smaller than that is one that rounding may have made.
+
+    Args:
+        matrix: (m, m) float64.
+        noise: relative error of one of its entries.
+        of: rows, dimensions and damping, for the message.
+
     Raises:
-        BadInput: it is singular.
+        BadInput: it is singular, or can't be told from one that is.
     """
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed) or not bool(torch.isfinite(factor.diagonal()).all()):
+    least = float(factor.diagonal().amin()) ** 2
+    rounding = noise * len(matrix) ** 0.5 * float(matrix.diagonal().mean())
+    if int(failed) or not least > rounding:  # written so that NaN is refused
+        rows, dim, damping = of
         raise BadInput(_SINGULAR.format(rows=rows, dim=dim, damping=damping))
     return factor
 

@@ -17,7 +17,7 @@ import torch
 
 from gradstore.errors import BadInput
 from gradstore.scoring.comparable import CheckpointFeatures
-from gradstore.scoring.curvature import Fisher
+from gradstore.scoring.curvature import Fisher, check_damping
 from gradstore.scoring.scan import FeatureSource
 from gradstore.scoring.subspace import Subspace, check_targets, usable_targets_of
 from gradstore.scoring.subtasks import source_name
@@ -56,10 +56,11 @@ class InnerProduct:
     Attributes:
         normalize: whose norms are divided by: both rows', the target row's, or none.
         preconditioner: none | fisher | subspace.
-        damping: l of `fisher`, as a multiple of R's mean eigenvalue, its trace over d.
+        damping: l of `fisher`, as a multiple of R's mean eigenvalue, its trace over d; above 0
+            there.
 
     Raises:
-        BadInput: an unknown name, or damping that is no number >= 0.
+        BadInput: an unknown name, damping that is no number >= 0, or 0 of `fisher`.
     """
 
     normalize: Normalize = "cosine"
@@ -76,6 +77,8 @@ class InnerProduct:
         number = isinstance(given, Real) and not isinstance(given, bool)
         if not (number and math.isfinite(self.damping) and self.damping >= 0):
             raise BadInput(f"damping is {self.damping!r}; give a finite number of 0 or more.")
+        if self.preconditioner == "fisher":
+            check_damping(self.damping)
 
     def check(self, checkpoints: Sequence[CheckpointFeatures]) -> None:
         """Refuse, before a feature is read, rows that this product can't be taken of.
@@ -113,7 +116,7 @@ class InnerProduct:
             device: where a matrix lives.
 
         Raises:
-            BadInput: a curvature that is singular without damping.
+            BadInput: a curvature that is singular but for so little damping.
         """
         raw = self.normalize == "none"
         if self.preconditioner == "none":

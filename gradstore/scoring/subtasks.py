@@ -36,6 +36,13 @@ class Subtask:
             "target tokens and finite, non-zero gradients"
         )
 
+    def no_direction(self) -> BadInput:
+        """Build the error for a sub-task whose rows point nowhere together."""
+        return BadInput(
+            f"{self.label}: its rows cancel out or the product leaves nothing of them, so every "
+            "train row would score 0; give it other rows, or another product"
+        )
+
 
 def source_name(source: FeatureSource) -> str:
     """Return the name error messages use for a source: its generation's name, if it has one."""

@@ -34,6 +34,10 @@ KFAC = {"preconditioner": "kfac", "gradient_type": "sgd"}
         ({"preconditioner": "kfac"}, "gradient_type: adam_marginal makes others; set grad"),
         ({"preconditioner": "ekfac", "gradient_type": "sign"}, "set gradient_type: sgd"),
         ({**KFAC, "damping": 0}, "damping is 0.0, and preconditioner: kfac needs a number above 0"),
+        (
+            {"preconditioner": "fisher", "gradient_type": "sgd", "damping": 0},
+            "damping is 0.0, and preconditioner: fisher needs a number above 0",
+        ),
         ({**KFAC, "scoring": "direct"}, "use scoring: projected"),
         ({**KFAC, "rerank": {}}, "preconditioner is kfac; leave out one"),
     ],

@@ -248,6 +248,7 @@ def test_a_subspace_ranks_by_it_and_says_how_many_dimensions_it_has(store: Path)
         (("--preconditioner", "kfac"), "preconditioner is 'kfac'; use none | fisher | subspace"),
         (("--normalize", "train"), "normalize is 'train'"),
         (("--damping", "-1"), "damping is -1.0"),
+        (("--preconditioner", "fisher", "--damping", "0"), "fisher needs a number above 0"),
     ],
 )
 def test_an_unknown_product_is_told_before_a_store_is_opened(

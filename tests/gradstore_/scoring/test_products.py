@@ -133,13 +133,45 @@ def test_scores_do_not_depend_on_chunks_nor_on_how_a_checkpoint_is_cut() -> None
     np.testing.assert_array_equal(whole.values, chunked.values)
 
 
-@pytest.mark.parametrize(("n", "d"), [(5, 20), (40, 20)])
-def test_a_singular_curvature_without_damping_is_refused(n: int, d: int) -> None:
-    flat = rows(10, n, d)
+@pytest.mark.parametrize(("n", "damping"), [(40, 1e-9), (40, 1e-14), (12, 1e-17)])
+def test_a_curvature_that_is_singular_but_for_rounding_is_refused(n: int, damping: float) -> None:
+    """Cholesky's factorisation ends on each of them, with a pivot that rounding has made."""
+    flat = rows(10, n, 20)
     flat[:, -1] = flat[:, 0]
-    checkpoint = CheckpointFeatures(flat, [rows(11, 2, d)])
-    with pytest.raises(BadInput, match="singular, and damping is 0"):
-        influence_scores([checkpoint], product=InnerProduct("cosine", "fisher", 0.0))
+    flat[-1] = flat[0]
+    checkpoint = CheckpointFeatures(flat, [rows(11, 2, 20)])
+    with pytest.raises(BadInput, match="singular but for rounding, and damping is 1e-"):
+        influence_scores([checkpoint], product=InnerProduct("cosine", "fisher", damping))
+
+
+@pytest.mark.parametrize(("n", "d"), [(300, 16), (12, 30)])
+def test_little_damping_of_a_regular_curvature_is_its_formula(n: int, d: int) -> None:
+    train, target = rows(12, n, d), rows(13, 3, d)
+    product = InnerProduct("none", "fisher", 1e-3)
+    found = subtask_influence([CheckpointFeatures(train, [target[:1]])], product=product).values
+    expected = by_formula(train, target[:1], product)
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def test_without_damping_a_regular_curvature_would_score_all_rows_0_and_is_refused() -> None:
+    regular = PlainRows(rows(14, 200, 8), "t")
+    for refused in (
+        lambda: InnerProduct("cosine", "fisher", 0.0),
+        lambda: InnerProduct("none", "fisher", 0),
+        lambda: Fisher.of(regular, unit=True, damping=0.0),
+    ):
+        with pytest.raises(BadInput, match="fisher needs a number above 0.* tend to 0 with l"):
+            refused()
+    assert InnerProduct("none", damping=0).damping == 0, "of fisher alone"
+
+
+def test_a_target_whose_rows_cancel_out_is_refused_and_not_scored_0() -> None:
+    train, target = rows(15, 9, 4), rows(16, 2, 4)
+    both = np.stack([target[0], -target[0]])
+    with pytest.raises(BadInput, match=r"sub-task 1 .*: its rows cancel out"):
+        influence_scores([CheckpointFeatures(train, [target, both])])
+    pairs = [CheckpointFeatures(train, [both], 0.5), CheckpointFeatures(train, [target], 0.5)]
+    assert influence_scores(pairs).values.any(), "another checkpoint has a direction"
 
 
 @pytest.mark.parametrize(
