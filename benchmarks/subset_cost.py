@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Choose once; seconds and memory above the imports."""
     import numpy as np
 
-    from gradstore.scoring.choose import PER_TARGET, Rule
+    from gradstore.scoring.rules import PER_TARGET, Rule
 
     np.ones((64, 64)) @ np.ones((64, 64))  # BLAS allocates its buffers on first use
     before = peak_kib()

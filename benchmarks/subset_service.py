@@ -24,7 +24,7 @@ from tinyrun import SKILLS, TinyRun
 from gradstore.export.direct import direct_products, target_directions
 from gradstore.export.features import FeatureSpec
 from gradstore.scoring.best_rows import HeldTable
-from gradstore.scoring.choose import SUBSETS, Rule
+from gradstore.scoring.rules import SUBSETS, Rule
 
 STEPS = (10, 100)
 EACH, CHOSEN = 4, 80

@@ -45,10 +45,11 @@ from dataflex.selectors.mirror import falls_of
 from gradstore import bm25_scores
 from gradstore.export.pooling import Pooling
 from gradstore.scoring.best_rows import StoredTable
-from gradstore.scoring.choose import Rule, select_subset
+from gradstore.scoring.choose import select_subset
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.influence import influence_scores
 from gradstore.scoring.products import COSINE, InnerProduct
+from gradstore.scoring.rules import Rule
 from gradstore.scoring.selection import rows_for_fraction, select_top
 from gradstore.similarity.landmarks import fit
 

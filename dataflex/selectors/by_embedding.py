@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,12 @@ import numpy.typing as npt
 
 from dataflex.config.keys import RunConfig
 from dataflex.config.parameters import Count, ModelDtype, ModelName
-from dataflex.data.rows import Rows
+from dataflex.data.rows import Rows, RunData
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, StoreSelector
+from dataflex.selectors.subset_rule import SubsetRule
 from gradstore.errors import BadInput
 from gradstore.similarity.neighbours import Neighbours
 
@@ -68,6 +70,9 @@ class EmbeddingSelector(StoreSelector):
         self.unique = unique
         if embedding_model_name_or_path is None:
             self.whole_model = frozenset({FSDP, ZERO3})
+        #: The rule that a user names in the place of the selector's own; a subclass that offers
+        #: one sets it.
+        self.rule: SubsetRule | None = None
         #: A file computed offline that replaces embeddings; none are computed then.
         self.file: Path | None = None
         self._service: EmbeddingService | None = None
@@ -88,7 +93,45 @@ class EmbeddingSelector(StoreSelector):
         """
         raise TypeError(f"{type(self).__name__} does not implement choose")
 
+    def by_rule(
+        self,
+        count: int,
+        context: UpdateContext,
+        neighbours: Neighbours,
+        rule: SubsetRule,
+        served: npt.NDArray[np.bool_] | None = None,
+    ) -> Selection:
+        """Choose by a subset rule, which takes a row's mean cosine for its score.
+
+        Args:
+            count: m.
+            context: of the boundary.
+            neighbours: of the present embeddings.
+            rule: the rule.
+            served: (n,) bool, rows to leave out while the others are enough; brought up to date.
+                None leaves none out.
+        """
+        from gradstore.scoring.influence import influence_scores
+
+        scores = influence_scores([neighbours.pair], aggregation="mean")
+        allowed = left = context.among_candidates(scores.usable)
+        if served is not None:
+            limits, left = rule.limits(context.run.data, count), allowed & ~served
+            if count > (int(left.sum()) if limits is None else limits.room(left)):
+                served[:], left = False, allowed
+        rows = rule.stored_rows(count, scores.values, left, [neighbours.pair], context)
+        if served is not None:
+            served[rows] = True
+        chosen = scored(rows, scores.values.astype(np.float64), allowed, {})
+        return replace(chosen, manifest={**chosen.manifest, **rule.told()})
+
     # -- life cycle -------------------------------------------------------------------------------
+
+    def check_count(self, count: int, data: RunData) -> None:
+        """Refuse, before the model is loaded, rows that can't be answered or chosen by the rule."""
+        super().check_count(count, data)
+        if self.rule is not None:
+            self.rule.check_count(count, data, unique=self.unique)
 
     def check(self, config: RunConfig) -> list[str]:
         """Return a fault if the encoder's folder, or the file made offline, is missing."""
@@ -145,8 +188,6 @@ class EmbeddingSelector(StoreSelector):
         embedded: EmbeddingExport,
         new: EmbeddingExport | None,
     ) -> Selection:
-        from dataclasses import replace
-
         from gradstore.scoring.selection import check_k
 
         began = time.perf_counter()

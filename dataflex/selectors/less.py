@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ from dataflex.run.context import UpdateContext
 from dataflex.selectors.by_influence import InfluenceSelector, RowScores
 from dataflex.selectors.rerank import check_alone
 from dataflex.selectors.subset_rule import SubsetRule
+from gradstore.scoring.influence import Aggregation
+from gradstore.scoring.rules import Subset
 
 if TYPE_CHECKING:
     from gradstore.scoring.comparable import CheckpointFeatures
@@ -29,6 +31,7 @@ class LessSelector(InfluenceSelector):
         subset: rule that turns scores into rows, top, round_robin, knn_uniform, transport,
             facility_location or drop_harmful: docs/subset.md.
         neighbours: rows that a target row names, of knn_uniform; null finds them.
+        subset_params: constants of the rule by name, in the place of its own: docs/subset.md.
         quotas: the most rows an update takes of a data set, by name, or a share between 0 and 1.
         influence: as for `InfluenceSelector`.
     """
@@ -37,17 +40,16 @@ class LessSelector(InfluenceSelector):
 
     def __init__(
         self,
-        aggregation: Literal["max", "mean"] = "max",
-        subset: Literal[
-            "top", "round_robin", "knn_uniform", "transport", "facility_location", "drop_harmful"
-        ] = "top",
+        aggregation: Aggregation = "max",
+        subset: Subset = "top",
         neighbours: Count | None = None,
+        subset_params: Mapping[str, float] | None = None,
         quotas: Mapping[str, int | float] | None = None,
         **influence: Any,  # noqa: ANN401 - the base's parameters
     ) -> None:
         super().__init__(**influence)
         self.aggregation = aggregation
-        self.rule = SubsetRule(subset, neighbours, quotas or {})
+        self.rule = SubsetRule(subset, neighbours, quotas or {}, subset_params or {})
         if not self.rule.plain:
             check_alone(self.rerank, f"subset is {subset} and quotas are {dict(quotas or {})}")
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +15,9 @@ from dataflex.data.rows import RunData
 from dataflex.run.context import UpdateContext
 from dataflex.selectors.base import Selection
 from dataflex.selectors.by_embedding import EmbeddingSelector, load_offline, rows_of_file, scored
-from dataflex.selectors.subset_rule import SubsetRule
+from dataflex.selectors.subset_rule import rule_of
 from gradstore.errors import BadInput
+from gradstore.scoring.rules import OfSimilarity
 from gradstore.similarity.neighbours import Matrix, Neighbours, column_order, growing_order
 
 
@@ -32,6 +32,7 @@ class NearSelector(EmbeddingSelector):
         subset: null reads the table of neighbours column by column; top (mean cosine), round_robin,
             knn_uniform, transport or facility_location choose in its place: docs/subset.md.
         neighbours: rows that a target row names, of knn_uniform; null finds them.
+        subset_params: constants of the rule by name, in the place of its own: docs/subset.md.
         quotas: the most rows an update takes of a data set, by name, or a share between 0 and 1;
             with a subset.
         indices_path: a .npy of DataFlex 1.1.0, (target rows, K) numbers of rows of the one training
@@ -43,21 +44,17 @@ class NearSelector(EmbeddingSelector):
         self,
         max_K: Count = 1000,
         advance: bool = True,
-        subset: Literal["top", "round_robin", "knn_uniform", "transport", "facility_location"]
-        | None = None,
+        subset: OfSimilarity | None = None,
         neighbours: Count | None = None,
+        subset_params: Mapping[str, float] | None = None,
         quotas: Mapping[str, int | float] | None = None,
         indices_path: str | None = None,
         **embedding: Any,  # noqa: ANN401 - the base's parameters
     ) -> None:
         super().__init__(**embedding)
-        self.rule = None if subset is None else SubsetRule(subset, neighbours, quotas or {})
-        for key, value in {"neighbours": neighbours, "quotas": quotas}.items():
-            if value and subset is None:
-                raise ValueError(
-                    f"{key} is {value!r}, but rows are taken column by column; choose a subset such"
-                    " as round_robin, or leave it out"
-                )
+        self.rule = rule_of(
+            subset, neighbours, quotas, subset_params, own="rows are taken column by column"
+        )
         if subset is not None and indices_path is not None:
             raise ValueError(
                 f"subset is {subset!r}, but indices_path {indices_path!r} holds no similarities to "
@@ -74,8 +71,6 @@ class NearSelector(EmbeddingSelector):
         """Raise BadInput unless enough rows are usable, and a file made offline names enough."""
         if self.file is None:
             super().check_count(count, data)
-            if self.rule is not None:
-                self.rule.check_count(count, data, unique=self.unique)
             return
         self._matrix = offline_neighbours(self.file, data)
         rows, _ = column_order(self._matrix, data.train.target_tokens > 0)
@@ -99,9 +94,12 @@ class NearSelector(EmbeddingSelector):
         self, count: int, context: UpdateContext, neighbours: Neighbours | None
     ) -> Selection:
         """Choose the next rows of the order, or by the rule."""
-        if self.rule is not None and neighbours is not None:
-            return self._by_rule(count, context, neighbours, self.rule)
         n = len(context.run.data.train)
+        served = np.zeros(n, dtype=np.bool_) if self._served is None else self._served
+        if self.rule is not None and neighbours is not None:
+            chosen = self.by_rule(count, context, neighbours, self.rule, served)
+            self._served = served if self.advance else None
+            return chosen
         if neighbours is None:
             allowed = context.among_candidates(np.ones(n, dtype=np.bool_))
             rows, places = column_order(self._of_file(context), allowed)
@@ -114,31 +112,11 @@ class NearSelector(EmbeddingSelector):
                 f"near: {count} rows requested, {len(rows)} are reachable. "
                 "Raise max_K or lower update_step."
             )
-        served = np.zeros(n, dtype=np.bool_) if self._served is None else self._served
         found = next_rows(rows, served, count)
         self._served = served if self.advance else None
         named = np.full(n, np.nan)
         named[rows] = scores
         return scored(rows[found], named, allowed, {"named": float(len(rows))})
-
-    def _by_rule(
-        self, count: int, context: UpdateContext, neighbours: Neighbours, rule: SubsetRule
-    ) -> Selection:
-        """Choose among the rows not served yet; among all again where too few of them are left."""
-        from gradstore.scoring.influence import influence_scores
-
-        scores = influence_scores([neighbours.pair], aggregation="mean")
-        allowed = context.among_candidates(scores.usable)
-        served = np.zeros(len(allowed), dtype=np.bool_) if self._served is None else self._served
-        limits = rule.limits(context.run.data, count)
-        left = allowed & ~served
-        if count > (int(left.sum()) if limits is None else limits.room(left)):
-            served, left = np.zeros(len(allowed), dtype=np.bool_), allowed
-        rows = rule.stored_rows(count, scores.values, left, [neighbours.pair], context)
-        served[rows] = True
-        self._served = served if self.advance else None
-        chosen = scored(rows, scores.values.astype(np.float64), allowed, {})
-        return replace(chosen, manifest={**chosen.manifest, **rule.told()})
 
     def _of_file(self, context: UpdateContext) -> Matrix:
         if self._matrix is None:

@@ -11,7 +11,9 @@ from dataflex.config.registry import register
 from dataflex.run.context import UpdateContext
 from dataflex.selectors.base import Selection
 from dataflex.selectors.by_embedding import EmbeddingSelector, scored
+from dataflex.selectors.subset_rule import rule_of
 from dataflex.selectors.turns import Turns
+from gradstore.scoring.rules import OfSimilarity
 from gradstore.similarity.neighbours import Neighbours
 
 
@@ -25,6 +27,12 @@ class RdsPlusSelector(EmbeddingSelector):
     on from one update to the next.
 
     Args:
+        subset: null lets target rows take turns; top (mean cosine), round_robin, knn_uniform,
+            transport or facility_location choose the rows of each update alone: docs/subset.md.
+        neighbours: rows that a target row names, of knn_uniform; null finds them.
+        subset_params: constants of the rule by name, in the place of its own: docs/subset.md.
+        quotas: the most rows an update takes of a data set, by name, or a share between 0 and 1;
+            with a subset.
         embedding_layer: index into the hidden states; -1 is the last layer's output.
         embedding_batch_size: rows of an embedding batch, at most; tokens bound it as well.
         keep_generations: newest steps kept of the embeddings; null keeps all.
@@ -37,6 +45,10 @@ class RdsPlusSelector(EmbeddingSelector):
 
     def __init__(
         self,
+        subset: OfSimilarity | None = None,
+        neighbours: Count | None = None,
+        subset_params: Mapping[str, float] | None = None,
+        quotas: Mapping[str, int | float] | None = None,
         embedding_layer: int = -1,
         embedding_batch_size: Count = 32,
         keep_generations: Count | None = None,
@@ -49,6 +61,7 @@ class RdsPlusSelector(EmbeddingSelector):
             unique=unique,
         )
         self.embeddings = replace(self.embeddings, pooling="position")
+        self.rule = rule_of(subset, neighbours, quotas, subset_params, own="target rows take turns")
         #: Of the usable rows of all target sets.
         self._turns = Turns()
 
@@ -63,9 +76,11 @@ class RdsPlusSelector(EmbeddingSelector):
     def choose(
         self, count: int, context: UpdateContext, neighbours: Neighbours | None
     ) -> Selection:
-        """Let the target rows choose in turn."""
+        """Let the target rows choose in turn, or choose by the rule."""
         if neighbours is None:
             raise RuntimeError("rds_plus reads no file made offline")
+        if self.rule is not None:
+            return self.by_rule(count, context, neighbours, self.rule)
         allowed = context.among_candidates(neighbours.usable)
         ranked, cosines = neighbours.ranked(count, allowed)
         return scored(self._turns.take(ranked, count), cosines, allowed, {})

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.scoring.products import InnerProduct
     from gradstore.scoring.quotas import Limits
+    from gradstore.scoring.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -29,32 +30,46 @@ class SubsetRule:
     """The rule that turns scores into the rows of an update.
 
     Attributes:
-        subset: one of `gradstore.scoring.choose.SUBSETS`.
+        subset: one of `gradstore.scoring.rules.SUBSETS`.
         neighbours: K of knn_uniform; None finds it.
+        params: constants of the rule, as of `gradstore.scoring.rules.Rule`.
         quotas: the most rows that an update takes of a data set, or a share of them.
 
     Raises:
-        ValueError: a quota that is no number of rows and no share, or neighbours of another rule.
+        ValueError: a quota that is no number of rows and no share, neighbours or constants of
+            another rule.
     """
 
     subset: str = "top"
     neighbours: int | None = None
     quotas: Mapping[str, int | float] = field(default_factory=dict)
+    params: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check what needs no data."""
-        from gradstore.scoring.choose import Rule, check_quotas
+        from gradstore.scoring.choose import check_quotas
+        from gradstore.scoring.rules import Rule
 
         if self.neighbours is not None and self.subset != "knn_uniform":
             raise ValueError(
                 f"neighbours is {self.neighbours}, but only subset: knn_uniform has neighbours, not"
                 f" {self.subset}; leave it out"
             )
-        Rule(self.subset, self.neighbours)
+        try:
+            Rule(self.subset, self.neighbours, self.params)
+        except BadInput as error:
+            raise ValueError(str(error)) from error
         try:
             check_quotas(self.quotas)
         except BadInput as error:
             raise ValueError(f"quotas: {error}") from error
+
+    @property
+    def rule(self) -> Rule:
+        """The rule alone."""
+        from gradstore.scoring.rules import Rule
+
+        return Rule(self.subset, self.neighbours, self.params)
 
     @property
     def plain(self) -> bool:
@@ -64,9 +79,7 @@ class SubsetRule:
     @property
     def per_target(self) -> bool:
         """The rule looks at each target row alone."""
-        from gradstore.scoring.choose import PER_TARGET
-
-        return self.subset in PER_TARGET
+        return self.rule.per_target
 
     def check_count(self, count: int, data: RunData, *, unique: bool) -> None:
         """Refuse, before the model is loaded, a number of rows that the rule can't choose.
@@ -75,14 +88,13 @@ class SubsetRule:
             BadInput: fewer rows than target rows under round_robin, more than facility_location
                 takes, a quota of a data set that is not trained on, or quotas that leave fewer.
         """
-        from gradstore.scoring.choose import Rule
         from gradstore.scoring.quotas import check_room
 
         if self.plain:
             return
         targets = sum(int((rows.target_tokens > 0).sum()) for rows in data.targets)
         try:
-            Rule(self.subset).check(count, targets)
+            self.rule.check(count, targets)
             candidates = np.flatnonzero(data.train.target_tokens > 0)
             if unique:
                 candidates = data.train.first_of_copies(candidates)
@@ -124,14 +136,12 @@ class SubsetRule:
             table: similarities with each target row, where `per_target`.
             data: the run's rows.
         """
-        from gradstore.scoring.choose import Rule
         from gradstore.scoring.subset import drop_harmful
 
         limits = self.limits(data, count)
         if self.subset == "drop_harmful":
             return drop_harmful(scores, usable=candidates, limits=limits)[:count]
-        rule = Rule(self.subset, self.neighbours)
-        return rule.choose(count, scores, table, usable=candidates, limits=limits)
+        return self.rule.choose(count, scores, table, usable=candidates, limits=limits)
 
     def stored_rows(
         self,
@@ -158,7 +168,44 @@ class SubsetRule:
             return self.rows(count, scores, candidates, table, data)
 
     def told(self) -> dict[str, Any]:
-        """Return the rule for a selection's manifest; {} for the best scores of any data set."""
+        """Return all that decides, for a selection's manifest; {} for the best of any data set.
+
+        Names are those of the parameters; one that is left out is the rule's own.
+        """
         if self.plain:
             return {}
-        return {"subset": self.subset} | ({"quotas": dict(self.quotas)} if self.quotas else {})
+        told = {"subset": self.subset, "neighbours": self.neighbours,
+                "subset_params": dict(self.params), "quotas": dict(self.quotas)}  # fmt: skip
+        return {name: value for name, value in told.items() if value}
+
+
+def rule_of(
+    subset: str | None,
+    neighbours: int | None,
+    quotas: Mapping[str, int | float] | None,
+    subset_params: Mapping[str, float] | None,
+    *,
+    own: str,
+) -> SubsetRule | None:
+    """Make the rule that a user names in the place of a selector's own; None where none is named.
+
+    Args:
+        subset: name of the rule, or None.
+        neighbours: as of `SubsetRule`.
+        quotas: as of `SubsetRule`.
+        subset_params: `params` of `SubsetRule`.
+        own: says what the selector does without a rule, for the message.
+
+    Raises:
+        ValueError: something is said of a rule, and none is named.
+    """
+    if subset is not None:
+        return SubsetRule(subset, neighbours, quotas or {}, subset_params or {})
+    for key, value in {"neighbours": neighbours, "quotas": quotas,
+                       "subset_params": subset_params}.items():  # fmt: skip
+        if value:
+            raise ValueError(
+                f"{key} is {value!r}, but {own}; choose a subset such as round_robin, or leave it "
+                "out"
+            )
+    return None

@@ -52,6 +52,14 @@ class Asked:
         int | None,
         typer.Option(help="Rows that a target row names, of knn_uniform. Default: found."),
     ] = None
+    subset_param: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A constant of the rule: alpha or scale of knn_uniform, blur or train of "
+            "transport, discount of facility_location; repeat.",
+            metavar="NAME=NUMBER",
+        ),
+    ] = None
     length_correction: Annotated[
         str,
         typer.Option(help="Take the rows' length out of the scores of top: regression or bins."),
@@ -63,9 +71,10 @@ class Asked:
 
     def choice(self) -> Choice:
         """Return the choice that the options ask for."""
-        from gradstore.scoring.choose import Choice, Rule
+        from gradstore.scoring.choose import Choice
+        from gradstore.scoring.rules import Rule
 
-        rule = Rule(self.subset, self.neighbours)
+        rule = Rule(self.subset, self.neighbours, params_of(self.subset_param or ()))
         budgets = {"-k": self.count, "--fraction": self.fraction,
                    "--token-budget": self.token_budget}  # fmt: skip
         given = [f"{option} {value}" for option, value in budgets.items() if value is not None]
@@ -135,6 +144,25 @@ def quotas_of(given: Sequence[str]) -> dict[str, int | float]:
         if isinstance(quotas[name], int):
             expect_whole(quotas[name], f"--quota {quota!r}")
     return quotas
+
+
+def params_of(given: Sequence[str]) -> dict[str, float]:
+    """Read `NAME=NUMBER`.
+
+    Raises:
+        BadInput: written otherwise, or a name twice.
+    """
+    params: dict[str, float] = {}
+    for param in given:
+        name, _, number = param.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = None
+        if value is None or not name or name in params:
+            raise BadInput(f"--subset-param {param!r}: give NAME=NUMBER, once for a name.")
+        params[name] = value
+    return params
 
 
 def _of_length(scores: Scores, train: Generation, how: str) -> str:

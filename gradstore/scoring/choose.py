@@ -5,43 +5,24 @@ Letters: n train rows, t target rows, k chosen.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from gradstore.errors import BadInput, expect_whole
-from gradstore.scoring.best_rows import StoredTable, TargetTable, best_of_each
+from gradstore.scoring.best_rows import StoredTable, TargetTable, usable_targets
 from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
-from gradstore.scoring.coverage import MOST_ROWS, check_rows, facility_location
 from gradstore.scoring.influence import Aggregation, influence_scores
 from gradstore.scoring.length_bias import check_correction, without_length
+from gradstore.scoring.products import COSINE, InnerProduct
 from gradstore.scoring.quotas import Limits, check_room, most_rows_within, within_tokens
+from gradstore.scoring.rules import Rule, Subset
 from gradstore.scoring.selection import check_k, rows_for_fraction
-from gradstore.scoring.subset import (
-    MOST_NEIGHBOURS,
-    best_first,
-    check_serves_all,
-    drop_harmful,
-    knn_uniform,
-    round_robin,
-)
-from gradstore.scoring.transport import transport
-
-Subset = Literal[
-    "top", "round_robin", "knn_uniform", "transport", "facility_location", "drop_harmful"
-]
-SUBSETS: tuple[str, ...] = (
-    "top", "round_robin", "knn_uniform", "transport", "facility_location", "drop_harmful",
-)  # fmt: skip
-
-#: Rules that look at each target row alone, in a pass of the store of their own.
-PER_TARGET = frozenset({"round_robin", "knn_uniform", "transport", "facility_location"})
+from gradstore.scoring.subset import drop_harmful
 
 
 class TrainRows(Protocol):
@@ -62,96 +43,6 @@ class TrainRows(Protocol):
     @property
     def sources(self) -> Sequence[tuple[str, int]] | None:
         """Data set and row number of each row."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A subset rule and what it may be told.
-
-    Attributes:
-        name: one of `SUBSETS`.
-        neighbours: K of `knn_uniform`; None finds it.
-
-    Raises:
-        BadInput: an unknown rule, or neighbours of another than `knn_uniform`.
-    """
-
-    name: str = "top"
-    neighbours: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check it before rows are scored."""
-        if self.name not in SUBSETS:
-            near = get_close_matches(str(self.name), SUBSETS, 1)
-            meant = f"did you mean {near[0]!r}? " if near else ""
-            raise BadInput(f"subset is {self.name!r}; {meant}Choose {' or '.join(SUBSETS)}.")
-        if self.neighbours is not None:
-            expect_whole(self.neighbours, "neighbours")
-            if self.name != "knn_uniform":
-                raise BadInput(
-                    f"neighbours is {self.neighbours}, but only the subset 'knn_uniform' has "
-                    f"neighbours, not {self.name!r}; leave it out."
-                )
-
-    @property
-    def per_target(self) -> bool:
-        """The rule looks at each target row alone."""
-        return self.name in PER_TARGET
-
-    @property
-    def most(self) -> int:
-        """Largest number of rows that the rule takes."""
-        return MOST_ROWS if self.name == "facility_location" else sys.maxsize
-
-    def check(self, k: int, targets: int) -> None:
-        """Raise BadInput for a number of rows that the rule cannot choose for t target rows."""
-        if self.name == "round_robin":
-            check_serves_all(k, targets)
-        if self.name == "facility_location":
-            check_rows(k)
-
-    def choose(
-        self,
-        k: int,
-        scores: npt.NDArray[np.floating[Any]],
-        table: TargetTable | None,
-        *,
-        usable: npt.NDArray[np.bool_],
-        limits: Limits | None = None,
-    ) -> npt.NDArray[np.int64]:
-        """Choose exactly k rows, in the order of choice.
-
-        Args:
-            k: how many rows.
-            scores: (n,) of the rows for the whole target; the rules `PER_TARGET` do not use them.
-            table: similarities with each target row; the other rules do not use it.
-            usable: (n,) bool, rows that may be chosen.
-            limits: the most rows of a data set.
-
-        Raises:
-            BadInput: more rows than are usable, than the limits leave or than the rule can choose;
-                all but what `drop_harmful` finds before the table is read.
-        """
-        k = check_k(k, int(usable.sum()), usable.size)
-        check_room(k, usable, limits)
-        if not self.per_target:
-            way = drop_harmful if self.name == "drop_harmful" else best_first
-            return way(scores, k, usable=usable, limits=limits)
-        assert table is not None
-        self.check(k, table.targets)
-        n = int(usable.sum())
-        # The authors limit the neighbours of KNN-KDE to a tenth of the rows; of few rows all would
-        # be everybody's neighbours.
-        most = min(MOST_NEIGHBOURS, max(1, n // 10))
-        width = max(k, self.neighbours or most) if self.name == "knn_uniform" else k
-        best = best_of_each(table, min(width, n), usable=usable, limits=limits)
-        if self.name == "round_robin":
-            return round_robin(best.rows, k, limits=limits)
-        if self.name == "knn_uniform":
-            return knn_uniform(best, k, neighbours=self.neighbours, most=most, limits=limits)
-        if self.name == "transport":
-            return transport(best, k, n, limits=limits)
-        return facility_location(best, k, limits=limits)
 
 
 @dataclass(frozen=True)
@@ -202,6 +93,9 @@ class Choice:
             train: the train rows.
             targets: t, the usable target rows.
         """
+        if (self.tokens is not None or self.length != "none") and not hasattr(train, "tokens"):
+            raise BadInput("a token budget and a length correction need the target tokens of each "
+                           "row, and these rows have none.")  # fmt: skip
         k = self.most_rows(train.usable, train)
         if self.count is not None or self.fraction is not None:
             check_k(k, int(train.usable.sum()), train.rows)
@@ -294,35 +188,59 @@ def rows_of_quotas(quotas: Mapping[str, int | float], k: int) -> dict[str, int]:
     }
 
 
+class ChoiceOptions(TypedDict, total=False):
+    """The rest of a choice by name, as the options of `gradstore select` have it; all may be None.
+
+    Attributes:
+        fraction: share of the usable rows to take, in the place of k.
+        token_budget: target tokens of all rows taken, in the place of k.
+        quotas: the most rows of a data set, or a share of k between 0 and 1.
+        neighbours: rows that a target row names, of knn_uniform; None finds them.
+        subset_params: constants of the rule, as of `Rule`.
+        length_correction: none, regression or bins: takes the rows' length out of the scores of
+            top.
+    """
+
+    fraction: float | None
+    token_budget: int | None
+    quotas: Mapping[str, int | float] | None
+    neighbours: int | None
+    subset_params: Mapping[str, float] | None
+    length_correction: str | None
+
+
 def select_subset(
     checkpoints: Sequence[CheckpointFeatures],
-    k: int,
+    k: int | None = None,
     subset: Subset = "top",
     *,
-    quotas: Mapping[str, int | float] | None = None,
     subtask_sizes: Sequence[int] | None = None,
     aggregation: Aggregation = "max",
+    product: InnerProduct = COSINE,
     device: str | torch.device = "cpu",
     on_rows: Callable[[int], None] | None = None,
+    **asked: Unpack[ChoiceOptions],
 ) -> npt.NDArray[np.int64]:
-    """Choose k train rows by a subset rule: `gradstore select` on features in hand.
+    """Choose train rows by a subset rule: `gradstore select` on features in hand.
 
     Args:
         checkpoints: features of the same train and target rows at one or more checkpoints.
-        k: how many rows.
+        k: how many rows; None where another budget is given, or none with `drop_harmful`.
         subset: the rule; those that look at each target row alone read the features twice.
-        quotas: the most rows of a data set, or a share of k between 0 and 1.
         subtask_sizes: as for `influence_scores`; for the rules that use the aggregated score.
         aggregation: as for `influence_scores`.
+        product: of a train row and a target row, in the scores and in the rules by target rows.
         device: where the products are computed.
         on_rows: called with the number of rows just compared, in each pass.
+        asked: fraction or token_budget, quotas, neighbours, subset_params and length_correction,
+            as of `ChoiceOptions`.
 
     Returns:
         (k,) int64 distinct rows, in the order of choice.
 
     Raises:
-        BadInput: what `influence_scores` or the rule cannot work with, quotas of rows whose data
-            sets are not known.
+        BadInput: what `influence_scores` or the rule cannot work with, no budget or several, quotas
+            or tokens of rows whose data sets or tokens are not known.
         ProvenanceMismatch: the checkpoints hold different rows, or dims differ.
 
     Examples:
@@ -331,19 +249,36 @@ def select_subset(
         >>> pair = CheckpointFeatures(train, np.array([[1.0, 0], [0.5, 1]]))
         >>> select_subset([pair], 2).tolist(), select_subset([pair], 2, "round_robin").tolist()
         ([0, 1], [1, 3])
+        >>> select_subset([pair], subset="knn_uniform", fraction=0.5, neighbours=1).tolist()
+        [1, 3]
     """
     check_checkpoints(checkpoints)
-    check_k(k, n := checkpoints[0].train.rows, n)
-    choice = Choice(Rule(subset), count=k, quotas=quotas or {})
+    choice = _choice_of(k, subset, **asked)
+    train: Any = checkpoints[-1].train
+    choice.check(train, len(usable_targets(checkpoints)))
     table = (
-        StoredTable(checkpoints, device=device, on_rows=on_rows) if choice.rule.per_target else None
+        StoredTable(checkpoints, device=device, on_rows=on_rows, product=product)
+        if choice.rule.per_target
+        else None
     )
-    if table is not None:
-        choice.rule.check(k, table.targets)
     scores = influence_scores(
         checkpoints, subtask_sizes=subtask_sizes, aggregation=aggregation, device=device,
-        on_rows=on_rows,
+        on_rows=on_rows, product=product,
     )  # fmt: skip
-    train: Any = checkpoints[-1].train
-    limits = choice.limits(train, k) if choice.quotas else None
-    return choice.rule.choose(k, scores.values, table, usable=scores.usable, limits=limits)
+    return choice.rows(scores.values, table, train, usable=scores.usable)
+
+
+def _choice_of(
+    k: int | None,
+    subset: str,
+    *,
+    fraction: float | None = None,
+    token_budget: int | None = None,
+    quotas: Mapping[str, int | float] | None = None,
+    neighbours: int | None = None,
+    subset_params: Mapping[str, float] | None = None,
+    length_correction: str | None = None,
+) -> Choice:
+    """Join what `select_subset` was asked to a choice."""
+    rule = Rule(subset, neighbours, subset_params or {})
+    return Choice(rule, k, fraction, token_budget, quotas or {}, length_correction or "none")

@@ -60,8 +60,7 @@ def facility_location(
         BadInput: k above `MOST_ROWS`, fewer than k rows in all lists, a discount outside [0, 1].
     """
     check_rows(k)
-    if not 0 <= discount <= 1:
-        raise BadInput(f"discount is {discount}; it must be from 0 to 1.")
+    check_discount(discount)
     served = _Served(best, discount)
     order: list[tuple[float, float, int]] = served.all_gains()
     heapq.heapify(order)
@@ -109,6 +108,12 @@ def check_rows(k: int) -> None:
             f"asked {k} rows, but 'facility_location' takes at most {MOST_ROWS:,}: its cost grows "
             "faster than their number. Ask for fewer, or choose 'round_robin' or 'knn_uniform'."
         )
+
+
+def check_discount(discount: float = DISCOUNT) -> None:
+    """Raise BadInput for a discount outside [0, 1]."""
+    if not 0 <= discount <= 1:
+        raise BadInput(f"discount is {discount}; it must be from 0 to 1.")
 
 
 class _Served:

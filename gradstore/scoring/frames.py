@@ -11,6 +11,7 @@ from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
 from gradstore.scoring.influence import Aggregation, influence_scores, subtask_influence
 from gradstore.scoring.pairing import Which, checkpoint_features
+from gradstore.scoring.products import COSINE, InnerProduct
 from gradstore.scoring.query import query_influence
 from gradstore.storage.location import Place
 from gradstore.storage.places import reads_at
@@ -73,23 +74,25 @@ class AskedStore(Store):
 
     def scores_frame(
         self,
-        which: Which = "last",
+        checkpoints: Which = "last",
         *,
         run: str = "",
         targets: Sequence[str] | None = None,
         subtask_sizes: Sequence[int] | None = None,
         aggregation: Aggregation = "max",
+        product: InnerProduct = COSINE,
         until: int | None = None,
         text: bool = True,
     ) -> pd.DataFrame:
         """Score every training row, as `gradstore score` does; highest first.
 
         Args:
-            which: the newest checkpoint, all of them, or how many of the newest.
+            checkpoints: the newest, all of them, or how many of the newest.
             run: prefix of the generations (`gradstore_run`).
             targets: target sets; None takes all.
             subtask_sizes: cut the one target set into sub-tasks of these sizes.
             aggregation: over sub-tasks.
+            product: of a training row and a target row.
             until: no checkpoint of a later step is taken; None takes them up to the newest.
             text: with `prompt` and `response`.
 
@@ -101,8 +104,10 @@ class AskedStore(Store):
             BadInput: no such checkpoint or target set, or sizes that do not fit.
             ProvenanceMismatch: generations that cannot be scored together.
         """
-        pairs = checkpoint_features(self, which, run=run, sets=targets, until=until)
-        scores = influence_scores(pairs, subtask_sizes=subtask_sizes, aggregation=aggregation)
+        pairs = checkpoint_features(self, checkpoints, run=run, sets=targets, until=until)
+        scores = influence_scores(
+            pairs, subtask_sizes=subtask_sizes, aggregation=aggregation, product=product
+        )
         train: Generation = pairs[-1].train  # type: ignore[assignment]
         frame = self.rows_frame(train, text=text)
         frame.insert(0, "score", np.where(scores.usable, scores.values, np.nan))
@@ -111,18 +116,20 @@ class AskedStore(Store):
 
     def influence_frame(
         self,
-        which: Which = "last",
+        checkpoints: Which = "last",
         *,
         run: str = "",
         targets: Sequence[str] | None = None,
+        product: InnerProduct = COSINE,
         until: int | None = None,
     ) -> pd.DataFrame:
         """Score every training row against each target set, in one pass over the features.
 
         Args:
-            which: as for `scores_frame`.
+            checkpoints: as for `scores_frame`.
             run: prefix of the generations (`gradstore_run`).
             targets: target sets; None takes all.
+            product: of a training row and a target row.
             until: as for `scores_frame`.
 
         Returns:
@@ -135,8 +142,8 @@ class AskedStore(Store):
         """
         import pandas as pd
 
-        pairs = checkpoint_features(self, which, run=run, sets=targets, until=until)
-        values = subtask_influence(pairs).values
+        pairs = checkpoint_features(self, checkpoints, run=run, sets=targets, until=until)
+        values = subtask_influence(pairs, product=product).values
         names = [target.set for target in pairs[-1].targets]  # type: ignore[attr-defined]
         return pd.DataFrame(values, pd.RangeIndex(len(values), name="row"), names)
 
@@ -144,10 +151,11 @@ class AskedStore(Store):
         self,
         target_row: int,
         target: str | None = None,
-        which: Which = "last",
+        checkpoints: Which = "last",
         *,
         run: str = "",
         top: int = 10,
+        product: InnerProduct = COSINE,
         text: bool = True,
     ) -> pd.DataFrame:
         """Find the training rows that helped one target row and those that hurt it.
@@ -155,9 +163,10 @@ class AskedStore(Store):
         Args:
             target_row: row of the target set.
             target: the target set; None takes the only one.
-            which: as for `scores_frame`.
+            checkpoints: as for `scores_frame`.
             run: prefix of the generations (`gradstore_run`).
             top: rows on each side.
+            product: of a training row and a target row.
             text: with `prompt` and `response`.
 
         Returns:
@@ -171,11 +180,11 @@ class AskedStore(Store):
         import pandas as pd
 
         sets = None if target is None else [target]
-        pairs = checkpoint_features(self, which, run=run, sets=sets)
+        pairs = checkpoint_features(self, checkpoints, run=run, sets=sets)
         names = [each.set for each in pairs[-1].targets]  # type: ignore[attr-defined]
         if len(names) > 1:
             raise BadInput(f"the store has target sets {', '.join(names)}; name one as target.")
-        found = query_influence(pairs, target_row, top=top)
+        found = query_influence(pairs, target_row, top=top, product=product)
         train: Generation = pairs[-1].train  # type: ignore[assignment]
         frame = self.rows_frame(train, text=text)
         frame.insert(0, "score", found.values)

@@ -16,6 +16,7 @@ from gradstore.errors import BadInput, expect_whole
 from gradstore.format.layout import RowStatus
 from gradstore.scoring.combine import CHUNK_ROWS, combine, count_skipped
 from gradstore.scoring.comparable import CheckpointFeatures, check_checkpoints
+from gradstore.scoring.products import COSINE, InnerProduct
 from gradstore.scoring.scan import as_device
 from gradstore.scoring.selection import select_top
 from gradstore.scoring.subtasks import Subtask
@@ -26,8 +27,8 @@ class RowInfluence:
     """Train rows that helped and that hurt one target row.
 
     Attributes:
-        values: (n,) float32, each train row's cosines to the target row, summed over checkpoints
-            with their weights; nan where a row is not usable.
+        values: (n,) float32, each train row's cosines to the target row, or other products, summed
+            over checkpoints with their weights; nan where a row is not usable.
         usable: (n,) bool.
         helped: (<= top,) int64 train rows, highest value first, ties to the lower row.
         hurt: (<= top,) int64 train rows, lowest value first, ties to the lower row.
@@ -50,6 +51,7 @@ def query_influence(
     device: str | torch.device = "cpu",
     chunk_rows: int = CHUNK_ROWS,
     on_rows: Callable[[int], None] | None = None,
+    product: InnerProduct = COSINE,
 ) -> RowInfluence:
     """Find the train rows that help one target row and those that hurt it.
 
@@ -61,6 +63,7 @@ def query_influence(
         device: where the products are computed.
         chunk_rows: rows between two progress calls; rounded up to a multiple of 256.
         on_rows: called with the number of rows just scored.
+        product: of a train row and the target row.
 
     Raises:
         BadInput: no such target set or row, the row is not usable, top < 1, or as for
@@ -76,7 +79,7 @@ def query_influence(
         if on_rows is not None:
             on_rows(stop - start)
 
-    codes = combine(checkpoints, [one], keep, as_device(device), chunk_rows)
+    codes = combine(checkpoints, [one], keep, as_device(device), chunk_rows, product)
     values[codes != RowStatus.OK] = np.nan
     usable = codes == RowStatus.OK
     count = min(top, int(usable.sum()))

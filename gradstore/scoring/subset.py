@@ -5,6 +5,7 @@ Letters: n train rows, t target rows, k chosen, r best rows of each target row.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,30 @@ from gradstore.scoring.selection import select_top
 #: Constants of KNN-Uniform where it is compared with other rules (arXiv 2602.14696): the weight
 #: alpha of distance against spread, the scale C of distances, and the most neighbours L.
 ALPHA, SCALE, MOST_NEIGHBOURS = 0.01, 5.0, 5000
+
+
+@dataclass(frozen=True)
+class NeighbourRule:
+    """The way by which `knn_uniform` finds K.
+
+    Attributes:
+        alpha: weight of distance against spread, between 0 and 1.
+        scale: C, of distances, above 0.
+
+    Raises:
+        BadInput: a number outside its limits.
+    """
+
+    alpha: float = ALPHA
+    scale: float = SCALE
+
+    def __post_init__(self) -> None:
+        """Refuse what has no K."""
+        if not (0 < self.alpha < 1 and 0 < self.scale < float("inf")):
+            raise BadInput(
+                f"alpha is {self.alpha}, scale {self.scale}; alpha must be between 0 and 1, scale "
+                "above 0 and finite."
+            )
 
 
 def best_first(
@@ -150,7 +175,7 @@ def knn_uniform(
     best: Ranked,
     k: int,
     *,
-    neighbours: int | None = None,
+    neighbours: int | NeighbourRule = NeighbourRule(),
     most: int = MOST_NEIGHBOURS,
     limits: Limits | None = None,
 ) -> npt.NDArray[np.int64]:
@@ -174,7 +199,7 @@ def knn_uniform(
     Args:
         best: each target row's best rows; without limits, at least `most` or `neighbours`, and k.
         k: how many rows.
-        neighbours: K; None finds it as above.
+        neighbours: K, or the way to find it.
         most: the largest K that is found.
         limits: the most rows of a data set. Shares are given to the rows of `best`, which holds no
             more of a data set than its limit for each target row.
@@ -186,8 +211,8 @@ def knn_uniform(
         BadInput: fewer than k rows in all lists, neighbours below 1.
     """
     r = best.rows.shape[1]
-    if neighbours is None:
-        wanted = neighbours_by_rule(1.0 - best.scores[:, :most], min(r, most))
+    if isinstance(neighbours, NeighbourRule):
+        wanted = neighbours_by_rule(1.0 - best.scores[:, :most], min(r, most), neighbours)
     else:
         wanted = min(r, expect_whole(neighbours, "neighbours"))
     width = _width_for(best.rows, k, wanted, limits)
@@ -197,7 +222,7 @@ def knn_uniform(
 
 
 def neighbours_by_rule(
-    distances: npt.NDArray[np.floating[Any]], most: int, alpha: float = ALPHA, scale: float = SCALE
+    distances: npt.NDArray[np.floating[Any]], most: int, rule: NeighbourRule = NeighbourRule()
 ) -> int:
     """Find the K of `knn_uniform` from (t, r) rising distances; `most` where no K fulfils it.
 
@@ -208,7 +233,8 @@ def neighbours_by_rule(
     total = distances.sum(axis=0, dtype=np.float64)
     count = np.arange(1, len(total))
     spread = count * total[1:] - np.cumsum(total)[:-1]
-    enough = np.flatnonzero(alpha / scale * spread >= (1.0 - alpha) * len(distances))
+    weight, least = rule.alpha / rule.scale, (1.0 - rule.alpha) * len(distances)
+    enough = np.flatnonzero(weight * spread >= least)
     return min(most, int(enough[0]) + 1 if enough.size else most)
 
 

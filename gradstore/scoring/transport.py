@@ -104,7 +104,7 @@ def transport_plan(
     else:
         raise BadInput(
             f"the transport has not settled in {MOST_SWEEPS} sweeps; raise blur "
-            f"({marginals.blur}) or lower train ({marginals.train})."
+            f"({marginals.blur}) or lower train ({marginals.train}) among subset_params."
         )
     pairs = kernel + at_target[of_target] + at_row[inverse]
     sent = np.full(there.shape, -np.inf)

@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from gradstore.errors import BadInput
 from gradstore.scoring.best_rows import StoredTable, usable_targets
-from gradstore.scoring.choose import Choice, Rule
+from gradstore.scoring.choose import Choice
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.influence import influence_scores
 from gradstore.scoring.pairing import checkpoint_features, parse_which
 from gradstore.scoring.query import query_influence
+from gradstore.scoring.rules import Rule
 from gradstore.scoring.selection import select_top
 from gradstore.serve.forms import Budget, Question
 from gradstore.serve.jobs import Desk

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gradstore.scoring.choose import Subset
+from gradstore.scoring.rules import Subset
 
 #: Largest row, step or count that is taken as a number at all.
 LARGEST = 2**53

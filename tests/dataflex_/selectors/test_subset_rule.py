@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +17,14 @@ from dataflex.selectors.icons import IconsSelector
 from dataflex.selectors.less import LessSelector
 from dataflex.selectors.near import NearSelector
 from dataflex.selectors.nice import NiceSelector
+from dataflex.selectors.rds_plus import RdsPlusSelector
 from dataflex.selectors.subset_rule import SubsetRule
 from gradstore.errors import BadInput
 from gradstore.scoring.best_rows import HeldTable
-from gradstore.scoring.choose import PER_TARGET, SUBSETS, select_subset
+from gradstore.scoring.choose import select_subset
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.influence import influence_scores
+from gradstore.scoring.rules import PER_TARGET, SUBSETS
 
 
 def rows(n: int, masked: int = 0) -> Rows:
@@ -36,13 +39,16 @@ def data(train: int = 40, targets: int = 4, masked: int = 0) -> Any:
     return SimpleNamespace(train=rows(train), targets=(rows(targets, masked),))
 
 
-@pytest.mark.parametrize("selector", [LessSelector, NiceSelector, NearSelector])
+@pytest.mark.parametrize("selector", [LessSelector, NiceSelector, NearSelector, RdsPlusSelector])
 @pytest.mark.parametrize(
     ("params", "told"),
     [
         ({"subset": "best"}, "subset is 'best'; choose top, round_robin, knn_uniform"),
         ({"subset": "round_robin", "neighbours": 3}, "neighbours is 3, but only subset: knn_unif"),
         ({"subset": "knn_uniform", "neighbours": 0}, "neighbours is 0"),
+        ({"subset": "transport", "subset_params": {"discount": 1}}, "it has blur and train"),
+        ({"subset": "facility_location", "subset_params": {"discount": 2}}, "discount is 2"),
+        ({"subset": "top", "subset_params": 3}, "subset_params is 3; expected a mapping"),
         ({"subset": "top", "quotas": {"a": 1.5}}, "quotas: quota of 'a' is 1.5"),
         ({"subset": "top", "quotas": {"a": 0}}, "quotas: quota of 'a' is 0"),
         ({"subset": "top", "quotas": 3}, "quotas is 3; expected a mapping"),
@@ -64,13 +70,18 @@ def test_rules_of_their_own_and_sides_that_do_not_fit_are_refused() -> None:
         IconsSelector(subset="round_robin")
     with pytest.raises(ValueError, match=r"quotas is .*column by column; choose a subset"):
         NearSelector(quotas={"a": 1})
+    with pytest.raises(ValueError, match=r"quotas is .* target rows take turns; choose a subset"):
+        RdsPlusSelector(quotas={"a": 1})
+    with pytest.raises(ValueError, match=r"subset_params is .* column by column"):
+        NearSelector(subset_params={"blur": 1})
     with pytest.raises(ValueError, match="subset is 'top', but indices_path"):
         NearSelector(subset="top", indices_path="x.npy")
-    with pytest.raises(ValueError, match="subset is 'drop_harmful'"):
-        NearSelector(subset="drop_harmful")
+    for selector in (NearSelector, RdsPlusSelector):
+        with pytest.raises(ValueError, match="subset is 'drop_harmful'"):
+            selector(subset="drop_harmful")
 
 
-@pytest.mark.parametrize("selector", [LessSelector, NearSelector])
+@pytest.mark.parametrize("selector", [LessSelector, NearSelector, RdsPlusSelector])
 @pytest.mark.parametrize(
     ("params", "count", "told"),
     [
@@ -156,6 +167,28 @@ def test_an_update_takes_what_select_takes_stored_or_direct(
 
 
 @pytest.mark.parametrize("subset", SUBSETS)
+def test_everything_that_decides_is_told_and_repeats_the_choice() -> None:
+    made, run = pair(200, 5), data(200)
+    scores, every = influence_scores([made], aggregation="mean").values, np.ones(200, dtype=bool)
+    values: dict[str, Any] = {
+        "subset": "knn_uniform", "neighbours": 3, "quotas": {"poems": 5},
+        "params": {"alpha": 0.5},
+    }  # fmt: skip
+    assert set(values) == {field.name for field in dataclasses.fields(SubsetRule)}, "or one is new"
+    rules = [
+        SubsetRule("knn_uniform", 3, {"poems": 5}),
+        SubsetRule("knn_uniform", None, {}, {"alpha": 0.5}),
+        SubsetRule("facility_location", params={"discount": 0}),
+    ]
+    for rule in rules:
+        chosen = rule.stored_rows(12, scores, every, [made], boundary(run)).tolist()
+        again = LessSelector(aggregation="mean", **rule.told()).rule
+        assert again == rule, "a selection's manifest has the parameters by their names"
+        assert again.stored_rows(12, scores, every, [made], boundary(run)).tolist() == chosen
+        plain = SubsetRule(rule.subset).stored_rows(12, scores, every, [made], boundary(run))
+        assert plain.tolist() != chosen, "or what is told decides nothing"
+
+
 def test_only_candidates_are_taken(subset: str) -> None:
     made, run = pair(), data()
     scores = influence_scores([made])
@@ -198,3 +231,19 @@ def test_near_goes_on_among_rows_not_served_and_starts_again_when_few_are_left(
     np.testing.assert_allclose(
         chosen.scores, influence_scores([made], aggregation="mean").values[expected], atol=1e-6
     )
+
+
+@pytest.mark.parametrize("subset", ["top", "round_robin", "knn_uniform", "transport"])
+def test_rds_plus_takes_a_rule_in_the_place_of_turns_and_the_same_rows_at_every_update(
+    subset: Any,
+) -> None:
+    made, run = pair(20), data(20)
+    table: Any = SimpleNamespace(pair=made, usable=np.ones(20, dtype=bool))
+    selector = RdsPlusSelector(subset=subset, quotas={"poems": 3})
+    expected = select_subset([made], 8, subset, aggregation="mean", quotas={"poems": 3}).tolist()
+    for _ in range(2):
+        chosen = selector.choose(8, boundary(run), table)
+        assert chosen.indices.tolist() == expected
+    assert chosen.manifest["subset"] == subset
+    assert chosen.manifest["quotas"] == {"poems": 3}
+    assert selector.state() == {"next": 0}, "no turn was taken"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from gradstore.cli.choosing import Asked
-from gradstore.cli.options import app
+from gradstore.cli.options import Question, app
 from gradstore.errors import BadInput
 from gradstore.format.records import RowSet
-from gradstore.scoring.choose import SUBSETS
+from gradstore.scoring.choose import ChoiceOptions, select_subset
 from gradstore.scoring.length_bias import length_correlation, without_length
+from gradstore.scoring.pairing import checkpoint_features
+from gradstore.scoring.products import InnerProduct
+from gradstore.scoring.rules import SUBSETS
 from gradstore.store.reader import Store, open_store
 
 
@@ -129,6 +134,51 @@ def test_the_length_of_rows_can_be_taken_out_of_the_scores(store: Path) -> None:
     assert f"scores with target tokens: {before:+.2f}, by bins" in result.output
 
 
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (("-k", "9"), {"k": 9}),
+        (("--fraction", "0.3"), {"fraction": 0.3}),
+        (("--token-budget", "120"), {"token_budget": 120}),
+        (
+            ("--subset", "drop_harmful", "--quota", "set one=4"),
+            {"subset": "drop_harmful", "quotas": {"set one": 4}},
+        ),
+        (("-k", "9", "--length-correction", "bins"), {"k": 9, "length_correction": "bins"}),
+        (("-k", "9", "--aggregation", "mean"), {"k": 9, "aggregation": "mean"}),
+        (("--subset", "drop_harmful"), {"subset": "drop_harmful"}),
+        (
+            ("-k", "9", "--subset", "knn_uniform", "--neighbours", "2"),
+            {"k": 9, "subset": "knn_uniform", "neighbours": 2},
+        ),
+        (
+            ("-k", "9", "--subset", "facility_location", "--subset-param", "discount=0.9"),
+            {"k": 9, "subset": "facility_location", "subset_params": {"discount": 0.9}},
+        ),
+        (
+            ("-k", "9", "--subset", "round_robin", "--preconditioner", "fisher", "--normalize",
+             "target", "--damping", "0.2"),
+            {"k": 9, "subset": "round_robin", "product": InnerProduct("target", "fisher", 0.2)},
+        ),
+    ],
+)  # fmt: skip
+def test_the_command_and_the_function_choose_the_same_rows(
+    store: Path, kit: Any, monkeypatch: pytest.MonkeyPatch, options: Any, asked: dict[str, Any]
+) -> None:
+    pairs = checkpoint_features(open_store(store))
+    assert chosen(store, *options) == select_subset(pairs, **asked).tolist()
+
+
+def test_every_choice_of_the_command_is_one_of_the_function() -> None:
+    command = set(inspect.signature(Asked).parameters)
+    ours = {"count": "k", "quota": "quotas", "subset_param": "subset_params"}
+    function = {*inspect.signature(select_subset).parameters, *ChoiceOptions.__annotations__}
+    assert {ours.get(name, name) for name in command} <= function
+    own = {"normalize", "preconditioner", "damping"}
+    assert own <= set(inspect.signature(Question).parameters)
+    assert own == {field.name for field in dataclasses.fields(InnerProduct)}
+
+
 def test_harmful_rows_are_dropped_and_counted_with_and_without_a_budget(
     store: Path,
 ) -> None:
@@ -170,6 +220,14 @@ def test_harmful_rows_are_dropped_and_counted_with_and_without_a_budget(
         (("--token-budget", "9", "--quota", "a=0.5"), "beside --token-budget"),
         (("-k", "9", "--length-correction", "log"), "choose none or regression or bins"),
         (("-k", "9", "--neighbours", "3"), "only the subset 'knn_uniform' has neighbours"),
+        (("-k", "9", "--subset-param", "blur"), "give NAME=NUMBER, once for a name"),
+        (("-k", "9", "--subset-param", "blur=much"), "give NAME=NUMBER, once for a name"),
+        (("-k", "9", "--subset-param", "blur=1"), "no constant of the subset 'top': it has none"),
+        (
+            ("-k", "9", "--subset", "transport", "--subset-param", "discount=1"),
+            "no constant of the subset 'transport': it has blur and train",
+        ),
+        (("-k", "9", "--subset", "transport", "--subset-param", "blur=0"), "blur is 0.0"),
         ((), "no budget of top is given; give one: -k N, --fraction F or --token-budget T"),
         (("--token-budget", "0"), "--token-budget is 0"),
     ],
@@ -206,8 +264,6 @@ def test_a_wrong_rule_is_told_before_a_store_is_opened() -> None:
 
 def test_another_product_ranks_by_it_in_score_and_in_every_rule(store: Path) -> None:
     from gradstore.scoring.influence import influence_scores
-    from gradstore.scoring.pairing import checkpoint_features
-    from gradstore.scoring.products import InnerProduct
 
     pairs = checkpoint_features(open_store(store))
     product = InnerProduct("cosine", "fisher", 0.2)
@@ -222,8 +278,6 @@ def test_another_product_ranks_by_it_in_score_and_in_every_rule(store: Path) -> 
 
 def test_a_subspace_ranks_by_it_and_says_how_many_dimensions_it_has(store: Path) -> None:
     from gradstore.scoring.influence import influence_scores
-    from gradstore.scoring.pairing import checkpoint_features
-    from gradstore.scoring.products import InnerProduct
 
     pairs = checkpoint_features(open_store(store))
     target = pairs[0].targets[0]

@@ -10,10 +10,11 @@ import pytest
 
 from gradstore.cli.reranking import Again
 from gradstore.errors import BadInput, ProvenanceMismatch
-from gradstore.scoring.choose import Choice, Rule
+from gradstore.scoring.choose import Choice
 from gradstore.scoring.influence import influence_scores
 from gradstore.scoring.pairing import checkpoint_features
 from gradstore.scoring.rescored import rerank
+from gradstore.scoring.rules import Rule
 from gradstore.store.reader import open_store
 
 if TYPE_CHECKING:

@@ -12,11 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradstore.errors import BadInput
-from gradstore.scoring.best_rows import HeldTable, StoredTable
-from gradstore.scoring.choose import PER_TARGET, SUBSETS, Choice, Rule, select_subset
+from gradstore.scoring.best_rows import HeldTable, StoredTable, best_of_each
+from gradstore.scoring.choose import Choice, select_subset
 from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.scoring.coverage import facility_location
 from gradstore.scoring.influence import influence_scores
+from gradstore.scoring.products import InnerProduct
 from gradstore.scoring.quotas import Limits
+from gradstore.scoring.rules import PER_TARGET, SUBSETS, Rule
+from gradstore.scoring.subset import NeighbourRule, neighbours_by_rule
+from gradstore.scoring.transport import Marginals, transport
 
 
 class Marked:
@@ -172,7 +177,7 @@ def test_a_budget_that_means_nothing_is_refused(asked: dict[str, Any], told: str
 def test_a_token_budget_that_facility_location_cannot_spend_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for room in ("choose", "coverage"):
+    for room in ("rules", "coverage"):
         monkeypatch.setattr(f"gradstore.scoring.{room}.MOST_ROWS", 12)
     pair = random_pair(2, 100, 3)
     scores, train = influence_scores([pair]), pair.train
@@ -194,6 +199,89 @@ def test_neighbours_go_with_knn_uniform_alone() -> None:
         Rule("knn_uniform", 0)
     with pytest.raises(BadInput, match="did you mean 'round_robin'"):
         Rule("round_robbin")
+
+
+@pytest.mark.parametrize(
+    ("subset", "params", "by_hand"),
+    [
+        ("facility_location", {"discount": 0.9},
+         lambda best: facility_location(best, 12, discount=0.9)),
+        ("transport", {"blur": 0.3},
+         lambda best: transport(best, 12, 200, marginals=Marginals(0.3))),
+        ("transport", {"train": 0.5, "blur": 0.05},
+         lambda best: transport(best, 12, 200, marginals=Marginals(0.05, train=0.5))),
+    ],
+)  # fmt: skip
+def test_a_constant_of_a_rule_is_the_one_that_it_is_given(
+    subset: str, params: dict[str, float], by_hand: Any
+) -> None:
+    pair, usable = random_pair(3, 200, 6), np.ones(200, dtype=bool)
+    table = StoredTable([pair])
+    rows = Rule(subset, params=params).choose(12, np.empty(0), table, usable=usable)
+    assert rows.tolist() == by_hand(best_of_each(table, 12, usable=usable)).tolist()
+    assert rows.tolist() != Rule(subset).choose(12, np.empty(0), table, usable=usable).tolist()
+    asked: Any = {"subset": subset, "subset_params": params}
+    assert select_subset([pair], 12, **asked).tolist() == rows.tolist()
+
+
+def test_the_constants_of_knn_uniform_find_its_neighbours() -> None:
+    pair, usable = random_pair(3, 200, 6), np.ones(200, dtype=bool)
+    table = StoredTable([pair])
+    distances = 1.0 - best_of_each(table, 20, usable=usable).scores
+    found = neighbours_by_rule(distances, 20, NeighbourRule(alpha=0.7, scale=0.5))
+    assert 1 < found < 20, "or the constants change nothing"
+    asked = (
+        Rule("knn_uniform", params={"alpha": 0.7, "scale": 0.5}),
+        Rule("knn_uniform", found),
+        Rule("knn_uniform"),
+    )
+    given, said, default = (
+        rule.choose(5, np.empty(0), table, usable=usable).tolist() for rule in asked
+    )
+    assert given == said != default
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        (lambda: Rule("top", params={"blur": 1}), "blur is no constant of the subset 'top'"),
+        (lambda: Rule("transport", params={"discount": 1}), "it has blur and train"),
+        (lambda: Rule("transport", params={"blur": -1}), "blur must be above"),
+        (lambda: Rule("facility_location", params={"discount": 2}), "discount is 2"),
+        (lambda: Rule("facility_location", params={"discount": True}), "give a number"),
+        (lambda: Rule("facility_location", params={"discount": "much"}), "give a number"),
+        (lambda: Rule("facility_location", params=0.5), "constants by name"),
+        (lambda: Rule("knn_uniform", params={"alpha": 1}), "alpha must be between 0 and 1"),
+        (lambda: Rule("knn_uniform", 3, {"alpha": 0.5}), "leave one of them out"),
+    ],
+)
+def test_a_constant_that_means_nothing_is_refused(rule: Any, told: str) -> None:
+    with pytest.raises(BadInput, match=told):
+        rule()
+
+
+def test_a_product_ranks_scores_and_target_rows_alike() -> None:
+    pair = random_pair(4, 120, 5)
+    product = InnerProduct("cosine", "fisher", 0.2)
+    scores = influence_scores([pair], product=product).values
+    best = np.argsort(-scores, kind="stable")[:9].tolist()
+    assert select_subset([pair], 9, product=product).tolist() == best
+    assert best != select_subset([pair], 9).tolist()
+    table = StoredTable([pair], product=product)
+    usable = np.ones(120, dtype=bool)
+    expected = Rule("round_robin").choose(9, np.empty(0), table, usable=usable).tolist()
+    assert select_subset([pair], 9, "round_robin", product=product).tolist() == expected
+
+
+def test_tokens_of_rows_that_have_none_are_asked_for() -> None:
+    pair = CheckpointFeatures(np.eye(3), np.eye(3)[:1])
+    for asked in ({"token_budget": 3}, {"k": 1, "length_correction": "bins"}):
+        with pytest.raises(BadInput, match="need the target tokens of each row"):
+            select_subset([pair], **asked)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="0 budgets are given"):
+        select_subset([pair])
+    with pytest.raises(TypeError, match="fractoin"):
+        select_subset([pair], fractoin=0.5)  # type: ignore[call-arg]
 
 
 def test_quotas_without_data_sets_are_refused() -> None:

@@ -12,6 +12,7 @@ from gradstore.errors import BadInput
 from gradstore.scoring.frames import AskedStore, open_store
 from gradstore.scoring.influence import influence_scores
 from gradstore.scoring.pairing import checkpoint_features
+from gradstore.scoring.products import InnerProduct
 from gradstore.scoring.query import query_influence
 
 
@@ -61,6 +62,24 @@ def test_a_query_frame_holds_helpers_from_the_highest_then_the_others_from_the_l
     np.testing.assert_array_equal(frame["score"], expected.values[frame.index])
     assert frame["source_row"].tolist() == frame.index.tolist()
     assert "prompt" not in store.query_frame(4, "b", text=False)
+
+
+def test_frames_rank_by_another_product_as_the_functions_do(store: AskedStore) -> None:
+    product = InnerProduct("target", "fisher", 0.2)
+    pairs = checkpoint_features(store, "all")
+    scores = influence_scores(pairs, aggregation="mean", product=product)
+    frame = store.scores_frame("all", aggregation="mean", product=product).sort_index()
+    np.testing.assert_array_equal(frame["score"], np.where(scores.usable, scores.values, np.nan))
+    assert not frame["score"].equals(store.scores_frame("all").sort_index()["score"])
+    each = store.influence_frame("all", product=product)
+    np.testing.assert_allclose(each.mean(axis=1), frame["score"], rtol=1e-5, atol=1e-7)
+    asked = store.query_frame(4, "b", checkpoints=2, top=6, product=product)
+    alone = checkpoint_features(store, "all", sets=["b"])
+    expected = query_influence(alone, 4, top=6, product=product)
+    np.testing.assert_array_equal(asked["score"], expected.values[asked.index])
+    each_row = influence_scores(alone, subtask_sizes=[1] * 4 + [1], product=product)
+    assert not np.array_equal(expected.values, query_influence(alone, 4, top=6).values)
+    assert np.nanmax(expected.values - each_row.values) <= 1e-6, "one row's, of the largest of all"
 
 
 def test_a_query_frame_wants_one_target_set(store: AskedStore) -> None:

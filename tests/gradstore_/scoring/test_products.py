@@ -160,7 +160,7 @@ def test_without_damping_a_regular_curvature_would_score_all_rows_0_and_is_refus
         lambda: InnerProduct("none", "fisher", 0),
         lambda: Fisher.of(regular, unit=True, damping=0.0),
     ):
-        with pytest.raises(BadInput, match="fisher needs a number above 0.* tend to 0 with l"):
+        with pytest.raises(BadInput, match=r"fisher needs a number above 0.* tend to 0 with l"):
             refused()
     assert InnerProduct("none", damping=0).damping == 0, "of fisher alone"
 

@@ -12,12 +12,13 @@ import pytest
 from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch
 from gradstore.format.layout import FeatureDtype
 from gradstore.format.records import RowSet
-from gradstore.scoring.choose import Choice, Rule
+from gradstore.scoring.choose import Choice
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.influence import Aggregation, Scores, influence_scores
 from gradstore.scoring.pairing import checkpoint_features
 from gradstore.scoring.products import InnerProduct
 from gradstore.scoring.rescored import check_rerank, check_same_rows, rerank
+from gradstore.scoring.rules import Rule
 from gradstore.scoring.selection import select_top
 from gradstore.scoring.some_rows import SomeRows
 from gradstore.store.generation import Generation

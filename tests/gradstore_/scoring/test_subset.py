@@ -15,6 +15,7 @@ from gradstore.errors import BadInput
 from gradstore.scoring.best_rows import BestRows, HeldTable, Ranked, best_of_each, ranked
 from gradstore.scoring.quotas import Limits, most_rows_within, within_tokens
 from gradstore.scoring.subset import (
+    NeighbourRule,
     best_first,
     drop_harmful,
     knn_uniform,
@@ -237,7 +238,7 @@ def test_the_neighbours_are_those_that_the_published_loop_stops_at(
         if total >= enough:
             break
         neighbours += 1
-    assert neighbours_by_rule(distances, 12, alpha, 5.0) == neighbours
+    assert neighbours_by_rule(distances, 12, NeighbourRule(alpha)) == neighbours
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
 
-from gradstore.scoring.choose import SUBSETS, select_subset
+from gradstore.scoring.choose import select_subset
 from gradstore.scoring.influence import influence_scores
 from gradstore.scoring.length_bias import without_length
 from gradstore.scoring.pairing import checkpoint_features
 from gradstore.scoring.query import query_influence
+from gradstore.scoring.rules import SUBSETS
 from gradstore.scoring.selection import select_top
 from gradstore.store.reader import open_store
 
