@@ -21,6 +21,7 @@ from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, StoreSelector
+from dataflex.selectors.row_scores import RowScores
 from dataflex.selectors.subset_rule import SubsetRule
 from gradstore.errors import BadInput
 from gradstore.similarity.neighbours import Neighbours
@@ -113,13 +114,14 @@ class EmbeddingSelector(StoreSelector):
         """
         from gradstore.scoring.influence import influence_scores
 
-        scores = influence_scores([neighbours.pair], aggregation="mean")
+        found = influence_scores([neighbours.pair], aggregation="mean")
+        scores = RowScores(found.values, found.usable, found.skipped)
         allowed = left = context.among_candidates(scores.usable)
         if served is not None:
             limits, left = rule.limits(context.run.data, count), allowed & ~served
             if count > (int(left.sum()) if limits is None else limits.room(left)):
                 served[:], left = False, allowed
-        rows = rule.stored_rows(count, scores.values, left, [neighbours.pair], context)
+        rows = rule.stored_rows(count, scores, left, [neighbours.pair], context)
         if served is not None:
             served[rows] = True
         chosen = scored(rows, scores.values.astype(np.float64), allowed, {})

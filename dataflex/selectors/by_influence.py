@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -24,7 +25,9 @@ from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, StoreSelector
 from dataflex.selectors.directly import select_directly
 from dataflex.selectors.product import check_product, in_metric, product_of, product_told
-from dataflex.selectors.rerank import lora_alone, rank_again, rerank_of
+from dataflex.selectors.ranked_again import rank_again
+from dataflex.selectors.rerank import lora_alone, rerank_of
+from dataflex.selectors.row_scores import RowScores
 from dataflex.selectors.subset_rule import SubsetRule
 
 if TYPE_CHECKING:
@@ -33,23 +36,6 @@ if TYPE_CHECKING:
     from dataflex.run.forecast import Forecast
     from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.store.filling import CheckpointExport
-
-
-@dataclass(frozen=True)
-class RowScores:
-    """One score per training row.
-
-    Attributes:
-        values: (n,) float, the larger the better; NaN where the row is not usable.
-        usable: (n,) bool.
-        skipped: number of unusable rows by reason.
-        best: (n,) int, the sub-task that gives a row its score; None where all of them do.
-    """
-
-    values: npt.NDArray[np.floating[Any]]
-    usable: npt.NDArray[np.bool_]
-    skipped: Mapping[str, int]
-    best: npt.NDArray[np.integer[Any]] | None = None
 
 
 class InfluenceSelector(StoreSelector):
@@ -214,7 +200,7 @@ class InfluenceSelector(StoreSelector):
         super().check_count(count, data)
         check_product(self.product, data)
         if self.rerank is not None:
-            self.rerank.check_count(count, data, unique=self.unique)
+            self.rerank.check_count(count, data, rule=self.rule, unique=self.unique)
 
     def forecasts(self, run: RunContext, steps: Sequence[int]) -> Sequence[Forecast]:
         """Forecast the gradients of the target rows and of the training rows."""
@@ -302,15 +288,20 @@ class InfluenceSelector(StoreSelector):
         clock = [time.perf_counter()]
         checkpoints = service.checkpoints(self.which, context.step, self.train_set)
         scores = self.score(checkpoints, count, context)
-        kept.append(scores)
         clock.append(time.perf_counter())
         candidates = context.among_candidates(scores.usable)
         if self.rule.plain:
             rows = self.take(scores.values, count, candidates)
         else:
-            rows = self.rule.stored_rows(
-                count, scores.values, candidates, checkpoints, context, self.product
-            )
+            choose = partial(
+                self.rule.stored_rows, scores=scores, candidates=candidates,
+                checkpoints=checkpoints, context=context, product=self.product,
+            )  # fmt: skip
+            rows = choose(count)
+            if self.rerank is not None:
+                again = self.rerank.candidates(int(candidates.sum()), count)
+                scores = replace(scores, again=np.sort(choose(again)))
+        kept.append(scores)
         clock.append(time.perf_counter())
         if self.keep_generations is not None:
             # Generations since the last checkpoint are kept in addition: a resume starts before

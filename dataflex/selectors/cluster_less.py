@@ -21,9 +21,9 @@ from dataflex.config.registry import register
 from dataflex.data.rows import Rows
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.log import progress
-from dataflex.selectors.by_influence import RowScores
 from dataflex.selectors.less import LessSelector
 from dataflex.selectors.rerank import check_alone
+from dataflex.selectors.row_scores import RowScores
 from gradstore.similarity.clusters import Method
 from gradstore.similarity.rows import ClusterDirections
 

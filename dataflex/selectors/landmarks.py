@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,14 +18,15 @@ from dataflex.config.registry import register
 from dataflex.data.rows import Rows, RunData
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.selectors.base import Selection
-from dataflex.selectors.by_influence import RowScores
 from dataflex.selectors.less import LessSelector
+from dataflex.selectors.row_scores import RowScores
 from gradstore.errors import BadInput
 
 if TYPE_CHECKING:
     from dataflex.features.embeddings import EmbeddingService
     from dataflex.features.gradients import FeatureService
     from dataflex.run.forecast import Forecast
+    from gradstore.scoring.best_rows import Keep, TargetTable
     from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.similarity.landmarks import Regression
     from gradstore.store.filling import CheckpointExport
@@ -66,11 +67,6 @@ class LandmarksSelector(LessSelector):
             raise ValueError(
                 f"scoring is {self.scoring!r}; landmarks are scored by projected features; leave "
                 "it out"
-            )
-        if not self.rule.plain:
-            raise ValueError(
-                f"subset is {self.rule.subset!r}, quotas are {dict(self.rule.quotas)}; those rules "
-                "read every row's gradient, and landmarks computes some; leave both out"
             )
         if landmarks < 2:
             raise ValueError("landmarks is 1; an estimate needs at least 2")
@@ -159,6 +155,7 @@ class LandmarksSelector(LessSelector):
         self, checkpoints: Sequence[CheckpointFeatures], count: int, context: UpdateContext
     ) -> RowScores:
         """Score all rows from the landmarks' influence."""
+        from gradstore.scoring.best_rows import StoredTable
         from gradstore.scoring.influence import subtask_influence
 
         assert self._embedder is not None  # since start
@@ -176,7 +173,45 @@ class LandmarksSelector(LessSelector):
         skipped = {"without_embedding": int((~usable).sum()), "landmark_without_gradient":
                    int((~found.usable).sum())}  # fmt: skip
         told = {reason: number for reason, number in skipped.items() if number}
-        return RowScores(scores, usable, told, self.best_of(estimate))
+        table = None
+        if self.rule.per_target:
+            each = similarities(StoredTable(checkpoints, product=self.product), len(found.usable))
+            fitted = fitted_to(generation, self._chosen, each, found.usable, self.ridge)
+            table = EstimatedTable(generation, fitted, each.shape[1])
+        return RowScores(scores, usable, told, self.best_of(estimate), table)
+
+
+@dataclass(frozen=True)
+class EstimatedTable:
+    """Similarities of n rows with t target rows, estimated from their embeddings chunk by chunk.
+
+    Attributes:
+        embeddings: of the n rows.
+        regression: of the landmarks' similarities.
+        targets: t.
+    """
+
+    embeddings: Generation
+    regression: Regression
+    targets: int
+
+    def stream(self, keep: Keep) -> None:
+        """Give every chunk to `keep` once, in order; nan where a row has no embedding."""
+        from gradstore.similarity.rows import read_unit_rows
+
+        for part in read_unit_rows(self.embeddings):
+            keep(part.start, self.regression(part.rows).astype(np.float32))
+
+
+def similarities(table: TargetTable, rows: int) -> npt.NDArray[np.float32]:
+    """Hold a table's (rows, t) similarities in memory."""
+    held = np.empty((rows, table.targets), dtype=np.float32)
+
+    def keep(start: int, sums: npt.NDArray[np.float32]) -> None:
+        held[start : start + len(sums)] = sums
+
+    table.stream(keep)
+    return held
 
 
 def estimated(
@@ -199,15 +234,31 @@ def estimated(
         (n, q), NaN for a row without an embedding; the regression.
 
     Raises:
+        BadInput: as `fitted_to`.
+    """
+    from gradstore.similarity.rows import read_unit_rows
+
+    regression = fitted_to(embeddings, landmarks, influence, usable, ridge)
+    parts = [regression(part.rows) for part in read_unit_rows(embeddings)]
+    return np.concatenate(parts), regression
+
+
+def fitted_to(
+    embeddings: Generation,
+    landmarks: npt.NDArray[np.int64],
+    influence: npt.NDArray[np.floating[Any]],
+    usable: npt.NDArray[np.bool_],
+    ridge: float,
+) -> Regression:
+    """Fit the landmarks' values to their embeddings; arguments as of `estimated`.
+
+    Raises:
         BadInput: fewer than 2 landmarks can be used; what `fit` refuses.
     """
     from gradstore.similarity.landmarks import fit
-    from gradstore.similarity.rows import UsableRows, read_unit_rows
+    from gradstore.similarity.rows import UsableRows
 
     both = usable & embeddings.usable[landmarks]
     at = np.zeros(embeddings.rows, dtype=bool)
     at[landmarks[both]] = True
-    points = UsableRows(embeddings, at)
-    regression = fit(points[:], influence[both], ridge)
-    parts = [regression(part.rows) for part in read_unit_rows(embeddings)]
-    return np.concatenate(parts), regression
+    return fit(UsableRows(embeddings, at)[:], influence[both], ridge)

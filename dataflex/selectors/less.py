@@ -12,8 +12,9 @@ from dataflex.config.parameters import Count
 from dataflex.config.registry import register
 from dataflex.data.rows import RunData
 from dataflex.run.context import UpdateContext
-from dataflex.selectors.by_influence import InfluenceSelector, RowScores
-from dataflex.selectors.rerank import check_alone
+from dataflex.selectors.by_influence import InfluenceSelector
+from dataflex.selectors.rerank import check_rule
+from dataflex.selectors.row_scores import RowScores
 from dataflex.selectors.subset_rule import SubsetRule
 from gradstore.scoring.influence import Aggregation
 from gradstore.scoring.rules import Subset
@@ -50,8 +51,7 @@ class LessSelector(InfluenceSelector):
         super().__init__(**influence)
         self.aggregation = aggregation
         self.rule = SubsetRule(subset, neighbours, quotas or {}, subset_params or {})
-        if not self.rule.plain:
-            check_alone(self.rerank, f"subset is {subset} and quotas are {dict(quotas or {})}")
+        check_rule(self.rerank, self.rule)
 
     def check_count(self, count: int, data: RunData) -> None:
         """Refuse, before the model is loaded, rows that can't be answered or chosen by the rule."""

@@ -6,9 +6,8 @@ Letters: n training rows, c candidates, q sub-tasks of the target, m rows of an 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -19,14 +18,13 @@ from dataflex.config.parameters import Count, Positive, checked
 from dataflex.config.registry import grouped
 from dataflex.data.rows import RunData
 from dataflex.run.context import RunContext, UpdateContext
-from dataflex.run.spread import spread_of
-from dataflex.selectors.base import Selection
 
 if TYPE_CHECKING:
-    from dataflex.features.newton import Curvature, NewtonMetric
+    from dataflex.features.newton import Curvature
     from dataflex.features.settings import FeatureSettings
     from dataflex.run.forecast import Forecast
-    from dataflex.selectors.by_influence import InfluenceSelector, RowScores
+    from dataflex.selectors.row_scores import RowScores
+    from dataflex.selectors.subset_rule import SubsetRule
 
 _log = logging.getLogger(__name__)
 
@@ -65,9 +63,11 @@ class Rerank:
         return min(max(rows_for_fraction(self.top, usable), count), usable)
 
     def best(self, scores: RowScores, count: int, context: UpdateContext) -> npt.NDArray[np.int64]:
-        """Return the candidates, (c,) rising rows."""
+        """Return the candidates, (c,) rising rows: the best scores, or the rule's own choice."""
         from gradstore.scoring.selection import select_top
 
+        if scores.again is not None:
+            return scores.again
         usable = context.among_candidates(scores.usable)
         taken = self.candidates(int(usable.sum()), count)
         return np.sort(select_top(scores.values, taken, usable=usable))
@@ -124,11 +124,17 @@ class Rerank:
             found.append(newton_forecast(run, settings, curvature, train.times, q))
         return found
 
-    def check_count(self, count: int, data: RunData, *, unique: bool) -> None:
-        """Warn, before the model is loaded, of a share of no more rows than an update takes."""
+    def check_count(self, count: int, data: RunData, *, rule: SubsetRule, unique: bool) -> None:
+        """Warn, before the model is loaded, of a share of no more rows than an update takes.
+
+        Raises:
+            BadInput: more candidates than the rule can choose.
+        """
         usable = np.flatnonzero(data.train.target_tokens > 0)
         if unique:
             usable = data.train.first_of_copies(usable)
+        if rule.per_target:
+            rule.check_count(self.candidates(len(usable), count), data, unique=unique)
         if self.candidates(len(usable), 0) > count:
             return
         share = count / len(usable)
@@ -197,6 +203,23 @@ def lora_alone(scoring: str, settings: FeatureSettings, rerank: Rerank | None) -
     return ""
 
 
+def check_rule(rerank: Rerank | None, rule: SubsetRule) -> None:
+    """Refuse a second ranking beside a subset rule that it can't serve.
+
+    Raises:
+        ValueError: quotas, `drop_harmful`, or a rule by target rows beside `cg`.
+    """
+    if rerank is None or rule.plain:
+        return
+    if rule.quotas or not rule.per_target:
+        check_alone(rerank, f"subset is {rule.subset} and quotas are {dict(rule.quotas)}")
+    if rerank.by == "cg":
+        raise ValueError(
+            f"rerank.by is cg, which solves a system for each sub-task, and subset is {rule.subset}"
+            ", which would need one for each target row; set by: exact, or subset: top"
+        )
+
+
 def check_alone(rerank: Rerank | None, rule: str) -> None:
     """Refuse a second ranking beside a rule that does not take the best rows of a ranking.
 
@@ -212,115 +235,3 @@ def check_alone(rerank: Rerank | None, rule: str) -> None:
             f"rerank gives the best rows another order, of which the first are taken, but {rule}; "
             "leave out one of them"
         )
-
-
-def rank_again(
-    selector: InfluenceSelector,
-    rerank: Rerank,
-    first: Selection,
-    scores: Sequence[RowScores],
-    context: UpdateContext,
-) -> Selection:
-    """Score the best rows by whole gradients at the model's present state; collective.
-
-    The order is theirs, then the store's for all other rows: these come in only where fewer
-    candidates can be used than an update takes.
-
-    Args:
-        selector: whose sub-tasks, features and fold are those of the first ranking.
-        rerank: how.
-        first: the store's choice of m rows.
-        scores: on rank 0 the store's scores alone; not read elsewhere.
-        context: the boundary.
-
-    Raises:
-        BadInput: too many rows with a non-finite gradient; a system that cannot be solved.
-    """
-    from dataflex.features.direct import direct_influence
-
-    began, run, count = time.perf_counter(), context.run, len(first.indices)
-    best = run.ranks.decide(lambda: rerank.best(scores[0], count, context))
-    settings = rerank.features(selector.settings)
-    metric = _metric(rerank, settings, scores, context)
-    found = direct_influence(
-        context,
-        settings,
-        selector.subtask_sizes(run),
-        selector.target_source(),
-        among=best,
-        normalize=selector.product.normalize,
-        metric=metric,
-    )
-    usable = np.asarray(np.isfinite(found.values).all(axis=1))
-    values = np.full(len(usable), np.nan)
-    if usable.any():
-        values[usable] = selector.fold(found.values, usable, count)[usable]
-    rows = run.ranks.decide(
-        lambda: _taken(selector, values, usable, scores[0], best, count, context)
-    )
-    told, numbers = _told(rerank, metric, float(np.isin(rows, first.indices).mean()))
-    return replace(
-        first,
-        indices=rows,
-        scores=values[rows],
-        tokens=first.tokens + found.tokens,
-        export_seconds=first.export_seconds + time.perf_counter() - began,
-        numbers={**first.numbers, **numbers},
-        manifest={
-            **first.manifest,
-            "rerank": {**told, "rows": len(best), "skipped": found.skipped},
-            "won": selector.won(rows[usable[rows]], selector.best_of(found.values), run),
-            "all_scores": spread_of(values, usable, rows),
-        },
-    )
-
-
-def _taken(
-    selector: InfluenceSelector,
-    values: npt.NDArray[np.float64],
-    usable: npt.NDArray[np.bool_],
-    stored: RowScores,
-    best: npt.NDArray[np.int64],
-    count: int,
-    context: UpdateContext,
-) -> npt.NDArray[np.int64]:
-    """Take the (count,) best of the candidates, and the store's next where too few are usable."""
-    rows = np.empty(0, dtype=np.int64)
-    if usable.any():
-        rows = selector.take(values, min(count, int(usable.sum())), usable)
-    if len(rows) == count:
-        return rows
-    rest = context.among_candidates(stored.usable)
-    rest[best] = False
-    return np.concatenate([rows, selector.take(stored.values, count - len(rows), rest)])
-
-
-def _metric(
-    rerank: Rerank, settings: FeatureSettings, scores: Sequence[RowScores], context: UpdateContext
-) -> NewtonMetric | None:
-    """Make the metric of rows that the store found to have a finite gradient."""
-    curvature = rerank.curvature
-    if curvature is None:
-        return None
-    from dataflex.features.newton import NewtonMetric
-
-    drawn = context.run.ranks.decide(lambda: curvature.drawn(scores[0].usable, settings.seed))
-    return NewtonMetric(context, settings, curvature, drawn)
-
-
-def _told(
-    rerank: Rerank, metric: NewtonMetric | None, kept: float
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return the second ranking for a selection's manifest, and its numbers for the log.
-
-    Args:
-        rerank: its settings.
-        metric: after its call.
-        kept: share of the chosen rows that the store had chosen too.
-    """
-    given, numbers = asdict(rerank), {"rerank_kept_share": kept}
-    if metric is None:
-        return {key: given[key] for key in ("top", "by")}, numbers
-    solved = metric.told()
-    numbers |= {f"rerank_{key}": float(solved[key]) for key in ("iterations", "residual")}
-    return {**given, "solved": solved}, numbers

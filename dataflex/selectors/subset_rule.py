@@ -15,6 +15,7 @@ import numpy.typing as npt
 from dataflex.data.rows import RunData
 from dataflex.run.context import UpdateContext
 from dataflex.run.log import progress
+from dataflex.selectors.row_scores import RowScores
 from gradstore.errors import BadInput
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class SubsetRule:
     def stored_rows(
         self,
         count: int,
-        scores: npt.NDArray[np.floating[Any]],
+        scores: RowScores,
         candidates: npt.NDArray[np.bool_],
         checkpoints: Sequence[CheckpointFeatures],
         context: UpdateContext,
@@ -154,18 +155,18 @@ class SubsetRule:
     ) -> npt.NDArray[np.int64]:
         """Choose as `rows` does; a rule by target rows reads the stored features once more.
 
-        Its products are the scores' own; None stands for cosines.
+        Its products are the scores' own (None stands for cosines), or those of the scores' table.
         """
         from gradstore.scoring.best_rows import StoredTable
         from gradstore.scoring.products import InnerProduct
 
         data = context.run.data
-        if not self.per_target:
-            return self.rows(count, scores, candidates, None, data)
+        if not self.per_target or scores.table is not None:
+            return self.rows(count, scores.values, candidates, scores.table, data)
         what = f"comparison with each target row at step {context.step}"
-        with progress(what, len(scores), shown=context.run.shows_progress) as advance:
+        with progress(what, len(scores.values), shown=context.run.shows_progress) as advance:
             table = StoredTable(checkpoints, on_rows=advance, product=product or InnerProduct())
-            return self.rows(count, scores, candidates, table, data)
+            return self.rows(count, scores.values, candidates, table, data)
 
     def told(self) -> dict[str, Any]:
         """Return all that decides, for a selection's manifest; {} for the best of any data set.

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import numpy as np
 import pytest
 
 from dataflex.data.rows import Rows, RunData
-from dataflex.selectors.landmarks import LandmarksSelector
+from dataflex.selectors.landmarks import LandmarksSelector, similarities
 from dataflex.selectors.less import LessSelector
 from gradstore.errors import BadInput
 from gradstore.format.layout import RowStatus
+from gradstore.scoring.choose import select_subset
 from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.scoring.rules import PerTarget
 
 N, RNG = 30, np.random.default_rng(2)
 GRADIENTS = RNG.normal(size=(N, 8)).astype(np.float32)
@@ -78,6 +80,34 @@ def test_with_every_row_a_landmark_and_a_vanishing_ridge_the_scores_are_those_of
         assert found.best.tolist() == less.best.tolist()  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("subset", get_args(PerTarget))
+def test_a_rule_by_target_rows_reads_the_estimate_of_each(subset: Any) -> None:
+    every, target = np.arange(N), TARGETS.reshape(-1, 8)
+    found, made = scored(Held(GRADIENTS), every, Held(GRADIENTS), ridge=1e-10, subset=subset)
+    run: Any = SimpleNamespace(data=SimpleNamespace(), shows_progress=False)
+    context: Any = SimpleNamespace(run=run, step=3)
+    rows = made.rule.stored_rows(12, found, found.usable, [], context)
+    exact = select_subset([CheckpointFeatures(GRADIENTS, target)], 12, subset)
+    assert rows.tolist() == exact.tolist(), "every row is a landmark"
+    assert scored(Held(GRADIENTS), every, Held(GRADIENTS))[0].table is None, "top needs none"
+
+
+def test_rows_without_an_embedding_are_in_no_target_rows_list() -> None:
+    chosen, usable = np.arange(0, N, 2), np.arange(N) != 4
+    found, made = scored(Held(GRADIENTS, usable), chosen, Held(GRADIENTS[chosen]),
+                         subset="round_robin")  # fmt: skip
+    assert found.table is not None
+    assert found.table.targets == 10
+    held = similarities(found.table, N)
+    assert np.flatnonzero(np.isnan(held).any(axis=1)).tolist() == [4]
+    means = [held[:, :5].mean(axis=1), held[:, 5:].mean(axis=1)]
+    np.testing.assert_allclose(
+        np.max(means, axis=0), found.values, atol=1e-5,
+        err_msg="a sub-task's estimate is the mean of its rows'",
+    )  # fmt: skip
+    assert made._explained < 1
+
+
 def test_a_few_landmarks_order_all_rows_where_embeddings_follow_gradients() -> None:
     chosen = np.arange(0, N, 2)
     found, made = scored(Held(GRADIENTS), chosen, Held(GRADIENTS[chosen]), aggregation="mean")
@@ -121,8 +151,6 @@ def test_landmarks_are_drawn_by_the_seed_from_rows_with_a_target_token() -> None
     [
         ({"landmarks": 1}, "needs at least 2"),
         ({"scoring": "direct"}, "projected features"),
-        ({"subset": "round_robin"}, "read every row's gradient"),
-        ({"quotas": {"a": 3}}, "read every row's gradient"),
     ],
 )
 def test_what_an_estimate_cannot_do_is_refused(given: dict[str, Any], said: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,11 +20,18 @@ from dataflex.features import direct
 from dataflex.run.context import RunContext, UpdateContext
 from dataflex.run.forecast import Forecast
 from dataflex.selectors.base import Selection
-from dataflex.selectors.by_influence import InfluenceSelector, RowScores
+from dataflex.selectors.by_influence import InfluenceSelector
 from dataflex.selectors.cluster_less import ClusterLessSelector
 from dataflex.selectors.icons import IconsSelector
 from dataflex.selectors.less import LessSelector
-from dataflex.selectors.rerank import Rerank, rank_again
+from dataflex.selectors.ranked_again import rank_again
+from dataflex.selectors.rerank import Rerank
+from dataflex.selectors.row_scores import RowScores
+from gradstore.errors import BadInput
+from gradstore.scoring.best_rows import HeldTable, StoredTable
+from gradstore.scoring.comparable import CheckpointFeatures
+from gradstore.scoring.rules import PerTarget, Rule
+from gradstore.scoring.selection import select_top
 
 TRAIN, PROMPT = 18, 2
 
@@ -114,12 +121,17 @@ def divergence_hessian(run: RunContext) -> Any:
 
 
 def ranked(
-    selector: InfluenceSelector, run: RunContext, stored: Any, count: int, pool: Any = None
+    selector: InfluenceSelector,
+    run: RunContext,
+    stored: Any,
+    count: int,
+    pool: Any = None,
+    again: Any = None,
 ) -> Selection:
     """The second ranking of stored scores (n,)."""
     usable = run.data.train.target_tokens > 0
     context = UpdateContext(run, 3, 1, 2, 1e-3, None, pool)
-    scores = RowScores(np.where(usable, stored, np.nan), usable, {})
+    scores = RowScores(np.where(usable, stored, np.nan), usable, {}, again=again)
     rows = selector.take(scores.values, count, context.among_candidates(usable))
     assert selector.rerank is not None
     first = Selection(rows, scores.values[rows], tokens=7, manifest={"train": "train/3"})
@@ -164,6 +176,67 @@ def test_candidates_are_ordered_by_products_of_whole_gradients(
     assert found.manifest["rerank"]["rows"] == 8
     assert found.manifest["train"] == "train/3", "what the first ranking tells stays"
     assert sum(found.manifest["won"].values()) == 4
+
+
+@pytest.mark.parametrize("subset", get_args(PerTarget))
+def test_a_rule_by_target_rows_asks_their_whole_gradients_of_its_own_candidates(
+    run: RunContext, subset: Any
+) -> None:
+    selector = LessSelector(
+        rerank={"top": 0.5}, subset=subset, gradient_type="sgd", tokens_per_batch=90
+    )
+    usable = run.data.train.target_tokens > 0
+    again = np.sort(np.random.default_rng(3).permutation(np.flatnonzero(usable))[:10])
+    found = ranked(selector, run, STORED, 8, again=again)
+
+    train = unit(whole_gradients(run, run.data.train))
+    each = np.concatenate([unit(whole_gradients(run, rows)) for rows in run.data.targets])
+    asked = np.isin(np.arange(TRAIN), again)
+    scores = np.full(TRAIN, np.nan)
+    table = HeldTable(train @ each.T)
+    expected = Rule(subset).choose(8, scores, table, usable=asked).tolist()
+    assert found.indices.tolist() == expected
+    assert found.manifest["rerank"]["rows"] == 10
+    assert found.scores is not None
+    assert np.isfinite(found.scores).all(), "scores are the whole target's"
+
+
+def test_candidates_of_a_rule_are_those_that_it_takes_of_the_store(run: RunContext) -> None:
+    rng = np.random.default_rng(5)
+    pairs = [CheckpointFeatures(rng.normal(size=(TRAIN, 6)), [rng.normal(size=(3, 6)),
+                                                             rng.normal(size=(4, 6))])]  # fmt: skip
+    selector = LessSelector(rerank={"top": 0.7}, subset="round_robin")
+    record = SimpleNamespace(adapter_hash="a")
+    service: Any = SimpleNamespace(
+        checkpoints=lambda *_: pairs,
+        store=SimpleNamespace(generation=lambda _: SimpleNamespace(commit_sha="c", record=record)),
+    )
+    exported: Any = SimpleNamespace(train="train/3", targets=(), target_rows=7, tokens=0, seconds=0)
+    kept: list[RowScores] = []
+    context = UpdateContext(run, 3, 1, 2, 1e-3, None, None)
+    chosen = selector._choose(8, context, service, exported, kept)
+    usable = run.data.train.target_tokens > 0
+
+    def taken(count: int) -> list[int]:
+        rule, table = Rule("round_robin"), StoredTable(pairs)
+        return rule.choose(count, np.empty(0), table, usable=usable).tolist()
+
+    assert chosen.indices.tolist() == taken(8)
+    again = Rerank(0.7).best(kept[0], 8, context).tolist()
+    assert again == sorted(taken(11)), "0.7 of 17 rows"
+    best = select_top(kept[0].values, 11, usable=usable).tolist()
+    assert again != sorted(best), "or the candidates are the best scores"
+
+
+def test_more_candidates_than_a_rule_takes_are_refused_before_the_model(
+    run: RunContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in ("rules", "coverage"):
+        monkeypatch.setattr(f"gradstore.scoring.{room}.MOST_ROWS", 7)
+    selector = LessSelector(subset="facility_location", rerank={"top": 0.5})
+    LessSelector(subset="facility_location").check_count(7, run.data)
+    with pytest.raises(BadInput, match=r"facility_location, 8 rows an update.* takes at most 7"):
+        selector.check_count(7, run.data)
 
 
 def test_with_damping_without_bound_cg_is_exact(run: RunContext) -> None:
@@ -302,8 +375,13 @@ def test_a_forecast_names_the_second_passes_and_the_most_that_they_cost(run: Run
             {"rerank": {}, "preconditioner": "fisher", "gradient_type": "sgd"},
             "rerank.by is exact, whose products are plain",
         ),
-        ({"rerank": {}, "subset": "round_robin"}, "rerank gives .* but subset is round_robin"),
+        ({"rerank": {"by": "cg"}, "subset": "round_robin"}, "one for each target row; set by: ex"),
+        ({"rerank": {}, "subset": "drop_harmful"}, "rerank gives .* but subset is drop_harmful"),
         ({"rerank": {}, "quotas": {"a": 2}}, "rerank gives .* quotas are"),
+        (
+            {"rerank": {}, "subset": "round_robin", "quotas": {"a": 2}},
+            "rerank gives .* but subset is round_robin and quotas are",
+        ),
     ],
 )
 def test_what_has_no_second_ranking_is_refused(given: dict[str, Any], said: str) -> None:

@@ -18,6 +18,7 @@ from dataflex.selectors.less import LessSelector
 from dataflex.selectors.near import NearSelector
 from dataflex.selectors.nice import NiceSelector
 from dataflex.selectors.rds_plus import RdsPlusSelector
+from dataflex.selectors.row_scores import RowScores
 from dataflex.selectors.subset_rule import SubsetRule
 from gradstore.errors import BadInput
 from gradstore.scoring.best_rows import HeldTable
@@ -135,6 +136,11 @@ def pair(n: int = 40, t: int = 4) -> CheckpointFeatures:
     return CheckpointFeatures(Plain(train), (Plain(target),))
 
 
+def row_scores(made: CheckpointFeatures, aggregation: Any = "max") -> RowScores:
+    found = influence_scores([made], aggregation=aggregation)
+    return RowScores(found.values, found.usable, found.skipped)
+
+
 def boundary(run: Any, pool: npt.NDArray[np.int64] | None = None) -> Any:
     n = len(run.train)
 
@@ -152,11 +158,11 @@ def test_an_update_takes_what_select_takes_stored_or_direct(
     subset: str, quotas: dict[str, int]
 ) -> None:
     made, run = pair(), data()
-    scores = influence_scores([made])
+    scores = row_scores(made)
     expected = select_subset([made], 8, subset, quotas=quotas).tolist()  # type: ignore[arg-type]
     rule = SubsetRule(subset, quotas=quotas)
     usable = scores.usable
-    stored = rule.stored_rows(8, scores.values, usable, [made], boundary(run))
+    stored = rule.stored_rows(8, scores, usable, [made], boundary(run))
     assert stored.tolist() == expected
     train, target = (np.asarray(each.read(0, each.rows)) for each in (made.train, made.targets[0]))
     unit = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in (train, target)]
@@ -166,10 +172,9 @@ def test_an_update_takes_what_select_takes_stored_or_direct(
         {"quotas": quotas} if quotas else {}))  # fmt: skip
 
 
-@pytest.mark.parametrize("subset", SUBSETS)
 def test_everything_that_decides_is_told_and_repeats_the_choice() -> None:
     made, run = pair(200, 5), data(200)
-    scores, every = influence_scores([made], aggregation="mean").values, np.ones(200, dtype=bool)
+    scores, every = row_scores(made, "mean"), np.ones(200, dtype=bool)
     values: dict[str, Any] = {
         "subset": "knn_uniform", "neighbours": 3, "quotas": {"poems": 5},
         "params": {"alpha": 0.5},
@@ -177,7 +182,7 @@ def test_everything_that_decides_is_told_and_repeats_the_choice() -> None:
     assert set(values) == {field.name for field in dataclasses.fields(SubsetRule)}, "or one is new"
     rules = [
         SubsetRule("knn_uniform", 3, {"poems": 5}),
-        SubsetRule("knn_uniform", None, {}, {"alpha": 0.5}),
+        SubsetRule("knn_uniform", None, {}, {"alpha": 0.7, "scale": 0.5}),
         SubsetRule("facility_location", params={"discount": 0}),
     ]
     for rule in rules:
@@ -189,12 +194,13 @@ def test_everything_that_decides_is_told_and_repeats_the_choice() -> None:
         assert plain.tolist() != chosen, "or what is told decides nothing"
 
 
+@pytest.mark.parametrize("subset", SUBSETS)
 def test_only_candidates_are_taken(subset: str) -> None:
     made, run = pair(), data()
-    scores = influence_scores([made])
+    scores = row_scores(made)
     candidates = np.flatnonzero(scores.values > 0)[1::2]
     allowed = np.isin(np.arange(40), candidates)
-    chosen = SubsetRule(subset).stored_rows(6, scores.values, allowed, [made], boundary(run))
+    chosen = SubsetRule(subset).stored_rows(6, scores, allowed, [made], boundary(run))
     assert len(set(chosen.tolist())) == 6
     assert np.isin(chosen, candidates).all()
 
