@@ -24,7 +24,7 @@ from gradstore.export.moments import AdamMoments
 from gradstore.export.units import check_bad_rows
 from gradstore.format.layout import RowStatus
 from gradstore.scoring.best_rows import HeldTable, TargetTable
-from gradstore.scoring.products import Normalize
+from gradstore.scoring.metric import Normalize
 
 #: Directions of the target -> the same, changed by a curvature; collective.
 Metric = Callable[[TargetDirections], TargetDirections]

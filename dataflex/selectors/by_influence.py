@@ -24,11 +24,18 @@ from dataflex.run.spread import spread_of
 from dataflex.run.strategy import FSDP, ZERO3
 from dataflex.selectors.base import Selection, StoreSelector
 from dataflex.selectors.directly import select_directly
-from dataflex.selectors.product import check_product, in_metric, product_of, product_told
+from dataflex.selectors.product import (
+    AnyPreconditioner,
+    check_product,
+    in_metric,
+    product_of,
+    product_told,
+)
 from dataflex.selectors.ranked_again import rank_again
 from dataflex.selectors.rerank import lora_alone, rerank_of
 from dataflex.selectors.row_scores import RowScores
 from dataflex.selectors.subset_rule import SubsetRule
+from gradstore.scoring.metric import Normalize
 
 if TYPE_CHECKING:
     from dataflex.features.gradients import FeatureService
@@ -72,8 +79,8 @@ class InfluenceSelector(StoreSelector):
         checkpoints: Literal["last", "all"] | Count = "last",
         keep_generations: Count | None = None,
         unique: bool = False,
-        normalize: Literal["cosine", "target", "none"] = "cosine",
-        preconditioner: Literal["none", "fisher", "subspace", "kfac", "ekfac"] = "none",
+        normalize: Normalize = "cosine",
+        preconditioner: AnyPreconditioner = "none",
         damping: Annotated[float, Ge(0)] | None = None,
         rerank: Mapping[str, Any] | None = None,
         **features: Annotated[Any, FeatureSettings],  # noqa: ANN401 - those of that class

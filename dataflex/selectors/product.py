@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -12,15 +11,16 @@ from dataflex.data.rows import RunData
 from dataflex.features.settings import CurvedSettings, FeatureSettings
 from gradstore.errors import BadInput
 from gradstore.export.kronecker import DAMPING, CurvatureRule, Kind
-from gradstore.scoring.products import InnerProduct, Normalize
-from gradstore.scoring.subspace import check_targets, subspace_told
+from gradstore.scoring.metric import Normalize
+from gradstore.scoring.preconditioners import PRECONDITIONERS, Preconditioner
+from gradstore.scoring.products import InnerProduct
 
 if TYPE_CHECKING:
     from gradstore.scoring.comparable import CheckpointFeatures
 
 
 #: Preconditioners of stored features, when they are scored, and of gradients, when they are taken.
-AnyPreconditioner = Literal["none", "fisher", "subspace", "kfac", "ekfac"]
+AnyPreconditioner = Literal[Preconditioner, Kind]
 
 
 def in_metric(
@@ -62,13 +62,14 @@ def product_of(
             f"preconditioner: {preconditioner} is taken of stored features, and scoring: direct "
             "stores none; use scoring: projected"
         )
-    if preconditioner == "fisher" and gradient_type not in ("sgd", "sign"):
+    if preconditioner == "kfac" or preconditioner == "ekfac":  # the features are in the metric
+        return InnerProduct(normalize)
+    of_one_kind = PRECONDITIONERS[preconditioner].of_one_kind
+    if of_one_kind and gradient_type not in ("sgd", "sign"):
         raise ValueError(
             f"preconditioner: {preconditioner} needs training and target rows of one kind of "
             f"feature, and gradient_type: {gradient_type} makes two; set gradient_type: sgd"
         )
-    if preconditioner == "kfac" or preconditioner == "ekfac":  # the features are in the metric
-        return InnerProduct(normalize)
     try:
         return InnerProduct(normalize, preconditioner, 1.0 if damping is None else float(damping))
     except BadInput as error:
@@ -79,12 +80,10 @@ def check_product(product: InnerProduct, data: RunData) -> None:
     """Refuse, before the model is loaded, target rows that the product can't be taken of.
 
     Raises:
-        BadInput: fewer than 2 of them have a target token, and their subspace is asked for.
+        BadInput: too few of them have a target token.
     """
-    if product.preconditioner != "subspace":
-        return
     try:
-        check_targets([np.asarray(rows.target_tokens > 0) for rows in data.targets])
+        product.metric.check_targets([np.asarray(rows.target_tokens > 0) for rows in data.targets])
     except BadInput as error:
         raise BadInput(f"component_params: {error}") from error
 
@@ -106,8 +105,5 @@ def product_told(
                 "damping": metric["damping"], "factors": metric["sha256"]}  # fmt: skip
     if product == InnerProduct():
         return {}
-    told = asdict(product)
-    if product.preconditioner == "subspace":
-        del told["damping"]  # of fisher alone
-        told["subspace"] = subspace_told(checkpoints)
-    return told
+    names = {"normalize": product.normalize, "preconditioner": product.preconditioner}
+    return {**names, **product.metric.told(checkpoints)}

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gradstore.capture.chosen import Modules
 from gradstore.errors import BadInput
+from gradstore.export import kronecker
 from gradstore.export.features import EpsMode, FeatureSpec, Kind
 from gradstore.export.kronecker import DAMPING, CurvatureRule
 from gradstore.export.share import OptimizerStep
@@ -117,7 +118,7 @@ class BuildSettings(GradientSettings):
     store_text: bool = True
     step_rows: Annotated[int, Ge(1)] | None = None
     max_grad_norm: Annotated[float, Ge(0)] = 1.0
-    preconditioner: Literal["none", "kfac", "ekfac"] = "none"
+    preconditioner: Literal["none", kronecker.Kind] = "none"
     damping: Annotated[float, Gt(0)] = DAMPING
     worker: Worker | None = None
 

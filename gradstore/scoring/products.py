@@ -6,10 +6,10 @@ Letters: n train rows, d projected dimensions, m target rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +17,11 @@ import torch
 
 from gradstore.errors import BadInput
 from gradstore.scoring.comparable import CheckpointFeatures
-from gradstore.scoring.curvature import Fisher, check_damping
+from gradstore.scoring.metric import Normalize, Plain, QueryMap
+from gradstore.scoring.preconditioners import PRECONDITIONERS, Preconditioner
 from gradstore.scoring.scan import FeatureSource
-from gradstore.scoring.subspace import Subspace, check_targets, usable_targets_of
+from gradstore.scoring.subspace import usable_targets_of
 from gradstore.scoring.subtasks import source_name
-
-Normalize = Literal["cosine", "target", "none"]
-Preconditioner = Literal["none", "fisher", "subspace"]
-FloatArray = npt.NDArray[np.float64]
-
-#: (directions (m, d) unit, norms (m,)) -> (m, d) queries.
-QueryMap = Callable[[FloatArray, FloatArray], FloatArray]
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class InnerProduct:
 
     Attributes:
         normalize: whose norms are divided by: both rows', the target row's, or none.
-        preconditioner: none | fisher | subspace.
+        preconditioner: none | fisher | subspace, the names of `PRECONDITIONERS`.
         damping: l of `fisher`, as a multiple of R's mean eigenvalue, its trace over d; above 0
             there.
 
@@ -69,7 +63,7 @@ class InnerProduct:
 
     def __post_init__(self) -> None:
         """Check names and the number."""
-        offered = {"normalize": get_args(Normalize), "preconditioner": get_args(Preconditioner)}
+        offered = {"normalize": get_args(Normalize), "preconditioner": tuple(PRECONDITIONERS)}
         for field, names in offered.items():
             if getattr(self, field) not in names:
                 raise BadInput(f"{field} is {getattr(self, field)!r}; use " + " | ".join(names))
@@ -77,8 +71,12 @@ class InnerProduct:
         number = isinstance(given, Real) and not isinstance(given, bool)
         if not (number and math.isfinite(self.damping) and self.damping >= 0):
             raise BadInput(f"damping is {self.damping!r}; give a finite number of 0 or more.")
-        if self.preconditioner == "fisher":
-            check_damping(self.damping)
+        PRECONDITIONERS[self.preconditioner](self.normalize, self.damping)  # checks the damping
+
+    @property
+    def metric(self) -> Plain:
+        """The metric that the product is taken in."""
+        return PRECONDITIONERS[self.preconditioner](self.normalize, self.damping)
 
     def check(self, checkpoints: Sequence[CheckpointFeatures]) -> None:
         """Refuse, before a feature is read, rows that this product can't be taken of.
@@ -97,10 +95,9 @@ class InnerProduct:
                         f"{source_name(source)} has no norms of its rows, which normalize: "
                         f"{self.normalize} needs; use normalize: cosine."
                     )
-            if self.preconditioner == "fisher":
+            if self.metric.of_one_kind:
                 self._check_kinds(checkpoint)
-        if self.preconditioner == "subspace":
-            check_targets(usable_targets_of(checkpoints))
+        self.metric.check_targets(usable_targets_of(checkpoints))
 
     def query_map(
         self,
@@ -108,28 +105,8 @@ class InnerProduct:
         usable: Sequence[npt.NDArray[np.bool_]],
         device: torch.device,
     ) -> QueryMap:
-        """Return the way from target rows to queries at a checkpoint.
-
-        Args:
-            checkpoint: its rows.
-            usable: per target set, (rows,) bool: rows usable at every combined checkpoint.
-            device: where a matrix lives.
-
-        Raises:
-            BadInput: a curvature that is singular but for so little damping.
-        """
-        raw = self.normalize == "none"
-        if self.preconditioner == "none":
-            return lambda unit, norms: unit * norms[:, None] if raw else unit
-        if self.preconditioner == "subspace":
-            space = Subspace.of(checkpoint.targets, usable, device=device)
-            return lambda unit, norms: space.project(unit * norms[:, None] if raw else unit)
-        fisher = Fisher.of(
-            checkpoint.train, unit=self.normalize == "cosine", damping=self.damping, device=device
-        )
-        return lambda unit, norms: (
-            fisher.solve(unit * norms[:, None]) if raw else fisher.whitened_unit(unit)
-        )
+        """Return the way from target rows to queries at a checkpoint: that of `Plain.query_map`."""
+        return self.metric.query_map(checkpoint, usable, device)
 
     def scaled(
         self, source: FeatureSource, start: int, products: npt.NDArray[np.float32]

@@ -77,10 +77,10 @@ def check_rerank(choice: Choice, product: InnerProduct = COSINE) -> None:
             f"length correction {choice.length!r} is fitted to the scores of all rows, of which a "
             "rerank has only the candidates' exactly; leave one of them out."
         )
-    if product.preconditioner == "fisher":
+    if product.metric.of_train_rows:
         raise BadInput(
-            "preconditioner: fisher is made of all rows of a store, so a rerank would read the "
-            "second store whole; score that one alone."
+            f"preconditioner: {product.preconditioner} is made of all rows of a store, so a rerank "
+            "would read the second store whole; score that one alone."
         )
 
 

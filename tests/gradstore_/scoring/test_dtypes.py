@@ -17,8 +17,9 @@ from gradstore.errors import BadInput, DamagedData
 from gradstore.format.layout import ArraySpec, FeatureDtype
 from gradstore.scoring.curvature import Fisher
 from gradstore.scoring.influence import influence_scores
+from gradstore.scoring.metric import Normalize
 from gradstore.scoring.pairing import checkpoint_features
-from gradstore.scoring.products import InnerProduct, Normalize
+from gradstore.scoring.products import InnerProduct
 from gradstore.scoring.scan import Scan, exact_float32
 from gradstore.similarity.index import FeatureIndex
 from gradstore.similarity.rows import UsableRows, read_unit_rows
