@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -71,33 +72,53 @@ ENUMERATING = (
 )
 
 
+def followed(page: str, copied: Sequence[str], more: Sequence[str], folder: Path) -> list[str]:
+    """Follow the example of a page in a copy of folders; run its test, the last, and `more`.
+
+    Returns:
+        The files that the example touches, then what pytest said.
+    """
+    diff = re.search(r"```diff\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.S)
+    assert diff is not None
+    for part in copied:
+        shutil.copytree(ROOT / part, folder / part)
+    for test in {test.partition("::")[0] for test in more}:
+        (folder / test).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / test, folder / test)
+    subprocess.run(["git", "apply", "-"], input=diff[1], text=True, check=True, cwd=folder)
+    touched = re.findall(r"^\+\+\+ b/(\S+)", diff[1], flags=re.M)
+    inherited = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+               f"--rootdir={folder}", "--import-mode=importlib", touched[-1], *more]  # fmt: skip
+    found = subprocess.run(command, cwd=folder, env=inherited, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return [*touched, found.stdout]
+
+
 def test_adding_a_strategy_takes_one_file_one_preset_one_example_and_one_test(
     tmp_path: Path,
 ) -> None:
     """The example of docs/add-a-strategy.md, applied to a copy of the package and run."""
-    page = (ROOT / "docs" / "add-a-strategy.md").read_text()
-    diff = re.search(r"```diff\n(.*?)```", page, flags=re.S)
-    assert diff is not None
-    touched = re.findall(r"^\+\+\+ b/(\S+)", diff[1], flags=re.M)
+    copied = ("dataflex", "examples")
+    *touched, told = followed("add-a-strategy.md", copied, ENUMERATING, tmp_path)
     assert touched == [
         "dataflex/selectors/shortest.py",
         "dataflex/config/components.yaml",
         "examples/train_lora/selectors/shortest.yaml",
         "tests/dataflex_/selectors/test_shortest.py",
     ]
-    for folder in ("dataflex", "examples"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    for test in {test.partition("::")[0] for test in ENUMERATING}:
-        (tmp_path / test).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / test, tmp_path / test)
-    subprocess.run(["git", "apply", "-"], input=diff[1], text=True, check=True, cwd=tmp_path)
-    inherited = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               f"--rootdir={tmp_path}", "--import-mode=importlib", touched[-1],
-               *ENUMERATING]  # fmt: skip
-    found = subprocess.run(command, cwd=tmp_path, env=inherited, capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout + found.stderr
-    assert "13 passed" in found.stdout  # its own two, five kinds twice, and the example's
+    assert "13 passed" in told  # its own two, five kinds twice, and the example's
+
+
+def test_adding_a_preconditioner_takes_one_file_one_name_and_one_test(tmp_path: Path) -> None:
+    """The example of docs/add-a-preconditioner.md, applied to a copy of the package and run."""
+    *touched, told = followed("add-a-preconditioner.md", ("gradstore",), (), tmp_path)
+    assert touched == [
+        "gradstore/scoring/diagonal.py",
+        "gradstore/scoring/preconditioners.py",
+        "tests/gradstore_/scoring/test_diagonal.py",
+    ]
+    assert "2 passed" in told
 
 
 def test_the_pipeline_on_its_page_can_be_built() -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataflex.selectors.product import AnyPreconditioner
+from gradstore.cli import options
 from gradstore.errors import BadInput
+from gradstore.export.kronecker import Kind
 from gradstore.scoring import curvature
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.curvature import Fisher
 from gradstore.scoring.influence import influence_scores, subtask_influence
 from gradstore.scoring.plain_rows import PlainRows
+from gradstore.scoring.preconditioners import PRECONDITIONERS, Preconditioner
 from gradstore.scoring.products import InnerProduct
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -221,3 +226,18 @@ def test_no_usable_row_is_told_as_such_and_not_as_a_singular_matrix() -> None:
     checkpoint = CheckpointFeatures(np.zeros((3, 4)), [rows(1, 2, 4)])
     with pytest.raises(BadInput, match="none of the 3 train rows is usable"):
         influence_scores([checkpoint], product=InnerProduct("cosine", "fisher"))
+
+
+def test_every_name_of_a_metric_is_offered_told_and_explained() -> None:
+    assert tuple(PRECONDITIONERS) == get_args(Preconditioner)
+    guide = (Path(__file__).parents[3] / "docs" / "products.md").read_text(encoding="utf-8")
+    option = get_args(options.Preconditioner)[1]
+    for name in PRECONDITIONERS:
+        InnerProduct("cosine", name)
+        assert f"{name};" in option.help or f"{name}:" in option.help, "in the command's help"
+        assert f"`preconditioner: {name}`" in guide or name == "none"
+    offered = get_args(AnyPreconditioner)
+    assert offered == (*PRECONDITIONERS, *get_args(Kind))
+    for refused in ({"preconditioner": "kfac"}, {"preconditioner": None}):
+        with pytest.raises(BadInput, match=r"use none \| fisher \| subspace"):
+            InnerProduct(**refused)  # type: ignore[arg-type]
