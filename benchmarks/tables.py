@@ -744,7 +744,7 @@ def trusted(run: str = "") -> str:
             cells.append("" if line is None else f"{float(line['mean']):.3f} "
                          f"({float(line['low']):.3f} to {float(line['high']):.3f})")  # fmt: skip
         body.append((score, *cells))
-    names = {"lds": "LDS (95%)"}
+    names = {"lds": "LDS (95%)", "replay": "rank correlation with replay (95%)"}
     head = ("score", *(names.get(figure, f"{figure.upper()} (95%)") for figure in figures))
     return f"{table(head, body)}\n\n{where(lines.values())}."
 

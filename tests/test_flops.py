@@ -63,6 +63,10 @@ STATES = 2 * (40 + 18) * 59 + 2 * 10 * 3 * 2
         ("loss", LOSSES),
         ("rds_plus", STATES),
         ("near (hidden states)", STATES),
+        ("bm25, round_robin", 0),
+        # One query in the place of three.
+        ("rds_plus, top", STATES - 2 * 10 * 2 * 2),
+        ("near (hidden states), top", STATES - 2 * 10 * 2 * 2),
         ("less", FEATURES + ONE_QUERY),
         ("less, sgd", FEATURES + ONE_QUERY),
         ("less, published adam", FEATURES + ONE_QUERY),

@@ -191,11 +191,19 @@ def share(shape: Shape) -> float:
     return shape.of_train(min(SAMPLED, shape.rows))
 
 
-def embedding(shape: Shape) -> float:
-    """Count hidden states of training and target rows, and all their products."""
-    passes = shape.states(shape.rows, shape.length)
-    passes += shape.states(shape.targets, shape.target_length)
-    return passes + 2 * shape.rows * shape.targets * shape.hidden
+def embedding(*, apart: bool) -> Count:
+    """Count hidden states of training and target rows, and their products.
+
+    Args:
+        apart: whether every target row is a query of its own.
+    """
+
+    def count(shape: Shape) -> float:
+        passes = shape.states(shape.rows, shape.length)
+        passes += shape.states(shape.targets, shape.target_length)
+        return passes + 2 * shape.rows * shape.hidden * (shape.targets if apart else 1)
+
+    return count
 
 
 def losses(shape: Shape) -> float:
@@ -260,8 +268,11 @@ SELECTING: dict[str, Count | None] = {
     "oracle": nothing,
     "random": nothing,
     "bm25": nothing,
-    "near (hidden states)": embedding,
-    "rds_plus": embedding,
+    "bm25, round_robin": nothing,
+    "near (hidden states)": embedding(apart=True),
+    "near (hidden states), top": embedding(apart=False),
+    "rds_plus": embedding(apart=True),
+    "rds_plus, top": embedding(apart=False),
     "loss": losses,
     "less": influence(),
     "less, published adam": influence(),

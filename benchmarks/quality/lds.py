@@ -10,8 +10,9 @@ top 1% and 5%, against 10 without as many rows at random. Retrained models are b
 Scores are taken at four steps of one epoch on all rows (50, 100, 150, 200) and averaged, features
 through a projection (sjlt, d = 4096) and float16, as in a store; `--rerank 64` adds those of whole
 gradients, and some forty minutes. `--replay` adds the derivatives of that epoch's end by every
-row's weight, and two hours. These two are kept beside the bank as they are found: remove its folder
-`scores` when their code has changed.
+row's weight, and two hours. Where those are at hand, every score's rank correlation with them over
+the rows is a figure too (`replay`), which has no noise of retraining. These two are kept beside the
+bank as they are found: remove its folder `scores` when their code has changed.
 
 `--smooth` takes another run, on which replay can be a yardstick: a tenth of the learning rate, and
 a model that leaves rows out keeps the steps of the others, with weight 0 for those. At the file's
@@ -45,7 +46,14 @@ from world import World, target_kind
 from dataflex.data.rows import Rows
 from dataflex.launch.recorded import logits_of, row_sums
 from gradstore import CheckpointFeatures, bm25_scores
-from gradstore.evaluation import Estimate, draw_subsets, lds, query_loss_difference, without_top
+from gradstore.evaluation import (
+    Estimate,
+    draw_subsets,
+    lds,
+    query_loss_difference,
+    rank_correlation,
+    without_top,
+)
 from gradstore.evaluation.bank import Bank, Progress
 from gradstore.replay import Limits, MicroBatch, Step, TrainingRun, replay_influence
 from gradstore.replay.run import Parameters
@@ -302,8 +310,13 @@ def main() -> int:
     scores = all_scores(run, options.rerank, scored, lambda name: not only or name in only)
     if options.replay:
         scores["replay, one epoch"] = kept(scored / "replay.npy", lambda: replay_scores(run))
+    replayed = scored / "replay.npy"
+    exact = np.load(replayed) if replayed.exists() else None
     where = machine() | {"subsets": options.subsets, "run": "smooth" if options.smooth else ""}
     lines = [line_of(name, "lds", lds(each, losses, subsets)) for name, each in scores.items()]
+    if exact is not None:
+        lines += [line_of(name, "replay", rank_correlation(each, exact))
+                  for name, each in scores.items()]  # fmt: skip
     append(options.csv, [where | line for line in lines])
     for share in SHARES if options.qld else ():
         random = ~draw_subsets(n, CONTROLS, share, seed=1)

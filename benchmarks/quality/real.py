@@ -42,7 +42,7 @@ import real_rows
 import tables
 import torch
 from report import RESULTS, append, echo, machine, read
-from rules import FISHER, SUBSPACE, Method, at_random, by_embedding, less, mirror
+from rules import FISHER, SUBSPACE, Method, at_random, by_embedding, by_words, less, mirror
 from tinyrun import ROOT, TinyRun
 from transformers import AutoTokenizer
 from world import Chosen, World
@@ -74,12 +74,6 @@ Floats = npt.NDArray[np.float64]
 
 
 # ---- methods -----------------------------------------------------------------------------------
-
-
-def bm25(world: World, target: int) -> Chosen:
-    """Rows by the words of question and answer."""
-    scores = bm25_scores(world.texts["real_train"], world.texts[SETS[target]])
-    return select_top(scores.mean(axis=0), world.k)
 
 
 def by_loss(world: World, target: int) -> Chosen:
@@ -121,9 +115,12 @@ METHODS: dict[str, Method] = {
     "less": less("adam_marginal"),
     "less, sgd, fisher": less("sgd", FISHER),
     "less, subspace": less("adam_marginal", SUBSPACE),
-    "bm25": bm25,
+    "bm25": by_words("real_train", SETS, "top"),
+    "bm25, round_robin": by_words("real_train", SETS, "round_robin"),
     "rds_plus": by_embedding("position", "round_robin"),
+    "rds_plus, top": by_embedding("position", "top"),
     "near (hidden states)": by_embedding("mean", "round_robin"),
+    "near (hidden states), top": by_embedding("mean", "top"),
     "less, round_robin": less("adam_marginal", subset="round_robin"),
     "less, sgd, fisher, round_robin": less("sgd", FISHER, "round_robin"),
     "mirror": mirror(relative=True),
@@ -209,7 +206,7 @@ def by_states(pooling: Pooling) -> Callable[[World, Rows], Floats]:
     return score
 
 
-def by_words(world: World, rows: Rows) -> Floats:
+def by_bm25(world: World, rows: Rows) -> Floats:
     """(q, n) BM25."""
     found = bm25_scores(world.texts["real_train"], world.texts[rows.name])
     return found.astype(np.float64)
@@ -235,7 +232,7 @@ SCORES: dict[str, Callable[[World, Rows], Floats]] = {
     "less, sgd, fisher": by_gradient("sgd", FISHER),
     "less, subspace": by_gradient("adam_marginal", SUBSPACE),
     "less, sgd, fisher, normalize: target": by_gradient("sgd", InnerProduct("target", "fisher")),
-    "bm25": by_words,
+    "bm25": by_bm25,
     "rds_plus": by_states("position"),
     "near (hidden states)": by_states("mean"),
 } | {name: by_bergson(name) for name in PEERS}

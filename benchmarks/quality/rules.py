@@ -10,8 +10,10 @@ and 200 wrong ones), and at step 60 the *loss* on 64 held-out rows of the rule a
 on the chosen rows. Both once more at step 60 of a run whose every step, before the choice and after
 it, is clipped to a tenth of the median norm that the first run's gradients had (`clip` 0.1).
 Features go through a projection (sjlt, d = 4096) and float16, as in a store.
-`cpu_s` are the processor seconds of choosing for one target from what the run has: gradients,
-embeddings or losses of the training rows included.
+`bm25`, `less`, `mirror` and `landmarks` take the best of one score a row (`top`), `near` and
+`rds_plus` let the target rows choose in turn, as the selectors do; a name that ends in the other
+rule takes that. `cpu_s` are the processor seconds of choosing for one target from what the run has:
+gradients, embeddings or losses of the training rows included.
 
 Resumable: a method is not measured again at a state of a seed that the CSV has. Appends to
 results/rules.csv, line by line, and prints the table of docs/figures.md: means with the paired
@@ -23,7 +25,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from dataflex.models.trained import ShortTraining, trained_on
 from dataflex.selectors.mirror import falls_of
 from gradstore import bm25_scores
 from gradstore.export.pooling import Pooling
-from gradstore.scoring.best_rows import StoredTable
+from gradstore.scoring.best_rows import HeldTable, StoredTable
 from gradstore.scoring.choose import select_subset
 from gradstore.scoring.comparable import CheckpointFeatures
 from gradstore.scoring.influence import influence_scores
@@ -98,10 +100,16 @@ def by_embedding(pooling: Pooling, subset: str) -> Method:
     return choose
 
 
-def bm25(world: World, target: int) -> Chosen:
-    """Rows by the words of question and answer."""
-    scores = bm25_scores(world.texts["rules_train"], world.texts[TARGETS[target]])
-    return select_top(scores.mean(axis=0), world.k)
+def by_words(train: str, targets: Sequence[str], subset: str) -> Method:
+    """Rows by the words of question and answer: best mean, or as a subset rule takes them."""
+
+    def choose(world: World, target: int) -> Chosen:
+        scores = bm25_scores(world.texts[train], world.texts[targets[target]])
+        usable = np.ones(scores.shape[1], dtype=bool)
+        table = HeldTable(scores.T)
+        return Rule(subset).choose(world.k, scores.mean(axis=0), table, usable=usable)
+
+    return choose
 
 
 def landmarks(count: int) -> Method:
@@ -175,9 +183,12 @@ SUBSPACE = InnerProduct("cosine", "subspace")
 METHODS: dict[str, Method] = {
     "oracle": oracle,
     "random": at_random,
-    "bm25": bm25,
+    "bm25": by_words("rules_train", TARGETS, "top"),
+    "bm25, round_robin": by_words("rules_train", TARGETS, "round_robin"),
     "near (hidden states)": by_embedding("mean", "round_robin"),
+    "near (hidden states), top": by_embedding("mean", "top"),
     "rds_plus": by_embedding("position", "round_robin"),
+    "rds_plus, top": by_embedding("position", "top"),
     "less": less("adam_marginal"),
     "less, published adam": less("adam"),
     "less, sgd": less("sgd"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from dataflex.selectors.product import AnyPreconditioner
 from gradstore.cli import options
@@ -130,6 +131,35 @@ def test_only_so_many_rows_as_the_matrix_needs_are_read(monkeypatch: pytest.Monk
     assert starts == [0, 256 * 19]
 
 
+@pytest.mark.parametrize("sorted_by_kind", [True, False])
+def test_a_fit_on_four_rows_a_dimension_ranks_nearly_as_one_on_all(
+    monkeypatch: pytest.MonkeyPatch, sorted_by_kind: bool
+) -> None:
+    """16,384 rows of eight kinds in 512 dimensions, with a falling spectrum, as gradients have."""
+    n, d, rng = 16_384, 512, np.random.default_rng(0)
+    of_row = np.arange(n) * 8 // n if sorted_by_kind else rng.integers(0, 8, n)
+    spectrum = np.arange(1, d + 1) ** -0.5
+    train = (rng.normal(size=(n, d)) + rng.normal(size=(8, d))[of_row] / 2) * spectrum
+    target = (rng.normal(size=(16, d)) + train[of_row == 3][:16] * 2) * spectrum
+    checkpoint, product = CheckpointFeatures(train, [target]), InnerProduct("cosine", "fisher")
+    every = influence_scores([checkpoint], product=product).values
+    monkeypatch.setattr(curvature, "FEWEST_ROWS", 0)
+    moments: list[int] = []
+    blocks = curvature._sampled_blocks
+    monkeypatch.setattr(
+        curvature, "_sampled_blocks",
+        lambda train, most: [moments.append(most), *blocks(train, most)][1:],
+    )  # fmt: skip
+
+    sampled = influence_scores([checkpoint], product=product).values
+
+    assert moments == [4 * d]
+    assert spearmanr(every, sampled).statistic > 0.97
+    best = [set(np.argsort(-scores)[: n // 20].tolist()) for scores in (every, sampled)]
+    assert len(best[0] & best[1]) > 0.8 * n // 20
+    assert not np.array_equal(every, sampled), "or all rows were taken"
+
+
 def test_scores_do_not_depend_on_chunks_nor_on_how_a_checkpoint_is_cut() -> None:
     checkpoint = CheckpointFeatures(rows(8, 700, 12), [rows(9, 3, 12)])
     product = InnerProduct("target", "fisher")
@@ -140,7 +170,7 @@ def test_scores_do_not_depend_on_chunks_nor_on_how_a_checkpoint_is_cut() -> None
 
 @pytest.mark.parametrize(("n", "damping"), [(40, 1e-9), (40, 1e-14), (12, 1e-17)])
 def test_a_curvature_that_is_singular_but_for_rounding_is_refused(n: int, damping: float) -> None:
-    """Cholesky's factorisation ends on each of them, with a pivot that rounding has made."""
+    """Of 40 rows Cholesky's factorisation ends, with a pivot that rounding has made."""
     flat = rows(10, n, 20)
     flat[:, -1] = flat[:, 0]
     flat[-1] = flat[0]
