@@ -181,7 +181,7 @@ def rankings(
     scores = {}
     for dtype in DTYPES:
         store_features(folder / f"{seed}-{dtype}", sets, dtype)
-        pairs = checkpoint_features(open_store(folder / f"{seed}-{dtype}"), sets=kinds)
+        pairs = checkpoint_features(open_store(folder / f"{seed}-{dtype}"), targets=kinds)
         scores[dtype] = subtask_influence(pairs).values
     exact = scores[EXACT]
     return {

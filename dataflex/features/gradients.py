@@ -195,7 +195,7 @@ class FeatureService:
             self.store,
             which,
             run=self.run.config.store_run,
-            sets=[rows.name for rows in self.run.data.targets],
+            targets=[rows.name for rows in self.run.data.targets],
             until=step,
             fewer=True,
             train_set=train_set,

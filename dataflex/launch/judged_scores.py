@@ -127,7 +127,7 @@ def influence(
         ProvenanceMismatch: the store is of other rows.
     """
     sets = [rows.name for rows in data.targets]
-    pairs = checkpoint_features(open_store(store), parse_which(checkpoints), run=run, sets=sets)
+    pairs = checkpoint_features(open_store(store), parse_which(checkpoints), run=run, targets=sets)
     held = (pairs[-1].train, *pairs[-1].targets)
     for rows, generation in zip((data.train, *data.targets), held, strict=True):
         store_differs(store, rows, generation.row_hash)  # type: ignore[attr-defined]

@@ -176,7 +176,9 @@ def _opened(question: Question) -> tuple[Store, list[CheckpointFeatures]]:
     question.product()
     store = open_store(question.store)
     which = parse_which(question.checkpoints)
-    return store, checkpoint_features(store, which, run=question.run, sets=question.target or None)
+    return store, checkpoint_features(
+        store, which, run=question.run, targets=question.target or None
+    )
 
 
 def _scored(

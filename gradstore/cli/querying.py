@@ -88,7 +88,7 @@ def query(
 
     opened = open_store(store)
     pairs = checkpoint_features(
-        opened, parse_which(checkpoints), run=run, sets=[target] if target else None
+        opened, parse_which(checkpoints), run=run, targets=[target] if target else None
     )
     answer, told = near.answer(pairs, target_row, top, opened.index_folder)
     train: Generation = pairs[-1].train  # type: ignore[assignment]

@@ -76,7 +76,7 @@ class Again:
             open_store(self.rerank_store),
             parse_which(question.checkpoints),
             run=question.run,
-            sets=[target.set for target in first[-1].targets],  # type: ignore[attr-defined]
+            targets=[target.set for target in first[-1].targets],  # type: ignore[attr-defined]
             until=newest.step,
         )
         check_same_rows(first, second)

@@ -104,7 +104,7 @@ class AskedStore(Store):
             BadInput: no such checkpoint or target set, or sizes that do not fit.
             ProvenanceMismatch: generations that cannot be scored together.
         """
-        pairs = checkpoint_features(self, checkpoints, run=run, sets=targets, until=until)
+        pairs = checkpoint_features(self, checkpoints, run=run, targets=targets, until=until)
         scores = influence_scores(
             pairs, subtask_sizes=subtask_sizes, aggregation=aggregation, product=product
         )
@@ -142,7 +142,7 @@ class AskedStore(Store):
         """
         import pandas as pd
 
-        pairs = checkpoint_features(self, checkpoints, run=run, sets=targets, until=until)
+        pairs = checkpoint_features(self, checkpoints, run=run, targets=targets, until=until)
         values = subtask_influence(pairs, product=product).values
         names = [target.set for target in pairs[-1].targets]  # type: ignore[attr-defined]
         return pd.DataFrame(values, pd.RangeIndex(len(values), name="row"), names)
@@ -180,7 +180,7 @@ class AskedStore(Store):
         import pandas as pd
 
         sets = None if target is None else [target]
-        pairs = checkpoint_features(self, checkpoints, run=run, sets=sets)
+        pairs = checkpoint_features(self, checkpoints, run=run, targets=sets)
         names = [each.set for each in pairs[-1].targets]  # type: ignore[attr-defined]
         if len(names) > 1:
             raise BadInput(f"the store has target sets {', '.join(names)}; name one as target.")

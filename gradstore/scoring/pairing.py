@@ -18,11 +18,11 @@ Which = Literal["last", "all"] | int
 
 def checkpoint_features(
     store: Store,
-    which: Which = "last",
+    checkpoints: Which = "last",
     *,
     run: str = "",
     space: str = GRADIENT,
-    sets: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
     until: int | None = None,
     fewer: bool = False,
     train_set: str = "",
@@ -31,13 +31,13 @@ def checkpoint_features(
 
     Args:
         store: where they were committed.
-        which: the newest checkpoint, all of them, or how many of the newest.
+        checkpoints: the newest, all of them, or how many of the newest.
         run: prefix of the generations (`gradstore_run`).
         space: whose generations; embeddings are never mixed with gradients.
-        sets: target sets, in this order; None takes those of the newest checkpoint, by name. An
+        targets: target sets, in this order; None takes those of the newest checkpoint, by name. An
             empty list takes none, for what needs the training rows alone.
         until: no checkpoint of a later step is taken.
-        fewer: take what there is where `which` asks for more, as a run that has just begun does.
+        fewer: take what there is where `checkpoints` asks for more, as a run at its beginning does.
         train_set: name of a sample of the training rows that stands for all; "" takes all.
 
     Returns:
@@ -46,21 +46,19 @@ def checkpoint_features(
     Raises:
         BadInput: no such checkpoint, or a checkpoint lacks one of the sets.
     """
-    trains, targets = _found(store, run, space, until, train_set)
+    trains, held = _found(store, run, space, until, train_set)
     if not trains:
         raise _nothing_to_score(store, run, space)
-    chosen = _newest(sorted(trains), which, fewer)
-    wanted = tuple(sets) if sets is not None else tuple(sorted(targets.get(chosen[-1], {})))
-    if sets is None or wanted:
-        _check_targets(store, {step: list(targets.get(step, {})) for step in chosen}, wanted)
+    chosen = _newest(sorted(trains), checkpoints, fewer)
+    wanted = tuple(targets) if targets is not None else tuple(sorted(held.get(chosen[-1], {})))
+    if targets is None or wanted:
+        _check_targets(store, {step: list(held.get(step, {})) for step in chosen}, wanted)
     _check_kinds({step: _kind(trains[step]) for step in chosen})
     for step in chosen:
-        _check_metric(trains[step], [targets[step][name] for name in wanted])
+        _check_metric(trains[step], [held[step][name] for name in wanted])
     weights = checkpoint_weights([trains[s].record.learning_rate or 0.0 for s in chosen])
     return [
-        CheckpointFeatures(
-            trains[step], tuple(targets[step][name] for name in wanted), float(weight)
-        )
+        CheckpointFeatures(trains[step], tuple(held[step][name] for name in wanted), float(weight))
         for step, weight in zip(chosen, weights, strict=True)
     ]
 
@@ -71,7 +69,7 @@ def shared_sets(store: Store, which: Which = "last", *, run: str = "") -> list[s
     Raises:
         BadInput: no such checkpoint.
     """
-    chosen = [pair.train for pair in checkpoint_features(store, which, run=run, sets=[])]
+    chosen = [pair.train for pair in checkpoint_features(store, which, run=run, targets=[])]
     _, targets = _found(store, run, GRADIENT, None, "")
     steps = [train.step for train in chosen if isinstance(train, Generation)]
     return sorted(set.intersection(*(set(targets.get(step, {})) for step in steps)))

@@ -64,7 +64,7 @@ def pairs_of(store: Store, question: Question) -> list[CheckpointFeatures]:
         store,
         parse_which(question.checkpoints),
         run=question.run,
-        sets=question.target or None,
+        targets=question.target or None,
         until=question.step,
     )
 

@@ -119,7 +119,7 @@ def audit(
     limits = options or AuditOptions()
     expect(isinstance(limits, AuditOptions), "options", options, "AuditOptions(...)")
     sets = shared_sets(store, checkpoints, run=run) if targets is None else list(targets)
-    pairs = checkpoint_features(store, checkpoints, run=run, sets=sets)
+    pairs = checkpoint_features(store, checkpoints, run=run, targets=sets)
     train: Generation = pairs[-1].train  # type: ignore[assignment]
     texts = text_signs(store.texts(train), limits.text_similarity)
     signals = row_signals(pairs, device=device)

@@ -120,11 +120,11 @@ def test_a_sample_stands_for_the_training_rows_and_is_never_a_target(store: Stor
     view: Any = SimpleNamespace(path="s", generations=lambda: [seen(name) for name in names])
     (newest,) = checkpoint_features(view)
     assert [t.name for t in newest.targets] == ["target/a/20"]
-    sampled = checkpoint_features(view, "all", train_set="b", sets=["a"])
+    sampled = checkpoint_features(view, "all", train_set="b", targets=["a"])
     assert [c.train.name for c in sampled] == ["target/b/10", "target/b/20"]
     assert [[t.name for t in c.targets] for c in sampled] == [["target/a/10"], ["target/a/20"]]
     with pytest.raises(BadInput, match="no target generation of b"):
-        checkpoint_features(view, sets=["b"])
+        checkpoint_features(view, targets=["b"])
 
 
 def test_generations_of_two_checkpoints_are_not_scored_together(store: Store) -> None:

@@ -54,7 +54,7 @@ def build(
 
 
 def signals(store: Store, which: Any = "all") -> RowSignals:
-    pairs = checkpoint_features(store, which, sets=shared_sets(store, which))
+    pairs = checkpoint_features(store, which, targets=shared_sets(store, which))
     return row_signals(pairs, chunk_rows=256)
 
 

@@ -49,7 +49,7 @@ def test_the_store_and_its_generations_are_listed_with_the_commit_as_etag(
 def test_scores_are_those_of_the_library_in_json_and_in_arrow(
     client: TestClient, store_path: Path
 ) -> None:
-    pairs = checkpoint_features(open_store(store_path), "all", sets=["two"])
+    pairs = checkpoint_features(open_store(store_path), "all", targets=["two"])
     wanted = influence_scores(pairs).values
     form = {"checkpoints": "all", "target": ["two"]}
     got = client.post("/v1/score", json=form).json()
@@ -61,7 +61,7 @@ def test_scores_are_those_of_the_library_in_json_and_in_arrow(
 
 
 def test_a_query_names_helpers_and_hurters_with_text(client: TestClient, store_path: Path) -> None:
-    pairs = checkpoint_features(open_store(store_path), sets=["one"])
+    pairs = checkpoint_features(open_store(store_path), targets=["one"])
     wanted = query_influence(pairs, 3, top=4)
     got = client.post("/v1/query", json={"target": "one", "target_row": 3, "top": 4}).json()
     for side in ("helped", "hurt"):

@@ -291,7 +291,7 @@ def test_a_further_target_set_needs_neither_moments_nor_training_rows(build: Bui
     made = build(train=None, target={"more": build.target[:4]}, moments=None)
     assert (made.train, made.targets) == ("", ("target/more/7",))
     store = gradstore.open_store(build.path)
-    checkpoint = gradstore.checkpoint_features(store, sets=["more"])
+    checkpoint = gradstore.checkpoint_features(store, targets=["more"])
     assert len(gradstore.influence_scores(checkpoint).values) == 40
 
 
