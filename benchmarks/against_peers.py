@@ -5,8 +5,10 @@
     uv run python benchmarks/against_peers.py --parts slow --dim 512   # a quarter of an hour
     uv run python benchmarks/against_peers.py --parts dataflex         # three quarters
     uv run python benchmarks/against_peers.py --model tiny --rows 256
+    uv run python benchmarks/against_peers.py --parts ours             # no other package
 
-* *ours*: `gradstore.build` into a store, scores from it; the default feature, and LESS's own.
+* *ours*: `gradstore.build` into a store, scores from it; the default feature, and LESS's own; and
+  plain gradients of the base model's linear layers, as many numbers as bergson keeps of those.
 * *dataflex 1.1.0*: PyPI's LESS selector, called as its trainer calls it.
 * *LESS, TRAK*: the published recipe, a row at a time, through TRAK's `BasicProjector` in float16.
 * *bergson build* and *trackstar* (PyPI, 2.5.1): its command lines; of the adapter (as ours), and of
@@ -23,8 +25,9 @@ half an hour and more. So only their pass over the training rows is made there, 
 scores are those on `--model tiny`.
 
 *agreement*: Spearman correlation, over the rows that a method scored, with LESS's scores from whole
-gradients in float64 (cosine of Adam's step and target gradient, no projection), and how many of
-those scores' best 5% it has among its own; the latter for methods that scored all rows.
+gradients of the adapter in float64 (cosine of Adam's step and target gradient, no projection; made
+first, by `peers/exact.py`, in the time of a pass row by row), and how many of those scores' best 5%
+it has among its own; the latter for methods that scored all rows.
 
 Prints a line for each method and appends it to results/against_peers.csv: the fast ones', then each
 of the other two as it is measured.
@@ -55,6 +58,7 @@ HERE = Path(__file__).resolve().parent
 PLACE = HERE.parent / "runs" / "peers"
 PACKAGES = {"dataflex": ("dataflex[less]==1.1.0",), "bergson": ("bergson==2.5.1",)}
 BUFFER = 16
+SIDE = 16  # of bergson's projection of a module
 FEW = 8  # rows of the second, short run of bergson; as peers/prepare.py makes them
 TOP = 0.05
 TOKENS = 2048  # of a padded batch, as ours on a CPU; bergson takes no more than the model's longest
@@ -176,6 +180,12 @@ class Bench:
         method.rows = len(self.train) - FEW
         method.seconds.append(took["all"] - took["few"])
 
+    def exact(self) -> Scores:
+        """Compute the scores that all others are compared with: (n,) of the training rows."""
+        self.run([sys.executable, HERE / "peers" / "exact.py", self.folder], ours=True)
+        found: Scores = np.load(self.folder / "exact.npy")
+        return found
+
     def tokens(self, rows: int) -> float:
         """Tokens of so many training rows, by the mean of all."""
         return rows * statistics.mean(len(row["input_ids"]) for row in self.train)
@@ -191,15 +201,16 @@ def scores_of(folder: Path) -> Scores:
 
 
 def fast_ones(bench: Bench, pairs: int, parts: str) -> list[Method]:
-    """Measure ours and bergson's in turns; where slow ones are the part, ours alone, once."""
+    """Measure ours and bergson's in turns; where slow ones are the part, one of ours, once."""
     python = environment("bergson") if parts in ("all", "fast") else Path()
     adapter = bench.folder / "adapter"
     longest = json.loads((bench.base / "config.json").read_text("utf-8"))["max_position_embeddings"]
-    side = ("--projection_dim", "16", "--token_batch_size", str(min(TOKENS, longest)))
-    ours = [
-        ("ours, sjlt", "adam_marginal", "sjlt"),
-        ("ours, dense", "adam_marginal", "rademacher"),
-        ("ours, published Adam, sjlt", "adam", "sjlt"),
+    side = ("--projection_dim", str(SIDE), "--token_batch_size", str(min(TOKENS, longest)))
+    ours: list[tuple[str, str, str, str, int]] = [
+        ("ours, sjlt", "adapter", "adam_marginal", "sjlt", bench.dim),
+        ("ours, dense", "adapter", "adam_marginal", "rademacher", bench.dim),
+        ("ours, published Adam, sjlt", "adapter", "adam", "sjlt", bench.dim),
+        ("ours, base model's linear layers", "base", "sgd", "sjlt", SIDE**2),
     ]
     peers = [
         ("bergson build, base model", ("build", *side), bench.base),
@@ -207,11 +218,13 @@ def fast_ones(bench: Bench, pairs: int, parts: str) -> list[Method]:
         ("bergson trackstar, adapter", ("trackstar", *side), adapter),
     ]
     if parts not in ("all", "fast"):
-        ours, peers, pairs = ours[:1], [], 1
+        peers = []
+    if parts not in ("all", "fast", "ours"):
+        ours, pairs = ours[:1], 1
     found = {name: Method(name) for name, *_ in (*ours, *peers)}
     for turn in range(1, pairs + 1):
-        for name, feature, projection in ours:
-            bench.driver(found[name], "ours.py", sys.executable, feature, projection, bench.dim)
+        for name, *settings in ours:
+            bench.driver(found[name], "ours.py", sys.executable, *settings)
             echo(f"turn {turn} of {pairs}: {name} {found[name].seconds[-1]:.1f} s")
         for name, command, weights in peers:
             bench.bergson(found[name], python, command, weights)
@@ -237,11 +250,9 @@ def slow_ones(bench: Bench, model: str, parts: str) -> Iterator[Method]:
 
 
 def lines(
-    bench: Bench, found: Sequence[Method], ours: Method, first: dict[str, Any]
+    bench: Bench, found: Sequence[Method], ours: Method, exact: Scores, first: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """One line a method: speed, that of ours beside it, agreement, memory and bytes."""
-    file = bench.folder / "exact.npy"
-    exact = np.load(file) if file.is_file() else None
     speed = ours.rows / statistics.median(ours.seconds)
     made = []
     for method in found:
@@ -250,7 +261,7 @@ def lines(
             first
             | {
                 "method": method.name,
-                "d": bench.dim,
+                "d": round(method.figures.get("d", bench.dim)),
                 "rows": method.rows,
                 "measurements": len(method.seconds),
                 "seconds": round(seconds, 2),
@@ -269,11 +280,11 @@ def lines(
     return made
 
 
-def agreement(scores: Scores | None, exact: Scores | None) -> dict[str, float | str]:
+def agreement(scores: Scores | None, exact: Scores) -> dict[str, float | str]:
     """Compare scores with the exact ones of the same rows."""
     from scipy import stats
 
-    if scores is None or exact is None:
+    if scores is None:
         return {"spearman": "", "top": ""}
     n = len(scores)
     spearman = round(float(stats.spearmanr(scores, exact[:n]).statistic), 4)
@@ -284,23 +295,18 @@ def agreement(scores: Scores | None, exact: Scores | None) -> dict[str, float | 
     return {"spearman": spearman, "top": round(len(best[0] & best[1]) / k, 4)}
 
 
-def record(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Append lines to the CSV as soon as they are measured; return them."""
-    append(RESULTS / "against_peers.csv", results)
-    return results
-
-
 def main() -> None:
-    """Run the benchmark."""
+    """Run the benchmark; lines are appended to the CSV as soon as they are measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")
     parser.add_argument("--rows", type=int, default=64, help="training rows (default 64)")
     parser.add_argument("--pairs", type=int, default=3, help="turns of the fast ones (default 3)")
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--parts", choices=("all", "fast", "slow", "less", "dataflex"),
-                        default="all",
+    parser.add_argument("--parts", default="all",
+                        choices=("all", "fast", "ours", "slow", "less", "dataflex"),
                         help="slow: the two that project by TRAK; or one of them")  # fmt: skip
+    parser.add_argument("--csv", type=Path, default=RESULTS / "against_peers.csv")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="peers-") as temporary:
         folder = Path(temporary)
@@ -310,10 +316,14 @@ def main() -> None:
         subprocess.run([*prepare, str(options.rows), str(FEW)], check=True)
         bench = Bench(folder, options.dim, options.threads)
         first = machine(options.threads) | {"model": options.model}
+        echo("LESS's scores from whole gradients")
+        exact = bench.exact()
         found = fast_ones(bench, options.pairs, options.parts)
-        results = record(lines(bench, found, found[0], first))
+        results = lines(bench, found, found[0], exact, first)
+        append(options.csv, results)
         for method in slow_ones(bench, options.model, options.parts):
-            results += record(lines(bench, [method], found[0], first))
+            results += lines(bench, [method], found[0], exact, first)
+            append(options.csv, results[-1:])
     echo(f"\n{results[0]['cpu']}, {options.threads} threads, load {results[0]['load']}")
     for row in results:
         echo(

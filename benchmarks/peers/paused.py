@@ -80,6 +80,30 @@ def load(folder: Path, train_rows: int | None = None) -> Paused:
     return Paused(model, optimizer, train[:train_rows], target)
 
 
+def load_base(folder: Path) -> Any:  # noqa: ANN401 - a module, with methods of its class
+    """Read the model below a run's adapter: float32, its linear layers train and nothing else.
+
+    The output layer is none of them: it has the embedding's weights, or is as wide as those.
+    """
+    from transformers import AutoModelForCausalLM
+
+    adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        adapter["base_model_name_or_path"], torch_dtype=torch.float32
+    ).eval()
+    model.requires_grad_(False)
+    for layer in linear_layers(model):
+        layer.requires_grad_(True)
+    return model
+
+
+def linear_layers(model: Any) -> list[torch.nn.Linear]:  # noqa: ANN401 - as above
+    """List a base model's linear layers, without its output layer."""
+    head = model.get_output_embeddings()
+    layers = (each for each in model.modules() if isinstance(each, torch.nn.Linear))
+    return [each for each in layers if each is not head]
+
+
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Return the parameters that train, by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -13,7 +13,7 @@ import paused
 import torch
 from datasets import Dataset
 from export_ratio import REAL, collate, load_rows, trained_model
-from tinyrun import TinyRun
+from tinyrun import SKILLS, TinyRun
 from transformers import AutoTokenizer
 
 TARGET_ROWS = 8
@@ -41,7 +41,7 @@ def smollm2(folder: Path, rows: int) -> None:
 
 def tiny(folder: Path, rows: int) -> None:
     """Take the embedded model ten steps far; the target is its first skill's."""
-    run = TinyRun.start(1, folder / "run")
+    run = TinyRun.start(1, folder / "run", targets=(f"tiny_target_{SKILLS[0]}",))
     run.train_to(10)
     train, target = (
         [{key: list(row[key]) for key in ("input_ids", "labels")} for row in each.dataset]
