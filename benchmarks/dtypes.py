@@ -7,6 +7,11 @@
 *Speed*: a store of 20,480 x 4,096 rows of each dtype, random numbers, page cache warm. *Scan* is
 their products with one query, in turns with the float16 rows' (A B A B); *read* decodes them.
 
+*Bytes* a row: of features; of all arrays, losses too, as every build of gradients keeps them
+(`row_bytes`); of all files of the generation, records of units and the plan with them
+(`file_bytes`); and of the blocks that these files and their folders take (`disk_bytes`, as `du`
+counts).
+
 *Rows found*: the embedded model after 10 optimizer steps on random rows, sjlt to 4,096, its 1,600
 training rows and each of 8 skills as the target, beside the float32 store's scores: share of its
 best 5% that is the same, NDCG of the best 20 (a row's gain is its float32 score, 0 where that is
@@ -33,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gradkernels import ProjectionSpec
-from report import RESULTS, Took, append, compared, echo, machine, timed
+from report import RESULTS, Took, append, compared, echo, machine, on_disk, timed
 from scipy import stats
 from serve import write
 from tinyrun import SKILLS, TinyRun, gather
@@ -41,7 +46,7 @@ from tinyrun import SKILLS, TinyRun, gather
 from gradstore import checkpoint_features, select_top
 from gradstore.export.features import FeatureSpec
 from gradstore.export.projected import export_features
-from gradstore.format.layout import FeatureDtype, arrays
+from gradstore.format.layout import FeatureDtype, arrays, generation_path, plan_path
 from gradstore.format.records import GenerationRecord, RowSet
 from gradstore.scoring.combine import CHUNK_ROWS
 from gradstore.scoring.influence import subtask_influence
@@ -105,7 +110,7 @@ def over_seeds(name: str, values: Sequence[float]) -> float:
 def measured_speeds(folder: Path, rows: int, pairs: int) -> dict[str, dict[str, Any]]:
     """Bytes a row, scan and read of a store of each dtype."""
     for dtype in DTYPES:
-        write(folder / dtype, rows, DIM, dtype=dtype)
+        write(folder / dtype, rows, DIM, dtype=dtype, losses=True)
     stores = {dtype: open_store(folder / dtype) for dtype in DTYPES}
     trains = {dtype: store.generation("train/0") for dtype, store in stores.items()}
     for train in trains.values():
@@ -117,15 +122,23 @@ def measured_speeds(folder: Path, rows: int, pairs: int) -> dict[str, dict[str, 
             times[BESIDE].append(timed(partial(scan, trains[BESIDE])))
             times["scan"].append(timed(partial(scan, train)))
         few = min(rows, 4096)
+        whole, blocks = generation_bytes(folder / dtype)
         read = statistics.median(timed(partial(train.read, 0, few)).wall for _ in range(3))
         found[dtype] = {
             "rows": rows,
             "feature_bytes": arrays(DIM, dtype)[0].chunk_bytes(256) / 256,
             "row_bytes": round(train.bytes / rows, 1),
+            "file_bytes": round(whole / rows, 1),
+            "disk_bytes": round(blocks / rows, 1),
             "read_rows_s": round(few / read),
             **compared(times[BESIDE], times["scan"], ("float16", "scan")),
         }
     return found
+
+
+def generation_bytes(store: Path) -> tuple[int, int]:
+    """Sum the files of the training rows: bytes, and bytes of blocks."""
+    return on_disk(store / generation_path("train/0"), store / plan_path("train/0"))
 
 
 def scan(train: Generation) -> None:

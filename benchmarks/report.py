@@ -103,6 +103,19 @@ def drop(folder: Path) -> None:
             os.close(file)
 
 
+def on_disk(*paths: Path) -> tuple[int, int]:
+    """Sum what files, and folders with all below them, take: bytes, and bytes of their blocks.
+
+    A folder has no bytes of its own, but blocks; on some file systems none.
+    """
+    found = [each for path in paths for each in (path, *path.rglob("*"))]
+    stats = [(path.is_file(), path.stat()) for path in found]
+    return (
+        sum(stat.st_size for is_file, stat in stats if is_file),
+        sum(512 * stat.st_blocks for _, stat in stats),
+    )
+
+
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Append rows to a CSV file; columns that it lacks are added, empty in its older rows."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,15 @@ def main() -> int:
     return int(line["errors"] > 0)
 
 
-def write(path: Path, rows: int, dim: int, *, text: bool = False, dtype: str = "float16") -> None:
+def write(
+    path: Path,
+    rows: int,
+    dim: int,
+    *,
+    text: bool = False,
+    dtype: str = "float16",
+    losses: bool = False,
+) -> None:
     """Write a store with one train and one target generation."""
     import numpy as np
 
@@ -81,14 +89,16 @@ def write(path: Path, rows: int, dim: int, *, text: bool = False, dtype: str = "
                 np.arange(first, first + count, dtype="<u8").view(np.uint8).reshape(count, 8)
             )
             kept = RowSet(hashes, tuple((f"set {i % 5}", i) for i in range(count)))
-            generation = writer.begin(record, kept, dim=dim, dtype=dtype)
+            generation = writer.begin(record, kept, dim=dim, dtype=dtype, losses=losses)
             for unit in list(generation.pending):
                 size = unit.stop - unit.start
                 # Fresh enough: no two units alike, and no time spent on drawing numbers.
                 shift = int(rng.integers(dim))
                 features = np.roll(base, shift, axis=1)[rng.permutation(256)[:size]]
                 ok, tokens = np.zeros(size, dtype=np.uint8), np.arange(size, dtype=np.int32) + 1
-                generation.write_unit(unit.index, features, np.ones(size, np.float32), ok, tokens)
+                ones = np.ones(size, np.float32)
+                loss = ones if losses else None
+                generation.write_unit(unit.index, features, ones, ok, tokens, loss)
             generation.commit()
             if text:
                 words = (Text(f"Say {i} in words, {i % 97} times.", f"{i} " * 20, 40)

@@ -780,9 +780,14 @@ def dtypes() -> str:
         return (f"{float(line['overlap']):.3f}", f"{float(line['reranked']):.3f}",
                 f"{float(line['spearman']):.4f}", f"{float(line['skill']):.3f}")  # fmt: skip
 
+    def all_told(line: Line) -> str:
+        both = [line.get(name, "") for name in ("file_bytes", "disk_bytes")]
+        return " / ".join(f"{float(value):,.0f}" for value in both) if all(both) else UNKNOWN
+
     body = [
         (f"`{dtype}`", f"{float(line['feature_bytes']):,.0f}",
-         f"{float(line['row_bytes']):,.0f}", ratio(line), f"{int(line['read_rows_s']):,}",
+         f"{float(line['row_bytes']):,.0f}", all_told(line), ratio(line),
+         f"{int(line['read_rows_s']):,}",
          *found(line), error(line),
          *((*found(far[dtype])[:3], error(far[dtype])) if far else ()))
         for dtype, line in near.items()
@@ -790,9 +795,10 @@ def dtypes() -> str:
     of_a_score = "error of a score: std / largest"
     smollm2 = ("SmolLM2: same best 5%", "re-ranked", "rank correlation", of_a_score)
     more = smollm2 if far else ()
-    head = ("dtype", "bytes of features", "of a row in all", "scan, rows/s over float16's, median "
-            "(pairs)", "rows/s read", "same best 5%", "of its best 7.5%, re-ranked",
-            "rank correlation", "target's skill in the best 5%", of_a_score, *more)  # fmt: skip
+    head = ("dtype", "bytes of features", "of all arrays", "of all files / of their blocks",
+            "scan, rows/s over float16's, median (pairs)", "rows/s read", "same best 5%",
+            "of its best 7.5%, re-ranked", "rank correlation", "target's skill in the best 5%",
+            of_a_score, *more)  # fmt: skip
     return f"{table(head, body)}\n\n{where(every.values())}."
 
 
