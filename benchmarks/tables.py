@@ -34,6 +34,9 @@ NODE_CORES, NODE_HOURS = 64, 24
 #: A second pass over the same rows, which the sum leaves out.
 SCANNED_AGAIN = "scan, in memory and checked"
 
+#: Smallest speed of a scan from disk beside reading the same files.
+SCALE_LIMIT = 0.8
+
 #: Stands for a figure that older lines of a CSV do not have.
 UNKNOWN = "not recorded"
 
@@ -329,26 +332,42 @@ def throughput() -> str:
     return f"{table(head, body)}\n\n{memory} {where(lines)}.\n\n{workers}"
 
 
-def scale() -> str:
+def scale_runs(path: Path) -> list[dict[str, Line]]:
+    """Split the lines of scale.csv into its runs, each by what it measured; a build begins one."""
+    runs: list[dict[str, Line]] = []
+    for line in read(path):
+        if line["what"] == "build":
+            runs.append({})
+        runs[-1][line["what"]] = line
+    most = max(int(run["build"]["rows"]) for run in runs)
+    return [run for run in runs if int(run["build"]["rows"]) == most]
+
+
+def shown_run(runs: Sequence[dict[str, Line]]) -> dict[str, Line]:
+    """Choose the run that a table shows: of those with the last one's units, that of most pairs."""
+    units = runs[-1]["build"]["unit_rows"]
+    alike = [run for run in runs if run["build"]["unit_rows"] == units]
+    return max(reversed(alike), key=lambda run: int(run["cold"]["pairs"]))
+
+
+def scale(path: Path = RESULTS / "scale.csv") -> str:
     """Ten million rows as measured, and what a thousand million would take by the same rates."""
-    lines = newest(read(RESULTS / "scale.csv"), "what", "rows")
-    rows = max(int(line["rows"]) for line in lines.values())
-    of = {what: line for (what, n), line in lines.items() if int(n) == rows}
+    runs = scale_runs(path)
+    of = shown_run(runs)
+    rows, unit_rows = (int(of["build"][key]) for key in ("rows", "unit_rows"))
     times = FAR_ROWS * FAR_CHECKPOINTS / rows
-    per_row, cores = float(of["bytes a row"]["row_bytes"]), int(of["cold"]["threads"])
-    encode = float(of["encode"]["scan_s"]) * rows / 1e6
+    per_row, again = float(of["bytes a row"]["row_bytes"]), of.get("rerank")
     body = [
         ("bytes", f"{per_row * rows / 1e9:.1f} GB", f"{per_row * rows * times / 1e12:.1f} TB", "")
     ]
+    if again is not None:
+        fewer, others = int(again["rows"]), float(again["row_bytes"])
+        body.append((f"bytes of a second store, int8, {fewer:,} rows",
+                     f"{others * fewer / 1e9:.1f} GB",
+                     f"{others * FAR_ROWS * FAR_CHECKPOINTS / 1e12:.1f} TB", ""))  # fmt: skip
     in_all = 0.0
-    for name, seconds, busy in (
-        ("rotate and pack, one core", encode, 1),
-        ("write and commit, one process", float(of["build"]["scan_s"]), 1),
-        ("scan, nothing in memory yet", float(of["cold"]["scan_s"]), cores),
-        (SCANNED_AGAIN, float(of["again"]["scan_s"]), cores),
-        ("choice of the best 5%", float(of["choice"]["scan_s"]), 1),
-    ):
-        hours = seconds * times * busy / 3600
+    for name, seconds, measured_rows, cores in scale_parts(of):
+        hours = seconds * FAR_ROWS * FAR_CHECKPOINTS / measured_rows * cores / 3600
         body.append((name, f"{seconds:.1f} s", f"{hours:.1f} core-hours", f"{hours * PRICE:.2f}"))
         in_all += hours if name != SCANNED_AGAIN else 0
     nodes = math.ceil(in_all / (NODE_CORES * NODE_HOURS))
@@ -360,7 +379,7 @@ def scale() -> str:
         ("all of it, scanned once", "", f"{in_all:.1f} core-hours", f"{in_all * PRICE:.2f}"),
         (f"nodes of {NODE_CORES} cores that need at most {NODE_HOURS} hours", "", need, ""),
     ]
-    head = (f"{rows:,} x 4,096, 1 bit", "measured",
+    head = (f"{rows:,} x 4,096, 1 bit, units of {unit_rows:,}", "measured",
             f"{FAR_ROWS:.0e} rows x {FAR_CHECKPOINTS} checkpoints, calculated", "USD")  # fmt: skip
     speeds = "; ".join(
         f"{name} {ratio(of[what])} (reading {float(of[what]['read_s']):.1f} s)"
@@ -368,9 +387,44 @@ def scale() -> str:
                            ("again", "from memory, checked"))
     )  # fmt: skip
     return (
-        f"{table(head, body)}\n\nSpeed of a scan over that of reading the same files: {speeds}. "
-        f"Peak memory of the build: {int(of['build']['peak_mib']):,} MiB. {where(of.values())}."
+        f"{table(head, body)}\n\nSpeed of a scan over that of reading the same files, "
+        f"{of['cold']['pairs']} pairs: {speeds}. Peak memory of the build: "
+        f"{int(of['build']['peak_mib']):,} MiB. {where(of.values())}.\n\n{from_disk(runs)}"
     )
+
+
+def scale_parts(of: Mapping[str, Line]) -> list[tuple[str, float, int, int]]:
+    """List a run's works: name, seconds, rows that they are of, cores that they keep busy."""
+    rows, cores = int(of["build"]["rows"]), int(of["cold"]["threads"])
+    parts = [
+        ("rotate and pack, one core", float(of["encode"]["scan_s"]) * rows / 1e6, rows, 1),
+        ("write and commit, one process", float(of["build"]["scan_s"]), rows, 1),
+        ("scan, nothing in memory yet", float(of["cold"]["scan_s"]), rows, cores),
+        (SCANNED_AGAIN, float(of["again"]["scan_s"]), rows, cores),
+        ("choice of the best 5%", float(of["choice"]["scan_s"]), rows, 1),
+    ]
+    if "rerank" in of:
+        fewer = int(of["rerank"]["rows"])
+        name = f"re-rank of the best 7.5% by it, {fewer:,} rows"
+        parts.append((name, float(of["rerank"]["scan_s"]), fewer, cores))
+    return parts
+
+
+def from_disk(runs: Sequence[dict[str, Line]]) -> str:
+    """Tell every run's scan from disk, by processor, and how many miss what was aimed at."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        cold = run["cold"]
+        plural = "s" if cold["threads"] != "1" else ""
+        key = cold["cpu"], f"{int(cold['unit_rows']):,}"
+        found.setdefault(key, []).append(
+            f"{ratio(cold)} with {cold['threads']} thread{plural}, {cold['pairs']} pairs"
+        )
+    told = "; ".join(
+        f"{cpu}, units of {units}: {', '.join(each)}" for (cpu, units), each in found.items()
+    )
+    missed = sum(float(run["cold"]["ratio"]) < SCALE_LIMIT for run in runs)
+    return f"From disk in all {len(runs)} runs, {missed} of them below {SCALE_LIMIT}: {told}."
 
 
 def tsds() -> str:

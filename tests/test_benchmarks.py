@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,38 @@ def test_bytes_of_a_1bit_row_are_those_of_all_files(script: Any, tmp_path: Path)
     assert whole == sum(len(path.read_bytes()) for path in files)
     assert 590 < whole / rows < 610
     assert blocks >= whole
+
+
+# ---- ten million rows ------------------------------------------------------------------------
+
+
+def test_a_small_run_of_scale_gives_every_line_of_its_table(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    csv = tmp_path / "scale.csv"
+    options = ["--rows", "1500", "--rerank-rows", "600", "--pairs", "1", "--csv", str(csv)]
+    monkeypatch.setattr(sys, "argv", ["", *options, "--folder", str(tmp_path)])
+    script("scale").main()
+    lines = {line["what"]: line for line in script("report").read(csv)}
+    assert {line["unit_rows"] for line in lines.values()} == {"256"}
+    # Records and plan beside 545 bytes of arrays, and six units of which one is not full.
+    assert 590 < float(lines["bytes a row"]["row_bytes"]) < 625
+    assert int(lines["rerank"]["candidates"]) == 45  # 1.5 times 5% of 600
+    assert float(lines["rerank"]["row_bytes"]) > 4096
+    shown = script("tables").scale(csv)
+    assert "units of 256" in shown
+    assert "re-rank of the best 7.5%" in shown
+    assert "From disk in all 1 runs" in shown
+
+
+def test_the_run_of_scale_with_most_pairs_is_shown(script: Any) -> None:
+    tables = script("tables")
+
+    def run(units: int, pairs: int, ratio: float, name: str = "") -> Any:
+        line = {"unit_rows": str(units), "pairs": str(pairs), "ratio": str(ratio), "cpu": "EPYC",
+                "threads": "2", "ratio_min": "", "ratio_max": "", "name": name}  # fmt: skip
+        return {"build": line, "cold": line}
+
+    runs = [run(4096, 9, 0.5), run(256, 2, 0.7), run(256, 5, 0.75, "best"), run(256, 3, 0.9)]
+    assert tables.shown_run(runs)["cold"]["name"] == "best"
+    assert "all 4 runs, 3 of them below 0.8" in tables.from_disk(runs)
