@@ -1,13 +1,15 @@
 """Writing and reading a store's features beside NumPy's bare memory map of the same numbers.
 
-    OMP_NUM_THREADS=1 uv run python benchmarks/throughput.py      # 7 GB of disk, a few minutes
+    OMP_NUM_THREADS=1 uv run python benchmarks/throughput.py      # 10 GB of disk, a few minutes
 
-The same 50,000 x 4,096 float32 rows go to a store as float16 (`fill`, four units at once: a scale
-for each row, crc32c and sha256 of every chunk, each unit fsynced and named, commit) and to an
-`np.memmap` of float16 (cast, then `flush`, which is msync): A B A B, each into new files, nothing
-dirty from before. Files of earlier rounds stay, their pages dropped: ext4 looks through inodes that
-were freed in the last minutes whenever it makes a file, which a store's thousand would pay for. So
-remove nothing large for five minutes before.
+The same 50,000 x 4,096 float32 rows go to a store as float16 (`fill`: a scale for each row, crc32c
+and sha256 of every chunk, each unit fsynced and named, commit) and to an `np.memmap` of float16
+(cast, then `flush`, which is msync): A B C A B C, each into new files, nothing dirty from before.
+The store is written twice, by `behind`, the units that wait for the disk at once: four, for rows
+that come as fast as they are written, and one, as every export of gradients has it. Files of
+earlier rounds stay, their pages dropped: ext4 looks through inodes that were freed in the last
+minutes whenever it makes a file, which a store's thousand would pay for. So remove nothing large
+for five minutes before.
 
 *read all*: every row as float32, a unit at a time, of a store that was just opened, so that each
 chunk's crc32c is checked on the way; beside the map's `astype`. *again* is the same of a store
@@ -45,8 +47,8 @@ if TYPE_CHECKING:
 
 UNIT = 256
 FEW = 256
-#: Units that are written at once, so that their waiting for the disk overlaps.
-BEHIND = 4
+#: Units that wait for the disk at once: of rows that come fast, and of an export's.
+BEHIND = (4, 1)
 
 #: Smallest speed beside the map's.
 LIMITS = {"write": 1.0, "read all": 0.9, "256 rows": 0.5}
@@ -67,7 +69,7 @@ def features(rows: int, dim: int) -> Iterator[np.ndarray]:
         yield base[: min(UNIT, rows - unit * UNIT), unit % dim : unit % dim + dim]
 
 
-def write_store(path: Path, rows: int, dim: int) -> None:
+def write_store(path: Path, rows: int, dim: int, behind: int) -> None:
     """Write and commit a generation."""
     import numpy as np
 
@@ -90,7 +92,7 @@ def write_store(path: Path, rows: int, dim: int) -> None:
             status, tokens = np.zeros(len(block), np.uint8), np.ones(len(block), np.int32)
             return UnitFeatures(unit, block, ones, status, tokens, 0)
 
-        fill(generation, compute, behind=BEHIND)
+        fill(generation, compute, behind=behind)
         generation.commit()
 
 
@@ -129,23 +131,30 @@ def read_map(held: np.ndarray) -> None:
 # ---- measuring -------------------------------------------------------------------------------
 
 
-def writing(folder: Path, rows: int, dim: int, pairs: int) -> dict[str, Any]:
-    """Compare writing."""
-    found: dict[str, list[Took]] = {"store": [], "map": []}
+def writing(folder: Path, rows: int, dim: int, pairs: int) -> list[dict[str, Any]]:
+    """Compare writing, with each number of units that wait for the disk at once."""
+    sides: dict[str, Callable[[Path], None]] = {
+        **{f"store {n}": partial(write_store, rows=rows, dim=dim, behind=n) for n in BEHIND},
+        "map": partial(write_map, rows=rows, dim=dim),
+    }
+    found: dict[str, list[Took]] = {name: [] for name in sides}
     for number in range(pairs + 1):
-        for name, write in (("store", write_store), ("map", write_map)):
+        for name, write in sides.items():
             drop(folder)
             path = folder / (name if number == pairs else f"{name}-{number}")
-            found[name].append(timed(partial(write, path, rows, dim), os.sync))
-    ours, beside = (times[1:] for times in found.values())  # the first warms up
-    return {"what": "write", **speeds(ours, beside)}
+            found[name].append(timed(partial(write, path), os.sync))
+    # The first of each warms up.
+    return [
+        {"what": "write", "behind": n, **speeds(found[f"store {n}"][1:], found["map"][1:])}
+        for n in BEHIND
+    ]
 
 
 def reading(folder: Path, rows: int, dim: int, pairs: int, cold: bool) -> list[dict[str, Any]]:
     """Compare reading: all rows, all rows again, and some."""
     import numpy as np
 
-    store, plain = folder / "store", folder / "map"
+    store, plain = folder / f"store {BEHIND[0]}", folder / "map"
     held, checked = np.memmap(plain, np.float16, mode="r", shape=(rows, dim)), opened(store)
     read_store(lambda: checked)
     asked = np.random.default_rng(0).integers(rows, size=(pairs + 1, FEW))
@@ -191,9 +200,9 @@ def build(rows: int, folder: Path) -> float:
     """Build a store in a folder, and leave it there; MiB of peak RSS above the imports."""
     import gradstore.store.writer  # noqa: F401 - what it takes is not the store's
 
-    write_store(folder / "small", UNIT, BUILT_DIM)
+    write_store(folder / "small", UNIT, BUILT_DIM, BEHIND[0])
     before = peak_kib()
-    write_store(folder / "store", rows, BUILT_DIM)
+    write_store(folder / "store", rows, BUILT_DIM, BEHIND[0])
     return (peak_kib() - before) / 1024
 
 
@@ -225,7 +234,7 @@ def main() -> int:
         for rows in BUILT:
             peak = round(memory(rows, folder / f"memory-{rows}"), 1)
             lines.append({"what": "memory", "rows": rows, "dim": BUILT_DIM, "peak_mib": peak})
-        of_both = [writing(folder, *shape, options.pairs),
+        of_both = [*writing(folder, *shape, options.pairs),
                    *reading(folder, *shape, options.pairs, options.cold)]  # fmt: skip
     cache = "cold" if options.cold else "warm"
     lines += [{"rows": options.rows, "dim": options.dim, "cache": cache, **each}

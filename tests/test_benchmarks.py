@@ -63,3 +63,12 @@ def test_the_run_of_scale_with_most_pairs_is_shown(script: Any) -> None:
     runs = [run(4096, 9, 0.5), run(256, 2, 0.7), run(256, 5, 0.75, "best"), run(256, 3, 0.9)]
     assert tables.shown_run(runs)["cold"]["name"] == "best"
     assert "all 4 runs, 3 of them below 0.8" in tables.from_disk(runs)
+
+
+# ---- writing ---------------------------------------------------------------------------------
+
+
+def test_writing_is_measured_as_exports_do_it_too(script: Any, tmp_path: Path) -> None:
+    lines = script("throughput").writing(tmp_path, rows=600, dim=32, pairs=1)
+    assert [line["behind"] for line in lines] == [4, 1]
+    assert all(line["pairs"] == 1 and line["map_s"] == lines[0]["map_s"] for line in lines)
