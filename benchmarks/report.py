@@ -20,6 +20,9 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
+#: The machine's average over the minute before the benchmark began: what else runs there.
+LOAD = round(os.getloadavg()[0], 1)
+
 
 def machine(threads: int | None = None, chip: str | None = None) -> dict[str, Any]:
     """Date, processor, cores, threads, torch's version, load: the first columns of a result.
@@ -28,8 +31,8 @@ def machine(threads: int | None = None, chip: str | None = None) -> dict[str, An
         threads: of the measured process; None for this one's, by torch.
         chip: name of a GPU that the work ran on; None for the processor.
 
-    `load` is the machine's average over the last minute, this benchmark included; `cpu_s` columns
-    are processor seconds, which other work on the machine changes less than wall-clock.
+    `load` is that of other work, `LOAD`, not of this benchmark's; `cpu_s` columns are processor
+    seconds, which other work on the machine changes less than wall-clock.
     """
     if threads is None:
         import torch
@@ -41,7 +44,7 @@ def machine(threads: int | None = None, chip: str | None = None) -> dict[str, An
         "cores": os.cpu_count(),
         "threads": threads,
         "torch": version("torch"),
-        "load": round(os.getloadavg()[0], 1),
+        "load": LOAD,
         "chip": chip or "",
     }
 
