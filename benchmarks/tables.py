@@ -1015,19 +1015,21 @@ def gpu(path: Path = RESULTS / "gpu.csv") -> str:
 
 
 def launches(path: Path = RESULTS / "launches.csv") -> str:
-    """Count what an export launches on a CUDA device, beside the model's own."""
+    """Count what an export launches on a CUDA device, beside a plain forward and backward."""
     lines = newest(read(path), "projection").values()
+
+    def beside_plain(line: Line, ours: str) -> str:
+        if not line.get(f"model_{ours}"):
+            return UNKNOWN
+        return f"{float(line[ours]):g} / {line[f'model_{ours}']}"
+
     body = [
         (line["projection"], f"{int(line['model']):,}", f"{float(line['launches']):+,.0f}",
-         f"{float(line['waits']):g}")
+         beside_plain(line, "waits"), beside_plain(line, "copies"))
         for line in lines
     ]  # fmt: skip
-    head = (
-        "projection",
-        "the model's own",
-        "of an export, more than these",
-        "waits beyond the model's",
-    )
+    head = ("projection", "of a plain pass", "of an export, more than these",
+            "waits, export / plain", "copies to the host, export / plain")  # fmt: skip
     return f"{table(head, body)}\n\n{where(lines)}."
 
 

@@ -82,3 +82,39 @@ def test_writing_is_measured_as_exports_do_it_too(script: Any, tmp_path: Path) -
     lines = script("throughput").writing(tmp_path, rows=600, dim=32, pairs=1)
     assert [line["behind"] for line in lines] == [4, 1]
     assert all(line["pairs"] == 1 and line["map_s"] == lines[0]["map_s"] for line in lines)
+
+
+# ---- launches --------------------------------------------------------------------------------
+
+
+def test_an_export_of_two_layers_launches_no_more_than_its_limit(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    launches = script("launches")
+    monkeypatch.setattr(launches, "VOCABULARY", 256)
+    lines = launches.measure(layers=2)
+    assert [line["projection"] for line in lines] == ["sjlt", "rademacher"]
+    for line in lines:
+        assert line["limit"] == 2 * 2 * 7 * 2  # two of each of two matrices of seven layers, twice
+        assert 0 < line["model"]
+        assert line["launches"] <= line["limit"]
+        # Waits find the target positions and rows without any; a group has five results.
+        assert line["waits"] - line["model_waits"] <= 2
+        assert 0 < line["copies"] <= 5
+
+
+def test_waits_are_counted(script: Any) -> None:
+    pytest.importorskip("triton")
+    import torch
+
+    launches = script("launches")
+    counting, x = launches.Counting(), torch.arange(4.0)
+    with launches.as_on_a_gpu(counting), counting:
+        assert x.is_cuda
+        x[x > 1]  # how many that are, the device knows
+        x[:2].sum().item()
+        x.nonzero()
+        x.cpu()
+        x[torch.tensor([0, 1])]
+    assert (counting.waits.total(), counting.copies) == (3, 1)
