@@ -978,20 +978,24 @@ def growth(path: Path = RESULTS / "growth.csv") -> str:
     """Show how an export's time grows with rows, gradient length and dimensions."""
     if not path.exists():
         return NOT_YET
-    lines = newest(one_machine(read(path)), "factor", "projection", "size")
     groups: dict[tuple[str, str], list[Line]] = {}
-    for (factor, projection, _), line in lines.items():
-        groups.setdefault((factor, projection), []).append(line)
+    for line in one_machine(read(path)):
+        of = groups.setdefault((line["factor"], line["projection"]), [])
+        if of and int(line["size"]) <= int(of[-1]["size"]):
+            of.clear()  # another run begins, whose sizes may be others
+        of.append(line)
     body = []
     for (factor, projection), of in groups.items():
         times = ", ".join(f"{float(line['seconds']):.2f}" for line in of)
         sizes = ", ".join(f"{int(line['size']):,}" for line in of)
         last = of[-1]
+        alone = f"{float(last['pass_s']):.2f}" if last.get("pass_s") else UNKNOWN
         start = f"{float(last['start_s']):.2f}" if last["claim"] == "linear" else ""
-        body.append((factor, projection, sizes, times, start, last["claim"], ratio(last, "slope")))
-    head = ("varied", "projection", "from, to", "seconds", "start, s", "claim",
-            "slope, median (rounds)")  # fmt: skip
-    return f"{table(head, body)}\n\n{where(lines.values())}."
+        claim = last["claim"] + (" without the pass" if last.get("fitted") == "rest" else "")
+        body.append((factor, projection, sizes, times, alone, start, claim, ratio(last, "slope")))
+    head = ("varied", "projection", "from, to", "seconds", "of the last, the pass", "start, s",
+            "claim", "slope, median (rounds)")  # fmt: skip
+    return f"{table(head, body)}\n\n{where(line for of in groups.values() for line in of)}."
 
 
 def gpu(path: Path = RESULTS / "gpu.csv") -> str:

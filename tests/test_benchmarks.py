@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,3 +119,38 @@ def test_waits_are_counted(script: Any) -> None:
         x.cpu()
         x[torch.tensor([0, 1])]
     assert (counting.waits.total(), counting.copies) == (3, 1)
+
+
+# ---- growth ----------------------------------------------------------------------------------
+
+
+def test_growth_is_fitted_beside_a_start_and_without_the_pass(script: Any) -> None:
+    fitted = script("growth").fitted
+    x = np.array([1000, 4000, 16_000, 32_000])
+    line = fitted("linear", x, 1.3 + x / 4000)
+    assert (line.slope, line.start) == (pytest.approx(1, abs=0.01), pytest.approx(1.3, abs=0.02))
+    assert fitted("linear", x, 1.3 + (x / 4000) ** 1.5).slope == pytest.approx(1.5, abs=0.01)
+    # A pass that outweighs the rest hides how that grows.
+    passes, seconds = np.full(4, 5.0), 5.0 + 0.2 * np.sqrt(x / 1000)
+    assert fitted("flat", x, seconds).slope < 0.1
+    assert fitted("flat", x, seconds, passes).slope == pytest.approx(0.5, abs=0.01)
+    rest = fitted("linear", x, passes + x / 4000, passes)
+    assert (rest.slope, rest.start) == (pytest.approx(1, abs=0.01), pytest.approx(0, abs=0.01))
+
+
+def test_growth_fails_only_where_every_round_is_above_the_limit(script: Any) -> None:
+    failed = script("growth").failed
+    noisy = {"slope": 1.32, "slope_min": 1.05, "slope_max": 2.2, "limit": 1.1}
+    assert not failed([noisy])
+    assert failed([noisy, noisy | {"slope_min": 1.14}])
+
+
+def test_growth_shows_the_last_run_alone(script: Any, tmp_path: Path) -> None:
+    head = "cpu,cores,threads,torch,date,load,chip,factor,projection,claim,size,seconds,start_s"
+    more = "slope,slope_min,slope_max"
+    runs = [(1, 2, 3), (1, 5)]
+    lines = [f"C,2,2,2,D,1,,p,sjlt,linear,{size},{number + size},0,1,1,1"
+             for number, sizes in enumerate(runs) for size in sizes]  # fmt: skip
+    csv = tmp_path / "growth.csv"
+    csv.write_text("\n".join([f"{head},{more}", *lines]) + "\n", encoding="utf-8")
+    assert "| 1, 5 | 2.00, 6.00 |" in script("tables").growth(csv)
