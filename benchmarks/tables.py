@@ -1000,8 +1000,10 @@ def growth(path: Path = RESULTS / "growth.csv") -> str:
 
 def gpu(path: Path = RESULTS / "gpu.csv") -> str:
     """Compare the Triton kernels with plain torch, and with what the card can do."""
-    keys = ("method", "dtype", "p", "d", "rows")
-    lines = newest(read(path), *keys, "backend")
+    every = [{**line, "part": line.get("part") or "kernels"} for line in read(path)]
+    keys = ("part", "method", "dtype", "p", "d", "rows")
+    projected = [line for line in every if line["part"] in ("kernels", "features")]
+    lines = newest(projected, *keys, "backend")
     body = []
     for (*case, backend), ours in lines.items():
         if backend == "triton":
@@ -1009,13 +1011,32 @@ def gpu(path: Path = RESULTS / "gpu.csv") -> str:
             ms = float(ours["ms_per_row"])
             peak = f"{float(ours['of_peak']):.2f}" if ours["of_peak"] else ""
             copy = f"{float(ours['of_copy']):.3f}"
-            name, kind, p, d, rows = case
+            part, name, kind, p, d, rows = case
             size = f"{int(p):,}", f"{int(d):,}", rows
             times = f"{ms:.3g}", f"{torch_ms:.3g}", f"{torch_ms / ms:.0f}"
-            body.append([name, kind, *size, *times, peak, copy])
+            made = ", features" if part == "features" else ""
+            body.append([name + made, kind, *size, *times, peak, copy])
     head = ("projection", "gradients", "p", "d", "rows", "ms a row", "plain torch", "times faster",
             "of the matrix peak", "of copying")  # fmt: skip
-    return f"{table(head, body)}\n\n{where(lines.values())}."
+    shown = f"{table(head, body)}\n\n{where(lines.values())}."
+    return "\n\n".join([shown, *gpu_others(every)])
+
+
+def gpu_others(every: Iterable[Line]) -> list[str]:
+    """Tell what a card does beside projecting: rotations of queries, exports of an 8B shape."""
+    lines = list(every)
+    turned = newest((line for line in lines if line["part"] == "rotation"), "d", "backend")
+    exported = newest((line for line in lines if line["part"] == "export"), "shape", "method")
+    found = []
+    if turned:
+        told = "; ".join(f"d = {int(d):,}, {backend}: {1e3 * float(line['ms_per_row']):.3g} us"
+                         for (d, backend), line in turned.items())  # fmt: skip
+        found.append(f"Rotating a query, of 256 at once: {told}. {where(turned.values())}.")
+    if exported:
+        told = "; ".join(f"{shape}, {method}: {ratio(line)}, aimed at {line['limit']} at most"
+                         for (shape, method), line in exported.items())  # fmt: skip
+        found.append(f"An export over a plain pass: {told}. {where(exported.values())}.")
+    return found
 
 
 def launches(path: Path = RESULTS / "launches.csv") -> str:

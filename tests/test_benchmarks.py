@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 from pathlib import Path
@@ -154,3 +155,77 @@ def test_growth_shows_the_last_run_alone(script: Any, tmp_path: Path) -> None:
     csv = tmp_path / "growth.csv"
     csv.write_text("\n".join([f"{head},{more}", *lines]) + "\n", encoding="utf-8")
     assert "| 1, 5 | 2.00, 6.00 |" in script("tables").growth(csv)
+
+
+# ---- a GPU's parts ---------------------------------------------------------------------------
+
+
+def launched_from_python() -> set[str]:
+    """Names of kernels that some `kernel[grid](...)` of gradkernels.gpu launches."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in KERNELS.glob("*.py")]
+    defined = {
+        node.name
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        and any("jit" in ast.unparse(each) for each in node.decorator_list)
+    }
+    called = {
+        ast.unparse(node.func.value).rpartition(".")[2]
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    }
+    return defined & called
+
+
+def test_parts_of_the_gpu_benchmark_reach_every_kernel(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    gpu, launches = script("gpu"), script("launches")
+    case = gpu.Case(p=4096, d=64, rows=3)
+    for name, value in (("CASES", [case]), ("FEATURE_CASES", [case]), ("ROTATED_DIMS", (64,)),
+                        ("SLICE", 512), ("ROTATED_ROWS", 2)):  # fmt: skip
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu, "check", lambda *_: None)  # no kernel has run
+    asked = []
+
+    def large_lines(bench: Any, dim: int, pairs: int, layers: int) -> list[dict[str, Any]]:
+        asked.append((bench.model, len(bench.rows), layers))
+        return [{"projection": "sjlt"}]
+
+    monkeypatch.setattr(gpu.export_ratio, "trained_model", lambda *_, layers: f"{layers} layers")
+    monkeypatch.setattr(gpu.export_ratio, "large_lines", large_lines)
+    session = gpu.Session("cpu", repeats=1, pairs=1, layers=32, peak=(1.0, 1.0))
+    reached: dict[str, set[str]] = {}
+    for part, work in gpu.PARTS.items():
+        counting = launches.Counting()
+        with launches.as_on_a_gpu(counting), np.errstate(all="ignore"):
+            assert work(session)
+        names = [name for name in counting.launched if name.startswith("triton ")]
+        reached[part] = {name.removeprefix("triton ") for name in names}
+    assert set().union(*reached.values()) == launched_from_python() != set()
+    assert asked == [("32 layers", 32, 32)]
+    assert set(reached) == {"kernels", "features", "rotation", "export"}
+
+
+def test_a_table_of_the_gpu_tells_every_part(script: Any, tmp_path: Path) -> None:
+    tables, report = script("tables"), script("report")
+    where = report.machine(threads=1, chip="H200")
+    base = where | {"dtype": "float32", "p": 100, "d": 64, "rows": 3, "of_peak": "", "of_copy": 0.1}
+    projected = [base | {"part": part, "method": "sjlt", "backend": backend, "ms_per_row": ms}
+                 for part in ("kernels", "features")
+                 for backend, ms in (("triton", 1.0), ("torch", 4.0))]  # fmt: skip
+    turned = where | {"part": "rotation", "backend": "cpu", "d": 64, "ms_per_row": 0.002}
+    ratio = {"ratio": 0.9, "ratio_min": 0.8, "ratio_max": 1.0, "limit": 1.02}
+    shape = "llama-8b, 32 layers"
+    exported = where | {"part": "export", "method": "sjlt", "shape": shape} | ratio
+    csv = tmp_path / "gpu.csv"
+    for lines in (projected, [turned], [exported]):
+        report.append(csv, lines)
+    shown = tables.gpu(csv)
+    assert "| sjlt, features | float32 | 100 | 64 | 3 | 1 | 4 | 4 |" in shown
+    assert "d = 64, cpu: 2 us" in shown
+    assert "llama-8b, 32 layers, sjlt: 0.90 (0.80 to 1.00), aimed at 1.02 at most" in shown
