@@ -720,13 +720,15 @@ def quality() -> str:
     trust = {line["score"]: float(line["mean"]) for line in read(RESULTS / "lds.csv")
              if line["figure"] == "lds" and not line["run"]}  # fmt: skip
     last = max((step for _, step, _ in lines), key=int)
+    here = [line for line in lines.values() if line["step"] == last]
+    share, loss, seconds = (_by_seed(here, figure) for figure in ("share", "loss", "cpu_s"))
+    means = {method: statistics.mean(loss[method].values()) for method in SHOWN}
     body = []
-    for method, score in SHOWN.items():
-        here = [line for (m, step, _), line in lines.items() if (m, step) == (method, last)]
-        mean = {figure: statistics.mean(float(line[figure]) for line in here)
-                for figure in ("share", "loss", "cpu_s")}  # fmt: skip
-        body.append((f"`{method}`", f"{mean['share']:.2f}", f"{mean['loss']:.3f}",
-                     f"{trust[score]:.2f}" if score else "", f"{mean['cpu_s']:.1f}"))  # fmt: skip
+    for method in sorted(SHOWN, key=lambda method: means[method]):
+        score, price = SHOWN[method], statistics.median(seconds[method].values())
+        body.append((f"`{method}`", f"{statistics.mean(share[method].values()):.2f}",
+                     f"{means[method]:.3f}", f"{trust[score]:.2f}" if score else "",
+                     f"{price:.1f}"))  # fmt: skip
     head = ("rows chosen by", "of the target's rule", "held-out loss", "LDS", "CPU s")
     seeds = {seed for _, _, seed in lines}
     return f"{table(head, body)}\n\n{len(seeds)} seeds; {where(lines.values())}."

@@ -229,3 +229,29 @@ def test_a_table_of_the_gpu_tells_every_part(script: Any, tmp_path: Path) -> Non
     assert "| sjlt, features | float32 | 100 | 64 | 3 | 1 | 4 | 4 |" in shown
     assert "d = 64, cpu: 2 us" in shown
     assert "llama-8b, 32 layers, sjlt: 0.90 (0.80 to 1.00), aimed at 1.02 at most" in shown
+
+
+# ---- tables ----------------------------------------------------------------------------------
+
+
+def test_the_readme_lists_methods_by_their_loss(script: Any) -> None:
+    rows = [line.split(" | ") for line in script("tables").quality().splitlines()[2:]]
+    losses = [float(cells[2]) for cells in rows if len(cells) == 5]
+    assert losses == sorted(losses)
+    assert len(losses) == 10
+
+
+def test_bytes_that_older_lines_lack_are_told_as_such(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = script("tables")
+    near = {"dtype": "1bit", "model": "", "feature_bytes": "512", "row_bytes": "545",
+            "file_bytes": "595.2", "disk_bytes": "700.1", "ratio": "1", "ratio_min": "",
+            "ratio_max": "", "read_rows_s": "1", "overlap": "1", "reranked": "1", "spearman": "1",
+            "skill": "1", "cpu": "C", "cores": "2", "threads": "1", "torch": "2",
+            "date": "D"}  # fmt: skip
+    older = {key: value for key, value in near.items() if key not in ("file_bytes", "disk_bytes")}
+    monkeypatch.setattr(tables, "read", lambda _: [near, older | {"dtype": "int8"}])
+    shown = tables.dtypes()
+    assert "| `1bit` | 512 | 545 | 595 / 700 |" in shown
+    assert "| `int8` | 512 | 545 | not recorded |" in shown
