@@ -221,7 +221,8 @@ def fast_ones(bench: Bench, pairs: int, parts: str) -> list[Method]:
         peers = []
     if parts not in ("all", "fast", "ours"):
         ours, pairs = ours[:1], 1
-    found = {name: Method(name) for name, *_ in (*ours, *peers)}
+    names = [name for name, *_ in ours] + [name for name, *_ in peers]
+    found = {name: Method(name) for name in names}
     for turn in range(1, pairs + 1):
         for name, *settings in ours:
             bench.driver(found[name], "ours.py", sys.executable, *settings)
