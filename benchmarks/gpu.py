@@ -1,6 +1,6 @@
 """What a GPU is for, part by part: projections, features in the kernels, rotations, an 8B export.
 
-    python benchmarks/gpu.py                            # all parts, within eight minutes on an H200
+    python benchmarks/gpu.py                            # all parts, meant for eight minutes
     python benchmarks/gpu.py --parts features export    # some of them
 
 *kernels*: the Triton kernels beside plain torch on gradients of LoRA r=16 on all linear layers:
