@@ -1,13 +1,16 @@
 """A queue of work over a run's processes: whoever is free takes the next piece.
 
 No rank waits for another while pieces remain, however unequal pieces or machines are. Rank 0 hands
-them out and takes the results, in a thread beside its own work and over a gloo group of its own:
-what is on the way there never meets a collective of training.
+them out in a thread beside its own work and over a gloo group of its own: what is on the way there
+never meets a collective of training. It takes the results in another thread, so that a disk that is
+slow for a while holds nobody up. Where it stays slower than all ranks together, they wait for it:
+as many results as there are ranks lie in memory, and no more.
 """
 
 from __future__ import annotations
 
 import pickle
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -46,7 +49,8 @@ def share_out(
         ranks: this process among those of the run; more than one.
         pieces: the same on every rank; handed out in their order.
         work: piece -> result, which travels pickled; the same on whatever rank.
-        take: called on rank 0 for every result, one at a time, in the order they come.
+        take: called on rank 0 for every result, one at a time, in the order they come, in a thread
+            of its own.
         arrived: called on rank 0, in its main thread, for every piece that another rank has done.
 
     Raises:
@@ -109,21 +113,23 @@ class _Desk(Generic[Piece, Result]):
         self._lock = threading.Lock()
         self._stopped = False
         self._failed: BaseException | None = None
+        # The piece of another rank, and the result; None once no more will come.
+        self._brought: queue.Queue[tuple[int | None, Result] | None] = queue.Queue(world)
         self._done: list[int] = []
 
     def open(self, group: ProcessGroup) -> None:
         """Answer the other ranks from now on."""
-        self._thread = threading.Thread(
+        self._answering = threading.Thread(
             target=self._answer, args=(group,), name="work queue", daemon=True
         )
-        self._thread.start()
+        self._taking = threading.Thread(target=self._take_all, name="work results", daemon=True)
+        self._answering.start()
+        self._taking.start()
 
     def work_too(self, work: Callable[[Piece], Result], arrived: Callable[[Piece], None]) -> None:
         """Do pieces in this thread until nothing is left to hand out."""
         while (at := self._next()) != _NOTHING_LEFT:
-            done = work(self._pieces[at])
-            with self._lock:
-                self._take(done)
+            self._brought.put((None, work(self._pieces[at])))
             self._tell(arrived)
 
     def stop(self) -> None:
@@ -133,11 +139,16 @@ class _Desk(Generic[Piece, Result]):
 
     def closed(self, arrived: Callable[[Piece], None]) -> BaseException | None:
         """Wait until no rank works any more; return why taking a result failed, if it did."""
-        while self._thread.is_alive():
-            self._thread.join(_LOOK_SECONDS)
-            self._tell(arrived)
+        self._await(self._answering, arrived)
+        self._brought.put(None)
+        self._await(self._taking, arrived)
         self._tell(arrived)
         return self._failed
+
+    def _await(self, thread: threading.Thread, arrived: Callable[[Piece], None]) -> None:
+        while thread.is_alive():
+            thread.join(_LOOK_SECONDS)
+            self._tell(arrived)
 
     def _next(self) -> int:
         with self._lock:
@@ -148,7 +159,7 @@ class _Desk(Generic[Piece, Result]):
             arrived(self._pieces[self._done.pop(0)])
 
     def _answer(self, group: ProcessGroup) -> None:
-        """Answer every message with the next piece first, then take what it brought."""
+        """Answer every message with the next piece first, then pass on what it brought."""
         try:
             while self._asking:
                 sender, brought = _receive(group, None)
@@ -159,13 +170,28 @@ class _Desk(Generic[Piece, Result]):
                 if at == _NOTHING_LEFT:
                     self._asking -= 1
                 if isinstance(brought, tuple):
-                    with self._lock:
-                        self._take(brought[1])
-                    self._done.append(brought[0])
+                    self._brought.put(brought)
         except BaseException as error:  # of any kind: the main thread raises it
-            self._failed = error
-            self.stop()
+            self._fail(error)
             self._dismiss(group)
+
+    def _take_all(self) -> None:
+        """Take what is brought; after a failure nothing more, but nobody waits to bring it."""
+        while (brought := self._brought.get()) is not None:
+            if self._failed is not None:
+                continue
+            at, result = brought
+            try:
+                self._take(result)
+            except BaseException as error:  # of any kind: the main thread raises it
+                self._fail(error)
+                continue
+            if at is not None:
+                self._done.append(at)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failed = self._failed or error
+        self.stop()
 
     def _dismiss(self, group: ProcessGroup) -> None:
         """Tell all ranks that nothing is left; what they bring is lost."""

@@ -87,6 +87,57 @@ def test_a_slow_rank_holds_the_others_up_by_one_piece_at_most(tmp_path: Path, sl
     assert len(first[0]) + len(second[0]) == len(PIECES)
 
 
+def test_a_result_that_is_taken_slowly_holds_nobody_up(tmp_path: Path) -> None:
+    """A disk that is busy for a while: every piece is begun before the first result is written."""
+
+    def act(ranks: Ranks) -> list[Any]:
+        began, taken = [], []
+
+        def work(piece: int) -> int:
+            began.append(time.monotonic())  # of the machine: the same clock in every process
+            time.sleep(0.05)
+            return piece
+
+        def take(piece: int) -> None:
+            if not taken:
+                time.sleep(1.5)
+            taken.append((piece, time.monotonic()))
+
+        share_out(ranks, list(range(7)), work, take, lambda _: None)
+        return [began, taken]
+
+    found = on_ranks(tmp_path, 3, act)
+    taken = found[0][1]
+    assert sorted(piece for piece, _ in taken) == list(range(7))
+    assert [rank[1] for rank in found[1:]] == [[], []]
+    assert max(at for began, _ in found for at in began) < taken[0][1]
+    assert all(began for began, _ in found[1:])
+
+
+def test_results_that_wait_for_a_slow_disk_are_no_more_than_the_ranks(tmp_path: Path) -> None:
+    """Not all of a pass lies in the memory of rank 0: its disk sets the pace in the end."""
+
+    def act(ranks: Ranks) -> list[Any]:
+        made, waiting = [], []
+
+        def work(piece: int) -> int:
+            made.append(time.monotonic())
+            return piece
+
+        def take(piece: int) -> None:
+            time.sleep(0.1)
+            waiting.append(time.monotonic())
+
+        share_out(ranks, list(range(14)), work, take, lambda _: None)
+        return [made, waiting]
+
+    found = on_ranks(tmp_path, 2, act)
+    made, taken = sorted(found[0][0] + found[1][0]), found[0][1]
+    # Two wait; one is being taken; each of two ranks, and the thread that answers, holds another.
+    ahead = [sum(at < end for at in made) - number for number, end in enumerate(taken)]
+    assert max(ahead) <= 2 + 1 + 2 + 1
+
+
 def test_fewer_pieces_than_ranks_and_none_at_all_end(tmp_path: Path) -> None:
     found = on_ranks(tmp_path, 3, lambda ranks: [Work(ranks).share([5]), Work(ranks).share([])])
     assert [rank[1] for rank in found] == [[[], [], []]] * 3
