@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from gradstore.capture.limits import ran_out_of_memory
 from gradstore.capture.losses import IGNORED_LABEL, RowLoss, Targets, logits_of, model_inputs
 from gradstore.capture.modelstate import without_autocast
 
@@ -36,11 +37,16 @@ class RowwiseGradients:
     def __call__(
         self, parameters: Sequence[nn.Parameter], batch: Mapping[str, Tensor], targets: Targets
     ) -> tuple[list[Tensor], Tensor]:
-        """Compute one (b, numel) float32 block per parameter, and the rows' losses (b,)."""
+        """Compute one (b, numel) float32 block per parameter, and the rows' losses (b,).
+
+        Raises that memory ran out, whichever way the rows took.
+        """
         if self._vmap_works and targets.grid[0] > 1:
             try:
                 return self._all_rows(parameters, batch, targets)
             except RuntimeError as error:
+                if ran_out_of_memory(error):  # of so many rows: fewer may fit
+                    raise
                 # functorch reports each operation it cannot batch as a RuntimeError; a real fault
                 # of the model shows again, by itself, in the row-by-row pass.
                 self._vmap_works = False

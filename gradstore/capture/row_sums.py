@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
 from gradstore.capture.hooks import outer_sums
+from gradstore.capture.limits import ran_out_of_memory
 
 
 class RowSum(Protocol):
@@ -112,7 +113,9 @@ def vector_gradients(
 
     try:
         each = vmap(of_row)(x, gradient)
-    except RuntimeError:  # an operation that functorch cannot batch
+    except RuntimeError as error:  # an operation that functorch cannot batch
+        if ran_out_of_memory(error):
+            raise
         single = [of_row(row, upstream) for row, upstream in zip(x, gradient, strict=True)]
         each = {name: torch.stack([row[name] for row in single]) for name in given}
     return {name: block.detach().float() for name, block in each.items()}

@@ -539,6 +539,32 @@ def test_the_fallback_is_the_same_vectorised_or_row_by_row(
     assert len(notes) == 1
 
 
+def test_memory_that_runs_out_in_vmap_is_told_and_does_not_end_vectorising(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that whoever cut the batch cuts smaller ones, which are vectorised again."""
+    model = llama(modules_to_save=["lm_head"], config={"attn_implementation": "eager"})
+    batch = make_batch([9, 12, 7])
+    expected, _ = reference(model, batch)
+
+    def small(function: Any, **options: Any) -> Any:
+        def call(values: Any, inputs: Any, counts: Tensor) -> Any:
+            if len(counts) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return torch.func.vmap(function, **options)(values, inputs, counts)
+
+        return call
+
+    monkeypatch.setattr("gradstore.capture.fallback.vmap", small)
+    with GradientCapture(model) as capture:
+        with pytest.raises(torch.OutOfMemoryError):
+            capture.capture(batch, lambda slot, block: None)
+        some = {key: value[:2] for key, value in batch.items()}
+        found, _ = captured_in(capture, some)
+        assert capture._rowwise._vmap_works
+    assert relative_errors(found, expected[:2]).max() <= 1e-5
+
+
 class Mixer(nn.Module):
     """A causal model whose adapter sees all tokens of all rows in one list, in reverse order."""
 
