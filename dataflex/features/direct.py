@@ -152,11 +152,15 @@ class _Passes:
                 token_budget=self.budget,
                 each_row=self.each_row,
                 unit=unit,
+                room=run.room,
             )
         whole = whole_rows(run.model)
         return target_directions(
             run.model,
-            [batches(run, rows, at, self.budget, self.advance, whole) for rows, at in subtasks],
+            [
+                batches(run, rows, at, self.budget, self.advance, whole, room=run.room)
+                for rows, at in subtasks
+            ],
             features,
             each_row=self.each_row,
             unit=unit,
@@ -175,7 +179,7 @@ class _Passes:
         products = direct_products(
             run.model,
             batches(run, run.data.train, rows, self.budget,
-                    lambda done: self.advance(done * world), shared=True),
+                    lambda done: self.advance(done * world), shared=True, room=run.room),
             n,
             directions,
             train_features(run, settings),

@@ -27,6 +27,7 @@ from gradstore.export.embeddings import compute_embedding_unit
 from gradstore.export.gradient_space import named_parameters, tokenizer_hash
 from gradstore.export.output_gradients import OutputGradients, target_tokens
 from gradstore.export.pooling import HiddenStates, Pooling
+from gradstore.export.room import Room
 from gradstore.export.units import Batches
 from gradstore.storage.hashing import tensor_hash
 
@@ -114,7 +115,7 @@ class CurrentModel:
     """Hidden states of the model as it is now."""
 
     def __init__(self, run: RunContext, settings: EmbeddingSettings) -> None:
-        self._run, self._settings = run, settings
+        self._run, self._settings, self._room = run, settings, Room()
         config: Any = run.model.config
         text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.dim = int(text.hidden_size)
@@ -157,6 +158,7 @@ class CurrentModel:
             token_budget=2 * token_budget(self._run.model),
             longest=longest_row(self._run.model, rows),
             max_rows=self._settings.batch_rows,
+            room=self._room,
         )
 
     def release(self) -> None:
@@ -197,7 +199,7 @@ class OwnEncoder:
     """A text encoder beside the model in training; loaded when a first unit is computed."""
 
     def __init__(self, run: RunContext, settings: EmbeddingSettings) -> None:
-        self._run, self._settings = run, settings
+        self._run, self._settings, self._room = run, settings, Room()
         self._trusts = run.config.known.trust_remote_code
         self._encoder: Encoder = find_encoder(str(settings.model), trust_remote_code=self._trusts)
         check_layer(settings.layer, self._encoder.layers)
@@ -244,6 +246,7 @@ class OwnEncoder:
             np.minimum(rows.lengths, self._encoder.max_tokens),
             token_budget=2 * token_budget(model),
             max_rows=self._settings.batch_rows,
+            room=self._room,
         )
         return compute_embedding_unit(
             self._loaded.embed,

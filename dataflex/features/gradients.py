@@ -284,9 +284,9 @@ class FeatureService:
                          settings.proj_dim)  # fmt: skip
 
     def _batches(self, rows: Rows) -> Batches:
-        budget = self.settings.tokens_per_batch or token_budget(self.run.model)
-        longest = longest_row(self.run.model, rows)
-        return Batches(rows.dataset, self.run.collate, rows.lengths, budget, longest)
+        run, longest = self.run, longest_row(self.run.model, rows)
+        budget = self.settings.tokens_per_batch or token_budget(run.model)
+        return Batches(rows.dataset, run.collate, rows.lengths, budget, longest, room=run.room)
 
     def again(
         self,
@@ -314,14 +314,14 @@ class FeatureService:
 
     def _compute(self, rows: Rows, recipe: Recipe, source: TargetFeatures | None) -> Compute:
         """Give the function that computes a unit of `rows`."""
-        model, collate = self.run.model, self.run.collate
+        model, collate, room = self.run.model, self.run.collate, self.run.room
         if source is None:
             return partial(compute_unit, model, self._batches(rows), recipe)
         budget = self.settings.tokens_per_batch or token_budget(model)
 
         def combined(unit: UnitRange, advance: OnRows) -> UnitFeatures:
             weighted = source.weighted(rows.name, range(unit.start, unit.stop))
-            sums = WeightedSums(weighted, collate, budget)
+            sums = WeightedSums(weighted, collate, budget, room)
             return compute_combined_unit(model, sums, recipe, unit, advance)
 
         return combined

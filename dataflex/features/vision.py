@@ -20,6 +20,7 @@ from gradstore.capture.limits import token_budget
 from gradstore.errors import BadInput
 from gradstore.export.embeddings import compute_embedding_unit
 from gradstore.export.gradient_space import named_parameters, tokenizer_hash
+from gradstore.export.room import Room
 from gradstore.export.units import Batches
 from gradstore.export.visual import VISUAL_KEYS, VisualStates, even_layers, visual_token_ids
 from gradstore.storage.hashing import hash_folder_files, tensor_hash
@@ -98,7 +99,7 @@ class CurrentVisionModel:
     """Features of the model as it is now."""
 
     def __init__(self, run: RunContext, settings: VisionSettings) -> None:
-        self._run, self._settings = run, settings
+        self._run, self._settings, self._room = run, settings, Room()
         self._anatomy = Anatomy.of(run.model.config, settings.layers, "the model in training")
         self.dim = self._anatomy.dim
         self.space = f"visual.{self._anatomy.name}"
@@ -133,6 +134,7 @@ class CurrentVisionModel:
             token_budget=2 * token_budget(model),
             longest=longest_row(model, rows),
             max_rows=self._settings.batch_rows,
+            room=self._room,
         )
         states = VisualStates(model, anatomy.layers, anatomy.visual_ids)
         return compute_embedding_unit(states, batches, unit, advance, dim=self.dim)
@@ -156,7 +158,7 @@ class FixedVisionModel:
         """
         from transformers import AutoConfig
 
-        self._run, self._settings = run, settings
+        self._run, self._settings, self._room = run, settings, Room()
         self._trusts = run.config.known.trust_remote_code
         self._folder = find_folder(str(settings.model))
         try:
@@ -206,6 +208,7 @@ class FixedVisionModel:
             rows.lengths,
             token_budget=2 * token_budget(self._run.model),
             max_rows=self._settings.batch_rows,
+            room=self._room,
         )
         return compute_embedding_unit(states, batches, unit, advance, dim=self.dim)
 

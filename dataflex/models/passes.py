@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,8 @@ from dataflex.run.log import OnRows, progress
 from gradstore.capture.limits import longest_of, token_budget
 from gradstore.capture.losses import IGNORED_LABEL
 from gradstore.capture.per_sample import batch_losses
-from gradstore.export.units import plan_batches
-
-RowBatch = tuple[npt.NDArray[np.int64], dict[str, Any]]
+from gradstore.export.room import Room
+from gradstore.export.units import Batches, PlannedRows
 
 Collate = Callable[[list[Any]], Any]
 
@@ -116,21 +115,24 @@ def batches(
     max_rows: int = 1024,
     *,
     shared: bool = False,
-) -> Iterator[RowBatch]:
-    """Yield collated batches on the model's device, longest rows first, with row positions.
+    room: Room | None = None,
+) -> PlannedRows:
+    """Give collated batches on the model's device, longest rows first, with row positions.
 
-    With `shared` this rank gets its part of the batches alone.
+    With `shared` this rank gets its part of the batches alone. Passes of `gradstore.export` go on
+    in smaller ones where memory runs out, and note it in `room`.
     """
     device = next(run.model.parameters()).device
-    chosen = np.arange(len(rows)) if positions is None else positions
-    planned = plan_batches(rows.lengths[chosen], budget, max_rows)
+
+    def moved(items: list[Any]) -> dict[str, Any]:
+        batch = run.collate(items)
+        return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+
+    cut = Batches(rows.dataset, moved, rows.lengths, budget, max_rows=max_rows, room=room or Room())
+    planned = cut.cut(np.arange(len(rows)) if positions is None else positions)
     if shared:
         # Equally many passes on every rank: one that stopped early would leave the others waiting
         # where parameters are sharded (ZeRO-3). The shortest batch may come several times.
         more = planned[-1:] * (-len(planned) % run.ranks.world)
         planned = list(run.ranks.share([*planned, *more]))
-    for batch_of in planned:
-        where = chosen[batch_of]
-        batch = run.collate([rows.dataset[int(i)] for i in where])
-        yield where, {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
-        advance(len(where))
+    return PlannedRows(cut, planned, advance)

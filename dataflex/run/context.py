@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from dataflex.data.rows import RunData
 from dataflex.run.ranks import Ranks
+from gradstore.export.room import Room
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,6 +41,7 @@ class RunContext:
         board: losses of training rows, taken once per model state; None outside of training.
         step: rows and clipping of an optimizer step; None where nobody says.
         watch: who is told of the passes beside this process's own bars.
+        room: for batches whose gradients are taken, as far as memory has shown.
     """
 
     config: RunConfig
@@ -55,6 +57,7 @@ class RunContext:
     board: Scoreboard | None = None
     step: OptimizerStep | None = None
     watch: Watch | None = None
+    room: Room = field(default_factory=Room, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

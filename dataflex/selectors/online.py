@@ -283,7 +283,8 @@ class OnlineSelector(Selector):
         looked = [(rows, fitting(run, rows, np.arange(len(rows)))) for rows in run.data.targets]
 
         def look() -> None:
-            sets = [batches(run, *pair, budget, lambda _: None, most) for pair in looked]
+            rest: tuple[Any, ...] = budget, lambda _: None, most
+            sets = [batches(run, *pair, *rest, room=run.room) for pair in looked]
             found = target_directions(run.model, sets, FeatureSpec("sgd")).matrix
             self._direction = found.mean(dim=0).cpu().numpy().astype(np.float32)
 
@@ -338,11 +339,10 @@ class OnlineSelector(Selector):
     ) -> tuple[Positions, RowProducts]:
         """Multiply the gradients of some rows; return them in the order of the products."""
         from dataflex.models.passes import batches
-        from gradstore.capture.products import row_products
+        from gradstore.export.row_products import planned_products
 
-        planned = list(batches(run, rows, positions, self._budget(run), lambda _: None))
-        where = np.concatenate([some for some, _ in planned])
-        return where, row_products(capture, [batch for _, batch in planned], direction, scale)
+        planned = batches(run, rows, positions, self._budget(run), lambda _: None, room=run.room)
+        return planned_products(capture, planned, direction, scale)
 
     def _budget(self, run: RunContext) -> int:
         from gradstore.capture.limits import token_budget

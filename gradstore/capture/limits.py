@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,22 @@ def ran_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+
+
+def release_memory() -> None:
+    """Give back what nobody holds any more, after memory ran out.
+
+    Not inside the `except`: the error holds the frames, and they what filled the memory.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def free_on(device: torch.device) -> int:
+    """Return the bytes that are free on a CUDA device, with those that torch holds unused."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def token_budget(model: nn.Module) -> int:

@@ -9,9 +9,9 @@ Letters: r rows of a group, b sequences of a batch, p gradient length, d project
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,18 @@ from gradstore.capture.slots import ParameterSlot
 from gradstore.export.direct import Kept, TargetDirections, in_order, joined, mean_direction
 from gradstore.export.features import FeatureMap, FeatureSpec, Recipe
 from gradstore.export.projected import DENSE_ROWS, finished_rows, sum_of_squares
+from gradstore.export.room import Room
+from gradstore.export.smaller import computed_whole
 from gradstore.export.units import (
+    Batch,
+    Batches,
     Collate,
     FeatureRows,
     OnRows,
+    PlannedRows,
+    RowBatch,
     UnitFeatures,
     join_unit,
-    plan_batches,
 )
 from gradstore.format.plans import UnitRange
 
@@ -64,11 +69,13 @@ class WeightedSums:
         rows: in any order; a row of a unit that is not among them becomes `TOO_LONG`.
         collate: sequences -> padded batch with `labels` (b, t).
         token_budget: tokens of a padded batch.
+        room: see `Batches`.
     """
 
     rows: Sequence[WeightedRow]
     collate: Collate
     token_budget: int = 2048
+    room: Room = field(default_factory=Room, compare=False, repr=False)
 
 
 def combined_gradients(
@@ -92,8 +99,8 @@ def combined_gradients(
         buffer = torch.empty((size, capture.p), device=device)
         for start in range(0, len(rows), size):
             group = rows[start : start + size]
-            part = buffer[: len(group)].zero_()
-            _add_up(capture, group, sums.collate, sums.token_budget, part)
+            part = buffer[: len(group)]
+            _add_up(capture, group, sums, part)
             for slot in capture.slots:
                 feature_map.apply_(slot, part[:, slot.start : slot.start + slot.numel])
             yield group, part
@@ -148,6 +155,7 @@ def combined_directions(
     token_budget: int = 2048,
     each_row: bool = False,
     unit: bool = True,
+    room: Room | None = None,
 ) -> TargetDirections:
     """Compute the mean feature of each sub-task, and keep each row's if asked to.
 
@@ -159,14 +167,16 @@ def combined_directions(
         token_budget: tokens of a padded batch.
         each_row: keep the rows as well.
         unit: whether a row counts at length 1, or with its norm.
+        room: see `Batches`.
 
     Raises:
         BadInput: a sub-task without a usable row, named by its position.
     """
-    found, each = [], []
+    found, each, room = [], [], room or Room()
     for number, rows in enumerate(subtasks):
         kept: Kept | None = [] if each_row else None
-        parts = combined_gradients(model, WeightedSums(rows, collate, token_budget), features)
+        sums = WeightedSums(rows, collate, token_budget, room)
+        parts = combined_gradients(model, sums, features)
         with closing(parts):
             counted = (
                 (
@@ -183,39 +193,47 @@ def combined_directions(
 
 
 def _add_up(
+    capture: GradientCapture, group: Sequence[WeightedRow], sums: WeightedSums, into: Tensor
+) -> None:
+    """Add every sequence's weighted gradient to its row of `into` (r, p).
+
+    Where memory runs out, the sums of the group begin again.
+    """
+    sequences = [sequence for each in group for sequence in each.sequences]
+    owners = np.repeat(np.arange(len(group)), [len(each.sequences) for each in group])
+    weights = np.array([w for each in group for w in each.weights], dtype=np.float64)
+    lengths = np.array([n for each in group for n in each.lengths], dtype=np.int64)
+    batches = Batches(sequences, sums.collate, lengths, sums.token_budget, room=sums.room)
+
+    def add(pairs: Iterable[RowBatch]) -> None:
+        into.zero_()
+        for chosen, batch in pairs:
+            _add_batch(capture, batch, weights[chosen], owners[chosen], into)
+
+    computed_whole(PlannedRows(batches, batches.cut(np.arange(len(sequences)))), add)
+
+
+def _add_batch(
     capture: GradientCapture,
-    group: Sequence[WeightedRow],
-    collate: Collate,
-    token_budget: int,
+    batch: Batch,
+    weights: npt.NDArray[np.float64],
+    owners: npt.NDArray[np.int64],
     into: Tensor,
 ) -> None:
-    """Add every sequence's weighted gradient to its row of `into` (r, p)."""
-    flat = [(at, sequence) for at, each in enumerate(group) for sequence in each.sequences]
-    weights = np.array([w for each in group for w in each.weights], dtype=np.float64)
-    lengths = [length for each in group for length in each.lengths]
-    for chosen in plan_batches(lengths, token_budget):
-        batch = {
-            key: value.to(into.device) if isinstance(value, Tensor) else value
-            for key, value in collate([flat[int(i)][1] for i in chosen]).items()
-        }
-        # The gradient taken is that of the mean over a sequence's tokens.
-        tokens = Targets.of(batch).counts.double()
-        scale = (torch.from_numpy(weights[chosen]).to(into.device) * tokens).float()
-        owners = np.array([flat[int(i)][0] for i in chosen])
-        places = _places(owners, into.device)
+    """Add a batch's weighted gradients: of sequences with weights (b,), to rows (b,)."""
+    batch = {k: v.to(into.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    # The gradient taken is that of the mean over a sequence's tokens.
+    tokens = Targets.of(batch).counts.double()
+    scale = (torch.from_numpy(weights).to(into.device) * tokens).float()
+    places = _places(owners, into.device)
 
-        def sink(
-            slot: ParameterSlot,
-            gradient: Tensor,
-            places: Sequence[tuple[int, Tensor]] = places,
-            scale: Tensor = scale,
-        ) -> None:
-            block = into[:, slot.start : slot.start + slot.numel]
-            # Row by row: one that is not finite leaves the others alone.
-            for owner, members in places:
-                block[owner] += scale[members] @ gradient[members]
+    def sink(slot: ParameterSlot, gradient: Tensor) -> None:
+        block = into[:, slot.start : slot.start + slot.numel]
+        # Row by row: one that is not finite leaves the others alone.
+        for owner, members in places:
+            block[owner] += scale[members] @ gradient[members]
 
-        capture.capture(batch, sink)
+    capture.capture(batch, sink)
 
 
 def _places(owners: npt.NDArray[Any], device: torch.device) -> list[tuple[int, Tensor]]:

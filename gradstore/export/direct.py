@@ -20,6 +20,7 @@ from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
 from gradstore.export.features import FeatureMap, FeatureSpec
 from gradstore.export.moments import AdamMoments
+from gradstore.export.smaller import computed_batches
 from gradstore.export.units import Batch, RowBatch, row_status
 from gradstore.format.layout import RowStatus
 
@@ -63,7 +64,8 @@ def target_directions(
 
     Args:
         model: the model whose gradients are taken.
-        subtasks: for each sub-task, its batches.
+        subtasks: for each sub-task, its batches; smaller ones where memory runs out, if they are
+            `PlannedRows`.
         features: `sgd`, or `sign` where the training features are `sign`.
         each_row: keep the rows as well, 4 p bytes each.
         unit: whether a row counts at length 1, or with its norm.
@@ -75,10 +77,12 @@ def target_directions(
     with GradientCapture(model, features.modules) as capture:
         feature_map = FeatureMap(features, capture.slots, None, device=_device(model))
         for number, batches in enumerate(subtasks):
-            whole = (
-                (*_whole_features(capture, feature_map, batch, _device(model)), rows)
-                for rows, batch in batches
-            )
+            whole = computed_batches(
+                batches,
+                lambda rows, batch: (
+                    *_whole_features(capture, feature_map, batch, _device(model)), rows,
+                ),
+            )  # fmt: skip
             kept: Kept | None = [] if each_row else None
             direction, used = mean_direction(whole, number, kept, unit=unit)
             means.append(direction)
@@ -155,7 +159,8 @@ def direct_products(
 
     Args:
         model: the model whose gradients are taken.
-        batches: the training rows.
+        batches: the training rows; in smaller batches where memory runs out, if they are
+            `PlannedRows`.
         n: how many there are.
         directions: from `target_directions`, as they are or in a metric.
         features: how a training gradient becomes a feature.
@@ -167,23 +172,20 @@ def direct_products(
         (n, q), or (n, q + t) with the directions of each row, float32; NaN for rows that cannot be
         used (masked, zero, not finite) or not given.
     """
-    matrix = directions.all
+    matrix, device = directions.all, _device(model)
     q = len(matrix)
     found = np.full((n, q), np.nan, dtype=np.float32)
     with GradientCapture(model, features.modules) as capture:
-        feature_map = FeatureMap(features, capture.slots, moments, device=_device(model))
-        for rows, batch in batches:
-            dots = torch.zeros((len(rows), q), dtype=torch.float64, device=_device(model))
-            squares = torch.zeros(len(rows), dtype=torch.float64, device=_device(model))
+        feature_map = FeatureMap(features, capture.slots, moments, device=device)
+
+        def multiplied(
+            rows: npt.NDArray[np.int64], batch: Batch
+        ) -> tuple[npt.NDArray[np.int64], Tensor, Tensor]:
+            dots = torch.zeros((len(rows), q), dtype=torch.float64, device=device)
+            squares = torch.zeros(len(rows), dtype=torch.float64, device=device)
             tokens = feature_map.tokens_of(batch)
 
-            def sink(
-                slot: ParameterSlot,
-                gradient: Tensor,
-                dots: Tensor = dots,
-                squares: Tensor = squares,
-                tokens: Tensor | None = tokens,
-            ) -> None:
+            def sink(slot: ParameterSlot, gradient: Tensor) -> None:
                 feature = feature_map.apply_(slot, gradient, tokens)
                 block = matrix[:, slot.start : slot.start + slot.numel]
                 dots.add_(feature @ block.T)
@@ -193,6 +195,9 @@ def direct_products(
             codes = row_status(squares.sqrt(), stats.target_tokens)
             products = dots / squares.sqrt()[:, None] if unit else dots
             products[codes != RowStatus.OK] = torch.nan
+            return rows, codes, products
+
+        for rows, codes, products in computed_batches(batches, multiplied):
             if status is not None:
                 status[rows] = codes.cpu().numpy()
             found[rows] = products.float().cpu().numpy()

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from gradstore.errors import BadInput, expect
 from gradstore.export.pooling import Embed, attention_tokens, to_unit
+from gradstore.export.smaller import computed_parts
 from gradstore.export.units import (
     Batch,
     Batches,
@@ -36,7 +37,6 @@ from gradstore.export.units import (
     OnRows,
     RowBatch,
     UnitFeatures,
-    computed_parts,
     join_unit,
     row_status,
 )

@@ -23,6 +23,7 @@ from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput, expect
 from gradstore.export.kronecker import BlockFactors, Kind, KroneckerFactors
+from gradstore.export.smaller import computed_whole
 from gradstore.export.units import Batch, RowBatch
 
 #: Memory of all moments, beyond which the widest sides are diagonal.
@@ -46,7 +47,8 @@ def fit_factors(
 
     Args:
         model: whose gradients are taken, in eval mode.
-        batches: training rows by lot (`Batches.sample`), which are kept meanwhile.
+        batches: training rows by lot (`Batches.sample`), which are kept meanwhile; where memory
+            runs out, the fit begins again with smaller ones.
         kind: kfac | ekfac.
         most_bytes: memory of the factors on the model's device.
 
@@ -54,6 +56,13 @@ def fit_factors(
         BadInput: another kind, or none of the rows has a target token, or the model has no adapter.
     """
     expect(kind in get_args(Kind), "kind", kind, " or ".join(get_args(Kind)))
+    return computed_whole(batches, lambda pairs: _fitted(model, pairs, kind, most_bytes))
+
+
+def _fitted(
+    model: nn.Module, batches: Iterable[RowBatch], kind: Kind, most_bytes: int
+) -> KroneckerFactors:
+    """Fit factors in batches that are given; see `fit_factors`."""
     device = next(model.parameters()).device
     held: list[Batch] = [_moved(batch, device) for _, batch in batches]
     held = [batch for batch in held if int(Targets.of(batch).counts.sum())]

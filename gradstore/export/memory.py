@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gradstore.capture.adapters import has_adapter
 from gradstore.capture.dense import part_elements
+from gradstore.capture.limits import free_on
 from gradstore.capture.losses import IGNORED_LABEL
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import parameter_name, unwrap
@@ -193,12 +194,6 @@ def most_rows(batches: Batches) -> int:
     lengths = np.asarray(batches.lengths)
     shortest = 1 if not lengths.size else max(1, int(lengths.min()))
     return min(_UNIT_ROWS, batches.max_rows, max(1, batches.token_budget // shortest))
-
-
-def free_on(device: torch.device) -> int:
-    """Return the bytes that are free on a CUDA device, with those that torch holds unused."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def free_ram(root: Path = Path("/")) -> int | None:

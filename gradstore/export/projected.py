@@ -29,6 +29,7 @@ from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.export.features import FeatureMap, FeatureSpec, Recipe
 from gradstore.export.joined import JoiningSink, Run, runs_of
 from gradstore.export.moments import AdamMoments
+from gradstore.export.smaller import computed_parts
 from gradstore.export.units import (
     Batch,
     Batches,
@@ -36,7 +37,6 @@ from gradstore.export.units import (
     OnRows,
     RowBatch,
     UnitFeatures,
-    computed_parts,
     join_unit,
     row_status,
 )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from gradstore.capture.losses import Targets
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import expect, expect_whole
+from gradstore.export.smaller import computed_whole
 from gradstore.export.units import RowBatch
 
 
@@ -96,7 +98,8 @@ def expected_share(
 
     Args:
         model: whose gradients are taken, in eval mode.
-        batches: S rows by lot, of those that training draws from (`Batches.sample`).
+        batches: S rows by lot, of those that training draws from (`Batches.sample`); where memory
+            runs out, the estimate begins again with smaller ones.
         step: of the run.
         modules: as of the features (`FeatureSpec.modules`); the norm of the parameters that are
             left out is not in N.
@@ -104,33 +107,49 @@ def expected_share(
     Raises:
         BadInput: none of the rows has a target token.
     """
-    counts, squares, rows = 0.0, 0.0, 0
     with GradientCapture(model, modules) as capture:
-        total = torch.zeros(capture.p, device=next(model.parameters()).device)
-        for _, batch in batches:
-            tokens = Targets.of(batch).counts.float()
-            sums: list[Tensor] = []
-
-            def sink(
-                slot: ParameterSlot,
-                gradient: Tensor,
-                tokens: Tensor = tokens,
-                sums: list[Tensor] = sums,
-            ) -> None:
-                # A row that is not finite stops no estimate: the export counts and refuses those.
-                weighted = torch.nan_to_num(gradient * tokens[:, None], 0.0, 0.0, 0.0)
-                total[slot.start : slot.start + slot.numel] += weighted.sum(dim=0)
-                sums.append(torch.linalg.vector_norm(weighted).double().square())
-
-            capture.capture({k: v.to(total.device) if isinstance(v, Tensor) else v
-                             for k, v in batch.items()}, sink)  # fmt: skip
-            squares += float(torch.stack(sums).sum())
-            counts += float(tokens.sum())
-            rows += int((tokens > 0).sum())
+        device = next(model.parameters()).device
+        found = computed_whole(batches, lambda pairs: _added_up(capture, pairs, device))
+    rows, mean = found.rows, found.tokens / max(found.rows, 1)
     expect(rows > 0, "sampled training rows", rows, "rows with target tokens")
-    mean = counts / rows
-    energy, alone = float(total.double().square().sum()), squares / rows
+    energy, alone = float(found.total.double().square().sum()), found.squares / rows
     # Of S rows, |sum u|² holds S single terms and S (S - 1) pairs: these are unbiased for |E u|².
-    common = (energy - squares) / (rows * (rows - 1)) if rows > 1 else 0.0
+    common = (energy - found.squares) / (rows * (rows - 1)) if rows > 1 else 0.0
     square = (1 - 1 / step.rows) * max(0.0, common) + alone / step.rows
     return StepShare(step.rows, float(step.max_grad_norm), mean, math.sqrt(square) / mean)
+
+
+class _Sums(NamedTuple):
+    """Sums over rows with target tokens: tokens t, |t g|², their number, and t g (p,)."""
+
+    tokens: float
+    squares: float
+    rows: int
+    total: Tensor
+
+
+def _added_up(capture: GradientCapture, batches: Iterable[RowBatch], device: torch.device) -> _Sums:
+    """Add up the rows of all batches."""
+    counts, squares, rows = 0.0, 0.0, 0
+    total = torch.zeros(capture.p, device=device)
+    for _, given in batches:
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
+        tokens = Targets.of(batch).counts.float()
+        sums: list[Tensor] = []
+
+        def sink(
+            slot: ParameterSlot,
+            gradient: Tensor,
+            tokens: Tensor = tokens,
+            sums: list[Tensor] = sums,
+        ) -> None:
+            # A row that is not finite stops no estimate: the export counts and refuses those.
+            weighted = torch.nan_to_num(gradient * tokens[:, None], 0.0, 0.0, 0.0)
+            total[slot.start : slot.start + slot.numel] += weighted.sum(dim=0)
+            sums.append(torch.linalg.vector_norm(weighted).double().square())
+
+        capture.capture(batch, sink)
+        squares += float(torch.stack(sums).sum())
+        counts += float(tokens.sum())
+        rows += int((tokens > 0).sum())
+    return _Sums(counts, squares, rows, total)

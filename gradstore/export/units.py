@@ -18,10 +18,7 @@ Letters: k rows of a unit, b rows of a batch, t tokens, d dimensions.
 
 from __future__ import annotations
 
-import gc
-import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,8 +28,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gradstore.capture.limits import ran_out_of_memory
 from gradstore.errors import BadInput, expect, expect_whole
+from gradstore.export.room import Room
 from gradstore.format.layout import RowStatus
 from gradstore.format.plans import UnitRange
 
@@ -41,8 +38,6 @@ Collate = Callable[[list[Any]], Batch]
 Lengths = Sequence[int] | npt.NDArray[np.int64]
 RowBatch = tuple[npt.NDArray[np.int64], Batch]
 OnRows = Callable[[int], None]
-
-_log = logging.getLogger(__name__)
 
 #: Rows that stand for all where a mean over the training set is estimated.
 SAMPLE_ROWS = 256
@@ -132,17 +127,6 @@ def plan_batches(
     return batches
 
 
-@dataclass
-class _Room:
-    """Room in memory, as far as it has shown.
-
-    Attributes:
-        tokens: of a padded batch; None as long as memory has not run out.
-    """
-
-    tokens: int | None = None
-
-
 @dataclass(frozen=True)
 class Batches:
     """The rows of a data set, and how those of a unit are put into batches.
@@ -155,6 +139,8 @@ class Batches:
         longest: rows with more tokens get status `TOO_LONG` (the model's position limit); None
             takes all, where there is no limit or `collate` cuts them.
         max_rows: rows of a batch, at most.
+        room: what was found where memory ran out; whoever gives it to further batches of the same
+            model, of another set or at a later step, does not run out again.
     """
 
     dataset: Sequence[Any]
@@ -163,7 +149,7 @@ class Batches:
     token_budget: int = 2048
     longest: int | None = None
     max_rows: int = 1024
-    _room: _Room = field(default_factory=_Room, init=False, compare=False, repr=False)
+    room: Room = field(default_factory=Room, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Raise BadInput unless each row has a length and the limits are whole numbers.
@@ -190,7 +176,8 @@ class Batches:
             unit: which rows.
             done: (k,) rows of the unit to leave out.
         """
-        return self._batched(self._left(unit, done))
+        for rows in self.cut(self._left(unit, done)):
+            yield self.made(rows)
 
     def lower(self, unit: UnitRange, done: npt.NDArray[np.bool_]) -> bool:
         """Halve the tokens of the largest batch, after memory ran out in one of those left.
@@ -200,39 +187,46 @@ class Batches:
         Returns:
             Whether that made batches smaller: not where each holds one row.
         """
-        lengths = self._lengths[self._left(unit, done)]
-        planned = [lengths[chosen] for chosen in self._planned(self._left(unit, done))]
-        several = [len(batch) * int(batch.max()) for batch in planned if len(batch) > 1]
-        if several:
-            self._room.tokens = max(several) // 2
-        return bool(several)
+        return self.lower_for(self.cut(self._left(unit, done)))
+
+    def lower_for(self, planned: Iterable[npt.NDArray[np.int64]]) -> bool:
+        """Halve the tokens of the largest of some batches that did not fit, given as positions.
+
+        Returns:
+            Whether that made batches smaller: not where each holds one row.
+        """
+        lengths = [self._lengths[rows] for rows in planned if len(rows) > 1]
+        if lengths:
+            self.room.tokens = max(len(batch) * int(batch.max()) for batch in lengths) // 2
+        return bool(lengths)
 
     @property
     def tokens_at_once(self) -> int:
         """Tokens of a padded batch from now on."""
-        room = self._room.tokens
+        room = self.room.tokens
         return self.token_budget if room is None else min(room, self.token_budget)
 
-    def _batched(self, positions: npt.NDArray[np.int64]) -> Iterator[RowBatch]:
-        for chosen in self._planned(positions):
-            rows = positions[chosen]
-            yield rows, self.collate([self.dataset[int(i)] for i in rows])
+    def cut(self, positions: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """Cut rows into the batches that there is room for now: the positions of each."""
+        planned = plan_batches(self._lengths[positions], self.tokens_at_once, self.max_rows)
+        return [positions[chosen] for chosen in planned]
 
-    def _planned(self, positions: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        return plan_batches(self._lengths[positions], self.tokens_at_once, self.max_rows)
+    def made(self, positions: npt.NDArray[np.int64]) -> RowBatch:
+        """Make one batch of some rows."""
+        return positions, self.collate([self.dataset[int(i)] for i in positions])
 
     def _left(self, unit: UnitRange, done: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.int64]:
         rows = self._fitting(unit)
         return rows if done is None else rows[~done[rows - unit.start]]
 
-    def sample(self, seed: int, without: npt.NDArray[np.bool_] | None = None) -> Iterator[RowBatch]:
-        """Yield at most `SAMPLE_ROWS` of all rows by lot, longest rows first."""
+    def sample(self, seed: int, without: npt.NDArray[np.bool_] | None = None) -> PlannedRows:
+        """Draw at most `SAMPLE_ROWS` of all rows by lot, in batches, longest rows first."""
         fits = self._fitting(UnitRange(0, 0, len(self.dataset)))
         if without is not None:
             fits = fits[~without[fits]]
         count = min(SAMPLE_ROWS, len(fits))
         some = np.sort(np.random.default_rng(seed).choice(fits, count, replace=False))
-        return self._batched(some)
+        return PlannedRows(self, self.cut(some))
 
     def tokens(self, unit: UnitRange) -> int:
         """Count the tokens of the unit's rows that go through the model."""
@@ -249,39 +243,34 @@ class Batches:
         return np.asarray(self.lengths, dtype=np.int64)
 
 
-def computed_parts(
-    batches: Batches,
-    unit: UnitRange,
-    compute: Callable[[Iterator[RowBatch]], Generator[FeatureRows, None, None]],
-) -> Generator[FeatureRows, None, None]:
-    """Compute the rows of a unit; where memory runs out, those left in smaller batches.
+@dataclass(frozen=True)
+class PlannedRows:
+    """Some rows in batches, each made when it is asked for.
 
-    Args:
-        batches: the rows; they stay smaller for the units that follow.
-        unit: which rows.
-        compute: batches -> features of their rows.
+    Who takes them as plain batches gets those; `gradstore.export.smaller` goes on in smaller ones
+    where memory runs out.
 
-    Raises whatever `compute` raises; that memory ran out, if a single row takes too much.
+    Attributes:
+        batches: of whose rows.
+        planned: the positions of each batch.
+        on_rows: called with the number of rows of a batch when the next one is asked for.
     """
-    done = np.zeros(unit.stop - unit.start, dtype=np.bool_)
-    while True:
-        try:
-            with closing(compute(batches.of(unit, done))) as parts:  # else the model stays frozen
-                for part in parts:
-                    done[part.rows - unit.start] = True
-                    yield part
-            return
-        except (MemoryError, RuntimeError) as error:
-            if not ran_out_of_memory(error) or not batches.lower(unit, done):
-                raise
-        _log.warning(
-            "out of memory: batches of at most %d padded tokens from here on; no row is lost "
-            "(tokens_per_batch sets it from the start)", batches.tokens_at_once,
-        )  # fmt: skip
-        # Not before: the error holds the frames, and they what filled the memory.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+    batches: Batches
+    planned: Sequence[npt.NDArray[np.int64]]
+    on_rows: OnRows | None = None
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        """Yield row positions (b,) and their batch."""
+        for planned in self.planned:
+            for rows in self.batches.cut(planned):
+                yield self.batches.made(rows)
+                self.tell(len(rows))
+
+    def tell(self, rows: int) -> None:
+        """Tell `on_rows` of so many rows."""
+        if self.on_rows is not None:
+            self.on_rows(rows)
 
 
 def join_unit(

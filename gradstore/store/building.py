@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from gradstore.export.kronecker import KroneckerFactors
 from gradstore.export.memory import check_memory, check_published, most_rows
 from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit
+from gradstore.export.room import Room
 from gradstore.export.settings import BuildSettings
 from gradstore.export.share import expected_share
 from gradstore.export.token_rows import TokenRows, decoded, padded, read_rows, tokenizer_of
@@ -122,6 +123,7 @@ class _Checkpoint:
     step: int
     tokenizer: Any
     moments: AdamMoments | None
+    room: Room = field(default_factory=Room)
 
     def export(self, path: Location, sets: Sequence[TokenRows]) -> CheckpointExport:
         """Make the generations of all sets in the store at `path`."""
@@ -192,7 +194,7 @@ class _Checkpoint:
         """Cut rows into batches."""
         budget = self.options.tokens_per_batch or token_budget(self.model)
         longest = longest_of(self.model, rows.lengths, rows.name)
-        return Batches(rows.items, padded, rows.lengths, budget, longest)
+        return Batches(rows.items, padded, rows.lengths, budget, longest, room=self.room)
 
     def _curvature(self, writer: StoreWriter, sets: Sequence[TokenRows]) -> KroneckerFactors | None:
         """Take the store's factors of this state, or fit them on the training rows."""

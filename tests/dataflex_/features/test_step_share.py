@@ -15,14 +15,16 @@ from dataflex.features.settings import FeatureSettings
 from dataflex.features.step_share import features_again, step_of, train_features
 from dataflex.run.ranks import Ranks
 from gradstore.errors import BadInput
+from gradstore.export.room import Room
 from gradstore.export.share import OptimizerStep, StepShare
 
 
 def run(step: OptimizerStep | None) -> Any:
     rows = SimpleNamespace(dataset=[{}] * 4, lengths=np.full(4, 3))
     return SimpleNamespace(
-        step=step, data=SimpleNamespace(train=rows), collate=list, model=None, ranks=Ranks()
-    )
+        step=step, data=SimpleNamespace(train=rows), collate=list, model=None, ranks=Ranks(),
+        room=Room(),
+    )  # fmt: skip
 
 
 def shares(monkeypatch: pytest.MonkeyPatch, norm: float) -> list[OptimizerStep]:

@@ -17,6 +17,7 @@ from dataflex.run.context import UpdateContext
 from dataflex.run.ranks import Ranks
 from dataflex.selectors.online import OnlineSelector
 from gradstore.errors import BadInput
+from gradstore.export.room import Room
 from gradstore.export.token_rows import padded
 
 N = 30
@@ -57,7 +58,7 @@ def context(step: int = 4, model: Any = None, pool: list[int] | None = None) -> 
     )
     run: Any = SimpleNamespace(
         data=data, model=model or small_model(), collate=padded, ranks=Ranks(), autocast="off",
-        shows_progress=False,
+        shows_progress=False, room=Room(),
     )  # fmt: skip
     some = None if pool is None else np.array(pool)
     return UpdateContext(run, step, 1, 9, 1e-3, None, some)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gradstore.capture.limits import ran_out_of_memory
-from gradstore.export.units import Batches, FeatureRows, computed_parts, join_unit
+from gradstore.export.smaller import computed_parts
+from gradstore.export.units import Batches, FeatureRows, join_unit
 from gradstore.format.layout import RowStatus
 from gradstore.format.plans import UnitRange
 

@@ -81,6 +81,23 @@ def test_features_are_those_of_the_parts_put_together_by_hand(build: Build, llam
     assert len(gradstore.influence_scores(gradstore.checkpoint_features(store)).values) == 40
 
 
+def test_the_room_that_one_set_found_is_that_of_the_others(
+    build: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A device with room for 30 padded tokens: memory runs out in the first set alone."""
+    sizes: list[int] = []
+
+    def watch(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+        sizes.append(inputs["input_ids"].numel())
+        if sizes[-1] > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    build.model.register_forward_pre_hook(watch, with_kwargs=True)
+    build(target={"one": build.target, "two": build.target}, tokens_per_batch=60)
+    assert sum(size > 30 for size in sizes) == 1
+    assert sum("out of memory" in line for line in caplog.messages) == 1
+
+
 def test_a_build_in_few_bits_is_scored_from_the_command_line_as_one_in_float32(
     build: Build,
 ) -> None:
