@@ -272,11 +272,16 @@ def finished_rows(
     finite = torch.isfinite(projected).all(dim=1)
     status = row_status(torch.where(finite, norm, torch.nan), stats.target_tokens)
     projected[status != RowStatus.OK] = torch.nan
+    # One copy for all: on a GPU each waits for it. Counts below 2**24 are exact in float32.
+    beside = (norm, status, stats.target_tokens, stats.loss)
+    packed = torch.cat([projected, torch.stack([x.float() for x in beside], dim=1)], dim=1)
+    host = packed.cpu().numpy()
+    d = projected.shape[1]
     return FeatureRows(
         rows=rows,
-        features=projected.cpu().numpy(),
-        norm=norm.float().cpu().numpy(),
-        status=status.cpu().numpy(),
-        tokens=stats.target_tokens.to(torch.int32).cpu().numpy(),
-        loss=stats.loss.float().cpu().numpy(),
+        features=host[:, :d],
+        norm=host[:, d],
+        status=host[:, d + 1].astype(np.uint8),
+        tokens=host[:, d + 2].astype(np.int32),
+        loss=host[:, d + 3],
     )
