@@ -22,6 +22,7 @@ from gradkernels import Accumulator, ProjectionSpec
 from torch import Tensor, nn
 
 from gradstore.capture.hooks import Sink
+from gradstore.capture.limits import free_on
 from gradstore.capture.losses import BatchStats
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
@@ -46,8 +47,11 @@ from gradstore.format.plans import UnitRange
 #: Rows a dense projection multiplies at once: fewer underuse the matrix product (BLAS, tensor
 #: cores) because the random matrix has to be made again for every group of rows.
 DENSE_ROWS = 64
-#: Memory for whole gradients when a dense projection gathers rows.
+#: Memory for whole gradients when a dense projection gathers rows, on a CPU and in the RAM of TRAK.
 BUFFER_BYTES = 2 << 30
+#: The same on a CUDA device: a part of what is free when a pass begins, and at most so much. With
+#: r = 16 on all linear layers an 8B model has p = 41.9 M: 64 rows of it are 10 GiB.
+FREE_SHARE, MOST_BUFFER_BYTES = 4, 16 << 30
 #: Types of devices on which features are made by the projection. On a CPU they are made first.
 FUSED = ("cuda",)
 
@@ -59,7 +63,7 @@ def export_features(
     features: FeatureSpec,
     projection: ProjectionSpec,
     moments: AdamMoments | None = None,
-    buffer_bytes: int = BUFFER_BYTES,
+    buffer_bytes: int | None = None,
 ) -> Generator[FeatureRows, None, None]:
     """Yield the features of every row of `batches`, in the order of the batches.
 
@@ -71,15 +75,19 @@ def export_features(
         features: how a gradient becomes a feature.
         projection: p must equal the model's trainable parameters.
         moments: Adam moments by parameter name, for features that need them.
-        buffer_bytes: memory for whole gradients when a dense projection gathers rows.
+        buffer_bytes: memory for whole gradients when a dense projection gathers rows; None goes by
+            the device (`buffer_bytes_on`).
 
     Yields:
         One `FeatureRows` per projected group of rows.
     """
     recipe = Recipe(features, projection, moments)
-    expect_whole(buffer_bytes, "buffer_bytes")
+    if buffer_bytes is not None:
+        expect_whole(buffer_bytes, "buffer_bytes")
     with GradientCapture(model, features.modules) as capture:
         device = next(model.parameters()).device
+        if buffer_bytes is None:
+            buffer_bytes = buffer_bytes_on(device, projection)
         exporter = _Exporter(capture, device, recipe, buffer_bytes)
         pairs = _pairs(batches)
         if exporter.streams:
@@ -250,6 +258,18 @@ class _Exporter:
 
     def _move(self, batch: Batch) -> dict[str, Any]:
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def buffer_bytes_on(device: torch.device, projection: ProjectionSpec) -> int:
+    """Return the memory for whole gradients that wait for a dense projection.
+
+    `BUFFER_BYTES` on a CPU, and for TRAK's own code, which takes them to the RAM. On a CUDA device
+    a fourth of what is free (`FREE_SHARE`), 16 GiB at most: rows are gathered until there are
+    `DENSE_ROWS`, and the batches that are captured meanwhile need memory, too.
+    """
+    if device.type != "cuda" or projection.method == "trak":
+        return BUFFER_BYTES
+    return max(1, min(MOST_BUFFER_BYTES, free_on(device) // FREE_SHARE))
 
 
 def gathered_rows(p: int, buffer_bytes: int = BUFFER_BYTES) -> int:

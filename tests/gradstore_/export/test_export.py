@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from gradstore.capture.per_sample import GradientCapture, batch_losses
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
+from gradstore.export import projected
 from gradstore.export.features import FeatureMap, FeatureSpec, Recipe
 from gradstore.export.projected import compute_unit, export_features
 from gradstore.export.units import BATCH_SHARE, Batches, plan_batches
@@ -413,6 +414,32 @@ def test_rows_of_very_different_lengths_share_no_batch() -> None:
     lengths = [400, 30, 390, 30, 30, 30]
     batches = [sorted(int(i) for i in batch) for batch in plan_batches(lengths, 2048)]
     assert batches == [[0, 2], [1, 3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("device", "method", "free", "rows"),
+    [
+        ("cpu", "rademacher", None, 12),  # as ever: 2 GiB
+        ("cuda", "rademacher", 139 << 30, 64),
+        ("cuda", "rademacher", 24 << 30, 38),
+        ("cuda", "rademacher", 1 << 20, 1),
+        ("cuda", "trak", 139 << 30, 12),  # which takes them to the RAM
+    ],
+)
+def test_rows_are_gathered_in_a_fourth_of_a_devices_free_memory(
+    device: str, method: Any, free: int | None, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an 8B model under r = 16, for which a dense projection wants 64 rows at once."""
+    p = 41_943_040
+
+    def freed(_device: torch.device) -> int:
+        assert free is not None, "nobody asks a CPU"
+        return free
+
+    monkeypatch.setattr(projected, "free_on", freed)
+    asked = projected.buffer_bytes_on(torch.device(device), ProjectionSpec(method, p=p, d=4096))
+    assert asked <= 16 << 30
+    assert projected.gathered_rows(p, asked) == rows
 
 
 # ---- memory ----------------------------------------------------------------------------------
