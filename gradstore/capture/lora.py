@@ -5,18 +5,22 @@ multiple, a sum; and the backward makes as many over (b, t, out) and (b, t, in).
 are a tenth of a training pass, on a GPU they are most of its launches. Here one matrix product adds
 its result to what is there, forwards and backwards, and what both matrices' gradients are made of
 is at hand without a hook. What peft computes otherwise (DoRA and other variants, quantised
-weights, biases of the matrices, layers that others have hooked) is left to it.
+weights, biases of the matrices, layers that others have hooked) is left to it, and the log says so
+once for each reason.
 
 Letters: b batch, t tokens, r rank.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +29,8 @@ from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from gradstore.capture.hooks import HookedModule, HookedPass
+
+_log = logging.getLogger(__name__)
 
 #: Where peft's own layer lives; one that another library patched has its forward elsewhere.
 _PEFT_LAYER, _TORCH_LAYER = "peft.tuners.lora.layer", "torch.nn.modules.linear"
@@ -47,36 +53,47 @@ class LoraLayer:
     down: HookedModule
     up: HookedModule
 
-    def is_plain(self, hooks: int) -> bool:
-        """Return whether its parts can be multiplied with without being called.
+    def unlike(self, hooks: int) -> str | None:
+        """Tell why its parts can't be multiplied with without being called; None where they can.
 
         Args:
             hooks: on all parts together, of those that watch the matrices.
         """
         layer, name = self.module, self.name
         if _home(type(layer).forward) != _PEFT_LAYER or _home(nn.Linear.forward) != _TORCH_LAYER:
-            return False
+            return "patched by another library"
         if has_global_hooks():  # type: ignore[no-untyped-call]
-            return False
-        if layer.disable_adapters or layer.merged or name in layer.lora_variant:
-            return False
+            return "hooks on all modules"
+        if layer.disable_adapters or layer.merged:
+            return "disabled or merged"
+        if name in layer.lora_variant:
+            return f"a variant of LoRA, {type(layer.lora_variant[name]).__name__}"
         if [each for each in layer.active_adapters if each in layer.lora_A] != [name]:
-            return False
+            return "several adapters"
         matrices = [self.down.module, self.up.module]
         if [layer.lora_A[name], layer.lora_B[name]] != matrices:
-            return False
+            return "matrices put in the place of others"
+        return self._unlike_parts(hooks)
+
+    def _unlike_parts(self, hooks: int) -> str | None:
+        layer, name = self.module, self.name
+        matrices = [self.down.module, self.up.module]
         base, dropout = layer.base_layer, layer.lora_dropout[name]
         drops = dropout.training or not isinstance(dropout, nn.Dropout)
-        if type(base) is not nn.Linear or (drops and type(dropout) is not nn.Identity):
-            return False
+        if type(base) is not nn.Linear:
+            return f"base layers of type {type(base).__name__}"
+        if drops and type(dropout) is not nn.Identity:
+            return "active dropout"
         parts = (base, dropout, *matrices)
         if any("forward" in vars(part) for part in parts):
-            return False  # accelerate moves weights there
+            return "parts with a forward of their own"  # accelerate moves weights there
         if sum(len(getattr(part, kind)) for part in parts for kind in _HOOKS) != hooks:
-            return False  # DeepSpeed gathers weights there
+            return "hooks on their parts"  # DeepSpeed gathers weights there
         if any(matrix.bias is not None for matrix in matrices):
-            return False
-        return all(type(each) is nn.Parameter for part in parts for each in part.parameters())
+            return "matrices with a bias"
+        if all(type(each) is nn.Parameter for part in parts for each in part.parameters()):
+            return None
+        return "weights that are no plain parameters"
 
     def computing_dtype(self, x: Tensor) -> torch.dtype | None:
         """Return the dtype that peft would compute in, if it is the same for all parts."""
@@ -98,24 +115,43 @@ def fused_layers(
         watched: its LoRA matrices, each of which gets one hook meanwhile.
         current: gives the pass that gradients are for; None for a forward of its own.
     """
+    found, tell = list(_seen_layers(model, watched)), partial(_tell, ref(model))
+    for reason, count in Counter(why for _, why in found if why is not None).items():
+        tell(reason, f"{count} LoRA layers are")
     with ExitStack() as stack:
-        for layer in lora_layers(model, watched):
-            ours = partial(_forward, layer, current)
-            layer.module.forward = ours
-            stack.callback(_put_back, layer.module, ours)
+        for layer, why in found:
+            if layer is not None and why is None:
+                ours = partial(_forward, layer, current, tell)
+                layer.module.forward = ours
+                stack.callback(_put_back, layer.module, ours)
         yield
 
 
 def lora_layers(model: nn.Module, watched: Sequence[HookedModule]) -> Iterator[LoraLayer]:
     """Find the layers that peft computes as W x + s B A x, of matrices that are watched."""
+    for layer, why in _seen_layers(model, watched):
+        if layer is not None and why is None:
+            yield layer
+
+
+def _seen_layers(
+    model: nn.Module, watched: Sequence[HookedModule]
+) -> Iterator[tuple[LoraLayer | None, str | None]]:
+    """Find all layers of matrices that are watched, and why one is left to its own forward."""
     matrices = {id(each.module): each for each in watched if each.weight is not None}
     for module in model.modules():
+        layer: Any = module
+        if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):
+            continue
+        if not any(id(matrix) in matrices for matrix in layer.lora_A.values()):
+            continue
         kind = type(module)
         if (kind.__module__, kind.__name__) != (_PEFT_LAYER, "Linear"):
+            yield None, f"of type {kind.__module__}.{kind.__name__}"
             continue
         if "forward" in vars(module):
+            yield None, "patched by another library"
             continue
-        layer: Any = module
         for name in layer.active_adapters:
             down, up = (
                 matrices.get(id(part[name])) if name in part else None
@@ -123,8 +159,21 @@ def lora_layers(model: nn.Module, watched: Sequence[HookedModule]) -> Iterator[L
             )
             if down is not None and up is not None:
                 found = LoraLayer(layer, name, down, up)
-                if found.is_plain(hooks=0):
-                    yield found
+                yield found, found.unlike(hooks=0)
+
+
+#: What was told of a model already.
+_told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def _tell(model: ref[nn.Module], why: str, what: str = "LoRA layers are") -> None:
+    """Tell of each model once for each reason that layers are left to their own forward."""
+    held = model()
+    told = set[str]() if held is None else _told.setdefault(held, set())
+    if why not in told:
+        told.add(why)
+        _log.info("%s left to their own forward, which takes more operations than one: %s", what,
+                  why)  # fmt: skip
 
 
 def _home(function: Any) -> str:  # noqa: ANN401 - whatever stands in the place of a method
@@ -141,6 +190,7 @@ def _put_back(module: nn.Module, ours: object) -> None:
 def _forward(
     layer: LoraLayer,
     current: Callable[[], HookedPass | None],
+    tell: Callable[[str], None],
     x: Tensor,
     *args: object,
     **kwargs: object,
@@ -153,7 +203,9 @@ def _forward(
     if seen is None or not torch.is_grad_enabled() or not seen.fits(x) or x.is_inference():
         return original(x)
     dtype = layer.computing_dtype(x)
-    if dtype is None or not layer.is_plain(hooks=2):
+    why = "several dtypes" if dtype is None else layer.unlike(hooks=2)
+    if dtype is None or why is not None:
+        tell(str(why))
         return original(x)
     base, scale = layer.module.base_layer, float(layer.module.scaling[layer.name])
     weights = base.weight, base.bias, layer.down.module.weight, layer.up.module.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -152,6 +153,72 @@ def test_rank_stabilised_scaling_is_the_layers_own(
     model, batch = llama.model(use_rslora=True, lora_alpha=6), llama.collate(llama.rows(4))
     assert len(fused(model)) == len(peft_layers(model))
     same(taken(model, batch), by_hooks(model, batch))
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The lines about layers that are left to themselves; forgotten afterwards."""
+    lines = [line for line in caplog.messages if "left to their own forward" in line]
+    caplog.clear()
+    return lines
+
+
+def test_nothing_is_said_where_every_layer_is_one_operation(
+    llama: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "gradstore"):
+        taken(llama.model(), llama.collate(llama.rows(2)))
+    assert told(caplog) == []
+
+
+def test_layers_that_are_left_to_themselves_are_told_of_once_for_each_reason(
+    llama: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batch = llama.model(use_dora=True), llama.collate(llama.rows(2))
+    layers = peft_layers(model)
+    patch(layers[0])
+    subclass(layers[1])
+    with caplog.at_level(logging.INFO, "gradstore"):
+        taken(model, batch)
+        lines = told(caplog)
+        assert sorted(line.split(":")[1].strip() for line in lines) == [
+            "a variant of LoRA, DoraLinearVariant", "of type elsewhere.Linear",
+            "patched by another library",
+        ]  # fmt: skip
+        assert any(f"{len(layers) - 2} LoRA layers are" in line for line in lines)
+        taken(model, batch)
+        assert told(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (quantise, "base layers of type Quantised"),
+        (hook, "hooks on their parts"),
+        (move, "parts with a forward of their own"),
+    ],
+)
+def test_the_reason_is_what_was_changed(
+    llama: Any, change: Callable[[Any], None], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = llama.model()
+    change(peft_layers(model)[3])
+    with caplog.at_level(logging.INFO, "gradstore"):
+        taken(model, llama.collate(llama.rows(2)))
+    (line,) = told(caplog)
+    assert line.endswith(why)
+    assert "1 LoRA layers are" in line
+
+
+def test_layers_that_a_forward_finds_in_several_dtypes_are_told_of(
+    llama: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batch = llama.model().bfloat16(), llama.collate(llama.rows(2))
+    for parameter in filter(lambda each: each.requires_grad, model.parameters()):
+        parameter.data = parameter.data.float()
+    with caplog.at_level(logging.INFO, "gradstore"):
+        taken(model, batch)
+    (line,) = told(caplog)
+    assert line.endswith("several dtypes")
 
 
 class OwnDropout(nn.Dropout):
