@@ -22,7 +22,7 @@ class FeatureSettings(GradientSettings):
         bias_correction: correct the moments for their start at zero: divide by 1 - beta ** (t + 1).
         gradient_modules: of a model trained without LoRA (finetuning_type full or freeze), linear
             takes the gradients of its linear layers; all takes embeddings, the output layer and
-            norms as well: docs/full-parameters.md.
+            norms as well; a list those of the modules it names: docs/full-parameters.md.
         proj_method: sjlt, rademacher, gaussian, or trak: to compare with LESS and TRAK byte by byte
             (TRAK's own projector, on the CPU; slow, 512 bytes of RAM a parameter, whole gradients).
         proj_dim: projected dimensions d.

@@ -52,8 +52,9 @@ class FeatureSpec:
         bias_correction: whether the moments are bias-corrected, at the optimizer's next step.
         share: what a step takes of a row's gradient, for `adam_share`.
         curvature: factors of the metric that gradients are put into, for `sgd`; None for none.
-        modules: linear | all, the trained parameters of a model without an adapter that gradients
-            are taken of (`gradstore.capture.chosen`); the slots of a space say which those are.
+        modules: linear | all | names of modules, the trained parameters of a model without an
+            adapter that gradients are taken of (`gradstore.capture.chosen`); the slots of a space
+            say which those are.
     """
 
     kind: Kind = "adam_marginal"
@@ -69,7 +70,13 @@ class FeatureSpec:
         Raises:
             BadInput: a name is not one of those offered, or an attribute is of another type.
         """
-        for field, names in (("kind", Kind), ("adam_eps_mode", EpsMode), ("modules", Modules)):
+        if isinstance(self.modules, list):
+            object.__setattr__(self, "modules", tuple(self.modules))
+        words = get_args(get_args(Modules)[0])
+        several = isinstance(self.modules, tuple) and all(isinstance(m, str) for m in self.modules)
+        wanted = f"{' | '.join(words)}, or a list of names of modules"
+        expect(several or self.modules in words, "modules", self.modules, wanted)
+        for field, names in (("kind", Kind), ("adam_eps_mode", EpsMode)):
             offered = get_args(names)
             if getattr(self, field) not in offered:
                 raise BadInput(f"{field} is {getattr(self, field)!r}; use " + " | ".join(offered))

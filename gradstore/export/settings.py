@@ -30,8 +30,8 @@ class GradientSettings:
         gradient_type: feature of a training row, see `gradstore.export.features`.
         adam_eps_mode: whether eps stands inside the root or outside.
         bias_correction: whether the moments are corrected for their start at zero.
-        gradient_modules: linear or all, the trained parameters of a model without an adapter whose
-            gradients are taken, see `gradstore.capture.chosen`.
+        gradient_modules: linear, all or names of modules, the trained parameters of a model without
+            an adapter whose gradients are taken, see `gradstore.capture.chosen`.
         proj_method: sjlt, rademacher, gaussian, or trak: to compare with LESS and TRAK byte by byte
             (TRAK's own projector, on the CPU; slow, 512 bytes of RAM a parameter, whole gradients).
         proj_dim: projected dimensions d.

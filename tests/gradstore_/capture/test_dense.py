@@ -263,6 +263,49 @@ def test_linear_leaves_out_embeddings_the_output_layer_and_norms_by_name() -> No
         assert capture.p == sum(p.numel() for p in untied.parameters())
 
 
+@pytest.mark.parametrize(
+    ("patterns", "taken"),
+    [
+        (["q_proj"], {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"}),
+        (["layers.1.mlp"], {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}),
+        (("norm", "lm_head"), {"model.norm", "lm_head"}),
+        (["layers.*.*norm"], {f"model.layers.{i}.{name}_layernorm" for i in (0, 1)
+                              for name in ("input", "post_attention")}),
+    ],
+)  # fmt: skip
+def test_modules_that_are_named_are_taken_with_what_lies_in_them(
+    patterns: Any, taken: set[str]
+) -> None:
+    model = llama()
+    with GradientCapture(model, patterns) as capture:
+        assert {slot.name.rsplit(".", 1)[0] for slot in capture.slots} == taken
+        assert len(capture.slots) + len(capture.left_out) == len(list(model.parameters()))
+        starts = [slot.start for slot in capture.slots]
+        assert starts[0] == 0
+        assert starts == sorted(starts)
+
+
+def test_a_weight_that_two_modules_share_is_taken_by_either_name() -> None:
+    tied = llama(tie_word_embeddings=True)
+    for name in ("lm_head", "embed_tokens"):
+        with GradientCapture(tied, [name]) as capture:
+            assert [slot.name for slot in capture.slots] == ["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("patterns", [["q_proj", "qproj"], ["proj"], ["layers.7"], []])
+def test_a_pattern_that_names_nothing_is_refused_with_names_that_there_are(patterns: Any) -> None:
+    with pytest.raises(BadInput, match=r"names no module .* model\.embed_tokens, model\.layers\.0"):
+        GradientCapture(llama(), patterns)
+
+
+def test_gradients_of_named_modules_are_those_of_the_whole_model() -> None:
+    model, batch = llama(), make_batch([9, 5])
+    found, capture, _ = captured(model, batch, ["v_proj", "*norm"], 500)  # type: ignore[arg-type]
+    expected = reference(model, batch, {slot.name for slot in capture.slots})
+    assert len(capture.slots) == 2 + 5
+    assert errors(found, expected).max() <= 1e-5
+
+
 def test_linear_of_a_model_that_trains_no_linear_layer_is_refused() -> None:
     model = llama()
     for name, parameter in model.named_parameters():
