@@ -37,6 +37,7 @@ from gradstore.capture.hooks import HookedModule, HookedPass, Sink, Tap
 from gradstore.capture.lora import fused_layers
 from gradstore.capture.losses import BatchStats, RowLoss, Targets, target_losses
 from gradstore.capture.modelstate import borrowed, without_autocast
+from gradstore.capture.recomputing import SingleRows
 from gradstore.capture.slots import ParameterSlot, unwrap
 from gradstore.capture.uses import uses_elsewhere
 
@@ -57,8 +58,8 @@ class GradientCapture:
     Args:
         model: a causal language model, possibly inside DDP or torch.compile; with LoRA adapters,
             or with any parameters that require grad.
-        modules: linear | all, which of these are taken of a model without an adapter
-            (`gradstore.capture.chosen`).
+        modules: linear | all | names of modules, which of these are taken of a model without an
+            adapter (`gradstore.capture.chosen`).
         elements: numbers of a part of whole weights' gradients; None goes by the device.
 
     Attributes:
@@ -92,6 +93,7 @@ class GradientCapture:
         self._elements = part_elements(device) if elements is None else elements
         self._loss = RowLoss(self._model)
         self._rowwise = RowwiseGradients(self._model, self._loss)
+        self._single = SingleRows(self._model)
         self._pass: HookedPass | DensePass | None = None
         self._note: Callable[[tuple[Tensor, ...]], None] | None = None
         self._looked = False
@@ -138,6 +140,9 @@ class GradientCapture:
             tap: called before it with what a LoRA matrix's block is made of, once for each call of
                 the matrix; not called for parameters that hooks don't cover.
 
+        A single row that does not fit into memory is computed with gradient checkpointing
+        (`gradstore.capture.recomputing`); of several rows that memory ran out is told.
+
         Returns:
             The rows' losses and target counts. A row without any target token has loss nan and a
             gradient of zeros. A row whose gradient is not finite leaves the others alone.
@@ -145,6 +150,15 @@ class GradientCapture:
         if self._stack is None:
             raise RuntimeError("capture() needs the context: `with GradientCapture(model) as c:`")
         targets = Targets.of(batch)
+        attempt = partial(self._captured, batch, targets)
+        if targets.grid[0] == 1:
+            return self._single.take(attempt, sink, tap)
+        return attempt(sink, tap)
+
+    def _captured(
+        self, batch: Mapping[str, Tensor], targets: Targets, sink: Sink, tap: Tap | None
+    ) -> BatchStats:
+        """Take the blocks of one batch, see `capture`."""
         losses: Tensor | None = None
         if len(targets.rows) == 0:
             for slot, parameter in self._parameters.items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -26,8 +28,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from gradstore.capture.hooks import HookedPass
 from gradstore.capture.losses import RowLoss
 from gradstore.capture.per_sample import GradientCapture, batch_losses
+from gradstore.capture.recomputing import checkpointable, checkpointed
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
 from gradstore.export.features import FeatureMap, FeatureSpec
@@ -464,14 +468,153 @@ def test_a_failing_forward_gives_the_model_back_too() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_does_not_change_gradients(reentrant: bool) -> None:
+def test_a_model_that_trains_with_checkpoints_is_captured_without(reentrant: bool) -> None:
     model = llama()
     batch = make_batch(LENGTHS[:3])
     expected, _ = reference(model, batch)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    found, _ = captured(model, batch)
+    with counted_layers(model) as calls:
+        found, _ = captured(model, batch)
+    assert set(calls.values()) == {1}
     assert relative_errors(found, expected).max() <= 1e-5
+
+
+@contextmanager
+def counted_layers(model: nn.Module) -> Iterator[Counter[nn.Module]]:
+    """Count the forwards that each layer's feed-forward part begins; a second may stop early."""
+    calls: Counter[nn.Module] = Counter()
+    handles = [
+        module.register_forward_pre_hook(lambda part, _: calls.update([part]))
+        for name, module in model.named_modules()
+        if name.split(".")[-1] in ("mlp", "block_sparse_moe", "feed_forward")
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def dense_llama() -> Any:
+    """No adapter: whole weights, tied embeddings and norms among them."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, "tie_word_embeddings": True})).train()
+
+
+CHECKPOINTED = {
+    name: MODELS[name]
+    for name in ("llama_gqa", "dora", "trainable_norms", "gemma2_softcap", "tied_adapters",
+                 "mixtral", "modules_to_save_head", "dropout")
+} | {"dense": dense_llama}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTED)
+def test_layers_that_are_computed_again_in_the_backward_have_the_same_gradients(kind: str) -> None:
+    model = CHECKPOINTED[kind]()
+    batch = make_batch(LENGTHS[:3])
+    expected, _ = reference(model, batch)
+    before = _fingerprint(model)
+    with counted_layers(model) as calls, GradientCapture(model) as capture, checkpointed(model):
+        found, _ = captured_in(capture, batch)
+    assert len(calls) == 2
+    assert min(calls.values()) >= 2, "each layer was computed again"
+    assert relative_errors(found, expected).max() <= 1e-5
+    assert _fingerprint(model) == before
+
+
+@contextmanager
+def tight(limit: int) -> Iterator[list[bool]]:
+    """Let memory run out where a backward has kept the inside of two layers, after some blocks.
+
+    The stand-in fails with the `limit`-th block of an attempt that does not checkpoint; whether
+    each attempt did is told.
+    """
+    attempts: list[bool] = []
+    blocks: Counter[int] = Counter()
+    begin, deliver = GradientCapture._new_pass, HookedPass._deliver
+
+    def new_pass(self: GradientCapture, *args: Any) -> Any:
+        attempts.append(any(layer.training for layer in checkpointable(self._model)))
+        return begin(self, *args)
+
+    def counted(self: HookedPass, slot: ParameterSlot, block: Tensor) -> None:
+        blocks[id(self)] += 1
+        if blocks[id(self)] == limit and not attempts[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        deliver(self, slot, block)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(GradientCapture, "_new_pass", new_pass)
+        patched.setattr(HookedPass, "_deliver", counted)
+        yield attempts
+
+
+@pytest.mark.parametrize("kind", ["llama_gqa", "dora", "dropout", "tied_adapters"])
+def test_a_row_that_does_not_fit_is_checkpointed_and_those_after_it(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Blocks that were handed on before are handed on once, as `captured_in` asserts."""
+    model = MODELS[kind]()
+    rows = [make_batch([length], seed=length) for length in LENGTHS[:3]]
+    expected = torch.cat([reference(model, row)[0] for row in rows])
+    before = _fingerprint(model)
+    with tight(7) as attempts:
+        with GradientCapture(model) as capture:
+            found = [captured_in(capture, row)[0] for row in rows[:2]]
+        found.append(captured(model, rows[2])[0])  # remembered with the model
+    assert attempts == [False, True, True, True]
+    assert relative_errors(torch.cat(found), expected).max() <= 1e-5
+    assert sum("checkpointing" in line for line in caplog.messages) == 1
+    assert _fingerprint(model) == before
+
+
+def test_what_blocks_are_made_of_is_shown_once_over_both_attempts() -> None:
+    """As Kronecker factors add it up; a matrix of two uses is shown both."""
+    model, row = tied_adapters(), make_batch([11])
+
+    def tapped() -> list[tuple[str, float]]:
+        seen: list[tuple[str, float]] = []
+
+        def tap(slot: ParameterSlot, x: Tensor, gradient: Tensor) -> None:
+            seen.append((slot.name, float(x.square().sum() * gradient.square().sum())))
+
+        with GradientCapture(model) as capture:
+            capture.capture(row, lambda slot, block: None, tap)
+        return sorted(seen)
+
+    expected = tapped()
+    with tight(9):
+        found = tapped()
+    assert [name for name, _ in found] == [name for name, _ in expected]
+    assert [size for _, size in found] == pytest.approx([size for _, size in expected], rel=1e-4)
+
+
+def test_a_row_that_does_not_fit_is_an_error_where_layers_cannot_be_checkpointed() -> None:
+    torch.manual_seed(0)
+    model = Mixer()
+    with tight(1), pytest.raises(torch.OutOfMemoryError):
+        captured(model, make_batch([9]))
+
+
+def test_a_receiver_that_runs_out_of_memory_is_not_asked_again() -> None:
+    """It may have taken a part of the block."""
+    model, seen = llama(), list[str]()
+
+    def sink(slot: ParameterSlot, block: Tensor) -> None:
+        seen.append(slot.name)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with GradientCapture(model) as capture, pytest.raises(torch.OutOfMemoryError):
+        capture.capture(make_batch([9]), sink)
+    assert len(seen) == 1
+
+
+def test_batches_of_several_rows_are_left_to_whoever_cuts_them() -> None:
+    model = llama()
+    with tight(7) as attempts, pytest.raises(torch.OutOfMemoryError):
+        captured(model, make_batch([9, 12]))
+    assert attempts == [False]
 
 
 def test_layers_that_checkpoint_in_eval_mode_too_keep_their_gradients() -> None:
