@@ -73,6 +73,7 @@ PROBES = "tests/gradstore_/storage/test_object_probes.py"
 LEASES, WORKERS = "tests/gradstore_/storage/test_leases.py", f"{STORE}/test_workers.py"
 BEHIND, FILLING = f"{STORE}/test_writing_behind.py", "gradstore/store/filling.py"
 UNITS = "tests/gradstore_/export/test_units.py"
+SMALLER = "tests/gradstore_/export/test_smaller.py"
 REPAIR, FORGETTING = f"{STORE}/test_repair.py", f"{STORE}/test_forgetting.py"
 CHUNKS, PACKED = f"{STORE}/test_chunks.py", "tests/gradstore_/scoring/test_dtypes.py"
 SIGNS = "tests/gradkernels_/test_sign_products.py"
@@ -247,8 +248,16 @@ MUTANTS = [
            BEHIND),
     Mutant("gradstore/store/generation_writer.py", " or index in self._being_written", "", BEHIND),
     Mutant("gradstore/storage/local.py", "with self._own_guard:", "if True:", BEHIND),
-    Mutant("gradstore/export/units.py", "done[part.rows - unit.start] = True", "pass", UNITS),
-    Mutant("gradstore/export/units.py", "return bool(several)", "return False", UNITS),
+    Mutant("gradstore/export/smaller.py", "done[part.rows - unit.start] = True", "pass", UNITS),
+    Mutant("gradstore/export/smaller.py", "        left.appendleft(first)\n", "", SMALLER),
+    Mutant("gradstore/export/units.py", "return bool(lengths)", "return False", UNITS),
+    Mutant("gradstore/export/combined.py", "        into.zero_()\n", "", SMALLER),
+    Mutant("gradstore/store/building.py", ", room=self.room)", ")",
+           f"{STORE}/test_building.py::test_the_room_that_one_set_found_is_that_of_the_others"),
+    Mutant("gradstore/capture/recomputing.py", "if key not in self._delivered:", "if True:",
+           "tests/gradstore_/capture/test_per_sample.py"),
+    Mutant("gradstore/capture/fallback.py", "if ran_out_of_memory(error):", "if False:",
+           "tests/gradstore_/capture/test_per_sample.py"),
     Mutant("gradstore/export/units.py", "cheapest[start] = costs[taken[start] - 1] + start_cost",
            "cheapest[start] = costs[taken[start] - 1]", "tests/gradstore_/export/test_export.py"),
     Mutant(FILLING, "self._wait(most=self._behind - 1)", "self.look()", BEHIND),
@@ -399,8 +408,8 @@ MUTANTS = [
            "current.missed(slot)}", DENSE),
     Mutant("gradstore/capture/lora.py", "apply(x, anchor, call)", "apply(x, x, call)",
            ONE_OPERATION),
-    Mutant("gradstore/capture/lora.py", "layer.merged or name in layer.lora_variant",
-           "layer.merged", ONE_OPERATION),
+    Mutant("gradstore/capture/lora.py", "if name in layer.lora_variant:", "if False:",
+           ONE_OPERATION),
     Mutant("gradstore/capture/lora.py", "for kind in _HOOKS) != hooks",
            "for kind in _HOOKS[2:]) > 2", ONE_OPERATION),
     Mutant("gradstore/capture/lora.py", "addmm_(low_gradient, down)", "clone()",
@@ -410,7 +419,7 @@ MUTANTS = [
     Mutant("gradstore/capture/lora.py", "len(dtypes) == 1", "len(dtypes) > 0", ONE_OPERATION),
     Mutant("gradstore/capture/lora.py", "stack.callback(_put_back, layer.module, ours)", "pass",
            ONE_OPERATION),
-    Mutant("gradstore/capture/lora.py", "layer.disable_adapters or layer.merged or ", "",
+    Mutant("gradstore/capture/lora.py", "if layer.disable_adapters or layer.merged:", "if False:",
            ONE_OPERATION),
     Mutant("gradstore/capture/lora.py", "torch.compiler.is_compiling() or ", "", ONE_OPERATION),
     Mutant("gradstore/capture/lora.py", " or x.is_inference()", "", ONE_OPERATION),
