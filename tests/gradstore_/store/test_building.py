@@ -93,7 +93,7 @@ def test_the_room_that_one_set_found_is_that_of_the_others(
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     build.model.register_forward_pre_hook(watch, with_kwargs=True)
-    build(target={"one": build.target, "two": build.target}, tokens_per_batch=60)
+    build(target={"one": build.train[:30], "two": build.train[5:]})
     assert sum(size > 30 for size in sizes) == 1
     assert sum("out of memory" in line for line in caplog.messages) == 1
 
