@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gradkernels import Accumulator, ProjectionSpec
+from gradkernels.methods import entry_of
 from torch import Tensor, nn
 
 from gradstore.capture.hooks import Sink
@@ -175,7 +176,8 @@ class _Exporter:
         self.runs = runs_of(capture.slots, self.map, hooked) if self.fused else []
         # Whole weights' gradients come in parts, so that (b, p) need not fit into memory.
         few = self.gather_rows < DENSE_ROWS and capture.dense
-        self.streams = projection.method == "sjlt" or (few and projection.method != "trak")
+        method = entry_of(projection.method)
+        self.streams = method.sparse or (few and not method.whole)
 
     def streamed(self, rows: npt.NDArray[np.int64], batch: Batch) -> FeatureRows:
         """Project each block as it leaves the backward pass; nothing of size (b, p) is kept."""

@@ -8,8 +8,8 @@ from typing import Literal, Protocol, cast, get_args
 import torch
 from gradkernels.features import Feature
 from gradkernels.gpu.usable import refusal
-from gradkernels.portable import TorchSums
-from gradkernels.published import PublishedSums, missing
+from gradkernels.methods import check_backend, doing, entry_of, sums_of
+from gradkernels.published import missing
 from gradkernels.reference import scale
 from gradkernels.spec import ProjectionSpec, check_int, check_spec
 from torch import Tensor
@@ -168,18 +168,9 @@ class Accumulator:
         return out
 
     def _new_sums(self, rows: int) -> _Sums:
-        if self.backend == "trak":
-            return PublishedSums(self.spec, rows)
-        if self.backend == "torch":
-            return TorchSums(self.spec, rows, self.device)
-        # Importing Triton or numba is slow: only where it runs.
-        if self.backend == "triton":
-            from gradkernels.gpu import sums as on_gpu
-
-            return on_gpu.SUMS[self.spec.method](self.spec, rows, self.device)
-        from gradkernels.cpu import sums as on_cpu
-
-        return on_cpu.SUMS[self.spec.method](self.spec, rows)
+        where = (self.device,) if self.backend in ("torch", "triton") else ()
+        sums: _Sums = sums_of(self.spec.method, self.backend)(self.spec, rows, *where)
+        return sums
 
 
 def project(x: Tensor, spec: ProjectionSpec, *, backend: Backend | None = None) -> Tensor:
@@ -208,31 +199,30 @@ def choose_backend(spec: ProjectionSpec, device: torch.device, backend: str | No
     """
     if "trak" in (spec.method, backend):
         return _published(spec, backend)
+    known = entry_of(spec.method).sums
     # The numba loops read 32-bit words as four bytes, lowest first.
     can_numba = device.type == "cpu" and sys.byteorder == "little"
     if backend is None:
         if device.type == "cuda" and refusal(device, spec.method) is None:
             return "triton"
-        return "numba" if can_numba else "torch"
-    if backend == "numba":
-        if not can_numba:
-            raise ValueError(
-                f"backend='numba' runs on a (little-endian) CPU, not on {device}; choose "
-                "backend='torch' or None"
-            )
-        return "numba"
+        backend = "numba" if can_numba and "numba" in known else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)} or None")
+    if backend == "numba" and not can_numba:
+        raise ValueError(
+            f"backend='numba' runs on a (little-endian) CPU, not on {device}; choose "
+            "backend='torch' or None"
+        )
     if backend == "triton":
         on_cuda = device.type == "cuda"
         why = refusal(device, spec.method) if on_cuda else f"the device is {device}"
         if why is not None:
             raise ValueError(
-                f"backend='triton' does rademacher and sjlt on a CUDA device, not this: {why}; "
-                "choose backend='torch' or None"
+                f"backend='triton' does {' and '.join(doing('triton'))} on a CUDA device, not "
+                f"this: {why} (method={spec.method!r}); choose backend='torch' or None"
             )
-        return "triton"
-    if backend == "torch":
-        return "torch"
-    raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)} or None")
+    check_backend(spec.method, backend)
+    return cast(Backend, backend)
 
 
 def _published(spec: ProjectionSpec, backend: str | None) -> Backend:

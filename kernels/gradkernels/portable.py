@@ -7,7 +7,7 @@ arithmetic and its `>>` copies the sign bit, so a logical shift masks it off aga
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,53 +41,95 @@ def offsets(keys: Keys, indices: Tensor) -> Tensor:
     return _mix(indices.to(torch.int32) * signed(GOLDEN) + signed(keys.c))
 
 
-class TorchSums:
-    """Sums of a batch over blocks of parameters: (b, d), float64 where the device has it.
+class DenseSums:
+    """Sums of a batch by products with tiles of a matrix: (b, d), float64 where the device has it.
 
     float64 sums make the order in which a GPU adds invisible in float32, almost always.
+
+    Args:
+        spec: the projection.
+        rows: b.
+        device: of the blocks.
+        matrix: (keys, parameters (m,), d) -> entries (m, d) float32.
     """
 
-    def __init__(self, spec: ProjectionSpec, rows: int, device: torch.device) -> None:
-        self._spec = spec
+    def __init__(
+        self,
+        spec: ProjectionSpec,
+        rows: int,
+        device: torch.device,
+        matrix: Callable[[Keys, Tensor, int], Tensor],
+    ) -> None:
+        self._d = spec.d
         self._keys = derive_keys(spec)
-        self._device = device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(rows, spec.d, dtype=dtype, device=device)
-        bounds = torch.from_numpy(sjlt_bounds(spec)).to(device) if spec.method == "sjlt" else None
-        self._bounds = bounds
+        self._matrix = matrix
+        self._sums = _zeros(rows, spec.d, device)
 
     def add(self, block: Tensor, start: int) -> None:
         """Add block (b, m) float32 of parameters [start, start + m)."""
-        spec = self._spec
-        entries = _TILE_ENTRIES.get(block.device.type, _TILE_ENTRIES_ELSEWHERE)
-        if spec.method == "sjlt":  # nothing is summed in float32
-            step = max(1, entries // (max(len(block), 1) * spec.s))
-        else:
-            step = max(1, min(_TILE_PARAMS, entries // spec.d))
-        for tile in torch.split(block, step, dim=1):
-            params = torch.arange(start, start + tile.shape[1], device=self._device)
-            if self._bounds is not None:
-                self._add_sjlt(tile, params, self._bounds)
-            else:
-                make = signs if spec.method == "rademacher" else gaussians
-                with full_float32():
-                    self._sums += tile @ make(self._keys, params, spec.d)
-            start += tile.shape[1]
+        step = min(_TILE_PARAMS, _tile_entries(block) // self._d)
+        for tile, params in _tiles(block, start, step):
+            with full_float32():
+                self._sums += tile @ self._matrix(self._keys, params, self._d)
 
     def total(self) -> Tensor:
         """Return the sums so far: (b, d)."""
         return self._sums
 
-    def _add_sjlt(self, tile: Tensor, params: Tensor, bounds: Tensor) -> None:
-        """Add a tile (b, m) at the s outputs of each of its parameters."""
-        word = words(self._keys, params, torch.arange(self._spec.s, device=self._device))
-        sizes = bounds[1:] - bounds[:-1]
-        unsigned = word.to(torch.int64) & 0xFFFFFFFF
-        outputs = bounds[:-1] + (unsigned * sizes >> 32)  # (m, s)
-        sign = 1 - 2 * (word & 1)
-        wide = tile.to(self._sums.dtype)
-        for r in range(self._spec.s):
-            self._sums.index_add_(1, outputs[:, r], wide * sign[:, r])
+
+def rademacher_sums(spec: ProjectionSpec, rows: int, device: torch.device) -> DenseSums:
+    """Return sums by signs."""
+    return DenseSums(spec, rows, device, signs)
+
+
+def gaussian_sums(spec: ProjectionSpec, rows: int, device: torch.device) -> DenseSums:
+    """Return sums by standard normals."""
+    return DenseSums(spec, rows, device, gaussians)
+
+
+class SjltSums:
+    """Sums of a batch at the s outputs of each parameter: (b, d), float64 as `DenseSums`'."""
+
+    def __init__(self, spec: ProjectionSpec, rows: int, device: torch.device) -> None:
+        self._s = spec.s
+        self._keys = derive_keys(spec)
+        self._bounds = torch.from_numpy(sjlt_bounds(spec)).to(device)
+        self._sums = _zeros(rows, spec.d, device)
+
+    def add(self, block: Tensor, start: int) -> None:
+        """Add block (b, m) float32 of parameters [start, start + m)."""
+        # Nothing is summed in float32: a tile may be as long as memory allows.
+        step = _tile_entries(block) // (max(len(block), 1) * self._s)
+        sizes = self._bounds[1:] - self._bounds[:-1]
+        for tile, params in _tiles(block, start, step):
+            word = words(self._keys, params, torch.arange(self._s, device=params.device))
+            unsigned = word.to(torch.int64) & 0xFFFFFFFF
+            outputs = self._bounds[:-1] + (unsigned * sizes >> 32)  # (m, s)
+            sign = 1 - 2 * (word & 1)
+            wide = tile.to(self._sums.dtype)
+            for r in range(self._s):
+                self._sums.index_add_(1, outputs[:, r], wide * sign[:, r])
+
+    def total(self) -> Tensor:
+        """Return the sums so far: (b, d)."""
+        return self._sums
+
+
+def _zeros(rows: int, d: int, device: torch.device) -> Tensor:
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.zeros(rows, d, dtype=dtype, device=device)
+
+
+def _tile_entries(block: Tensor) -> int:
+    return _TILE_ENTRIES.get(block.device.type, _TILE_ENTRIES_ELSEWHERE)
+
+
+def _tiles(block: Tensor, start: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a block (b, m) after every `step` parameters; yield each tile and its parameters."""
+    for tile in torch.split(block, max(1, step), dim=1):
+        stop = start + tile.shape[1]
+        yield tile, torch.arange(start, stop, device=block.device)
+        start = stop
 
 
 def signs(keys: Keys, params: Tensor, outputs: int) -> Tensor:

@@ -9,8 +9,9 @@ in 32-bit unsigned arithmetic, j the parameter's global index and w the word's i
 (Rademacher), repetition (SJLT), or 2 * (output // 2) and the next (Gaussian). Only the last line
 runs p * d / 32 times. Each parameter brings 64 bits of state, a and b: with a alone, two parameters
 whose a differ by a difference of two c would share a run of words; b distinguishes them. The three
-keys come from (seed, method, version). `mix` is a bijection of 32 bits with near-perfect avalanche
-(constants from C. Wellons' hash-prospector search, "[16 21f0aaad 15 d35a2d97 15]").
+keys come from (seed, method, version), of the method its `stream` in `methods.TABLE`. `mix` is a
+bijection of 32 bits with near-perfect avalanche (constants from C. Wellons' hash-prospector search,
+"[16 21f0aaad 15 d35a2d97 15]").
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from gradkernels.spec import METHODS, ProjectionSpec
+from gradkernels.methods import entry_of
+from gradkernels.spec import ProjectionSpec
 from numpy.typing import NDArray
 
 MASK = 0xFFFFFFFF
@@ -48,7 +50,7 @@ def mix_int(x: int) -> int:
 
 def derive_keys(spec: ProjectionSpec) -> Keys:
     """Absorb seed, method and version into three keys, each by its own chain of `mix`."""
-    parts = (METHODS.index(spec.method), spec.version, spec.seed & MASK, spec.seed >> 32)
+    parts = (entry_of(spec.method).stream, spec.version, spec.seed & MASK, spec.seed >> 32)
 
     def chain(stream: int) -> int:
         state = mix_int(stream * GOLDEN & MASK)

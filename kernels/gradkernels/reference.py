@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
-from gradkernels import published
-from gradkernels.randomness import gaussians, signs, sjlt_entries
+from gradkernels.methods import entry_of, rows_of
+from gradkernels.randomness import signs, sjlt_entries
 from gradkernels.spec import ProjectionSpec, check_spec
 from numpy.typing import NDArray
 from torch import Tensor
@@ -25,24 +23,31 @@ def matrix_rows(
     Entries are -1, 0, 1 (Rademacher, SJLT, TRAK) or standard normals.
     """
     width = spec.d if outputs is None else outputs
-    if spec.method == "trak":
-        return published.matrix_rows(spec, params, width)
-    if spec.method == "rademacher":
-        return signs(spec, params, width).astype(np.float64)
-    if spec.method == "gaussian":
-        return gaussians(spec, params, width)
+    rows: NDArray[np.float64] = rows_of(spec.method)(spec, params, width)
+    return rows
+
+
+def sign_rows(
+    spec: ProjectionSpec, params: NDArray[np.integer], outputs: int
+) -> NDArray[np.float64]:
+    """Return Rademacher's signs at parameters (m,): (m, outputs) float64."""
+    return signs(spec, params, outputs).astype(np.float64)
+
+
+def sjlt_rows(
+    spec: ProjectionSpec, params: NDArray[np.integer], outputs: int
+) -> NDArray[np.float64]:
+    """Return the SJLT's signs and zeros at parameters (m,): (m, outputs) float64."""
     where, sign = sjlt_entries(spec, params)
-    rows = np.zeros((len(params), width))
-    m, r = np.nonzero(where < width)
+    rows = np.zeros((len(params), outputs))
+    m, r = np.nonzero(where < outputs)
     rows[m, where[m, r]] = sign[m, r]
     return rows
 
 
 def scale(spec: ProjectionSpec) -> float:
     """Return the factor that keeps squared lengths on average; 1 for "trak", which has none."""
-    if spec.method == "trak":
-        return 1.0
-    return 1 / math.sqrt(spec.s if spec.method == "sjlt" else spec.d)
+    return entry_of(spec.method).scale(spec.d, spec.s)
 
 
 def project_reference(x: NDArray[np.generic] | Tensor, spec: ProjectionSpec) -> NDArray[np.float64]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from gradkernels.methods import entry_of
+
+#: The names in `methods.TABLE`.
 Method = Literal["rademacher", "gaussian", "sjlt", "trak"]
 
-METHODS: tuple[str, ...] = get_args(Method)
 VERSION = 1
 MAX_P = 2**31 - 1  # parameter indices are 32-bit counters on every device
 MAX_D = 2**24
@@ -43,14 +45,13 @@ class ProjectionSpec:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is not one of {', '.join(METHODS)}")
+        sparse = entry_of(self.method).sparse
         _check_range("p", self.p, 1, MAX_P)
         _check_range("d", self.d, 1, MAX_D)
         _check_range("seed", self.seed, 0, MAX_SEED)
         _check_range("s", self.s, 1, MAX_D)
         _check_range("version", self.version, 1, VERSION)
-        if self.method == "sjlt" and self.s > self.d:
+        if sparse and self.s > self.d:
             raise ValueError(
                 f"s={self.s} exceeds d={self.d}: the s non-zeros of a parameter fall in distinct "
                 f"outputs; choose s <= {self.d}"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from gradkernels import Feature, ProjectionSpec
+from gradkernels import Feature, ProjectionSpec, methods
 
 CPU = torch.device("cpu")
 
@@ -88,6 +88,10 @@ class Interpreter:
         return found
 
 
+def made(spec: ProjectionSpec, rows: int) -> Any:
+    return methods.sums_of(spec.method, "triton")(spec, rows, CPU)
+
+
 def sums_of(
     spec: ProjectionSpec,
     blocks: Sequence[tuple[torch.Tensor, int]],
@@ -98,7 +102,7 @@ def sums_of(
     before = {name: getattr(module, name) for name in constants}
     vars(module).update(constants)
     try:
-        ours = module.SUMS[spec.method](spec, len(blocks[0][0]), CPU)
+        ours = made(spec, len(blocks[0][0]))
         for block, start in blocks:
             ours.add(block, start)
         return ours.total().clone()
@@ -113,9 +117,7 @@ def features_of(
     feature: Feature | None,
     factors: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from gradkernels.gpu.sums import SUMS
-
-    ours = SUMS[spec.method](spec, len(x), CPU)
+    ours = made(spec, len(x))
     ours.add(x, start, feature, factors)
     return ours.total().clone(), ours.squares().clone()
 

@@ -12,7 +12,7 @@ import torch
 from gradkernels import Accumulator, ProjectionSpec
 from gradkernels.dispatch import choose_backend
 from gradkernels.gpu import usable
-from gradkernels.portable import TorchSums
+from gradkernels.portable import rademacher_sums
 from gradkernels.reference import matrix_rows
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def test_zero_infinite_and_undefined_rows_are_those_of_plain_torch(triton: Inter
     x[6] = torch.nan
     x[8, 7] = -torch.inf
     x[8, 8] = torch.nan
-    plain = TorchSums(spec_of(40), 9, CPU)
+    plain = rademacher_sums(spec_of(40), 9, CPU)
     plain.add(x, 5)
     found = triton.sums(spec_of(40), [(x, 5)])
     odd = [1, 3, 4, 6, 8]

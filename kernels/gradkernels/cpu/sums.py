@@ -12,7 +12,7 @@ from gradkernels.cpu.pool import run_all
 from gradkernels.cpu.vectors import LANES, PART_WORDS, SJLT_LANES
 from gradkernels.portable import full_float32
 from gradkernels.randomness import U32, derive_keys, sjlt_bounds, word_offsets
-from gradkernels.spec import Method, ProjectionSpec
+from gradkernels.spec import ProjectionSpec
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -135,10 +135,3 @@ def _split(n: int, parts: int) -> list[tuple[int, int]]:
     """Cut range(n) into at most `parts` half-open, non-empty, nearly equal ranges."""
     parts = min(n, parts)
     return [(n * k // parts, n * (k + 1) // parts) for k in range(parts)]
-
-
-SUMS: dict[Method, type[SjltSums | RademacherSums | GaussianSums]] = {
-    "sjlt": SjltSums,
-    "rademacher": RademacherSums,
-    "gaussian": GaussianSums,
-}

@@ -305,6 +305,3 @@ class SjltSums:
         )
         add_squares(squares, programs, self._squares, magnitudes, largest)
         return largest
-
-
-SUMS: dict[str, type[RademacherSums | SjltSums]] = {"rademacher": RademacherSums, "sjlt": SjltSums}

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import torch
 from gradkernels.features import Feature, FeatureKind
-from gradkernels.portable import TorchSums
+from gradkernels.methods import doing, sums_of
 from gradkernels.spec import MAX_P, Method, ProjectionSpec
 from torch import Tensor
 
@@ -43,8 +43,8 @@ def refusal(device: torch.device, method: Method, kind: FeatureKind | None = Non
         method: the projection's.
         kind: of the feature that is made as gradients are read; None projects what it is given.
     """
-    if method == "gaussian":
-        return "they do rademacher and sjlt"
+    if method not in doing("triton"):
+        return f"they do {' and '.join(doing('triton'))}"
     index = _index(device)
     return _unusable(index) or _tested(index, method, kind)
 
@@ -143,14 +143,12 @@ def difference(
 
     Args:
         device: where both run.
-        method: "rademacher" or "sjlt".
+        method: one that both have.
         width: rows of a product, one of the kernels' `WIDTHS`.
         kind: of the feature; None for none.
         params: the largest indices that a projection may have, so many of them.
         outputs: d.
     """
-    from gradkernels.gpu.sums import SUMS
-
     spec = ProjectionSpec(method, p=MAX_P, d=outputs, seed=20)
     start, cut, rows = MAX_P - params, params // 3 + 1, width - 3
     feature = None if kind is None else _feature(kind, params, device)
@@ -158,7 +156,7 @@ def difference(
     factors = None if kind is None else torch.full((rows,), 0.25, device=device)
     for dtype, largest in _LARGEST.items():
         x = _whole_numbers(rows, params, largest, device).to(dtype)
-        ours, plain = SUMS[method](spec, rows, device), TorchSums(spec, rows, device)
+        ours, plain = (sums_of(method, of)(spec, rows, device) for of in ("triton", "torch"))
         squares = torch.zeros(rows, dtype=torch.float64, device=device)
         for low, high in ((0, cut), (cut, params)):
             part = feature and feature.part(low, high)
