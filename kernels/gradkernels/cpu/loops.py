@@ -22,10 +22,11 @@ from gradkernels.cpu.vectors import (
     add_signed,
     butterfly,
     fill_table,
+    move_wide,
     transpose8,
     two_butterflies,
 )
-from gradkernels.randomness import GOLDEN, M1, M2
+from gradkernels.randomness import M1, M2
 from numba import njit
 from numpy.typing import NDArray
 
@@ -37,13 +38,14 @@ U8 = NDArray[np.uint8]
 
 _M1 = np.uint32(M1)
 _M2 = np.uint32(M2)
-_GOLDEN = np.uint32(GOLDEN)
 _U15 = np.uint32(15)
 _U16 = np.uint32(16)
-_TOP = np.uint32(0x80000000)
-_REST = np.uint32(0x7FFFFFFF)
+_U31 = np.uint32(31)
 
-SJLT_TILE = 256  # parameters: with the outputs of one repetition they stay in the first cache
+#: Parameters. A repetition's outputs come from the second cache once for each tile: a short one
+#: touches each line about once, a long one pushes them out of the first cache as it is read, but
+#: in order, so that its numbers come ahead of their use.
+SJLT_TILE = 2048
 SJLT_CHUNK = 2**14
 DENSE_TILE = 4 * LOOKUPS  # 64 parameters: their 16 tables fill 16 KiB
 DENSE_CHUNK = 128 * DENSE_TILE
@@ -86,16 +88,15 @@ def _load_tile(tile: F32, lanes: int, x: F32, offsets: I64, column: int, n: int)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def _sjlt_codes(code: U32, a: U32, b: U32, c: U32, bounds: I64, n: int) -> None:
-    """Write sign (top bit) and output of parameter t < n, repetition r: code[r * SJLT_TILE + t]."""
-    for r in range(c.shape[0]):
-        cr = c[r]
-        size = np.uint64(bounds[r + 1] - bounds[r])
-        base = np.uint64(bounds[r] - bounds[0])
-        for t in range(n):
-            h = word(a[t], b[t], cr)
-            where = base + ((np.uint64(h) * size) >> np.uint64(32))
-            code[r * SJLT_TILE + t] = np.uint32(h << np.uint32(31)) | np.uint32(where)
+def _sjlt_codes(
+    place: U32, sign: U32, a: U32, b: U32, c: np.uint32, base: np.uint32, size: np.uint32
+) -> None:
+    """Write where parameter t of a repetition goes, in lanes from its sums' first, and its sign."""
+    for t in range(a.shape[0]):
+        h = word(a[t], b[t], c)
+        output = np.uint32((np.uint64(h) * np.uint64(size)) >> np.uint64(32))
+        place[t] = np.uint32(np.uint32(output + base) * np.uint32(SJLT_LANES))
+        sign[t] = np.uint32(h << _U31)
 
 
 def sjlt_loop(
@@ -114,15 +115,17 @@ def sjlt_loop(
             receive copies of the last row, to be ignored.
     """
     b, m = x.shape
-    slices = out.shape[0]
+    slices, d = out.shape[0], out.shape[1]
     reps = c.shape[0]
     first = bounds[0]
     width = bounds[reps] - first
     flat = x.reshape(-1)
+    flat_out = out.reshape(-1)
     rows = np.empty(SJLT_LANES, np.int64)
     a = np.empty(SJLT_TILE, np.uint32)
     bb = np.empty(SJLT_TILE, np.uint32)
-    code = np.empty(reps * SJLT_TILE, np.uint32)
+    place = np.empty((reps, SJLT_TILE), np.uint32)
+    sign = np.empty((reps, SJLT_TILE), np.uint32)
     tile = np.empty(SJLT_TILE * SJLT_LANES, np.float32)
     acc = np.zeros(slices * width * SJLT_LANES, np.float32)
     for t0 in range(0, m, SJLT_TILE):
@@ -131,23 +134,21 @@ def sjlt_loop(
             j = np.uint32(start + t0 + t)
             a[t] = mix(np.uint32(j + key_a))
             bb[t] = mix(np.uint32(j ^ key_b))
-        _sjlt_codes(code, a, bb, c, bounds, n)
+        for r in range(reps):
+            base, size = np.uint32(bounds[r] - first), np.uint32(bounds[r + 1] - bounds[r])
+            _sjlt_codes(place[r], sign[r], a[:n], bb[:n], c[r], base, size)
         for k in range(slices):
             for lane in range(SJLT_LANES):
                 rows[lane] = min(k * SJLT_LANES + lane, b - 1) * m
             _load_tile(tile, SJLT_LANES, flat, rows, t0, n)
             for r in range(reps):
                 for t in range(n):
-                    h = code[r * SJLT_TILE + t]
-                    where64 = (k * width + np.int64(h & _REST)) * SJLT_LANES
-                    add_signed(acc, where64, tile, t * SJLT_LANES, np.uint32(h & _TOP))
+                    add_signed(acc, k * width * SJLT_LANES, tile, place[r], sign[r], t)
         if (t0 + SJLT_TILE) % SJLT_CHUNK == 0 or t0 + SJLT_TILE >= m:
             for k in range(slices):
                 for o in range(width):
-                    for lane in range(SJLT_LANES):
-                        where64 = (k * width + o) * SJLT_LANES + lane
-                        out[k, first + o, lane] += acc[where64]
-                        acc[where64] = np.float32(0)
+                    to, where = (k * d + first + o) * SJLT_LANES, (k * width + o) * SJLT_LANES
+                    move_wide(flat_out, to, acc, where)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]

@@ -49,23 +49,57 @@ def add_signed(
     acc: Any,  # noqa: ANN401
     acc_offset: Any,  # noqa: ANN401
     x: Any,  # noqa: ANN401
-    x_offset: Any,  # noqa: ANN401
+    place: Any,  # noqa: ANN401
     sign: Any,  # noqa: ANN401
+    t: Any,  # noqa: ANN401
 ) -> tuple[Any, Callable[..., Any]]:
-    """Add x[x_offset:+8] to acc[acc_offset:+8], negated if uint32 `sign` is 0x80000000 (else 0)."""
-    signature = types.void(acc, types.int64, x, types.int64, types.uint32)
+    """Add x[8 t:+8] to acc[acc_offset + place[t]:+8], negated if sign[t] is 0x80000000 (else 0).
+
+    Both are uint32 arrays: each is loaded as it is used, the place as a number, the sign at once
+    into all lanes.
+    """
+    signature = types.void(acc, types.int64, x, place, sign, types.int64)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ANN401
-        target = address(context, builder, sig.args[0], args[0], args[1])
-        source = address(context, builder, sig.args[2], args[2], args[3])
+        def at(k: int, offset: Any) -> Any:  # noqa: ANN401
+            return address(context, builder, sig.args[k], args[k], offset)
+
+        place = builder.zext(builder.load(at(3, args[5])), _I64)
+        target = at(0, builder.add(args[1], place))
+        value = _load(builder, at(2, builder.mul(args[5], ir.Constant(_I64, SJLT_LANES))),
+                      SJLT_LANES)  # fmt: skip
         bits_type = ir.VectorType(_I32, SJLT_LANES)
-        mask = ir.Constant(bits_type, ir.Undefined)
-        for lane in range(SJLT_LANES):
-            mask = builder.insert_element(mask, args[4], ir.Constant(_I32, lane))
-        value = _load(builder, source, SJLT_LANES)
+        nothing = ir.Constant(bits_type, ir.Undefined)
+        first = builder.insert_element(nothing, builder.load(at(4, args[5])), ir.Constant(_I32, 0))
+        mask = shuffled(builder, (first, nothing), [0] * SJLT_LANES)
         flipped = builder.xor(builder.bitcast(value, bits_type), mask)
-        value = builder.bitcast(flipped, ir.VectorType(_FLOAT, SJLT_LANES))
+        value = builder.bitcast(flipped, value.type)
         _store(builder, builder.fadd(_load(builder, target, SJLT_LANES), value), target)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def move_wide(
+    typingctx: Any,  # noqa: ANN401
+    out: Any,  # noqa: ANN401
+    out_offset: Any,  # noqa: ANN401
+    acc: Any,  # noqa: ANN401
+    acc_offset: Any,  # noqa: ANN401
+) -> tuple[Any, Callable[..., Any]]:
+    """Add float32 acc[acc_offset:+8] to float64 out[out_offset:+8], and set it to 0."""
+    signature = types.void(out, types.int64, acc, types.int64)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:  # noqa: ANN401
+        source = address(context, builder, sig.args[2], args[2], args[3])
+        value = _load(builder, source, SJLT_LANES)
+        wide = builder.fpext(value, ir.VectorType(ir.DoubleType(), SJLT_LANES))
+        target = address(context, builder, sig.args[0], args[0], args[1])
+        before = builder.load(builder.bitcast(target, wide.type.as_pointer()), align=8)
+        builder.store(builder.fadd(before, wide),
+                      builder.bitcast(target, wide.type.as_pointer()), align=8)  # fmt: skip
+        _store(builder, ir.Constant(value.type, [0.0] * SJLT_LANES), source)
         return context.get_dummy_value()
 
     return signature, codegen
