@@ -23,8 +23,10 @@ class FeatureSettings(GradientSettings):
         gradient_modules: of a model trained without LoRA (finetuning_type full or freeze), linear
             takes the gradients of its linear layers; all takes embeddings, the output layer and
             norms as well; a list those of the modules it names: docs/full-parameters.md.
-        proj_method: sjlt, rademacher, gaussian, or trak: to compare with LESS and TRAK byte by byte
-            (TRAK's own projector, on the CPU; slow, 512 bytes of RAM a parameter, whole gradients).
+        proj_method: sjlt; rademacher, dense; gaussian, as dense, which on a CPU takes 15 to 35
+            times as long as rademacher and is no more exact; or trak: to compare with LESS and TRAK
+            byte by byte (TRAK's own projector, on the CPU; slow, 512 bytes of RAM a parameter,
+            whole gradients).
         proj_dim: projected dimensions d.
         sjlt_s: non-zeros per parameter of sjlt, at most proj_dim.
         seed: of the projection; each checkpoint projects with hash(seed, step), under trak with

@@ -32,8 +32,10 @@ class GradientSettings:
         bias_correction: whether the moments are corrected for their start at zero.
         gradient_modules: linear, all or names of modules, the trained parameters of a model without
             an adapter whose gradients are taken, see `gradstore.capture.chosen`.
-        proj_method: sjlt, rademacher, gaussian, or trak: to compare with LESS and TRAK byte by byte
-            (TRAK's own projector, on the CPU; slow, 512 bytes of RAM a parameter, whole gradients).
+        proj_method: sjlt; rademacher, dense; gaussian, as dense, which on a CPU takes 15 to 35
+            times as long as rademacher and is no more exact; or trak: to compare with LESS and TRAK
+            byte by byte (TRAK's own projector, on the CPU; slow, 512 bytes of RAM a parameter,
+            whole gradients).
         proj_dim: projected dimensions d.
         sjlt_s: non-zeros per parameter of sjlt.
         seed: of the projection; each checkpoint projects with hash(seed, step), under trak with
