@@ -1,13 +1,16 @@
-"""What the projection kernels should take on a card, by their machine code, beside measured times.
+"""What the kernels should take on a card, by their machine code, beside measured times.
 
-    python benchmarks/gpu_model.py [--kind adam_marginal] [--rows 16 64]
+    python benchmarks/gpu_model.py [--card A100] [--kind adam_marginal] [--rows 16 64]
 
-No GPU is needed. Each kernel is compiled for compute capability 9.0 and its instructions are
-counted by the unit that executes them, those in its loop as often as the loop runs. Beside them
-stand the products of the tensor cores, the bytes of memory, and the second-level cache's additions.
-A card takes at least as long as its busiest unit (`bound`), and as long as all units one after the
-other where nothing overlaps (`in turn`). Measured times are those of results/gpu.csv, whose rows
-are projected as they are: with `--kind` there are none.
+No GPU is needed. Each kernel is compiled for the card's compute capability, for contiguous
+gradients, and its instructions are counted by the unit that executes them, those in its loop as
+often as the loop runs. Beside them stand the products of the tensor cores, the bytes of memory, and
+the second-level cache's additions. A card takes at least as long as its busiest unit (`bound`), and
+as long as all units one after the other where nothing overlaps (`in turn`). Launches are not
+counted: a pass of a few microseconds takes longer than this says.
+
+The model was made after the H200 had been measured. Measured times are those of results/gpu.csv, of
+that card, whose rows are projected as they are: with `--kind` or another card there are none.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu import CASES, Case
-from gradkernels.gpu import dense, sparse, sums
+from gradkernels.gpu import dense, features, hadamard, rotation, sparse, sums
 from gradkernels.gpu.ahead import compile_ahead, disassembled, feature_constants
-from gradkernels.gpu.launching import width_of
+from gradkernels.gpu.launching import GATHERED, width_of
+from gradkernels.rotation import ROUNDS
 from report import RESULTS, echo
 
 S = 8  # of the SJLT
-CAPABILITY = 90
+ROTATED = [(rows, dim) for rows in (64, 4096) for dim in (4096, 8192)]
 
 
 @dataclass(frozen=True)
@@ -35,25 +39,33 @@ class Card:
     """Rates of a card, from its maker's tables; H200 and H100 SXM differ in memory alone.
 
     Attributes:
+        capability: 90 for 9.0.
         processors: streaming multiprocessors, of 4 schedulers each.
         clock: cycles a second under load.
         tensor: float16 operations a second.
         memory: bytes a second.
         cache: bytes a second of the second-level cache, read or added to.
+        cycles: unit -> cycles for which one instruction of a warp takes its part of it (CUDA C++
+            programming guide, throughput of arithmetic instructions: 128 / results a cycle and
+            processor).
     """
 
-    processors: int = 132
-    clock: float = 1.83e9
-    tensor: float = 990e12
-    memory: float = 4.2e12
-    cache: float = 5.2e12
+    capability: int
+    processors: int
+    clock: float
+    tensor: float
+    memory: float
+    cache: float
+    cycles: Mapping[str, int]
 
 
-H200 = Card()
+_HOPPER = {"integer": 2, "multiply": 2, "float": 1, "double": 2, "special": 8, "memory": 4}
+CARDS = {
+    "H200": Card(90, 132, 1.83e9, 990e12, 4.2e12, 5.2e12, _HOPPER),
+    # SXM, 80 GB; its cache reads 5,120 bytes a cycle (NVIDIA A100 architecture, 2020).
+    "A100": Card(80, 108, 1.41e9, 312e12, 2.04e12, 7.2e12, _HOPPER | {"float": 2, "double": 4}),
+}
 
-#: Unit -> cycles for which one instruction of a warp takes its part of it (CUDA C++ programming
-#: guide, throughput of arithmetic instructions for 9.0: results a cycle and processor / 4 / 32).
-CYCLES = {"integer": 2, "multiply": 2, "float": 1, "double": 2, "special": 8, "memory": 4}
 UNITS = {
     "integer": "LOP3|SHF|IADD3|VIADD|VIADDMNMX|VIMNMX|IMNMX|PRMT|SEL|ISETP|LEA|SGXT|FSETP|FSEL|"
                "FMNMX|BMSK|PLOP3|DSETP|FLO|POPC",
@@ -78,7 +90,7 @@ class Code:
         return {u: self.once.get(u, 0) + rounds * self.each.get(u, 0) for u in units}
 
 
-def code_of(program: Any) -> Code:  # noqa: ANN401 - Triton's
+def code_of(program: Any, card: Card) -> Code:  # noqa: ANN401 - Triton's
     """Count the instructions of a compiled kernel, before and behind its longest loop and in it."""
     text = disassembled(program, "-sass")
     found = [(int(at, 16), told.strip())
@@ -98,7 +110,7 @@ def code_of(program: Any) -> Code:  # noqa: ANN401 - Triton's
         into["issue"] += 1
         for unit, pattern in UNITS.items():
             if re.match(rf"(?:{pattern})\b", name):
-                into[unit] += CYCLES[unit]
+                into[unit] += card.cycles[unit]
                 break
     return Code(once, each)
 
@@ -130,38 +142,78 @@ class Work:
         return busy | {"tensor": self.flops / card.tensor, "bytes": self.memory / card.memory,
                        "cache": self.cache / card.cache}  # fmt: skip
 
+    def bounds(self, card: Card) -> tuple[str, float, float]:
+        """Name the busiest unit; return its seconds, and those of all units in turn."""
+        busy = self.seconds(card)
+        # Instructions of all units share the schedulers: `issue` is no unit of its own.
+        total = max(sum(v for k, v in busy.items() if k != "issue"), busy["issue"])
+        longest = max(busy, key=busy.__getitem__)
+        return longest, busy[longest], total
 
-def rademacher(case: Case, kind: str | None) -> Iterator[Work]:
-    """Yield the passes of the dense projection: staging, and products of signs."""
+
+def rademacher(case: Case, kind: str | None, card: Card) -> Iterator[Work]:
+    """Yield the passes of the dense projection: staging, products of signs, adding up."""
     width, x = width_of(case.rows), _pointer(case)
     parts = 1 if kind == "sign" or (kind is None and case.dtype.itemsize == 2) else 2
     chains, tiles = -(-case.p // dense.CHAIN), -(-case.d // sums.OUTPUTS)
     given = feature_constants(kind) | {"PARTS": parts, "BN": width, "CHAIN": dense.CHAIN}
-    pack = compile_ahead(dense.pack, CAPABILITY, x, sums.READING_WARPS, **given)
+    pack = compile_ahead(dense.pack, card.capability, x, sums.READING_WARPS, **given)
     staged = chains * (dense.CHAIN * (2 * parts * width + 8) + 12 * width)
     read = case.rows * case.p * case.dtype.itemsize + _vectors(case, kind)
-    yield Work("pack", chains, sums.READING_WARPS, code_of(pack).cycles(0), memory=read + staged)
-    multiply = compile_ahead(dense.multiply, CAPABILITY, PARTS=parts, BM=sums.OUTPUTS, BN=width,
-                             CHAIN=dense.CHAIN)  # fmt: skip
+    yield Work("pack", chains, sums.READING_WARPS, code_of(pack, card).cycles(0),
+               memory=read + staged)  # fmt: skip
+    multiply = compile_ahead(dense.multiply, card.capability, PARTS=parts, BM=sums.OUTPUTS,
+                             BN=width, CHAIN=dense.CHAIN)  # fmt: skip
     flops = 2.0 * parts * chains * dense.CHAIN * tiles * sums.OUTPUTS * width
-    splits = max(1, sums.PROGRAMS // tiles) * -(-chains // sums.CHAINS)
-    yield Work("multiply", tiles * splits, sums.WARPS, code_of(multiply).cycles(chains / splits),
-               flops=flops, memory=staged, cache=tiles * staged)  # fmt: skip
+    stages = -(-chains // sums.CHAINS)
+    splits = max(1, sums.PROGRAMS // tiles)
+    size = tiles * sums.OUTPUTS * width
+    yield Work("multiply", tiles * splits * stages, sums.WARPS,
+               code_of(multiply, card).cycles(chains / splits / stages), flops=flops,
+               memory=staged + 4.0 * stages * splits * size, cache=tiles * staged)  # fmt: skip
+    gather = compile_ahead(dense.gather, card.capability, BLOCK=GATHERED)
+    yield Work("gather", stages * -(-size // GATHERED), sums.WARPS,
+               code_of(gather, card).cycles(splits),
+               memory=stages * size * (4.0 * splits + 16))  # fmt: skip
+    yield _settle(card, width, stages, chains / stages, largest=False)
 
 
-def sjlt(case: Case, kind: str | None) -> Iterator[Work]:
-    """Yield the passes of the SJLT: measuring, and adding."""
+def sjlt(case: Case, kind: str | None, card: Card) -> Iterator[Work]:
+    """Yield the passes of the SJLT: measuring, adding, whole numbers onto sums."""
     width, x = width_of(case.rows), _pointer(case)
     read = case.rows * case.p * case.dtype.itemsize + _vectors(case, kind)
     given = feature_constants(kind) | {"BN": width}
-    measure = compile_ahead(sparse.measure, CAPABILITY, x, sums.READING_WARPS, CHAIN=sparse.CHAIN,
-                            **given)  # fmt: skip
+    measure = compile_ahead(sparse.measure, card.capability, x, sums.READING_WARPS,
+                            CHAIN=sparse.CHAIN, **given)  # fmt: skip
     chains = -(-case.p // sparse.CHAIN)
     yield Work("measure", sums.PROGRAMS, sums.READING_WARPS,
-               code_of(measure).cycles(chains / sums.PROGRAMS), memory=read)  # fmt: skip
-    scatter = compile_ahead(sparse.scatter, CAPABILITY, x, BLOCK=sparse.BLOCK, **given)
-    yield Work("scatter", -(-case.p // sparse.BLOCK), sums.WARPS, code_of(scatter).cycles(S),
+               code_of(measure, card).cycles(chains / sums.PROGRAMS), memory=read)  # fmt: skip
+    yield _settle(card, width, 1, sums.PROGRAMS, largest=True)
+    scatter = compile_ahead(sparse.scatter, card.capability, x, BLOCK=sparse.BLOCK, **given)
+    yield Work("scatter", -(-case.p // sparse.BLOCK), sums.WARPS, code_of(scatter, card).cycles(S),
                memory=read, cache=8.0 * S * case.p * width)  # fmt: skip
+    fold = compile_ahead(sparse.fold, card.capability, BN=width, BLOCK=GATHERED)
+    size = case.d * width
+    yield Work("fold", -(-size // GATHERED), sums.WARPS, code_of(fold, card).cycles(0),
+               memory=32.0 * size)  # fmt: skip
+
+
+def _settle(card: Card, width: int, times: int, parts: float, *, largest: bool) -> Work:
+    """Sum the parts of each row's squares, so often; with the largest magnitude or without."""
+    unused = {} if largest else {"magnitudes": None, "largest": None}
+    settle = compile_ahead(features.settle, card.capability, BLOCK=GATHERED, **unused)
+    return Work("settle", times * width, sums.WARPS,
+                code_of(settle, card).cycles(-(-parts // GATHERED)),
+                memory=times * width * parts * (12.0 if largest else 8.0))  # fmt: skip
+
+
+def rotated(rows: int, dim: int, card: Card) -> Work:
+    """Count the transforms of a rotation, of rows whose length is a power of two."""
+    warps = rotation.warps_of(dim)
+    kernel = compile_ahead(hadamard.hadamard, card.capability, warps=warps, SIZE=dim,
+                           STAGES=dim.bit_length() - 1)  # fmt: skip
+    return Work("hadamard", ROUNDS * rows, warps, code_of(kernel, card).cycles(0),
+                memory=ROUNDS * 8.0 * rows * dim)  # fmt: skip
 
 
 def _pointer(case: Case) -> str:
@@ -191,8 +243,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kind", choices=["sign", "adam", "adam_marginal"], help="of the feature")
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--card", choices=CARDS, default="H200")
     options = parser.parse_args()
-    told = measured() if options.kind is None else {}
+    card = CARDS[options.card]
+    told = measured() if options.kind is None and options.card == "H200" else {}
     echo(f"{'p':>11}{'d':>6}{'rows':>5} {'type':<9}{'kernel':<20}{'busiest':<10}{'bound':>9}"
          f"{'in turn':>9}{'measured':>9}   ms a row")  # fmt: skip
     for case in CASES:
@@ -201,15 +255,14 @@ def main() -> None:
         dtype = str(case.dtype).removeprefix("torch.")
         for method, passes in METHODS.items():
             bound = turns = 0.0
-            for work in passes(case, options.kind):
-                busy = work.seconds(H200)
-                # Instructions of all units share the schedulers: `issue` is no unit of its own.
-                total = max(sum(v for k, v in busy.items() if k != "issue"), busy["issue"])
-                longest = max(busy, key=busy.__getitem__)
-                bound, turns = bound + busy[longest], turns + total
-                show(case, dtype, f"{method}.{work.name}", (longest, busy[longest], total), "")
+            for work in passes(case, options.kind, card):
+                found = work.bounds(card)
+                bound, turns = bound + found[1], turns + found[2]
+                show(case, dtype, f"{method}.{work.name}", found, "")
             key = (method, dtype, case.p, case.d, case.rows)
             show(case, dtype, method, ("", bound, turns), f"{told[key]:.3f}" if key in told else "")
+    for rows, dim in ROTATED:
+        show(Case(dim, dim, rows), "float32", "hadamard", rotated(rows, dim, card).bounds(card), "")
 
 
 def show(case: Case, dtype: str, name: str, found: tuple[str, float, float], measured: str) -> None:
@@ -217,7 +270,7 @@ def show(case: Case, dtype: str, name: str, found: tuple[str, float, float], mea
     busiest, bound, turns = found
     each = 1e3 / case.rows
     echo(f"{case.p:>11,}{case.d:>6}{case.rows:>5} {dtype:<9}{name:<20}{busiest:<10}"
-         f"{bound * each:>9.3f}{turns * each:>9.3f}{measured:>9}")  # fmt: skip
+         f"{bound * each:>9.3g}{turns * each:>9.3g}{measured:>9}")  # fmt: skip
 
 
 if __name__ == "__main__":
