@@ -200,7 +200,7 @@ def sjlt(case: Case, kind: str | None, card: Card) -> Iterator[Work]:
 
 def _settle(card: Card, width: int, times: int, parts: float, *, largest: bool) -> Work:
     """Sum the parts of each row's squares, so often; with the largest magnitude or without."""
-    unused = {} if largest else {"magnitudes": None, "largest": None}
+    unused: dict[str, Any] = {} if largest else {"magnitudes": None, "largest": None}
     settle = compile_ahead(features.settle, card.capability, BLOCK=GATHERED, **unused)
     return Work("settle", times * width, sums.WARPS,
                 code_of(settle, card).cycles(-(-parts // GATHERED)),
