@@ -12,13 +12,17 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 from gradstore.errors import BadInput, DamagedData, DamagedFile, StoreBusy, StoreIOError
 from gradstore.format.commits import Commit
 from gradstore.format.forgotten import Receipt, Request, asked_for, row_ids
 from gradstore.format.layout import (
+    FORGOTTEN,
     FORGOTTEN_VERSION,
+    GENERATIONS,
     INDEX,
+    PLANS,
     generation_path,
     plan_path,
     receipt_path,
@@ -26,7 +30,7 @@ from gradstore.format.layout import (
 )
 from gradstore.format.plans import Plan
 from gradstore.format.records import HASH_BYTES, RowSet
-from gradstore.format.text_table import Text
+from gradstore.format.text_table import TEXTS, Text
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.store.cleaning import (
     remove_dead_staging,
@@ -146,8 +150,11 @@ def forget(files: StoreFiles, view: View, request: Request) -> Receipt:
 
 def finish_removals(files: StoreFiles, view: View) -> list[Receipt]:
     """Carry every removal that was begun to its receipt; under the writer's lock."""
-    done = []
-    for request, receipt in view().requests():
+    done, requests = [], view().requests()
+    if requests:  # who wrote the newest document may have died before it synced the name
+        files.make_directory(FORGOTTEN)
+        files.sync_directory(FORGOTTEN)
+    for request, receipt in requests:
         if receipt is None:
             _log.warning("rows asked for at %s are not removed yet: going on", request.asked)
             done.append(_finish(files, view, request))
@@ -209,9 +216,30 @@ def _finish(files: StoreFiles, view: View, request: Request) -> Receipt:
     files.remove_tree(INDEX)
     remove_dead_staging(files)
     files.remove_tree(QUARANTINE)
+    _sync_removals(files)
     receipt = _receipt(files, view(), request)
     files.publish(receipt_path(request.number), receipt.to_bytes())
     return receipt
+
+
+def _sync_removals(files: StoreFiles) -> None:
+    """Let removals last of a process that died before it synced them: they are no longer found."""
+    if not isinstance(files.root, Path):  # a bucket syncs what it answers
+        return
+    for folder in _folders(files, PLANS):
+        for each in (folder, folder.replace(PLANS, GENERATIONS, 1)):
+            if files.kind(each) == "directory":
+                files.sync_directory(each)
+    if files.kind(TEXTS) == "directory":
+        files.sync_directory(TEXTS)
+
+
+def _folders(files: StoreFiles, folder: str) -> Iterator[str]:
+    """Yield a folder and all those below it."""
+    yield folder
+    for name in files.names(folder):
+        if files.kind(f"{folder}/{name}") == "directory":
+            yield from _folders(files, f"{folder}/{name}")
 
 
 def _written_anew(

@@ -13,14 +13,16 @@ import numpy as np
 from gradstore.errors import BadInput, DamagedData, DamagedFile, StoreBusy
 from gradstore.format.commits import Commit
 from gradstore.format.layout import (
+    COMMITS,
     METADATA,
     RowStatus,
     commit_path,
     read_root,
     root_json,
+    unit_path,
 )
 from gradstore.format.plans import Plan, UnitRange
-from gradstore.storage.local import StoreFiles
+from gradstore.storage.local import StoreFiles, parent_of
 from gradstore.store.documents import check_beside_plan, check_committed_plan
 from gradstore.store.encoding import encoded_unit
 from gradstore.store.generation import committed_records
@@ -209,6 +211,8 @@ class GenerationWriter:
         if self._commit is None:
             self._units.commit(self._is_committed, self._publish)
         assert self._commit is not None
+        if self._shared:  # a worker that wrote it may have died before it synced the name
+            self._files.sync_directory(COMMITS)
         return self._commit
 
     def _is_committed(self) -> bool:
@@ -231,6 +235,8 @@ class GenerationWriter:
             chunk_bytes=self.plan.chunk_bytes,
         )
         self._check(draft)
+        if self._shared:  # the same of records
+            self._files.sync_directory(parent_of(unit_path(self.name, 0)))
         self._commit = publish_commit(self._files, draft, self._view, shared=self._shared)
 
     def _settle(self, unit: UnitRange, done: Done) -> None:

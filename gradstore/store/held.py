@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from gradstore.format.layout import COMMITS
 from gradstore.storage.local import StoreFiles
 from gradstore.storage.location import Place
 from gradstore.storage.places import files_at, lock_of
@@ -37,6 +38,8 @@ def held_store(
     with lock_of(held, instead="stop it, and run this command then"):
         try:
             held.remove(group_mark(held))  # of workers that were killed: who joins begins anew
+            held.make_directory(COMMITS)
+            held.sync_directory(COMMITS)  # who wrote the newest may have died before that
             yield held, _View(held)
         finally:
             held.close()

@@ -88,9 +88,13 @@ class SpaceFields:
                 raise
             quarantine(files, path)
             sha = None
-        if sha is None and not files.publish(path, provenance_bytes(self.space, self.fields)):
+        if sha is not None:  # by a process that may have died before it synced the name
+            files.make_directory(parent_of(path))
+            files.sync_directory(parent_of(path))
+            return sha
+        if not files.publish(path, provenance_bytes(self.space, self.fields)):
             _log.warning("another process wrote the provenance of %s meanwhile", self.space)
-        return sha or self.compare(files) or ""
+        return self.compare(files) or ""
 
 
 class SpaceWriter:

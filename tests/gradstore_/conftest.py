@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import shutil
@@ -189,8 +190,14 @@ def in_service(service: Any) -> InService:
     return InService(service)
 
 
-#: The server of a bucket that `make_elsewhere` takes, by what a test calls it.
-PLACES = {"bucket": "any_server", "moto": "object_server", "seaweedfs": "seaweedfs"}
+#: Fixtures of the servers of a bucket, by what a test calls them.
+SERVERS = {"bucket": "any_server", "moto": "object_server", "seaweedfs": "seaweedfs"}
+
+
+@pytest.fixture
+def server_called(request: pytest.FixtureRequest) -> Callable[[str], str]:
+    """Address of an object store: moto, seaweedfs, or bucket: the one that answers sooner."""
+    return lambda name: str(request.getfixturevalue(SERVERS[name]))
 
 
 @pytest.fixture(params=["bucket", "service"])
@@ -199,12 +206,13 @@ def make_elsewhere(
     fast_path: Path,
     in_bucket: Callable[[str], InBucket],
     serve_writable: Callable[..., Any],
+    server_called: Callable[[str], str],
 ) -> Callable[[], InBucket | InService]:
     """Make empty places: of a bucket of either server, or one behind a service each."""
     numbers = itertools.count()
     if request.param == "service":
         return lambda: InService(serve_writable(fast_path / f"served-{next(numbers)}"))
-    server = request.getfixturevalue(PLACES[request.param])
+    server = server_called(request.param)
     return lambda: in_bucket(server)
 
 
@@ -212,6 +220,18 @@ def make_elsewhere(
 def elsewhere(make_elsewhere: Callable[[], InBucket | InService]) -> InBucket | InService:
     """An empty place in a bucket, and one behind a service."""
     return make_elsewhere()
+
+
+@pytest.fixture(scope="session")
+def crashes() -> Any:
+    """Load crashes.py, which no import finds."""
+    file = Path(__file__).with_name("crashes.py")
+    found = importlib.util.spec_from_file_location("crashes", file)
+    assert found
+    assert found.loader
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -49,20 +49,33 @@ class Build:
         files: StoreFiles | None = None,
     ) -> None:
         """Build them all, as one worker or alone."""
-        kit, n = self.kit, self.n
-        with StoreWriter(place, provenance=kit.provenance, worker=worker, files=files) as writer:
-            texts = [Text(f"prompt {i}", f"answer {i}", 3) for i in range(n)]
-            writer.keep_texts(kit.rows(n), texts)
-            for name in names:
-                begun = writer.begin(kit.record(name), kit.rows(n), dim=4, unit_rows=self.unit_rows)
-                for unit in begun.claimed():
-                    k = unit.stop - unit.start
-                    begun.write_unit(
-                        unit.index, kit.features(n)[unit.start : unit.stop],
-                        np.ones(k, np.float32), np.zeros(k, np.uint8),
-                        np.arange(k, dtype=np.int32),
-                    )  # fmt: skip
-                begun.commit()
+        with self.writer(place, worker, files) as writer:
+            self.work(writer, names)
+
+    def writer(
+        self, place: str | Path, worker: Worker | None = None, files: StoreFiles | None = None
+    ) -> StoreWriter:
+        return StoreWriter(place, provenance=self.kit.provenance, worker=worker, files=files)
+
+    def work(
+        self, writer: StoreWriter, names: Sequence[str] = names, returned: list[str] | None = None
+    ) -> None:
+        """Build them all; note what has returned."""
+        kit, n, done = self.kit, self.n, [] if returned is None else returned
+        texts = [Text(f"prompt {i}", f"answer {i}", 3) for i in range(n)]
+        writer.keep_texts(kit.rows(n), texts)
+        done.append("texts")
+        for name in names:
+            begun = writer.begin(kit.record(name), kit.rows(n), dim=4, unit_rows=self.unit_rows)
+            for unit in begun.claimed():
+                k = unit.stop - unit.start
+                begun.write_unit(
+                    unit.index, kit.features(n)[unit.start : unit.stop],
+                    np.ones(k, np.float32), np.zeros(k, np.uint8),
+                    np.arange(k, dtype=np.int32),
+                )  # fmt: skip
+            begun.commit()
+            done.append(name)
 
     def scores(self, place: str | Path) -> np.ndarray:
         """Of the newest train generation's rows."""
@@ -112,11 +125,14 @@ class FaultyServer:
         asked: every request, as "METHOD key".
         more: headers of the answers that a fault gives.
         late: keys that no listing shows.
+        halves: of which requests half of the body reaches the server before the connection ends,
+            at both ends.
     """
 
     address: str = ""
     before: Fault = lambda _: None
     after: Fault = lambda _: None
+    halves: Callable[[Asked], bool] = lambda _: False
     asked: list[str] = field(default_factory=list)
     more: dict[str, str] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
@@ -151,9 +167,13 @@ class FaultyServer:
 
 
 @pytest.fixture
-def faulty(any_server: str, use_server: Callable[[str], str]) -> Iterator[FaultyServer]:
-    """The proxy before an object store; without a fault so far."""
-    with proxied(any_server) as made:
+def faulty(
+    request: pytest.FixtureRequest,
+    server_called: Callable[[str], str],
+    use_server: Callable[[str], str],
+) -> Iterator[FaultyServer]:
+    """The proxy before an object store, which a parameter names; without a fault so far."""
+    with proxied(server_called(getattr(request, "param", "bucket"))) as made:
         yield made
 
 
@@ -182,15 +202,19 @@ class Behind:
 
 
 @pytest.fixture(params=["bucket", "service"])
-def behind(request: pytest.FixtureRequest) -> Behind:
-    """A place in a bucket, and one behind a service, with the proxy before it."""
+def behind(
+    request: pytest.FixtureRequest,
+    server_called: Callable[[str], str],
+    in_bucket: Callable[[str], InBucket],
+) -> Iterator[Behind]:
+    """A place in a bucket, of either server, and one behind a service, with the proxy before it."""
     if request.param == "service":
-        proxy = request.getfixturevalue("faulty_service")
         place = request.getfixturevalue("in_service")
-        return Behind(proxy, place, (502, b"<html>bad gateway"))
-    proxy = request.getfixturevalue("faulty")
-    place = request.getfixturevalue("in_bucket")(proxy.address)
-    return Behind(proxy, place, (500, b"<Code>InternalError</Code>"))
+        with proxied(place.address) as proxy:
+            yield Behind(proxy, place, (502, b"<html>bad gateway"))
+        return
+    with proxied(server_called(request.param)) as proxy:
+        yield Behind(proxy, in_bucket(proxy.address), (500, b"<Code>InternalError</Code>"))
 
 
 @contextmanager
@@ -210,6 +234,10 @@ def proxied(address: str) -> Iterator[FaultyServer]:
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
             asked = Asked(self.command, self.path, dict(self.headers.items()), body)
             made.asked.append(f"{asked.method} {asked.key}")
+            if made.halves(asked):
+                forward_half(asked)
+                self.close_connection = True
+                return
             try:
                 told = made.before(asked)
                 status, headers, data = (told and (told[0], made.more, told[1])) or forwarded(asked)
@@ -246,6 +274,14 @@ def proxied(address: str) -> Iterator[FaultyServer]:
         dropped |= set() if asked.method == "HEAD" else {"content-length"}
         headers = {n.lower(): v for n, v in found.getheaders() if n.lower() not in dropped}
         return found.status, headers, data
+
+    def forward_half(asked: Asked) -> None:
+        connection = http.client.HTTPConnection(upstream, timeout=30)
+        connection.putrequest(asked.method, asked.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in asked.headers.items():
+            connection.putheader(name, value)
+        connection.endheaders(asked.body[: len(asked.body) // 2])
+        connection.close()
 
     server = ThreadingHTTPServer((_HOST, 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))

@@ -1,4 +1,4 @@
-"""A full, failing, read-only or unsuitable disk, writers past the lock, readers, a power loss."""
+"""A full, failing, read-only or unsuitable disk, writers past the lock, and readers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import pytest
 from gradstore.errors import StoreBusy, StoreIOError
 from gradstore.format.layout import generation_bytes
 from gradstore.storage.local import Hook, StoreFiles
-from gradstore.storage.lock import LOCK, WriterLock
+from gradstore.storage.lock import WriterLock
 from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
 
@@ -357,92 +357,3 @@ def test_a_reader_in_a_thread_sees_each_commit_whole(kit: StoreKit, fast_path: P
     stop.set()
     thread.join()
     assert errors == []
-
-
-# ---- power loss ------------------------------------------------------------------------------
-
-
-class Disk:
-    """What would be left of a store if the power failed: only what was fsynced.
-
-    A file's bytes last from its fsync on, a name from the fsync of its directory on.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.bytes: dict[int, bytes] = {}
-        self.names: dict[Path, dict[str, int]] = {}
-
-    def sync_file(self, path: Path) -> None:
-        self.bytes[path.stat().st_ino] = path.read_bytes()
-
-    def sync_directory(self, path: Path) -> None:
-        if path == self.root or self.root in path.parents:
-            self.names[path] = {e.name: e.inode() for e in os.scandir(path) if e.name != LOCK}
-
-    def restore(self, target: Path) -> None:
-        folders = {p.stat().st_ino: p for p in self.names}
-        self._restore(self.root, target, folders)
-
-    def _restore(self, source: Path, target: Path, folders: dict[int, Path]) -> None:
-        target.mkdir()
-        for name, inode in self.names.get(source, {}).items():
-            if (source / name).is_dir():
-                self._restore(source / name, target / name, folders)
-            else:
-                (target / name).write_bytes(self.bytes.get(inode, b""))
-
-
-def recording(disk: Disk, at: Callable[[str, Path], None]) -> Hook:
-    """Notes what each fsync makes last; the hook comes before a call, so it notes the last one."""
-    waiting: list[tuple[str, Path]] = []
-
-    def hook(operation: str, path: Path) -> None:
-        while waiting:
-            last, where = waiting.pop()
-            if where.exists():
-                disk.sync_directory(where) if last == "fsync_dir" else disk.sync_file(where)
-        if operation in ("fsync", "fsync_dir"):
-            waiting.append((operation, path))
-        at(operation, path)
-
-    return hook
-
-
-def test_fault_17_after_a_power_loss_every_commit_that_returned_is_there_and_whole(
-    kit: StoreKit, fast_path: Path
-) -> None:
-    """At every operation; of states that are equal the first is looked at."""
-    path = fast_path / "s"
-    disk = Disk(path)
-    returned: list[str] = []
-    seen: set[tuple[object, ...]] = set()
-    count = 0
-
-    def lose_power(operation: str, where: Path) -> None:
-        nonlocal count
-        count += 1
-        left = fast_path / f"left{count}"
-        disk.restore(left)
-        held = sorted((str(each.relative_to(left)), each.is_file() and each.read_bytes())
-                      for each in left.rglob("*"))  # fmt: skip
-        state = (*returned, *held)
-        if state in seen:
-            shutil.rmtree(left)
-            return
-        seen.add(state)
-        if returned:
-            store = open_store(left)
-            assert [g.name for g in store.generations()][: len(returned)] == returned
-            assert verify_store(store.path).faults == ()
-        with kit.writer(left) as writer:
-            kit.add(writer, "train/1", 20)
-        assert verify_store(left).ok
-        shutil.rmtree(left)
-
-    with kit.writer(path, StoreFiles(path, recording(disk, lose_power))) as writer:
-        for name in ("train/1", "target/a/1"):
-            kit.add(writer, name, 20)
-            returned.append(name)
-        writer.clean()
-    assert count > 200

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,35 +43,6 @@ class KillAt:
         self.left -= 1
 
 
-class LeftByKills:
-    """A hook that keeps, of every operation, what a kill there would leave of a folder.
-
-    Attributes:
-        operations: their number.
-        left: folders, each other than all before, and the commits that had returned.
-    """
-
-    def __init__(self, path: Path, folder: Path, returned: list[str]) -> None:
-        self._path, self._folder, self._returned = path, folder, returned
-        self.operations = 0
-        self.left: list[tuple[Path, list[str]]] = []
-        self._seen: set[tuple[object, ...]] = set()
-
-    def __call__(self, operation: str, path: Path) -> None:
-        self.operations += 1
-        copy = self._folder / str(self.operations)
-        if self._path.exists():
-            shutil.copytree(self._path, copy)
-        if operation in ("write", "fsync"):
-            (copy / path.relative_to(self._path)).write_bytes(b"torn")
-        held = sorted((str(each.relative_to(copy)), each.is_file() and each.read_bytes())
-                      for each in copy.rglob("*"))  # fmt: skip
-        state = (*self._returned, *held)
-        if state not in self._seen:
-            self._seen.add(state)
-            self.left.append((copy, self._returned.copy()))
-
-
 def run(kit: StoreKit, path: Path, files: StoreFiles, returned: list[str]) -> None:
     """Exports two generations and cleans up, noting each commit that returned."""
     with kit.writer(path, files) as writer:
@@ -110,21 +80,20 @@ def reference(request: pytest.FixtureRequest, kit: StoreKit, fast_path: Path) ->
 
 
 def test_fault_16_a_kill_at_every_operation_is_resumed_to_the_same_bytes(
-    kit: StoreKit, fast_path: Path, reference: dict[str, bytes]
+    kit: StoreKit, crashes: Any, fast_path: Path, reference: dict[str, bytes]
 ) -> None:
-    path, done = fast_path / "s", []
-    kills = LeftByKills(path, fast_path / "left", done)
+    path, done = fast_path / "s", list[str]()
+    kills = crashes.Kills(path, done)
     run(kit, path, StoreFiles(path, kills), done)
     assert kills.operations > 100
-    for k, (copy, returned) in enumerate(kills.left):
-        check_only_whole_generations(copy, returned)
-        run(kit, copy, StoreFiles(copy), [])
-        store = open_store(copy)
+    for k, (left, returned) in enumerate(kills.each(fast_path)):
+        check_only_whole_generations(left, returned)
+        run(kit, left, StoreFiles(left), [])
+        store = open_store(left)
         if k % 5 == 0:
             assert verify_store(store.path).faults == (), k
         assert features(store) == reference, k
         assert len(store.commits) == len(NAMES), k
-        shutil.rmtree(copy)
 
 
 @pytest.mark.parametrize("reference", ["float16", "int8", "1bit"], indirect=True)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +21,7 @@ from gradstore.scoring.influence import influence_scores
 from gradstore.scoring.pairing import checkpoint_features
 from gradstore.storage.local import StoreFiles
 from gradstore.store.asked_rows import asked_rows
-from gradstore.store.forgetting import forget, request_for
+from gradstore.store.forgetting import finish_removals, forget, request_for
 from gradstore.store.held import held_store
 from gradstore.store.reader import Store, open_store
 from gradstore.store.verify import verify_store
@@ -205,22 +202,6 @@ def test_a_resume_of_the_same_data_set_does_not_bring_a_row_back(
     assert verify_store(store).ok
 
 
-class Killed(BaseException):
-    """Not an Exception: nothing may catch a kill."""
-
-
-def killed_at(k: int) -> Any:
-    left = iter(range(k))
-
-    def hook(operation: str, path: Path, left: Iterator[int] = left) -> None:
-        if next(left, None) is None:
-            if operation in ("write", "fsync"):
-                path.write_bytes(b"torn")
-            raise Killed(operation)
-
-    return hook
-
-
 def small(kit: StoreKit, path: Path) -> None:
     """One checkpoint of 24 rows, an earlier attempt, an unfinished one, and text."""
     rows = rows_of(kit)
@@ -234,46 +215,98 @@ def small(kit: StoreKit, path: Path) -> None:
                 begun.commit()
 
 
-#: Operations between two kills; each of them was killed once, by hand, with 1.
-STRIDE = int(os.environ.get("KILL_EVERY", "41"))
-
-
-def test_a_kill_at_any_operation_has_not_begun_or_is_finished_by_the_next_call(
-    kit: StoreKit, fast_path: Path
+def check_finished(
+    kit: StoreKit, left: Path, expected: dict[str, list[bytes]], wanted: dict[str, bytes]
 ) -> None:
-    origin, path = fast_path / "origin", fast_path / "s"
+    """The removal is complete, its receipt says so, and nothing of the row is left."""
+    opened = open_store(left)
+    ((_, receipt),) = opened.requests()
+    assert receipt is not None
+    assert dict(receipt.rows) == {"train/1.3": 1}
+    assert bytes_by_row(opened) == expected
+    for trace, needle in wanted.items():
+        assert not [name for name, data in contents(left).items() if needle in data], trace
+
+
+def finished(kit: StoreKit, left: Path, k: int) -> bool:
+    """Go on after a crash; return whether the removal had begun."""
+    begun = any((left / "forgotten").glob("1.request.json"))
+    if not begun:
+        remove(left)
+    elif k % 2:
+        CliRunner().invoke(app, ["forget", str(left)], catch_exceptions=False)
+    else:
+        kit.writer(left).close()  # whoever writes next finishes it first
+    return begun
+
+
+def test_fault_16_a_kill_at_every_operation_has_not_begun_or_is_finished_by_the_next_call(
+    kit: StoreKit, crashes: Any, fast_path: Path
+) -> None:
+    path = fast_path / "s"
+    small(kit, path)
+    wanted = traces(kit, open_store(path))
+    kills = crashes.Kills(path, [])
+    remove(path, StoreFiles(path, kills))
+    expected, begun = bytes_by_row(open_store(path)), 0
+    for k, (left, _) in enumerate(kills.each(fast_path)):
+        assert open_store(left).generations()  # readers see whole generations all the time
+        begun += finished(kit, left, k)
+        check_finished(kit, left, expected, wanted)
+        if k % 5 == 0:
+            assert verify_store(left).faults == (), k
+    assert 100 < begun < k
+
+
+def test_fault_17_after_a_power_loss_a_removal_has_not_begun_or_is_finished_by_the_next_call(
+    kit: StoreKit, crashes: Any, fast_path: Path
+) -> None:
+    """And once it has returned, no power loss brings anything of the row back."""
+    path = fast_path / "s"
+    small(kit, path)
+    wanted = traces(kit, open_store(path))
+    losses = crashes.PowerLosses(path, [])
+    remove(path, StoreFiles(path, losses))
+    expected, begun = bytes_by_row(open_store(path)), 0
+    for k, (left, _) in enumerate(losses.each(fast_path)):
+        assert verify_store(left).faults == (), k
+        begun += finished(kit, left, k)
+        check_finished(kit, left, expected, wanted)
+    assert 20 < begun < k
+    crashes.write_contents(losses.now(), fast_path / "at the end")
+    losses.close()
+    check_finished(kit, fast_path / "at the end", expected, wanted)
+
+
+def test_fault_17_a_kill_before_a_folder_is_synced_and_then_a_power_loss_bring_no_row_back(
+    kit: StoreKit, crashes: Any, fast_path: Path
+) -> None:
+    """What a killed process has removed the next one no longer finds, and has to sync."""
+    origin = fast_path / "origin"
     small(kit, origin)
     wanted = traces(kit, open_store(origin))
-    shutil.copytree(origin, path)
-    remove(path)
-    expected = bytes_by_row(open_store(path))
-    kills, finished = 0, 0
-    for k in itertools.count(step=STRIDE):
-        shutil.rmtree(path)
+    k, died, expected = 0, True, None
+    while died:
+        path = fast_path / f"s{k}"
         shutil.copytree(origin, path)
+        losses = crashes.PowerLosses(path, [], keeps=False)
+        dies = crashes.KillBefore(k, losses, ("fsync_dir",))
         try:
-            remove(path, StoreFiles(path, killed_at(k)))
-        except Killed:
-            assert open_store(path).generations()  # readers see whole generations all the time
-        else:
-            break
-        kills += 1
-        if not list((path / "forgotten").glob("1.request.json")):
-            remove(path)
-        elif kills % 2:
-            finished += 1
-            CliRunner().invoke(app, ["forget", str(path)], catch_exceptions=False)
-        else:
-            kit.writer(path).close()  # whoever writes next finishes it first
-        ((_, receipt),) = open_store(path).requests()
-        assert receipt is not None
-        assert dict(receipt.rows) == {"train/1.3": 1}
-        assert bytes_by_row(open_store(path)) == expected, k
-        if STRIDE > 1:
-            assert verify_store(path).faults == (), k
-        for trace, needle in wanted.items():
-            assert not [name for name, data in contents(path).items() if needle in data], (k, trace)
-    assert min(kills, 4 * finished) > 7
+            remove(path, StoreFiles(path, dies))
+        except dies.Killed:
+            if any((path / "forgotten").glob("1.request.json")):
+                with held_store(path, StoreFiles(path, losses)) as (held, view):
+                    finish_removals(held, view)
+            else:
+                remove(path, StoreFiles(path, losses))
+        died = dies.dead
+        crashes.write_contents(losses.now(), fast_path / f"left{k}")
+        losses.close()
+        expected = expected or bytes_by_row(open_store(path))
+        check_finished(kit, fast_path / f"left{k}", expected, wanted)
+        assert verify_store(fast_path / f"left{k}").faults == (), k
+        k += 1
+    assert k > 40
 
 
 def test_a_full_disk_or_damage_is_told_before_anything_is_begun(

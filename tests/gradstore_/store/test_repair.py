@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from gradstore.format.layout import RowStatus
 from gradstore.format.names import GenerationName
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.text_table import Text
-from gradstore.storage.local import StoreFiles
+from gradstore.storage.local import Hook, StoreFiles
+from gradstore.store import repair as repair_module
 from gradstore.store.damage import Damage, assess, plan_of
 from gradstore.store.encoding import encoded_unit
 from gradstore.store.reader import Store, open_store
@@ -182,36 +183,53 @@ def test_a_unit_that_comes_out_otherwise_is_refused_and_may_become_a_new_attempt
     assert verify_store(store).ok
 
 
-class Killed(BaseException):
-    """Not an Exception: nothing may catch a kill."""
+def spoil(store: Path) -> None:
+    """Damage two files of a unit, of what follows from other files, and add a stranger's."""
+    generation = store / "generations/train/1"
+    (generation / "status/c/0").unlink()
+    (generation / "units/0.json").unlink()
+    flip(generation / "features/c/1/0", 9)
+    flip(generation / "scale/zarr.json", 5)
+    (generation / "notes.txt").write_text("mine")
 
 
-def test_a_kill_at_any_operation_of_a_repair_is_finished_by_the_next_one(
-    kit: StoreKit, store: Path
+def repaired(kit: StoreKit, store: Path, monkeypatch: pytest.MonkeyPatch, hook: Hook) -> None:
+    """Repair a store, and see all its operations on disk."""
+    with monkeypatch.context() as patch:
+        patch.setattr(repair_module, "files_at", lambda place: StoreFiles(place, hook))
+        assert repair_store(store, recomputed(kit)).left == ()
+
+
+def test_fault_16_a_kill_at_every_operation_of_a_repair_is_finished_by_the_next_one(
+    kit: StoreKit, crashes: Any, store: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = hashes(store)
-    names = ("status/c/0", "units/0.json")
-    for k in range(0, 1000, 3):
-        for name in names:
-            (store / "generations/train/1" / name).unlink()
-        left = iter(range(k))
+    spoil(store)
+    kills = crashes.Kills(store, [])
+    repaired(kit, store, monkeypatch, kills)
+    for k, (left, _) in enumerate(kills.each(fast_path)):
+        assert repair_store(left, recomputed(kit)).left == (), k
+        assert hashes(left) == before, k
+    assert k > 12
 
-        def hook(operation: str, path: Path, left: Iterator[int] = left) -> None:
-            if next(left, None) is None:
-                raise Killed(operation)
 
-        files = StoreFiles(store, hook)
-        plan, commit = plan_of(files, Store(files), "train/1")
-        values = units_of(kit)(plan, plan.units[0])
-        try:
-            assert put_back(files, plan, commit, plan.units[0], values) == []
-        except Killed:
-            files._hook = None
-            assert repair_store(store, recomputed(kit)).left == (), k
-            assert hashes(store) == before, k
-        else:
-            break
-    assert k > 9
+def test_fault_17_a_power_loss_at_any_operation_of_a_repair_spoils_nothing_that_was_sound(
+    kit: StoreKit, crashes: Any, store: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What returned as repaired is whole; else what is damaged still is repaired by the next."""
+    before = hashes(store)
+    spoil(store)
+    sound = {name: sha for name, sha in hashes(store).items() if before.get(name) == sha}
+    losses = crashes.PowerLosses(store, [])
+    repaired(kit, store, monkeypatch, losses)
+    for k, (left, _) in enumerate(losses.each(fast_path)):
+        assert hashes(left).items() >= sound.items(), k
+        assert repair_store(left, recomputed(kit)).left == (), k
+        assert hashes(left) == before, k
+    assert k > 5
+    crashes.write_contents(losses.now(), fast_path / "at the end")
+    losses.close()
+    assert hashes(fast_path / "at the end") == before
 
 
 def test_the_command_says_rows_and_the_next_step_and_exits_with_4_while_damage_is_left(
