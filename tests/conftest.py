@@ -192,9 +192,12 @@ def use_server(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
 
 
 @pytest.fixture
-def bucket(any_server: str, use_server: Callable[[str], str]) -> str:
-    """A prefix in a bucket, empty, with the environment set to reach it."""
-    return use_server(any_server)
+def bucket(request: pytest.FixtureRequest, use_server: Callable[[str], str]) -> str:
+    """A prefix in a bucket, empty, with the environment set to reach it.
+
+    A parameter names the fixture of its server; any server otherwise.
+    """
+    return use_server(request.getfixturevalue(getattr(request, "param", "any_server")))
 
 
 class Service:

@@ -80,7 +80,7 @@ def test_a_store_that_is_removed_is_told_and_found_again(
 
 
 @pytest.mark.parametrize("how", ["cut", "removed", "changed"])
-def test_damage_is_told_with_the_file_and_the_next_step(
+def test_fault_21_damage_is_told_with_the_file_and_the_next_step(
     ask: Callable[..., Any], store_path: Path, tmp_path: Path, how: str
 ) -> None:
     path = shutil.copytree(store_path, tmp_path / "s")

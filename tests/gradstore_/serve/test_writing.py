@@ -236,7 +236,7 @@ def test_a_plan_other_than_the_one_there_is_refused_with_every_difference(
     assert (writer.service.folder / PLAN).read_bytes() == files[PLAN]
 
 
-def test_another_provenance_is_refused_with_every_difference(
+def test_fault_11_another_provenance_is_refused_with_every_difference(
     kit: StoreKit, writer: Writer, files: dict[str, bytes]
 ) -> None:
     writer.put_until(files, PLAN)
@@ -339,7 +339,7 @@ def test_a_commit_of_units_that_are_not_finished_or_others_is_refused(
     assert writer.put(commit, files[commit]).status_code == 201
 
 
-def test_of_two_committers_one_wins_and_the_other_is_told(
+def test_fault_18_of_two_committers_one_wins_and_the_other_is_told(
     kit: StoreKit, writer: Writer, files: dict[str, bytes]
 ) -> None:
     writer.put_until(files, "")
@@ -534,7 +534,7 @@ def test_beyond_its_limits_a_server_says_when_to_come_back(
     assert writer.put("staging/a/e", bytes(500_000)).status_code == 201, "alone it may be larger"
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(
+def test_fault_20_a_full_disk_is_told_and_leaves_nothing(
     writer: Writer, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer.put_until(files, CHUNK)
@@ -671,7 +671,7 @@ def test_a_copy_goes_into_staging_and_nowhere_else(writer: Writer, files: dict[s
 # ---- who else writes -------------------------------------------------------------------------
 
 
-def test_a_server_and_a_writer_beside_it_refuse_each_other_by_name(
+def test_fault_18_a_server_and_a_writer_beside_it_refuse_each_other_by_name(
     kit: StoreKit, service: Any, serve_writable: Callable[..., Any], tmp_path: Path
 ) -> None:
     with pytest.raises(StoreBusy, match=rf"host \S+, pid {os.getpid()}, since"):

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 
 from gradstore.errors import DamagedData, ProvenanceMismatch, StoreBusy
+from gradstore.format.canonical import canonical_json, parse, seal
+from gradstore.storage import objects_reading, s3
 from gradstore.storage.leases import Worker
 from gradstore.storage.object_lock import SILENT_SECONDS
+from gradstore.storage.s3 import S3Bucket
 from gradstore.store.asked_rows import asked_rows
 from gradstore.store.cleaning import clean_store
 from gradstore.store.forgetting import forget, request_for
@@ -53,6 +57,7 @@ def test_it_holds_the_bytes_and_gives_the_scores_of_a_folder(
     assert [name.split("/")[1] for name in left] == kept, "but for a server's lock nothing is left"
 
 
+@pytest.mark.parametrize("make_elsewhere", ["moto", "seaweedfs", "service"], indirect=True)
 def test_two_workers_that_know_only_its_address_write_the_bytes_of_one(
     build: Any, elsewhere: Elsewhere, fast_path: Path
 ) -> None:
@@ -92,11 +97,12 @@ DEATHS = {"link generations/train/1/features/c/1/0": (2, False), "link commits/3
 
 
 @pytest.mark.parametrize("where", DEATHS)
-def test_a_build_killed_anywhere_goes_on_and_redoes_only_what_was_not_finished(
+@pytest.mark.parametrize("make_elsewhere", ["moto", "seaweedfs", "service"], indirect=True)
+def test_fault_16_a_build_killed_here_and_there_redoes_only_what_was_not_finished(
     build: Any, elsewhere: Elsewhere, fast_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch,
     where: str,
 ) -> None:  # fmt: skip
-    """Fault 16: kill -9 of a process of its own; the lock is taken over at once."""
+    """By kill -9 of a process of its own; the lock is taken over at once."""
     units, shared = DEATHS[where]
     dies = Path(__file__).with_name("dies.py")
     died = cli(dies, elsewhere.address, where, *["worker"] * shared, program="python")
@@ -116,10 +122,84 @@ def test_a_build_killed_anywhere_goes_on_and_redoes_only_what_was_not_finished(
     build.check(elsewhere, fast_path / "s")
 
 
-def test_a_damaged_file_is_reported_before_a_score_is_computed(
+class Buckets:
+    """Buckets in the memory of this process in place of a server's: what a kill leaves of one.
+
+    Attributes:
+        left: of the store that is watched: its objects before each request that changes some, and
+            of one that removes several where every other was gone. Each state once.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        obstore = pytest.importorskip("obstore")
+        self._store, self._list, self._get, self._put = (
+            obstore.store.MemoryStore, obstore.list, obstore.get, obstore.put
+        )  # fmt: skip
+        self._stores: dict[str, Any] = {}
+        self._watched = ""
+        self.left: list[dict[str, bytes]] = []
+        monkeypatch.setattr(s3, "_connected", lambda place: self._at(str(place)))
+        monkeypatch.setattr(objects_reading, "REQUESTS_AT_ONCE", 1)
+        changed = S3Bucket._changed
+
+        def noted(bucket: S3Bucket, verb: str, keys: Sequence[str], act: Any) -> Any:
+            if str(bucket.place) == self._watched:
+                self._keep(self.objects(self._watched), list(keys) if verb == "remove" else [])
+            return changed(bucket, verb, keys, act)
+
+        monkeypatch.setattr(S3Bucket, "_changed", noted)
+
+    def _at(self, place: str) -> Any:
+        return self._stores.setdefault(place, self._store())
+
+    def _keep(self, objects: dict[str, bytes], removed: Sequence[str]) -> None:
+        some = {key: data for key, data in objects.items() if key not in removed[::2]}
+        for state in (objects, some):
+            if state not in self.left:
+                self.left.append(state)
+
+    def watch(self, place: str) -> str:
+        self._watched = place
+        return place
+
+    def objects(self, place: str) -> dict[str, bytes]:
+        paths = [each["path"] for page in self._list(self._at(place)) for each in page]
+        return {path: bytes(self._get(self._at(place), path).bytes()) for path in paths}
+
+    def each(self) -> Iterator[str]:
+        """Yield a place for each state in turn."""
+        for k, objects in enumerate(self.left):
+            place = f"s3://memory/left-{k}"
+            for key, data in objects.items():
+                self._put(self._at(place), key, data)
+            yield place
+            del self._stores[place]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "worker"])
+def test_fault_16_a_kill_before_every_request_to_a_bucket_is_resumed_to_the_same_bytes(
+    build: Any, fast_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """Requests come one after the other here, and each of them is met by a kill."""
+    names, buckets = build.names[1:], Buckets(monkeypatch)
+    build.run(fast_path / "s", names=names)
+    whole = build.kit.content(fast_path / "s")
+    build.run(buckets.watch("s3://memory/s"), Worker(1, 2) if shared else None, names=names)
+    assert build.kit.content(buckets.objects("s3://memory/s")) == whole
+    for k, place in enumerate(buckets.each()):
+        if "zarr.json" in buckets.left[k]:
+            assert [g.name for g in open_store(place).generations()] in ([], list(names)), k
+        build.run(place, Worker(2, 2) if shared else None, names=names)
+        assert build.kit.content(buckets.objects(place)) == whole, k
+        assert verify_store(place).ok, k
+    assert k > 40
+
+
+@pytest.mark.parametrize("make_elsewhere", ["moto", "seaweedfs", "service"], indirect=True)
+def test_fault_21_a_damaged_file_is_reported_before_a_score_is_computed(
     build: Any, elsewhere: Elsewhere
 ) -> None:
-    """Fault 21: a flipped bit, a byte less, and no file."""
+    """A flipped bit, a byte less, and no file."""
     build.run(elsewhere.address)
     data = bytearray(elsewhere.files()[build.chunk])
     data[3] ^= 1
@@ -131,13 +211,38 @@ def test_a_damaged_file_is_reported_before_a_score_is_computed(
             build.scores(elsewhere.address)
 
 
-def test_a_second_writer_is_told_who_writes_and_another_run_what_differs(
+@pytest.mark.parametrize("make_elsewhere", ["moto", "seaweedfs", "service"], indirect=True)
+def test_fault_22_an_edited_commit_or_record_is_told_even_with_a_new_seal(
+    build: Any, elsewhere: Elsewhere
+) -> None:
+    build.run(elsewhere.address)
+    before = elsewhere.files()
+    record = "generations/train/1/units/0.json"
+    for name, change, says in (
+        ("commits/2.json", {"chunk_bytes": 1}, "chain broken at 3"),
+        (record, {"status": {"ok": build.unit_rows}}, record),
+    ):
+        edited = canonical_json(seal({**parse(before[name]), **change}))
+        elsewhere.change(name, edited)
+        with pytest.raises(DamagedData, match=says):
+            build.scores(elsewhere.address)
+        elsewhere.change(name, before[name])
+    assert verify_store(elsewhere.address).ok
+
+
+@pytest.mark.parametrize("make_elsewhere", ["moto", "seaweedfs", "service"], indirect=True)
+def test_fault_18_a_second_writer_is_told_who_writes_elsewhere(
     kit: StoreKit, elsewhere: Elsewhere
 ) -> None:
-    """Faults 18 and 11."""
     with StoreWriter(elsewhere.address, provenance=kit.provenance):
         with pytest.raises(StoreBusy, match=rf"host \S+, pid {os.getpid()}, since \d{{4}}-"):
             StoreWriter(elsewhere.address, provenance=kit.provenance)
+
+
+def test_fault_11_another_run_is_told_what_differs_elsewhere_and_writes_nothing(
+    kit: StoreKit, elsewhere: Elsewhere
+) -> None:
+    kit.writer(elsewhere.address).close()
     before = unchanged(elsewhere)
     other = {**kit.provenance, "cutoff_len": 7, "template": "llama3"}
     with pytest.raises(ProvenanceMismatch) as told:

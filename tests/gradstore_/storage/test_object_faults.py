@@ -104,6 +104,7 @@ def test_a_server_that_does_not_honour_a_condition_is_refused_by_name_within_a_s
 # ---- faults on the way -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("faulty", ["moto", "seaweedfs"], indirect=True)
 def test_a_server_that_is_busy_now_and_then_is_asked_again(
     kit: StoreKit, faulty: Any, place: str
 ) -> None:
@@ -113,20 +114,30 @@ def test_a_server_that_is_busy_now_and_then_is_asked_again(
     check_whole(kit, place, "train/1")
 
 
-@pytest.mark.parametrize("done", [True, False], ids=["answer lost", "write lost"])
+@pytest.mark.parametrize("how", ["answer lost", "write lost", "half sent"])
+@pytest.mark.parametrize("behind", ["moto", "seaweedfs", "service"], indirect=True)
 def test_a_connection_cut_in_mid_write_leaves_one_write(
-    build: Any, behind: Any, fast_path: Path, done: bool
+    build: Any, behind: Any, fast_path: Path, how: str
 ) -> None:
     """Of chunks, records, plans, the root and commits; what the server did and did not do."""
     seen: set[str] = set()
     faulty = behind.proxy
 
+    def is_first(asked: Any) -> bool:
+        first = asked.method == "PUT" and asked.key not in seen
+        seen.update([asked.key] if first else [])
+        return first
+
     def once(asked: Any) -> None:
-        if asked.method == "PUT" and asked.key not in seen:
-            seen.add(asked.key)
+        if is_first(asked):
             cut()
 
-    faulty.after, faulty.before = (once, faulty.before) if done else (faulty.after, once)
+    if how == "half sent":
+        faulty.halves = lambda asked: len(asked.body) > 1 and is_first(asked)
+    elif how == "write lost":
+        faulty.before = once
+    else:
+        faulty.after = once
     build.run(behind.address)
     assert len(seen) > 40
     build.check(behind.place, fast_path / "s")
@@ -149,6 +160,7 @@ def test_an_answer_that_does_not_come_is_asked_for_again(
     assert set(slept) == {"HEAD", "PUT", "GET"}
 
 
+@pytest.mark.parametrize("behind", ["moto", "seaweedfs", "service"], indirect=True)
 def test_a_server_that_stays_away_is_told_and_the_build_goes_on_later(
     build: Any, behind: Any, fast_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -173,7 +185,9 @@ def test_a_server_that_stays_away_is_told_and_the_build_goes_on_later(
     build.check(behind.place, fast_path / "s")
 
 
-def test_a_body_changed_on_its_way_back_is_reported(kit: StoreKit, faulty: Any, place: str) -> None:
+def test_fault_21_a_body_changed_on_its_way_back_is_reported(
+    kit: StoreKit, faulty: Any, place: str
+) -> None:
     kit.build(place, n=N)
 
     def spoil(asked: Any) -> tuple[int, bytes] | None:
@@ -234,10 +248,11 @@ def test_rows_of_objects_that_are_not_kept_are_those_of_a_whole_read(
 # ---- others at the same moment ---------------------------------------------------------------
 
 
-def test_of_two_committers_at_once_one_wins_and_the_other_is_told(
+@pytest.mark.parametrize("faulty", ["moto", "seaweedfs"], indirect=True)
+def test_fault_18_of_two_committers_at_once_one_wins_and_the_other_is_told(
     kit: StoreKit, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fault 18 with the lock out of the way: the second writes its commit while the first does."""
+    """With the lock out of the way: the second writes its commit while the first does."""
     monkeypatch.setattr("gradstore.storage.object_lock.ObjectLock.acquire", lambda _: None)
 
     def begun(writer: StoreWriter, name: str) -> Any:
@@ -263,6 +278,7 @@ def test_of_two_committers_at_once_one_wins_and_the_other_is_told(
 # ---- a listing that lags ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("faulty", ["moto", "seaweedfs"], indirect=True)
 def test_no_commit_is_missed_or_written_twice_where_listings_lag(
     kit: StoreKit, faulty: Any, place: str
 ) -> None:
@@ -294,6 +310,7 @@ def test_a_plan_that_no_listing_shows_is_gone_on_with_or_passed_by(
         assert other.name == "train/1.2"
 
 
+@pytest.mark.parametrize("faulty", ["moto", "seaweedfs"], indirect=True)
 def test_what_goes_goes_whole_where_listings_lag(kit: StoreKit, faulty: Any, place: str) -> None:
     """Of committed generations and texts: every object that a plan names, listed or not."""
     kit.writer(place).close()

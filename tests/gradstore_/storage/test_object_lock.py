@@ -19,6 +19,9 @@ from gradstore.storage.processes import Process
 
 SILENT = 0.8
 
+#: The lock rests on a server's conditions: so with the server of either kind, where it is there.
+BOTH = pytest.mark.parametrize("bucket", ["object_server", "seaweedfs"], indirect=True)
+
 
 @pytest.fixture
 def lock_at(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ObjectLock]]:
@@ -47,7 +50,7 @@ def die(lock: ObjectLock) -> None:
     lock._ends.set()
 
 
-def test_a_holder_on_another_machine_that_lives_is_told_of_soon(lock_at: Any) -> None:
+def test_fault_18_a_holder_on_another_machine_that_lives_is_told_of_soon(lock_at: Any) -> None:
     lock_at("one").acquire()
     began = time.monotonic()
     with pytest.raises(StoreBusy, match=r"host \S+, pid \d+, since \d{4}-") as told:
@@ -60,7 +63,7 @@ def test_a_holder_on_another_machine_that_lives_is_told_of_soon(lock_at: Any) ->
 def test_fault_28_a_dead_holder_is_taken_over_after_the_silence_whatever_its_clock_says(
     lock_at: Any, years: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Fault 28: neither its clock nor the server's counts."""
+    """Neither its clock nor the server's counts."""
     now = object_lock.datetime
 
     class Skewed(now):  # type: ignore[misc, valid-type]
@@ -79,6 +82,7 @@ def test_fault_28_a_dead_holder_is_taken_over_after_the_silence_whatever_its_clo
     assert "stale lock" in caplog.text
 
 
+@BOTH
 def test_a_holder_that_slept_changes_nothing_once_it_wakes(lock_at: Any) -> None:
     sleeper = lock_at("one")
     sleeper.acquire()
@@ -193,7 +197,8 @@ def test_a_sign_of_life_that_comes_while_an_answer_is_on_its_way_is_not_missed(
         second.acquire()
 
 
-def test_of_two_that_take_over_at_once_one_has_the_lock(
+@BOTH
+def test_fault_19_of_two_that_take_over_at_once_one_has_the_lock(
     lock_at: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead = lock_at("one")

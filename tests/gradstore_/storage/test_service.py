@@ -98,7 +98,7 @@ def test_a_service_keeps_its_store_in_a_bucket_as_in_a_folder(
     service.start()
 
 
-def test_a_writer_that_meets_another_provenance_on_its_way_hears_every_difference(
+def test_fault_11_a_writer_that_meets_another_provenance_on_its_way_hears_every_difference(
     kit: StoreKit, service: Any
 ) -> None:
     """The server's own refusal: the other's provenance comes between a look and the write."""
