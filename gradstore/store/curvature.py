@@ -9,11 +9,11 @@ names is garbage of a run that was stopped, removed by the next clean-up.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradstore.errors import BadInput, DamagedData, DamagedFile, Fault
 from gradstore.export.gradient_space import adapter_hash, attention_of
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from gradstore.store.reader import Store
 
 _log = logging.getLogger(__name__)
+
+#: Entries of a record's metric that its file has too.
+_TOLD_TWICE = ("kind", "rows", "sample")
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def step_factors(
         files.publish(mark, find().sha256.encode())
 
     leases.once(task, lambda: files.has(mark), tell, f"the factors of {rule.kind}")
-    return replace(read_factors(files, files.read(mark).decode()), damping=rule.damping)
+    return replace(read_factors(files, {"sha256": files.read(mark).decode()}), damping=rule.damping)
 
 
 def _found_or_fitted(
@@ -121,7 +124,7 @@ def _found_or_fitted(
         if not (same and told.get("kind") == rule.kind and drawn):
             continue
         try:
-            return replace(read_factors(files, told["sha256"]), damping=rule.damping)
+            return replace(read_factors(files, told), damping=rule.damping)
         except DamagedData as error:
             if committed or sample is None:
                 raise
@@ -140,10 +143,10 @@ def _found_or_fitted(
     )  # fmt: skip
     found = fit_factors(model, sample.batches.sample(sample.seed, sample.rows.forgotten), rule.kind)
     found = replace(found, damping=rule.damping, sample=sample.sha256).to("cpu")
-    files.make_directory(CURVATURE)
-    path = factors_path(found.sha256)
-    if not files.has(path):
-        files.publish(path, found.to_bytes())
+    # Also where they lie there: whoever wrote them may have died before their name was synced.
+    if not files.publish(factors_path(found.sha256), found.to_bytes()):
+        kept = read_factors(files, {"sha256": found.sha256})  # the same, of another sample of rows
+        return replace(kept, damping=rule.damping)
     return found
 
 
@@ -152,18 +155,28 @@ def factors_path(sha: str) -> str:
     return f"{CURVATURE}/{sha}.safetensors"
 
 
-def read_factors(files: ReadFiles, sha: str) -> KroneckerFactors:
-    """Read factors, and check that they are those of the name.
+def read_factors(files: ReadFiles, told: Mapping[str, Any]) -> KroneckerFactors:
+    """Read factors, and check that they are those that a record tells of.
+
+    Args:
+        files: of the store.
+        told: their sha256; of a record also kind, rows and sample, which are no part of it.
 
     Raises:
         DamagedData: they are missing, or others.
     """
+    sha = told["sha256"]
     path = factors_path(sha)
     if not files.has(path):
         raise DamagedFile(Fault(path, "a file", "no file"), str(files.root))
     found = KroneckerFactors.from_bytes(files.read(path), f'"{files.root}/{path}"')
     if found.sha256 != sha:
         raise DamagedFile(Fault(path, "the factors of its name", "others"), str(files.root))
+    for name in _TOLD_TWICE:
+        expected, here = told.get(name, getattr(found, name)), getattr(found, name)
+        if here != expected:
+            fault = Fault(path, f"{name} {expected!r}", f"{name} {here!r}")
+            raise DamagedFile(fault, str(files.root))
     return found
 
 
@@ -176,15 +189,14 @@ def recorded_factors(files: ReadFiles, record: GenerationRecord) -> KroneckerFac
     told = record.curvature
     if not told:
         return None
-    return replace(read_factors(files, told["sha256"]), damping=told["damping"])
+    return replace(read_factors(files, told), damping=told["damping"])
 
 
 def factors_of_record(files: ReadFiles, record: GenerationRecord) -> tuple[str, Fault | None]:
     """Return the path of the factors that a record names, and what is wrong with them."""
-    sha = record.curvature["sha256"]
-    path = factors_path(sha)
+    path = factors_path(record.curvature["sha256"])
     try:
-        read_factors(files, sha)
+        read_factors(files, record.curvature)
     except DamagedFile as error:
         return path, error.fault
     except DamagedData as error:

@@ -10,14 +10,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from gradstore.cli import app
 from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch, StoreError
+from gradstore.export.kronecker import BlockFactors, KroneckerFactors
 from gradstore.format.canonical import canonical_json, parse, seal
 from gradstore.format.layout import NEEDS, plan_path, provenance_path, root_json
+from gradstore.format.text_table import Text
 from gradstore.format.unit_records import crc32c
+from gradstore.similarity.index import FeatureIndex
+from gradstore.similarity.index_cache import IndexCache
+from gradstore.storage.local import StoreFiles
+from gradstore.storage.reading import ReadFiles
+from gradstore.store.asked_rows import asked_rows
+from gradstore.store.curvature import factors_path
+from gradstore.store.forgetting import forget, request_for
+from gradstore.store.held import held_store
 from gradstore.store.reader import open_store
+from gradstore.store.texts import RowTexts
 from gradstore.store.verify import verify_store
 
 if TYPE_CHECKING:
@@ -26,12 +38,26 @@ if TYPE_CHECKING:
 IGNORED = {"writer.lock"}
 
 
-def read_everything(path: Path) -> None:
-    for generation in open_store(path).generations(superseded=True):
+def read_everything(path: Path, file: str = "") -> None:
+    """Read a store, or of it only what a file in it matters to, beside what opens it."""
+    top = file.split("/")[0]
+    store = open_store(path)
+    if top in ("", "forgotten"):
+        store.requests()
+    for commit in store.text_commits().values() if top in ("", "texts") else ():
+        texts = RowTexts(ReadFiles(path), commit.texts[0])
+        texts.read(range(len(texts)))
+    for generation in store.generations(superseded=True) if top != "texts" else ():
+        if top == "curvature":
+            store.factors(generation)
+            continue
         generation.check_values()
         generation.read(0, generation.rows)
         generation.take([0])
         assert generation.norm.shape == generation.tokens.shape
+        assert generation.loss is None or generation.loss.shape == generation.norm.shape
+        if not top:
+            store.factors(generation)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -64,28 +90,81 @@ def test_fault_21_any_flipped_bit_in_any_file_is_reported_when_read_and_when_ver
     assert verify_store(store).ok
 
 
+def full_store(kit: StoreKit, path: Path) -> None:
+    """Three rows and, of each kind, every file that a store may have; an index comes on top."""
+    values = np.random.default_rng(0).standard_normal((2, 2))
+    block = BlockFactors(
+        *(torch.tensor(values * scale, dtype=torch.float32) for scale in (1, 2, 3))
+    )
+    factors = KroneckerFactors("ekfac", {"a": block}, rows=3, sample="5a")
+    record = kit.record(feature="sgd", feature_options={"curvature": factors.options()})
+    with kit.writer(path) as writer:
+        files = StoreFiles(path)
+        files.publish(factors_path(factors.sha256), factors.to_bytes())
+        files.close()
+        writer.keep_texts(kit.rows(3), [Text(f"p {i}", "r", 1) for i in range(3)])
+        begun = writer.begin(record, kit.rows(3), dim=4, unit_rows=4, losses=True)
+        begun.write_unit(0, kit.features(3), np.ones(3, np.float32), np.zeros(3, np.uint8),
+                         np.arange(3), np.arange(3) / 8)  # fmt: skip
+        begun.commit()
+    with held_store(path) as (held, view):
+        forget(held, view, request_for(held, view(), asked_rows(held, view(), [1])))
+
+
 def test_fault_21_every_byte_of_a_small_store_is_reported_when_a_bit_of_it_is_flipped(
     kit: StoreKit, fast_path: Path
 ) -> None:
-    """A reader reports each of them, a check of the whole store names the file (every 7th byte)."""
+    """A reader reports each of them, a check of the whole store names the file (every 61st)."""
     path, draw, flipped = fast_path / "s", random.Random(0), 0
-    kit.build(path, n=3)
+    full_store(kit, path)
+    read_everything(path)
     for file in files_of(path):
-        data = file.read_bytes()
+        data, name = file.read_bytes(), str(file.relative_to(path))
         for at in range(len(data)):
             damaged = bytearray(data)
             damaged[at] ^= 1 << draw.randrange(8)
             file.write_bytes(damaged)
             with pytest.raises(DamagedData) as caught:
-                read_everything(path)
-            assert caught.value.exit_code == 4, (file, at)
-            if flipped % 7 == 0:
-                report = verify_store(path)
-                assert str(file.relative_to(path)) in [f.file for f in report.faults], (file, at)
+                read_everything(path, name)
+            assert caught.value.exit_code == 4, (name, at)
+            if flipped % 61 == 0:
+                assert name in [f.file for f in verify_store(path).faults], (name, at)
             flipped += 1
         file.write_bytes(data)
-    assert flipped > 5000
+    assert {file.relative_to(path).parts[0] for file in files_of(path)} == {
+        "commits", "curvature", "forgotten", "generations", "plans", "spaces", "texts", "zarr.json",
+    }  # fmt: skip
+    assert flipped > 10_000
     assert verify_store(path).ok
+
+
+def test_fault_23_every_byte_of_a_small_index_is_told_when_a_bit_of_it_is_flipped(
+    kit: StoreKit, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss")
+    generation = kit.build(fast_path / "s", n=3).generation("train/1")
+    caches: list[IndexCache] = []
+    sound_file = IndexCache.sound_file
+
+    def noted(cache: IndexCache) -> Path | None:
+        caches.append(cache)
+        return sound_file(cache)
+
+    monkeypatch.setattr(IndexCache, "sound_file", noted)
+    FeatureIndex.build(generation, fast_path / "index", backend="faiss")
+    (cache,), draw, flipped = caches, random.Random(0), 0
+    assert sound_file(cache) is not None
+    for file in files_of(fast_path / "index"):
+        data = file.read_bytes()
+        for at in range(len(data)):
+            damaged = bytearray(data)
+            damaged[at] ^= 1 << draw.randrange(8)
+            file.write_bytes(damaged)
+            assert sound_file(cache) is None, (file, at)
+            flipped += 1
+        file.write_bytes(data)
+    assert sound_file(cache) is not None
+    assert flipped > 400
 
 
 SWAPPED = {
