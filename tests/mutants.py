@@ -70,6 +70,11 @@ SERVICE, WRITING = (
 OBJECT_LOCK = "tests/gradstore_/storage/test_object_lock.py"
 LATE = "tests/gradstore_/storage/test_late_writes.py"
 PROBES = "tests/gradstore_/storage/test_object_probes.py"
+POWER = "tests/gradstore_/storage/test_power_loss.py"
+ACTORS, SCANS = (
+    "tests/dataflex_/features/test_engines.py",
+    "tests/gradstore_/scoring/test_engines.py",
+)
 LEASES, WORKERS = "tests/gradstore_/storage/test_leases.py", f"{STORE}/test_workers.py"
 BEHIND, FILLING = f"{STORE}/test_writing_behind.py", "gradstore/store/filling.py"
 UNITS = "tests/gradstore_/export/test_units.py"
@@ -276,6 +281,49 @@ MUTANTS = [
            "tests/dataflex_/features/test_shared.py"),
     Mutant("gradstore/store/worker_group.py", "OwnUnits(files, plan, sha).finished(plan.units)",
            "pass", WORKERS),
+    Mutant("gradstore/store/worker_group.py", "{*plans, *ever_committed(store)}",
+           "set(ever_committed(store))", WORKERS),
+    Mutant("gradstore/store/worker_group.py", "for sha in [] if files.late_writes else",
+           "for sha in", LATE),
+    Mutant("dataflex/features/engines.py", "self.deaths[number] <= RESTARTS",
+           "self.deaths[number] < RESTARTS", ACTORS),
+    Mutant("dataflex/features/engines.py", 'rest = "" if again', 'rest = "" if not again', ACTORS),
+    Mutant("dataflex/features/engines.py", " if NODE_DIED in why else", " if why == NODE_DIED else",
+           ACTORS),
+    Mutant("dataflex/features/engines.py", "while any(actor.works for", "while any(False for",
+           ACTORS),
+    Mutant("gradstore/scoring/engines.py", "if generation.commit_sha != seal:", "if False:", SCANS),
+    Mutant("gradstore/scoring/engines.py", "if len(generations) != len(trains):", "if False:",
+           SCANS),
+    Mutant("gradstore/scoring/engines.py", "len(running) < cluster.actors", "True", SCANS),
+    Mutant("gradstore/scoring/engines.py", "summed.chunk(start + low, here)",
+           "summed.chunk(low, here)", SCANS),
+    Mutant("gradstore/scoring/engines.py", "yield done.pop(kept)", "yield done.pop(max(done))",
+           SCANS),
+    Mutant("gradstore/store/held.py", "held.sync_directory(COMMITS)", "pass",
+           f"{POWER}::test_fault_17_a_clean_up_goes_on_after_a_kill_and_a_power_loss_spoils"
+           "_nothing_then"),
+    Mutant("gradstore/store/generation_writer.py", "self._files.sync_directory(COMMITS)", "pass",
+           f"{POWER}::test_fault_17_a_worker_killed_before_a_folder_is_synced_and_then_a_power"
+           "_loss_lose_nothing"),
+    Mutant("gradstore/store/generation_writer.py",
+           "self._files.sync_directory(parent_of(unit_path(self.name, 0)))", "pass",
+           f"{POWER}::test_fault_17_a_worker_killed_before_a_folder_is_synced_and_then_a_power"
+           "_loss_lose_nothing"),
+    Mutant("gradstore/store/space_writer.py",
+           "            files.sync_directory(parent_of(path))\n            return sha",
+           "            return sha",
+           f"{POWER}::test_fault_17_a_kill_before_a_folder_is_synced_and_then_a_power_loss_lose"
+           "_nothing"),
+    Mutant("gradstore/store/forgetting.py", "    _sync_removals(files)\n", "",
+           f"{FORGETTING}::test_fault_17_a_kill_before_a_folder_is_synced_and_then_a_power_loss"
+           "_bring_no_row_back"),
+    Mutant("gradstore/store/unit_files.py", "files.sync_directory(folder)", "pass",
+           f"{POWER}::test_fault_17_after_a_power_loss_every_commit_that_returned_is_there_and"
+           "_whole"),
+    Mutant("gradstore/store/curvature.py", "        if here != expected:", "        if False:",
+           f"{DAMAGE}::test_fault_21_every_byte_of_a_small_store_is_reported_when_a_bit_of_it_is"
+           "_flipped"),
     Mutant("gradstore/store/attempts.py", "if theirs and before is not None and",
            "if False and theirs and before is not None and", WORKERS),
     Mutant("gradstore/store/text_writer.py", "if shared:\n        found",
