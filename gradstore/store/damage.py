@@ -101,7 +101,7 @@ def assess(path: Place) -> list[Damage]:
     for fault in verify_store(path).faults:
         match = None if fault.expected == _STRAY else _OF_UNIT.fullmatch(fault.file)
         if match is None:
-            found.append(_of_file(files, fault))
+            found.append(of_file(files, fault))
         else:
             units[match["name"], int(match["record"] or match["chunk"])].append(fault)
     if units:
@@ -139,7 +139,7 @@ def _of_unit(
     return replace(damage, remedy="store", says=says)
 
 
-def _of_file(files: ReadFiles, fault: Fault) -> Damage:
+def of_file(files: ReadFiles, fault: Fault) -> Damage:
     """Tell what a damaged file outside of any unit is."""
     top, generation = fault.file.split("/")[0], ""
     if fault.expected == _STRAY:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gradstore.errors import DamagedData, DamagedFile
+from gradstore.errors import BadInput, DamagedData, DamagedFile, Fault
 from gradstore.format.canonical import canonical_json
 from gradstore.format.commits import Commit
 from gradstore.format.layout import (
@@ -35,7 +35,7 @@ from gradstore.storage.local import StoreFiles, parent_of
 from gradstore.storage.location import Place
 from gradstore.storage.places import files_at, lock_of
 from gradstore.store.cleaning import remove_retired, retire
-from gradstore.store.damage import Damage, assess, plan_of
+from gradstore.store.damage import Damage, assess, of_file, plan_of
 from gradstore.store.documents import metadata
 from gradstore.store.held import held_store
 from gradstore.store.own_units import quarantine
@@ -91,7 +91,8 @@ def repair_store(path: Place, recompute: Recompute | None = None) -> Repaired:
     roots = [damage for damage in found if damage.what == "root"]
     if roots:  # nothing else was seen without it
         with lock_of(files):
-            mend(files, roots)
+            if not mend(files, roots) and (left := _without_root(files, roots)):
+                return Repaired(left, left)
         found = [*roots, *assess(path)]
     notes: list[str] = []
     with held_store(path, files) as (_, view):
@@ -144,13 +145,42 @@ def _mend(files: StoreFiles, damage: Damage) -> bool:
 
 
 def _root(files: StoreFiles) -> bytes:
-    """Build the root's zarr.json of what commits and plans say."""
-    commits = [Commit.from_bytes(files.read(f"{COMMITS}/{name}")) for name in files.names(COMMITS)]
-    plans = (files.read(path) for path in files.walk(PLANS))
-    versions = [Plan.from_bytes(data)[0].schema_version for data in plans]
-    versions += [TEXTS_VERSION for commit in commits if commit.texts]
+    """Build the root's zarr.json of what commits and plans say.
+
+    Raises:
+        DamagedFile: one of them is damaged, too.
+    """
+    uuids, version, faults = _told_of_root(files)
+    if faults:
+        raise DamagedFile(faults[0], str(files.root))
+    return root_json(uuids[0], version)
+
+
+def _told_of_root(files: StoreFiles) -> tuple[list[str], int, list[Fault]]:
+    """Read every commit and plan: the store's id and schema as they say, and what is damaged."""
+    uuids, versions, faults = [], [1], []
     versions += [FORGOTTEN_VERSION for _ in files.names(FORGOTTEN)]
-    return root_json(commits[0].store_uuid, max(versions, default=1))
+    for path in [*(f"{COMMITS}/{name}" for name in files.names(COMMITS)), *files.walk(PLANS)]:
+        try:
+            if path.startswith(f"{COMMITS}/"):
+                commit = Commit.from_bytes(files.read(path))
+                uuids.append(commit.store_uuid)
+                versions += [TEXTS_VERSION] if commit.texts else []
+            else:
+                versions.append(Plan.from_bytes(files.read(path))[0].schema_version)
+        except DamagedFile as error:
+            faults.append(error.fault)
+        except (ValueError, BadInput) as error:
+            faults.append(Fault(path, "the bytes that were written", str(error)))
+    return uuids, max(versions), faults
+
+
+def _without_root(files: StoreFiles, roots: Sequence[Damage]) -> tuple[Damage, ...]:
+    """Tell of a root that can't be written again, and of the documents that are in its way."""
+    faults = _told_of_root(files)[2]
+    says = "written again once the documents named here are back; nothing else was seen without it"
+    stay = [replace(root, remedy="none", says=says) for root in roots if faults]
+    return (*stay, *(of_file(files, fault) for fault in faults))
 
 
 def _metadata(files: StoreFiles) -> Iterator[tuple[str, bytes]]:

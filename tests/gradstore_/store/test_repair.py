@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gradstore.cli.care import repair_told
-from gradstore.errors import DamagedData
+from gradstore.errors import BadInput, DamagedData
 from gradstore.format.layout import RowStatus
 from gradstore.format.names import GenerationName
 from gradstore.format.plans import Plan, UnitRange
@@ -142,6 +142,48 @@ def test_what_follows_from_other_files_needs_no_model(store: Path) -> None:
     assert hashes(store) == before
     assert verify_store(store).ok
     assert [p.read_text() for p in (store / "staging/quarantine").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("second", "finished"),
+    [("commits/2.json", True), ("plans/train/1.json", True), ("plans/train/2.json", False)],
+    ids=["a commit", "a plan", "a plan without a commit"],
+)
+@pytest.mark.parametrize("spelled", [b"{}", None, b""], ids=["other", "torn", "empty"])
+def test_a_root_beside_another_damaged_document_is_reported_with_it(
+    kit: StoreKit, store: Path, second: str, finished: bool, spelled: bytes | None
+) -> None:
+    if not finished:
+        with kit.writer(store) as writer:
+            writer.begin(kit.record("train/2"), kit.rows(N), dim=kit.dim, unit_rows=kit.unit_rows)
+    before = hashes(store)
+    sound = {name: (store / name).read_bytes() for name in ("zarr.json", second)}
+    (store / "zarr.json").write_bytes(b"{}")
+    (store / second).write_bytes(sound[second][:-9] if spelled is None else spelled)
+    harmed = hashes(store)
+    result = repair_store(store, recomputed(kit))
+    assert [f.file for d in result.left for f in d.faults] == ["zarr.json", second]
+    assert {d.remedy for d in result.left} == {"none"}
+    assert result.found == result.left
+    assert hashes(store) == harmed
+    (store / second).write_bytes(sound[second])
+    assert repair_store(store, recomputed(kit)).left == ()
+    assert hashes(store) == before
+
+
+def test_a_plan_that_names_a_position_twice_ends_no_repair_in_a_traceback(
+    kit: StoreKit, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its seal fits: somebody has written it so."""
+    (store / "zarr.json").write_bytes(b"{}")
+
+    def twice(data: bytes) -> Any:
+        raise BadInput("does not hold each of its positions exactly once")
+
+    monkeypatch.setattr(Plan, "from_bytes", twice)
+    found = [(d.what, d.faults[0].file) for d in repair_store(store, recomputed(kit)).left]
+    assert found == [("root", "zarr.json"), ("document", "plans/myrun/target/a/1.json"),
+                     ("document", "plans/train/1.json")]  # fmt: skip
 
 
 def open_store_sha(store: Path) -> str:
