@@ -108,3 +108,17 @@ class DamagedFile(DamagedData):
             "start another with gradstore=PATH"
         )
         self.fault = fault
+
+
+class TooLarge(DamagedFile):
+    """A document above the most that is read whole; others may have written it, so it stays."""
+
+    def __init__(self, fault: Fault, store: str = "") -> None:
+        """Build the message from the fault, the store, and the way out."""
+        StoreError.__init__(
+            self,
+            f'{fault.file} of store "{store}" has {fault.found}, and {fault.expected} are read of '
+            "a document. It is left as it is. If it is a plan, its rows are too many for one "
+            "store: split them over several, each with gradstore=PATH of its own",
+        )
+        self.fault = fault

@@ -35,6 +35,9 @@ from gradstore.format.names import GenerationName, check_space
 from gradstore.format.records import HASH_BYTES, GenerationRecord, RowSet
 from gradstore.format.sources import Sources
 
+#: Bytes of the member that holds a document's seal.
+_SEAL_BYTES = len(b'"sha256":"",') + hashlib.sha256().digest_size * 2
+
 _KEYS = {
     "schema_version",
     "generation",
@@ -148,13 +151,23 @@ class Plan:
         out.writelines(pieces)
         return out.getvalue()
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """Seal of the document."""
-        digest = hashlib.sha256()
+        return self._seal_and_size[0]
+
+    @property
+    def byte_count(self) -> int:
+        """Bytes of the sealed document."""
+        return self._seal_and_size[1]
+
+    @cached_property
+    def _seal_and_size(self) -> tuple[str, int]:
+        digest, size = hashlib.sha256(), _SEAL_BYTES
         for piece in self._pieces():
             digest.update(piece)
-        return digest.hexdigest()
+            size += len(piece)
+        return digest.hexdigest(), size
 
     def _pieces(self) -> Iterator[bytes]:
         """Give the document without its seal: what comes before the seal, and the rest by unit."""

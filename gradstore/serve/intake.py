@@ -148,8 +148,8 @@ def length_of(request: Request, most: int) -> int:
         raise Refusal(411, "no-length", "a body needs its Content-Length")
     if int(given) > most:
         raise Refusal(413, "too-large", f"the body has {int(given):,} bytes, and {most:,} are the "
-                      "most that this server takes; start it with a larger --max-body",
-                      exit_code=5)  # fmt: skip
+                      "most that this server takes; start it with --max-body "
+                      f"{-(-int(given) >> 20):d} or more", exit_code=5)  # fmt: skip
     return int(given)
 
 

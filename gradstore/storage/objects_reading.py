@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from gradstore.storage.bucket import Bucket
 from gradstore.storage.location import Location, ObjectPath
-from gradstore.storage.reading import COMPONENT, JSON_LIMIT_BYTES, ReadFiles
+from gradstore.storage.reading import COMPONENT, ReadFiles
 from gradstore.storage.s3 import S3Bucket
 from gradstore.storage.service import ServiceBucket
 
@@ -172,14 +172,14 @@ class ObjectReads(ReadFiles):
 
     def _whole(self, relative: str, expected_bytes: int | None) -> memoryview:
         expected = "a file" if expected_bytes is None else f"{expected_bytes:,} bytes"
-        limit = JSON_LIMIT_BYTES if expected_bytes is None else expected_bytes
+        limit = self.most_bytes if expected_bytes is None else expected_bytes
         found = self.bucket.get(self._key(relative), limit)
         if found is None:
             raise self._damaged(relative, expected, "no file")
-        size = found.size
-        if size > limit or expected_bytes not in (None, size):
-            wanted = expected if expected_bytes is not None else f"at most {limit:,} bytes"
-            raise self._damaged(relative, wanted, f"{size:,} bytes")
+        if expected_bytes not in (None, found.size):
+            raise self._damaged(relative, expected, f"{found.size:,} bytes")
+        if found.size > limit:
+            raise self._too_large(relative, found.size)
         return found.data
 
     def free_bytes(self) -> int:

@@ -16,10 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from gradstore.errors import BadInput, DamagedFile, Fault, StoreIOError
+from gradstore.errors import BadInput, DamagedFile, Fault, StoreIOError, TooLarge
 from gradstore.storage.location import Location
 
-JSON_LIMIT_BYTES = 1 << 30
+#: Bytes of the largest document that is read whole, wherever a store is: no larger one is written.
+DOCUMENT_BYTES = 1 << 30
 
 #: Files that have been asked of the disk and were not read yet, at most.
 _NAMED_KEPT = 128
@@ -44,6 +45,9 @@ class ReadFiles:
     Args:
         root: the store's folder. It may itself be reached through a symlink; nothing inside may.
     """
+
+    #: `DOCUMENT_BYTES`, but for tests.
+    most_bytes = DOCUMENT_BYTES
 
     def __init__(self, root: str | Path) -> None:
         self._folder = Path(root)
@@ -202,6 +206,7 @@ class ReadFiles:
 
         Raises:
             DamagedFile: it is missing, no regular file, or not `expected_bytes` long.
+            TooLarge: its size is not known, and above `most_bytes`.
         """
         fd, size = self._open_to_read(relative, expected_bytes)
         try:
@@ -284,8 +289,9 @@ class ReadFiles:
         fault = None
         if not stat.S_ISREG(found.st_mode):
             fault = (expected, _KINDS.get(stat.S_IFMT(found.st_mode), "special file"))
-        elif expected_bytes is None and found.st_size > JSON_LIMIT_BYTES:
-            fault = (f"at most {JSON_LIMIT_BYTES:,} bytes", f"{found.st_size:,} bytes")
+        elif expected_bytes is None and found.st_size > self.most_bytes:
+            os.close(fd)
+            raise self._too_large(relative, found.st_size)
         elif expected_bytes not in (None, found.st_size):
             fault = (expected, f"{found.st_size:,} bytes")
         if fault is not None:
@@ -313,6 +319,10 @@ class ReadFiles:
 
     def _damaged(self, relative: str, expected: str, found: str) -> DamagedFile:
         return DamagedFile(Fault(relative, expected, found), str(self.root))
+
+    def _too_large(self, relative: str, size: int) -> TooLarge:
+        fault = Fault(relative, f"at most {self.most_bytes:,} bytes", f"{size:,} bytes")
+        return TooLarge(fault, str(self.root))
 
     @contextmanager
     def _translated(self, verb: str, path: Path, needed_bytes: int = 0) -> Iterator[None]:

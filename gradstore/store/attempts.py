@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import get_args
 
-from gradstore.errors import BadInput, DamagedFile, Fault, ProvenanceMismatch
+from gradstore.errors import BadInput, DamagedFile, Fault, ProvenanceMismatch, TooLarge
 from gradstore.export.share import StepShare
 from gradstore.format.commits import Commit
 from gradstore.format.layout import GRADIENT, dtype_of_role, generation_path, plan_path
@@ -169,11 +169,16 @@ def readable_plans(
         files: the store's files.
         store: today's view.
         mend: whether nobody else is at work on such a plan; else a damaged one is an error.
+
+    Raises:
+        TooLarge: one has more rows than this release reads; it may be sound, and stays.
     """
     plans = {}
     for name in store.planned():
         try:
             plans[name] = Plan.from_bytes(files.read(plan_path(name)))
+        except TooLarge:
+            raise
         except (ValueError, DamagedFile) as error:
             if not mend or not isinstance(files, StoreFiles):
                 fault = Fault(plan_path(name), "the plan that was written", str(error))

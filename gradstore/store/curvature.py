@@ -167,9 +167,12 @@ def read_factors(files: ReadFiles, told: Mapping[str, Any]) -> KroneckerFactors:
     """
     sha = told["sha256"]
     path = factors_path(sha)
-    if not files.has(path):
+    size = files.size(path)
+    if not size:
         raise DamagedFile(Fault(path, "a file", "no file"), str(files.root))
-    found = KroneckerFactors.from_bytes(files.read(path), f'"{files.root}/{path}"')
+    # Of any size: those of a wide model are larger than a document may be.
+    data = files.read(path, expected_bytes=size)
+    found = KroneckerFactors.from_bytes(data, f'"{files.root}/{path}"')
     if found.sha256 != sha:
         raise DamagedFile(Fault(path, "the factors of its name", "others"), str(files.root))
     for name in _TOLD_TWICE:

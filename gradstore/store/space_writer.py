@@ -7,7 +7,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from gradstore.errors import BadInput, DamagedData, DamagedFile, Fault, StoreIOError, expect
+from gradstore.errors import (
+    BadInput,
+    DamagedData,
+    DamagedFile,
+    Fault,
+    StoreIOError,
+    TooLarge,
+    expect,
+)
 from gradstore.format.canonical import Json, plain
 from gradstore.format.layout import (
     UNIT_ROWS,
@@ -83,8 +91,8 @@ class SpaceFields:
         path = provenance_path(self.space)
         try:
             sha = self.compare(files)
-        except DamagedData:
-            if store.commits:
+        except DamagedData as error:
+            if store.commits or isinstance(error, TooLarge):
                 raise
             quarantine(files, path)
             sha = None
@@ -163,8 +171,8 @@ class SpaceWriter:
             losses: keep the loss of each row; an existing plan wins.
 
         Raises:
-            BadInput: dim or dtype can't be stored, the name is not one of this space, or the
-                writer was closed.
+            BadInput: dim or dtype can't be stored, the name is not one of this space, the rows are
+                too many for one plan, or the writer was closed.
             ProvenanceMismatch: other rows, d or dtype than before, a name of another run or
                 space, or another state than the other workers have.
             StoreIOError: not enough room.
@@ -208,6 +216,7 @@ class SpaceWriter:
                 needed -= needed * done // len(plan.units)
             what = f"{plan.name} ({len(plan.rows):,} x {plan.dim:,} {plan.dtype})"
             self._check_free(needed, what)
+            _check_size(self._files, plan)
             raise_schema(self._files, store, plan.schema_version)
         return chosen
 
@@ -241,12 +250,26 @@ def publish_plan(files: StoreFiles, store: Store, plan: Plan) -> None:
     """Write a generation's plan and every zarr.json that it needs, before any unit.
 
     Raises:
+        BadInput: its rows are too many for one plan.
         DamagedFile: another plan has this name.
     """
+    _check_size(files, plan)
     raise_schema(files, store, plan.schema_version)
     if not files.publish(plan_path(plan.name), plan.to_bytes()):
         raise another_plan(files, plan)
     _publish_metadata(files, store, plan)
+
+
+def _check_size(files: StoreFiles, plan: Plan) -> None:
+    """Refuse a plan that nobody could read again, before a gradient is computed for it."""
+    if plan.byte_count > files.most_bytes:
+        rows = len(plan.rows)
+        raise BadInput(
+            f"{plan.name} has {rows:,} rows: its plan would be of {plan.byte_count:,} bytes, and "
+            f"{files.most_bytes:,} are the most that are read again, about "
+            f"{rows * files.most_bytes // plan.byte_count:,} rows. Split the rows over several "
+            "stores, each with gradstore=PATH of its own"
+        )
 
 
 def another_plan(files: StoreFiles, plan: Plan) -> DamagedFile:

@@ -19,6 +19,7 @@ from gradstore.export.settings import BuildSettings
 from gradstore.export.units import Batches
 from gradstore.format.plans import UnitRange
 from gradstore.format.records import RowSet
+from gradstore.storage.reading import ReadFiles
 from gradstore.store import building, curvature
 from gradstore.store.curvature import FactorSample
 from gradstore.store.verify import verify_store
@@ -101,6 +102,19 @@ def gradstore_projection(store: gradstore.Store) -> Any:
     from gradkernels import ProjectionSpec
 
     return ProjectionSpec.from_dict(store.generation("train/7").record.projection)
+
+
+def test_factors_that_are_larger_than_any_document_are_read_and_not_fitted_again(
+    build: Build, unfitted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = build()
+    (file,) = build.files
+    monkeypatch.setattr(ReadFiles, "most_bytes", file.stat().st_size - 1)
+    unfitted()
+    assert store.factors(store.generation("train/7")) is not None
+    build(train=False, target={"later": build.target[:3]})
+    assert build.files == [file]
+    assert verify_store(build.path).ok
 
 
 def test_targets_of_a_later_day_are_put_into_the_same_metric(build: Build, unfitted: Any) -> None:
