@@ -49,6 +49,9 @@ BEATS = 6
 #: that a look comes late by at most half of what was waited.
 FIRST_LOOK_SECONDS, LOOK_SECONDS, GROWTH = 0.01, 1.0, 1.5
 
+#: Seconds of a wait after which it is told of again; each time it is twice as long.
+TOLD_AGAIN_SECONDS = 120.0
+
 
 @dataclass(frozen=True)
 class Worker:
@@ -135,6 +138,8 @@ class Leases:
         self._numbers: dict[str, int] = {}
         self._seen: dict[str, tuple[bytes, float]] = {}
         self._waiting_for, self._pause = "", FIRST_LOOK_SECONDS
+        self._waits_since: float | None = None
+        self._told_after = TOLD_AGAIN_SECONDS
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._show_life, name="lease", daemon=True)
 
@@ -163,7 +168,7 @@ class Leases:
         number, holder = self._newest(task)
         if holder is not None and self._lives(holder):
             return holder if holder.token != self._files.own else None
-        self._pause = FIRST_LOOK_SECONDS
+        self._pause, self._waits_since = FIRST_LOOK_SECONDS, None
         if self._files.publish(f"{self._folder}/{task}.{number + 1}", self._document):
             self._numbers[task] = number + 1
             if holder is not None:
@@ -189,11 +194,23 @@ class Leases:
                 return
 
     def wait(self, what: str, holder: Holder) -> None:
-        """Wait for others a moment; one line is logged for each of them and task."""
-        line = f"waiting for {what}: {holder.who}"
+        """Wait for others a moment; a line is logged for each of them and task, and again later.
+
+        One that hangs shows life for ever, and cannot be told from one that has much to do.
+        """
+        line, now = f"waiting for {what}: {holder.who}", time.monotonic()
         if line != self._waiting_for:
-            self._waiting_for = line
+            self._waiting_for, self._waits_since = line, None
             _log.info("%s", line)
+        if self._waits_since is None:
+            self._waits_since, self._told_after = now, TOLD_AGAIN_SECONDS
+        waited = now - self._waits_since
+        if waited >= self._told_after:
+            self._told_after *= 2
+            _log.info(
+                "still %s, for %.0f minutes now. It shows life; if it hangs, end that process on "
+                "that host, and its work is taken over", line, waited / 60,
+            )  # fmt: skip
         time.sleep(self._pause)
         most = min(LOOK_SECONDS, self.worker.lease_seconds / (2 * BEATS))
         self._pause = min(most, GROWTH * self._pause)

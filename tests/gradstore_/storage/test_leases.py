@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -87,6 +88,36 @@ def test_a_living_worker_keeps_its_tasks(opened: Open) -> None:
     while time.monotonic() < ends:
         assert other.claim("plan/3") is not None
         time.sleep(0.02)
+
+
+def test_a_long_wait_is_told_again_at_growing_intervals_with_the_process_to_end(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 5.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    hangs, other = opened(SILENT), opened(SILENT, 2)
+    assert hangs.claim("plan/3") is None
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(logging.getLogger("gradstore"), "propagate", True)
+    caplog.set_level(logging.INFO, "gradstore")
+    told: list[int] = []
+    while now < 1000:
+        holder = other.claim("plan/3")
+        assert holder is not None
+        before = len(caplog.messages)
+        other.wait("the text", holder)
+        told += [round(now / 60)] * (len(caplog.messages) - before)
+    assert told == [0, 2, 4, 8, 16]
+    process = f"worker 1/2, host {os.uname().nodename}, pid {os.getpid()}"
+    assert all(f"waiting for the text: {process}" in line for line in caplog.messages)
+    assert "for 16 minutes now. It shows life; if it hangs, end that process" in caplog.messages[-1]
+    assert other.claim("plan/4") is None  # it works in between: the next wait begins anew
+    other.wait("the text", holder)
+    assert len(caplog.messages) == 5
 
 
 def test_a_killed_process_of_this_machine_loses_its_tasks_at_once(
