@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,6 +40,14 @@ class Builders(OnEngine):
             metavar="i/N",
         ),
     ] = None
+    lease_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Of workers: seconds of silence after which others take over the work of one. "
+            "Give all of them the same, longer than their file system takes to show a change. "
+            "Default: 60."
+        ),
+    ] = None
     gpus_per_actor: Annotated[
         float | None,
         typer.Option(help="GPUs of each; 0.5 for half of one. Default: 1 where there are any."),
@@ -54,7 +62,7 @@ class Builders(OnEngine):
         A process that torchrun started is a worker, where nothing else is asked for.
 
         Raises:
-            BadInput: both, or what one of them refuses.
+            BadInput: both, what one of them refuses, or a lease of no worker.
         """
         from gradstore.storage.leases import Worker
 
@@ -64,9 +72,19 @@ class Builders(OnEngine):
                 "--worker and --engine are both given: the engine starts workers of its own; give "
                 "one of them. (Workers may join a build on an engine at any time.)"
             )
+        worker = None
         if self.worker is not None:
-            return Worker.parse(self.worker), None
-        return (rank_as_worker(os.environ) if ray is None else None), ray
+            worker = Worker.parse(self.worker)
+        elif ray is None:
+            worker = rank_as_worker(os.environ)
+        if self.lease_seconds is None:
+            return worker, ray
+        if worker is None:
+            raise BadInput(
+                f"--lease-seconds {self.lease_seconds:g} is for workers that share a build: give "
+                "--worker i/N too, or start them with torchrun"
+            )
+        return replace(worker, lease_seconds=self.lease_seconds), ray
 
 
 #: Variables by which libraries find the other ranks, which a worker has no need of.

@@ -40,6 +40,24 @@ def test_who_builds_is_asked_of_the_options_first(monkeypatch: pytest.MonkeyPatc
     assert Builders().chosen() == (Worker(2, 2), None)
 
 
+def test_a_lease_is_that_of_a_worker_however_it_was_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert Builders(worker="2/4", lease_seconds=300).chosen() == (Worker(2, 4, 300), None)
+    for alone in (Builders(lease_seconds=300), Builders(engine="ray", lease_seconds=300)):
+        with pytest.raises(BadInput, match=r"--lease-seconds 300 is for workers .* --worker i/N"):
+            alone.chosen()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert Builders(lease_seconds=90.5).chosen() == (Worker(2, 2, 90.5), None)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_lease_that_never_ends_or_begins_is_refused(seconds: float) -> None:
+    with pytest.raises(BadInput, match=r"lease_seconds is .*a number of seconds above 0"):
+        Builders(worker="1/2", lease_seconds=seconds).chosen()
+
+
 def test_a_build_is_alone_or_a_worker_or_on_an_engine() -> None:
     assert Builders().chosen() == (None, None)
     assert Builders(worker="2/4").chosen() == (Worker(2, 4), None)
