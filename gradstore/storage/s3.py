@@ -174,6 +174,11 @@ class S3Bucket(Bucket):
             )
         if "latest/api/token" in text or "latest/meta-data" in text:
             return StoreIOError(f"{what}: no credentials were found; {_HOW}")
+        if "RequestTimeTooSkewed" in text:
+            return StoreIOError(
+                f"{what}: {failure.reason}. This machine's clock is minutes off, or the server's: "
+                "set it (`timedatectl` says whether it is kept right), then run again"
+            )
         status = _status(error)
         if status in (401, 403):
             return StoreIOError(

@@ -79,6 +79,15 @@ def test_refused_credentials_are_told_with_what_to_set(faulty: Any, use_server: 
         open_store(place)
 
 
+def test_a_clock_that_is_off_is_told_instead_of_credentials(faulty: Any, use_server: Any) -> None:
+    place = use_server(faulty.address)
+    skewed = b"<Code>RequestTimeTooSkewed</Code><Message>The difference is too large.</Message>"
+    faulty.before = lambda _: (403, skewed)
+    with pytest.raises(StoreIOError, match=r"\(RequestTimeTooSkewed: .* clock is minutes") as told:
+        open_store(place)
+    assert "AWS_" not in str(told.value)
+
+
 def test_a_key_without_its_secret_is_refused(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(BadInput, match="AWS_ACCESS_KEY_ID has no secret"):
