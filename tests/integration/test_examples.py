@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +80,28 @@ def test_the_custom_selector_takes_long_answers_and_checks_its_parameters(
     missing = cli("train", path, "component_params.target=no.such:Thing", f"output_dir={run}")
     assert missing.code == 2
     assert "'no.such:Thing' cannot be imported" in missing.message
+
+
+@pytest.mark.parametrize(
+    ("tasks", "workers"),
+    [((1, 2, 3, 4), ["1/4", "2/4", "3/4", "4/4"]), ((3, 5, 9), ["1/3", "3/3", "3/3"]),
+     ((0, 1), ["1/2", "2/2"]), ((7,), ["1/1"])],
+    ids=["as it is", "with gaps", "from 0", "of one"],
+)  # fmt: skip
+def test_every_task_of_a_slurm_array_is_a_worker_whatever_its_numbers(
+    tasks: tuple[int, ...], workers: list[str], tmp_path: Path
+) -> None:
+    """Of numbers that leave some out several tasks may be one worker, which does no harm."""
+    program = tmp_path / "dataflex-cli"
+    program.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    program.chmod(0o755)
+    given = ["CONFIG.yaml", "gradstore=runs/a store"]
+    array = {"SLURM_ARRAY_TASK_COUNT": len(tasks), "SLURM_ARRAY_TASK_MIN": min(tasks)}
+    for task, worker in zip(tasks, workers, strict=True):
+        slurm = {name: str(value) for name, value in {**array, "SLURM_ARRAY_TASK_ID": task}.items()}
+        told = subprocess.run(
+            ["bash", ROOT / "examples" / "slurm" / "build_store.sh", *given],
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **slurm},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert told.stdout.splitlines() == ["gradstore", "build", *given, "--worker", worker]
