@@ -29,8 +29,12 @@ from gradstore.cluster.options import RayOptions
 from gradstore.errors import BadInput, StoreIOError
 from gradstore.storage.leases import Worker
 
-#: Times that each actor is started again after it died.
+#: Times that each actor is started again after it died, or what it works with failed.
 RESTARTS = 3
+
+#: Exit codes of failures that may be those of one machine: a bug, which no message tells from a
+#: broken installation, and what the disk, memory or GPU refuses. Any other every actor would meet.
+OF_ONE_MACHINE = (1, StoreIOError.exit_code)
 
 #: Seconds between two looks at the cluster while no report comes.
 WAIT_SECONDS = 1.0
@@ -171,7 +175,8 @@ def run_on_ray(work: Work, options: RayOptions) -> tuple[str, ...]:
     Raises:
         BadInput: see `connected`.
         StoreIOError: the cluster ended, or every actor died again and again.
-        RemoteFailure: what failed in an actor, with its exit code.
+        RemoteFailure: what failed in an actor, with its exit code: at once where all would fail so,
+            else when all actors have used up their restarts.
     """
     with connected(options, _log.info) as cluster, Bars() as bars:
         build = _Build(cluster, work, bars)
@@ -222,7 +227,8 @@ class _Build:
         work: what they do.
         bars: what is shown of it.
         running: reference of the awaited report -> its actor.
-        deaths: how often each number's actor died.
+        deaths: how often each number's actor died or failed.
+        failure: of an actor, the last one that may have been its machine's.
         made: what the work of the first actor that found the build done returned.
     """
 
@@ -231,6 +237,7 @@ class _Build:
     bars: Bars
     running: dict[Any, _Actor] = field(default_factory=dict)
     deaths: dict[int, int] = field(default_factory=dict)
+    failure: Failure | None = None
     made: tuple[str, ...] | None = None
 
     def run(self) -> tuple[str, ...]:
@@ -239,6 +246,8 @@ class _Build:
             self._start(Worker(number, self.cluster.actors))
         while self.running and self.made is None:
             self._listen()
+        if self.made is None and self.failure is not None:
+            raise RemoteFailure(self.failure)
         if self.made is None:
             raise StoreIOError(
                 f"every actor died {RESTARTS + 1} times. Each holds a model: give it more with "
@@ -281,16 +290,14 @@ class _Build:
                         f"{actor} could not start: {str(error).splitlines()[-1].strip()}. All nodes"
                         " need the version of Python and of DataFlex that this process has."
                     ) from error
-                self._bury(actor, str(error))
+                place = "its node left the cluster" if NODE_DIED in str(error) else ""
+                self._bury(actor, f"died, {place or 'its process ended'}")
             else:
                 self._hear(actor, report)
 
     def _hear(self, actor: _Actor, report: Report) -> None:
         if isinstance(report, Ended):
-            if report.failure is not None:
-                raise RemoteFailure(_placed(report.failure, actor.host))
-            self.made = report.made
-            self.cluster.ray.kill(actor.handle)
+            self._hear_the_end(actor, report)
             return
         if isinstance(report, Started):
             actor.host, actor.pid = report.host, report.pid
@@ -302,22 +309,32 @@ class _Build:
             self.bars.count(report)
         self._await(actor)
 
-    def _bury(self, actor: _Actor, why: str) -> None:
-        """Tell of an actor that died, and start it again, where there is room."""
+    def _hear_the_end(self, actor: _Actor, report: Ended) -> None:
+        """Take the result of an actor, or its failure: as a death where it may be its machine's."""
+        if report.failure is None:
+            self.made = report.made
+        elif report.failure.code not in OF_ONE_MACHINE:
+            raise RemoteFailure(_placed(report.failure, actor.host))
+        self.cluster.ray.kill(actor.handle)
+        if report.failure is not None:
+            self.failure = _placed(report.failure, actor.host)
+            self._bury(actor, "failed", f". It said: {report.failure.message.strip()}")
+
+    def _bury(self, actor: _Actor, what: str, said: str = "") -> None:
+        """Tell of an actor that died or failed, and start it again, where there is room."""
         if self.made is not None:
             return
         number = actor.worker.number
         self.deaths[number] = self.deaths.get(number, 0) + 1
-        ended = "its node left the cluster" if NODE_DIED in why else "its process ended"
         again = self.deaths[number] <= RESTARTS
-        rest = "" if again else "; it is not started again"
-        _log.warning("%s died, %s: its units are taken over%s", actor, ended, rest)
+        rest = ("" if again else "; it is not started again") + said
+        _log.warning("%s %s: its units are taken over%s", actor, what, rest)
         if again:
             self._start(actor.worker)
 
 
 def _placed(failure: Failure, host: str) -> Failure:
-    """Name the host of a failure on another machine."""
-    if host in ("", socket.gethostname()):
+    """Name the host of a failure on another machine, where the message does not."""
+    if host in ("", socket.gethostname()) or host in failure.message:
         return failure
     return Failure(failure.code, f"{failure.message} (on {host})")

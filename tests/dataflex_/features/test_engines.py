@@ -197,12 +197,49 @@ def test_actors_that_die_again_and_again_end_the_build(told: Any) -> None:
     assert told().count("it is not started again") == 1
 
 
-def test_the_first_failure_ends_all_actors() -> None:
-    cluster = Scripted([Started("far", 1), Ended(Failure(3, "seed differs"))], [])
+@pytest.mark.parametrize("code", [2, 3, 4, 6, 130])
+def test_the_first_failure_that_all_would_have_ends_all_actors(code: int) -> None:
+    cluster = Scripted([Started("far", 1), Ended(Failure(code, "seed differs"))], [])
     with pytest.raises(RemoteFailure, match=r"seed differs \(on far\)") as caught:
         run(cluster)
-    assert caught.value.exit_code == 3
+    assert caught.value.exit_code == code
+    assert cluster.started == [1, 2]
     assert cluster.killed == [2]
+
+
+@pytest.mark.parametrize("code", [1, 5])
+def test_an_actor_whose_machine_fails_is_started_again_and_the_others_go_on(
+    code: int, told: Any
+) -> None:
+    first: list[Any] = [Started("far", 7), Loaded(), Ended(Failure(code, "no space left.\n"))]
+    second: list[Any] = [Started("near", 8), Loaded(), UnitDone("x", 1, 256)]
+    cluster = Scripted(first, second)
+    second += [Begun("x", 256), Ended(None, ("train/3",))]
+    assert run(cluster) == ("train/3",)
+    assert sorted(cluster.started) == [1, 1, 2]
+    line = "actor 1 (far, pid 7) failed: its units are taken over. It said: no space left."
+    assert told().count(line) == 1
+    assert cluster.killed.count(1) == 2  # the one that failed, and the one that had begun to load
+
+
+def test_failures_of_machines_end_the_build_when_all_restarts_are_used(told: Any) -> None:
+    first: list[Any] = [Started("far", 7)] + [Ended(Failure(5, "disk full"))] * (RESTARTS + 1)
+    second = [ActorError("killed") for _ in range(RESTARTS + 1)]
+    cluster = Scripted(first, second)
+    with pytest.raises(RemoteFailure, match="disk full") as caught:
+        run(cluster)
+    assert caught.value.exit_code == 5
+    assert sorted(cluster.started) == [1] * (RESTARTS + 1) + [2] * (RESTARTS + 1)
+    assert told().count("it is not started again") == 2
+
+
+def test_a_failure_after_the_end_changes_nothing(told: Any) -> None:
+    first: list[Any] = [Loaded(), Ended(None, ("made",))]
+    second: list[Any] = [Loaded(), Ended(Failure(5, "disk full"))]
+    cluster = Scripted(first, second)
+    assert run(cluster) == ("made",)
+    assert cluster.started == [1, 2]
+    assert "failed" not in told()
 
 
 def test_a_node_without_this_version_is_named_and_not_tried_again() -> None:
