@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from dataflex.features.settings import FeatureSettings
 from dataflex.features.store_owner import built_by
 from dataflex.launch.at_checkpoint import load_at
 from dataflex.launch.dry_run import build_forecast, context_of
+from dataflex.launch.inputs import check_store
 from dataflex.launch.losses import Reader, loss_difference
 from dataflex.launch.preflight import check_gradients
 from dataflex.models.precision import autocast
@@ -29,7 +31,7 @@ from dataflex.run.forecast import print_forecasts
 from dataflex.run.log import Watch
 from dataflex.selectors.by_influence import InfluenceSelector
 from gradstore.cluster.options import RayOptions
-from gradstore.errors import BadInput
+from gradstore.errors import BadInput, StoreIOError
 from gradstore.export.share import OptimizerStep
 from gradstore.storage.leases import Worker
 from gradstore.store.generation import Generation
@@ -92,7 +94,7 @@ def build(
         print_forecasts(build_forecast(loaded, config, settings, max(1, len(folders))), world=1)
         return
     if ray is not None:
-        made = run_on_ray(partial(_export, config, settings, folders), ray)
+        made = run_on_ray(partial(_export_as_actor, config, settings, folders), ray)
         store = open_store(config.store_path)
         for name in made:
             _tell(store.generation(name))
@@ -137,6 +139,25 @@ def _export(
         return tuple(_export_checkpoints(service, folders))
     finally:
         service.close()
+
+
+def _export_as_actor(
+    config: RunConfig, settings: FeatureSettings, folders: Sequence[Path], worker: Worker,
+    watch: Watch,
+) -> tuple[str, ...]:  # fmt: skip
+    """Build as a process of a cluster, once its machine is seen to reach the store.
+
+    Raises:
+        StoreIOError: it does not, which another machine may.
+    """
+    try:
+        check_store(config)
+    except (BadInput, StoreIOError) as error:
+        raise StoreIOError(
+            f"{socket.gethostname()} can't open the store: {error}. Keys and secrets are not sent "
+            "through Ray: each node has its own, in the environment of its `ray start`"
+        ) from error
+    return _export(config, settings, folders, worker, watch)
 
 
 def step_at(checkpoint: Path, configured: OptimizerStep | None) -> OptimizerStep | None:

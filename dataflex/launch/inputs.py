@@ -37,6 +37,16 @@ def check_inputs(config: RunConfig) -> None:
     _check_model(config)
     _check_datasets(config)
     _check_writable("output_dir", config.output_dir)
+    check_store(config)
+
+
+def check_store(config: RunConfig) -> None:
+    """Check that the store of a run can be reached from this machine, and takes writes.
+
+    Raises:
+        BadInput: a credential is missing, or what its place needs is not installed.
+        StoreIOError: it cannot.
+    """
     store = config.store_path
     if isinstance(store, ObjectPath):
         reads_at(store).check_place()

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from gradstore.storage.places import reads_at
 from gradstore.store.verify import verify_store
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
@@ -66,7 +67,7 @@ def build(cli: Any, config: Any, alone: Path) -> Iterator[Callable[..., Any]]:
         assert result.code == 0, result.err[-3000:]
     behind: list[psutil.Process] = []
 
-    def run(store: Path, *options: str, **given: Any) -> Any:
+    def run(store: str | Path, *options: str, **given: Any) -> Any:
         result = cli(*command, f"gradstore={store}", *options, **given)
         if "background" in given:
             behind.append(psutil.Process(result.code))
@@ -114,6 +115,20 @@ def actors(cluster: Any) -> list[int]:
         if process.info["ppid"] in nodes
         and "FeatureActor" in " ".join(process.info["cmdline"] or [])
     ]
+
+
+def test_a_store_in_a_bucket_holds_what_one_in_a_folder_does(
+    build: Any, alone: Path, object_server: str, use_server: Callable[[str], str]
+) -> None:
+    """On a cluster that is started for the call, before there is another one."""
+    place = use_server(object_server)
+    env = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    result = build(place, "--engine", "ray", "--actors", "2", env=env)
+    assert result.code == 0, result.err[-3000:]
+    files = reads_at(place)
+    found = {name: files.read(name) for top in ("generations", "plans") for name in files.walk(top)}
+    assert found == generations(alone / "store")
+    assert verify_store(place).ok
 
 
 def test_ctrl_c_leaves_no_actor(cluster: Any, build: Any, tmp_path: Path) -> None:

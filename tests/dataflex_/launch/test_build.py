@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,9 +14,12 @@ from dataflex.config.keys import load
 from dataflex.config.presets import resolve
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.store_owner import built_by
+from dataflex.launch import build
 from dataflex.launch.build import feature_settings
 from dataflex.run.output_owner import remember_identity
 from dataflex.selectors.less import LessSelector
+from gradstore.errors import StoreIOError
+from gradstore.storage.leases import Worker
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 #: Those of the packaged preset.
@@ -95,3 +100,34 @@ def test_a_build_is_of_the_run_that_owns_the_folder_else_of_the_folder(tmp_path:
     assert not list(tmp_path.iterdir())
     remember_identity(tmp_path / "a", "run 1")
     assert built_by(config("a")) == "run 1"
+
+
+@pytest.mark.parametrize(
+    ("place", "lacks"),
+    [
+        ("http://127.0.0.1:9", "GRADSTORE_TOKEN"),
+        ("s3://bucket/a", "AWS_ACCESS_KEY_ID has no secret"),
+    ],
+)
+def test_a_node_without_the_stores_credentials_is_named_before_it_loads_a_model(
+    place: str, lacks: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if place.startswith("s3:"):
+        pytest.importorskip("obstore")
+    for name in ("GRADSTORE_TOKEN", "GRADSTORE_WRITE_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    given = [f"output_dir={tmp_path}", f"gradstore={place}"]
+    path = EXAMPLES / "train_lora/selectors/less.yaml"
+    config = load(path, given, arguments.accepted_keys())
+
+    def load_model(*_: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(build, "_loaded", load_model)
+    watch: Any = None
+    told = (
+        f"{socket.gethostname()} can't open the store: .*{lacks}.* environment of its `ray start`"
+    )
+    with pytest.raises(StoreIOError, match=told):
+        build._export_as_actor(config, LESS, [], Worker(), watch)
