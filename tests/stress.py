@@ -3,17 +3,21 @@
     uv run python tests/stress.py --kills 500                      # in a folder
     uv run python tests/stress.py --minutes 30 --place s3://bucket/stress    # in a bucket
     uv run python tests/stress.py --kills 100 --service            # behind a service, one a store
-    uv run python tests/stress.py --kills 50 --launcher torchrun   # ranks, of which rank 0 writes
-    uv run python tests/stress.py --kills 50 --launcher ray        # tasks of Ray
+    uv run python tests/stress.py --kills 50 --launcher torchrun   # ranks of `gradstore build`
+    uv run python tests/stress.py --kills 50 --launcher ray        # actors of `... --engine ray`
 
 One to four workers at a time, their number changing, fill a small store. One after another is ended
 by SIGKILL wherever it is; others are started in its place. Now and then one is stopped, for longer
 than its lease may last, and goes on to find its work taken. After each kill a process of its own
 opens the store, and every generation that it sees must be whole. When all are committed and the
 last workers have ended by themselves the store must hold, byte for byte, what one process writes:
-no row lost, doubled or torn. Then the next store begins, until there were enough kills. Under
-torchrun a rank is ended, its launcher ends the others, and all are started again; under Ray the
-process of a task is, and Ray starts the task again.
+no row lost, doubled or torn. Then the next store begins, until there were enough kills.
+
+With a launcher the command that users give fills the store, with the gradients of the embedded
+model: `torchrun -m dataflex gradstore build`, of two or three ranks that torchrun starts again up
+to twice, or `dataflex-cli gradstore build --engine ray`, of two actors. A kill ends one rank or one
+actor, or now and then the command itself, whose ranks go on for a moment. Where the command has
+failed of it, it is given again, until it ends by itself.
 
 Run by `test_workers.py` and `test_elsewhere.py` for some kills. Exit code: 0, or 1 where something
 was not as it must be: the store is left for inspection.
@@ -34,11 +38,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import psutil
@@ -56,6 +61,8 @@ from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
 from gradstore.store.writer import StoreWriter
 
+TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny"
+
 ROWS, DIM, UNIT_ROWS = 40, 4, 4
 NAMES = ("target/skill/1", "train/1", "train/2")
 PROVENANCE: dict[str, Any] = {
@@ -69,8 +76,9 @@ PAUSE, LEASE, LONGEST = 0.004, 0.3, 0.08
 STOPPED = 0.2
 #: Times as long may a worker of a service live: each of its steps is a request.
 SLOWER = 8
-#: Seconds that a rank, or a task of Ray, works on a unit, and may live from its first one on.
-SLOW_PAUSE, LONGEST_STARTED = 0.03, 1.5
+#: Part of the kills under a launcher that end the whole command, and the longest wait before a
+#: kill: so many times as long as one process takes for the whole store.
+WHOLE, LONGEST_BUILD = 0.2, 2.0
 
 #: What a worker, in a folder or behind a service, and in a bucket, would take longer to import than
 #: it lives.
@@ -80,17 +88,7 @@ IMPORTED = (("httpx", "httpcore", "pandas", "pyarrow.parquet"),
 WELL = 10
 
 
-#: Makes the features of a unit, of the whole generation's (ROWS, DIM).
-Compute = Callable[[np.ndarray, int, int], np.ndarray]
-
-
-def at_once(features: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Compute in this process."""
-    time.sleep(PAUSE)
-    return features[start:stop]
-
-
-def build(place: str, worker: Worker | None, compute: Compute = at_once) -> None:
+def build(place: str, worker: Worker | None) -> None:
     """Build every generation, as one worker or alone."""
     rows = RowSet.from_hashes([row_hash([i, i + 1], [-100, i]) for i in range(ROWS)])
     with StoreWriter(place, provenance=PROVENANCE, worker=worker) as writer:
@@ -106,8 +104,9 @@ def build(place: str, worker: Worker | None, compute: Compute = at_once) -> None
             writer.keep_texts(rows, (Text(f"prompt {i}", f"answer {i}", 3) for i in range(ROWS)))
             for unit in generation.claimed():
                 k = unit.stop - unit.start
+                time.sleep(PAUSE)
                 generation.write_unit(
-                    unit.index, compute(features, unit.start, unit.stop), np.ones(k, np.float32),
+                    unit.index, features[unit.start : unit.stop], np.ones(k, np.float32),
                     np.full(k, RowStatus.OK, np.uint8), np.arange(k, dtype=np.int32),
                 )  # fmt: skip
             generation.commit()
@@ -120,7 +119,7 @@ def look(place: str) -> int:
     except BadInput:  # not made yet
         return 0
     for generation in store.generations():
-        assert np.isfinite(generation.read(0, ROWS)).all(), generation.name
+        assert np.isfinite(generation.read(0, generation.rows)).all(), generation.name
         generation.check_values()
     told = verify_store(place)
     assert told.ok, told.faults
@@ -237,115 +236,161 @@ def killed_until_done(place: str, draw: random.Random) -> int:
     return kills
 
 
-# ---- other launchers -------------------------------------------------------------------------
+# ---- launchers -------------------------------------------------------------------------------
 
 
-def as_rank(place: str) -> None:
-    """Build under torchrun: every rank computes rows of a unit, and rank 0 writes them."""
-    import torch.distributed as dist
+@dataclass(frozen=True)
+class Launcher:
+    """`gradstore build` of the embedded model, by a launcher.
 
-    dist.init_process_group("gloo")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    Attributes:
+        name: torchrun or ray.
+        folder: where it works.
+    """
 
-    def shared(features: np.ndarray | None, start: int, stop: int) -> np.ndarray:
-        asked: list[Any] = [(features, start, stop)]
-        dist.broadcast_object_list(asked)
-        features, start, stop = asked[0]
-        if features is None:
-            dist.barrier()
-            os._exit(0)  # a process group that is still there when Python ends may abort
-        time.sleep(SLOW_PAUSE)
-        parts: list[Any] = [None] * ranks
-        dist.all_gather_object(parts, features[start + rank : stop : ranks])
-        found = np.empty((stop - start, DIM), np.float32)
-        for i, part in enumerate(parts):
-            found[i::ranks] = part
-        return found
+    name: str
+    folder: Path
 
-    if rank == 0:
-        print("begun", flush=True)
-        build(place, None, shared)
-        shared(None, 0, 0)
-    while True:
-        shared(None, 0, 0)
+    #: Exit codes of a command that a kill has ended.
+    codes = {"torchrun": (1, -signal.SIGKILL), "ray": (5, -signal.SIGKILL)}  # noqa: RUF012
+    #: By which words in its command a process that computes is known.
+    words = {"torchrun": "-m dataflex gradstore build", "ray": "FeatureActor"}  # noqa: RUF012
 
+    def configure(self) -> None:
+        """Write the configuration: 1,600 rows are seven units, and two target sets one each."""
+        settings = {
+            "model_name_or_path": str(TINY / "model"), "template": "default", "stage": "sft",
+            "dataset": "tiny_train", "target_dataset": "tiny_target_sort,tiny_target_date",
+            "dataset_dir": str(TINY / "data"), "cutoff_len": 64, "do_train": True,
+            "finetuning_type": "lora", "lora_rank": 4, "lora_target": "q_proj,down_proj",
+            "output_dir": str(self.folder / "run"), "overwrite_cache": True, "report_to": "none",
+            "train_type": "dynamic_select", "component_name": "less",
+            "component_params": {"proj_dim": 64, "gradient_type": "sgd"},
+        }  # fmt: skip
+        (self.folder / "run.json").write_text(json.dumps(settings))
 
-def as_driver(place: str) -> None:
-    """Build by tasks of Ray, each a worker; Ray starts one again whose process has ended."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
+    def alone(self, place: str) -> float:
+        """Fill a store by one process; return its seconds."""
+        began = time.monotonic()
+        with self.running(place, []) as command:
+            if code := command.process.wait():
+                raise SystemExit(f"a single process: exit code {code}: {command.errors()}")
+        return time.monotonic() - began
 
-    def slowly(features: np.ndarray, start: int, stop: int) -> np.ndarray:
-        time.sleep(SLOW_PAUSE)
-        return features[start:stop]
+    @contextmanager
+    def started(self, place: str, draw: random.Random) -> Iterator[Running]:
+        """Start the command, some way; see `running`."""
+        if self.name == "ray":
+            options = ["--engine", "ray", "--actors", "2"]
+            with self.running(place, [], options) as command:
+                yield command
+            return
+        ranks = [f"--nproc-per-node={draw.randint(2, 3)}", f"--max-restarts={draw.randint(0, 2)}"]
+        with self.running(
+            place, ["-m", "torch.distributed.run", "--standalone", *ranks]
+        ) as command:
+            yield command
 
-    count = random.Random(place).randint(2, 4)
-    ray.init(num_cpus=count, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    task = ray.remote(num_cpus=1, max_retries=-1)(build)
-    workers = [Worker(i + 1, count, LEASE) for i in range(count)]
-    print("begun", flush=True)
-    ray.get([task.remote(place, worker, slowly) for worker in workers])
-
-
-@contextmanager
-def started(
-    launcher: str, place: str, draw: random.Random
-) -> Iterator[tuple[subprocess.Popen[str], Callable[[], str]]]:
-    """Start ranks, or a driver, which end with the block; yield it, and what tells its errors."""
-    command = [sys.executable, __file__, "--as-driver", place]
-    if launcher == "torchrun":
-        ranks = f"--nproc-per-node={draw.randint(2, 3)}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks, __file__,
-                   "--as-rank", place]  # fmt: skip
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
-        assert process.stdout is not None
-
-        def errors() -> str:
-            said.seek(0)
-            return said.read()[-3000:]
-
-        try:
-            if not process.stdout.readline():
-                raise SystemExit(f"{launcher} does not start: {errors()}")
-            yield process, errors
-        finally:
-            if process.poll() is None:
-                for each in psutil.Process(process.pid).children(recursive=True):
-                    with suppress(psutil.NoSuchProcess):
-                        each.kill()
-            process.kill()
-            process.wait()
-            process.stdout.close()
+    @contextmanager
+    def running(
+        self, place: str, before: Sequence[str], behind: Sequence[str] = ()
+    ) -> Iterator[Running]:
+        """Run a command, which ends with the block, and all that it started with it."""
+        build = ["-m", "dataflex", "gradstore", "build", f"{self.folder}/run.json"]
+        argv = [sys.executable, *before, *build, f"gradstore={place}", *behind]
+        # Ranks have one thread each, and bits depend on the number; Ray's folder is below TMPDIR.
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+               "HF_DATASETS_CACHE": f"{self.folder}/data", "TMPDIR": str(self.folder)}  # fmt: skip
+        with tempfile.TemporaryFile("w+") as said:
+            process = subprocess.Popen(
+                argv, cwd=self.folder, env=env, stdout=subprocess.DEVNULL, stderr=said, text=True
+            )
+            command = Running(process, said)
+            try:
+                yield command
+            finally:
+                command.end()
 
 
-def victims(launcher: psutil.Process) -> list[psutil.Process]:
-    """List the ranks, or the processes of Ray's tasks that are at work."""
-    found = []
-    for each in launcher.children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            words = " ".join(each.cmdline())
-            if "--as-rank" in words or "ray::build" in words:
-                found.append(each)
-    return found
+@dataclass(frozen=True)
+class Running:
+    """A command that runs.
+
+    Attributes:
+        process: its own.
+        said: what it says on stderr.
+        below: every process below it that was seen.
+    """
+
+    process: subprocess.Popen[str]
+    said: IO[str]
+    below: set[psutil.Process] = field(default_factory=set)
+
+    def errors(self) -> str:
+        """Return the end of what it has said."""
+        self.said.seek(0)
+        return self.said.read()[-3000:]
+
+    def look(self) -> list[psutil.Process]:
+        """List the processes below it that run; some may have outlived it."""
+        for each in [psutil.Process(self.process.pid)] if self.process.poll() is None else []:
+            with suppress(psutil.NoSuchProcess):
+                self.below.update(each.children(recursive=True))
+        return [each for each in self.below if each.is_running()]
+
+    def computing(self, words: str) -> list[psutil.Process]:
+        """List those that are known by words in their command, in order of their numbers."""
+        found = []
+        for each in self.look():
+            with suppress(psutil.NoSuchProcess):
+                if words in " ".join(each.cmdline()):
+                    found.append(each)
+        return sorted(found, key=lambda each: each.pid)
+
+    def end(self) -> None:
+        """End it and everything below it."""
+        self.look()
+        self.process.kill()
+        for each in list(self.below):
+            with suppress(psutil.NoSuchProcess):
+                self.below.update(each.children(recursive=True))
+        left = [each for each in self.below if each.is_running()]
+        for each in left:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        psutil.wait_procs(left, timeout=10)
+        self.process.wait()
 
 
-def killed_under(launcher: str, place: str, draw: random.Random) -> int:
-    """Fill one store under torchrun or Ray while processes are killed; return how many were."""
-    kills = committed = 0
-    while committed < len(NAMES):
-        with started(launcher, place, draw) as (process, errors):
-            killed = False
-            while process.poll() is None and not (killed and launcher == "torchrun"):
-                time.sleep(draw.uniform(0, LONGEST_STARTED))
-                if process.poll() is None and (alive := victims(psutil.Process(process.pid))):
-                    draw.choice(alive).kill()
+def killed_under(launcher: Launcher, place: str, longest: float, draw: random.Random) -> int:
+    """Fill one store by a launcher's command while its processes are killed; return how many were.
+
+    Args:
+        launcher: of the command.
+        place: of the store.
+        longest: seconds between two kills at most.
+        draw: of all that is left to chance.
+    """
+    kills, code = 0, -1
+    while code:
+        with launcher.started(place, draw) as command:
+            process, killed = command.process, False
+            while process.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(draw.uniform(0, longest))
+                victims = command.computing(launcher.words[launcher.name])
+                whole = draw.random() < WHOLE
+                if process.poll() is not None or not (whole or victims):
+                    continue
+                with suppress(psutil.NoSuchProcess):
+                    (process if whole else draw.choice(victims)).kill()
                     kills, killed = kills + 1, True
-                committed = must(lambda: WELL + look(place), f"a look at {place}") - WELL
+                must(lambda: WELL + look(place), f"a look at {place}")
             code = process.wait()
-            if code and not (killed and launcher == "torchrun"):
-                raise SystemExit(f"{launcher} of {place}: exit code {code}: {errors()}")
-        committed = must(lambda: WELL + look(place), f"a look at {place}") - WELL
+            if code and not (killed and code in launcher.codes[launcher.name]):
+                raise SystemExit(
+                    f"{launcher.name} of {place}: exit code {code}: {command.errors()}"
+                )
     return kills
 
 
@@ -361,12 +406,7 @@ def main() -> int:
     parser.add_argument("--launcher", choices=["torchrun", "ray"], help="who starts the workers")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--csv", type=Path, help="append a line of what was done")
-    parser.add_argument("--as-rank", metavar="PLACE", help=argparse.SUPPRESS)
-    parser.add_argument("--as-driver", metavar="PLACE", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if place := options.as_rank or options.as_driver:
-        (as_rank if options.as_rank else as_driver)(place)
-        return 0
     if options.kills <= 0 and options.minutes <= 0:
         parser.error("nothing to do: give --kills or --minutes")
     began, draw = time.monotonic(), random.Random(options.seed)
@@ -376,16 +416,22 @@ def main() -> int:
     os.environ.setdefault("GRADSTORE_WRITE_TOKEN", "a-key-of-the-stress-to-write")
     for module in IMPORTED[top.partition(":")[0] == "s3"]:
         importlib.import_module(module)
-    must(lambda: build(alone, None), "a single process")
+    launcher, longest = Launcher(options.launcher or "", Path(folder)), 0.0
+    if launcher.name:
+        launcher.configure()
+        longest = LONGEST_BUILD * launcher.alone(alone)
+    else:
+        must(lambda: build(alone, None), "a single process")
     kills = stores = 0
     while kills < options.kills or time.monotonic() - began < 60 * options.minutes:
         where = f"{top}/{os.getpid()}-{stores}"
         with served(where) if options.service else nullcontext(where) as place:
-            if options.launcher:
-                kills += killed_under(options.launcher, place, draw)
+            if launcher.name:
+                kills += killed_under(launcher, place, longest, draw)
             else:
                 kills += killed_until_done(place, draw)
-            must(lambda: build(place, None), f"a last process at {place}")
+                must(lambda: build(place, None), f"a last process at {place}")
+            must(lambda: WELL + look(place), f"a last look at {place}")
             must(lambda: compare(place, alone), f"what {place} holds")
         stores += 1
     shutil.rmtree(folder)
