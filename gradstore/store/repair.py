@@ -91,8 +91,8 @@ def repair_store(path: Place, recompute: Recompute | None = None) -> Repaired:
     roots = [damage for damage in found if damage.what == "root"]
     if roots:  # nothing else was seen without it
         with lock_of(files):
-            if not mend(files, roots) and (left := _without_root(files, roots)):
-                return Repaired(left, left)
+            if not mend(files, roots) and (unseen := _without_root(files, roots)):
+                return Repaired(unseen, unseen)
         found = [*roots, *assess(path)]
     notes: list[str] = []
     with held_store(path, files) as (_, view):
