@@ -89,6 +89,22 @@ def test_a_cluster_of_the_calls_own_leaves_no_token_and_no_folder(
     assert not {"RAY_AUTH_TOKEN", "RAY_AUTH_MODE"} & os.environ.keys()
 
 
+@pytest.mark.parametrize("kind", [Exception, RuntimeError, OSError])
+def test_a_cluster_that_does_not_start_is_told_in_a_line(kind: type[Exception]) -> None:
+    """Ray raises a bare Exception where a machine is too slow for it."""
+
+    def init(**_: Any) -> None:
+        raise kind("The current node timed out during startup.\nSee the logs")
+
+    ray = SimpleNamespace(init=init, shutdown=lambda: None)
+    told = "Ray could not be started on this machine: The current node timed out during startup.$"
+    with (
+        pytest.raises(StoreIOError, match=told.replace(".", "[.]")),
+        connection._started(ray, RayOptions()),
+    ):
+        pass
+
+
 def test_a_cluster_that_others_use_is_waited_for_and_told_of_and_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
