@@ -40,9 +40,10 @@ from gradstore import checkpoint_features, open_store, select_top
 from gradstore.format.codec import encode
 from gradstore.format.layout import UNIT_ROWS, RowStatus, generation_path, plan_path
 from gradstore.format.records import GenerationRecord, RowSet
-from gradstore.scoring.choose import Choice, Rule
+from gradstore.scoring.choose import Choice
 from gradstore.scoring.influence import influence_scores
 from gradstore.scoring.rescored import Reranked, check_same_rows, rerank
+from gradstore.scoring.rules import Rule
 from gradstore.store.reader import Store
 from gradstore.store.writer import StoreWriter
 
