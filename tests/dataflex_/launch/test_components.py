@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from dataflex.config.presets import resolve
 from dataflex.config.registry import KINDS, parameters
@@ -49,7 +51,8 @@ def test_what_is_shown_is_what_a_run_gets(kind: str, name: str, entry: dict[str,
 def test_every_value_and_every_preset_is_printed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "5000")
+    wide = partial(Console, width=5000, height=100)  # whatever terminal the tests are given
+    monkeypatch.setattr("rich.console.Console", wide)
     show(CATALOGUE)
     said = [line.strip() for line in capsys.readouterr().out.replace("│", "\n").splitlines()]
     for entry in CATALOGUE:

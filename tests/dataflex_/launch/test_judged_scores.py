@@ -59,12 +59,12 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """Features of the training rows and of two sets; a test may spoil some."""
     held = [TRAIN.copy(), *(values.copy() for values in TARGETS)]
 
-    def pairs(*_: Any, sets: list[str], **__: Any) -> list[CheckpointFeatures]:
-        assert sets == ["a", "bb"]
-        train, *targets = (
-            Held(values, name) for values, name in zip(held, ("train", *sets), strict=True)
+    def pairs(*_: Any, targets: list[str], **__: Any) -> list[CheckpointFeatures]:
+        assert targets == ["a", "bb"]
+        train, *asked = (
+            Held(values, name) for values, name in zip(held, ("train", *targets), strict=True)
         )
-        return [CheckpointFeatures(train, targets)]
+        return [CheckpointFeatures(train, asked)]
 
     monkeypatch.setattr(judged_scores, "open_store", lambda path: None)
     monkeypatch.setattr(judged_scores, "checkpoint_features", pairs)

@@ -61,7 +61,7 @@ def test_any_selector_may_leave_copies_out_of_what_it_chooses_from() -> None:
 
 @pytest.mark.parametrize("cls", [LessSelector, NearSelector])
 def test_more_distinct_rows_than_there_are_is_one_message_before_the_model(cls: Any) -> None:
-    data: Any = SimpleNamespace(train=rows())
+    data: Any = SimpleNamespace(train=rows(), targets=[])
     cls(unique=True).check_count(3, data)
     cls().check_count(5, data)
     with pytest.raises(
