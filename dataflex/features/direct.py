@@ -152,13 +152,13 @@ class _Passes:
                 token_budget=self.budget,
                 each_row=self.each_row,
                 unit=unit,
-                room=run.room,
+                room=run.whole_room,
             )
         whole = whole_rows(run.model)
         return target_directions(
             run.model,
             [
-                batches(run, rows, at, self.budget, self.advance, whole, room=run.room)
+                batches(run, rows, at, self.budget, self.advance, whole, room=run.whole_room)
                 for rows, at in subtasks
             ],
             features,
@@ -179,7 +179,7 @@ class _Passes:
         products = direct_products(
             run.model,
             batches(run, run.data.train, rows, self.budget,
-                    lambda done: self.advance(done * world), shared=True, room=run.room),
+                    lambda done: self.advance(done * world), shared=True, room=run.whole_room),
             n,
             directions,
             train_features(run, settings),

@@ -228,7 +228,7 @@ class _Build:
         bars: what is shown of it.
         running: reference of the awaited report -> its actor.
         deaths: how often each number's actor died or failed.
-        failure: of an actor, the last one that may have been its machine's.
+        failure: of an actor, that may have been its machine's; None where a death came later.
         made: what the work of the first actor that found the build done returned.
     """
 
@@ -290,6 +290,7 @@ class _Build:
                         f"{actor} could not start: {str(error).splitlines()[-1].strip()}. All nodes"
                         " need the version of Python and of DataFlex that this process has."
                     ) from error
+                self.failure = None  # what comes last is told
                 place = "its node left the cluster" if NODE_DIED in str(error) else ""
                 self._bury(actor, f"died, {place or 'its process ended'}")
             else:

@@ -314,7 +314,7 @@ class FeatureService:
 
     def _compute(self, rows: Rows, recipe: Recipe, source: TargetFeatures | None) -> Compute:
         """Give the function that computes a unit of `rows`."""
-        model, collate, room = self.run.model, self.run.collate, self.run.room
+        model, collate, room = self.run.model, self.run.collate, self.run.whole_room
         if source is None:
             return partial(compute_unit, model, self._batches(rows), recipe)
         budget = self.settings.tokens_per_batch or token_budget(model)

@@ -58,7 +58,7 @@ def train_features(
 
     def estimate() -> FeatureSpec:
         batches = Batches(rows.dataset, run.collate, rows.lengths, budget,
-                          longest_row(run.model, rows), room=run.room)  # fmt: skip
+                          longest_row(run.model, rows), room=run.whole_room)  # fmt: skip
         left = None if store is None else store().without_forgotten(rows.row_set, of="")
         drawn = batches.sample(settings.seed, None if left is None else left.forgotten)
         return replace(features, share=expected_share(run.model, drawn, step, features.modules))

@@ -244,7 +244,8 @@ def _judged(config: RunConfig, asked: Evaluation, product: InnerProduct) -> Judg
         )})  # fmt: skip
     if metric in PLANTED:
         planted = planted_rows(data, asked.planted, queries)[scored.queries]
-        return Judged({metric: against_planted(metric, planted, scored.values, k=asked.at_top)})
+        k = asked.at_top if asked.k is not None else min(asked.at_top, len(data.train))
+        return Judged({metric: against_planted(metric, planted, scored.values, k=k)})
     assert asked.bank is not None
     retrainer = Retrainer(config, data, training_args.device.type, asked.order)
     bank = Bank(asked.bank, retrainer.configuration, len(data.train), int(queries.sum()))

@@ -144,9 +144,10 @@ def planted_rows(
 ) -> npt.NDArray[np.bool_]:
     """Return which training rows are planted for each query, (q, n), by a column of the files.
 
-    A column of text matches: planted for a query are the training rows with the query's own text,
-    such as the name of the fact that both are about. One of numbers marks: every row with a number
-    other than 0, or true, is planted for every query, and target rows need no such column.
+    A column of text, not of numbers, matches: planted for a query are the training rows with the
+    query's own text, such as the name of the fact that both are about. One of numbers marks: every
+    row with a number other than 0, or true, is planted for every query, and target rows need no
+    such column.
 
     Args:
         data: rows of the run.
@@ -158,7 +159,7 @@ def planted_rows(
             text that no training row has.
     """
     held = _column(data, data.train, column)
-    if not any(isinstance(value, str) for value in held):
+    if not any(isinstance(value, str) and not _is_number(value) for value in held):
         values = np.array(as_numbers(held, f"column {column!r} of the training rows"))
         return np.broadcast_to(
             np.isfinite(values) & (values != 0), (int(queries.sum()), len(values))
@@ -213,3 +214,11 @@ def against_planted(
     if metric == "mrr":
         return mean_reciprocal_rank(scores, planted)
     return average_precision(scores, planted)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

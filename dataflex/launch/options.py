@@ -79,6 +79,8 @@ class Builders(OnEngine):
             worker = rank_as_worker(os.environ)
         if self.lease_seconds is None:
             return worker, ray
+        if ray is not None:
+            raise BadInput("--lease-seconds is not for --engine: its actors have the usual lease.")
         if worker is None:
             raise BadInput(
                 f"--lease-seconds {self.lease_seconds:g} is for workers that share a build: give "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,9 @@ def batches(
         return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
 
     cut = Batches(rows.dataset, moved, rows.lengths, budget, max_rows=max_rows, room=room or Room())
-    planned = cut.cut(np.arange(len(rows)) if positions is None else positions)
+    # What is shared out is planned alike on every rank, whatever room each of them has found.
+    plan = replace(cut, room=Room()) if shared else cut
+    planned = plan.cut(np.arange(len(rows)) if positions is None else positions)
     if shared:
         # Equally many passes on every rank: one that stopped early would leave the others waiting
         # where parameters are sharded (ZeRO-3). The shortest batch may come several times.

@@ -41,7 +41,8 @@ class RunContext:
         board: losses of training rows, taken once per model state; None outside of training.
         step: rows and clipping of an optimizer step; None where nobody says.
         watch: who is told of the passes beside this process's own bars.
-        room: for batches whose gradients are taken, as far as memory has shown.
+        room: for batches of exports, as far as memory has shown.
+        whole_room: for those of passes that hold whole gradients, which take more.
     """
 
     config: RunConfig
@@ -58,6 +59,7 @@ class RunContext:
     step: OptimizerStep | None = None
     watch: Watch | None = None
     room: Room = field(default_factory=Room, compare=False, repr=False)
+    whole_room: Room = field(default_factory=Room, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ No rank waits for another while pieces remain, however unequal pieces or machine
 them out in a thread beside its own work and over a gloo group of its own: what is on the way there
 never meets a collective of training. It takes the results in another thread, so that a disk that is
 slow for a while holds nobody up. Where it stays slower than all ranks together, they wait for it:
-as many results as there are ranks lie in memory, and no more.
+about as many results as there are ranks lie in memory, and no more.
 """
 
 from __future__ import annotations
@@ -68,13 +68,12 @@ def share_out(
             desk.work_too(work, arrived)
         else:
             _work_for(group, pieces, work)
-    except (StoreError, OSError) as error:
-        if explain(error) is None:
+    except BaseException as error:  # Ctrl-C too: results that were brought are not given up
+        if not isinstance(error, StoreError | OSError) or explain(error) is None:
+            if desk is not None:
+                desk.leave()
             raise
         failed = error
-    finally:
-        if desk is not None:
-            desk.stop()
     if desk is not None:
         failed = desk.closed(arrived) or failed
 
@@ -137,8 +136,15 @@ class _Desk(Generic[Piece, Result]):
         with self._lock:
             self._stopped = True
 
+    def leave(self) -> None:
+        """Take what was brought, and wait for no rank: they end with this one."""
+        self.stop()
+        self._brought.put(None)
+        self._taking.join()
+
     def closed(self, arrived: Callable[[Piece], None]) -> BaseException | None:
         """Wait until no rank works any more; return why taking a result failed, if it did."""
+        self.stop()
         self._await(self._answering, arrived)
         self._brought.put(None)
         self._await(self._taking, arrived)
@@ -176,14 +182,16 @@ class _Desk(Generic[Piece, Result]):
             self._dismiss(group)
 
     def _take_all(self) -> None:
-        """Take what is brought; after a failure nothing more, but nobody waits to bring it."""
+        """Take what is brought; where that failed nothing more, but nobody waits to bring it."""
+        takes = True
         while (brought := self._brought.get()) is not None:
-            if self._failed is not None:
+            if not takes:
                 continue
             at, result = brought
             try:
                 self._take(result)
             except BaseException as error:  # of any kind: the main thread raises it
+                takes = False
                 self._fail(error)
                 continue
             if at is not None:

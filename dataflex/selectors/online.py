@@ -284,7 +284,7 @@ class OnlineSelector(Selector):
 
         def look() -> None:
             rest: tuple[Any, ...] = budget, lambda _: None, most
-            sets = [batches(run, *pair, *rest, room=run.room) for pair in looked]
+            sets = [batches(run, *pair, *rest, room=run.whole_room) for pair in looked]
             found = target_directions(run.model, sets, FeatureSpec("sgd")).matrix
             self._direction = found.mean(dim=0).cpu().numpy().astype(np.float32)
 
@@ -341,8 +341,8 @@ class OnlineSelector(Selector):
         from dataflex.models.passes import batches
         from gradstore.export.row_products import planned_products
 
-        planned = batches(run, rows, positions, self._budget(run), lambda _: None, room=run.room)
-        return planned_products(capture, planned, direction, scale)
+        given, room = (rows, positions, self._budget(run), lambda _: None), run.whole_room
+        return planned_products(capture, batches(run, *given, room=room), direction, scale)
 
     def _budget(self, run: RunContext) -> int:
         from gradstore.capture.limits import token_budget

@@ -39,13 +39,18 @@ def taken_slots(
 
     Raises:
         BadInput: nothing requires grad, or nothing of it is taken, or a pattern names nothing that
-            does.
+            does, or the model has an adapter.
     """
     everything = trainable_slots(model)
     if not everything:
         raise BadInput(
             "no parameter of the model requires grad: there is no gradient to take; "
             "add an adapter, or set requires_grad"
+        )
+    if has_adapter(model) and not isinstance(modules, str):
+        raise BadInput(
+            f"gradient_modules names modules ({', '.join(modules)}), but the model has an adapter, "
+            "whose gradients are taken, all of them; choose its layers by lora_target"
         )
     if modules == "all" or has_adapter(model):
         return everything, ()

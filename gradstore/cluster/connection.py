@@ -247,6 +247,8 @@ def _started(ray: Any, options: RayOptions) -> Iterator[str]:  # noqa: ANN401
                      object_store_memory=OBJECT_STORE_BYTES, _temp_dir=folder,
                      configure_logging=False)  # fmt: skip
         except Exception as error:  # of a machine that is slow: Ray raises it bare
+            if type(error) is not Exception and not isinstance(error, RuntimeError | OSError):
+                raise  # ours, or a Ray that takes other arguments
             raise StoreIOError(
                 f"Ray could not be started on this machine: {_first_line(error)}"
             ) from error

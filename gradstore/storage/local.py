@@ -208,14 +208,14 @@ class StoreFiles(ReadFiles):
         """Publish `data` durably under a name that is not taken.
 
         Returns:
-            True when the name now holds `data` (also when it held the same bytes before); False
-            when it holds something else.
+            Whether the name now holds `data`; also true when it held the same bytes before.
         """
         self.make_directory(parent_of(relative))
         staged = self.stage([data])
         won = self.link(staged, relative)
         self.remove(staged)
-        same = won or (self.kind(relative) == "file" and self.read(relative) == data)
+        same = won or (self.kind(relative) == "file" and self.size(relative) == len(data)
+                       and self.read(relative, expected_bytes=len(data)) == data)  # fmt: skip
         self.sync_directory(parent_of(relative))
         return same
 

@@ -66,7 +66,7 @@ def choose_plan(
             "begin the generation with the d of its projection"
         )
     _check_prefix(store, wanted)
-    planned = readable_plans(files, store, mend=before is None)
+    planned = readable_plans(files, store, mend=before is None, wanted=record.parsed)
     _check_beside(store, planned, wanted)
     if share := record.feature_options.get("share"):
         check_step(store, StepShare(**share).step, run=record.run)
@@ -117,7 +117,7 @@ def check_plan(files: ReadFiles, store: Store, wanted: Plan) -> None:
         DamagedFile: a plan that is not committed is damaged.
     """
     _check_prefix(store, wanted)
-    planned = readable_plans(files, store, mend=False)
+    planned = readable_plans(files, store, mend=False, wanted=wanted.record.parsed)
     if wanted.name in planned:
         theirs = planned.pop(wanted.name)[0]
         if differences := compare(_compared(theirs), _compared(wanted)):
@@ -161,7 +161,7 @@ def _current(store: Store, base: GenerationName) -> tuple[Commit, Plan] | None:
 
 
 def readable_plans(
-    files: ReadFiles, store: Store, *, mend: bool = True
+    files: ReadFiles, store: Store, *, mend: bool = True, wanted: GenerationName | None = None
 ) -> dict[str, tuple[Plan, str]]:
     """Read the uncommitted plans; quarantine a damaged one with what was written for it.
 
@@ -169,16 +169,20 @@ def readable_plans(
         files: the store's files.
         store: today's view.
         mend: whether nobody else is at work on such a plan; else a damaged one is an error.
+        wanted: the generation that is to be planned. A plan of another one that has more rows than
+            this release reads is left out; it may be sound, and stays.
 
     Raises:
-        TooLarge: one has more rows than this release reads; it may be sound, and stays.
+        TooLarge: there is such a plan of `wanted`.
     """
     plans = {}
     for name in store.planned():
         try:
             plans[name] = Plan.from_bytes(files.read(plan_path(name)))
-        except TooLarge:
-            raise
+        except TooLarge as error:
+            if wanted is not None and GenerationName.parse(name).base() == wanted:
+                raise
+            _log.warning("%s is left as it is: %s", name, error)
         except (ValueError, DamagedFile) as error:
             if not mend or not isinstance(files, StoreFiles):
                 fault = Fault(plan_path(name), "the plan that was written", str(error))

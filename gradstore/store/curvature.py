@@ -167,11 +167,10 @@ def read_factors(files: ReadFiles, told: Mapping[str, Any]) -> KroneckerFactors:
     """
     sha = told["sha256"]
     path = factors_path(sha)
-    size = files.size(path)
-    if not size:
+    if not files.has(path):
         raise DamagedFile(Fault(path, "a file", "no file"), str(files.root))
     # Of any size: those of a wide model are larger than a document may be.
-    data = files.read(path, expected_bytes=size)
+    data = files.read(path, expected_bytes=files.size(path))
     found = KroneckerFactors.from_bytes(data, f'"{files.root}/{path}"')
     if found.sha256 != sha:
         raise DamagedFile(Fault(path, "the factors of its name", "others"), str(files.root))

@@ -216,7 +216,8 @@ class SpaceWriter:
                 needed -= needed * done // len(plan.units)
             what = f"{plan.name} ({len(plan.rows):,} x {plan.dim:,} {plan.dtype})"
             self._check_free(needed, what)
-            _check_size(self._files, plan)
+            if not chosen.resumed:
+                _check_size(self._files, plan)
             raise_schema(self._files, store, plan.schema_version)
         return chosen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,10 @@ from dataflex.features.gradients import FeatureService
 from dataflex.features.settings import FeatureSettings
 from dataflex.models.passes import batches
 from dataflex.run.context import RunContext
+from dataflex.run.ranks import Ranks
 from gradstore.export.direct import target_directions
 from gradstore.export.features import FeatureSpec
+from gradstore.export.room import Room
 from gradstore.export.token_rows import padded
 from gradstore.format.plans import UnitRange
 
@@ -78,3 +81,12 @@ def test_a_second_generation_starts_at_the_size_that_the_first_found(
     target_directions(run.model, [planned], FeatureSpec("sgd"))
     assert sum(size > ROOM for size in sizes) == 1
     assert sum("out of memory" in line for line in caplog.messages) == 1
+
+
+def test_ranks_with_unlike_room_share_each_row_once(run: RunContext) -> None:
+    found: list[int] = []
+    for rank, tokens in enumerate((None, 10)):
+        one = replace(run, ranks=Ranks(rank, 2), room=Room(tokens))
+        given = batches(one, run.data.train, None, ROOM, lambda _: None, shared=True, room=one.room)
+        found += np.unique(np.concatenate([rows for rows, _ in given])).tolist()
+    assert sorted(found) == list(range(12))

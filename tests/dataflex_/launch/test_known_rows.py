@@ -39,7 +39,8 @@ def data() -> RunData:
     nothing: Any = None
     held: dict[str, dict[str, list[Any]]] = {
         "t": {"planted": [0.0, 1.0, None, 1.0, 0.0], "true": [False, True, None, False, True],
-              "fact": ["x", "y", None, "x", "z"], "here": list("abcde")},
+              "fact": ["x", "y", None, "x", "z"], "here": list("abcde"),
+              "written": ["0", "1", "0", "1.0", "0"]},
         "aa": {"fact": ["z", "no query", "x"]},
         "bbb": {"fact": ["y", "x"]},
     }  # fmt: skip
@@ -140,6 +141,12 @@ def test_a_column_of_text_plants_the_rows_of_a_querys_own_text(data: RunData) ->
     ):
         found = against_planted(metric, marks[scored], scores, k=2)
         assert found.values == pytest.approx(expected), metric
+
+
+def test_numbers_that_are_written_as_text_mark_rows(data: RunData) -> None:
+    assert (
+        planted_rows(data, "written", QUERIES).tolist() == [[False, True, False, True, False]] * 4
+    )
 
 
 def test_text_that_is_not_on_both_sides_is_refused_by_its_place(data: RunData) -> None:

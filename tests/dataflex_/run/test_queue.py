@@ -138,6 +138,42 @@ def test_results_that_wait_for_a_slow_disk_are_no_more_than_the_ranks(tmp_path: 
     assert max(ahead) <= 2 + 1 + 2 + 1
 
 
+def test_ctrl_c_leaves_no_result_of_the_first_rank_untaken(tmp_path: Path) -> None:
+    def act(ranks: Ranks) -> list[int]:
+        taken: list[int] = []
+
+        def work(piece: int) -> int:
+            if ranks.leads and len(taken) >= 2:
+                raise KeyboardInterrupt
+            return piece
+
+        def take(piece: int) -> None:
+            time.sleep(0.05)
+            taken.append(piece)
+
+        if ranks.leads:
+            brought: list[int] = []
+
+            def noted(piece: int) -> int:
+                brought.append(work(piece))
+                return piece
+
+            with pytest.raises(KeyboardInterrupt):
+                share_out(ranks, list(range(100)), noted, take, lambda _: None)
+            assert set(brought) <= set(taken)
+            return brought
+        with pytest.raises(RuntimeError):  # torch's, of a peer that has gone
+            share_out(ranks, list(range(100)), work, take, lambda _: None)
+        return []
+
+    def gone(ranks: Ranks) -> list[int]:
+        found = act(ranks)
+        (tmp_path / f"{ranks.rank}.json").write_text(json.dumps(found))
+        os._exit(0)
+
+    assert len(on_ranks(tmp_path, 2, gone)[0]) >= 2
+
+
 def test_fewer_pieces_than_ranks_and_none_at_all_end(tmp_path: Path) -> None:
     found = on_ranks(tmp_path, 3, lambda ranks: [Work(ranks).share([5]), Work(ranks).share([])])
     assert [rank[1] for rank in found] == [[[], [], []]] * 3

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from gradstore.capture import per_sample
-from gradstore.capture.chosen import Modules
+from gradstore.capture.chosen import Modules, taken_slots
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
@@ -296,6 +296,11 @@ def test_a_weight_that_two_modules_share_is_taken_by_either_name() -> None:
 def test_a_pattern_that_names_nothing_is_refused_with_names_that_there_are(patterns: Any) -> None:
     with pytest.raises(BadInput, match=r"names no module .* model\.embed_tokens, model\.layers\.0"):
         GradientCapture(llama(), patterns)
+
+
+def test_names_of_modules_are_refused_beside_an_adapter(llama: Any) -> None:
+    with pytest.raises(BadInput, match=r"names modules \(q_proj\), but the model has an adapter"):
+        taken_slots(llama.model(), ["q_proj"])
 
 
 def test_gradients_of_named_modules_are_those_of_the_whole_model() -> None:

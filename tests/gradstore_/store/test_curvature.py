@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,19 @@ def test_factors_that_are_larger_than_any_document_are_read_and_not_fitted_again
     unfitted()
     assert store.factors(store.generation("train/7")) is not None
     build(train=False, target={"later": build.target[:3]})
+    assert build.files == [file]
+    assert verify_store(build.path).ok
+
+
+def test_large_factors_of_a_build_that_ended_before_its_plan_are_found(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build()
+    (file,) = build.files
+    for part in ("commits", "plans", "generations"):
+        shutil.rmtree(build.path / part)
+    monkeypatch.setattr(ReadFiles, "most_bytes", file.stat().st_size - 1)
+    build()
     assert build.files == [file]
     assert verify_store(build.path).ok
 
