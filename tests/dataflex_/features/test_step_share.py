@@ -23,7 +23,7 @@ def run(step: OptimizerStep | None) -> Any:
     rows = SimpleNamespace(dataset=[{}] * 4, lengths=np.full(4, 3))
     return SimpleNamespace(
         step=step, data=SimpleNamespace(train=rows), collate=list, model=None, ranks=Ranks(),
-        room=Room(),
+        whole_room=Room(),
     )  # fmt: skip
 
 

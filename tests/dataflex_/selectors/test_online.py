@@ -58,7 +58,7 @@ def context(step: int = 4, model: Any = None, pool: list[int] | None = None) -> 
     )
     run: Any = SimpleNamespace(
         data=data, model=model or small_model(), collate=padded, ranks=Ranks(), autocast="off",
-        shows_progress=False, room=Room(),
+        shows_progress=False, whole_room=Room(),
     )  # fmt: skip
     some = None if pool is None else np.array(pool)
     return UpdateContext(run, step, 1, 9, 1e-3, None, some)
