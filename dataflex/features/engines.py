@@ -285,7 +285,7 @@ class _Build:
             except self.cluster.ray.exceptions.ActorUnavailableError:
                 self._await(actor)  # for a moment: it has not died
             except self.cluster.ray.exceptions.RayActorError as error:
-                if getattr(error, "actor_init_failed", False):
+                if getattr(error, "actor_init_failed", False) and self.made is None:
                     raise BadInput(
                         f"{actor} could not start: {str(error).splitlines()[-1].strip()}. All nodes"
                         " need the version of Python and of DataFlex that this process has."
@@ -311,10 +311,13 @@ class _Build:
         self._await(actor)
 
     def _hear_the_end(self, actor: _Actor, report: Ended) -> None:
-        """Take the result of an actor, or its failure: as a death where it may be its machine's."""
+        """Take the result of an actor, or its failure: as a death where it may be its machine's.
+
+        A failure once another has found all done and committed changes nothing, whatever its code.
+        """
         if report.failure is None:
             self.made = report.made
-        elif report.failure.code not in OF_ONE_MACHINE:
+        elif report.failure.code not in OF_ONE_MACHINE and self.made is None:
             raise RemoteFailure(_placed(report.failure, actor.host))
         self.cluster.ray.kill(actor.handle)
         if report.failure is not None:

@@ -233,19 +233,31 @@ def test_failures_of_machines_end_the_build_when_all_restarts_are_used(told: Any
     assert told().count("it is not started again") == 2
 
 
-def test_a_failure_after_the_end_changes_nothing(told: Any) -> None:
+def unable_to_start() -> ActorError:
+    error = ActorError("traceback\nModuleNotFoundError: No module named 'dataflex'")
+    error.actor_init_failed = True
+    return error
+
+
+@pytest.mark.parametrize(
+    "last",
+    [Ended(Failure(code, "seed differs")) for code in (1, 2, 3, 4, 5, 6)]
+    + [ActorError("killed"), unable_to_start()],
+    ids=lambda last: str(last.failure.code) if isinstance(last, Ended) else str(last)[-10:],
+)
+def test_a_failure_after_the_end_changes_nothing(last: Report | Exception, told: Any) -> None:
     first: list[Any] = [Loaded(), Ended(None, ("made",))]
-    second: list[Any] = [Loaded(), Ended(Failure(5, "disk full"))]
+    second: list[Any] = [Loaded(), last]
     cluster = Scripted(first, second)
     assert run(cluster) == ("made",)
+    assert cluster.scripts == ([], [])
     assert cluster.started == [1, 2]
     assert "failed" not in told()
+    assert "died" not in told()
 
 
 def test_a_node_without_this_version_is_named_and_not_tried_again() -> None:
-    broken = ActorError("traceback\nModuleNotFoundError: No module named 'dataflex'")
-    broken.actor_init_failed = True
-    cluster = Scripted([broken])
+    cluster = Scripted([unable_to_start()])
     with pytest.raises(BadInput, match=r"No module named 'dataflex'\. All nodes need"):
         run(cluster)
     assert cluster.started == [1]
