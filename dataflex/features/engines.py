@@ -24,7 +24,7 @@ from typing import Any
 
 from dataflex.run.log import OnRows, Watch, progress
 from dataflex.run.messages import Failure, RemoteFailure, explain, set_up_logging
-from gradstore.cluster.connection import Cluster, connected
+from gradstore.cluster.connection import Cluster, connected, could_not_start
 from gradstore.cluster.options import RayOptions
 from gradstore.errors import BadInput, StoreIOError
 from gradstore.storage.leases import Worker
@@ -286,10 +286,7 @@ class _Build:
                 self._await(actor)  # for a moment: it has not died
             except self.cluster.ray.exceptions.RayActorError as error:
                 if getattr(error, "actor_init_failed", False) and self.made is None:
-                    raise BadInput(
-                        f"{actor} could not start: {str(error).splitlines()[-1].strip()}. All nodes"
-                        " need the version of Python and of DataFlex that this process has."
-                    ) from error
+                    raise could_not_start(str(actor), error) from error
                 self.failure = None  # what comes last is told
                 place = "its node left the cluster" if NODE_DIED in str(error) else ""
                 self._bury(actor, f"died, {place or 'its process ended'}")

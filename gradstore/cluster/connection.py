@@ -174,6 +174,20 @@ class Cluster:
             )
 
 
+def could_not_start(who: str, error: BaseException) -> BadInput:
+    """Tell of a process on a node that could not load our code, or what was sent to it.
+
+    Args:
+        who: the process, in words.
+        error: Ray's, which quotes a traceback of that process.
+    """
+    said = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+    return BadInput(
+        f"{who} could not start: {said}. All nodes need the version of Python and of DataFlex that "
+        "this process has."
+    )
+
+
 @contextlib.contextmanager
 def connected(options: RayOptions, told: Callable[[str], None]) -> Iterator[Cluster]:
     """Connect to a cluster, or start one here; leave it, or end it, at the end.

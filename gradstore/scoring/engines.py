@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import socket
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gradstore.cluster.connection import Cluster, connected
+from gradstore.cluster.connection import Cluster, connected, could_not_start
 from gradstore.cluster.options import RayOptions
 from gradstore.errors import BadInput, StoreError, StoreIOError
 from gradstore.scoring.combine import (
@@ -113,9 +114,9 @@ class RayScan:
 
         Raises:
             BadInput: as `combine` raises it; another device than a CPU, rows of no store, Ray is
-                not installed, or no cluster with room.
+                not installed, no cluster with room, or a node without this DataFlex.
             StoreIOError: the cluster ended.
-            StoreError: whatever failed in a task, with its exit code.
+            StoreError: whatever failed in a task, with its exit code; 1 and its traceback of a bug.
         """
         check_pass(checkpoints, chunk_rows, product)
         if device.type != "cpu":
@@ -167,7 +168,7 @@ def _in_order(
     Ray runs a task again, elsewhere, whose process or node has died.
     """
     ray = cluster.ray
-    remote = ray.remote(sums_of_range).options(**cluster.actor_options(), name="scores of rows")
+    remote, options = ray.remote(sums_of_range), cluster.actor_options()
     shared = ray.put(task)
     running: dict[Any, int] = {}
     done: dict[int, Sums] = {}
@@ -175,8 +176,9 @@ def _in_order(
     while kept < len(ranges):
         ahead = min(len(ranges), kept + AHEAD * cluster.actors)
         while begun < ahead and len(running) < cluster.actors:
-            begin = functools.partial(remote.remote, shared, *ranges[begun])
-            running[cluster.ask(begin)] = begun
+            start, stop = ranges[begun]
+            named = remote.options(**options, name=f"scores of rows {start} to {stop}")
+            running[cluster.ask(functools.partial(named.remote, shared, start, stop))] = begun
             begun += 1
         ready, _ = ray.wait(list(running), timeout=WAIT_SECONDS)
         cluster.check()
@@ -197,6 +199,8 @@ def _result(cluster: Cluster, ref: Any) -> Sums:  # noqa: ANN401 - a reference o
             "the processes that scored some rows died again and again, of too little memory perhaps"
             ". Take fewer with --actors, or give each more of a node with --cpus-per-actor."
         ) from error
+    except ray.exceptions.RayTaskError as error:  # what a task itself meets it returns
+        raise could_not_start("a process that scores rows", error) from error
     if isinstance(answer, Failed):
         raise FailedElsewhere(answer)
     sums: Sums = answer
@@ -220,9 +224,19 @@ def sums_of_range(task: ScanTask, start: int, stop: int) -> Sums | Failed:
             for low in range(0, stop - start, task.chunk_rows):
                 here = codes[low : low + task.chunk_rows]
                 sums[low : low + here.size] = summed.chunk(start + low, here)
-    except StoreError as error:
-        return Failed(error.exit_code, f"{error} (on {socket.gethostname()})")
+    except Exception as error:
+        return _failed(error)
     return sums, codes
+
+
+def _failed(error: Exception) -> Failed:
+    """Put a task's failure into words: a bug's are its traceback."""
+    code, said = StoreError.exit_code, traceback.format_exc().strip()
+    if isinstance(error, StoreError):
+        code, said = error.exit_code, str(error)
+    elif isinstance(error, MemoryError | OSError):
+        code, said = StoreIOError.exit_code, f"{type(error).__name__}: {error}"
+    return Failed(code, f"{said} (on {socket.gethostname()})")
 
 
 @functools.lru_cache(maxsize=1)

@@ -61,6 +61,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("scored") / "gradstore", 1)
 
 
+class Died(Exception):
+    """In the place of Ray's words for a process that is gone."""
+
+
+class NotLoaded(Exception):
+    """In the place of Ray's word for whatever a task raises."""
+
+
 class InProcess:
     """Ray, as far as a scan needs it: tasks run when they are waited for, the last one first.
 
@@ -70,18 +78,19 @@ class InProcess:
 
     def __init__(self) -> None:
         self.exceptions = type("Exceptions", (), dict.fromkeys(
-            ("WorkerCrashedError", "NodeDiedError", "OutOfMemoryError", "ObjectLostError"),
-            ZeroDivisionError,
-        ))  # fmt: skip
+            ("WorkerCrashedError", "NodeDiedError", "OutOfMemoryError", "ObjectLostError"), Died,
+        ) | {"RayTaskError": NotLoaded})  # fmt: skip
         self.waiting: dict[int, Any] = {}
         self.largest = self.sent = 0
+        self.names: list[str] = []
         self.asked = False
 
     def remote(self, function: Any) -> Any:
         ray = self
 
         class Remote:
-            def options(self, **_: Any) -> Any:
+            def options(self, *, name: str) -> Any:
+                ray.names.append(name)
                 return self
 
             def remote(self, *arguments: Any) -> int:
@@ -151,6 +160,7 @@ def test_every_score_is_the_bits_of_one_pass(
         assert sum(counted) == N
     assert ray.sent > 6  # several tasks for each process
     assert ray.largest == 3  # no more at once than there are processes
+    assert {"scores of rows 0 to 256", "scores of rows 2304 to 2500"} <= set(ray.names)
 
 
 def test_ranges_cut_all_rows_in_whole_chunks() -> None:
@@ -174,6 +184,62 @@ def test_another_store_at_the_same_path_is_refused(
     assert caught.value.exit_code == 2
     with pytest.raises(StoreError, match="a file system that all its nodes see"):
         influence_scores(parts, engine=RayScan(tmp_path / "none", RayOptions()))
+
+
+def test_a_node_without_this_dataflex_is_told_as_a_build_tells_it(
+    path: Path, ray: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There Ray can't load what it is sent, and raises that with a traceback."""
+
+    def get(_: int) -> Any:
+        raise NotLoaded(
+            "ray::scores of rows 0 to 256 (pid=7)\nRuntimeError: The remote function failed to "
+            "import on the worker:\n\nModuleNotFoundError: No module named 'gradstore'\n"
+        )
+
+    monkeypatch.setattr(ray, "get", get)
+    parts = checkpoint_features(open_store(path), "last")
+    with pytest.raises(BadInput) as caught:
+        influence_scores(parts, engine=RayScan(path, RayOptions()))
+    assert str(caught.value) == (
+        "a process that scores rows could not start: ModuleNotFoundError: No module named "
+        "'gradstore'. All nodes need the version of Python and of DataFlex that this process has."
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (TypeError("a bug"), 1, r"(?s)Traceback.*in sums_of_range.*TypeError: a bug \(on "),
+        (MemoryError("4 GiB"), 5, r"^MemoryError: 4 GiB \(on "),
+        (OSError(5, "Input/output error"), 5, r"^OSError: .*Input/output error \(on "),
+    ],
+)
+def test_what_a_task_meets_is_told_with_its_exit_code_and_host(
+    path: Path, ray: InProcess, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int,
+    says: str,
+) -> None:  # fmt: skip
+    def fail(*_: object) -> Any:
+        raise error
+
+    parts = checkpoint_features(open_store(path), "last")
+    monkeypatch.setattr(engines.RowSums, "chunk", fail)
+    with pytest.raises(StoreError, match=says) as caught:
+        influence_scores(parts, engine=RayScan(path, RayOptions()))
+    assert caught.value.exit_code == code
+
+
+def test_ranges_that_end_every_process_are_told(
+    path: Path, ray: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get(_: int) -> Any:
+        raise Died
+
+    monkeypatch.setattr(ray, "get", get)
+    parts = checkpoint_features(open_store(path), "last")
+    with pytest.raises(StoreError, match="died again and again") as caught:
+        influence_scores(parts, engine=RayScan(path, RayOptions()))
+    assert caught.value.exit_code == 5
 
 
 def test_what_the_pass_cannot_do_is_refused_before_a_cluster_is_asked(path: Path) -> None:
