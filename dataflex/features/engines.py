@@ -11,22 +11,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
-import queue
 import socket
-import threading
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataflex.run.log import OnRows, Watch, progress
-from dataflex.run.messages import Failure, RemoteFailure, explain, set_up_logging
+from dataflex.features.actor import (
+    Begun,
+    Ended,
+    FeatureActor,
+    Loaded,
+    Report,
+    Started,
+    Taken,
+    UnitDone,
+    Work,
+)
+from dataflex.run.log import OnRows, progress
+from dataflex.run.messages import Failure, RemoteFailure
 from gradstore.cluster.connection import Cluster, connected, could_not_start
 from gradstore.cluster.options import RayOptions
-from gradstore.errors import BadInput, StoreIOError
+from gradstore.errors import StoreIOError
 from gradstore.storage.leases import Worker
 
 #: Times that each actor is started again after it died, or what it works with failed.
@@ -48,114 +54,16 @@ NODE_DIED = "node has died"
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Started:
-    """First report of an actor: its process."""
-
-    host: str
-    pid: int
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The actor has its model; next it opens the store."""
-
-
-@dataclass(frozen=True)
-class Begun:
-    """A pass has begun, with `rows` left to compute by all actors."""
-
-    name: str
-    rows: int
-
-
-@dataclass(frozen=True)
-class UnitDone:
-    """An actor has computed and published a unit of a pass."""
-
-    name: str
-    unit: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Ended:
-    """Last report of an actor: all is done and committed, or the failure.
-
-    Attributes:
-        failure: None where there was none.
-        made: what the work returned: the names of the train generations.
-    """
-
-    failure: Failure | None
-    made: tuple[str, ...] = ()
-
-
-Report = Started | Loaded | Begun | UnitDone | Ended
-
-#: The build as one worker that tells of its passes, and returns the names of the train generations;
-#: called in the process of an actor.
-Work = Callable[[Worker, Watch], tuple[str, ...]]
-
-
-class FeatureActor:
-    """A worker in a process of the cluster; each call of `unit` waits for its next report.
-
-    The work has a thread of its own and never waits for anybody who listens.
-
-    Args:
-        work: the build.
-        worker: which one it is.
-        folder: where the command was given; relative paths are below it.
-    """
-
-    def __init__(self, work: Work, worker: Worker, folder: Path) -> None:
-        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
-        self._reports.put(Started(socket.gethostname(), os.getpid()))
-        arguments = (work, worker, folder)
-        threading.Thread(target=self._run, args=arguments, name="build", daemon=True).start()
-
-    def unit(self) -> Report:
-        """Return the next report: in most cases of a unit."""
-        return self._reports.get()
-
-    def loaded(self) -> None:
-        """Report that the model is there."""
-        self._reports.put(Loaded())
-
-    def begins(self, name: str, rows: int) -> None:
-        """Report the beginning of a pass."""
-        self._reports.put(Begun(name, rows))
-
-    def finished(self, name: str, unit: int, rows: int) -> None:
-        """Report a unit."""
-        self._reports.put(UnitDone(name, unit, rows))
-
-    def _run(self, work: Work, worker: Worker, folder: Path) -> None:
-        ended = Ended(None)
-        set_up_logging()
-        try:
-            if not folder.is_dir():
-                raise BadInput(
-                    f'no folder "{folder}" here; a Ray cluster needs a file system that all its '
-                    "nodes see, for the folder of the command, the model, the data and the store."
-                )
-            os.chdir(folder)
-            ended = Ended(None, work(worker, self))
-        except BaseException as error:
-            ended = Ended(explain(error) or Failure(1, traceback.format_exc()))
-        self._reports.put(ended)
-
-
 @dataclass(eq=False)
 class _Actor:
-    """An actor as the driver knows it."""
+    """An actor as the driver knows it; `at` is what it does, in words."""
 
     worker: Worker
     handle: Any
     host: str = ""
     pid: int = 0
     works: bool = False
+    at: str = "start"
 
     def __str__(self) -> str:
         place = f" ({self.host}, pid {self.pid})" if self.host else ""
@@ -272,7 +180,9 @@ class _Build:
         self._await(_Actor(worker, self.cluster.ask(begin)))
 
     def _await(self, actor: _Actor) -> None:
-        self.running[actor.handle.unit.remote()] = actor
+        worker = actor.worker
+        name = f"worker {worker.number}/{worker.count}: {actor.at}"
+        self.running[actor.handle.unit.options(name=name).remote()] = actor
 
     def _listen(self) -> None:
         """Hear what has come, waiting a moment for it; look at the cluster."""
@@ -298,12 +208,17 @@ class _Build:
             self._hear_the_end(actor, report)
             return
         if isinstance(report, Started):
-            actor.host, actor.pid = report.host, report.pid
+            actor.host, actor.pid, actor.at = report.host, report.pid, "the model"
         elif isinstance(report, Loaded):
-            actor.works = True
+            actor.works, actor.at = True, "the store"
         elif isinstance(report, Begun):
+            actor.at = report.name
             self.bars.begin(report)
+        elif isinstance(report, Taken):
+            actor.at = f"{report.name}, unit {report.unit}"
         else:
+            if actor.at == f"{report.name}, unit {report.unit}":  # the next one may be begun by now
+                actor.at = report.name
             self.bars.count(report)
         self._await(actor)
 

@@ -131,6 +131,8 @@ def _export_here(
     bar = progress(name, costs, shown=shown, stored_bytes=_stored_bytes(writer))
     with sink, bar as advance:
         for unit in sink.claimed(elsewhere=advance):
+            if watch is not None:
+                watch.takes(name, unit.index)
             sink.write(compute(unit, _looking(sink, advance)))
     writer.commit()
     return sink.summary

@@ -43,6 +43,9 @@ class Watch(Protocol):
     def begins(self, name: str, rows: int) -> None:
         """Hear that a pass begins, and how many rows it has left."""
 
+    def takes(self, name: str, unit: int) -> None:
+        """Hear that this process begins to compute a unit of a pass."""
+
     def finished(self, name: str, unit: int, rows: int) -> None:
         """Hear, from any thread, that this process has finished a unit of a pass, and its rows."""
 

@@ -1,9 +1,8 @@
-"""Actors report units and nothing else, are started again, and fail as one; Ray is stood in for."""
+"""Actors are started again, shown by what they do, and fail as one; Ray is stood in for."""
 
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,76 +10,11 @@ from typing import Any
 import pytest
 
 from dataflex.features import engines
-from dataflex.features.engines import (
-    RESTARTS,
-    Bars,
-    Begun,
-    Ended,
-    FeatureActor,
-    Loaded,
-    Report,
-    Started,
-    UnitDone,
-)
-from dataflex.run.log import Watch
+from dataflex.features.actor import Begun, Ended, Loaded, Report, Started, Taken, UnitDone
+from dataflex.features.engines import RESTARTS, Bars
 from dataflex.run.messages import Failure, RemoteFailure
-from gradstore.errors import BadInput, ProvenanceMismatch, StoreIOError
+from gradstore.errors import BadInput, StoreIOError
 from gradstore.storage.leases import Worker
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An actor sets up the log of its process; here it is that of all tests."""
-    monkeypatch.setattr(engines, "set_up_logging", lambda: None)
-
-
-def reports(work: Any, folder: Path) -> list[Report]:
-    actor = FeatureActor(work, Worker(2, 3), folder)
-    heard = [actor.unit()]
-    while not isinstance(heard[-1], Ended):
-        heard.append(actor.unit())
-    return heard
-
-
-def test_an_actor_reports_its_units_and_what_the_work_returned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    def work(worker: Worker, watch: Watch) -> tuple[str, ...]:
-        watch.loaded()
-        watch.begins("gradients of train/3", 512)
-        for unit in range(2):
-            watch.finished("gradients of train/3", unit, 256)
-        return (f"train/3 by {worker}",)
-
-    started, *rest = reports(work, tmp_path)
-    assert isinstance(started, Started)
-    name = "gradients of train/3"
-    assert rest == [Loaded(), Begun(name, 512), UnitDone(name, 0, 256), UnitDone(name, 1, 256),
-                    Ended(None, ("train/3 by 2/3",))]  # fmt: skip
-    assert max(len(pickle.dumps(report)) for report in (started, *rest)) < 500  # no feature
-
-
-def test_a_failure_keeps_its_message_and_code_on_the_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    def refuse(*_: object) -> tuple[str, ...]:
-        raise ProvenanceMismatch("seed differs", ["seed"])
-
-    assert reports(refuse, tmp_path)[-1] == Ended(Failure(3, "seed differs"))
-    bug = reports(int, tmp_path)[-1]  # int(worker, watch)
-    assert isinstance(bug, Ended)
-    assert bug.failure is not None
-    assert bug.failure.code == 1
-    assert "TypeError" in bug.failure.message
-    missing = reports(int, tmp_path / "none")[-1]
-    assert isinstance(missing, Ended)
-    assert missing.failure is not None
-    assert missing.failure.code == 2
-    assert "a file system that all its nodes see" in missing.failure.message
 
 
 class ActorError(Exception):
@@ -108,6 +42,7 @@ class Scripted:
         self.scripts, self.actors, self.ray = scripts, len(scripts), self
         self.started: list[int] = []
         self.killed: list[int] = []
+        self.names: list[str] = []
 
     def actor_options(self) -> dict[str, Any]:
         return {}
@@ -133,6 +68,10 @@ class Scripted:
 
             @property
             def unit(self) -> Any:
+                return self
+
+            def options(self, *, name: str) -> Any:
+                cluster.names.append(name)
                 return type("Method", (), {"remote": lambda _: (self, object())})()
 
         made = type("Made", (), {"remote": staticmethod(Handle)})
@@ -179,6 +118,19 @@ def test_an_actor_that_died_is_started_again_and_told_in_one_line(told: Any) -> 
     assert "actor 2 (far, pid 7) died, its node left the cluster" in told()
     assert told().count(" died") == 2
     assert sorted(cluster.killed) == [1, 2]  # one that had only begun to load, and the one that led
+
+
+def test_the_task_that_ray_shows_says_what_its_actor_computes() -> None:
+    one, other = "gradients of target/sort/3", "gradients of train/3"
+    cluster = Scripted(
+        [Started("here", 5), Loaded(), Begun(one, 300), Taken(one, 0), UnitDone(one, 0, 256),
+         Begun(other, 512), Taken(other, 0), Taken(other, 1), UnitDone(other, 0, 256),
+         Ended(None, ("train/3",))],
+    )  # fmt: skip
+    run(cluster)
+    at = ["start", "the model", "the store", one, f"{one}, unit 0", one, other,
+          f"{other}, unit 0", f"{other}, unit 1", f"{other}, unit 1"]  # fmt: skip
+    assert cluster.names == [f"worker 1/1: {each}" for each in at]
 
 
 def test_those_at_work_leave_the_store_before_they_are_ended() -> None:

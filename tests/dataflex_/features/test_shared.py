@@ -56,12 +56,17 @@ class Told:
     def __init__(self, generation: GenerationWriter) -> None:
         self.generation = generation
         self.units: list[tuple[int, bool]] = []
+        self.taken: list[int] = []
 
     def loaded(self) -> None:
         """Not heard in an export."""
 
     def begins(self, name: str, rows: int) -> None:
         assert (name, rows) == ("train/0", ROWS)
+
+    def takes(self, name: str, unit: int) -> None:
+        assert name == "train/0"
+        self.taken.append(unit)
 
     def finished(self, name: str, unit: int, rows: int) -> None:
         pending = [each.index for each in self.generation.pending]
@@ -74,6 +79,7 @@ def test_a_watch_hears_of_units_that_survive_a_crash(tmp_path: Path) -> None:
         told = Told(generation)
         export(writer, computed, generation, told)
     assert told.units == [(0, True), (1, True), (2, True)]
+    assert told.taken == [0, 1, 2]
     assert open_store(tmp_path / "s").generation("train/0").rows == ROWS
 
 
