@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import re
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from conftest import InBucket, InService, StoreKit
 
 _HOST = "127.0.0.1"
+
+#: A server of objects that knows no conditions: it writes whatever If-None-Match says.
+S3RVER = "s3rver@3.7.1"
 
 
 class Build:
@@ -291,3 +296,43 @@ def proxied(address: str) -> Iterator[FaultyServer]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture(scope="session")
+def s3rver(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path]]:
+    """Address of the npm package s3rver on loopback, and the folder of its one bucket.
+
+    It is installed once, below pytest's cache: s3rver itself is pinned, what it needs npm chooses.
+    """
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        pytest.skip(f"npm is not installed, which brings {S3RVER}")
+    assert pytestconfig.cache is not None
+    installed = pytestconfig.cache.mkdir(S3RVER.replace("@", "-"))
+    program, folder = installed / "node_modules/.bin/s3rver", tmp_path_factory.mktemp("s3rver")
+    if not program.exists():
+        ask = [npm, "install", "--prefix", str(installed), "--ignore-scripts", "--no-audit",
+               "--no-fund", "--loglevel=error", S3RVER]  # fmt: skip
+        try:
+            subprocess.run(ask, check=True, capture_output=True, text=True, timeout=180)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            pytest.skip(f"npm does not install {S3RVER}: {str(error.stderr or error)[-300:]}")
+    command = [str(program), "--directory", str(folder), "--address", _HOST, "--port", "0",
+               "--configure-bucket", "features"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    with process.stdout as told:
+        said: list[str] = []
+        for line in told:
+            said.append(line)
+            if port := re.search(rf"listening on {_HOST}:(\d+)", line):
+                break
+        else:
+            pytest.fail(f"{S3RVER} does not start: {''.join(said)[-2000:]}")
+        try:
+            yield f"http://{_HOST}:{port[1]}", folder / "features"
+        finally:
+            process.kill()
+            process.wait()

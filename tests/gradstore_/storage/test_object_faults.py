@@ -80,7 +80,7 @@ def test_a_server_that_does_not_honour_a_condition_is_refused_by_name_within_a_s
     header: str,
     how: str,
 ) -> None:
-    """The negative control: as s3rver, which writes whatever the condition says."""
+    """Either of the conditions, and either way not to honour it; s3rver itself is below."""
     kit.writer(use_server(faulty.address)).close()  # imports take time
 
     def strip(asked: Any) -> tuple[int, bytes] | None:
@@ -99,6 +99,33 @@ def test_a_server_that_does_not_honour_a_condition_is_refused_by_name_within_a_s
         assert refused.value.exit_code == 5
     assert min(took) < 1
     assert keys(place) == set()
+
+
+def test_s3rver_is_refused_by_name_within_a_second_and_left_as_it_was(
+    kit: StoreKit,
+    s3rver: tuple[str, Path],
+    faulty: Any,
+    use_server: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The negative control, a server that is in use: two committers would both win there."""
+    kit.writer(use_server(faulty.address)).close()  # imports take time
+    address, folder = s3rver
+    place = use_server(address)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "S3RVER")  # no others are let in
+    bucket = files_of(place).bucket
+    assert [bucket.put_new("seen", data) for data in (b"first", b"second")] == [True, True]
+    before = {path for path in folder.rglob("*") if path.is_file()}
+    took = []
+    for _ in range(3):  # of a busy machine the best counts
+        began = time.monotonic()
+        with pytest.raises(StoreIOError, match="does not honour If-None-Match: ") as refused:
+            kit.writer(place)
+        took.append(time.monotonic() - began)
+        assert refused.value.exit_code == 5
+    assert min(took) < 1
+    assert {path for path in folder.rglob("*") if path.is_file()} == before
 
 
 # ---- faults on the way -----------------------------------------------------------------------
