@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,10 +36,17 @@ from gradstore.cluster.options import RayOptions
 from gradstore.errors import BadInput, StoreIOError
 from gradstore.export.share import OptimizerStep
 from gradstore.storage.leases import Worker
+from gradstore.storage.location import Location
 from gradstore.store.generation import Generation
 from gradstore.store.reader import open_store
 
 _log = logging.getLogger(__name__)
+
+#: Why a node may lack the credentials of a store that is no folder.
+_NOT_SENT = (
+    ". Keys and secrets are not sent through Ray: each node has its own, in the environment of its "
+    "`ray start`"
+)
 
 #: Methods by which a selector's generations differ in training from those built here.
 _ONLY_IN_TRAINING = {
@@ -89,12 +98,15 @@ def build(
     if settings.train_features.needs_moments:
         for checkpoint in folders:
             check_moments(checkpoint)
+    if config.own_store is not None and not dry_run:
+        check_store(config)
     if dry_run:
         loaded = _loaded(config, folders)
         print_forecasts(build_forecast(loaded, config, settings, max(1, len(folders))), world=1)
         return
     if ray is not None:
-        made = run_on_ray(partial(_export_as_actor, config, settings, folders), ray)
+        with seen_from_here(config.store_path) as seen:
+            made = run_on_ray(partial(_export_as_actor, config, settings, folders, seen), ray)
         store = open_store(config.store_path)
         for name in made:
             _tell(store.generation(name))
@@ -141,22 +153,54 @@ def _export(
         service.close()
 
 
+@contextlib.contextmanager
+def seen_from_here(store: Location) -> Iterator[Path | None]:
+    """Give a file that whoever sees the folder of a store sees, too.
+
+    A node on which the same path is a folder of its own would make a store there, and fill it.
+
+    Args:
+        store: a folder that there may be, or another place, of which there is no such file.
+
+    Yields:
+        The store's root; where there is none yet, an empty file beside it that is removed at the
+        end; None where none can be made.
+    """
+    if not isinstance(store, Path):
+        yield None
+        return
+    with contextlib.ExitStack() as made:
+        root: Path | None = store.absolute() / "zarr.json"
+        if not root.exists():
+            root = None
+            with contextlib.suppress(OSError):
+                above = store.absolute().parent
+                above.mkdir(parents=True, exist_ok=True)
+                file = tempfile.NamedTemporaryFile(prefix=".seen-", dir=above)
+                root = Path(made.enter_context(file).name)
+        yield root
+
+
 def _export_as_actor(
-    config: RunConfig, settings: FeatureSettings, folders: Sequence[Path], worker: Worker,
-    watch: Watch,
+    config: RunConfig, settings: FeatureSettings, folders: Sequence[Path], seen: Path | None,
+    worker: Worker, watch: Watch,
 ) -> tuple[str, ...]:  # fmt: skip
     """Build as a process of a cluster, once its machine is seen to reach the store.
 
     Raises:
         StoreIOError: it does not, which another machine may.
     """
+    if seen is not None and not seen.exists():
+        raise StoreIOError(
+            f"{socket.gethostname()} does not see the folder of the store, {config.store_path}, as "
+            "the command does; a Ray cluster needs a file system that all its nodes see, or a "
+            "store in a bucket"
+        )
     try:
         check_store(config)
     except (BadInput, StoreIOError) as error:
-        raise StoreIOError(
-            f"{socket.gethostname()} can't open the store: {error}. Keys and secrets are not sent "
-            "through Ray: each node has its own, in the environment of its `ray start`"
-        ) from error
+        hint = "" if isinstance(config.store_path, Path) else _NOT_SENT
+        raise StoreIOError(f"{socket.gethostname()} can't open the store: {error}{hint}") from error
     return _export(config, settings, folders, worker, watch)
 
 

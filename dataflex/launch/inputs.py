@@ -37,7 +37,8 @@ def check_inputs(config: RunConfig) -> None:
     _check_model(config)
     _check_datasets(config)
     _check_writable("output_dir", config.output_dir)
-    check_store(config)
+    if config.own_store is None:  # the run's own lies in output_dir; who writes it checks it
+        check_store(config)
 
 
 def check_store(config: RunConfig) -> None:
@@ -51,7 +52,7 @@ def check_store(config: RunConfig) -> None:
     if isinstance(store, ObjectPath):
         reads_at(store).check_place()
         bucket_at(store).check_writable()
-    elif store != config.own_store:
+    else:
         _check_writable("gradstore", store)
 
 

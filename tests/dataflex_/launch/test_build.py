@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dataflex.bridge import arguments
-from dataflex.config.keys import load
+from dataflex.config.keys import RunConfig, load
 from dataflex.config.presets import resolve
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.store_owner import built_by
@@ -20,6 +20,7 @@ from dataflex.run.output_owner import remember_identity
 from dataflex.selectors.less import LessSelector
 from gradstore.errors import StoreIOError
 from gradstore.storage.leases import Worker
+from gradstore.store.writer import StoreWriter
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 #: Those of the packaged preset.
@@ -130,4 +131,47 @@ def test_a_node_without_the_stores_credentials_is_named_before_it_loads_a_model(
         f"{socket.gethostname()} can't open the store: .*{lacks}.* environment of its `ray start`"
     )
     with pytest.raises(StoreIOError, match=told):
-        build._export_as_actor(config, LESS, [], Worker(), watch)
+        build._export_as_actor(config, LESS, [], None, Worker(), watch)
+
+
+def less_into(folder: Path, *given: str) -> RunConfig:
+    path = EXAMPLES / "train_lora/selectors/less.yaml"
+    return load(path, [f"output_dir={folder}", *given], arguments.accepted_keys())
+
+
+def test_a_node_that_does_not_see_the_folder_of_the_store_is_named_and_makes_none(
+    tmp_path: Path,
+) -> None:
+    """There the same path is a folder of its own, in which a whole store could be built."""
+    config, watch = less_into(tmp_path / "out"), None
+    with build.seen_from_here(config.store_path) as seen:
+        assert seen is not None
+        assert seen.parent == tmp_path / "out"
+    told = rf"{socket.gethostname()} does not see the folder of the store, .*out/gradstore"
+    with pytest.raises(StoreIOError, match=told):
+        build._export_as_actor(config, LESS, [], seen, Worker(), watch)  # type: ignore[arg-type]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_store_that_is_there_is_looked_for_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    with StoreWriter(store, provenance={"a": 1}):
+        pass
+    with build.seen_from_here(store) as seen:
+        assert seen == store / "zarr.json"
+        assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_the_runs_own_store_is_refused_before_a_model_is_loaded_where_it_takes_no_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = less_into(tmp_path / "out", "component_params.gradient_type=sgd")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "gradstore").write_text("")
+
+    def load_model(*_: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(build, "_loaded", load_model)
+    with pytest.raises(StoreIOError, match=r"out/gradstore' cannot be written: .* is a file"):
+        build.build(config)
