@@ -41,7 +41,7 @@ PACKAGED_PRESETS = Path(__file__).with_name("components.yaml")
 #: Parameters of DataFlex 1.1.0 that have no effect here, and why; dropped with a warning.
 RETIRED: Mapping[str, str] = {
     "cache_dir": "features live in the gradient store, selections below output_dir",
-    "save_interval": "the store writes units of 256 rows",
+    "save_interval": "the store writes units of unit_rows rows, 256 by default",
     "score_num_workers": "rows are already tokenised when they are scored",
     "clustering_num_workers": "features are kept in the store and read from there",
 }

@@ -55,7 +55,7 @@ def gradient_forecasts(
     adam = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad])
     moments = AdamMoments.from_optimizer(adam, run.model)
     budget = settings.tokens_per_batch or token_budget(run.model)
-    check_published(projection, _most_rows(run, budget))
+    check_published(projection, _most_rows(run, budget, settings.unit_rows))
 
     factors, fits = None, list[Forecast]()
     if settings.curvature is not None:
@@ -74,7 +74,7 @@ def gradient_forecasts(
             compute_unit(run.model, some, recipe, UnitRange(0, 0, len(positions)))
 
         with autocast(run.model, run.autocast):
-            seconds = measured_seconds(work, rows.lengths, budget)
+            seconds = measured_seconds(work, rows.lengths, budget, settings.unit_rows)
         share = count / len(rows)
         dtype = dtype_of_role(settings.dtype, "train" if rows is run.data.train else "target")
         return Forecast(
@@ -83,7 +83,7 @@ def gradient_forecasts(
             count,
             round(int(rows.lengths.sum()) * share),
             seconds * share,
-            generation_bytes(count, settings.proj_dim, dtype) if stored else 0,
+            generation_bytes(count, settings.proj_dim, dtype, settings.unit_rows) if stored else 0,
             kept,
             peak_memory(),
         )
@@ -93,11 +93,11 @@ def gradient_forecasts(
     return [*fits, *of_targets, forecast(train, settings.train_features, sample_rows or len(train))]
 
 
-def _most_rows(run: RunContext, budget: int) -> int:
+def _most_rows(run: RunContext, budget: int, unit_rows: int) -> int:
     """Count the rows of the largest batch of any set."""
     sets = (run.data.train, *run.data.targets)
     cut = (Batches(rows.dataset, run.collate, rows.lengths, budget) for rows in sets)
-    return max(most_rows(batches) for batches in cut)
+    return max(most_rows(batches, unit_rows) for batches in cut)
 
 
 def _factors_forecast(

@@ -239,6 +239,7 @@ class FeatureService:
                 rows.row_set,
                 dim=self.settings.proj_dim,
                 dtype=self.settings.dtype,
+                unit_rows=self.settings.unit_rows,
                 losses=source is None,  # others sum up several answers
             )
             keep_text(self.run, self.writer, rows)  # of rows that were not refused
@@ -277,11 +278,11 @@ class FeatureService:
     def _check_memory(self) -> None:
         """Say what gradients take that are kept whole; refuse what does not fit."""
         run, settings = self.run, self.settings
-        sets = [run.data.train, *run.data.targets]
-        check_published(self.space.projection, max(most_rows(self._batches(rows)) for rows in sets))
+        unit, cut = settings.unit_rows, map(self._batches, (run.data.train, *run.data.targets))
+        check_published(self.space.projection, max(most_rows(batches, unit) for batches in cut))
         with autocast(run.model, run.autocast):
             check_memory(run.model, self._batches(run.data.train), settings.train_features,
-                         settings.proj_dim)  # fmt: skip
+                         settings.proj_dim, unit)  # fmt: skip
 
     def _batches(self, rows: Rows) -> Batches:
         run, longest = self.run, longest_row(self.run.model, rows)

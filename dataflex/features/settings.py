@@ -35,6 +35,8 @@ class FeatureSettings(GradientSettings):
             kept in float16 where those are 1bit or int8.
         tokens_per_batch: padded tokens of a gradient batch; null chooses by device.
         max_bad_fraction: share of rows with non-finite gradients above which the run stops.
+        unit_rows: rows of a unit, which is written, leased and redone as a whole
+            (docs/store-format.md); a generation that was begun goes on in units of its own.
 
     Raises:
         BadParameter: a value of a wrong type or out of range.

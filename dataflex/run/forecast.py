@@ -83,7 +83,10 @@ def padded_tokens(lengths: npt.NDArray[np.int64], budget: int, unit_rows: int = 
 
 
 def measured_seconds(
-    work: Callable[[Positions], object], lengths: npt.NDArray[np.int64], budget: int
+    work: Callable[[Positions], object],
+    lengths: npt.NDArray[np.int64],
+    budget: int,
+    unit_rows: int = UNIT_ROWS,
 ) -> float:
     """Forecast the seconds of a pass over all rows from one over some, spread over the lengths.
 
@@ -93,16 +96,18 @@ def measured_seconds(
         work: makes the pass over the rows at positions (m,).
         lengths: (n,) tokens of each row.
         budget: tokens of a padded batch; rows of about four batches are measured.
+        unit_rows: rows that the pass puts into batches together.
     """
     order = np.argsort(lengths, kind="stable")
     chosen = order[[len(order) // 2]]
     seconds = timed(lambda: work(chosen))
     if seconds < SLOW_ROW_SECONDS:
         mean = max(float(lengths.mean()), 1.0)
-        most = max(1, min(len(lengths), UNIT_ROWS, round(4 * budget / mean)))
+        most = max(1, min(len(lengths), unit_rows, round(4 * budget / mean)))
         chosen = np.sort(order[np.linspace(0, len(order) - 1, most).round().astype(np.int64)])
         seconds = timed(lambda: work(chosen))
-    return seconds * padded_tokens(lengths, budget) / padded_tokens(lengths[chosen], budget)
+    measured = padded_tokens(lengths[chosen], budget, unit_rows)
+    return seconds * padded_tokens(lengths, budget, unit_rows) / measured
 
 
 def batches_forecast(

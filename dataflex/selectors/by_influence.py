@@ -71,7 +71,7 @@ class InfluenceSelector(StoreSelector):
     needs_targets = True
     whole_model = frozenset({FSDP, ZERO3})
     distinct = True
-    neutral = frozenset({"tokens_per_batch", "max_bad_fraction", "keep_generations"})
+    neutral = frozenset({"tokens_per_batch", "max_bad_fraction", "keep_generations", "unit_rows"})
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ from gradstore.errors import BadInput
 from gradstore.export.features import FeatureSpec
 from gradstore.export.projected import gathered_rows
 from gradstore.export.units import Batches
+from gradstore.format.layout import UNIT_ROWS
 from gradstore.pace import size
 
 _log = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ _VECTORS = {"adam_marginal": 3, "adam_share": 3, "adam": 2}
 #: Parts that count: one, its sum with another use of the weight, and what an allocator leaves free
 #: between them.
 _PARTS = 4
-#: Rows of a unit, whose features wait until all are made.
-_UNIT_ROWS = 256
+#: Rows that are looked at for the longest one with a target.
+_PROBED_ROWS = 256
 #: Bytes of sums that a projection keeps for each of d outputs of a row: float64, float32 while it
 #: adds, the result and its copy on the host.
 _BYTES_PER_SUM = 20
@@ -78,7 +79,11 @@ class PassMemory:
 
 
 def pass_memory(
-    model: nn.Module, batches: Batches, features: FeatureSpec, d: int
+    model: nn.Module,
+    batches: Batches,
+    features: FeatureSpec,
+    d: int,
+    unit_rows: int = UNIT_ROWS,
 ) -> PassMemory | None:
     """Estimate the memory of a pass over rows.
 
@@ -89,6 +94,7 @@ def pass_memory(
         batches: the rows.
         features: how a gradient becomes a feature.
         d: projected dimensions.
+        unit_rows: rows of a unit, whose features wait until all are made.
 
     Returns:
         None of a model with an adapter, whose gradients are small, and where no row has a target.
@@ -101,7 +107,7 @@ def pass_memory(
     with GradientCapture(model, features.modules) as capture:
         length = probe["labels"].shape[1]
         tokens = max(batches.token_budget, length)
-        rows = most_rows(batches)
+        rows = most_rows(batches, unit_rows)
         kept, largest = capture.kept_bytes(probe)
         widest = max(rows * slot.width for slot in capture.slots)
         part = 4 * max(part_elements(probe["labels"].device), widest)
@@ -115,12 +121,18 @@ def pass_memory(
             parts=_PARTS * part + 2 * further,
             vectors=4 * capture.p * _VECTORS.get(features.kind, 0),
             moments=8 * _numel(model, names) if features.needs_moments else 0,
-            sums=_BYTES_PER_SUM * lanes * d + 8 * _UNIT_ROWS * d,
+            sums=_BYTES_PER_SUM * lanes * d + 8 * unit_rows * d,
             tokens=tokens,
         )
 
 
-def check_memory(model: nn.Module, batches: Batches, features: FeatureSpec, d: int) -> None:
+def check_memory(
+    model: nn.Module,
+    batches: Batches,
+    features: FeatureSpec,
+    d: int,
+    unit_rows: int = UNIT_ROWS,
+) -> None:
     """Say what memory a pass over whole weights' gradients takes, and refuse one that does not fit.
 
     Args:
@@ -128,11 +140,12 @@ def check_memory(model: nn.Module, batches: Batches, features: FeatureSpec, d: i
         batches: the rows.
         features: of the rows that need the most, training rows.
         d: projected dimensions.
+        unit_rows: rows of a unit.
 
     Raises:
         BadInput: the memory that is free now is less than the estimate.
     """
-    need = pass_memory(model, batches, features, d)
+    need = pass_memory(model, batches, features, d, unit_rows)
     if need is None:
         return
     device = next(model.parameters()).device
@@ -189,11 +202,11 @@ def check_published(projection: ProjectionSpec, rows: int) -> None:
     _log.info("%s", what)
 
 
-def most_rows(batches: Batches) -> int:
-    """Count the rows of the largest batch that a unit can have."""
+def most_rows(batches: Batches, unit_rows: int = UNIT_ROWS) -> int:
+    """Count the rows of the largest batch that a unit of so many rows can have."""
     lengths = np.asarray(batches.lengths)
     shortest = 1 if not lengths.size else max(1, int(lengths.min()))
-    return min(_UNIT_ROWS, batches.max_rows, max(1, batches.token_budget // shortest))
+    return min(unit_rows, batches.max_rows, max(1, batches.token_budget // shortest))
 
 
 def free_ram(root: Path = Path("/")) -> int | None:
@@ -238,7 +251,7 @@ def _longest(batches: Batches, device: torch.device) -> dict[str, Any] | None:
     """Make a batch of the longest row that has a target; None where none has."""
     lengths = np.asarray(batches.lengths)
     fits = lengths if batches.longest is None else np.where(lengths <= batches.longest, lengths, -1)
-    for row in np.argsort(-fits, kind="stable")[:_UNIT_ROWS]:
+    for row in np.argsort(-fits, kind="stable")[:_PROBED_ROWS]:
         if fits[row] < 0:
             break
         batch: Mapping[str, Any] = batches.collate([batches.dataset[int(row)]])

@@ -18,7 +18,7 @@ from gradstore.export import kronecker
 from gradstore.export.features import EpsMode, FeatureSpec, Kind
 from gradstore.export.kronecker import DAMPING, CurvatureRule
 from gradstore.export.share import OptimizerStep
-from gradstore.format.layout import FeatureDtype
+from gradstore.format.layout import MAX_UNIT_ROWS, UNIT_ROWS, FeatureDtype
 from gradstore.storage.leases import Worker
 
 
@@ -44,6 +44,8 @@ class GradientSettings:
             kept in float16 where those are 1bit or int8.
         tokens_per_batch: padded tokens of a gradient batch; None chooses by device.
         max_bad_fraction: share of rows with non-finite gradients above which an export stops.
+        unit_rows: rows of a unit, which is written, leased and redone as a whole; a plan that there
+            is keeps its own.
 
     Raises:
         ValueError: more non-zeros than dimensions, or proj_method trak without TRAK.
@@ -60,6 +62,7 @@ class GradientSettings:
     dtype: FeatureDtype = "float16"
     tokens_per_batch: Annotated[int, Ge(1)] | None = None
     max_bad_fraction: Annotated[float, Interval(ge=0, le=1)] = 0.01
+    unit_rows: Annotated[int, Interval(ge=1, le=MAX_UNIT_ROWS)] = UNIT_ROWS
 
     def __post_init__(self) -> None:
         """Let the projection check how its parameters relate to each other, and find TRAK."""

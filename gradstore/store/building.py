@@ -108,8 +108,9 @@ def build(
     tokenizer = tokenizer_of(tokenizer_or_collator)
     checkpoint = _Checkpoint(model, space, options, step, tokenizer, held)
     features = options.target_features if train_rows is None else options.train_features
-    check_memory(model, checkpoint.batches(sets[0]), features, options.proj_dim)
-    check_published(space.projection, max(most_rows(checkpoint.batches(rows)) for rows in sets))
+    unit, cut = options.unit_rows, map(checkpoint.batches, sets)
+    check_memory(model, checkpoint.batches(sets[0]), features, options.proj_dim, unit)
+    check_published(space.projection, max(most_rows(batches, unit) for batches in cut))
     return checkpoint.export(place, sets)
 
 
@@ -177,8 +178,9 @@ class _Checkpoint:
             formats = None if rows.texts is None else {rows.name: _FORMAT}
             writer.keep_texts(rows.row_set, self._texts(rows), formats)
         begun = writer.begin(
-            record, rows.row_set, dim=options.proj_dim, dtype=options.dtype, losses=True
-        )
+            record, rows.row_set, dim=options.proj_dim, dtype=options.dtype,
+            unit_rows=options.unit_rows, losses=True,
+        )  # fmt: skip
         left = sum(unit.stop - unit.start for unit in begun.pending)
         sink = UnitSink(begun, max_bad_fraction=options.max_bad_fraction, behind=1)
         bar = tqdm(total=left, desc=record.name, unit="row", disable=None, leave=False)

@@ -197,6 +197,8 @@ class SpaceWriter:
                 raise another_plan(self._files, chosen.plan)
             chosen = self._plan(wanted)  # another worker came first: its plan; or one came late
         plan, view, leases = chosen.plan, self._view, self._leases
+        if chosen.committed is None and plan.unit_rows != unit_rows:
+            _log.info("%s goes on in units of %d rows, as it was begun", plan.name, plan.unit_rows)
         if chosen.committed is None:
             _publish_metadata(self._files, view(), plan)
         return GenerationWriter(

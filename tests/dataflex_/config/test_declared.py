@@ -181,6 +181,7 @@ def test_the_words_for_a_declaration_are_those_of_the_catalogue() -> None:
     assert accepts["checkpoints"] == "last, all or a whole number of at least 1"
     assert accepts["tokens_per_batch"] == "a whole number of at least 1, or null"
     assert accepts["max_bad_fraction"] == "a number from 0 to 1"
+    assert accepts["unit_rows"] == "a whole number from 1 to 1048576"
 
 
 def test_numpy_values_count_as_what_they_hold() -> None:

@@ -103,6 +103,8 @@ def test_a_parameter_out_of_range_names_its_component() -> None:
         {"bias_correction": "no"},
         {"tokens_per_batch": "big"},
         {"max_bad_fraction": "a"},
+        {"unit_rows": 0},
+        {"unit_rows": (1 << 20) + 1},
         {"scoring": "direct", "checkpoints": "all"},
         {"aggregation": "sum"},
     ):

@@ -166,9 +166,10 @@ def test_coincide_forecasts_training_rows_alone_and_what_its_store_keeps(
     assert given == [run, "source", told[0], ("train",), told[1]]
 
 
+@pytest.mark.parametrize("unit_rows", [256, 40])
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_forecast_is_exact_where_time_is_that_of_padded_tokens(
-    slow: bool, monkeypatch: pytest.MonkeyPatch
+    slow: bool, unit_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also from one row alone, where a row takes so long that no more are measured."""
     lengths, budget = np.random.default_rng(0).integers(5, 60, 1000), 256
@@ -177,11 +178,12 @@ def test_a_forecast_is_exact_where_time_is_that_of_padded_tokens(
 
     def timed(work: Callable[[], object]) -> float:
         work()
-        return rate * padded_tokens(lengths[asked[-1]], budget)
+        return rate * padded_tokens(lengths[asked[-1]], budget, unit_rows)
 
     monkeypatch.setattr(forecast, "timed", timed)
-    found = measured_seconds(asked.append, lengths, budget)
-    assert found == pytest.approx(rate * padded_tokens(lengths, budget), rel=1e-9)
+    found = measured_seconds(asked.append, lengths, budget, unit_rows)
+    assert found == pytest.approx(rate * padded_tokens(lengths, budget, unit_rows), rel=1e-9)
+    assert len(asked[-1]) <= unit_rows
     assert len(asked) == (1 if slow else 2)
 
 

@@ -266,7 +266,11 @@ def test_the_estimate_follows_what_memory_depends_on(llama: Any) -> None:
         assert found is not None
         return found
 
-    everything = sum(p.numel() for p in net.parameters())
+    spec, everything = FeatureSpec("sgd"), sum(p.numel() for p in net.parameters())
+    small, large = (pass_memory(net, batches, spec, 64, unit_rows=rows) for rows in (256, 4096))
+    assert small is not None
+    assert large is not None
+    assert large.sums - small.sums == 8 * (4096 - 256) * 64  # a unit's features, twice
     _, slots = gradients(net, batches.dataset[:1], "linear")
     p = sum(slot.numel for slot in slots)
     assert (need().vectors, need().moments) == (0, 0)

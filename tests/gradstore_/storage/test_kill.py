@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import signal
 from pathlib import Path
@@ -112,13 +113,18 @@ def test_repeated_kills_end_in_the_same_bytes(
         assert features(open_store(path)) == reference
 
 
-def test_resume_redoes_only_the_unfinished_units(kit: StoreKit, fast_path: Path) -> None:
+def test_resume_redoes_only_the_unfinished_units(
+    kit: StoreKit, fast_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the units that were planned, whatever is asked for now; a line says so."""
     values = kit.features(40)
     with kit.writer(fast_path / "s") as writer:
         generation = writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=16)
         kit.fill(generation, values, units=2)
     with kit.writer(fast_path / "s") as writer:
-        resumed = writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=8)
+        with caplog.at_level(logging.INFO):
+            resumed = writer.begin(kit.record(), kit.rows(40), dim=4, unit_rows=8)
+        assert "train/1 goes on in units of 16 rows, as it was begun" in caplog.messages
         assert [unit.index for unit in resumed.pending] == [2]
         assert resumed.bad_counts["non_finite"] == 1
         kit.fill(resumed, values)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import gradstore
 from gradstore.cli import app
-from gradstore.errors import BadInput, ProvenanceMismatch, StoreBusy
+from gradstore.errors import BadInput, ProvenanceMismatch, StoreBusy, StoreIOError
 from gradstore.export import memory, projected
 from gradstore.export.features import FeatureSpec, Recipe
 from gradstore.export.gradient_space import effective_seed
@@ -79,6 +79,42 @@ def test_features_are_those_of_the_parts_put_together_by_hand(build: Build, llam
     assert train.record.optimizer_hash == build.moments.sha256()
     assert verify_store(build.path).ok
     assert len(gradstore.influence_scores(gradstore.checkpoint_features(store)).values) == 40
+
+
+def test_units_have_as_many_rows_as_a_call_asks_for_and_a_build_that_was_begun_keeps_its_own(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[tuple[int, int]] = []
+
+    def compute(model: Any, batches: Any, recipe: Any, unit: UnitRange, advance: Any) -> Any:
+        if len(batches.dataset) == 40:
+            if len(computed) == 2:
+                raise StoreIOError("the disk is full")
+            computed.append((unit.start, unit.stop))
+        return compute_unit(model, batches, recipe, unit, advance)
+
+    with monkeypatch.context() as full:
+        full.setattr(building, "compute_unit", compute)
+        with pytest.raises(StoreIOError, match="the disk is full"):
+            build(unit_rows=16)
+    assert computed == [(0, 16), (16, 32)]
+    build(unit_rows=8)
+    sizes = {
+        each.name: each.plan.unit_rows for each in gradstore.open_store(build.path).generations()
+    }
+    assert sizes == {"target/target/7": 16, "train/7": 16}
+    whole = gradstore.open_store(build.path).generation("train/7").read(0, 40)
+    build.path = build.path.with_name("other")
+    build()
+    np.testing.assert_allclose(
+        whole,
+        gradstore.open_store(build.path).generation("train/7").read(0, 40),
+        rtol=2e-2,
+        atol=1e-3,
+    )
+    for refused in (0, True, (1 << 20) + 1):
+        with pytest.raises(BadInput, match=f"unit_rows is {refused}"):
+            build(unit_rows=refused)
 
 
 def test_the_room_that_one_set_found_is_that_of_the_others(
