@@ -111,10 +111,10 @@ def test_s3rver_is_refused_by_name_within_a_second_and_left_as_it_was(
     """The negative control, a server that is in use: two committers would both win there."""
     kit.writer(use_server(faulty.address)).close()  # imports take time
     address, folder = s3rver
-    place = use_server(address)
+    elsewhere, place = use_server(address), use_server(address)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "S3RVER")  # no others are let in
-    bucket = files_of(place).bucket
+    bucket = files_of(elsewhere).bucket
     assert [bucket.put_new("seen", data) for data in (b"first", b"second")] == [True, True]
     before = {path for path in folder.rglob("*") if path.is_file()}
     took = []
