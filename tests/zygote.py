@@ -147,7 +147,7 @@ FAULTY = {"get_batch_samples": serve_or_die, "save_model": save_or_die,
 def die_exporting(rows: int) -> None:
     from gradstore.export import projected as module
 
-    yield_rows, exported = module.export_features, 0
+    yield_rows, exported = module.exported, 0
 
     def counted(*inner: Any, **kwargs: Any) -> Any:
         nonlocal exported
@@ -157,7 +157,7 @@ def die_exporting(rows: int) -> None:
                 die()
             yield part
 
-    module.export_features = counted
+    module.exported = counted
 
 
 def run(request: dict[str, Any], rank: int | None = None) -> None:

@@ -16,7 +16,7 @@ Letters: b batch, w columns of a block.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -76,10 +76,10 @@ class FeatureSpec:
         several = isinstance(self.modules, tuple) and all(isinstance(m, str) for m in self.modules)
         wanted = f"{' | '.join(words)}, or a list of names of modules"
         expect(several or self.modules in words, "modules", self.modules, wanted)
-        for field, names in (("kind", Kind), ("adam_eps_mode", EpsMode)):
+        for key, names in (("kind", Kind), ("adam_eps_mode", EpsMode)):
             offered = get_args(names)
-            if getattr(self, field) not in offered:
-                raise BadInput(f"{field} is {getattr(self, field)!r}; use " + " | ".join(offered))
+            if getattr(self, key) not in offered:
+                raise BadInput(f"{key} is {getattr(self, key)!r}; use " + " | ".join(offered))
         fits = isinstance(self.bias_correction, bool)
         expect(fits, "bias_correction", self.bias_correction, "True or False")
         fits = self.share is None or isinstance(self.share, StepShare)
@@ -121,16 +121,23 @@ class FeatureSpec:
 class Recipe:
     """The way from gradients to the rows of one generation.
 
+    What `moments` come to on a device, vectors as long as the gradient, is made for the first unit
+    and kept as long as the recipe is.
+
     Attributes:
         features: how a gradient becomes a feature.
         projection: with the effective seed of the generation; its p must equal the model's
             trainable parameters.
-        moments: Adam moments by parameter name, where `features` needs them.
+        moments: Adam moments by parameter name, where `features` needs them; never changed in
+            place, as those of another state are a recipe of their own.
     """
 
     features: FeatureSpec
     projection: ProjectionSpec
     moments: AdamMoments | None = None
+    _maps: dict[tuple[torch.device, tuple[ParameterSlot, ...]], FeatureMap] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         """Raise BadInput unless the parts are what the attributes say.
@@ -144,6 +151,17 @@ class Recipe:
         moments = self.moments
         wanted = "AdamMoments, such as AdamMoments.from_optimizer(optimizer, model)"
         expect(moments is None or isinstance(moments, AdamMoments), "moments", moments, wanted)
+
+    def map_of(self, slots: tuple[ParameterSlot, ...], device: torch.device) -> FeatureMap:
+        """Return the map of a layout's gradients on a device, the same one every time.
+
+        Raises:
+            BadInput: as `FeatureMap`.
+        """
+        if (device, slots) not in self._maps:
+            made = FeatureMap(self.features, slots, self.moments, device=device)
+            self._maps[device, slots] = made
+        return self._maps[device, slots]
 
 
 class FeatureMap:
@@ -169,6 +187,7 @@ class FeatureMap:
         self.spec = spec
         self._device = torch.device(device)
         self._features: dict[str, Feature] = {}
+        self._joined: dict[tuple[ParameterSlot, ...], Feature] = {}
         self._starts = {slot.name: slot.start for slot in slots}
         if spec.needs_moments:
             if moments is None:
@@ -220,9 +239,14 @@ class FeatureMap:
     def join(self, slots: Sequence[ParameterSlot]) -> Feature | None:
         """Return one feature of neighbouring slots, as `of`; each slot's own shares its memory.
 
+        Asked for again, it is the same one.
+
         Args:
             slots: whole ones, of one `numbers`, each beginning where that before it ends.
         """
+        key = tuple(slots)
+        if key in self._joined:
+            return self._joined[key]
         each = [self.of(slot) for slot in slots]
         first = each[0]
         if len(each) == 1 or first is None or first.length is None:
@@ -231,7 +255,7 @@ class FeatureMap:
             name: torch.cat([getattr(feature, name) for feature in each])
             for name in VECTORS[first.kind]
         }
-        joined = replace(first, **vectors)
+        self._joined[key] = joined = replace(first, **vectors)
         low = 0
         for slot in slots:
             self._features[slot.name] = joined.part(low, low + slot.numel)

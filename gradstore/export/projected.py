@@ -28,7 +28,7 @@ from gradstore.capture.losses import BatchStats
 from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput, expect, expect_whole
-from gradstore.export.features import FeatureMap, FeatureSpec, Recipe
+from gradstore.export.features import FeatureSpec, Recipe
 from gradstore.export.joined import JoiningSink, Run, runs_of
 from gradstore.export.moments import AdamMoments
 from gradstore.export.smaller import computed_parts
@@ -85,10 +85,20 @@ def export_features(
     recipe = Recipe(features, projection, moments)
     if buffer_bytes is not None:
         expect_whole(buffer_bytes, "buffer_bytes")
-    with GradientCapture(model, features.modules) as capture:
+    yield from exported(model, batches, recipe, buffer_bytes)
+
+
+def exported(
+    model: nn.Module,
+    batches: Iterable[RowBatch],
+    recipe: Recipe,
+    buffer_bytes: int | None = None,
+) -> Generator[FeatureRows, None, None]:
+    """Yield the features of every row, as `export_features`, by a recipe that may be used again."""
+    with GradientCapture(model, recipe.features.modules) as capture:
         device = next(model.parameters()).device
         if buffer_bytes is None:
-            buffer_bytes = buffer_bytes_on(device, projection)
+            buffer_bytes = buffer_bytes_on(device, recipe.projection)
         exporter = _Exporter(capture, device, recipe, buffer_bytes)
         pairs = _pairs(batches)
         if exporter.streams:
@@ -111,19 +121,13 @@ def compute_unit(
     Args:
         model: the model whose gradients are taken.
         batches: the rows; their batches have `labels` (b, t).
-        recipe: how gradients become features (k, d).
+        recipe: how gradients become features (k, d); one for all units of a generation.
         unit: which rows.
         on_rows: called with the number of rows each time some are done.
     """
     expect(isinstance(recipe, Recipe), "recipe", recipe, "Recipe(features, projection, moments)")
     expect(isinstance(batches, Batches), "batches", batches, "Batches(rows, collate, lengths)")
-    export = partial(
-        export_features,
-        model,
-        features=recipe.features,
-        projection=recipe.projection,
-        moments=recipe.moments,
-    )
+    export = partial(exported, model, recipe=recipe)
     with closing(computed_parts(batches, unit, export)) as parts:
         return join_unit(unit, recipe.projection.d, parts, batches.tokens(unit), on_rows)
 
@@ -166,7 +170,7 @@ class _Exporter:
         self.capture = capture
         self.projection = projection
         self.device = device
-        self.map = FeatureMap(recipe.features, capture.slots, recipe.moments, device=device)
+        self.map = recipe.map_of(capture.slots, device)
         # A curvature mixes parameters: no projection can do that as it reads them.
         self.fused = device.type in FUSED and recipe.features.curvature is None
         self.gather_rows = gathered_rows(capture.p, buffer_bytes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -18,8 +21,9 @@ from hypothesis import strategies as st
 from gradstore.capture.per_sample import GradientCapture, batch_losses
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
-from gradstore.export import projected
+from gradstore.export import joined, projected
 from gradstore.export.features import FeatureMap, FeatureSpec, Recipe
+from gradstore.export.moments import AdamMoments
 from gradstore.export.projected import compute_unit, export_features
 from gradstore.export.units import BATCH_SHARE, Batches, plan_batches
 from gradstore.format.layout import RowStatus, generation_path
@@ -315,6 +319,42 @@ def test_a_unit_has_the_losses_of_a_plain_pass(llama: Any, model: Any, method: A
         expected = np.nan if lengths[row] > longest else plain
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert np.isnan(done.loss).sum() == 1 + sum(length > longest for length in lengths)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_adams_vectors_are_made_once_for_all_units_of_a_generation(
+    llama: Any, model: Any, rows: Rows, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same bits, and freed with the recipe; other moments make their own."""
+    if fused:
+        monkeypatch.setattr(projected, "FUSED", ("cpu",))
+        monkeypatch.setattr(joined, "RUN_PARAMETERS", 500)
+    made: list[weakref.ref[FeatureMap]] = []
+    prepare = FeatureMap._prepare
+
+    def counted(self: FeatureMap, moments: Any) -> Any:
+        made.append(weakref.ref(self))
+        return prepare(self, moments)
+
+    def recipe_of(moments: AdamMoments) -> Recipe:
+        return Recipe(SPEC, projection(model), moments)
+
+    units = [UnitRange(i, 8 * i, min(8 * i + 8, N)) for i in range(3)]
+    batches = Batches(rows, llama.collate, [len(row["input_ids"]) for row in rows], 60)
+    compute, moments = partial(compute_unit, model, batches), llama.moments(model)
+    alone = [compute(recipe_of(moments), unit).features for unit in units]
+    monkeypatch.setattr(FeatureMap, "_prepare", counted)
+    recipe = recipe_of(moments)
+    for unit, expected in zip(units, alone, strict=True):
+        np.testing.assert_array_equal(compute(recipe, unit).features, expected)
+    assert len(made) == len(moments.parameters)
+    double = {name: replace(each, v=2 * each.v + 1e-3) for name, each in moments.parameters.items()}
+    changed = compute(recipe_of(AdamMoments(double)), units[0]).features
+    assert len(made) == 2 * len(moments.parameters)
+    assert not np.isclose(changed, alone[0]).all()
+    del recipe
+    gc.collect()
+    assert all(each() is None for each in made)
 
 
 @pytest.mark.parametrize("stop_after", [1, 9, 20])

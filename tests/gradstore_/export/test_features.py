@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
 import torch
-from gradkernels import features
+from gradkernels import ProjectionSpec, features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
-from gradstore.export.features import FeatureMap, FeatureSpec, Kind
+from gradstore.export.features import FeatureMap, FeatureSpec, Kind, Recipe
 from gradstore.export.moments import AdamConstants, AdamMoments, ParameterMoments
 
 CONSTANTS = AdamConstants(beta1=0.9, beta2=0.999, eps=1e-8, step=10)
@@ -184,6 +185,24 @@ def test_constants_may_differ_between_parameters() -> None:
         found = feature_map.apply_(slot, grad.clone())
         expected = oracle(grad, m, v, spec, constants).float()
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_a_recipe_has_one_map_for_each_device_and_layout() -> None:
+    slot = ParameterSlot("w", (2,), 0, 2)
+    moments = AdamMoments({"w": ParameterMoments(torch.ones(2), torch.ones(2), CONSTANTS)})
+    recipe = Recipe(FeatureSpec(), ProjectionSpec("sjlt", p=2, d=64), moments)
+    devices = [torch.device(name) for name in ("cpu", "meta", "cpu", "meta")]
+    maps = [recipe.map_of((slot,), device) for device in devices]
+    assert (maps[0], maps[1]) == (maps[2], maps[3])
+    for each, device in zip(maps, devices, strict=True):
+        feature = each.of(slot)
+        assert feature is not None
+        assert feature.base is not None
+        assert feature.base.device == device
+    moved = ParameterSlot("w", (2,), 3, 2)
+    assert recipe.map_of((moved,), devices[0]) is not maps[0]
+    assert recipe == replace(recipe)
+    assert "_maps" not in repr(recipe)
 
 
 def test_fault_13_missing_or_misshapen_moments_are_refused_by_name() -> None:

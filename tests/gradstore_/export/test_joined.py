@@ -91,6 +91,16 @@ def test_a_run_has_one_feature_that_gives_what_its_slots_give(
             assert torch.equal(own.apply_(block), expected[:, slot.start : stop])
 
 
+def test_runs_cut_again_are_in_the_memory_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined, "RUN_PARAMETERS", 6)
+    slots = layout([4, 5, 9, 2])
+    features = FeatureMap(FeatureSpec("adam"), slots, moments_of(slots, [3] * 4))
+    first, second = (runs_of(slots, features, slots) for _ in range(2))
+    assert [len(run.slots) for run in first] == [2, 1, 1]
+    for run, again in zip(first, second, strict=True):
+        assert run.feature is again.feature
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())
 def test_blocks_in_any_order_are_handed_on_once_and_in_the_layout_s(
     sizes: list[int], data: st.DataObject
