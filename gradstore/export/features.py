@@ -220,6 +220,13 @@ class FeatureMap:
         feature = self.of(slot)
         return grad if feature is None else feature.apply_(grad)
 
+    @property
+    def kind(self) -> FeatureKind | None:
+        """Kind of what `of` returns; None of plain gradients."""
+        if self.spec.needs_moments:
+            return "adam" if self.spec.kind == "adam" else "adam_marginal"
+        return "sign" if self.spec.kind == "sign" else None
+
     def of(self, slot: ParameterSlot) -> Feature | None:
         """Return what a projection can do to a slot's gradients as it reads them.
 
@@ -311,6 +318,7 @@ class FeatureMap:
         if outer:
             still = still + _ROOT_FLOOR
         made = {"a": a, "base": base, "still": still, "pull": pull}
-        kind: FeatureKind = "adam" if self.spec.kind == "adam" else "adam_marginal"
+        kind = self.kind
+        assert kind is not None
         kept = {name: made[name].to(self._device, torch.float32) for name in VECTORS[kind]}
         return Feature(kind, **kept, curve=curve, outer=outer)

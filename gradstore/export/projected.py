@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gradkernels import Accumulator, ProjectionSpec
+from gradkernels.dispatch import fuses
 from gradkernels.methods import entry_of
 from torch import Tensor, nn
 
@@ -173,6 +174,8 @@ class _Exporter:
         self.map = recipe.map_of(capture.slots, device)
         # A curvature mixes parameters: no projection can do that as it reads them.
         self.fused = device.type in FUSED and recipe.features.curvature is None
+        if self.fused:  # test its kernels now, not inside the first backward
+            fuses(projection, device, self.map.kind)
         self.gather_rows = gathered_rows(capture.p, buffer_bytes)
         # Whole weights are large by themselves, and come in parts.
         self.joins = self.fused and not capture.dense

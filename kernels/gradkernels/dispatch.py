@@ -6,7 +6,7 @@ import sys
 from typing import Literal, Protocol, cast, get_args
 
 import torch
-from gradkernels.features import Feature
+from gradkernels.features import Feature, FeatureKind
 from gradkernels.gpu.usable import refusal
 from gradkernels.methods import check_backend, doing, entry_of, sums_of
 from gradkernels.published import missing
@@ -223,6 +223,24 @@ def choose_backend(spec: ProjectionSpec, device: torch.device, backend: str | No
             )
     check_backend(spec.method, backend)
     return cast(Backend, backend)
+
+
+def fuses(spec: ProjectionSpec, device: torch.device, kind: FeatureKind | None) -> bool:
+    """Return whether a projection makes a kind of feature itself, as it reads gradients.
+
+    Asked before a pass, its kernels are tested while memory is free, and not at their first use:
+    in an export that is inside the first backward.
+
+    Args:
+        spec: the projection.
+        device: of the gradients.
+        kind: of the feature; None for plain gradients.
+
+    Raises:
+        ValueError: the projection cannot be computed at all.
+    """
+    triton = choose_backend(spec, device, None) == "triton"
+    return triton and refusal(device, spec.method, kind) is None
 
 
 def _published(spec: ProjectionSpec, backend: str | None) -> Backend:

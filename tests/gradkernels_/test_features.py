@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -110,18 +111,72 @@ def test_where_kernels_fail_on_a_feature_plain_torch_makes_it(
     assert torch.equal(factors, torch.ones(3))
 
 
-def test_each_kind_is_tested_once_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pretend that there is a CUDA device with Triton; verdicts are forgotten before and after."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"device {index}")
     monkeypatch.setattr(usable, "find_spec", lambda name: name)
+    pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
+    for tested in (usable._tested, usable._rotation_tested):
+        tested.cache_clear()
+    yield
+    for tested in (usable._tested, usable._rotation_tested):
+        tested.cache_clear()
+
+
+@pytest.mark.usefixtures("cuda")
+def test_each_kind_is_tested_once_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
     monkeypatch.setattr(usable, "difference", lambda *given: asked.append(given[1:]))
-    usable._tested.cache_clear()
-    try:
-        pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
-        for kind in ("adam", None, "adam"):
-            usable.refusal(torch.device("cuda", 0), "sjlt", kind)  # type: ignore[arg-type]
-    finally:
-        usable._tested.cache_clear()
+    for kind in ("adam", None, "adam"):
+        usable.refusal(torch.device("cuda", 0), "sjlt", kind)  # type: ignore[arg-type]
     expected = [("sjlt", width, kind) for kind in ("adam", None) for width in (16, 64)]
     assert asked == expected
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(
+    "full", [torch.OutOfMemoryError("full"), RuntimeError("Triton Error [CUDA]: out of memory")]
+)
+def test_a_full_memory_is_no_verdict_on_kernels(
+    monkeypatch: pytest.MonkeyPatch, full: Exception
+) -> None:
+    """It is raised, and they are tested when memory is free again; a rotation has another way."""
+    answers: list[Any] = []
+
+    def difference(*_: Any) -> None:
+        if answers:
+            raise answers.pop()
+
+    for name in ("difference", "rotation_difference"):
+        monkeypatch.setattr(usable, name, difference)
+    device = torch.device("cuda", 0)
+    answers.append(full)
+    with pytest.raises(type(full), match=r"full|out of memory"):
+        usable.refusal(device, "sjlt", "adam")
+    assert usable.refusal(device, "sjlt", "adam") is None
+    answers.append(full)
+    assert usable.rotation_refusal(device, 64) == "memory is full"
+    assert usable.rotation_refusal(device, 64) is None
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("why", [None, "3 of 4 sums differ"])
+def test_kernels_of_a_feature_are_tested_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, why: str | None
+) -> None:
+    asked: list[Any] = []
+
+    def difference(_device: Any, method: str, width: int, kind: str | None) -> str | None:
+        asked.append(kind)
+        return why if kind else None
+
+    monkeypatch.setattr(usable, "difference", difference)
+    device, spec = torch.device("cuda", 0), ProjectionSpec("sjlt", p=P, d=65)
+    monkeypatch.setattr(usable._log, "disabled", True)
+    assert dispatch.fuses(spec, device, None)
+    assert dispatch.fuses(spec, device, "adam") == (why is None)
+    assert set(asked) == {None, "adam"}
+    assert not dispatch.fuses(ProjectionSpec("gaussian", p=P, d=65), device, "adam")
+    assert not dispatch.fuses(spec, torch.device("cpu"), "adam")

@@ -35,6 +35,8 @@ LARGEST_TRANSFORM = 2**14
 def refusal(device: torch.device, method: Method, kind: FeatureKind | None = None) -> str | None:
     """Return a reason why the kernels may not run on a CUDA device, or None; ask once, warn once.
 
+    Where memory runs out while they are tested, that is raised, and nothing is known of them yet.
+
     All widths are tested together: were one of them left out, a row's features would come from
     other kernels in a smaller batch.
 
@@ -50,11 +52,19 @@ def refusal(device: torch.device, method: Method, kind: FeatureKind | None = Non
 
 
 def rotation_refusal(device: torch.device, dim: int) -> str | None:
-    """Return a reason why rows of d numbers may not be rotated on a CUDA device, or None."""
+    """Return a reason why rows of d numbers may not be rotated on a CUDA device, or None.
+
+    That memory is full is one for this time: the processor gives the same bits.
+    """
     if dim >= 2 * LARGEST_TRANSFORM:
         return f"a transform takes {LARGEST_TRANSFORM:,} numbers of a row at most"
     index = _index(device)
-    return _unusable(index) or _rotation_tested(index)
+    try:
+        return _unusable(index) or _rotation_tested(index)
+    except Exception as error:
+        if not _memory_ran_out(error):
+            raise
+        return "memory is full"
 
 
 def _index(device: torch.device) -> int:
@@ -94,10 +104,15 @@ def _rotation_tested(index: int) -> str | None:
 
 
 def _verdict(index: int, what: str, compare: Callable[[], str | None], instead: str) -> str | None:
-    """Return how kernels differ, as `compare` finds it, or why they do not run; warn of either."""
+    """Return how kernels differ, as `compare` finds it, or why they do not run; warn of either.
+
+    Raises that memory ran out, which says nothing of the kernels: a verdict is kept.
+    """
     try:
         why = compare()
-    except Exception as error:  # whatever a compiler, a driver or a full memory may raise
+    except Exception as error:  # whatever a compiler or a driver may raise
+        if _memory_ran_out(error):
+            raise
         _log.debug("gradkernels: the Triton kernels of %s", what, exc_info=True)
         why = f"they do not run: {type(error).__name__}: {error}".strip()
     if why is not None:
@@ -106,6 +121,13 @@ def _verdict(index: int, what: str, compare: Callable[[], str | None], instead: 
             what, torch.cuda.get_device_name(index), why, instead,
         )  # fmt: skip
     return why
+
+
+def _memory_ran_out(error: Exception) -> bool:
+    """Return whether an error is torch's, the driver's or the host's of a full memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "out of memory" in str(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
 
 
 def rotation_difference(device: torch.device, dims: tuple[int, ...] = (4096, 1500)) -> str | None:

@@ -80,6 +80,33 @@ def test_the_projection_makes_the_same_features_norms_and_statuses(
     np.testing.assert_allclose(found.features, expected.features, rtol=0, atol=near)
 
 
+@pytest.mark.parametrize("kind", list(SPECS))
+@pytest.mark.parametrize("method", ["sjlt", "rademacher"])
+def test_kernels_are_tested_before_the_first_batch(
+    llama: Any, kind: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at their first use inside its backward, where memory is short; nor of another kind."""
+    model, order = llama.model(), list[Any]()
+    model.register_forward_pre_hook(lambda *_: order.append("forward"))
+
+    def fuses(spec: ProjectionSpec, device: Any, asked: str | None) -> bool:
+        order.append((spec.method, device.type, asked))
+        return True
+
+    add = Accumulator.add
+
+    def watched(self: Any, block: Any, start: int, feature: Any = None, *given: Any) -> None:
+        order.append((method, "cpu", None if feature is None else feature.kind))
+        add(self, block, start, feature, *given)
+
+    monkeypatch.setattr(projected, "FUSED", ("cpu",))
+    monkeypatch.setattr(projected, "fuses", fuses)
+    monkeypatch.setattr(Accumulator, "add", watched)
+    exported(llama, model, method, SPECS[kind], 3)
+    assert order[1] == "forward"
+    assert {each for each in order if each != "forward"} == {order[0]}
+
+
 def test_with_dora_no_more_than_a_few_runs_wait(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
