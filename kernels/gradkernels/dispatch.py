@@ -50,7 +50,7 @@ class Accumulator:
     Args:
         spec: the projection.
         rows: b >= 0, rows of every block.
-        device: where blocks come from and the result goes.
+        device: where blocks come from and the result goes; "cuda" is the current one, as it is now.
         backend: None chooses the fastest: "numba" on a CPU, "triton" on a CUDA device where its
             kernels pass their test (Gaussian: "torch"), else "torch". Method "trak" has none but
             "trak", which keeps (b, p) in RAM and projects there, from whatever device.
@@ -82,6 +82,8 @@ class Accumulator:
         except RuntimeError as error:
             raise ValueError(f"device={device!r} is none that torch knows; take 'cpu'") from error
         self.backend = choose_backend(spec, self.device, backend)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self._groups = [
             (low, min(low + _GROUP_ROWS, rows), self._new_sums(min(_GROUP_ROWS, rows - low)))
             for low in range(0, rows, _GROUP_ROWS)
@@ -114,7 +116,7 @@ class Accumulator:
             ValueError: a shape, device or place does not fit.
         """
         _check_block(block, self.rows)
-        if block.device.type != self.device.type:
+        if _place(block.device) != _place(self.device):
             raise ValueError(
                 f"block is on {block.device}, the accumulator on {self.device}; move one of them"
             )
@@ -268,6 +270,12 @@ def _applied(block: Tensor, feature: Feature | None, factors: Tensor | None) -> 
 
 def _check_feature(block: Tensor, feature: Feature | None, factors: Tensor | None) -> None:
     """Raise unless a feature and factors fit a block (b, m)."""
+    vectors = None if feature is None else feature.base
+    for name, given in (("the feature's vectors", vectors), ("the factors", factors)):
+        if given is not None and _place(given.device) != _place(block.device):
+            raise ValueError(
+                f"{name} are on {given.device}, the block on {block.device}; move one of them"
+            )
     length = None if feature is None else feature.length
     if length is not None and length != block.shape[1]:
         raise ValueError(
@@ -279,6 +287,11 @@ def _check_feature(block: Tensor, feature: Feature | None, factors: Tensor | Non
             f"factors are {factors.dtype} {tuple(factors.shape)}, not float32 of the block's "
             f"b={len(block)} rows"
         )
+
+
+def _place(device: torch.device) -> tuple[str, int]:
+    """Return what two names of one device have in common; "cpu" and "cpu:0" are one."""
+    return device.type, device.index or 0
 
 
 def _check_block(block: object, rows: int | None) -> None:

@@ -82,6 +82,11 @@ def test_what_does_not_fit_a_block_is_refused() -> None:
         sums.add(rows_of(3)[:, :10], 0, feature_of("adam"))
     with pytest.raises(ValueError, match=r"factors are torch.float32 .* not float32 of the"):
         sums.add(rows_of(3), 0, factors=torch.ones(2))
+    away = Feature("adam", a=torch.ones(P, device="meta"), base=torch.ones(P, device="meta"))
+    with pytest.raises(ValueError, match=r"feature's vectors are on meta, the block on cpu"):
+        sums.add(rows_of(3), 0, away)
+    with pytest.raises(ValueError, match=r"factors are on meta, the block on cpu"):
+        sums.add(rows_of(3), 0, factors=torch.ones(3, device="meta"))
 
 
 def test_where_kernels_fail_on_a_feature_plain_torch_makes_it(

@@ -14,10 +14,16 @@ import gradkernels
 import numpy as np
 import pytest
 import torch
-from gradkernels import Accumulator, ProjectionSpec, project, project_reference
+from gradkernels import Accumulator, ProjectionSpec, dispatch, project, project_reference
 from gradkernels.dispatch import choose_backend
 
 SPEC = ProjectionSpec("sjlt", p=100, d=16)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on the second CUDA device."""
+
+    device = torch.device("cuda", 1)  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
@@ -32,6 +38,24 @@ SPEC = ProjectionSpec("sjlt", p=100, d=16)
 def test_a_wrong_input_is_named(x: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         project(x, SPEC)
+
+
+def test_a_block_of_another_device_of_the_same_kind_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kernels would read its addresses in their own device's memory."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(dispatch, "choose_backend", lambda *_: "triton")
+    block = torch.zeros(0, 10).as_subclass(Elsewhere)  # type: ignore[no-untyped-call]
+    for device in ("cuda:0", "cpu", "meta"):
+        with pytest.raises(ValueError, match=rf"block is on cuda:1, the accumulator on {device};"):
+            Accumulator(SPEC, 0, device=device).add(block, 0)
+    for device in ("cuda:1", "cuda"):  # the latter is the current one
+        sums = Accumulator(SPEC, 0, device=device)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)  # and stays what it was
+        sums.add(block, 0)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    Accumulator(SPEC, 0, device="cpu:0").add(torch.zeros(0, 10), 0)
 
 
 def test_the_oracle_checks_its_shape() -> None:
