@@ -1,7 +1,8 @@
 """Weighted token cross-entropy whose gradient is made while the logits are in cache.
 
 Softmax, loss and gradient of a few positions at a time take one pass over memory where autograd's
-own chain (log-softmax, its backward, the scattered ones) takes five.
+own chain (log-softmax, its backward, the scattered ones) takes five. Logits that nobody else reads
+make room for their gradient: the largest tensor of a pass exists once.
 
 Letters: s positions, V vocabulary.
 """
@@ -25,9 +26,12 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         logits: Tensor,
         tokens: Tensor,
         weights: Tensor,
+        overwrites: bool,
     ) -> tuple[Tensor, Tensor]:
         positions, vocabulary = logits.shape
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        ctx.overwrites, gradient = overwrites, None
+        if ctx.needs_input_grad[0]:
+            gradient = logits.detach() if overwrites else torch.empty_like(logits)
         losses = torch.empty(positions, device=logits.device)
         limit = _GPU_ELEMENTS if logits.is_cuda else _CPU_ELEMENTS
         step = max(1, min(positions, limit // vocabulary))
@@ -56,17 +60,19 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return (losses * weights).sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
         (gradient,) = ctx.saved_tensors
         scale = upstream[0]
         # A pass over all logits saved; on a GPU to look at the value would cost more than the pass.
         if not scale.is_cuda and scale.item() == 1.0:
-            return gradient, None, None
-        return gradient * scale.to(gradient.dtype), None, None
+            return gradient, None, None, None
+        scale = scale.to(gradient.dtype)
+        # In place a second backward of the same graph is refused by autograd.
+        return gradient.mul_(scale) if ctx.overwrites else gradient * scale, None, None, None
 
 
 def weighted_cross_entropy(
-    logits: Tensor, tokens: Tensor, weights: Tensor
+    logits: Tensor, tokens: Tensor, weights: Tensor, *, overwrites: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Compute the weighted sum of token losses, and the losses.
 
@@ -74,10 +80,13 @@ def weighted_cross_entropy(
         logits: (s, V), any floating dtype; computed with in float32.
         tokens: (s,) int64, the classes.
         weights: (s,) float32.
+        overwrites: the gradient, if one is wanted, is made in the logits' memory. Only of logits
+            that nothing reads afterwards, what made them included.
 
     Returns:
         The sum, a float32 scalar with a gradient for `logits`, and (s,) float32 losses without.
     """
-    applied = _WeightedCrossEntropy.apply(logits, tokens, weights)  # type: ignore[no-untyped-call]
-    total, losses = applied
+    total, losses = _WeightedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        logits, tokens, weights, overwrites
+    )
     return total, losses

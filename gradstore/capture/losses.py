@@ -130,13 +130,18 @@ class RowLoss:
 
     def __call__(self, batch: Mapping[str, Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
         """Compute the rows' summed loss, with its graph, and (s,) token losses without a graph."""
-        logits = self.logits(batch, targets)
-        return weighted_cross_entropy(logits, targets.tokens, targets.weights())
+        logits, alone = self._logits(batch, targets)
+        return weighted_cross_entropy(logits, targets.tokens, targets.weights(), overwrites=alone)
 
     def logits(self, batch: Mapping[str, Tensor], targets: Targets) -> Tensor:
         """Compute the logits (s, V) at the targets, with their graph."""
-        logits = self._gathered_logits(batch, targets)
-        return self._full_logits(batch, targets) if logits is None else logits
+        return self._logits(batch, targets)[0]
+
+    def _logits(self, batch: Mapping[str, Tensor], targets: Targets) -> tuple[Tensor, bool]:
+        """Compute the logits; say whether nothing else reads them, not even the graph."""
+        gathered = self._gathered_logits(batch, targets)
+        # Those of chosen positions are a copy.
+        return (self._full_logits(batch, targets), True) if gathered is None else gathered
 
     def _full_logits(self, batch: Mapping[str, Tensor], targets: Targets) -> Tensor:
         logits = logits_of(self._model(**model_inputs(batch)))
@@ -147,22 +152,27 @@ class RowLoss:
             )
         return logits[targets.rows, targets.columns]  # (s, V)
 
-    def _gathered_logits(self, batch: Mapping[str, Tensor], targets: Targets) -> Tensor | None:
-        """Return (s, V) logits, or None if the output layer can't run on chosen positions alone."""
+    def _gathered_logits(
+        self, batch: Mapping[str, Tensor], targets: Targets
+    ) -> tuple[Tensor, bool] | None:
+        """Return (s, V) logits, or None if the output layer can't run on chosen positions alone.
+
+        With them, whether they are the layer's own output, which a linear layer does not keep.
+        """
         head = self._head
         if head is None or self._verified.get(self._model) is False:
             return None
         with _head_at(head, targets) as seen:
             logits = logits_of(self._model(**model_inputs(batch)))
         if len(seen) == 1 and seen[0].shape[:2] == logits.shape[:2] == (1, len(targets.rows)):
-            given, logits = logits, logits.flatten(0, 1)
-            if given is seen[0] or self._verified.get(self._model):
-                return logits
+            own, logits = logits is seen[0], logits.flatten(0, 1)
+            if own or self._verified.get(self._model):
+                return logits, own
             # Something follows the output layer (soft capping, scaling, a cast): compare once.
             self._verified[self._model] = self._equals_full(head, batch, targets)
         else:
             self._verified[self._model] = False
-        return logits if self._verified[self._model] else None
+        return (logits, False) if self._verified[self._model] else None
 
     @torch.no_grad()
     def _equals_full(self, head: nn.Module, batch: Mapping[str, Tensor], targets: Targets) -> bool:

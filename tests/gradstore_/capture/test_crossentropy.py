@@ -51,6 +51,37 @@ def test_sum_losses_and_gradient_equal_the_definition(
     torch.testing.assert_close(again, total.detach(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("elements", [1, 303, 1 << 18])
+def test_a_gradient_in_the_memory_of_the_logits_has_the_same_bits(
+    dtype: torch.dtype, scale: float, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crossentropy, "_CPU_ELEMENTS", elements)
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(1, 33, 8, generator=generator).to(dtype)
+    matrix = (5 * torch.randn(101, 8, generator=generator)).to(dtype)
+    tokens = torch.randint(101, (33,), generator=generator)
+    weights = torch.rand(33, generator=generator)
+    found = []
+    for overwrites in (False, True):
+        leaf = inputs.clone().requires_grad_(True)
+        output = F.linear(leaf, matrix)
+        values, arrived = output.detach().clone(), list[torch.Tensor]()
+        output.register_hook(arrived.append)  # type: ignore[no-untyped-call]
+        loss = weighted_cross_entropy(output.flatten(0, 1), tokens, weights, overwrites=overwrites)
+        (scale * loss[0]).backward(retain_graph=True)
+        assert leaf.grad is not None
+        found.append((*loss, leaf.grad))
+        assert (arrived[0].data_ptr() == output.data_ptr()) == overwrites
+        assert torch.equal(output, values) != overwrites
+    for apart, within in zip(*found, strict=True):
+        assert torch.equal(apart, within)
+    if scale != 1:  # the gradient has been scaled where it lies
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss[0].backward()
+
+
 def test_an_unlikely_target_has_a_finite_loss_and_a_bad_position_stays_alone() -> None:
     logits = torch.zeros(4, 6)
     logits[0, 3] = 500.0  # the target's probability underflows

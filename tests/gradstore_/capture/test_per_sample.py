@@ -28,6 +28,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from gradstore.capture import losses
 from gradstore.capture.hooks import HookedPass
 from gradstore.capture.losses import RowLoss
 from gradstore.capture.per_sample import GradientCapture, batch_losses
@@ -803,6 +804,33 @@ def test_a_model_whose_positions_depend_on_each_other_computes_all_logits() -> N
     for _ in range(2):
         torch.testing.assert_close(batch_losses(model, batch).loss, losses.detach())
     assert RowLoss._verified[model] is False
+
+
+@pytest.mark.parametrize("kind", ["own", "all positions", "scaled"])
+def test_logits_are_overwritten_only_where_nothing_else_reads_them(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output layer's own, or a copy of those at the targets; gradients have the same bits."""
+    compute, asked = losses.weighted_cross_entropy, list[bool]()
+    model = Reranked() if kind == "all positions" else llama()
+    if kind == "scaled":  # by what may keep its output for its backward
+        model.register_forward_hook(lambda _module, _args, output: 0.5 * output.logits)
+    batch = make_batch([9, 16, 12])
+
+    def taken(overwrites: bool) -> list[Tensor]:
+        def watched(*given: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
+            asked.append(options["overwrites"])
+            return compute(*given, overwrites=overwrites and options["overwrites"])
+
+        monkeypatch.setattr(losses, "weighted_cross_entropy", watched)
+        blocks: dict[ParameterSlot, Tensor] = {}
+        with GradientCapture(model) as capture:
+            capture.capture(batch, blocks.__setitem__)
+            return [blocks[slot] for slot in capture.slots]
+
+    for apart, within in zip(taken(False), taken(True), strict=True):
+        assert torch.equal(apart, within)
+    assert set(asked) == {kind != "scaled"}
 
 
 def test_two_adapters_are_refused_by_name() -> None:
