@@ -282,7 +282,7 @@ class FeatureService:
         check_published(self.space.projection, max(most_rows(batches, unit) for batches in cut))
         with autocast(run.model, run.autocast):
             check_memory(run.model, self._batches(run.data.train), settings.train_features,
-                         settings.proj_dim, unit)  # fmt: skip
+                         self.space.projection, unit)  # fmt: skip
 
     def _batches(self, rows: Rows) -> Batches:
         run, longest = self.run, longest_row(self.run.model, rows)

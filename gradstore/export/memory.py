@@ -26,7 +26,7 @@ from gradstore.capture.per_sample import GradientCapture
 from gradstore.capture.slots import parameter_name, unwrap
 from gradstore.errors import BadInput
 from gradstore.export.features import FeatureSpec
-from gradstore.export.projected import gathered_rows
+from gradstore.export.projected import buffer_bytes_on, gathered_rows, waiting_rows
 from gradstore.export.units import Batches
 from gradstore.format.layout import UNIT_ROWS
 from gradstore.pace import size
@@ -57,6 +57,7 @@ class PassMemory:
         vectors: that features are made with.
         moments: copy of the optimizer's moments, in RAM.
         sums: of the projection, and a unit's features.
+        waiting: of whole gradients that a dense projection gathers.
         tokens: padded tokens of the batch.
     """
 
@@ -65,12 +66,13 @@ class PassMemory:
     vectors: int
     moments: int
     sums: int
+    waiting: int
     tokens: int
 
     @property
     def on_device(self) -> int:
         """Bytes on the model's device."""
-        return self.activations + self.parts + self.vectors + self.sums
+        return self.activations + self.parts + self.vectors + self.sums + self.waiting
 
     @property
     def total(self) -> int:
@@ -82,7 +84,7 @@ def pass_memory(
     model: nn.Module,
     batches: Batches,
     features: FeatureSpec,
-    d: int,
+    projection: ProjectionSpec,
     unit_rows: int = UNIT_ROWS,
 ) -> PassMemory | None:
     """Estimate the memory of a pass over rows.
@@ -93,7 +95,7 @@ def pass_memory(
         model: the model; inside `torch.autocast` as the pass would be.
         batches: the rows.
         features: how a gradient becomes a feature.
-        d: projected dimensions.
+        projection: of the model's p.
         unit_rows: rows of a unit, whose features wait until all are made.
 
     Returns:
@@ -115,13 +117,16 @@ def pass_memory(
         # Elements beyond what there is are not made.
         part = min(part, 4 * rows * max(slot.numel for slot in capture.slots))
         names = {slot.name for slot in capture.slots} | set(capture.left_out)
-        lanes = -(-rows // _LANES) * _LANES
+        lanes, d = -(-rows // _LANES) * _LANES, projection.d
+        buffer_bytes = buffer_bytes_on(probe["labels"].device, projection)
+        waiting = waiting_rows(projection, buffer_bytes, dense=capture.dense)
         return PassMemory(
             activations=(kept + largest) * tokens // length,
             parts=_PARTS * part + 2 * further,
             vectors=4 * capture.p * _VECTORS.get(features.kind, 0),
             moments=8 * _numel(model, names) if features.needs_moments else 0,
             sums=_BYTES_PER_SUM * lanes * d + 8 * unit_rows * d,
+            waiting=4 * capture.p * waiting,
             tokens=tokens,
         )
 
@@ -130,7 +135,7 @@ def check_memory(
     model: nn.Module,
     batches: Batches,
     features: FeatureSpec,
-    d: int,
+    projection: ProjectionSpec,
     unit_rows: int = UNIT_ROWS,
 ) -> None:
     """Say what memory a pass over whole weights' gradients takes, and refuse one that does not fit.
@@ -139,13 +144,13 @@ def check_memory(
         model: the model; with an adapter nothing is said.
         batches: the rows.
         features: of the rows that need the most, training rows.
-        d: projected dimensions.
+        projection: of the model's p.
         unit_rows: rows of a unit.
 
     Raises:
         BadInput: the memory that is free now is less than the estimate.
     """
-    need = pass_memory(model, batches, features, d, unit_rows)
+    need = pass_memory(model, batches, features, projection, unit_rows)
     if need is None:
         return
     device = next(model.parameters()).device
@@ -162,7 +167,7 @@ def check_memory(
         f"gradients of whole weights take about {told} beside the model: "
         f"{size(need.activations)} for batches of {need.tokens:,} tokens, "
         f"{size(need.vectors + need.moments)} for {features.kind} features, "
-        f"{size(need.parts + need.sums)} for gradients and their projection"
+        f"{size(need.parts + need.waiting + need.sums)} for gradients and their projection"
     )
     if any(free is not None and wanted > free for wanted, _, free in where):
         raise BadInput(

@@ -176,15 +176,12 @@ class _Exporter:
         self.fused = device.type in FUSED and recipe.features.curvature is None
         if self.fused:  # test its kernels now, not inside the first backward
             fuses(projection, device, self.map.kind)
-        self.gather_rows = gathered_rows(capture.p, buffer_bytes)
         # Whole weights are large by themselves, and come in parts.
         self.joins = self.fused and not capture.dense
         hooked = capture.hooked if self.joins else ()
         self.runs = runs_of(capture.slots, self.map, hooked) if self.fused else []
-        # Whole weights' gradients come in parts, so that (b, p) need not fit into memory.
-        few = self.gather_rows < DENSE_ROWS and capture.dense
-        method = entry_of(projection.method)
-        self.streams = method.sparse or (few and not method.whole)
+        self.gather_rows = waiting_rows(projection, buffer_bytes, dense=capture.dense)
+        self.streams = not self.gather_rows
 
     def streamed(self, rows: npt.NDArray[np.int64], batch: Batch) -> FeatureRows:
         """Project each block as it leaves the backward pass; nothing of size (b, p) is kept."""
@@ -284,6 +281,20 @@ def buffer_bytes_on(device: torch.device, projection: ProjectionSpec) -> int:
 def gathered_rows(p: int, buffer_bytes: int = BUFFER_BYTES) -> int:
     """Count the rows of p parameters that are gathered for a dense projection."""
     return max(1, min(DENSE_ROWS, buffer_bytes // (4 * p)))
+
+
+def waiting_rows(projection: ProjectionSpec, buffer_bytes: int, *, dense: bool) -> int:
+    """Count the rows whose gradients wait for others; 0 where each block is projected as it comes.
+
+    Args:
+        projection: p is that of the model.
+        buffer_bytes: memory for them.
+        dense: whether they are of whole weights, which come in parts so that (b, p) need not fit
+            into memory.
+    """
+    method, rows = entry_of(projection.method), gathered_rows(projection.p, buffer_bytes)
+    few = rows < DENSE_ROWS and dense
+    return 0 if method.sparse or (few and not method.whole) else rows
 
 
 def sum_of_squares(x: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def build(
     checkpoint = _Checkpoint(model, space, options, step, tokenizer, held)
     features = options.target_features if train_rows is None else options.train_features
     unit, cut = options.unit_rows, map(checkpoint.batches, sets)
-    check_memory(model, checkpoint.batches(sets[0]), features, options.proj_dim, unit)
+    check_memory(model, checkpoint.batches(sets[0]), features, space.projection, unit)
     check_published(space.projection, max(most_rows(batches, unit) for batches in cut))
     return checkpoint.export(place, sets)
 

@@ -30,6 +30,7 @@ from gradstore.export.projected import export_features
 from gradstore.export.settings import GradientSettings
 from gradstore.export.share import OptimizerStep, StepShare, expected_share
 from gradstore.export.units import Batches
+from gradstore.format.plans import UnitRange
 
 SHARE = StepShare(4, 1.0, 9.0, 2.0)
 USUAL_ELEMENTS = dense.CPU_ELEMENTS
@@ -232,7 +233,7 @@ def test_the_estimate_is_near_what_is_measured_and_far_below_whole_gradients(
     batches = rows_as_batches(llama, 64, 512)
     spec, space = FeatureSpec(kind, modules="linear"), GradientSpace.of(net, GradientSettings())
     projection = ProjectionSpec("sjlt", p=space.projection.p, d=4096)
-    estimate = pass_memory(net, batches, spec, 4096)
+    estimate = pass_memory(net, batches, spec, projection)
     assert estimate is not None
 
     def run() -> None:
@@ -262,12 +263,15 @@ def test_the_estimate_follows_what_memory_depends_on(llama: Any) -> None:
 
     def need(kind: Kind = "sgd", budget: int = 100, modules: Modules = "linear") -> PassMemory:
         some = rows_as_batches(llama, 8, budget)
-        found = pass_memory(net, some, FeatureSpec(kind, modules=modules), 64)
+        found = pass_memory(net, some, FeatureSpec(kind, modules=modules), projection)
         assert found is not None
         return found
 
     spec, everything = FeatureSpec("sgd"), sum(p.numel() for p in net.parameters())
-    small, large = (pass_memory(net, batches, spec, 64, unit_rows=rows) for rows in (256, 4096))
+    projection = ProjectionSpec("sjlt", p=everything, d=64)
+    small, large = (
+        pass_memory(net, batches, spec, projection, unit_rows=rows) for rows in (256, 4096)
+    )
     assert small is not None
     assert large is not None
     assert large.sums - small.sums == 8 * (4096 - 256) * 64  # a unit's features, twice
@@ -279,31 +283,67 @@ def test_the_estimate_follows_what_memory_depends_on(llama: Any) -> None:
     assert need("adam_marginal", modules="all").vectors == 12 * everything
     assert need(budget=400).activations == pytest.approx(4 * need().activations, rel=0.01)
     assert need(budget=400).sums > need().sums
-    assert pass_memory(llama.model(), batches, FeatureSpec("sgd"), 64) is None
+    assert pass_memory(llama.model(), batches, FeatureSpec("sgd"), projection) is None
+
+
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 64), ("cuda", 64), ("full", 0)])
+def test_the_estimate_has_the_gradients_that_wait_for_a_dense_projection(
+    llama: Any, device: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as an export gathers; where 64 have no room, whole weights' are never kept."""
+    net, batches, spec = model(), rows_as_batches(llama, 8, 100), FeatureSpec("sgd")
+    p = sum(parameter.numel() for parameter in net.parameters())
+    room = 4 * (64 * 4 * p - (device == "full"))
+    on, waits = projected.buffer_bytes_on, ProjectionSpec("rademacher", p=p, d=64)
+    if device != "cpu":
+        monkeypatch.setattr(projected, "free_on", lambda _device: room)
+        for module in (memory, projected):
+            monkeypatch.setattr(module, "buffer_bytes_on",
+                                lambda _device, spec: on(torch.device("cuda"), spec))  # fmt: skip
+    estimate = pass_memory(net, batches, spec, waits)
+    assert estimate is not None
+    assert estimate.waiting == 4 * p * rows
+    sparse = pass_memory(net, batches, spec, ProjectionSpec("sjlt", p=p, d=64))
+    assert sparse is not None
+    assert sparse.waiting == 0
+    assert estimate.on_device - sparse.on_device == estimate.waiting
+
+    buffers: list[int] = []
+    gathered = projected._Exporter.gathered
+
+    def watched(self: Any, pairs: Any) -> Any:
+        buffers.append(self.gather_rows)
+        return gathered(self, pairs)
+
+    monkeypatch.setattr(projected._Exporter, "gathered", watched)
+    pairs = batches.of(UnitRange(0, 0, 8))
+    assert list(export_features(net, pairs, features=spec, projection=waits))
+    assert buffers == [rows] * (rows > 0)
 
 
 def test_too_little_memory_is_refused_before_the_start(
     llama: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     net, batches, spec = model(), rows_as_batches(llama, 8, 100), FeatureSpec("sgd")
+    projection = ProjectionSpec("sjlt", p=sum(x.numel() for x in net.parameters()), d=64)
     with caplog.at_level("INFO"):
-        check_memory(net, batches, spec, 64)
+        check_memory(net, batches, spec, projection)
     (line,) = [r.getMessage() for r in caplog.records if "whole weights" in r.getMessage()]
     assert "beside the model" in line
     assert "100 tokens" in line
     monkeypatch.setattr(memory, "free_ram", lambda: 1000)
     with pytest.raises(BadInput, match=r"are free.*Lower tokens_per_batch.*LoRA adapter"):
-        check_memory(net, batches, spec, 64)
-    check_memory(llama.model(), batches, spec, 64)  # an adapter's are small
-    enough = pass_memory(net, batches, spec, 64)
+        check_memory(net, batches, spec, projection)
+    check_memory(llama.model(), batches, spec, projection)  # an adapter's are small
+    enough = pass_memory(net, batches, spec, projection)
     assert enough is not None
     monkeypatch.setattr(memory, "free_ram", lambda: 2 * enough.total)
-    check_memory(net, batches, spec, 64)
+    check_memory(net, batches, spec, projection)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(BadInput, match="are free"):
-        check_memory(net, batches, spec, 64)
+        check_memory(net, batches, spec, projection)
     monkeypatch.setattr(memory, "free_ram", lambda: None)
-    check_memory(net, batches, spec, 64)
+    check_memory(net, batches, spec, projection)
 
 
 def test_free_ram_is_the_least_of_the_machines_and_the_groups(tmp_path: Path) -> None:
