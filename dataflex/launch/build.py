@@ -245,8 +245,9 @@ def _tell(train: Generation) -> None:
 def feature_settings(config: RunConfig) -> FeatureSettings:
     """Return the settings of the configured component's gradient features.
 
-    A component that takes no gradients into a store gets those of `less` with its defaults, and so
-    does `train_type: static`; a warning names what such a store holds otherwise than training.
+    With `train_type: static`, that of LlamaFactory's own YAMLs, it is a selector: `less` where
+    component_name is not given. A component that takes no gradients into a store gets those of
+    `less` with its defaults; a warning names what such a store holds otherwise than training.
 
     Raises:
         BadInput: no such component, or a parameter that it refuses.
@@ -254,9 +255,10 @@ def feature_settings(config: RunConfig) -> FeatureSettings:
     ours = config.dataflex
     less = build_strategy(config.component("dynamic_select", "less", {})).gradient_features
     assert isinstance(less, FeatureSettings)
-    if ours.train_type == "static":
-        return less
-    component = config.component(ours.train_type, ours.component_name, ours.component_params)
+    kind, name = ours.train_type, ours.component_name
+    if kind == "static":
+        kind, name = "dynamic_select", name or "less"
+    component = config.component(kind, name, ours.component_params)
     strategy = build_strategy(component)
     found = strategy.gradient_features
     if not isinstance(found, FeatureSettings):

@@ -18,7 +18,7 @@ from dataflex.launch import build
 from dataflex.launch.build import feature_settings
 from dataflex.run.output_owner import remember_identity
 from dataflex.selectors.less import LessSelector
-from gradstore.errors import StoreIOError
+from gradstore.errors import BadInput, StoreIOError
 from gradstore.storage.leases import Worker
 from gradstore.store.writer import StoreWriter
 
@@ -85,10 +85,36 @@ def test_what_training_alone_makes_is_said(
     assert said in record.getMessage()
 
 
-def test_static_has_the_features_of_less_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+#: LlamaFactory's own YAML, with no key of DataFlex.
+PLAIN = "offline/plain"
+
+
+def test_plain_llamafactory_has_the_features_of_less_without_a_word(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with caplog.at_level(logging.WARNING):
-        assert settings("train_lora/selectors/less", "train_type=static") == LESS
+        assert settings(PLAIN) == LESS
     assert not caplog.records
+
+
+def test_parameters_given_to_plain_llamafactory_are_those_of_the_features(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = settings(PLAIN, "component_params={gradient_type: sgd, proj_dim: 64}")
+    assert (found.gradient_type, found.proj_dim) == ("sgd", 64)
+    assert not found.train_features.needs_moments
+    assert not caplog.records
+
+
+def test_the_component_of_a_plain_configuration_is_a_selector() -> None:
+    own = settings("train_lora/selectors/cluster_less")
+    assert own != LESS
+    assert settings(PLAIN, "component_name=cluster_less") == own
+    with pytest.raises(BadInput, match="component_name for dynamic_select: 'odm'"):
+        settings(PLAIN, "component_name=odm")
+    with pytest.raises(BadInput, match="gradient_typ"):
+        settings(PLAIN, "component_params.gradient_typ=sgd")
 
 
 def test_a_build_is_of_the_run_that_owns_the_folder_else_of_the_folder(tmp_path: Path) -> None:
