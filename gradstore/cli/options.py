@@ -69,8 +69,8 @@ Normalize = Annotated[
 Preconditioner = Annotated[
     str,
     typer.Option(
-        help="none; fisher: in the metric of the training rows' second moment; subspace: in the "
-        "main directions of the target rows."
+        help="none; fisher: in the metric of the training rows' second moment (features of "
+        "gradient_type sgd or sign); subspace: in the main directions of the target rows."
     ),
 ]
 Damping = Annotated[float, typer.Option(help="Of fisher, in mean eigenvalues.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dataflex.features.settings import FeatureSettings
 from dataflex.features.store_owner import built_by
 from dataflex.launch import build
 from dataflex.launch.build import feature_settings
+from dataflex.launch.preflight import check_gradients
 from dataflex.run.output_owner import remember_identity
 from dataflex.selectors.less import LessSelector
 from gradstore.errors import BadInput, StoreIOError
@@ -115,6 +117,20 @@ def test_the_component_of_a_plain_configuration_is_a_selector() -> None:
         settings(PLAIN, "component_name=odm")
     with pytest.raises(BadInput, match="gradient_typ"):
         settings(PLAIN, "component_params.gradient_typ=sgd")
+
+
+def test_the_configuration_on_the_page_of_builds_is_plain_llamafactorys_and_has_its_features(
+    tmp_path: Path,
+) -> None:
+    page = (EXAMPLES.parent / "docs" / "guide" / "offline.md").read_text()
+    block = re.search(r"```yaml\n(.*?)```", page, flags=re.S)
+    assert block is not None
+    path = tmp_path / "config.yaml"
+    path.write_text(block[1])
+    config = load(path, [], arguments.accepted_keys())
+    assert config.dataflex.train_type == "static"
+    check_gradients(config)
+    assert feature_settings(config).gradient_type == "sgd"
 
 
 def test_a_build_is_of_the_run_that_owns_the_folder_else_of_the_folder(tmp_path: Path) -> None:
