@@ -62,6 +62,30 @@ def test_every_example_configuration_passes_its_checks(
         check(config)
 
 
+#: Keys whose value suits a model and data of a size.
+OF_A_SIZE = re.compile(
+    r"^(?:output_dir|learning_rate|lr_scheduler_type|save_steps|target_dataset|warmup_step"
+    r"|update_step|update_times|train_step): .*",
+    flags=re.M,
+)
+
+#: Values of theirs that suit any: no warm-up, and a choice at every step.
+OF_ANY = re.compile(r"warmup_step: 0$|update_step: 1 ")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in YAMLS if "/train_" in str(path)],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_an_example_marks_what_suits_the_embedded_model_alone(path: Path) -> None:
+    head, _, body = path.read_text().partition("### model")
+    assert 'marked "tiny"' in head
+    lines = [line for line in OF_A_SIZE.findall(body) if not OF_ANY.match(line)]
+    assert len(lines) >= 5
+    assert not [line for line in lines if "  # tiny" not in line]
+
+
 #: What looks at every strategy and every example; a strategy that is added has to pass it.
 ENUMERATING = (
     "tests/integration/test_examples.py::test_there_is_an_example_of_every_strategy",
