@@ -17,6 +17,7 @@ from dataflex.config.keys import RunConfig
 from dataflex.config.presets import Component
 from dataflex.data.order import BatchShape
 from dataflex.data.rows import RawRows, RunData, check_rows
+from dataflex.launch.announced import announce
 from dataflex.pipelines.pipeline import build_strategy
 from dataflex.reorders.base import Reorder
 from dataflex.report import page, picture
@@ -125,6 +126,8 @@ class TrainSession:
             _log.warning("the run of %d steps ends before its first update", schedule.budget)
         self.strategy.check_data(data, self.config)
         run = Run(**vars(job), schedule=schedule, run_id="")
+        if run.ranks.leads:
+            announce(run, fresh=self.checkpoint is None)
         if self.checkpoint is not None:
             self._compare(run, described_state(self.checkpoint))
         return run

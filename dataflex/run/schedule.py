@@ -106,6 +106,26 @@ class Schedule:
             step = found[-1].stop
         return found
 
+    def told(self) -> str:
+        """Tell in a line how long the run is and what it is made of.
+
+        >>> Schedule(100, 100, 4, budget=1500).told()
+        '1,500 steps, 12 updates: 3 stages of 100 + 4 x 100 steps'
+        >>> Schedule(10, 10, 0, budget=20).told()
+        '20 steps, 1 update'
+        """
+        updates = sum(interval.update > 0 for interval in self.intervals())
+        text = f"{_counted(self.budget, 'step')}, {_counted(updates, 'update')}"
+        if not self.bounded:
+            return text
+        stages = _counted(math.ceil(self.budget / self.stage_steps), "stage")
+        shape = f"{self.warmup_step} + {self.update_times} x {self.update_step} steps"
+        return f"{text}: {stages} of {shape}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
 
 def select_budget(
     *,
