@@ -2,8 +2,8 @@
 
     uv run python examples/notebooks/refresh.py [NOTEBOOK.ipynb ...]
 
-Without names, all of them, in place. They share one training run below the temporary folder; remove
-its `dataflex-notebooks` to have it made anew.
+Without names, all of them, in place. They share one training run, in `runs/` beside them, which git
+ignores; remove it to have it made anew.
 """
 
 from __future__ import annotations

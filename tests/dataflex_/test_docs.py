@@ -21,7 +21,11 @@ from dataflex.launch.preflight import check
 from dataflex.pipelines.stages import ACCEPTED
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+]
 YAMLS = sorted((ROOT / "examples").rglob("*.yaml"))
 
 

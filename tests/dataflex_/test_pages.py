@@ -20,7 +20,12 @@ from dataflex.config.presets import resolve
 from gradstore import errors
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.M | re.S)
 PROGRAM = re.compile(r"(?:dataflex-cli|-m dataflex) (.*)")

@@ -139,11 +139,18 @@ def forked_kernels(
 
 
 @pytest.fixture
-def fewer_rows(tmp_path: Path) -> Path:
-    """A copy of the notebooks whose run has fewer rows: of each kind, and of each skill, still."""
+def fewer_rows(tmp_path: Path, model: Path) -> Path:
+    """A copy of the notebooks whose run has fewer rows: of each kind, and of each skill, still.
+
+    Their model has the first two layers of the embedded one.
+    """
     examples = tmp_path / "clone" / "examples"
-    folder = shutil.copytree(FOLDER, examples / "notebooks")
-    (examples / "tiny").symlink_to(FOLDER.parent / "tiny")
+    folder = shutil.copytree(
+        FOLDER, examples / "notebooks", ignore=shutil.ignore_patterns("runs", "__pycache__")
+    )
+    (examples / "tiny").mkdir()
+    (examples / "tiny" / "data").symlink_to(FOLDER.parent / "tiny" / "data")
+    (examples / "tiny" / "model").symlink_to(model)
     run = (folder / "run.yaml").read_text()
     assert "max_samples: 800\n" in run
     (folder / "run.yaml").write_text(run.replace("max_samples: 800\n", "max_samples: 240\n"))
@@ -157,3 +164,5 @@ def test_every_notebook_runs_and_shows_what_is_committed(
     """In one test, since the first that needs the training run makes it for the others."""
     for path in NOTEBOOKS:
         assert outputs(refresh.executed(fewer_rows / path.name)) == outputs(read(path)), path.name
+    (run,) = (fewer_rows / "runs").iterdir()
+    assert (run / "train_results.json").is_file()
