@@ -6,6 +6,7 @@ import logging
 import math
 from pathlib import Path
 
+from dataflex.config.keys import RunConfig
 from dataflex.trainers.job import Run
 from gradstore.format.layout import METADATA
 from gradstore.pace import size
@@ -24,9 +25,25 @@ def announce(run: Run, *, fresh: bool) -> None:
     if ours.train_type != "dynamic_weight" and not ours.static_mix:
         by = "" if run.train_step else f", by num_train_epochs {float(run.args.num_train_epochs):g}"
         _log.info("this run: %s%s", run.schedule.told(), by if run.schedule.bounded else "")
+    if run.strategy.needs_targets and (line := default_targets(run.config)):
+        _log.info("%s", line)
     for warning in (replaced_store(run, fresh=fresh), unsaved_updates(run)):
         if warning:
             _log.warning("%s", warning)
+
+
+def default_targets(config: RunConfig) -> str:
+    """Say which rows are the target where target_dataset names none; "" where it does."""
+    if config.dataflex.target_dataset:
+        return ""
+    sets = config.known.eval_dataset
+    whose = (
+        f"those of eval_dataset ({', '.join(sets)})" if sets else "a share of dataset (val_size)"
+    )
+    return (
+        f"target rows: {whose}, since target_dataset is not set; a selection is fitted to them, so "
+        "do not judge the model by them"
+    )
 
 
 def replaced_store(run: Run, *, fresh: bool) -> str:

@@ -21,6 +21,7 @@ from dataflex.features.engines import run_on_ray
 from dataflex.features.gradients import FeatureService
 from dataflex.features.settings import FeatureSettings
 from dataflex.features.store_owner import built_by
+from dataflex.launch.announced import default_targets
 from dataflex.launch.at_checkpoint import load_at
 from dataflex.launch.dry_run import build_forecast, context_of
 from dataflex.launch.inputs import check_store
@@ -121,6 +122,8 @@ def _loaded(
     """Load rows and the model of the first checkpoint, and check them."""
 
     def check_data(data: RunData, *_: object) -> None:
+        if line := default_targets(config):
+            _log.info("%s", line)
         check_rows(data, needs_targets=True, subtask_sizes=config.dataflex.target_subtasks)
 
     device = 0 if worker is None else worker.number - 1

@@ -42,7 +42,10 @@ def serve(
         typer.Option(help="Name under which a reverse proxy passes requests on; repeat for more."),
     ] = None,
 ) -> None:
-    """Serve a store on this machine: a page to explore it, and an API under /v1; read-only."""
+    """Serve a store on this machine: a page to explore it, and an API under /v1.
+
+    Nothing is written to the store, unless --writable takes what others write.
+    """
     # First: it chooses how much other libraries say, which they read when they are imported.
     explainer = open_explainer(store)
     from gradstore.serve.running import Offer

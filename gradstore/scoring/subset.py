@@ -79,8 +79,9 @@ def drop_harmful(
 ) -> npt.NDArray[np.int64]:
     """Keep the usable rows whose score is above 0, or the k best of them.
 
-    To first order a step on a row lowers the target's loss by the dot product of their gradients
-    (TracIn, arXiv 2002.08484, section 3), so a score of 0 does nothing and one below 0 hurts.
+    To first order a step of plain gradient descent on a row lowers the target's loss by the dot
+    product of their gradients (TracIn, arXiv 2002.08484, section 3): a score of 0 does nothing and
+    one below 0 hurts. Of Adam's features it says so of a step with the row beside one without it.
 
     Args:
         scores: (n,) float influences; a nan is never above 0.

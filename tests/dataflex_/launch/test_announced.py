@@ -78,6 +78,23 @@ def test_the_page_of_ones_own_data_says_what_its_configuration_will_say(
     assert f"`{line.removeprefix('this run: ').partition(', by')[0]}`" in shown
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("target_dataset=null",), "those of eval_dataset (tiny_target_heldout)"),
+        (("target_dataset=null", "eval_dataset=null", "val_size=0.1"), "a share of dataset"),
+        ((), None),
+        (("target_dataset=null", "component_name=random", "component_params={}"), None),
+    ],
+)
+def test_a_target_that_nobody_named_is_told(
+    overrides: tuple[str, ...], says: str | None, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    lines = said(planned(LESS, f"output_dir={tmp_path}", *overrides), caplog)[1:]
+    assert len(lines) == (says is not None)
+    assert all(str(says) in line for line in lines)
+
+
 def test_a_store_that_a_run_replaces_is_named_with_its_size(tmp_path: Path) -> None:
     own = tmp_path / "gradstore"
     own.mkdir()
