@@ -11,11 +11,15 @@ from dataflex.launch.inputs import check_inputs
 from dataflex.launch.packages import check_packages
 
 
-def read(path: Path, overrides: Sequence[str]) -> RunConfig:
+def read(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration; check keys, values, component, packages, model, data sets, folders.
 
     Nothing heavy is imported: an answer takes a second, where the strategies (torch) and
     LlamaFactory (transformers) take ten.
+
+    Args:
+        path: a YAML or JSON file.
+        overrides: `key=value`, as on the command line.
 
     Raises:
         BadInput: every fault of the first of these kinds that has one.

@@ -28,11 +28,23 @@ def modules_after(statement: str) -> set[str]:
         ("from gradstore.storage.places import files_at, lock_of; lock_of(files_at('a'))",
          FOREIGN | HEAVY | {"dataflex", "torch"}),
         ("import dataflex; import dataflex.launch.asked", FOREIGN | HEAVY | {"torch"}),
+        ("import dataflex; dataflex.read_configuration", FOREIGN | HEAVY | {"torch"}),
         ("import dataflex.cli", FOREIGN | HEAVY | {"torch"}),
     ],
 )  # fmt: skip
 def test_an_import_brings_nothing_it_need_not(statement: str, without: set[str]) -> None:
     assert not modules_after(statement) & without
+
+
+def test_every_public_name_of_the_package_is_there() -> None:
+    code = (
+        "import dataflex; print(dataflex.read_configuration.__module__, "
+        "all(getattr(dataflex, name) is not None for name in dataflex.__all__), "
+        "hasattr(dataflex, 'read'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    module, there, unlisted = done.stdout.split()
+    assert (module, there, unlisted) == ("dataflex.launch.configuration", "True", "False")
 
 
 def test_the_kernels_folder_is_not_taken_for_another_package() -> None:
