@@ -79,7 +79,7 @@ def unsaved_updates(run: Run) -> str:
     every = float(args.save_steps)
     every = math.ceil(every * run.schedule.budget) if every < 1 else int(every)
     updates = [i.start for i in run.schedule.intervals() if i.update and i.start]
-    if not updates or any(step % every == 0 for step in updates):
+    if not updates or (every > 0 and any(step % every == 0 for step in updates)):
         return ""
     shown = ", ".join(map(str, updates[:3])) + (", ..." if len(updates) > 3 else "")
     return (

@@ -113,9 +113,11 @@ def test_a_run_none_of_whose_updates_is_saved_says_so_at_its_start(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     given = ("warmup_step=100", "update_step=100", "update_times=4", f"output_dir={tmp_path}")
-    (_, warning) = said(planned(LESS, *given, save_steps=500), caplog)
-    assert "no update (at steps 100, 200, 300, ...) falls on a save" in warning
-    assert "save_steps: 100" in warning
+    for every in (500, 0):
+        caplog.clear()
+        (_, warning) = said(planned(LESS, *given, save_steps=every), caplog)
+        assert f"save_steps is {every}, and no update (at steps 100, 200, 300, ...)" in warning
+        assert "save_steps: 100" in warning
 
 
 @pytest.mark.parametrize(
