@@ -16,6 +16,7 @@ from gradstore.format.canonical import plain, sealed, unseal
 from gradstore.format.layout import SCHEMA_VERSION, TEXTS_VERSION
 from gradstore.format.names import GenerationName
 from gradstore.format.text_table import TextTable
+from gradstore.format.typed import sha256, text, whole
 
 _KINDS = ("generation", "retire", "texts")
 
@@ -86,13 +87,27 @@ class Commit:
                 texts=tuple(TextTable.from_dict(each) for each in document.get("texts", ())),
             )
             same = commit.to_bytes() == data
-            for name in commit.generations:
-                GenerationName.parse(name)
+            commit._check_types()
         except (KeyError, TypeError, AttributeError, BadInput) as error:
             raise ValueError(f"not a commit: {error!r}") from error
         if not same or commit.kind not in _KINDS or not commit._says_what_its_kind_says():
             raise ValueError("not a commit of this schema")
         return commit
+
+    def _check_types(self) -> None:
+        """Raise ValueError or BadInput where a value is not of its type, whoever has sealed it."""
+        whole(self.number, "number", least=1)
+        text(self.store_uuid, "store_uuid")
+        if self.parent is not None:
+            sha256(self.parent, "parent")
+        for name in self.generations:
+            GenerationName.parse(name)
+        if self.kind == "generation":
+            sha256(self.plan_sha256, "plan_sha256")
+        text(self.plan_sha256, "plan_sha256")
+        for seal in self.units:
+            sha256(seal, "the seal of a unit")
+        whole(self.chunk_bytes, "chunk_bytes")
 
     def _says_what_its_kind_says(self) -> bool:
         if self.kind == "texts":

@@ -16,6 +16,7 @@ import numpy as np
 from gradstore.format.canonical import Json, canonical_json, seal, unseal
 from gradstore.format.layout import FORGOTTEN_VERSION
 from gradstore.format.records import HASH_BYTES, RowSet
+from gradstore.format.typed import each_of, hexadecimal, mapping, sha256, text, whole
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,17 @@ class _Document:
             values = {each.name: document[each.name] for each in fields(cls)}
             values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             found = cls(**values)
+            found._check_types()
             same = found.to_bytes() == data
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a {cls.__name__.lower()}: {error!r}") from error
         if not same:
             raise ValueError(f"not a {cls.__name__.lower()} of this schema")
         return found
+
+    def _check_types(self) -> None:
+        """Raise ValueError where a value is not of its type, whoever has sealed it."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,17 @@ class Request(_Document):
     ids: tuple[str, ...]
     commits: int
     commit_before: str | None
+
+    def _check_types(self) -> None:
+        whole(self.number, "number", least=1)
+        for name in ("store_uuid", "asked"):
+            text(getattr(self, name), name)
+        hexadecimal(self.key, "key", HASH_BYTES)
+        for one in each_of(self.ids, "ids"):
+            hexadecimal(one, "an id", HASH_BYTES)
+        whole(self.commits, "commits")
+        if self.commit_before is not None:
+            sha256(self.commit_before, "commit_before")
 
 
 @dataclass(frozen=True)
@@ -99,6 +116,22 @@ class Receipt(_Document):
     removed: tuple[str, ...]
     texts: tuple[str, ...]
     chunk_bytes: int
+
+    def _check_types(self) -> None:
+        whole(self.number, "number", least=1)
+        for name in ("store_uuid", "asked", "done"):
+            text(getattr(self, name), name)
+        sha256(self.request_sha256, "request_sha256")
+        for commit in (self.commit_before, self.commit_after):
+            if commit is not None:
+                sha256(commit, "the seal of a commit")
+        for name, count in mapping(self.rows, "rows").items():
+            whole(count, f"rows of {name}")
+        for name in each_of(self.removed, "removed"):
+            text(name, "a generation's name")
+        for each in each_of(self.texts, "texts"):
+            sha256(each, "the sha256 of a row set")
+        whole(self.chunk_bytes, "chunk_bytes")
 
 
 def row_ids(rows: RowSet, key: str) -> list[str]:

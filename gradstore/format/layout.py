@@ -220,7 +220,7 @@ def read_root(data: bytes) -> tuple[int, str, str]:
     version, uuid, needs = (body.get(key) for key in ("schema_version", "store_uuid", "needs"))
     if attributes.get("check") != sha256_json(body):
         raise ValueError("its attributes do not fit their sha256")
-    if not isinstance(version, int) or not isinstance(uuid, str) or not isinstance(needs, str):
+    if type(version) is not int or not isinstance(uuid, str) or not isinstance(needs, str):
         raise ValueError("schema_version, store_uuid or needs is missing")
     if version < 1 or (version in NEEDS and data != root_json(uuid, version)):
         raise ValueError("other bytes than gradstore writes")

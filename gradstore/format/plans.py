@@ -34,6 +34,7 @@ from gradstore.format.layout import (
 from gradstore.format.names import GenerationName, check_space
 from gradstore.format.records import HASH_BYTES, GenerationRecord, RowSet
 from gradstore.format.sources import Sources
+from gradstore.format.typed import each_of, mapping, sha256, text, whole
 
 #: Bytes of the member that holds a document's seal.
 _SEAL_BYTES = len(b'"sha256":"",') + hashlib.sha256().digest_size * 2
@@ -201,28 +202,33 @@ class Plan:
 
         Raises:
             BadInput: a position is planned twice (or the units leave a gap).
-            ValueError: the bytes are not a plan.
+            ValueError: the bytes are not a plan, or a value in them is not of its type.
         """
         document, first = unseal_head(data, "units")
         losses = document.get("losses", False)
         if losses is not ("losses" in document) or set(document) - {"losses"} != _KEYS:
             raise ValueError("missing or unknown fields")
+        _check_types(document)
+        try:
+            rows = _read_rows(document, data, first)
+        except (TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"not a plan: {error!r}") from error
         try:
             plan = cls(
                 name=document["generation"],
                 space=document["space"],
                 provenance_sha256=document["provenance_sha256"],
                 record=GenerationRecord.from_dict(document["record"]),
-                rows=_read_rows(document, data, first),
+                rows=rows,
                 dim=document["dim"],
                 dtype=document["dtype"],
                 unit_rows=document["unit_rows"],
                 losses=losses,
             )
-            if document["schema_version"] != plan.schema_version:
-                raise ValueError("another schema")
-        except (TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"not a plan: {error!r}") from error
+        except BadInput as error:
+            raise ValueError(f"not a plan: {error}") from error
+        if document["schema_version"] != plan.schema_version:
+            raise ValueError("another schema")
         return plan, document["sha256"]
 
 
@@ -235,9 +241,22 @@ def seal_of_plan(data: bytes) -> str:
     return str(unseal_head(data, "units")[0]["sha256"])
 
 
+def _check_types(document: dict[str, Json]) -> None:
+    """Raise ValueError where a member of a plan is not of its type, whoever has sealed it."""
+    for name in ("schema_version", "dim", "unit_rows", "row_count"):
+        whole(document[name], name, least=1)
+    for name in ("generation", "space", "dtype"):
+        text(document[name], name)
+    sha256(document["provenance_sha256"], "provenance_sha256")
+    mapping(document["record"], "record")
+    if document["source_names"] is not None:
+        for name in each_of(document["source_names"], "source_names"):
+            text(name, "a source's name")
+
+
 def _spelled(start: int, stop: int, hashes: np.ndarray, sources: Sources | None) -> bytes:
     """Spell the unit of rows `start` to `stop` of (n, 16) hashes, after the comma before it."""
-    text = b'%s{"row_hash":"%s","rows":[%d,%d]' % (
+    spelled = b'%s{"row_hash":"%s","rows":[%d,%d]' % (
         b"," if start else b"",
         hexlify(np.ascontiguousarray(hashes[start:stop]).data),
         start,
@@ -246,8 +265,8 @@ def _spelled(start: int, stop: int, hashes: np.ndarray, sources: Sources | None)
     if sources is not None:
         pairs = np.column_stack((sources.code[start:stop], sources.row[start:stop]))
         each = b"[%d,%d]," * len(pairs) % tuple(pairs.ravel().tolist())
-        text += b',"sources":[' + each[:-1] + b"]"
-    return text + b"}"
+        spelled += b',"sources":[' + each[:-1] + b"]"
+    return spelled + b"}"
 
 
 def _read_rows(document: dict[str, Json], data: bytes, at: int) -> RowSet:
@@ -259,12 +278,12 @@ def _read_rows(document: dict[str, Json], data: bytes, at: int) -> RowSet:
         at: where its first unit begins.
     """
     n, names = document["row_count"], document["source_names"]
-    if not 0 <= n * 2 * HASH_BYTES <= len(data):
+    if n * 2 * HASH_BYTES > len(data):
         raise ValueError("row_count does not fit the row hashes")
     hashes = np.empty((n, HASH_BYTES), np.uint8)
     sources = None
     if names is not None:
-        sources = Sources(list(map(str, names)), np.empty(n, np.int32), np.empty(n, np.int64))
+        sources = Sources(names, np.empty(n, np.int32), np.empty(n, np.int64))
     for start in range(0, n, document["unit_rows"]):
         stop = min(start + document["unit_rows"], n)
         unit = data[at : data.index(b"}", at) + 1]

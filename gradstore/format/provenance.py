@@ -103,7 +103,7 @@ def _canary_note(stored: Json, current: Json) -> str:
     try:
         size = max(abs(float(value)) for value in (*stored, *current)) or 1.0
         largest = max(abs(float(a) - float(b)) for a, b in zip(stored, current, strict=True))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return "one of the two is not a list of numbers"
     if largest <= CANARY_TOLERANCE * size:
         return ""
@@ -154,9 +154,10 @@ def read_provenance(data: bytes, space: str) -> tuple[dict[str, Json], str]:
     document = unseal(data)
     if document.get("space") != space or not isinstance(document.get("fields"), dict):
         raise ValueError(f"not the provenance of space {space}")
-    if document.get("schema_version") != SCHEMA_VERSION:
+    version = document.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise BadInput(
-            f"provenance of schema {document.get('schema_version')}; this release reads "
+            f"provenance of schema {version}; this release reads "
             f"{SCHEMA_VERSION}: open it with the release that wrote it"
         )
     return document["fields"], document["sha256"]

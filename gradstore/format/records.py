@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -11,13 +12,14 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 
-from gradstore.errors import BadInput, expect
+from gradstore.errors import BadInput, expect, expect_whole
 from gradstore.format.canonical import Json, plain
 from gradstore.format.layout import EMBEDDING
 from gradstore.format.names import GenerationName, Role, space_run
 from gradstore.format.sources import Sources, check_sources
 
 HASH_BYTES = 16
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 #: In place of the hash and the source of a row that was removed on request; of no row's bytes.
 NO_HASH = hashlib.blake2b(b"a row that was removed on request", digest_size=HASH_BYTES).digest()
@@ -81,12 +83,36 @@ class GenerationRecord:
                 f"{self.name!r} does not name {self.role} {self.set!r} step {self.step}; "
                 "build names with gradstore.format.names.GenerationName"
             )
+        self._check_types()
         if not self.run_id:
             raise BadInput("run_id is empty; give an id that stays the same when the run resumes")
         rate = self.learning_rate
         fits = rate is None or (isinstance(rate, SupportsFloat) and not isinstance(rate, str))
         expect(fits, "learning_rate", rate, "a number or None")
         plain(vars(self), "record")
+
+    def _check_types(self) -> None:
+        """Raise BadInput where a field could be written and not be read, or not be worked with."""
+        for name in ("run_id", "adapter_hash", "feature", "autocast", "attention"):
+            expect(isinstance(getattr(self, name), str), name, getattr(self, name), "a text")
+        digest = self.optimizer_hash
+        expect(
+            digest is None or isinstance(digest, str), "optimizer_hash", digest, "a text or None"
+        )
+        for name in ("step", "effective_seed"):
+            expect_whole(getattr(self, name), name, least=None)
+        for name in ("projection", "feature_options", "libraries"):
+            expect(isinstance(getattr(self, name), Mapping), name, getattr(self, name), "a mapping")
+        for name in ("curvature", "share"):
+            told = self.feature_options.get(name) or {}
+            expect(isinstance(told, Mapping), f"feature_options.{name}", told, "a mapping")
+        if self.curvature:
+            digest = self.curvature.get("sha256")
+            fits = isinstance(digest, str) and _SHA256.fullmatch(digest) is not None
+            expect(fits, "feature_options.curvature.sha256", digest, "a sha256 in hex")
+            damping = self.curvature.get("damping")
+            fits = isinstance(damping, SupportsFloat) and not isinstance(damping, str)
+            expect(fits, "feature_options.curvature.damping", damping, "a number")
 
     @property
     def parsed(self) -> GenerationName:
@@ -106,7 +132,7 @@ class GenerationRecord:
     @property
     def curvature(self) -> Mapping[str, Any]:
         """The metric that gradients were put into (`KroneckerFactors.options`); {} for none."""
-        found: Mapping[str, Any] = self.feature_options.get("curvature", {})
+        found: Mapping[str, Any] = self.feature_options.get("curvature") or {}
         return found
 
     def to_dict(self) -> dict[str, Json]:

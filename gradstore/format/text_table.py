@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradstore.format.canonical import Json, canonical_json
 from gradstore.format.records import HASH_BYTES, RowSet
+from gradstore.format.typed import sha256, whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -116,14 +117,12 @@ class TextTable:
     @classmethod
     def from_dict(cls, document: Json) -> TextTable:
         """Read what `to_dict` gave; raise ValueError, KeyError or TypeError for anything else."""
-        sha = document["rows_sha256"]
+        sha = sha256(document["rows_sha256"], "rows_sha256")
         parts = tuple(TextPart(*part) for part in document["parts"])
-        numbers = [number for part in parts for number in (part.rows, part.bytes)]
-        names = [sha, *(part.sha256 for part in parts)]
-        if not all(type(number) is int and number > 0 for number in numbers):
-            raise ValueError("a part without rows or bytes")
-        if not all(isinstance(name, str) and _is_sha256(name) for name in names):
-            raise ValueError("a sha256 that is none")
+        for part in parts:
+            whole(part.rows, "rows of a part", least=1)
+            whole(part.bytes, "bytes of a part", least=1)
+            sha256(part.sha256, "sha256 of a part")
         return cls(sha, parts)
 
 
@@ -214,7 +213,3 @@ def sha256_of_rows(hashes: pa.ChunkedArray) -> str:
     for one in hashes.to_pylist():
         digest.update(one)
     return digest.hexdigest()
-
-
-def _is_sha256(text: str) -> bool:
-    return len(text) == 64 and set(text) <= set("0123456789abcdef")

@@ -10,8 +10,12 @@ import google_crc32c
 import numpy as np
 
 from gradstore.format.canonical import Json, seal, sealed, unseal
-from gradstore.format.layout import SCHEMA_VERSION
+from gradstore.format.layout import CRC_BYTES, SCHEMA_VERSION, RowStatus
 from gradstore.format.plans import UnitRange
+from gradstore.format.typed import mapping, sha256, text, whole
+
+_STATUSES = frozenset(status.name.lower() for status in RowStatus)
+_CRC_MOST = (1 << 32) - 1
 
 
 def crc32c(data: bytes | memoryview) -> int:
@@ -94,4 +98,20 @@ class UnitRecord:
         if expected != data:
             unseal(data)
             raise ValueError("not a unit record of this schema")
+        record._check_types()
         return record, found
+
+    def _check_types(self) -> None:
+        """Raise ValueError where a value is not of its type, whoever has sealed it."""
+        text(self.generation, "generation")
+        whole(self.unit.index, "unit")
+        whole(self.unit.stop, "the end of rows", least=whole(self.unit.start, "the first row") + 1)
+        sha256(self.plan_sha256, "plan_sha256")
+        for name, each in self.files.items():
+            whole(each.bytes, f"bytes of {name}", least=CRC_BYTES + 1)
+            whole(each.crc32c, f"crc32c of {name}", most=_CRC_MOST)
+            sha256(each.sha256, f"sha256 of {name}")
+        for status, count in mapping(self.status, "status").items():
+            whole(count, f"rows of status {status}")
+            if status not in _STATUSES:
+                raise ValueError(f"{status!r} is no status of a row")

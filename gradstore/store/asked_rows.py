@@ -57,7 +57,7 @@ def _row_sets(files: ReadFiles, store: Store) -> Iterator[tuple[str, RowSet]]:
     for name in store.planned():
         try:
             plan = Plan.from_bytes(files.read(plan_path(name)))[0]
-        except ValueError:
+        except (ValueError, BadInput):
             continue  # damaged, and removed whatever is asked for
         yield plan.record.set, plan.rows
 

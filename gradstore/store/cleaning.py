@@ -211,7 +211,7 @@ def _readable(files: StoreFiles, name: str) -> Plan | None:
     """Return the plan of a generation; None where there is none to be read."""
     try:
         return Plan.from_bytes(files.read(plan_path(name)))[0]
-    except (ValueError, DamagedFile):
+    except (ValueError, BadInput, DamagedFile):
         return None
 
 

@@ -66,7 +66,8 @@ class RowTexts:
             DamagedData: the first file is not the committed one.
         """
         metadata = self._file(0).schema_arrow.metadata or {}
-        found: Formats = read_object(metadata.get(FORMATS, b"{}").decode("utf-8"))
+        with _damage_told(self._files, part_path(self._table.rows_sha256, 0)):
+            found: Formats = read_object(metadata.get(FORMATS, b"{}"))
         return found
 
     def read(self, rows: Sequence[int] | np.ndarray) -> list[RowText]:
@@ -187,6 +188,7 @@ class _damage_told:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | ValueError | KeyError):  # pyarrow's errors are among these
+        # Of the kinds that pyarrow's errors are among.
+        if isinstance(error, OSError | ValueError | KeyError | NotImplementedError):
             fault = Fault(self._path, "a table of text", str(error))
             raise DamagedFile(fault, str(self._files.root)) from error

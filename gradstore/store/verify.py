@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from gradstore.errors import DamagedFile, Fault
+from gradstore.errors import BadInput, DamagedFile, Fault
 from gradstore.format.commits import Commit
 from gradstore.format.layout import (
     FORGOTTEN,
@@ -117,7 +117,7 @@ class _Check:
             self.count(path)
             try:
                 read_provenance(self._files.read(path), space)
-            except ValueError as error:
+            except (ValueError, BadInput) as error:
                 self.add(Fault(path, "the provenance that was written", str(error)))
 
     def requests(self, store: Store) -> None:
