@@ -2,41 +2,41 @@
 
 A store's writer checks its own work. These are the checks of somebody who does not trust it: each
 file is what its path says, comes after what it needs, and agrees with it. So whoever has the key
-that writes can add to a store, and can't spoil what is committed.
+that writes can add to a store and, as any writer, retire generations or ask for rows to be removed;
+but nothing committed is changed, and nothing is committed that `gradstore verify` would call
+damaged. What no check can tell is whether values are the model's, and words those of their row.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from gradstore.errors import BadInput, DamagedFile
 from gradstore.format.commits import Commit
-from gradstore.format.forgotten import Receipt, Request
 from gradstore.format.layout import (
     CRC_BYTES,
-    CURVATURE,
+    TEXTS_VERSION,
     ArraySpec,
+    RowStatus,
     generation_path,
     group_json,
     plan_path,
     provenance_path,
     read_root,
-    request_path,
 )
 from gradstore.format.paths import StorePath
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.provenance import compare, read_provenance, refuse
-from gradstore.format.text_table import part_path
 from gradstore.format.unit_records import UnitRecord, crc32c
-from gradstore.serve.problems import out_of_order
+from gradstore.serve.forgetting import check_receipt, check_request
+from gradstore.serve.problems import out_of_order, reading
 from gradstore.storage.reading import ReadFiles
 from gradstore.store.attempts import check_plan, ever_committed
 from gradstore.store.documents import metadata
 from gradstore.store.reader import Store
-from gradstore.store.unit_files import check_unit, read_record, row_hash_file
+from gradstore.store.texts import RowTexts
+from gradstore.store.unit_files import check_unit, read_record, row_hash_file, status_counts
 
 #: Plans that are kept at hand.
 _PLANS_KEPT = 16
@@ -82,12 +82,12 @@ class Checks:
     def _root(self, where: StorePath, data: bytes) -> None:
         if self._files.has(where.path):
             return  # the same bytes again, or taken
-        with _reading(where.path):
+        with reading(where.path):
             read_root(data)
 
     def check_newer_root(self, data: bytes) -> None:
         """Check a root that takes the place of another: the same store's, of a later schema."""
-        with _reading("zarr.json"):
+        with reading("zarr.json"):
             version, uuid, _ = read_root(data)
         store = self._store()
         if uuid != store.uuid or version < store.schema_version:
@@ -107,7 +107,7 @@ class Checks:
 
     def _space(self, where: StorePath, data: bytes) -> None:
         self._store()
-        with _reading(where.path):
+        with reading(where.path):
             given, _ = read_provenance(data, where.name)
         there = self._files.read_if_there(where.path)
         if there is not None:
@@ -119,7 +119,7 @@ class Checks:
 
     def _plan(self, where: StorePath, data: bytes) -> None:
         store = self._store()
-        with _reading(where.path):
+        with reading(where.path):
             plan, _ = Plan.from_bytes(data)
         if plan.name != where.name:
             raise BadInput(f"{where.path} holds the plan of {plan.name}")
@@ -155,7 +155,7 @@ class Checks:
             data = self._files.read_if_there(plan_path(name))
             if data is None:
                 raise out_of_order(f"{path} comes before its plan: write {plan_path(name)} first")
-            with _reading(plan_path(name)):
+            with reading(plan_path(name)):
                 found = Plan.from_bytes(data)
             while len(self._plans) >= _PLANS_KEPT:
                 self._plans.pop(next(iter(self._plans)))
@@ -178,6 +178,8 @@ class Checks:
         values, trailer = memoryview(data)[:-CRC_BYTES], data[-CRC_BYTES:]
         if crc32c(values).to_bytes(CRC_BYTES, "little") != trailer:
             raise BadInput(f"{where.path} does not end with the crc32c of its values")
+        if spec.name == "status" and max(values) >= len(RowStatus):
+            raise BadInput(f"{where.path} has the status {max(values)}, which there is not")
         if spec.name == "row_hash" and row_hash_file(plan, unit) != {_in_generation(where): data}:
             raise BadInput(f"{where.path} has other row hashes than the plan")
 
@@ -193,7 +195,7 @@ class Checks:
 
     def _unit(self, where: StorePath, data: bytes) -> None:
         plan, sha = self._planned(where.name, where.path)
-        with _reading(where.path):
+        with reading(where.path):
             record, _ = UnitRecord.from_bytes(data)
         if where.number >= len(plan.units):
             raise BadInput(f"{where.path} is no unit of the plan, which has {len(plan.units):,}")
@@ -208,12 +210,23 @@ class Checks:
         if faults:
             told = "; ".join(map(str, faults))
             raise out_of_order(f"{where.path} comes before its chunks, or is of others: {told}")
+        counted = self._counted(plan, unit)
+        if counted != {name: count for name, count in record.status.items() if count}:
+            raise BadInput(f"{where.path} counts rows {dict(record.status)}; they are {counted}")
+
+    def _counted(self, plan: Plan, unit: UnitRange) -> dict[str, int]:
+        """Count the rows of a unit by the status that its chunk says."""
+        spec = next(spec for spec in plan.arrays if spec.name == "status")
+        path = f"{generation_path(plan.name)}/{spec.chunk_path(unit.index)}"
+        codes = self._files.read(path, expected_bytes=spec.chunk_bytes(plan.unit_rows))
+        with reading(path):
+            return status_counts(list(codes[: unit.stop - unit.start]))
 
     # ---- commits -----------------------------------------------------------------------------
 
     def _commit(self, where: StorePath, data: bytes) -> None:
         store = self._store()
-        with _reading(where.path):
+        with reading(where.path):
             commit = Commit.from_bytes(data)
         if where.number <= len(store.commits):
             return  # the same bytes again, or taken
@@ -227,6 +240,9 @@ class Checks:
         if commit.kind == "generation":
             self._whole(store, commit, where)
         elif commit.kind == "texts":
+            if store.schema_version < TEXTS_VERSION:
+                raise out_of_order(f"{where.path} needs schema {TEXTS_VERSION}: raise that of "
+                                   f"zarr.json first, which is {store.schema_version}")  # fmt: skip
             self._whole_text(commit, where)
         else:
             live = {each.generation for each in store.live_commits(superseded=True)}
@@ -265,24 +281,28 @@ class Checks:
         self._check_factors(plan, where)
 
     def _check_factors(self, plan: Plan, where: StorePath) -> None:
-        told = plan.record.curvature
-        if told and not self._files.has(path := f"{CURVATURE}/{told['sha256']}.safetensors"):
-            raise out_of_order(f"{where.path} comes before {path}")
+        if not plan.record.curvature:
+            return
+        from gradstore.store.curvature import factors_of_record  # torch, which others do without
+
+        path, fault = factors_of_record(self._files, plan.record)
+        if fault is not None:
+            raise out_of_order(f"{where.path} comes before {path}, or tells of others: {fault}")
 
     def _whole_text(self, commit: Commit, where: StorePath) -> None:
-        for table in commit.texts:
-            for number, part in enumerate(table.parts):
-                path = part_path(table.rows_sha256, number)
-                data = self._files.read_if_there(path)
-                if data is None or hashlib.sha256(data).hexdigest() != part.sha256:
-                    raise out_of_order(f"{where.path} comes before {path}, or names other text")
+        """Check that the files of a text are those that a commit names, and hold its rows."""
+        for fault in (f for table in commit.texts for f in RowTexts(self._files, table).check()):
+            raise out_of_order(f"{where.path} comes before {fault.file}, or names other text: "
+                               f"{fault}")  # fmt: skip
 
     # ---- the rest ----------------------------------------------------------------------------
 
     def _text(self, where: StorePath, data: bytes) -> None:
-        self._store()
+        kept = self._store().text_commits().get(where.name)
         if data[:4] != b"PAR1" or data[-4:] != b"PAR1":
             raise BadInput(f"{where.path} is no Parquet file")
+        if kept is not None and where.number >= len(kept.texts[0].parts):
+            raise BadInput(f"{where.path} is no part of the text that commit {kept.number} names")
 
     def _factors(self, where: StorePath, data: bytes) -> None:
         from gradstore.export.kronecker import KroneckerFactors  # torch, which others do without
@@ -292,32 +312,10 @@ class Checks:
             raise BadInput(f"{where.path} holds other factors than its name says")
 
     def _request(self, where: StorePath, data: bytes) -> None:
-        store = self._store()
-        with _reading(where.path):
-            request = Request.from_bytes(data)
-        if (request.number, request.store_uuid) != (where.number, store.uuid):
-            raise BadInput(f"{where.path} is request {request.number} of {request.store_uuid}")
+        check_request(self._files, self._store(), where, data)
 
     def _receipt(self, where: StorePath, data: bytes) -> None:
-        store = self._store()
-        with _reading(where.path):
-            receipt = Receipt.from_bytes(data)
-            asked = self._files.read_if_there(request_path(where.number))
-            if asked is None:
-                raise out_of_order(f"{where.path} comes before its request")
-            seal = Request.from_bytes(asked).to_dict()["sha256"]
-        told = (receipt.number, receipt.store_uuid, receipt.request_sha256)
-        if told != (where.number, store.uuid, seal):
-            raise BadInput(f"{where.path} is no receipt of this store's request {where.number}")
-
-
-@contextmanager
-def _reading(path: str) -> Iterator[None]:
-    """Tell the client of what it gave that it can't be read."""
-    try:
-        yield
-    except ValueError as error:
-        raise BadInput(f"{path} is not what its name says: {error}") from error
+        check_receipt(self._files, self._store(), where, data)
 
 
 def _expect(path: str, expected: bytes, data: bytes) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -75,6 +76,15 @@ class Refusal(StoreError):
 def out_of_order(detail: str) -> Refusal:
     """Make the refusal of what comes before what it needs."""
     return Refusal(409, "out-of-order", detail)
+
+
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Tell the client of what it gave that it can't be read."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(f"{path} is not what its name says: {error}") from error
 
 
 #: Class -> (HTTP status, kind), the most special first. The kind is the exit code's meaning.

@@ -32,6 +32,7 @@ from gradstore.format.plans import Plan
 from gradstore.format.records import HASH_BYTES, RowSet
 from gradstore.format.text_table import TEXTS, Text
 from gradstore.storage.local import STAGING, StoreFiles
+from gradstore.storage.reading import ReadFiles
 from gradstore.store.cleaning import (
     remove_dead_staging,
     remove_retired,
@@ -74,7 +75,7 @@ class Affected:
     chunk_bytes: int
 
 
-def affected(files: StoreFiles, store: Store, key: str, ids: set[str]) -> Affected:
+def affected(files: ReadFiles, store: Store, key: str, ids: set[str]) -> Affected:
     """Find everything that has one of the rows with these ids; changes nothing."""
     live = {c.generation: c for c in store.live_commits(superseded=True)}
     rows = {
@@ -280,7 +281,7 @@ def _rows_of(texts: RowTexts) -> RowSet:
     return RowSet.from_hashes(table["row_hash"].to_pylist(), sources)
 
 
-def _planned(files: StoreFiles, name: str) -> Plan | None:
+def _planned(files: ReadFiles, name: str) -> Plan | None:
     """Return the plan of an uncommitted generation; None where it is damaged, so may name any."""
     try:
         return Plan.from_bytes(files.read(plan_path(name)))[0]

@@ -121,14 +121,16 @@ class RowTexts:
 
     def check(self) -> Iterator[Fault]:
         """Read every file anew and give each fault, without relying on earlier checks."""
-        self._checked.clear()
-        self._mine = threading.local()
         hashes = []
         for part in range(len(self._table.parts)):
+            self._forget_checks()  # so that one file is held at a time
             try:
-                hashes.append(self._file(part).read(columns=["row_hash"])["row_hash"])
+                file = self._file(part)
+                with _damage_told(self._files, part_path(self._table.rows_sha256, part)):
+                    hashes.append(file.read(columns=["row_hash"])["row_hash"])
             except DamagedFile as error:
                 yield error.fault
+        self._forget_checks()
         if len(hashes) == len(self._table.parts):
             import pyarrow as pa
 
@@ -137,6 +139,10 @@ class RowTexts:
             if found != self._table.rows_sha256:
                 path = part_path(self._table.rows_sha256, 0)
                 yield Fault(path, f"rows of sha256 {self._table.rows_sha256}", found)
+
+    def _forget_checks(self) -> None:
+        self._checked.clear()
+        self._mine = threading.local()
 
     def _group(self, part: int, group: int) -> pa.Table:
         file = self._file(part)

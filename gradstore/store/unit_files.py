@@ -71,12 +71,12 @@ def stage_unit(
         seals[spec.chunk_path(unit.index)] = FileSeal(
             data.nbytes + CRC_BYTES, checksum, sha.hexdigest()
         )
-    counts = _counted(values["status"].tolist())
+    counts = status_counts(values["status"].tolist())
     staged = dict(zip(seals, files.stage_all(contents), strict=True))
     return StagedUnit(UnitRecord(plan.name, unit, plan_sha256, seals, counts), staged)
 
 
-def _counted(codes: list[int]) -> dict[str, int]:
+def status_counts(codes: list[int]) -> dict[str, int]:
     """Count rows by the name of their status; ValueError where there is no such status."""
     return {RowStatus(code).name.lower(): count for code, count in Counter(codes).items()}
 
@@ -178,7 +178,7 @@ def sealed_record(
     }
     status = next(spec for spec in plan.arrays if spec.name == "status")
     codes = list(chunks[status.chunk_path(unit.index)][: unit.stop - unit.start])
-    record = UnitRecord(plan.name, unit, plan_sha256, seals, _counted(codes))
+    record = UnitRecord(plan.name, unit, plan_sha256, seals, status_counts(codes))
     return record, record.to_dict()["sha256"]
 
 
