@@ -7,7 +7,7 @@ the row is known again where a data set still has it, and nothing else can be re
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -141,14 +141,17 @@ def row_ids(rows: RowSet, key: str) -> list[str]:
         rows: n rows.
         key: the store's, in hex.
     """
+    return list(_ids(rows, key))
+
+
+def _ids(rows: RowSet, key: str) -> Iterator[str]:
     secret, data = bytes.fromhex(key), np.ascontiguousarray(rows.hashes).tobytes()
-    return [
-        hashlib.blake2b(data[i : i + HASH_BYTES], key=secret, digest_size=HASH_BYTES).hexdigest()
-        for i in range(0, len(data), HASH_BYTES)
-    ]
+    for i in range(0, len(data), HASH_BYTES):
+        one = data[i : i + HASH_BYTES]
+        yield hashlib.blake2b(one, key=secret, digest_size=HASH_BYTES).hexdigest()
 
 
 def asked_for(rows: RowSet, key: str, ids: set[str]) -> np.ndarray:
     """Return (n,) bool, True for the rows that a request names and that are still there."""
-    named = np.array([one in ids for one in row_ids(rows, key)], dtype=bool)
+    named = np.fromiter((one in ids for one in _ids(rows, key)), bool, len(rows))
     return np.asarray(named & ~rows.forgotten)

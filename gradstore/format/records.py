@@ -246,10 +246,8 @@ class RowSet:
         if not rows.any():
             return self
         hashes = np.where(rows[:, None], _NO_HASH, self.hashes)
-        if self.sources is None:
-            return RowSet(hashes)
-        pairs = zip(self.sources, rows.tolist(), strict=True)
-        return RowSet(hashes, [NO_SOURCE if gone else source for source, gone in pairs])
+        sources = self.sources
+        return RowSet(hashes, None if sources is None else sources.replaced(rows, NO_SOURCE))
 
     def difference(self, stored: RowSet) -> str:
         """Describe how these rows differ from the stored ones; "" when they do not."""

@@ -67,6 +67,19 @@ class Sources(Sequence[tuple[str, int]]):
             ) from error
         return cls(names, code, row)
 
+    def replaced(self, rows: npt.NDArray[np.bool_], pair: tuple[str, int]) -> Sources:
+        """Return the same pairs, with `pair` where `rows` (n,) bool is True.
+
+        The names are those that are left, sorted, as `of` holds them.
+        """
+        names = [*self.names, pair[0]]
+        code = np.where(rows, np.int32(len(self.names)), self.code)
+        used = np.unique(code).tolist()
+        left = sorted({names[each] for each in used})
+        number = np.zeros(len(names), np.int32)
+        number[used] = [left.index(names[each]) for each in used]
+        return Sources(left, number[code], np.where(rows, np.int64(pair[1]), self.row))
+
     def __len__(self) -> int:
         return len(self.code)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from gradstore.errors import BadInput
 from gradstore.format.layout import plan_path
 from gradstore.format.plans import Plan
-from gradstore.format.records import RowSet
+from gradstore.format.records import HASH_BYTES, RowSet
 from gradstore.storage.reading import ReadFiles
 from gradstore.store.documents import read_committed_plan
 from gradstore.store.reader import Store
+
+#: An index in a file, as it is spelled; the most digits that 64 bits hold whatever they are.
+_INDEX = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 
 class AlreadyRemoved(BadInput):
@@ -40,13 +44,27 @@ def asked_rows(
             that was is an `AlreadyRemoved`.
         DamagedData: a plan is damaged.
     """
-    sets = list(_row_sets(files, store))
+    sets = _distinct(_row_sets(files, store))
     found: set[bytes] = set()
     if rows:
         found |= _by_position([each for name, each in sets if name == target], rows, target)
     for source in sources:
-        found |= _by_source([each for _, each in sets], source)
+        found |= _by_source(list({id(each): each for _, each in sets}.values()), source)
     return found
+
+
+def _distinct(sets: Iterable[tuple[str, RowSet]]) -> list[tuple[str, RowSet]]:
+    """Hold equal row sets once, however many generations have them, in the order of the last."""
+    held: dict[str, list[RowSet]] = {}
+    found: dict[tuple[str, int], tuple[str, RowSet]] = {}
+    for name, each in sets:
+        alike = held.setdefault(each.sha256, [])
+        rows = each.held_once(alike)  # the same hashes may have other sources
+        if rows is each:
+            alike.append(rows)
+        found.pop((name, id(rows)), None)
+        found[name, id(rows)] = name, rows
+    return list(found.values())
 
 
 def _row_sets(files: ReadFiles, store: Store) -> Iterator[tuple[str, RowSet]]:
@@ -78,18 +96,21 @@ def _by_position(sets: Sequence[RowSet], rows: Sequence[int], target: str) -> se
 
 
 def _by_source(sets: Sequence[RowSet], source: str) -> set[bytes]:
-    rows = [
-        (own, at, each.hashes[i].tobytes())
-        for each in sets
-        for i, (own, at) in enumerate(each.sources or ())
-        if not each.forgotten[i]
-    ]
-    there = {own for own, *_ in rows}
-    name, _, index = source.rpartition(":")
-    if source in there:  # a name may have a colon
-        found = {digest for own, _, digest in rows if own == source}
-    else:
-        found = {digest for own, at, digest in rows if own == name and str(at) == index}
+    named = [(each, each.sources) for each in sets if each.sources is not None]
+    there = {
+        own.names[code] for rows, own in named for code in np.unique(own.code[~rows.forgotten])
+    }
+    name, _, text = source.rpartition(":")
+    whole = source in there  # a name may have a colon
+    index = None if whole or _INDEX.fullmatch(text) is None else int(text)
+    found: set[bytes] = set()
+    for rows, own in named if whole or index is not None else ():
+        codes = [c for c, each in enumerate(own.names) if each == (source if whole else name)]
+        wanted = np.isin(own.code, codes) & ~rows.forgotten
+        if index is not None:
+            wanted &= own.row == index
+        data = rows.hashes[wanted].tobytes()
+        found.update(data[i : i + HASH_BYTES] for i in range(0, len(data), HASH_BYTES))
     if not found:
         known = ", ".join(sorted(there)) or "none that are known by name"
         raise BadInput(

@@ -78,24 +78,37 @@ class Affected:
 def affected(files: ReadFiles, store: Store, key: str, ids: set[str]) -> Affected:
     """Find everything that has one of the rows with these ids; changes nothing."""
     live = {c.generation: c for c in store.live_commits(superseded=True)}
-    rows = {
-        name: int(asked_for(read_committed_plan(files, commit).rows, key, ids).sum())
-        for name, commit in live.items()
-    }
+    asked = _Counts(key, ids)
+    rows = {n: asked.of(read_committed_plan(files, commit).rows) for n, commit in live.items()}
     rows = {name: count for name, count in rows.items() if count}
     newest = tuple(c.generation for c in store.live_commits() if c.generation in rows)
     unfinished = []
     for name in store.planned():
         plan = _planned(files, name)
-        if plan is None or asked_for(plan.rows, key, ids).any():
+        if plan is None or asked.of(plan.rows):
             unfinished.append(name)
-    texts = [
-        sha
-        for sha, commit in store.text_commits().items()
-        if asked_for(_rows_of(RowTexts(files, commit.texts[0])), key, ids).any()
-    ]
+    kept = store.text_commits().items()
+    texts = [sha for sha, commit in kept if asked.of_text(RowTexts(files, commit.texts[0]), sha)]
     size = sum(live[name].chunk_bytes for name in rows)
     return Affected(rows, newest, tuple(unfinished), tuple(texts), size)
+
+
+class _Counts:
+    """Counts of the rows with some ids, in each row set once, however many generations have it."""
+
+    def __init__(self, key: str, ids: set[str]) -> None:
+        self._key, self._ids = key, ids
+        self._known: dict[str, int] = {}
+
+    def of(self, rows: RowSet) -> int:
+        """Count the rows of a set that are still there."""
+        if rows.sha256 not in self._known:
+            self._known[rows.sha256] = int(asked_for(rows, self._key, self._ids).sum())
+        return self._known[rows.sha256]
+
+    def of_text(self, texts: RowTexts, sha: str) -> int:
+        """Count those of a table of text, which is read unless a generation has its rows."""
+        return self._known[sha] if sha in self._known else self.of(_rows_of(texts))
 
 
 def request_for(files: StoreFiles, store: Store, hashes: set[bytes]) -> Request:

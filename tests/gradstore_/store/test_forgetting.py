@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from gradstore.cli import app
 from gradstore.errors import BadInput, DamagedData, ProvenanceMismatch, StoreIOError
+from gradstore.format import forgotten
 from gradstore.format.forgotten import Request
 from gradstore.format.layout import RowStatus
 from gradstore.format.records import RowSet, row_hash
@@ -21,7 +23,7 @@ from gradstore.scoring.influence import influence_scores
 from gradstore.scoring.pairing import checkpoint_features
 from gradstore.storage.local import StoreFiles
 from gradstore.store.asked_rows import asked_rows
-from gradstore.store.forgetting import finish_removals, forget, request_for
+from gradstore.store.forgetting import affected, finish_removals, forget, request_for
 from gradstore.store.held import held_store
 from gradstore.store.reader import Store, open_store
 from gradstore.store.verify import verify_store
@@ -471,3 +473,49 @@ def test_a_mistyped_row_is_refused_where_an_interrupted_removal_was_finished(
         else:
             command(path, row=[6], yes=True)
         assert all(receipt is not None for _, receipt in open_store(path).requests())
+
+
+def test_rows_are_found_by_their_source_in_the_memory_of_one_data_set(
+    kit: StoreKit, fast_path: Path
+) -> None:
+    """However many generations have it, and without an object for each of its rows."""
+    n = 200_000
+    hashes = np.random.default_rng(0).integers(0, 256, (n, 16), np.uint8)
+    rows = RowSet(hashes, [(("poems", "sums: all")[i % 2], i // 2) for i in range(n)])
+
+    def peak(wanted: str) -> int:
+        files, store = StoreFiles(fast_path / "s"), open_store(fast_path / "s")
+        tracemalloc.start()
+        try:
+            found = asked_rows(files, store, sources=[wanted])
+            assert found == {hashes[7].tobytes()}
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peaks = []
+    with kit.writer(fast_path / "s") as writer:
+        for step in (1, 2, 3):
+            writer.begin(kit.record(f"train/{step}"), rows, dim=4, unit_rows=1 << 16)
+            peaks.append(peak("sums: all:3"))
+    assert peaks[0] < 150 * n
+    assert peaks[2] < peaks[0] + 60 * n
+
+
+def test_rows_of_a_set_that_many_generations_have_are_hashed_once(
+    kit: StoreKit, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    ids = forgotten._ids
+    monkeypatch.setattr(forgotten, "_ids", lambda *a: asked.append(len(a[0])) or ids(*a))
+    files, opened = StoreFiles(store), open_store(store)
+    hashes = asked_rows(files, opened, rows=[1])
+    request = request_for(files, opened, hashes)
+    asked.clear()
+    found = affected(files, opened, request.key, set(request.ids))
+    train = [c for c in opened.live_commits(superseded=True) if c.generation.startswith("train/")]
+    assert len(train) > 1
+    assert found.rows == dict.fromkeys([commit.generation for commit in train], 1)
+    distinct = {g.plan.rows.sha256 for g in opened.generations(superseded=True)}
+    distinct |= set(opened.text_commits())
+    assert len(asked) == len(distinct) < len(opened.live_commits(superseded=True))
