@@ -27,6 +27,7 @@ from gradstore.errors import BadInput, DamagedFile, StoreIOError, expect, expect
 from gradstore.format.canonical import canonical_json, parse
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.processes import boot_id
+from gradstore.storage.unseen import BEAT, BEATS, sign, this_machine
 
 _log = logging.getLogger(__name__)
 
@@ -38,12 +39,6 @@ def leases_of(files: StoreFiles) -> str:
     """Return the folder of the claims that count now; in a bucket each group of workers has one."""
     return f"{LEASES}/{files.group}" if files.group else LEASES
 
-
-#: File in a worker's own staging folder that it changes while it lives.
-BEAT = "beat"
-
-#: Beats within the time after which a silent worker counts as dead.
-BEATS = 6
 
 #: Seconds between two looks at tasks that others hold: at first, at most, and how they grow, so
 #: that a look comes late by at most half of what was waited.
@@ -131,7 +126,7 @@ class Leases:
     def __init__(self, files: StoreFiles, worker: Worker) -> None:
         self.worker = worker
         self._files, self._folder = files, leases_of(files)
-        self._boot = boot_id()
+        self._boot, self._machine = boot_id(), this_machine()
         since = datetime.now(UTC).isoformat(timespec="seconds")
         who = f"worker {worker}, host {socket.gethostname()}, pid {os.getpid()}, since {since}"
         self._document = canonical_json({"token": files.own, "boot": self._boot, "who": who})
@@ -147,7 +142,7 @@ class Leases:
         """Show a sign of life from now on; before that nothing may be claimed."""
         folder = self._files.make_own()
         self._beat = f"{folder}/{BEAT}"
-        self._files.overwrite(self._beat, b"%020d" % 0)
+        self._files.overwrite(self._beat, self._sign(0))
         self._thread.start()
 
     def close(self) -> None:
@@ -249,12 +244,15 @@ class Leases:
             return True
         return now - since < self.worker.lease_seconds
 
+    def _sign(self, count: int) -> bytes:
+        return sign(count, self.worker.lease_seconds, self._machine)
+
     def _show_life(self) -> None:
         count = failures = 0
         while not self._ends.wait(self.worker.lease_seconds / BEATS):
             count += 1
             try:
-                self._files.overwrite(self._beat, b"%020d" % count)
+                self._files.overwrite(self._beat, self._sign(count))
             except StoreIOError as error:
                 failures += 1
                 if failures == 1:

@@ -33,7 +33,21 @@ _LOCAL_LOCKS = {
     "nfs": ("nolock", "local_lock=all", "local_lock=flock"),
     "nfs4": ("nolock", "local_lock=all", "local_lock=flock"),
     "lustre": ("localflock", "noflock"),
+    "cifs": ("nobrl",),
+    "smb3": ("nobrl",),
 }
+
+#: File system -> how its machines come to share locks, told where they were found not to.
+_SHARED_LOCKS = {
+    "nfs": "mount it with local_lock=none",
+    "nfs4": "mount it with local_lock=none",
+    "lustre": "mount it with flock",
+    "cifs": "mount it without nobrl",
+    "smb3": "mount it without nobrl",
+    "beegfs": "set tuneUseGlobalFileLocks = true in beegfs-client.conf",
+    "fuse.sshfs": "sshfs has none: mount the folder otherwise, or serve the store",
+}
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def probe(files: StoreFiles) -> None:
@@ -78,7 +92,7 @@ def lacks(files: StoreFiles, operation: str, error: OSError) -> StoreIOError:
     )
 
 
-def check_sharing(files: StoreFiles, mounts: Path = Path("/proc/self/mountinfo")) -> None:
+def check_sharing(files: StoreFiles, mounts: Path = _MOUNTS) -> None:
     """Refuse a mount that keeps locks to one machine, where workers of several would not meet.
 
     Args:
@@ -90,17 +104,38 @@ def check_sharing(files: StoreFiles, mounts: Path = Path("/proc/self/mountinfo")
     """
     if not isinstance(files.root, Path):
         return
-    try:
-        folder = os.path.realpath(files.on_disk(""))
-        listed = mounts.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return
-    if option := local_locks(listed, folder):
+    if option := local_locks(*_listed(files, mounts)):
         raise lacks(
             files,
             "shared flock",
             OSError(0, f"it is mounted with {option}, which keeps locks to one machine"),
         )
+
+
+def keeps_locks(files: StoreFiles, mounts: Path = _MOUNTS) -> StoreIOError:
+    """Build the error for a file system on which a lock was seen not to be shared.
+
+    Args:
+        files: the store's files.
+        mounts: Linux's list of mounts.
+    """
+    kind, _ = _mount(*_listed(files, mounts))
+    way = _SHARED_LOCKS.get(kind, "mount it so that its machines share flock")
+    return lacks(
+        files,
+        "shared flock",
+        OSError(0, f"a worker of another machine is at work, and this one was given the whole lock "
+                   f"beside it; of {kind or 'this kind'}: {way}, or write from one machine alone"),
+    )  # fmt: skip
+
+
+def _listed(files: StoreFiles, mounts: Path) -> tuple[str, str]:
+    """Return the list of mounts, "" where there is none, and the store's folder in it."""
+    try:
+        listed = mounts.read_text(encoding="utf-8", errors="replace")
+        return listed, os.path.realpath(files.on_disk(""))
+    except OSError:
+        return "", ""
 
 
 def local_locks(mountinfo: str, path: str) -> str:
@@ -114,7 +149,14 @@ def local_locks(mountinfo: str, path: str) -> str:
     >>> local_locks(nfs.format("none"), "/mnt/store"), local_locks(nfs.format("all"), "/mnt/store")
     ('', 'local_lock=all')
     """
-    found, deepest = "", 0
+    kind, options = _mount(mountinfo, path)
+    return next((o for o in options if o in _LOCAL_LOCKS.get(kind, ())), "")
+
+
+def _mount(mountinfo: str, path: str) -> tuple[str, list[str]]:
+    """Return the file system and the options of the mount that a path is on; "" where unknown."""
+    found: tuple[str, list[str]] = "", []
+    deepest = 0
     for line in mountinfo.splitlines():
         fields, _, source = line.partition(" - ")
         words, rest = fields.split(), source.split()
@@ -123,8 +165,7 @@ def local_locks(mountinfo: str, path: str) -> str:
         point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), words[4])
         if f"{path}/".startswith(f"{point.rstrip('/')}/") and len(point) >= deepest:
             deepest = len(point)
-            options = [*words[5].split(","), *rest[2].split(",")]
-            found = next((o for o in options if o in _LOCAL_LOCKS.get(rest[0], ())), "")
+            found = rest[0], [*words[5].split(","), *rest[2].split(",")]
     return found
 
 

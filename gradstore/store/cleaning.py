@@ -33,6 +33,7 @@ from gradstore.format.text_table import TEXTS, TextTable, part_path
 from gradstore.storage.leases import LEASES
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.lock import WriterLock
+from gradstore.storage.unseen import check_unseen
 from gradstore.store.documents import files_of, read_committed_plan
 from gradstore.store.generation_writer import publish_commit
 from gradstore.store.own_units import QUARANTINE
@@ -301,6 +302,7 @@ def store_set_aside(path: Path) -> Iterator[None]:
         return
     renamed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.discarded")
     with _removal(path), WriterLock(files):
+        check_unseen(files)
         os.rename(path, renamed)
     try:
         yield

@@ -9,6 +9,7 @@ from gradstore.format.layout import COMMITS
 from gradstore.storage.local import StoreFiles
 from gradstore.storage.location import Place
 from gradstore.storage.places import files_at, lock_of
+from gradstore.storage.unseen import check_unseen
 from gradstore.store.reader import Store, read_identity
 from gradstore.store.worker_group import group_mark
 
@@ -37,6 +38,7 @@ def held_store(
     read_identity(held)
     with lock_of(held, instead="stop it, and run this command then"):
         try:
+            check_unseen(held)
             held.remove(group_mark(held))  # of workers that were killed: who joins begins anew
             held.make_directory(COMMITS)
             held.sync_directory(COMMITS)  # who wrote the newest may have died before that

@@ -40,6 +40,7 @@ from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.location import Location, Place, location
 from gradstore.storage.places import files_at, lock_of
 from gradstore.storage.probes import check_sharing, check_zarr, probe
+from gradstore.storage.unseen import check_unseen
 from gradstore.store.cleaning import clean_store, remove_dead_staging
 from gradstore.store.curvature import FactorSample, step_factors
 from gradstore.store.empty_place import check_empty
@@ -121,6 +122,7 @@ class StoreWriter:
         try:
             if worker is None:
                 self._lock.acquire()
+                check_unseen(self._files)
                 self._prepare()
             else:
                 self._join(worker)
@@ -268,6 +270,7 @@ class StoreWriter:
         check_sharing(files)
 
         def set_up() -> None:
+            check_unseen(files)
             self._prepare()
             begin_group(files, self._store)
 

@@ -71,7 +71,7 @@ def test_fault_28_a_silent_worker_loses_its_tasks_by_the_others_own_monotonic_cl
     assert other.claim("plan/3") is not None
     now += 9.9
     assert other.claim("plan/3") is not None
-    silent._files.overwrite(silent._beat, b"%020d" % 1)
+    silent._files.overwrite(silent._beat, silent._sign(1))
     now += 9.9
     assert other.claim("plan/3") is not None  # it has changed since: from here on
     now += 9.9
