@@ -44,7 +44,7 @@ def leases_of(files: StoreFiles) -> str:
 #: that a look comes late by at most half of what was waited.
 FIRST_LOOK_SECONDS, LOOK_SECONDS, GROWTH = 0.01, 1.0, 1.5
 
-#: Seconds of a wait after which it is told of again; each time it is twice as long.
+#: Seconds of a wait, if a lease is no longer, after which it is told of again; then twice as long.
 TOLD_AGAIN_SECONDS = 120.0
 
 
@@ -198,7 +198,9 @@ class Leases:
             self._waiting_for, self._waits_since = line, None
             _log.info("%s", line)
         if self._waits_since is None:
-            self._waits_since, self._told_after = now, TOLD_AGAIN_SECONDS
+            # Not before the lease would have ended of one that does not live.
+            after = max(TOLD_AGAIN_SECONDS, self.worker.lease_seconds)
+            self._waits_since, self._told_after = now, after
         waited = now - self._waits_since
         if waited >= self._told_after:
             self._told_after *= 2

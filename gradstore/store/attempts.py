@@ -11,14 +11,14 @@ from typing import get_args
 from gradstore.errors import BadInput, DamagedFile, Fault, ProvenanceMismatch, TooLarge
 from gradstore.export.share import StepShare
 from gradstore.format.commits import Commit
-from gradstore.format.layout import GRADIENT, dtype_of_role, generation_path, plan_path
+from gradstore.format.layout import GRADIENT, dtype_of_role, plan_path
 from gradstore.format.names import GenerationName, Role, space_run
 from gradstore.format.plans import Plan
 from gradstore.format.provenance import Difference, compare, refuse
 from gradstore.format.records import LOADED_FROM, GenerationRecord
 from gradstore.storage.local import StoreFiles
 from gradstore.storage.reading import ReadFiles
-from gradstore.store.own_units import quarantine
+from gradstore.store.own_units import quarantine_plan
 from gradstore.store.ownership import check_step
 from gradstore.store.reader import Store
 
@@ -188,9 +188,7 @@ def readable_plans(
                 fault = Fault(plan_path(name), "the plan that was written", str(error))
                 raise DamagedFile(fault, str(files.root)) from error
             _log.warning("the plan of %s is damaged (%s): planned again", name, error)
-            quarantine(files, plan_path(name))
-            if files.exists(generation_path(name)):
-                quarantine(files, generation_path(name))
+            quarantine_plan(files, name)
     return plans
 
 

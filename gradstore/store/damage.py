@@ -163,6 +163,13 @@ def of_file(files: ReadFiles, fault: Fault) -> Damage:
     return Damage("document", (fault,), "none", says, generation)
 
 
+def of_loose_plan(fault: Fault) -> Damage:
+    """Tell what a damaged plan is that no commit names."""
+    says = "never committed: set aside in staging/quarantine with its units, and planned again"
+    generation = fault.file.removeprefix(f"{PLANS}/").removesuffix(".json")
+    return Damage("document", (fault,), "store", says, generation)
+
+
 def _indexes(files: ReadFiles) -> Iterator[Damage]:
     """Find the indexes that would not be used: they are removed, and built again when needed."""
     if not isinstance(files.root, Path):  # a bucket holds none

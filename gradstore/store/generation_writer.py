@@ -15,6 +15,7 @@ from gradstore.format.commits import Commit
 from gradstore.format.layout import (
     COMMITS,
     METADATA,
+    SCHEMA_VERSION,
     RowStatus,
     commit_path,
     read_root,
@@ -266,11 +267,16 @@ class GenerationWriter:
 
 
 def raise_schema(files: StoreFiles, store: Store, version: int) -> None:
-    """Let a store's root ask for a newer release, before anything that older ones can't read."""
-    if store.schema_version < version:
-        found = files.read(METADATA)
-        if read_root(found)[0] < version:
-            files.replace(METADATA, root_json(store.uuid, version), found)
+    """Let a store's root ask for a newer release, before anything that older ones can't read.
+
+    It lasts when this returns, also where another process raised it, which may have died before it
+    synced the name.
+    """
+    found = files.read(METADATA) if store.schema_version < version else b""
+    if found and read_root(found)[0] < version:
+        files.replace(METADATA, root_json(store.uuid, version), found)
+    elif version > SCHEMA_VERSION:
+        files.sync_directory(parent_of(METADATA))
 
 
 def publish_commit(

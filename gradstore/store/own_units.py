@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 from gradstore.errors import DamagedFile, Fault, StoreBusy
-from gradstore.format.layout import generation_path, unit_path
+from gradstore.format.layout import generation_path, plan_path, unit_path
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.unit_records import UnitRecord
 from gradstore.storage.local import STAGING, StoreFiles, parent_of
@@ -134,6 +134,13 @@ class OwnUnits:
     def commit(self, done: Callable[[], bool], act: Callable[[], None]) -> None:
         """Call `act`."""
         act()
+
+
+def quarantine_plan(files: StoreFiles, name: str) -> None:
+    """Move the damaged plan of an uncommitted generation into quarantine, with all made for it."""
+    quarantine(files, plan_path(name))
+    if files.exists(generation_path(name)):
+        quarantine(files, generation_path(name))
 
 
 def quarantine(files: StoreFiles, relative: str) -> None:

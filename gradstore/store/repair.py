@@ -26,19 +26,22 @@ from gradstore.format.layout import (
     TEXTS_VERSION,
     generation_path,
     group_json,
+    plan_path,
     root_json,
     unit_path,
 )
+from gradstore.format.paths import file_at
 from gradstore.format.plans import Plan, UnitRange
 from gradstore.format.unit_records import FileSeal
 from gradstore.storage.local import StoreFiles, parent_of
 from gradstore.storage.location import Place
 from gradstore.storage.places import files_at, lock_of
+from gradstore.storage.unseen import check_unseen
 from gradstore.store.cleaning import remove_retired, retire
-from gradstore.store.damage import Damage, assess, of_file, plan_of
+from gradstore.store.damage import Damage, assess, of_file, of_loose_plan, plan_of
 from gradstore.store.documents import metadata
 from gradstore.store.held import held_store
-from gradstore.store.own_units import quarantine
+from gradstore.store.own_units import quarantine, quarantine_plan
 from gradstore.store.reader import Store
 from gradstore.store.rewriting import next_attempt
 from gradstore.store.unit_files import (
@@ -91,9 +94,11 @@ def repair_store(path: Place, recompute: Recompute | None = None) -> Repaired:
     roots = [damage for damage in found if damage.what == "root"]
     if roots:  # nothing else was seen without it
         with lock_of(files):
+            check_unseen(files)
+            aside = _set_aside(files)
             if not mend(files, roots) and (unseen := _without_root(files, roots)):
                 return Repaired(unseen, unseen)
-        found = [*roots, *assess(path)]
+        found = [*roots, *aside, *assess(path)]
     notes: list[str] = []
     with held_store(path, files) as (_, view):
         mend(files, found)
@@ -173,6 +178,35 @@ def _told_of_root(files: StoreFiles) -> tuple[list[str], int, list[Fault]]:
         except (ValueError, BadInput) as error:
             faults.append(Fault(path, "the bytes that were written", str(error)))
     return uuids, max(versions), faults
+
+
+def _set_aside(files: StoreFiles) -> list[Damage]:
+    """Set aside the damaged plans that alone keep a root from being written again.
+
+    Where every commit can be read, and none names the generation, there is nothing to lose: whoever
+    begins it plans it anew, as if the root were there. A plan too large to be read may be sound.
+    """
+    uuids, _, faults = _told_of_root(files)
+    if not uuids or any(fault.file.startswith(f"{COMMITS}/") for fault in faults):
+        return []
+    commits = (Commit.from_bytes(files.read(f"{COMMITS}/{name}")) for name in files.names(COMMITS))
+    named = {plan_path(name) for commit in commits for name in commit.generations}
+    loose = [fault for fault in faults if fault.file not in named and _is_plan(files, fault.file)]
+    if len(loose) < len(faults):
+        return []
+    for fault in loose:
+        _log.warning("%s was never committed: it is set aside, to be planned again", fault)
+        quarantine_plan(files, fault.file.removeprefix(f"{PLANS}/").removesuffix(".json"))
+    return [of_loose_plan(fault) for fault in loose]
+
+
+def _is_plan(files: StoreFiles, path: str) -> bool:
+    """Tell whether a file below plans is one that a plan's name says, and small enough for one."""
+    try:
+        files.read(path)
+        return file_at(path).kind == "plan"
+    except (DamagedFile, BadInput):
+        return False
 
 
 def _without_root(files: StoreFiles, roots: Sequence[Damage]) -> tuple[Damage, ...]:

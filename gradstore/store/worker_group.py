@@ -7,14 +7,19 @@ nothing half-written may be there.
 
 from __future__ import annotations
 
-from gradstore.errors import DamagedFile, Fault
+import logging
+from dataclasses import replace
+
+from gradstore.errors import BadInput, DamagedFile, Fault
 from gradstore.format.canonical import canonical_json, parse
 from gradstore.format.text_table import TEXTS
-from gradstore.storage.leases import leases_of
+from gradstore.storage.leases import Worker, leases_of
 from gradstore.storage.local import StoreFiles
 from gradstore.store.attempts import ever_committed, readable_plans
 from gradstore.store.own_units import OwnUnits, quarantine
 from gradstore.store.reader import Store
+
+_log = logging.getLogger(__name__)
 
 
 def group_mark(files: StoreFiles) -> str:
@@ -26,12 +31,13 @@ def group_mark(files: StoreFiles) -> str:
     return f"{leases_of(files)}/group"
 
 
-def begin_group(files: StoreFiles, store: Store) -> None:
+def begin_group(files: StoreFiles, store: Store, lease_seconds: float) -> None:
     """Quarantine what interrupted writers left half-written, then mark the start of the group.
 
     Args:
         files: the store's files, under the exclusive lock.
         store: today's view.
+        lease_seconds: of the worker that begins it, and so of all that join it.
     """
     plans = readable_plans(files, store)
     for plan, sha in plans.values():
@@ -41,7 +47,27 @@ def begin_group(files: StoreFiles, store: Store) -> None:
         if sha not in kept:  # of a writer that died before it committed, or retired
             quarantine(files, f"{TEXTS}/{sha}")
     names = sorted({*plans, *ever_committed(store)})
-    files.publish(group_mark(files), canonical_json({"generations": names}))
+    mark = {"generations": names, "lease_seconds": float(lease_seconds)}
+    files.publish(group_mark(files), canonical_json(mark))
+
+
+def of_group(files: StoreFiles, worker: Worker) -> Worker:
+    """Return a worker with the lease of the group that it has joined.
+
+    One with a shorter lease would take over tasks of workers that live; so all have the first's.
+    """
+    try:
+        seconds = parse(files.read(group_mark(files))).get("lease_seconds", worker.lease_seconds)
+        joined = replace(worker, lease_seconds=seconds)
+    except (ValueError, BadInput):  # told of where the mark is read for its generations
+        return worker
+    if joined != worker:
+        _log.warning(
+            "worker %s has a lease of %g s, and those that are at work on store \"%s\" of %g s: it "
+            "takes theirs. Give all of them the same --lease-seconds",
+            worker, worker.lease_seconds, files.root, seconds,
+        )  # fmt: skip
+    return joined
 
 
 def generations_before(files: StoreFiles) -> frozenset[str]:

@@ -49,7 +49,7 @@ from gradstore.store.generation_writer import GenerationWriter
 from gradstore.store.own_units import quarantine
 from gradstore.store.reader import Store, read_identity
 from gradstore.store.space_writer import SpaceFields, SpaceWriter, publish_metadata
-from gradstore.store.worker_group import begin_group, group_mark
+from gradstore.store.worker_group import begin_group, group_mark, of_group
 
 if TYPE_CHECKING:
     from torch import nn
@@ -272,7 +272,7 @@ class StoreWriter:
         def set_up() -> None:
             check_unseen(files)
             self._prepare()
-            begin_group(files, self._store)
+            begin_group(files, self._store, worker.lease_seconds)
 
         self._lock.join(
             str(worker),
@@ -281,7 +281,7 @@ class StoreWriter:
             lambda: remove_dead_staging(files),
         )
         self._store = Store(files)
-        self._leases = Leases(files, worker)
+        self._leases = Leases(files, of_group(files, worker))
         self._leases.open()
 
     def _prepare(self) -> None:

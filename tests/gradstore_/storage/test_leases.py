@@ -90,34 +90,41 @@ def test_a_living_worker_keeps_its_tasks(opened: Open) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize(
+    ("lease", "minutes"), [(60.0, [0, 2, 4, 8, 16]), (600.0, [0, 10, 20])], ids=["", "longer"]
+)
 def test_a_long_wait_is_told_again_at_growing_intervals_with_the_process_to_end(
-    opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    lease: float, minutes: list[int],
+) -> None:  # fmt: skip
+    """Never while the lease could still end, of one that is dead."""
     now = 5.0
 
     def sleep(seconds: float) -> None:
         nonlocal now
         now += seconds
 
-    hangs, other = opened(SILENT), opened(SILENT, 2)
+    hangs, other = opened(SILENT), opened(lease, 2)
     assert hangs.claim("plan/3") is None
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
     monkeypatch.setattr(logging.getLogger("gradstore"), "propagate", True)
     caplog.set_level(logging.INFO, "gradstore")
     told: list[int] = []
-    while now < 1000:
+    while now < 1250:
+        hangs._files.overwrite(hangs._beat, hangs._sign(round(now)))
         holder = other.claim("plan/3")
         assert holder is not None
         before = len(caplog.messages)
         other.wait("the text", holder)
         told += [round(now / 60)] * (len(caplog.messages) - before)
-    assert told == [0, 2, 4, 8, 16]
+    assert told == minutes
     process = f"worker 1/2, host {os.uname().nodename}, pid {os.getpid()}"
     assert all(f"waiting for the text: {process}" in line for line in caplog.messages)
-    assert "for 16 minutes now. It shows life; if it hangs, end that process" in caplog.messages[-1]
+    said = f"for {minutes[-1]} minutes now. It shows life; if it hangs, end that process"
+    assert said in caplog.messages[-1]
     assert other.claim("plan/4") is None  # it works in between: the next wait begins anew
     other.wait("the text", holder)
-    assert len(caplog.messages) == 5
+    assert len(caplog.messages) == len(minutes)
 
 
 def test_a_killed_process_of_this_machine_loses_its_tasks_at_once(

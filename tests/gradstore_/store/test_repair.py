@@ -144,31 +144,65 @@ def test_what_follows_from_other_files_needs_no_model(store: Path) -> None:
     assert [p.read_text() for p in (store / "staging/quarantine").iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize(
-    ("second", "finished"),
-    [("commits/2.json", True), ("plans/train/1.json", True), ("plans/train/2.json", False)],
-    ids=["a commit", "a plan", "a plan without a commit"],
-)
+@pytest.mark.parametrize("second", ["commits/2.json", "plans/train/1.json"])
 @pytest.mark.parametrize("spelled", [b"{}", None, b""], ids=["other", "torn", "empty"])
+@pytest.mark.parametrize("third", [False, True], ids=["", "and a plan without a commit"])
 def test_a_root_beside_another_damaged_document_is_reported_with_it(
-    kit: StoreKit, store: Path, second: str, finished: bool, spelled: bytes | None
+    kit: StoreKit, store: Path, second: str, spelled: bytes | None, third: bool
 ) -> None:
-    if not finished:
+    """Nothing is touched then: not the plan without a commit either, which waits for the rest."""
+    begun = store / "plans/train/2.json"
+    if third:
         with kit.writer(store) as writer:
             writer.begin(kit.record("train/2"), kit.rows(N), dim=kit.dim, unit_rows=kit.unit_rows)
+        whole = begun.read_bytes()
+        begun.write_bytes(whole[:-9])
     before = hashes(store)
     sound = {name: (store / name).read_bytes() for name in ("zarr.json", second)}
     (store / "zarr.json").write_bytes(b"{}")
     (store / second).write_bytes(sound[second][:-9] if spelled is None else spelled)
     harmed = hashes(store)
     result = repair_store(store, recomputed(kit))
-    assert [f.file for d in result.left for f in d.faults] == ["zarr.json", second]
+    others = ["plans/train/2.json"] if third else []
+    assert [f.file for d in result.left for f in d.faults] == ["zarr.json", second, *others]
     assert {d.remedy for d in result.left} == {"none"}
     assert result.found == result.left
     assert hashes(store) == harmed
     (store / second).write_bytes(sound[second])
+    if third:
+        begun.write_bytes(whole)
+        before["plans/train/2.json"] = hashes(store)["plans/train/2.json"]
     assert repair_store(store, recomputed(kit)).left == ()
     assert hashes(store) == before
+
+
+@pytest.mark.parametrize("spelled", [b"{}", None, b""], ids=["other", "torn", "empty"])
+def test_a_damaged_plan_that_was_never_committed_does_not_keep_a_root_from_being_written_again(
+    kit: StoreKit, store: Path, spelled: bytes | None
+) -> None:
+    """It has nothing that anybody could lose: it is set aside, as beside a root that is there."""
+    before = hashes(store)
+    with kit.writer(store) as writer:
+        begun = writer.begin(
+            kit.record("train/2"), kit.rows(N), dim=kit.dim, unit_rows=kit.unit_rows
+        )
+        kit.fill(begun, kit.features(N), units=1)
+    plan = store / "plans/train/2.json"
+    damaged = plan.read_bytes()[:-9] if spelled is None else spelled
+    plan.write_bytes(damaged)
+    (store / "zarr.json").unlink()
+    result = repair_store(store, recomputed(kit))
+    assert result.left == ()
+    assert [(d.what, d.faults[0].file) for d in result.found] == [
+        ("root", "zarr.json"), ("document", "plans/train/2.json"),
+    ]  # fmt: skip
+    assert hashes(store) == before
+    aside = store / "staging/quarantine"
+    assert (aside / "0").read_bytes() == damaged
+    assert (aside / "1/units/0.json").is_file()
+    with kit.writer(store) as writer:
+        kit.add(writer, "train/2", N)
+    assert verify_store(store).ok
 
 
 def test_a_plan_that_names_a_position_twice_ends_no_repair_in_a_traceback(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import logging
 import os
 import signal
 import threading
@@ -26,7 +27,7 @@ from gradstore.storage.leases import LEASES, Leases, Worker
 from gradstore.storage.local import StoreFiles
 from gradstore.store.cleaning import plan_clean_up
 from gradstore.store.filling import UnitSink, fill
-from gradstore.store.generation_writer import GenerationWriter
+from gradstore.store.generation_writer import GenerationWriter, raise_schema
 from gradstore.store.held import held_store
 from gradstore.store.reader import open_store
 from gradstore.store.verify import verify_store
@@ -163,7 +164,7 @@ def test_fault_24_a_worker_killed_in_a_unit_is_replaced(
         job.run(path, Worker(1, 3, lease))
 
     # A third one that lives: else the second would be the first of a new group, and wait for none.
-    with StoreWriter(path, provenance=job.kit.provenance, worker=Worker(3, 3)):
+    with StoreWriter(path, provenance=job.kit.provenance, worker=Worker(3, 3, lease)):
         child = in_child(dies)
         os.read(ready, 1)
         os.kill(child, signal.SIGKILL)
@@ -443,6 +444,52 @@ def test_workers_of_another_configuration_are_refused_with_every_difference(
             with pytest.raises(ProvenanceMismatch, match="40 of 40 rows differ"):
                 second.begin(kit.record(), kit.rows(N, first=7), dim=4, unit_rows=UNIT_ROWS)
         assert [p.name for p in (path / "plans").rglob("*.json")] == ["1.json"]
+
+
+def test_a_worker_takes_the_lease_of_the_group_that_it_joins_and_says_so(
+    kit: Any, fast_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a shorter one it would take over what living workers compute."""
+    path = fast_path / "s"
+    monkeypatch.setattr(logging.getLogger("gradstore"), "propagate", True)
+
+    def lease_of(number: int, seconds: float) -> float:
+        worker = Worker(number, 3, seconds)
+        with StoreWriter(path, provenance=kit.provenance, worker=worker) as writer:
+            assert writer._leases is not None
+            return writer._leases.worker.lease_seconds
+
+    with StoreWriter(path, provenance=kit.provenance, worker=Worker(1, 3, 90.0)):
+        assert lease_of(2, 90.0) == 90.0
+        assert caplog.messages == []
+        assert lease_of(3, 5.0) == 90.0
+        (line,) = caplog.messages
+        assert "worker 3/3 has a lease of 5 s" in line
+        assert f'store "{path}" of 90 s' in line
+        mark = path / group_mark(StoreFiles(path))
+        mark.write_bytes(b'{"generations":[]}')  # of an earlier release
+        assert lease_of(3, 5.0) == 5.0
+    assert lease_of(3, 5.0) == 5.0
+    assert len(caplog.messages) == 1
+
+
+def test_a_root_that_another_worker_raised_is_synced_by_who_relies_on_it(
+    kit: Any, fast_path: Path
+) -> None:
+    """That one may have died in between; a plan of the new schema must not outlast its root."""
+    path = fast_path / "s"
+    kit.build(path)
+    synced: list[Path] = []
+    files = StoreFiles(path, lambda step, at: synced.append(at) if step == "fsync_dir" else None)
+    seen_before = open_store(path)
+    raise_schema(StoreFiles(path), seen_before, 2)
+    for store in (seen_before, open_store(path)):
+        synced.clear()
+        raise_schema(files, store, 2)
+        assert synced == [path]
+    synced.clear()
+    raise_schema(files, seen_before, 1)  # of what every release reads
+    assert synced == []
 
 
 def test_workers_of_two_runs_commit_one_after_the_other(kit: Any, fast_path: Path) -> None:
