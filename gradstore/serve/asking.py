@@ -143,18 +143,22 @@ def sides(scores: RowScores, top: int) -> tuple[list[int], list[int]]:
     return helped.tolist(), hurt.tolist()
 
 
+#: Names of a selection's budget: those of Python, and the first ones of this API.
+_BUDGETS = ("k", "count", "fraction", "token_budget", "tokens")
+
+
 def choice_of(budget: Budget) -> Choice:
     """Return the choice that a form asks for.
 
     Raises:
         BadInput: not exactly one budget, or parameters that do not go with the rule.
     """
-    given = [n for n in ("count", "fraction", "tokens") if getattr(budget, n) is not None]
-    rule = Rule(budget.subset, budget.neighbours)
+    given = [n for n in _BUDGETS if getattr(budget, n) is not None]
+    rule = Rule(budget.subset, budget.neighbours, budget.subset_params)
     if len(given) > 1 or (not given and budget.subset != "drop_harmful"):
         raise BadInput(
-            f"the selection has {' and '.join(given) or 'no budget'}; give exactly one of count, "
-            "fraction, tokens."
+            f"the selection has {' and '.join(given) or 'no budget'}; give exactly one of k (or "
+            "count), fraction, token_budget (or tokens)."
         )
     if rule.per_target and budget.target_row is not None:
         raise BadInput(
@@ -162,7 +166,12 @@ def choice_of(budget: Budget) -> Choice:
             f"{budget.target_row} asks one alone; leave one of them out."
         )
     return Choice(
-        rule, budget.count, budget.fraction, budget.tokens, budget.quotas, budget.length_correction
+        rule,
+        budget.count if budget.k is None else budget.k,
+        budget.fraction,
+        budget.tokens if budget.token_budget is None else budget.token_budget,
+        budget.quotas,
+        budget.length_correction,
     )
 
 

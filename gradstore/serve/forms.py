@@ -57,11 +57,16 @@ class ScoreForm(Question):
 class Budget(Question):
     """A selection: a question, a rule, and one of three budgets; `drop_harmful` may do without."""
 
-    count: Count | None = Field(default=None, description="Rows to take.")
+    k: Count | None = Field(default=None, description="Rows to take.")
+    count: Count | None = Field(default=None, description="Another name of k.")
     fraction: Score | None = Field(default=None, description="Share of the usable rows.")
-    tokens: Count | None = Field(default=None, description="Target tokens of all rows.")
+    token_budget: Count | None = Field(default=None, description="Target tokens of all rows.")
+    tokens: Count | None = Field(default=None, description="Another name of token_budget.")
     subset: Subset = Field(default="top", description="Rule that turns scores into rows.")
     neighbours: Count | None = Field(default=None, description="K of knn_uniform; none: found.")
+    subset_params: dict[str, Score] = Field(
+        default={}, description="Constants of the rule, others than its own defaults."
+    )
     quotas: dict[str, Count | Share] = Field(
         default={}, description="Most rows of a data set, or a share of the rows taken."
     )

@@ -106,6 +106,30 @@ def test_a_selection_by_any_rule_is_the_librarys(
     assert sum(line["source"][0] == "alpha" for line in got["rows"]) <= 5
 
 
+@pytest.mark.parametrize(
+    ("subset", "params"),
+    [("facility_location", {"discount": 0.3}), ("transport", {"blur": 0.2, "train": 3.0}),
+     ("knn_uniform", {"alpha": 0.3})],
+)  # fmt: skip
+def test_a_selection_has_the_names_and_the_constants_of_the_library(
+    client: TestClient, store_path: Path, subset: Any, params: dict[str, float]
+) -> None:
+    pairs = checkpoint_features(open_store(store_path))
+
+    def rows(**form: Any) -> list[int]:
+        answer = client.post("/v1/select", json={"subset": subset, **form})
+        return [line["row"] for line in answer.raise_for_status().json()["rows"]]
+
+    wanted = select_subset(pairs, 25, subset, subset_params=params).tolist()
+    assert rows(k=25, subset_params=params) == rows(count=25, subset_params=params) == wanted
+    assert rows(k=25) == select_subset(pairs, 25, subset).tolist()
+    wanted = select_subset(pairs, subset=subset, token_budget=400, subset_params=params).tolist()
+    assert rows(token_budget=400, subset_params=params) == wanted
+    assert rows(tokens=400, subset_params=params) == wanted
+    if subset != "knn_uniform":  # whose constants say how many neighbours are found: the same here
+        assert rows(k=25) != rows(k=25, subset_params=params)
+
+
 def test_rows_that_hurt_are_dropped_without_a_budget_and_lengths_taken_out(
     client: TestClient, store_path: Path
 ) -> None:
@@ -213,6 +237,11 @@ def test_the_map_is_the_pca_of_the_unit_rows(client: TestClient, store_path: Pat
         ("post", "/v1/select", {"count": 9, "subset": "drop_harmful", "length_correction": "bins"},
          422, "only 'top'"),
         ("post", "/v1/select", {"tokens": 1, "count": 1}, 422, "exactly one of"),
+        ("post", "/v1/select", {"k": 1, "count": 1}, 422, "k and count; give exactly one of"),
+        ("post", "/v1/select", {"tokens": 1, "token_budget": 1}, 422, "exactly one of"),
+        ("post", "/v1/select", {"k": 9, "subset_params": {"discount": 0.3}}, 422, "no constant of"),
+        ("post", "/v1/select", {"k": 9, "subset": "facility_location",
+                                "subset_params": {"discount": "x"}}, 422, "discount"),
         ("post", "/v1/score", {"checkpoints": "3"}, 422, "the store has 2"),
         ("post", "/v1/score", {"run": "other"}, 422, "no committed train generation of run"),
     ],
