@@ -91,7 +91,7 @@ def repair_store(path: Place, recompute: Recompute | None = None) -> Repaired:
     if not found:
         return Repaired((), ())
     files = files_at(path)
-    roots = [damage for damage in found if damage.what == "root"]
+    roots, aside = [damage for damage in found if damage.what == "root"], list[Damage]()
     if roots:  # nothing else was seen without it
         with lock_of(files):
             check_unseen(files)
@@ -101,7 +101,7 @@ def repair_store(path: Place, recompute: Recompute | None = None) -> Repaired:
         found = [*roots, *aside, *assess(path)]
     notes: list[str] = []
     with held_store(path, files) as (_, view):
-        mend(files, found)
+        mend(files, [damage for damage in found if damage not in aside])
         left = assess(path)
         wanting = [damage for damage in left if damage.remedy == "config"]
         if recompute is not None and wanting:
