@@ -224,7 +224,7 @@ def test_the_map_is_the_pca_of_the_unit_rows(client: TestClient, store_path: Pat
         ("post", "/v1/query", {"target_row": 8}, 422, "the set has rows 0-7"),
         ("post", "/v1/query", {"target": "six", "target_row": 0}, 422, "it has one, two"),
         ("post", "/v1/select", {"count": 299}, 422, "298 usable, 2 skipped"),
-        ("post", "/v1/select", {}, 422, "exactly one of count, fraction, tokens"),
+        ("post", "/v1/select", {}, 422, "exactly one of k (or count), fraction, "),
         ("post", "/v1/select", {"count": 9, "subset": "best"}, 422, "subset"),
         ("post", "/v1/select", {"count": 9, "subset": "round_robin"}, 422, "serve 16 target rows"),
         ("post", "/v1/select", {"count": 9, "neighbours": 3}, 422, "only the subset 'knn_uniform'"),

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,9 +203,11 @@ def test_a_publish_that_sleeps_at_any_operation_tears_and_doubles_nothing(
         path, job = fast_path / f"s{k}", Job(kit, ["train/1"], n)
         awake, files = Worker(2, 2, 0.004), StoreFiles(path)
         late = StoreWriter(
-            path, provenance=kit.provenance, worker=Worker(1, 2, SILENT), files=files
+            path, provenance=kit.provenance, worker=replace(awake, number=1), files=files
         )
         with late:
+            assert late._leases is not None
+            late._leases._ends.set()  # no sign of life from here on
             generation = job.begin(late, "train/1")
             unit = next(generation.claimed())
             done = job.unit("train/1", unit, norm=1.0)
