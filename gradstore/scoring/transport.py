@@ -26,8 +26,9 @@ MOST_SWEEPS = 2000
 class Marginals:
     """Weights of a transport: the freedom of its spread, and the bond to its marginals.
 
-    The defaults are those of the comparison in arXiv 2602.14696 (its public code's `eps`, `reg_m1`
-    and `reg_m2`): every target row sends exactly 1/t, a train row may receive almost any mass.
+    Every target row sends exactly 1/t, a train row may receive almost any mass. The comparison in
+    arXiv 2602.14696 has the same numbers (its public code's `eps`, `reg_m1` and `reg_m2`) for
+    distances half as large: its rows are those of twice the blur and twice the train weight.
 
     Attributes:
         blur: epsilon > 0, weight of the entropy; similarities closer than it count as alike.

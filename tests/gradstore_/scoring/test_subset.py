@@ -273,6 +273,36 @@ def test_knn_uniform_gives_the_shares_that_its_authors_code_gives(
     assert sorted(chosen.tolist()) == most_named
 
 
+@pytest.mark.parametrize(
+    ("seed", "shape", "in_turns", "by_best"),
+    [
+        (
+            0, (300, 6), [45, 175, 182, 36, 268, 207, 294, 269, 110, 155, 215, 129],
+            [36, 175, 182, 45, 207, 294, 269, 41, 155, 129, 268, 110],
+        ),
+        (
+            1, (500, 9), [369, 224, 493, 30, 388, 95, 373, 173, 364, 167, 333, 234],
+            [95, 364, 388, 373, 156, 405, 330, 30, 224, 216, 369, 20],
+        ),
+        (
+            2, (200, 5), [195, 46, 94, 153, 85, 166, 88, 182, 198, 144, 125, 58],
+            [195, 85, 94, 166, 125, 46, 88, 144, 182, 58, 120, 175],
+        ),
+    ],
+)  # fmt: skip
+def test_rows_taken_in_turn_or_by_their_best_target_row_are_those_of_the_comparisons_authors_code(
+    seed: int, shape: tuple[int, int], in_turns: list[int], by_best: list[int]
+) -> None:
+    """Printed by `round_robin_selection` and `doubly_greedy_selection` of its repository.
+
+    dcml-lab/targeted-instruction-selection; the latter is `top` of each row's largest similarity.
+    """
+    table = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    every = np.ones(len(table), dtype=bool)
+    assert round_robin(gathered(table, 12).rows, 12).tolist() == in_turns
+    assert best_first(table.max(axis=1), 12, usable=every).tolist() == by_best
+
+
 def test_a_row_near_two_target_rows_goes_before_the_nearest_of_one() -> None:
     table = np.array([[0.9, 0.0], [0.5, 0.4], [0.0, 0.8], [0.1, 0.1]], dtype=np.float32)
     assert knn_uniform(gathered(table, 4), 3, neighbours=2).tolist() == [1, 0, 2]

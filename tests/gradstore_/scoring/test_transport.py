@@ -93,6 +93,27 @@ def test_the_rows_of_the_most_mass_are_taken_however_rows_are_numbered() -> None
     assert order[transport(all_pairs(table[order]), 20, 60)].tolist() == chosen.tolist()
 
 
+@pytest.mark.parametrize(
+    ("seed", "shape", "chosen"),
+    [
+        (0, (300, 6), [36, 182, 207, 175, 268, 45, 294, 215, 274, 129, 269, 41]),
+        (1, (500, 9), [364, 95, 373, 224, 388, 369, 173, 30, 493, 216, 167, 234]),
+        (2, (200, 5), [94, 85, 153, 195, 46, 88, 166, 58, 125, 198, 21, 182]),
+    ],
+)
+def test_the_rows_are_those_that_the_comparisons_authors_code_takes(
+    seed: int, shape: tuple[int, int], chosen: list[int]
+) -> None:
+    """Printed by `uot_selection` of dcml-lab/targeted-instruction-selection with POT 0.9.7.
+
+    Its distances are half of ours, so that its eps of 0.01 and reg_m2 of 0.0001 are twice as much.
+    """
+    drawn = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    table = np.clip(drawn / 4, -1, 1)
+    marginals = Marginals(blur=0.02, train=2e-4)
+    assert transport(all_pairs(table), 12, len(table), marginals=marginals).tolist() == chosen
+
+
 def test_similarities_far_apart_neither_overflow_nor_vanish() -> None:
     table = np.array([[1.0], [0.5], [-1.0]], dtype=np.float32)
     plan = transport_plan(all_pairs(table), 3, Marginals(blur=1e-4, train=0.0))
