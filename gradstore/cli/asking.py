@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gradstore.cluster.options import RayOptions
     from gradstore.scoring.comparable import CheckpointFeatures
     from gradstore.scoring.influence import Scores
+    from gradstore.scoring.products import InnerProduct
     from gradstore.store.generation import Generation
     from gradstore.store.reader import Store
     from gradstore.store.texts import RowTexts
@@ -190,6 +191,8 @@ def _scored(
     product = question.product()
     if product.preconditioner == "subspace":
         typer.echo(f"subspace: {_kept(pairs)}", err=True)
+    elif product.preconditioner == "fisher":
+        typer.echo(f"fisher: {_fitted(pairs, product)}", err=True)
     n = pairs[-1].train.rows
     pace = Pace(n, lambda seconds: typer.echo(long_pass("scores", n, seconds), err=True))
     engine = None
@@ -235,6 +238,13 @@ def _kept(checkpoints: Sequence[CheckpointFeatures]) -> str:
     told = subspace_told(checkpoints)
     each = ", ".join(map(str, told["dims"]))
     return f"{each} dimensions keep {told['kept']:.0%} of the {told['rows']} target rows' squares"
+
+
+def _fitted(checkpoints: Sequence[CheckpointFeatures], product: InnerProduct) -> str:
+    told = product.metric.told(checkpoints)
+    levels = ", ".join(f"{level:.3g}" for level in told["level"])
+    rows = ", ".join(f"{rows:,}" for rows in told["rows"])
+    return f"damping level {levels} ({told['damping']:g} times the mean eigenvalue), of {rows} rows"
 
 
 def _summary(train: Generation, scores: Scores) -> str:

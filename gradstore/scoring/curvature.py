@@ -3,15 +3,16 @@
 Letters: N rows that the matrix is fitted on, d projected dimensions, m target rows.
 
 Nothing is exported again: the second moment R of stored, projected gradients is the projected
-empirical Fisher matrix. It is fitted on at most `ROWS_PER_DIMENSION` * d rows (but `FEWEST_ROWS` at
-least), whole blocks spread evenly over the store, because N rows cost N d^2 multiplications. The
-scan that follows costs what it costs without.
+empirical Fisher matrix. It is fitted on about `ROWS_PER_DIMENSION` * d usable rows (but
+`FEWEST_ROWS` at least), whole blocks spread evenly over the store, because N rows cost N d^2
+multiplications. The scan that follows costs what it costs without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Self
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -75,14 +76,9 @@ class Fisher:
         """
         check_damping(damping)
         device, dim = torch.device(device), train.dim
-        blocks = _sampled_blocks(train, max(FEWEST_ROWS, ROWS_PER_DIMENSION * dim))
+        blocks = _blocks_to_fit(train)
         with exact_float32():
             count = sum(len(rows) for rows in blocks)
-            if not count:
-                raise BadInput(
-                    f"none of the {train.rows} train rows is usable, so there is no second moment; "
-                    "check their labels and the model's weights, and export them again"
-                )
             if count < dim:
                 parts = [torch.from_numpy(x) for x in _rows_of(train, blocks, unit=unit)]
                 held = torch.cat([*parts, torch.empty(0, dim)]).to(device, torch.float64)
@@ -164,14 +160,65 @@ def _cholesky(matrix: Tensor, noise: float, of: tuple[int, int, float]) -> Tenso
     return factor
 
 
+def fisher_told(trains: Sequence[FeatureSource], *, unit: bool, damping: float) -> dict[str, Any]:
+    """Tell what `Fisher.of` fits to each checkpoint's train rows, without reading a feature.
+
+    Args:
+        trains: each checkpoint's.
+        unit: as there.
+        damping: as there.
+
+    Returns:
+        `damping`, the multiple; `level`, l at each checkpoint; `rows`, N at each.
+
+    Raises:
+        BadInput: no usable row.
+    """
+    levels, counts = [], []
+    for train in trains:
+        rows = np.concatenate(_blocks_to_fit(train))
+        # The trace of R is the mean of the rows' squared lengths.
+        squares = 1.0 if unit else float((_norms(train, rows) ** 2).mean())
+        levels.append(damping * squares / train.dim)
+        counts.append(len(rows))
+    return {"damping": damping, "level": levels, "rows": counts}
+
+
+def _blocks_to_fit(train: FeatureSource) -> list[npt.NDArray[np.int64]]:
+    """List the rows that the matrix is fitted on, block by block.
+
+    Raises:
+        BadInput: no usable row.
+    """
+    blocks = _sampled_blocks(train, max(FEWEST_ROWS, ROWS_PER_DIMENSION * train.dim))
+    if not sum(len(rows) for rows in blocks):
+        raise BadInput(
+            f"none of the {train.rows} train rows is usable, so there is no second moment; "
+            "check their labels and the model's weights, and export them again"
+        )
+    return blocks
+
+
 def _sampled_blocks(train: FeatureSource, most: int) -> list[npt.NDArray[np.int64]]:
-    """List the usable rows of whole blocks spread evenly over the source, at most about `most`."""
+    """List the usable rows of whole blocks spread evenly over the source, about `most` rows.
+
+    As many blocks as hold so many usable rows, but for less than a block's: where few rows of a
+    block are usable, more blocks are taken.
+    """
     usable = np.flatnonzero(np.asarray(train.usable, dtype=bool))
     blocks = np.split(usable, np.flatnonzero(np.diff(usable // BLOCK_ROWS)) + 1)
-    wanted = max(1, most // BLOCK_ROWS)
-    if len(usable) <= most or len(blocks) <= wanted:
+    if len(usable) <= most:
         return blocks
-    return [blocks[i] for i in np.linspace(0, len(blocks) - 1, wanted).round().astype(int)]
+    sizes = np.array([len(rows) for rows in blocks])
+
+    def spread(count: int) -> npt.NDArray[np.int64]:
+        return np.linspace(0, len(blocks) - 1, count).round().astype(np.int64)
+
+    counts = range(max(1, most // BLOCK_ROWS), len(blocks))
+    enough = bisect_left(
+        counts, True, key=lambda count: bool(sizes[spread(count)].sum() > most - sizes.max())
+    )
+    return [blocks[i] for i in spread(counts.start + enough)]
 
 
 def _rows_of(
@@ -186,5 +233,9 @@ def _rows_of(
         directions, codes = unit_rows(read)
         good = codes == RowStatus.OK  # the scan reports the others
         if not unit:
-            directions *= np.asarray(train.norm, dtype=np.float64)[rows, None]  # type: ignore[attr-defined]
+            directions *= _norms(train, rows)[:, None]
         yield directions[good].astype(np.float32)
+
+
+def _norms(train: FeatureSource, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    return np.asarray(train.norm, dtype=np.float64)[rows]  # type: ignore[attr-defined]

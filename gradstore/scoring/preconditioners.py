@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from gradstore.scoring.comparable import CheckpointFeatures
-from gradstore.scoring.curvature import Fisher, check_damping
+from gradstore.scoring.curvature import Fisher, check_damping, fisher_told
 from gradstore.scoring.metric import Plain, QueryMap
 from gradstore.scoring.subspace import Subspace, check_targets, subspace_told
 
@@ -44,6 +44,11 @@ class FisherMetric(Plain):
         if self.normalize == "none":
             return lambda unit, norms: fisher.solve(self.lengthened(unit, norms))
         return lambda unit, norms: fisher.whitened_unit(unit)
+
+    def told(self, checkpoints: Sequence[CheckpointFeatures]) -> dict[str, Any]:
+        """Tell the damping's level and the rows of each fit; see `Plain.told`."""
+        trains = [checkpoint.train for checkpoint in checkpoints]
+        return fisher_told(trains, unit=self.normalize == "cosine", damping=self.damping)
 
 
 class SubspaceMetric(Plain):

@@ -276,6 +276,17 @@ def test_another_product_ranks_by_it_in_score_and_in_every_rule(store: Path) -> 
     assert chosen(store, "-k", "9", "--subset", "round_robin", *options) != plain
 
 
+def test_the_fisher_metric_says_its_level_and_the_rows_that_it_is_of(store: Path) -> None:
+    train = checkpoint_features(open_store(store))[0].train
+    options = ("--preconditioner", "fisher", "--damping", "0.2")
+
+    result = CliRunner().invoke(app, ["score", str(store), *options])
+
+    level = f"{0.2 / train.dim:.3g}"  # unit rows: R has trace 1
+    said = f"fisher: damping level {level} (0.2 times the mean eigenvalue), of {train.usable.sum()}"
+    assert f"{said} rows" in result.stderr
+
+
 def test_a_subspace_ranks_by_it_and_says_how_many_dimensions_it_has(store: Path) -> None:
     from gradstore.scoring.influence import influence_scores
 

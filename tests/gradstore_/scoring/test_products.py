@@ -131,6 +131,49 @@ def test_only_so_many_rows_as_the_matrix_needs_are_read(monkeypatch: pytest.Monk
     assert starts == [0, 256 * 19]
 
 
+@pytest.mark.parametrize(("usable", "blocks"), [(0.1, 19), (0.5, 4), (1.0, 2)])
+def test_where_few_rows_are_usable_more_blocks_are_read(
+    monkeypatch: pytest.MonkeyPatch, usable: float, blocks: int
+) -> None:
+    """512 of 10,240 rows, of which a tenth, a half or all of each block's are usable."""
+    monkeypatch.setattr(curvature, "FEWEST_ROWS", 512)
+    train = PlainRows(np.ones((256 * 40, 4)), "t")
+    within = np.arange(train.rows) % 256
+    train.usable = within < 256 * usable
+
+    found = curvature._sampled_blocks(train, 512)
+
+    assert len(found) == blocks
+    assert abs(sum(map(len, found)) - 512) < 256 * usable
+    at = [int(rows[0]) // 256 for rows in found]
+    assert (at[0], at[-1]) == (0, 39)
+    assert np.ptp(np.diff(at)) <= 1, "spread evenly"
+
+
+def test_blocks_without_a_usable_row_are_passed_over() -> None:
+    train = PlainRows(np.ones((256 * 40, 4)), "t")
+    train.usable = np.arange(train.rows) // 256 >= 30
+    found = curvature._sampled_blocks(train, 512)
+    assert [int(rows[0]) // 256 for rows in found] == [30, 39]
+
+
+@pytest.mark.parametrize("normalize", ["cosine", "target", "none"])
+@pytest.mark.parametrize(("n", "d"), [(256 * 6, 8), (300, 16), (12, 30)])
+def test_the_level_and_the_rows_that_are_told_are_those_of_the_fit(
+    monkeypatch: pytest.MonkeyPatch, normalize: Any, n: int, d: int
+) -> None:
+    monkeypatch.setattr(curvature, "FEWEST_ROWS", 512)
+    metric = InnerProduct(normalize, "fisher", 0.3).metric
+    pairs = [CheckpointFeatures(rows(seed, n, d), [rows(2, 3, d)]) for seed in (7, 8)]
+    fits = [Fisher.of(pair.train, unit=normalize == "cosine", damping=0.3) for pair in pairs]
+
+    told = metric.told(pairs)
+
+    assert told["damping"] == 0.3
+    assert told["level"] == pytest.approx([fit.level for fit in fits], rel=1e-6)
+    assert told["rows"] == [min(n, 512)] * 2
+
+
 @pytest.mark.parametrize("sorted_by_kind", [True, False])
 def test_a_fit_on_four_rows_a_dimension_ranks_nearly_as_one_on_all(
     monkeypatch: pytest.MonkeyPatch, sorted_by_kind: bool
