@@ -75,6 +75,7 @@ class UpdateContext:
         optimizer: the Trainer's, possibly accelerate's wrapper.
         pool: (m,) int64, rising positions of the training set that may be chosen from; None for
             all of them.
+        grad_norms: of the steps that the Trainer logged last, before they were clipped.
     """
 
     run: RunContext
@@ -84,6 +85,7 @@ class UpdateContext:
     learning_rate: float
     optimizer: Any
     pool: npt.NDArray[np.int64] | None = None
+    grad_norms: tuple[float, ...] = ()
 
     @property
     def candidates(self) -> npt.NDArray[np.int64]:

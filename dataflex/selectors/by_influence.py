@@ -257,6 +257,10 @@ class InfluenceSelector(StoreSelector):
 
     def select(self, count: int, context: UpdateContext) -> Selection:
         """Score every training row against the target, take the best `count`; collective."""
+        if self.product.normalize != "cosine":
+            from dataflex.features.step_share import tell_clipping
+
+            tell_clipping(context, self.settings)
         if self._service is None:
             return select_directly(self, count, context)
         service, scores = self._service, list[RowScores]()  # of rank 0

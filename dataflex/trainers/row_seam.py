@@ -8,7 +8,8 @@ Nothing here knows what decides about the rows; a subclass says that in `rows_fo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -28,6 +29,15 @@ from dataflex.trainers.job import Job, Run
 from dataflex.trainers.seam import Seam
 from gradstore.capture.modelstate import random_states_kept
 from gradstore.errors import BadInput, DamagedData
+
+#: Logged steps whose gradients' norms a strategy is told.
+LOGGED_NORMS = 10
+
+
+def logged_norms(log: Iterable[Mapping[str, Any]]) -> tuple[float, ...]:
+    """Return the gradient norms of the last lines of a Trainer's log, those that are finite."""
+    norms = [float(line["grad_norm"]) for line in log if "grad_norm" in line]
+    return tuple(norm for norm in norms[-LOGGED_NORMS:] if math.isfinite(norm))
 
 
 class RowSeam(Seam):
@@ -84,6 +94,7 @@ class RowSeam(Seam):
             updates=self.run.schedule.updates_per_stage,
             learning_rate=self._mean_rate(),
             optimizer=self.optimizer,
+            grad_norms=logged_norms(self.state.log_history),
         )
 
     def served_rows(self, step: int) -> list[npt.NDArray[np.int64]]:

@@ -12,8 +12,15 @@ import pytest
 from dataflex.data.order import BatchShape
 from dataflex.features import step_share
 from dataflex.features.settings import FeatureSettings
-from dataflex.features.step_share import features_again, step_of, train_features
+from dataflex.features.step_share import (
+    features_again,
+    step_of,
+    tell_clipping,
+    train_features,
+)
 from dataflex.run.ranks import Ranks
+from dataflex.selectors import by_influence
+from dataflex.selectors.less import LessSelector
 from gradstore.errors import BadInput
 from gradstore.export.room import Room
 from gradstore.export.share import OptimizerStep, StepShare
@@ -69,6 +76,45 @@ def test_hard_clipping_is_said_in_one_line(
     assert [("5%" in line and "normalize: cosine" in line) for line in caplog.messages] == (
         [True] if said else []
     )
+
+
+def clipping_told(caplog: pytest.LogCaptureFixture, kind: str, norms: Any, limit: float) -> bool:
+    given: Any = SimpleNamespace(run=run(OptimizerStep(8, limit)), grad_norms=norms)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        tell_clipping(given, settings(kind))
+    return bool(caplog.messages)
+
+
+@pytest.mark.parametrize("kind", ["adam_marginal", "sgd"])
+def test_products_with_norms_are_told_of_hard_clipping_by_the_logged_norms(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert clipping_told(caplog, kind, (3.0, 5.0), 1.0)
+    assert "clipped to 24% of its length" in caplog.text  # 1 / sqrt((9 + 25) / 2)
+    assert "normalize: cosine" in caplog.text
+    assert not clipping_told(caplog, kind, (1.5, 1.6), 1.0)
+    assert not clipping_told(caplog, kind, (3.0, 5.0), 0.0), "nothing is clipped"
+    assert not clipping_told(caplog, kind, (), 1.0), "nothing is logged yet"
+
+
+@pytest.mark.parametrize("kind", ["adam_share", "adam", "sign"])
+def test_features_that_estimate_the_clipping_or_go_by_something_else_are_not_told_by_the_log(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not clipping_told(caplog, kind, (30.0,), 1.0)
+
+
+@pytest.mark.parametrize(("normalize", "told"), [("none", 1), ("target", 1), ("cosine", 0)])
+def test_a_selection_asks_whether_its_norms_are_of_use(
+    normalize: Any, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(step_share, "tell_clipping", lambda *given: asked.append(given))
+    monkeypatch.setattr(by_influence, "select_directly", lambda *given: "chosen")
+    selector, context = LessSelector(normalize=normalize, scoring="direct"), object()
+    assert selector.select(3, context) == "chosen"  # type: ignore[arg-type, comparison-overlap]
+    assert asked == [(context, selector.settings)] * told
 
 
 @pytest.mark.parametrize(("given", "norm"), [(0.5, 0.5), (0.0, 0.0), (-1.0, 0.0), (None, 0.0)])

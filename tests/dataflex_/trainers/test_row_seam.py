@@ -12,7 +12,7 @@ from dataflex.checkpoints.state import RunState
 from dataflex.data.order import BatchShape
 from dataflex.run.ranks import Ranks
 from dataflex.run.schedule import Interval, Schedule
-from dataflex.trainers.row_seam import RowSeam
+from dataflex.trainers.row_seam import RowSeam, logged_norms
 from gradstore.errors import DamagedData
 
 
@@ -75,3 +75,11 @@ def test_rows_that_do_not_exist_are_damage() -> None:
     later = Served(rows=4)
     with pytest.raises(DamagedData, match="names rows that do not exist"):
         later.restore_more(RunState(5, "id", (2, 4, 2), "", more=earlier.more_state()))
+
+
+def test_a_strategy_is_told_the_last_finite_norms_that_were_logged() -> None:
+    log = [{"grad_norm": float(norm)} for norm in range(12)]
+    assert logged_norms(log) == tuple(range(2, 12))
+    mixed: Any = [{"grad_norm": 3.0}, {"eval_loss": 1.0}, {"grad_norm": float("nan")}]
+    assert logged_norms(mixed) == (3.0,)
+    assert logged_norms([]) == ()
