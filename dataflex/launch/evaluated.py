@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from dataflex.bridge import running
 from dataflex.bridge.quiet import on_stderr
@@ -33,7 +34,16 @@ from dataflex.launch.preflight import OF_LORA, check_gradients
 from dataflex.launch.retraining import IN_RUNS_ORDER, ORDERS, Retrainer, queries_of
 from gradstore.cli.options import print_json, print_table
 from gradstore.errors import BadInput, expect, expect_whole
-from gradstore.evaluation import Estimate, draw_subsets, lds, query_loss_difference, without_top
+from gradstore.evaluation import (
+    Estimate,
+    Resamples,
+    draw_subsets,
+    lds,
+    query_loss_difference,
+    resampled_lds,
+    resampled_qld,
+    without_top,
+)
 from gradstore.evaluation.bank import Bank, Progress
 from gradstore.evaluation.retraining import LEAST_SUBSETS
 from gradstore.scoring.products import COSINE, InnerProduct
@@ -43,6 +53,12 @@ _log = logging.getLogger(__name__)
 
 RETRAINED = ("lds", "qld")
 METRICS = (*RETRAINED, PATCHED, *EXACT, *PLANTED)
+
+#: What an interval is over: queries, or queries and retrained models.
+INTERVALS = ("queries", "both")
+
+Losses = npt.NDArray[np.float64]
+Masks = npt.NDArray[np.bool_]
 
 #: In the place of a store that nothing is asked of.
 NO_STORE = Path("-")
@@ -66,6 +82,7 @@ class Evaluation:
         seeds: trainings of each subset, of lds and qld: with the configuration's seed, the next one
             and so on; losses are their means.
         order: of the rows of a retraining, of lds and qld; one of `ORDERS`.
+        interval: what it is over, one of `INTERVALS`; `both` of lds and qld.
         seed: of subsets, controls and random rows; the training's is the configuration's.
         checkpoints: of the store to combine, as text.
         normalize, preconditioner, damping: of the store's influence, as of `InnerProduct`; None
@@ -87,6 +104,7 @@ class Evaluation:
     controls: int = 10
     seeds: int = 1
     order: str = IN_RUNS_ORDER
+    interval: str = "queries"
     seed: int = 0
     checkpoints: str = "last"
     normalize: str | None = None
@@ -111,6 +129,10 @@ class Evaluation:
             raise BadInput("STORE is -, so there is no influence to judge: name a store, or scores "
                            "with --scores.")  # fmt: skip
         expect(self.order in ORDERS, "--order", self.order, " or ".join(ORDERS))
+        expect(self.interval in INTERVALS, "--interval", self.interval, " or ".join(INTERVALS))
+        if self.interval == "both" and self.metric not in RETRAINED:
+            raise BadInput(f"--interval both is of --metric {' and '.join(RETRAINED)}; "
+                           f"{self.metric} retrains no model.")  # fmt: skip
         expect_whole(self.at_top, "--k")
         expect_whole(self.seeds, "--seeds")
         expect_whole(self.budget, "--budget", 0)
@@ -279,10 +301,21 @@ def _measured(
         tell=tell,
         forecast=lambda mask: retrainer.seconds(np.flatnonzero(mask), seed),
     )[:, scored.queries]
-    if asked.metric == "lds":
-        found = lds(scored.values, losses, masks)
-    else:
-        own, controls = np.split(losses, [len(scored.queries)])
-        found = query_loss_difference(np.diagonal(own).copy(), controls)
+    found = _figure(asked, losses, masks, scored)
     distinct = len(np.unique(masks, axis=0)) * asked.seeds
     return Judged({asked.metric: found}, distinct, made)
+
+
+def _figure(asked: Evaluation, losses: Losses, masks: Masks, scored: Scored) -> Estimate:
+    """Compute LDS or QLD of (m, q) losses after training on each of (m, n) masks."""
+    queries = len(scored.queries)
+    if asked.metric == "lds":
+        if asked.interval == "queries":
+            return lds(scored.values, losses, masks)
+        drawn = Resamples.draw(queries, len(masks))
+        return resampled_lds(scored.values, losses, masks, drawn).estimate()
+    own, controls = np.split(losses, [queries])
+    removed = np.diagonal(own).copy()
+    if asked.interval == "queries":
+        return query_loss_difference(removed, controls)
+    return resampled_qld(removed, controls, Resamples.draw(queries, len(controls))).estimate()

@@ -161,6 +161,13 @@ class Evaluated:
             "redrawn, in one of its own."
         ),
     ] = "run"
+    interval: Annotated[
+        str,
+        typer.Option(
+            help="queries: how the mean would differ with other queries; both, lds and qld: with "
+            "other retrained models too."
+        ),
+    ] = "queries"
     seed: Annotated[int, typer.Option(help="Of random subsets and rows.")] = 0
     checkpoints: Checkpoints = "last"
     normalize: Annotated[

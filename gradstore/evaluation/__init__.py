@@ -17,9 +17,18 @@ from gradstore.evaluation.retraining import (
     tail_patch_log,
     without_top,
 )
+from gradstore.evaluation.two_way import (
+    Resampled,
+    Resamples,
+    resampled,
+    resampled_lds,
+    resampled_qld,
+)
 
 __all__ = [
     "Estimate",
+    "Resampled",
+    "Resamples",
     "average_precision",
     "draw_subsets",
     "estimate",
@@ -30,6 +39,9 @@ __all__ = [
     "query_loss_difference",
     "rank_correlation",
     "recall_at_k",
+    "resampled",
+    "resampled_lds",
+    "resampled_qld",
     "tail_patch",
     "tail_patch_log",
     "without_top",

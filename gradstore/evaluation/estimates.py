@@ -66,7 +66,7 @@ def estimate(values: Numbers, *, confidence: float = 0.95, seed: int = 0) -> Est
     Queries are drawn with replacement 9,999 times; the interval lies between the quantiles
     (1 - confidence) / 2 and (1 + confidence) / 2 of the means (Efron 1979;
     `scipy.stats.bootstrap`). It says how the mean would differ with other queries, not with other
-    retrained models, which all queries share.
+    retrained models, which all queries share: `two_way` draws these too.
 
     Args:
         values: (q,) the metric of each query, finite.
@@ -81,8 +81,7 @@ def estimate(values: Numbers, *, confidence: float = 0.95, seed: int = 0) -> Est
         0.400 [0.200, 0.600] (3 queries)
     """
     found = numbers(values, "values", 1, "one number per query")
-    confident = isinstance(confidence, int | float) and 0 < confidence < 1
-    expect(confident, "confidence", confidence, "a share above 0 and below 1, such as 0.95")
+    check_confidence(confidence)
     mean, low, high = float(found.mean()), None, None
     if found.size > 1:
         from scipy.stats import bootstrap
@@ -98,6 +97,12 @@ def estimate(values: Numbers, *, confidence: float = 0.95, seed: int = 0) -> Est
         ).confidence_interval
         low, high = float(interval.low), float(interval.high)
     return Estimate(mean, low, high, float(confidence), tuple(found.tolist()))
+
+
+def check_confidence(confidence: float) -> None:
+    """Raise BadInput unless a confidence is a share above 0 and below 1."""
+    confident = isinstance(confidence, int | float) and 0 < confidence < 1
+    expect(confident, "confidence", confidence, "a share above 0 and below 1, such as 0.95")
 
 
 def numbers(given: object, what: str, axes: int, wanted: str) -> Floats:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from gradstore.errors import BadInput, expect_whole
 from gradstore.evaluation.estimates import (
     Estimate,
+    Floats,
     Mask,
     Numbers,
     estimate,
@@ -102,6 +103,29 @@ def lds(scores: Numbers, losses: Numbers, subsets: npt.ArrayLike, *, seed: int =
         >>> lds([0.1, 0.2, 0.3], [[0.9], [0.7], [0.8]], subsets).mean
         0.5
     """
+    sums, measured = subset_sums(scores, losses, subsets)
+    if (flat := np.flatnonzero(np.ptp(measured, axis=0) == 0)).size:
+        raise BadInput(
+            f"losses of query {flat[0]} are the same after every subset; train longer, or leave "
+            "the query out"
+        )
+    return estimate(
+        [spearman(sums[:, query], -measured[:, query]) for query in range(sums.shape[1])],
+        seed=seed,
+    )
+
+
+def subset_sums(scores: Numbers, losses: Numbers, subsets: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """Sum scores over the rows of each subset, beside what was measured: two (s, q) float64.
+
+    Args:
+        scores: as of `lds`, and so the others.
+        losses: (s, q).
+        subsets: (s, n) bool.
+
+    Raises:
+        BadInput: shapes that do not fit, a number that is not finite, too few subsets.
+    """
     values = score_matrix(scores)
     queries, rows = values.shape
     measured = numbers(losses, "losses", 2, f"losses (s subsets, {queries} queries)")
@@ -115,15 +139,7 @@ def lds(scores: Numbers, losses: Numbers, subsets: npt.ArrayLike, *, seed: int =
             f"{len(masks)} subsets have no rank correlation worth the name; retrain on at least "
             f"{LEAST_SUBSETS} (100 is usual)"
         )
-    if (flat := np.flatnonzero(np.ptp(measured, axis=0) == 0)).size:
-        raise BadInput(
-            f"losses of query {flat[0]} are the same after every subset; train longer, or leave "
-            "the query out"
-        )
-    sums = np.stack([values[:, mask].sum(axis=1) for mask in masks])
-    return estimate(
-        [spearman(sums[:, query], -measured[:, query]) for query in range(queries)], seed=seed
-    )
+    return np.stack([values[:, mask].sum(axis=1) for mask in masks]), measured
 
 
 def query_loss_difference(

@@ -53,6 +53,20 @@ def test_true_effects_order_all_models_and_reversed_ones_none(tmp_path: Path) ->
     assert len(training.calls) == 8
 
 
+@pytest.mark.parametrize("metric", ["lds", "qld"])
+def test_an_interval_over_models_too_is_of_the_same_figure_and_wider(
+    tmp_path: Path, metric: str
+) -> None:
+    noise = np.random.default_rng(8).normal(size=EFFECTS.shape)
+    asked = {"metric": metric, "subsets": 30, "controls": 3, "share": 0.1}
+    alone, both = (
+        measured(tmp_path, Additive(), EFFECTS + 2 * noise, interval=interval, **asked)
+        for interval in ("queries", "both")
+    )
+    assert both.values == alone.values
+    assert both.high - both.low > alone.high - alone.low
+
+
 def test_scores_of_some_queries_are_judged_by_these_queries(tmp_path: Path) -> None:
     some = [3, 1]
     found = measured(tmp_path, Additive(), EFFECTS[some], some, subsets=8)
@@ -123,6 +137,8 @@ def test_without_a_budget_nothing_is_trained_and_the_time_is_said(tmp_path: Path
         ({"preconditioner": "kfac"}, "preconditioner is 'kfac'"),
         ({"damping": -1.0}, "damping is -1.0"),
         ({"scores": Path("scores.npy"), "normalize": "none"}, "--scores are judged as they are"),
+        ({"interval": "models"}, "--interval is 'models'"),
+        ({"interval": "both", "metric": "tail_patch"}, "tail_patch retrains no model"),
     ],
 )
 def test_bad_options_are_named_before_anything_is_loaded(
