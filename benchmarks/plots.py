@@ -71,16 +71,32 @@ class Point:
     seeds: int
 
 
+#: First words of the methods that do not go by gradients.
+GOES_BY = {
+    "near (hidden states)": "hidden states",
+    "rds_plus": "hidden states",
+    "tsds": "hidden states",
+    "loss": "losses",
+    "mirror": "losses",
+    "delta_loss": "losses",
+    "bm25": "words",
+    "oracle": "words",
+    "random": "words",
+}
+
+
 def family(method: str) -> str:
-    """Tell by what a method goes."""
-    if method in ("near (hidden states)", "rds_plus"):
-        return "hidden states"
-    if method == "loss" or method.startswith("mirror"):
-        return "losses"
-    if method == "bm25" or method in ACROSS:
-        return "words"
+    """Tell by what a method goes; what stands behind its first comma says how it chooses.
+
+    Examples:
+        >>> family("rds_plus, top")
+        'hidden states'
+    """
     if method.startswith("bergson"):
         return "bergson"
+    first = method.partition(",")[0]
+    if first in GOES_BY:
+        return GOES_BY[first]
     return "gradients, Fisher metric" if "fisher" in method else "gradients"
 
 

@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "figures.md")
 LEVEL = 0.05
 
+#: Spread of differences, relative to the figures, that rounding may have made.
+FLAT = 1e-9
+
 #: What `scale` calculates for; USD for an hour of a core, an assumption.
 FAR_ROWS, FAR_CHECKPOINTS, PRICE = 1e9, 4, 0.04
 
@@ -77,12 +80,16 @@ def difference(ours: Sequence[float], reference: Sequence[float]) -> Difference:
     from scipy import stats
 
     each = [a - b for a, b in zip(ours, reference, strict=True)]
-    error = statistics.stdev(each) / len(each) ** 0.5
+    spread_of = statistics.stdev(each)
+    error = spread_of / len(each) ** 0.5
     mean, freedom = statistics.mean(each), len(each) - 1
     half = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error
-    # No spread, such as a share of few rows that is the same in every seed: told only by its size.
-    p = 2 * float(stats.t.sf(abs(mean) / error, freedom)) if error else float(mean == 0)
-    return Difference(mean, half, p)
+    # Without a spread but for rounding, such as of a share of few rows that is the same in every
+    # seed, a t test knows nothing of what another seed would show: never marked.
+    flat = spread_of <= FLAT * max(map(abs, (*ours, *reference)))
+    return Difference(
+        mean, half, 1.0 if flat else 2 * float(stats.t.sf(abs(mean) / error, freedom))
+    )
 
 
 def carried(p_values: Sequence[float]) -> list[bool]:
@@ -147,6 +154,18 @@ def plus_minus(found: Difference) -> str:
     """Write a difference with its interval."""
     low, high = found.mean - found.half, found.mean + found.half
     return f"{found.mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def with_interval(values: Sequence[float], digits: int = 3) -> str:
+    """Write the mean over seeds with its 95% interval by the t distribution, of two or more."""
+    from scipy import stats
+
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    half = float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1)) * error
+    return f"{mean:.{digits}f} ({mean - half:.{digits}f} to {mean + half:.{digits}f})"
 
 
 def ratio(line: Line, key: str = "ratio") -> str:
@@ -673,13 +692,13 @@ def rules(path: Path = RESULTS / "rules.csv") -> str:
 OVER_ALL = ", checkpoints: all"
 
 
-def over_checkpoints() -> str:
+def over_checkpoints(path: Path = RESULTS / "rules.csv") -> str:
     """Methods over earlier checkpoints, beside themselves at the last one alone."""
-    plain = [line for line in read(RESULTS / "rules.csv") if not line["clip"]]
+    plain = [line for line in read(path) if not line["clip"]]
     last = max((line["step"] for line in plain), key=int)
     lines = newest((line for line in plain if line["step"] == last), "method", "seed")
     taken = [line for (method, _), line in lines.items() if method.endswith(OVER_ALL)]
-    body = []
+    body, paired = [], list[tuple[Line, Line]]()
     for method in dict.fromkeys(line["method"] for line in taken):
         alone = method.removesuffix(OVER_ALL)
         seeds = [seed for name, seed in lines if name == method]
@@ -692,9 +711,13 @@ def over_checkpoints() -> str:
             cells += [f"{statistics.mean(beside_it):.3f}", f"{statistics.mean(ours):.3f} {gap}"]
         price = statistics.median(float(lines[method, seed]["cpu_s"]) for seed in seeds)
         body.append((f"`{alone}`", *cells, f"{price:.1f}", str(len(seeds))))
+        paired += [(lines[method, seed], lines[alone, seed]) for seed in seeds]
     head = ("", "share, last checkpoint", "all", "held-out loss, last checkpoint", "all",
             "CPU s, all", "seeds")  # fmt: skip
-    return f"{table(head, body)}\n\n{where(taken)}."
+    apart = sum(ours["cpu"] != beside_it["cpu"] for ours, beside_it in paired)
+    told = f"Of {len(paired)} pairs {apart} are of two processors."
+    beside_them = where(beside_it for _, beside_it in paired)
+    return f"{table(head, body)}\n\n{told} All: {where(taken)}. Last: {beside_them}."
 
 
 #: Methods of rules.csv that the README shows, and what lds.csv calls their scores.
@@ -753,6 +776,17 @@ def _mean(lines: Sequence[Line], figure: str = "spearman") -> float:
     return statistics.mean(float(line[figure]) for line in lines)
 
 
+def _with_rows(lines: Sequence[Line]) -> str:
+    """Write the seeds' mean, and the lowest and highest end of their 95% intervals over rows."""
+    low, high = (choose(float(line[end]) for line in lines)
+                 for choose, end in ((min, "low"), (max, "high")))  # fmt: skip
+    return f"{_mean(lines):.3f} ({low:.2f} to {high:.2f})"
+
+
+#: What stands in brackets in the tables of effect.csv.
+OVER_ROWS = "In brackets the lowest and highest end of the seeds' 95% intervals over the rows."
+
+
 def effects() -> str:
     """Rank correlation of scores with the effect of real steps."""
     found = _effects()
@@ -760,14 +794,14 @@ def effects() -> str:
     for score in dict.fromkeys(score for score, _, _ in found):
         here = [[found[score, state, effect] for effect in ("one", "batch")]
                 for state in EFFECT_STATES]  # fmt: skip
-        cells = [" / ".join(f"{_mean(of):.3f}" for of in pair) for pair in here]
+        cells = [" / ".join(_with_rows(of) for of in pair) for pair in here]
         body.append((score, *cells, str(len(here[0][0]))))
         shown += [line for pair in here for of in pair for line in of]
     ceilings = [_mean(found[EFFECT_SCORES[0], state, "batch"], "ceiling")
                 for state in EFFECT_STATES]  # fmt: skip
     body.append(("ceiling", *(f"1 / {each:.3f}" for each in ceilings), body[0][-1]))
     head = ("score", *(f"step {state}" for state in EFFECT_STATES), "seeds")
-    return f"{table(head, body)}\n\n{where(shown)}."
+    return f"{table(head, body)}\n\n{OVER_ROWS} {where(shown)}."
 
 
 def effects_elsewhere() -> str:
@@ -779,10 +813,10 @@ def effects_elsewhere() -> str:
     for state in states:
         here = [found[score, state, "batch"] for score in EFFECT_SCORES]
         facts = (f"{_mean(here[0], 'clip'):.2f}", f"{_mean(here[0], 'crossed'):.2f}")
-        body.append((state, *facts, *(f"{_mean(of):.3f}" for of in here), str(len(here[0]))))
+        body.append((state, *facts, *(_with_rows(of) for of in here), str(len(here[0]))))
         shown += [line for of in here for line in of]
     head = ("step", "clip factor", "crossed", *EFFECT_SCORES, "seeds")
-    return f"{table(head, body)}\n\n{where(shown)}."
+    return f"{table(head, body)}\n\n{OVER_ROWS} {where(shown)}."
 
 
 def wrong_rows() -> str:
@@ -885,9 +919,8 @@ def real(path: Path = RESULTS / "real.csv") -> str:
             values = _by_seed(found, figure)
             # Where no method gets an answer right, the column says nothing.
             if any(max(each.values()) > 0 for each in values.values()):
-                others[f"{target}: {figure}"] = {
-                    method: f"{statistics.mean(each.values()):.2f}"
-                    for method, each in values.items()
+                others[f"{target}: {figure} (95%)"] = {
+                    method: with_interval([*each.values()], 2) for method, each in values.items()
                 }
     others["choosing / training, seconds"] = {
         method: f"{statistics.median(ratios.values()):.1f}"

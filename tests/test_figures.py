@@ -47,11 +47,52 @@ def test_a_difference_is_paired_by_seed(tables: dict[str, Any]) -> None:
     assert found.p == pytest.approx(0.0742, abs=1e-4)
 
 
+@pytest.mark.parametrize("rounding", [0.0, 1e-17])
+def test_a_difference_that_no_seed_varies_is_not_marked(
+    tables: dict[str, Any], rounding: float
+) -> None:
+    found = tables["difference"]([0.3, 0.3, 0.3 + rounding], [0.2, 0.2, 0.2])
+    assert found.mean == pytest.approx(0.1)
+    assert found.p == 1
+    assert tables["carried"]([found.p]) == [False]
+    assert tables["difference"]([0.3, 0.3, 0.3], [0.3, 0.3, 0.3]).p == 1
+    assert tables["difference"]([0.3, 0.3, 0.3001], [0.2, 0.2, 0.2]).p < 1e-5
+
+
+def test_a_mean_over_seeds_has_its_interval(tables: dict[str, Any]) -> None:
+    # Mean 2, standard error 1/sqrt(3), t(2) at 97.5% is 4.302653.
+    assert tables["with_interval"]([1.0, 2.0, 3.0]) == "2.000 (-0.484 to 4.484)"
+    assert tables["with_interval"]([1.0], 2) == "1.00"
+
+
 def test_a_line_tells_which_of_its_columns_have_fewer_seeds(tables: dict[str, Any]) -> None:
     loss = {"less": {"1": 2.0, "2": 3.0}, "bm25": {"1": 2.5, "2": 4.0}}
     columns = {"loss": loss, "loss, clipped": {"less": {"1": 2.0}}}
     shown = tables["_seed_table"](columns, "loss", {}).splitlines()
     assert [line.split(" | ")[-1] for line in shown[2:]] == ["2 (1 clipped) |", "2 |"]
+
+
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        ("rds_plus, top", "hidden states"),
+        ("near (hidden states), top", "hidden states"),
+        ("near (hidden states)", "hidden states"),
+        ("tsds", "hidden states"),
+        ("bm25, round_robin", "words"),
+        ("random", "words"),
+        ("mirror, relative: false", "losses"),
+        ("loss", "losses"),
+        ("less", "gradients"),
+        ("landmarks, 100", "gradients"),
+        ("less, sgd, fisher, round_robin", "gradients, Fisher metric"),
+        ("bergson trak", "bergson"),
+    ],
+)
+def test_a_method_is_drawn_as_what_it_goes_by_however_it_chooses(
+    script: Any, method: str, family: str
+) -> None:
+    assert script("plots").family(method) == family
 
 
 def test_every_plot_shows_what_the_csvs_say(script: Any) -> None:
