@@ -740,8 +740,8 @@ def quality() -> str:
     shown = [line for line in read(RESULTS / "rules.csv")
              if line["method"] in SHOWN and not line["clip"]]  # fmt: skip
     lines = newest(shown, "method", "step", "seed")
-    trust = {line["score"]: float(line["mean"]) for line in read(RESULTS / "lds.csv")
-             if line["figure"] == "lds" and not line["run"]}  # fmt: skip
+    trust = {line["score"]: line for line in _measured_lds(RESULTS / "lds.csv")
+             if line["figure"] == "lds" and not line["run"] and _as_in_file(line)}  # fmt: skip
     last = max((step for _, step, _ in lines), key=int)
     here = [line for line in lines.values() if line["step"] == last]
     share, loss, seconds = (_by_seed(here, figure) for figure in ("share", "loss", "cpu_s"))
@@ -749,12 +749,15 @@ def quality() -> str:
     body = []
     for method in sorted(SHOWN, key=lambda method: means[method]):
         score, price = SHOWN[method], statistics.median(seconds[method].values())
-        body.append((f"`{method}`", f"{statistics.mean(share[method].values()):.2f}",
-                     f"{means[method]:.3f}", f"{trust[score]:.2f}" if score else "",
+        body.append((f"`{method}`", with_interval([*share[method].values()], 2),
+                     with_interval([*loss[method].values()]),
+                     _of_queries(trust[score], digits=2) if score else "",
                      f"{price:.1f}"))  # fmt: skip
-    head = ("rows chosen by", "of the target's rule", "held-out loss", "LDS", "CPU s")
+    head = ("rows chosen by", "of the target's rule (95%)", "held-out loss (95%)", "LDS (95%)",
+            "CPU s")  # fmt: skip
     seeds = {seed for _, _, seed in lines}
-    return f"{table(head, body)}\n\n{len(seeds)} seeds; {where(lines.values())}."
+    told = _of_what(trust[score] for score in SHOWN.values() if score)
+    return f"{table(head, body)}\n\n{len(seeds)} seeds; LDS: {told} {where(lines.values())}."
 
 
 #: States of effect.csv whose scores are all shown; of the others, some of them.
@@ -835,23 +838,90 @@ def wrong_rows() -> str:
     return f"{table(head, body)}\n\n{where(lines.values())}."
 
 
-def trusted(run: str = "") -> str:
+def _measured_lds(path: Path) -> list[Line]:
+    """Read lds.csv; lines from before have the file's own state, halves, and no differences."""
+    return [
+        {"state": "", **line, "fraction": line.get("fraction") or HALVES} for line in read(path)
+    ]
+
+
+def _as_in_file(line: Line) -> bool:
+    """Tell whether a line of lds.csv is of halves of the rows, in the file's own state."""
+    return not line["state"] and line["fraction"] == HALVES
+
+
+#: Fraction of the rows that a subset of LDS has where its line names none.
+HALVES = "0.5"
+
+#: Columns of lds.csv that hold paired differences, and their heads.
+LDS_BESIDE = {"minus_default": "LDS minus the default's (95%)",
+              "minus_exact": "LDS minus `rerank by exact`'s (95%)"}  # fmt: skip
+
+
+def _of_queries(line: Line | None, prefix: str = "", sign: str = "", digits: int = 3) -> str:
+    """Write a mean over queries with its interval; * for one over the queries alone."""
+    low, mean, high = ((line or {}).get(prefix + key) for key in ("low", "mean", "high"))
+    if not (line and low and mean and high):
+        return ""
+    star = "" if line.get("interval") else "\\*"
+    found = [f"{float(value):{sign}.{digits}f}" for value in (mean, low, high)]
+    return f"{found[0]} ({found[1]} to {found[2]}){star}"
+
+
+def _of_what(lines: Iterable[Line]) -> str:
+    """Say what the intervals of lines are over."""
+    found = {line.get("interval", "") for line in lines}
+    told = [f"Intervals are over {what}, each drawn anew." for what in sorted(found - {""})]
+    if "" in found:
+        told.append(
+            "\\* over the 32 queries alone, as if each were of a skill of its own and the "
+            "retrained models given: too narrow for what other models would show."
+        )
+    return " ".join(told)
+
+
+def trusted(run: str = "", path: Path = RESULTS / "lds.csv") -> str:
     """LDS and QLD of every score, on the file's run or on the smooth one."""
-    found = [line for line in read(RESULTS / "lds.csv") if line["run"] == run]
+    found = [line for line in _measured_lds(path) if line["run"] == run and _as_in_file(line)]
     lines = newest(found, "score", "figure")
     figures = list(dict.fromkeys(figure for _, figure in lines))
+    beside = {key: head for key, head in LDS_BESIDE.items()
+              if any(line.get(f"{key}_mean") for line in found)}  # fmt: skip
     scores = dict.fromkeys(score for score, _ in lines)
     body = []
     for score in sorted(scores, key=lambda name: -float(lines[name, "lds"]["mean"])):
-        cells = []
-        for figure in figures:
-            line = lines.get((score, figure))
-            cells.append("" if line is None else f"{float(line['mean']):.3f} "
-                         f"({float(line['low']):.3f} to {float(line['high']):.3f})")  # fmt: skip
+        cells = [_of_queries(lines.get((score, figure))) for figure in figures]
+        cells[1:1] = [_of_queries(lines[score, "lds"], f"{key}_", "+") for key in beside]
         body.append((score, *cells))
     names = {"lds": "LDS (95%)", "replay": "rank correlation with replay (95%)"}
-    head = ("score", *(names.get(figure, f"{figure.upper()} (95%)") for figure in figures))
-    return f"{table(head, body)}\n\n{where(lines.values())}."
+    heads = [names.get(figure, f"{figure.upper()} (95%)") for figure in figures]
+    heads[1:1] = beside.values()
+    shown = table(("score", *heads), body)
+    return f"{shown}\n\n{_of_what(lines.values())} {where(lines.values())}."
+
+
+def trusted_elsewhere(path: Path = RESULTS / "lds.csv") -> str:
+    """LDS and QLD from other states of training, and of other fractions of the rows."""
+    found = [line for line in _measured_lds(path) if line["state"] or line["fraction"] != HALVES]
+    if not found:
+        return NOT_YET
+    lines = newest(found, "score", "figure", "run", "state", "fraction")
+    columns = list(dict.fromkeys(key[1:] for key in lines))
+    scores = list(dict.fromkeys(key[0] for key in lines))
+    body = []
+    for suffix, prefix, sign in (("", "", ""), (", minus the default", "minus_default_", "+")):
+        for score in scores:
+            cells = [_of_queries(lines.get((score, *of)), prefix, sign) for of in columns]
+            if any(cells):
+                body.append((score + suffix, *cells))
+    heads = []
+    for figure, run, state, fraction in columns:
+        of = f"{float(fraction):.0%} of the rows" if figure == "lds" else ""
+        heads.append(", ".join(filter(None, (figure.upper(), run, state, of))) + " (95%)")
+    counts = [float(line["subsets"]) for line in lines.values()]
+    shown = table(("score", *heads), body)
+    told = f"{spread(counts, 0)} subsets. {_of_what(lines.values())}"
+    return f"{shown}\n\n{told} {where(lines.values())}."
 
 
 def curvature() -> str:
@@ -1129,6 +1199,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dtypes": dtypes,
     "lds": trusted,
     "lds_smooth": lambda: trusted("smooth"),
+    "lds_elsewhere": trusted_elsewhere,
     "quality": quality,
 }
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,10 +244,12 @@ def interval(score: Floats, effect: Floats) -> tuple[float, float, float]:
     return float(spearmanr(score, effect).statistic), float(low), float(high)
 
 
-def paused(state: State, seed: int) -> tuple[TinyRun, AdamMoments]:
-    """Train a run to a state."""
+def paused(
+    state: State, seed: int, targets: Sequence[str] = ("tiny_target",)
+) -> tuple[TinyRun, AdamMoments]:
+    """Train a run with these target sets to a state."""
     with tempfile.TemporaryDirectory(prefix="effect-") as folder:
-        run = TinyRun.start(seed, Path(folder) / "run", targets=["tiny_target"])
+        run = TinyRun.start(seed, Path(folder) / "run", targets=targets)
     run.learning_rate *= state.rate
     run.batch_size = state.rows
     if state.clip:

@@ -1,4 +1,4 @@
-"""How far scores can be trusted: LDS and QLD on the embedded model, against retrained models.
+r"""How far scores can be trusted: LDS and QLD on the embedded model, against retrained models.
 
     uv run python benchmarks/quality/lds.py                 # about forty minutes on one core
 
@@ -17,76 +17,62 @@ bank as they are found: remove its folder `scores` when their code has changed.
 `--smooth` takes another run, on which replay can be a yardstick: a tenth of the learning rate, and
 a model that leaves rows out keeps the steps of the others, with weight 0 for those. At the file's
 own rate the end of the epoch is no smooth function of the weights, and rows that are left out
-change who shares a step with whom. Appends to results/lds.csv, with the run's name.
+change who shares a step with whom. `--fraction 0.95` leaves out a twentieth of the rows in place
+of half, a change of weights that is small enough for a derivative.
+
+`--steps`, `--rate`, `--rows`, `--clip`: from another state of training (`lds_states.py`), with the
+scores of that state alone; `--pool 400` retrains on the next 400 rows, so that a state with 30
+subsets takes some five minutes:
+
+    for state in "--steps 10" "--steps 100" "--steps 400" "--steps 100 --rate 4" \
+                 "--steps 100 --rows 32" "--steps 100 --clip 0.1"; do
+        uv run python benchmarks/quality/lds.py $state --pool 400 --subsets 30
+    done
+
+Appends to results/lds.csv, with run, state and fraction: mean over the queries, `values` of each,
+and the 95% interval, for which skills (queries of one are alike) and retrained models (which all
+queries share) are drawn anew; so too the paired difference to the default's and to the whole
+gradients' figure, where these are measured along.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import math
 import sys
-import tempfile
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import json
-
 import numpy as np
 import numpy.typing as npt
 import torch
+from lds_scores import QUERIES_OF_SKILL, Floats, all_scores, kept, replay_scores
+from lds_states import add_options, beginning
 from report import RESULTS, append, echo, machine
-from tinyrun import SKILLS, TINY, Held, TinyRun
-from world import World, target_kind
+from tinyrun import SKILLS, TinyRun
 
-from dataflex.data.rows import Rows
-from dataflex.launch.recorded import logits_of, row_sums
-from gradstore import CheckpointFeatures, bm25_scores
 from gradstore.evaluation import (
-    Estimate,
+    Resampled,
+    Resamples,
     draw_subsets,
-    lds,
-    query_loss_difference,
     rank_correlation,
+    resampled,
+    resampled_lds,
+    resampled_qld,
     without_top,
 )
 from gradstore.evaluation.bank import Bank, Progress
-from gradstore.replay import Limits, MicroBatch, Step, TrainingRun, replay_influence
-from gradstore.replay.run import Parameters
-from gradstore.scoring.influence import subtask_influence
-from gradstore.scoring.products import COSINE, InnerProduct
-from gradstore.storage.replace import replace_file
 
-STEPS, QUERIES_OF_SKILL, SUBSETS, CONTROLS = (50, 100, 150, 200), 4, 100, 10
+SUBSETS, CONTROLS = 100, 10
 SHARES = (0.01, 0.05)
-#: Learning rate of the smooth run, as a part of the file's.
-SMOOTH = 0.1
-Floats = npt.NDArray[np.float64]
-
-FISHER = InnerProduct("cosine", "fisher")
-#: Feature of the training rows (as `World.features` names it), and the product.
-GRADIENTS: dict[str, tuple[str, InnerProduct]] = {
-    "adam_marginal, cosine (default)": ("adam_marginal", COSINE),
-    "adam_marginal, normalize: target": ("adam_marginal", InnerProduct("target")),
-    "adam_marginal, normalize: none": ("adam_marginal", InnerProduct("none")),
-    "adam_marginal, subspace, cosine": ("adam_marginal", InnerProduct("cosine", "subspace")),
-    "adam (published), cosine": ("adam", COSINE),
-    "sgd, cosine": ("sgd", COSINE),
-    "sgd, normalize: none": ("sgd", InnerProduct("none")),
-    "sgd, fisher, cosine": ("sgd", FISHER),
-    "sgd, fisher, normalize: target": ("sgd", InnerProduct("target", "fisher")),
-    "sgd, fisher, normalize: none": ("sgd", InnerProduct("none", "fisher")),
-    "sgd, kfac, cosine": ("kfac", COSINE),
-    "sgd, kfac, normalize: target": ("kfac", InnerProduct("target")),
-    "sgd, kfac, normalize: none": ("kfac", InnerProduct("none")),
-    "sgd, ekfac, cosine": ("ekfac", COSINE),
-    "sgd, ekfac, normalize: target": ("ekfac", InnerProduct("target")),
-    "sgd, ekfac, normalize: none": ("ekfac", InnerProduct("none")),
-}
+#: Skill of each query.
+GROUPS = np.repeat(np.arange(len(SKILLS)), QUERIES_OF_SKILL)
+#: What intervals of this script's lines are over; lines from before have those over queries alone.
+INTERVAL = "skills and models"
+#: What a line tells its difference to, by the name of the columns.
+BESIDE = {"default": "adam_marginal, cosine (default)", "exact": "rerank by exact, every row"}
 
 
 def query_losses(run: TinyRun) -> Floats:
@@ -113,172 +99,45 @@ def retraining(run: TinyRun, smooth: bool) -> Callable[[npt.NDArray[np.int64], i
     return retrain
 
 
-def gradient_scores(world: World, wanted: Callable[[str], bool]) -> dict[str, Floats]:
-    """(q, n) scores at one step, by every feature and product that is wanted."""
-    train_rows, sets = world.run.data.train, world.run.data.targets
-    found = {}
-    for name, (kind, product) in GRADIENTS.items():
-        if not wanted(name):
-            continue
-        train, parts = world.features(kind, train_rows), []
-        for rows in sets:
-            whole = world.features(target_kind(kind), rows)
-            assert whole.norm is not None
-            part = Held(whole.features[:QUERIES_OF_SKILL], whole.norm[:QUERIES_OF_SKILL])
-            sizes = [1] * QUERIES_OF_SKILL
-            pair = CheckpointFeatures(train, (part,))
-            parts.append(subtask_influence([pair], subtask_sizes=sizes, product=product).values)
-        found[name] = np.concatenate(parts, axis=1).T.astype(np.float64)
-    return found
-
-
-def embedding_scores(world: World) -> dict[str, Floats]:
-    """(q, n) cosines of the model's own states at one step."""
-    found = {}
-    for name, pooling in (("near (hidden states)", "mean"), ("rds_plus", "position")):
-        train = world.embeddings(pooling, world.run.data.train)  # type: ignore[arg-type]
-        queries = np.concatenate([
-            world.embeddings(pooling, rows)[:QUERIES_OF_SKILL]  # type: ignore[arg-type]
-            for rows in world.run.data.targets
-        ])  # fmt: skip
-        found[name] = (queries @ train.T).astype(np.float64)
-    return found
-
-
-def kept(path: Path, make: Callable[[], Floats]) -> Floats:
-    """Scores that an earlier run left at a path; else made, and left there."""
-    if not path.exists():
-        held = io.BytesIO()
-        np.save(held, make())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, held.getvalue())
-        echo(f"kept {path}")
-    found: Floats = np.load(path)
-    return found
-
-
-def whole_scores(world: World, curvature_rows: int, place: Path) -> dict[str, Floats]:
-    """(q, n) scores of `rerank` at one step, of every row and not of the best alone."""
-    queries = [
-        Rows("query", rows.dataset.select([i]))
-        for rows in world.run.data.targets
-        for i in range(QUERIES_OF_SKILL)
-    ]
-
-    def scores(by: str) -> Floats:
-        return world.whole_products(world.run.data.train, queries, by, curvature_rows).T
-
-    return {
-        f"rerank by {by}, every row": kept(
-            place / f"{by}-{curvature_rows}-step-{world.run.step}.npy", partial(scores, by)
-        )
-        for by in ("exact", "cg")
-    }
-
-
-def replayed_run(run: TinyRun) -> TrainingRun:
-    """Describe the epoch on all rows, which the scores' steps are of, in float64."""
-    # In train mode it would recompute activations with its own parameters.
-    model, train = run.model.double().eval(), run.data.train
-
-    def loss(parameters: Parameters, batch: dict[str, Any], weights: torch.Tensor) -> torch.Tensor:
-        tokens = (batch["labels"][:, 1:] >= 0).sum()
-        total: torch.Tensor = (token_sums(model, parameters, batch) * weights).sum() / tokens
-        return total
-
-    chunks = np.split(run.order, range(run.batch_size, len(train), run.batch_size))
-    steps = [Step([MicroBatch(rows, run.collate([train.dataset[int(i)] for i in rows]))],
-                  run.learning_rate) for rows in chunks]  # fmt: skip
-    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    return TrainingRun(start, loss, steps, len(train), max_grad_norm=run.max_grad_norm)
-
-
-def token_sums(
-    model: torch.nn.Module, parameters: Parameters, batch: dict[str, Any]
-) -> torch.Tensor:
-    """(b,) sums of token losses."""
-    tensors = {key: value for key, value in batch.items() if key != "labels"}
-    return row_sums(logits_of(model, parameters, tensors), batch["labels"])
-
-
-def replay_scores(run: TinyRun) -> Floats:
-    """(q, n) scores by replay, from the run's present state."""
-    described = replayed_run(run)
-    batches = [run.collate([rows.dataset[i] for i in range(QUERIES_OF_SKILL)])
-               for rows in run.data.targets]  # fmt: skip
-
-    def losses(parameters: Parameters) -> torch.Tensor:
-        parts = [token_sums(run.model, parameters, each) / (each["labels"][:, 1:] >= 0).sum(1)
-                 for each in batches]  # fmt: skip
-        return torch.cat(parts)
-
-    passed = 0
-
-    def tell(steps: int) -> None:
-        nonlocal passed
-        passed += steps
-        if passed // 1000 > (passed - steps) // 1000:
-            echo(f"replay: {passed} passes over a step")
-
-    try:
-        return -replay_influence(described, losses, limits=Limits(math.inf, sys.maxsize), tell=tell)
-    finally:
-        run.model.float()
-
-
-def texts() -> tuple[list[str], list[str]]:
-    """Questions and answers of the training rows, and of the queries."""
-
-    def of(path: Path) -> list[str]:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return [f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows]
-
-    targets = [of(TINY / "data" / "targets" / f"{skill}.json") for skill in SKILLS]
-    return of(TINY / "data" / "train.json"), [text for rows in targets
-                                              for text in rows[:QUERIES_OF_SKILL]]  # fmt: skip
-
-
-def all_scores(
-    run: TinyRun, curvature_rows: int, place: Path, wanted: Callable[[str], bool]
-) -> dict[str, Floats]:
-    """(q, n) scores of every method: means over the steps, of what a step changes."""
-    found: dict[str, Floats] = {}
-    with run.rewound():
-        for step in STEPS:
-            world = World(run, run.train_to(step), {})
-            made = gradient_scores(world, wanted) | embedding_scores(world)
-            if curvature_rows:
-                made |= whole_scores(world, curvature_rows, place)
-            for name, scores in made.items():
-                found[name] = found.get(name, 0) + scores / len(STEPS)
-    run.step = 0
-    found["bm25"] = bm25_scores(*texts()).astype(np.float64)
-    shape = found["bm25"].shape
-    found["random"] = np.random.default_rng(0).normal(size=shape)
-    return {name: scores for name, scores in found.items() if wanted(name)}
-
-
 def told(progress: Progress) -> None:
     """Print how far the bank is."""
     echo(str(progress))
 
 
-def line_of(name: str, figure: str, found: Estimate) -> dict[str, Any]:
-    """One line of the CSV."""
-    echo(f"{figure:10}{name:36}{found}")
-    assert found.low is not None  # there are several queries
-    assert found.high is not None
-    return {"score": name, "figure": figure, "mean": round(found.mean, 4),
-            "low": round(found.low, 4), "high": round(found.high, 4)}  # fmt: skip
+def line_of(
+    name: str, figure: str, found: Resampled, others: Mapping[str, Resampled]
+) -> dict[str, Any]:
+    """One line of the CSV: a figure, and its differences to those of `BESIDE` among the others."""
+
+    def cells(prefix: str, what: Resampled | None) -> dict[str, Any]:
+        known = None if what is None else what.estimate()
+        return {
+            prefix + key: "" if known is None else round(getattr(known, key), 4)
+            for key in ("mean", "low", "high")
+        }
+
+    echo(f"{figure:10}{name:36}{found.estimate()}")
+    line: dict[str, Any] = {"score": name, "figure": figure} | cells("", found)
+    for short, other in BESIDE.items():
+        there = other in others and other != name
+        line |= cells(f"minus_{short}_", found - others[other] if there else None)
+    values = " ".join(f"{value:.4f}" for value in found.values)
+    return line | {"interval": INTERVAL, "values": values}
 
 
-def main() -> int:
-    """Run the benchmark."""
+def lines_of(figure: str, found: Mapping[str, Resampled]) -> list[dict[str, Any]]:
+    """One line for every score."""
+    return [line_of(name, figure, each, found) for name, each in found.items()]
+
+
+def read_options() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bank", type=Path, default=Path("runs/lds-bank"))
     parser.add_argument("--subsets", type=int, default=SUBSETS)
+    parser.add_argument("--fraction", type=float, default=0.5, help="of the rows in a subset")
     parser.add_argument(
         "--only", nargs="*", default=[], help="names of scores; the others are left out"
     )
@@ -286,46 +145,57 @@ def main() -> int:
     parser.add_argument("--rerank", type=int, default=0, metavar="ROWS",
                         help="score by whole gradients too, cg's matrix of ROWS")  # fmt: skip
     parser.add_argument("--replay", action="store_true", help="score by replay too")
-    parser.add_argument("--smooth", action="store_true", help="on the smooth run")
+    add_options(parser)
     parser.add_argument("--csv", type=Path, default=RESULTS / "lds.csv")
     options = parser.parse_args()
     if options.only and (missing := set(options.qld) - set(options.only)):
         parser.error(f"--qld asks for what --only leaves out: {', '.join(sorted(missing))}")
+    return parser, options
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser, options = read_options()
+    begins = beginning(parser, options)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="lds-") as folder:
-        run = TinyRun.start(1, Path(folder) / "run")
-    if options.smooth:
-        run.learning_rate *= SMOOTH
-    run.train_to(0)
-    n, retrain = len(run.data.train), retraining(run, options.smooth)
-    queries = QUERIES_OF_SKILL * len(SKILLS)
-    setting: dict[str, Any] = {"model": "examples/tiny", "epochs": 1, "seed": 1}
-    place = options.bank
-    if options.smooth:
-        setting, place = setting | {"rate": SMOOTH, "left out": "weight 0"}, place / "smooth"
-    bank = Bank(place, setting, n, queries)
-    subsets = draw_subsets(n, options.subsets, 0.5)
+    run, chosen = begins.start()
+    n, retrain = len(chosen), retraining(run, options.smooth)
+    place, queries = begins.folder(options.bank), len(GROUPS)
+    bank = Bank(place, begins.setting, n, queries)
+    subsets = draw_subsets(n, options.subsets, options.fraction)
     losses = bank.fill(subsets, retrain, budget=len(subsets), tell=told)
     only, scored = set(options.only), place / "scores"
-    scores = all_scores(run, options.rerank, scored, lambda name: not only or name in only)
-    if options.replay:
-        scores["replay, one epoch"] = kept(scored / "replay.npy", lambda: replay_scores(run))
+    scores = all_scores(
+        run, chosen, options.rerank, scored, lambda name: not only or name in only
+    )  # fmt: skip
     replayed = scored / "replay.npy"
+    if options.replay:
+        scores["replay, one epoch"] = kept(replayed, lambda: replay_scores(run))
     exact = np.load(replayed) if replayed.exists() else None
-    where = machine() | {"subsets": options.subsets, "run": "smooth" if options.smooth else ""}
-    lines = [line_of(name, "lds", lds(each, losses, subsets)) for name, each in scores.items()]
-    if exact is not None:
-        lines += [line_of(name, "replay", rank_correlation(each, exact))
-                  for name, each in scores.items()]  # fmt: skip
+    where = machine() | {"subsets": options.subsets, "run": "smooth" if options.smooth else "",
+                         "state": begins.state, "fraction": options.fraction}  # fmt: skip
+    drawn = Resamples.draw(queries, len(subsets), groups=GROUPS)
+    lines = lines_of("lds", {
+        name: resampled_lds(each, losses, subsets, drawn) for name, each in scores.items()
+    })  # fmt: skip
     append(options.csv, [where | line for line in lines])
+    where["fraction"] = ""  # subsets have no part in what follows
+    if exact is not None:
+        lines = lines_of("replay", {
+            name: resampled(list(rank_correlation(each, exact).values), drawn)
+            for name, each in scores.items()
+        })  # fmt: skip
+        append(options.csv, [where | line for line in lines])
+    drawn = Resamples.draw(queries, CONTROLS, groups=GROUPS)
     for share in SHARES if options.qld else ():
         random = ~draw_subsets(n, CONTROLS, share, seed=1)
         controls = bank.fill(random, retrain, budget=CONTROLS, tell=told)
+        found = {}
         for name in options.qld:
             masks = without_top(scores[name], share)
             removed = bank.fill(masks, retrain, budget=len(masks), tell=told)
-            found = query_loss_difference(np.diagonal(removed), controls)
-            append(options.csv, [where | line_of(name, f"qld {share:.0%}", found)])
+            found[name] = resampled_qld(np.diagonal(removed), controls, drawn)
+        append(options.csv, [where | line for line in lines_of(f"qld {share:.0%}", found)])
     return 0
 
 
