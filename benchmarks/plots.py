@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
 
 import flops
 from report import RESULTS, echo, read
-from tables import LEVEL, OVER_ALL, ROOT, Line, newest
+from tables import LEVEL, OVER_ALL, REAL_PART, ROOT, Line, newest, part_of
 
 IMAGES = ROOT / "docs" / "images"
 
@@ -124,7 +124,9 @@ def rules(path: Path = RESULTS / "rules.csv") -> list[Point]:
 
 def real(path: Path = RESULTS / "real.csv") -> list[Point]:
     """Gather the methods of real.csv: mean over the targets, seed by seed."""
-    lines: Iterable[Line] = [line for line in read(path) if line["loss"]]
+    lines: Iterable[Line] = [
+        line for line in read(path) if line["loss"] and part_of(line) == REAL_PART
+    ]
     by_seed: dict[tuple[str, str], list[float]] = {}
     for (method, _, seed), line in newest(lines, "method", "target", "seed").items():
         by_seed.setdefault((method, seed), []).append(float(line["loss"]))

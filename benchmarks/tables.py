@@ -688,6 +688,32 @@ def rules(path: Path = RESULTS / "rules.csv") -> str:
     return f"{shown}\n\n{where(every)}."
 
 
+#: Begins the columns of rules.csv that have one rule's share.
+OF_RULE = "share of "
+
+
+def rules_each(path: Path = RESULTS / "rules.csv") -> str:
+    """Share of the right rule by rule, at the last step, of methods whose lines have it."""
+    lines = [line for line in read(path) if not line["clip"]]
+    known = [
+        line for line in lines if any(line.get(key) for key in line if key.startswith(OF_RULE))
+    ]
+    if not known:
+        return NOT_YET
+    last = max((line["step"] for line in known), key=int)
+    found = list(
+        newest((line for line in known if line["step"] == last), "method", "seed").values()
+    )
+    keys = [key for key in found[0] if key.startswith(OF_RULE)]
+    body = []
+    for method in dict.fromkeys(line["method"] for line in found):
+        of = [line for line in found if line["method"] == method]
+        cells = (with_interval([float(line[key]) for line in of], 2) for key in keys)
+        body.append((f"`{method}`", *cells, str(len(of))))
+    head = (f"after {last} steps", *(f"{key.removeprefix(OF_RULE)} (95%)" for key in keys), "seeds")
+    return f"{table(head, body)}\n\n{where(found)}."
+
+
 #: Ends the name of a method that takes earlier checkpoints too; its table is one of its own.
 OVER_ALL = ", checkpoints: all"
 
@@ -974,10 +1000,28 @@ def dtypes() -> str:
     return f"{table(head, body)}\n\n{where(every.values())}."
 
 
-def real(path: Path = RESULTS / "real.csv") -> str:
+#: Part of the rows that a method of real.py takes, where its line names none.
+REAL_PART = 0.1
+
+
+def part_of(line: Line) -> float | None:
+    """Return the part of the rows that a line of real.csv is of; None for planted rows."""
+    return None if line["target"] == "planted" else float(line.get("part") or REAL_PART)
+
+
+def real_parts(path: Path = RESULTS / "real.csv") -> str:
+    """Compare selections of other parts of the real rows than a tenth."""
+    parts = {part_of(line) for line in read(path)} - {REAL_PART, None}
+    shown = [
+        f"{part:.0%} of the rows:\n\n{real(path, part)}" for part in sorted(filter(None, parts))
+    ]
+    return "\n\n".join(shown) or NOT_YET
+
+
+def real(path: Path = RESULTS / "real.csv", part: float = REAL_PART) -> str:
     """Compare selections on real rows: held-out loss, answers, and the price of choosing."""
-    lines = newest(read(path), "method", "target", "seed").values()
-    chosen = [line for line in lines if line["target"] != "planted"]
+    of_part = [line for line in read(path) if part_of(line) == part]
+    chosen = list(newest(of_part, "method", "target", "seed").values())
     by_target = {
         target: [line for line in chosen if line["target"] == target]
         for target in dict.fromkeys(line["target"] for line in chosen)
@@ -1189,11 +1233,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "looking": looking,
     "service_writes": service_writes,
     "rules": rules,
+    "rules_each": rules_each,
     "rules_checkpoints": over_checkpoints,
     "effect": effects,
     "effect_elsewhere": effects_elsewhere,
     "wrong_rows": wrong_rows,
     "real": real,
+    "real_parts": real_parts,
     "planted": planted,
     "curvature": curvature,
     "dtypes": dtypes,

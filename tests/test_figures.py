@@ -166,3 +166,152 @@ def test_a_table_that_nobody_measured_says_so(
     tables: dict[str, Any], name: str, tmp_path: Path
 ) -> None:
     assert tables[name](tmp_path / "none.csv") == "Not measured yet."
+
+
+# ---- LDS ---------------------------------------------------------------------------------------
+
+
+def as_csv(path: Path, *lines: dict[str, Any]) -> Path:
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    text = [",".join(columns)]
+    text += [",".join(f'"{line.get(key, "")}"' for key in columns) for line in lines]
+    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+    return path
+
+
+MACHINE = {"date": "d", "cpu": "old", "cores": 2, "threads": 1, "torch": "2", "load": 1, "chip": ""}
+
+
+def lds_line(score: str, mean: float, **more: Any) -> dict[str, Any]:
+    ends = {"low": mean - 0.05, "high": mean + 0.05}
+    return {**MACHINE, "subsets": 30, "score": score, "figure": "lds", "mean": mean, **ends,
+            "run": "", **more}  # fmt: skip
+
+
+def test_lds_is_shown_with_its_paired_differences_and_says_what_intervals_are_over(
+    tables: dict[str, Any], tmp_path: Path
+) -> None:
+    beside = {"minus_default_mean": 0.02, "minus_default_low": -0.01, "minus_default_high": 0.05}
+    path = as_csv(
+        tmp_path / "lds.csv",
+        lds_line("old", 0.1),
+        lds_line("new", 0.3, interval="skills and models", fraction=0.5, **beside),
+    )
+    shown = tables["trusted"]("", path)
+    assert "| new | 0.300 (0.250 to 0.350) | +0.020 (-0.010 to +0.050) |" in shown
+    assert "| old | 0.100 (0.050 to 0.150)\\* |  |" in shown
+    assert "over skills and models, each drawn anew. \\* over the 32 queries alone" in shown
+    assert tables["trusted_elsewhere"](path) == "Not measured yet."
+
+
+def test_lds_of_other_states_and_fractions_has_columns_of_its_own(
+    tables: dict[str, Any], tmp_path: Path
+) -> None:
+    state = {"state": "100 steps, 400 rows", "fraction": 0.5, "interval": "skills and models"}
+    path = as_csv(
+        tmp_path / "lds.csv",
+        lds_line("less", 0.2, state="", fraction=0.5),
+        lds_line("less", 0.4, **state),
+        lds_line("less", 0.6, **state, figure="qld 1%") | {"fraction": ""},
+        lds_line("less", 0.5, state="", fraction=0.95, run="smooth"),
+    )
+    shown = tables["trusted_elsewhere"](path)
+    assert shown.splitlines()[0] == (
+        "| score | LDS, 100 steps, 400 rows, 50% of the rows (95%) | QLD 1%, 100 steps, 400 rows "
+        "(95%) | LDS, smooth, 95% of the rows (95%) |"
+    )
+    assert "| less | 0.400 (0.350 to 0.450) | 0.600 (0.550 to 0.650) | 0.500" in shown
+    assert "0.400" not in tables["trusted"]("", path)
+    assert "| less | 0.200" in tables["trusted"]("", path)
+
+
+def test_a_line_of_lds_holds_every_query_and_its_difference_to_the_default(script: Any) -> None:
+    lds = script("lds")
+    default, exact = lds.BESIDE.values()
+
+    def found(*values: float) -> Any:
+        drawn = lds.Resamples.draw(3, 5)
+        return lds.resampled(list(values), drawn)
+
+    measured = {default: found(0.1, 0.2, 0.3), "other": found(0.2, 0.3, 0.4)}
+    by_score = {line["score"]: line for line in lds.lines_of("lds", measured)}
+    other = by_score["other"]
+    assert other["values"] == "0.2000 0.3000 0.4000"
+    # A constant difference has no spread over the queries.
+    assert [other[f"minus_default_{end}"] for end in ("mean", "low", "high")] == [0.1, 0.1, 0.1]
+    assert by_score[default]["minus_default_mean"] == ""
+    assert other["minus_exact_mean"] == "", f"{exact} is not measured"
+    assert by_score[default].keys() == other.keys()
+
+
+def test_states_of_lds_are_named_and_banked_apart(script: Any) -> None:
+    begins = script("lds_states").Beginning
+    every = [
+        begins(), begins(smooth=True), begins(steps=10), begins(steps=100),
+        begins(steps=100, rate=4.0), begins(steps=100, rows=32), begins(steps=100, clip=0.1),
+        begins(steps=100, pool=400), begins(steps=100, smooth=True),
+    ]  # fmt: skip
+    folders = [each.folder(Path("bank")) for each in every]
+    assert len(set(folders)) == len(every)
+    assert len({str(each.setting) for each in every}) == len(every)
+    # Models that were banked before states had names are still found.
+    assert folders[:2] == [Path("bank"), Path("bank/smooth")]
+    assert every[0].setting == {"model": "examples/tiny", "epochs": 1, "seed": 1}
+    assert every[4].state == "100 steps, rate x 4"
+
+
+# ---- rules and real ----------------------------------------------------------------------------
+
+
+def rules_line(method: str, seed: int, **more: Any) -> dict[str, Any]:
+    return {**MACHINE, "method": method, "step": 60, "seed": seed, "share": 0.5, "loss": 1.0,
+            "cpu_s": 1.0, "clip": "", **more}  # fmt: skip
+
+
+def test_pairs_of_two_machines_are_told(tables: dict[str, Any], tmp_path: Path) -> None:
+    path = as_csv(
+        tmp_path / "rules.csv",
+        *(rules_line("less", seed, share=0.4 + seed / 100) for seed in (1, 2)),
+        rules_line("less, checkpoints: all", 1, cpu="old"),
+        rules_line("less, checkpoints: all", 2, cpu="new"),
+    )
+    shown = tables["over_checkpoints"](path)
+    assert "Of 2 pairs 1 are of two processors. All: old, " in shown
+    assert "Last: old, " in shown
+
+
+def test_shares_by_rule_are_those_of_the_lines_that_have_them(
+    tables: dict[str, Any], tmp_path: Path
+) -> None:
+    assert tables["rules_each"](as_csv(tmp_path / "old.csv", rules_line("less", 1))) == (
+        "Not measured yet."
+    )
+    path = as_csv(
+        tmp_path / "rules.csv",
+        rules_line("old", 1),
+        *(rules_line("less", seed, **{"share of left": seed / 10}) for seed in (1, 2, 3)),
+    )
+    shown = tables["rules_each"](path)
+    assert "| after 60 steps | left (95%) | seeds |" in shown
+    assert "| `less` | 0.20 (-0.05 to 0.45) | 3 |" in shown
+    assert "`old`" not in shown
+
+
+def real_line(method: str, seed: int, **more: Any) -> dict[str, Any]:
+    return {**MACHINE, "method": method, "target": "tools_en", "seed": seed, "share": 0.5,
+            "loss": 1.0, "exact": "", "score": "", "choose_s": 1, "train_s": 2, **more}  # fmt: skip
+
+
+def test_real_rows_chosen_by_another_part_are_a_table_of_their_own(
+    tables: dict[str, Any], tmp_path: Path
+) -> None:
+    path = as_csv(
+        tmp_path / "real.csv",
+        real_line("less", 1, loss=1.5),
+        real_line("less", 1, part=0.05, loss=2.5),
+        real_line("less", 1, part=0.1, target="planted", loss=""),
+    )
+    assert "| `less` | 1.500 |" in tables["real"](path)
+    assert "2.500" not in tables["real"](path)
+    assert tables["real_parts"](path).startswith("5% of the rows:\n\n|")
+    assert "| `less` | 2.500 |" in tables["real_parts"](path)

@@ -64,6 +64,7 @@ STATES = 2 * (40 + 18) * 59 + 2 * 10 * 3 * 2
         ("rds_plus", STATES),
         ("near (hidden states)", STATES),
         ("bm25, round_robin", 0),
+        ("tsds", STATES),
         # One query in the place of three.
         ("rds_plus, top", STATES - 2 * 10 * 2 * 2),
         ("near (hidden states), top", STATES - 2 * 10 * 2 * 2),
@@ -74,6 +75,7 @@ STATES = 2 * (40 + 18) * 59 + 2 * 10 * 3 * 2
         # Of ten rows all are in the sample of 256.
         ("less, share of a step", FEATURES + ONE_QUERY + 12_560),
         ("less, round_robin", FEATURES + THREE_QUERIES),
+        ("icons, a task a row", FEATURES + THREE_QUERIES),
         ("less, subspace", FEATURES + ONE_QUERY + 2 * 3**2 * 4096),
         ("less, sgd, fisher", FEATURES + ONE_QUERY + FISHER),
         ("less, sgd, fisher, round_robin", FEATURES + THREE_QUERIES + FISHER),
@@ -96,6 +98,14 @@ def test_landmarks_are_counted_as_by_hand(flops: Any, small: Any) -> None:
     outputs = LOSSES + 20 * (2 * 10 + 4 * 2 * 32 + 2 * 32**2)
     fit = 2 * 110 * 100 * 1024 + 100**3 / 3
     assert flops.selecting("landmarks, 100", small) == pytest.approx(some + outputs + fit)
+
+
+def test_clusters_are_counted_as_by_hand(flops: Any, small: Any) -> None:
+    # Ten rows are one cluster of three representatives, compared 41 times at most.
+    states = 2 * 40 * 59 + 41 * 2 * 10 * 1 * 2
+    gradients = 0.3 * 12_560 + 5_412 + 2 * 8 * 29 * 6
+    counted = flops.selecting("cluster_less", small)
+    assert counted == pytest.approx(states + gradients + 2 * 3 * 4096)
 
 
 def test_conjugate_gradients_are_counted_at_their_limit(flops: Any, small: Any) -> None:

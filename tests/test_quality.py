@@ -14,6 +14,7 @@ from dataflex.data.rows import Rows, RunData
 from dataflex.features import direct
 from dataflex.run.context import UpdateContext
 from dataflex.selectors.base import Selection
+from dataflex.selectors.icons import IconsSelector
 from dataflex.selectors.landmarks import LandmarksSelector
 from dataflex.selectors.less import LessSelector
 from dataflex.selectors.mirror import MirrorSelector
@@ -69,9 +70,15 @@ def world_of(data: RunData, **more: Any) -> Any:
         return Features((TARGET if rows.name == "rule" else GRADIENTS)[numbers(rows)])
 
     run = SimpleNamespace(data=data, learning_rate=0.01, seed=3, step=7, **more)
-    unit = EMBEDDED / np.linalg.norm(EMBEDDED, axis=1, keepdims=True)
+    unit = (EMBEDDED / np.linalg.norm(EMBEDDED, axis=1, keepdims=True)).astype(np.float32)
+
+    def embeddings(pooling: str, rows: Rows) -> Any:
+        return embedded_target if rows.name == "rule" else unit[numbers(rows)]
+
+    embedded_target = (TARGET / np.linalg.norm(TARGET, axis=1, keepdims=True)).astype(np.float32)
     return SimpleNamespace(
-        run=run, k=K, features=features, output_gradients=lambda rows: unit[numbers(rows)],
+        run=run, k=K, features=features, embeddings=embeddings,
+        output_gradients=lambda rows: unit[numbers(rows)],
         whole_products=lambda rows, queries, by: WHOLE[numbers(rows), None],
         once=lambda name, make: make(),
     )  # fmt: skip
@@ -125,6 +132,31 @@ def test_a_second_ranking_chooses_as_the_selector(
     assert len(asked[0]) == 12, "0.2 of 60"
     assert found.tolist() == chosen.indices.tolist()
     assert set(found.tolist()) != set(first.tolist()), "or nothing was ranked again"
+
+
+def test_icons_choose_as_the_selector_that_makes_every_target_row_a_task(
+    script: Any, data: RunData
+) -> None:
+    found = script("more_methods").icons(world_of(data), 0)
+
+    selector, context = IconsSelector(task_boundaries=[1] * len(TARGET)), context_of(data)
+    scores = selector.score(
+        [CheckpointFeatures(Features(GRADIENTS), (Features(TARGET),))], K, context
+    )
+    expected = selector.take(scores.values, K, context.among_candidates(scores.usable))
+    assert found.tolist() == expected.tolist()
+
+
+def test_tsds_draws_from_the_rows_that_its_transport_reaches(script: Any, data: RunData) -> None:
+    tsds = script("more_methods").tsds
+    world = world_of(data)
+    found = tsds(world, 0)
+    assert len(set(found.tolist())) == K
+    assert tsds(world_of(data), 0).tolist() == found.tolist()
+    world.run.step += 1
+    assert tsds(world, 0).tolist() != found.tolist(), "a draw for each step"
+    near = world.embeddings("mean", data.train) @ world.embeddings("mean", data.targets[0]).T
+    assert near[found].max(axis=1).mean() > near.max(axis=1).mean()
 
 
 @pytest.mark.parametrize("relative", [True, False])

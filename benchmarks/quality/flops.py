@@ -21,6 +21,7 @@ Letters: n training rows, q target rows, d dimensions, p trained weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ DIM, UPDATES = 4096, 8
 SAMPLED = 256
 #: Dimensions of `OutputGradients`, and its side.
 OUTPUTS, SIDE = 1024, 32
+#: Of `cluster_less`: rows of a cluster, gradients of one, and readings of all rows at most.
+CLUSTER_ROWS, REPRESENTATIVES, READS = 64, 3, 41
 #: Of `mirror`.
 EPOCHS = 8
 #: Of `rerank`: share of the rows, and for `cg` curvature rows and iterations at most.
@@ -234,6 +237,16 @@ def landmarks(count: int) -> Count:
     return counted
 
 
+def clustered(shape: Shape) -> float:
+    """Count hidden states, k-means of them at its limit, and the representatives' influence."""
+    clusters = math.ceil(shape.rows / CLUSTER_ROWS)
+    some = REPRESENTATIVES * clusters
+    states = shape.states(shape.rows, shape.length)
+    compared = 2 * shape.rows * clusters * shape.hidden
+    gradients = shape.of_train(some) + shape.of_targets() + shape.projected(some + shape.targets)
+    return states + READS * compared + gradients + 2 * some * DIM
+
+
 def exact(shape: Shape) -> float:
     """Count a second ranking by whole gradients: the candidates', and the target's once more."""
     candidates = RERANKED * shape.rows
@@ -274,6 +287,9 @@ SELECTING: dict[str, Count | None] = {
     "rds_plus": embedding(apart=True),
     "rds_plus, top": embedding(apart=False),
     "loss": losses,
+    "tsds": embedding(apart=True),
+    "icons, a task a row": influence(apart=True),
+    "cluster_less": clustered,
     "less": influence(),
     "less, published adam": influence(),
     "less, sgd": influence(),

@@ -6,7 +6,8 @@
 
 The rows of `real_rows.py` (32 of every kind, 16 poisoned, 16 look-alikes, 72 of facts). LoRA on all
 linear layers, 12 steps of 8 rows at random; then a kind is the target (16 rows), a method takes a
-tenth of the rows, and the run goes on for 16 steps on them. Figures: the *share* of the target's
+tenth of the rows, which is more than there are of a kind (`--part 0.05` takes fewer, and is a
+column), and the run goes on for 16 steps on them. Figures: the *share* of the target's
 kind among the chosen, the *loss* on 24 held-out rows of it, and where the kind has a verifier, of
 greedy answers to them, *exact* matches and the task's own *score*. `choose_s` are the seconds of
 choosing, from what the run has (of the processor; with a GPU, wall-clock); `train_s` those of the
@@ -41,8 +42,20 @@ import peer
 import real_rows
 import tables
 import torch
+from more_methods import by_loss, cluster_less, icons, tsds
 from report import RESULTS, append, echo, machine, read
-from rules import FISHER, SUBSPACE, Method, at_random, by_embedding, by_words, less, mirror
+from rules import (
+    FISHER,
+    SUBSPACE,
+    Method,
+    at_random,
+    by_embedding,
+    by_words,
+    landmarks,
+    less,
+    mirror,
+    rerank,
+)
 from tinyrun import ROOT, TinyRun
 from transformers import AutoTokenizer
 from world import Chosen, World
@@ -66,7 +79,7 @@ WARM_UP, TRAINED_STEPS, STEP_TOKENS = 12, 16, 512
 GPU_TOKENS = 2**14  # padded tokens at once where there is a GPU
 PEER = "BERGSON_PYTHON"  # variable that names a Python with bergson
 PEERS = tuple(peer.COMMANDS) if PEER in os.environ else ()
-PART, BEST_ROWS = 0.1, 50
+PART, BEST_ROWS = tables.REAL_PART, 50
 TARGETS = ("tools_en", "numbers_bars", "backward_spaced")
 SETS = [f"real_{use}_{kind}" for use in ("target", "heldout") for kind in TARGETS]
 POISON, FACTS = "real_poison", "real_facts"
@@ -74,12 +87,6 @@ Floats = npt.NDArray[np.float64]
 
 
 # ---- methods -----------------------------------------------------------------------------------
-
-
-def by_loss(world: World, target: int) -> Chosen:
-    """Rows that the model finds hardest; the target has no part in it."""
-    losses = world.once("losses", lambda: world.run.losses(world.run.data.train))
-    return select_top(losses, world.k)
 
 
 def by_peer(name: str) -> Method:
@@ -123,6 +130,16 @@ METHODS: dict[str, Method] = {
     "near (hidden states), top": by_embedding("mean", "top"),
     "less, round_robin": less("adam_marginal", subset="round_robin"),
     "less, sgd, fisher, round_robin": less("sgd", FISHER, "round_robin"),
+    "less, published adam": less("adam"),
+    "less, share of a step": less("adam_share"),
+    "less, normalize: target": less("adam_marginal", InnerProduct("target")),
+    "less, rerank": rerank("exact"),
+    "less, sgd, kfac": less("kfac"),
+    "less, sgd, ekfac": less("ekfac"),
+    "landmarks, 100": landmarks(100),
+    "icons, a task a row": icons,
+    "cluster_less": cluster_less,
+    "tsds": tsds,
     "mirror": mirror(relative=True),
     "loss": by_loss,
 } | {name: by_peer(name) for name in PEERS}
@@ -275,9 +292,9 @@ def texts_of(run: TinyRun, folder: Path) -> dict[str, list[str]]:
 
 
 def one_seed(
-    seed: int, done: set[tuple[str, str]], methods: list[str], given: Path | None
+    seed: int, done: set[tuple[str, str]], methods: list[str], given: Path | None, part: float
 ) -> Iterator[dict[str, Any]]:
-    """Measure what is missing of one seed, a line at a time."""
+    """Measure what is missing of one seed and part, a line at a time; planted rows have no part."""
     with tempfile.TemporaryDirectory(prefix="real-") as temporary:
         folder = Path(temporary) / "data"
         folder.mkdir()
@@ -291,7 +308,7 @@ def one_seed(
         run.step_tokens = run.batch_tokens = GPU_TOKENS
     else:
         run.step_tokens = STEP_TOKENS
-    world = World(run, run.train_to(WARM_UP), texts, part=PART)
+    world = World(run, run.train_to(WARM_UP), texts, part=part)
     tasks = {
         kind: [record["task"] for record in world_rows(world, f"real_heldout_{kind}")]
         for kind in TARGETS if kind in real_rows.GENERATED
@@ -302,17 +319,17 @@ def one_seed(
             if (name, kind) not in done:
                 chosen, took = world.timed(lambda: METHODS[name](world, target))  # noqa: B023
                 figures = {"choose_s": round(took, 2)} | measured.after(target, chosen)
-                yield {"method": name, "target": kind, "seed": seed} | figures
+                yield {"method": name, "target": kind, "seed": seed, "part": part} | figures
     missing = [name for name in SCORES if (name, "planted") not in done]
     if missing:
         epoch = len(run.data.train) // run.batch_size
-        world = World(run, run.train_to(epoch), texts, part=PART)
+        world = World(run, run.train_to(epoch), texts)
         for name in missing:
             yield {"method": name, "target": "planted", "seed": seed} | planted(world, name)
 
 
-COLUMNS = ("method", "target", "seed", "share", "loss", "exact", "score", "choose_s", "train_s",
-           "auprc", "recall", "mrr")  # fmt: skip
+COLUMNS = ("method", "target", "seed", "part", "share", "loss", "exact", "score", "choose_s",
+           "train_s", "auprc", "recall", "mrr")  # fmt: skip
 
 
 def main() -> int:
@@ -322,6 +339,7 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--part", type=float, default=PART, help="of the rows that are taken")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--archives", type=Path, help="folder with LlamaFactory's source archive")
     parser.add_argument("--csv", type=Path, default=RESULTS / "real.csv")
@@ -330,8 +348,9 @@ def main() -> int:
     chip = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     for seed in options.seeds:
         known = read(options.csv) if options.csv.exists() else []
-        done = {(line["method"], line["target"]) for line in known if int(line["seed"]) == seed}
-        for line in one_seed(seed, done, options.methods, options.archives):
+        done = {(line["method"], line["target"]) for line in known if int(line["seed"]) == seed
+                and tables.part_of(line) in (options.part, None)}  # fmt: skip
+        for line in one_seed(seed, done, options.methods, options.archives, options.part):
             echo(", ".join(f"{key} {value}" for key, value in line.items()))
             whole = dict.fromkeys(COLUMNS, "") | line
             append(options.csv, [machine(chip=chip) | whole])

@@ -6,14 +6,16 @@
 The rows of `rules_data.py` on the embedded model after 10 and after 60 steps on random ones, every
 rule as the target in turn (32 rows). A method takes the best 5% (50 rows). Figures, means over the
 eight rules: the *share* of the right rule among them (by chance 0.10, for 800 right rows of 8 rules
-and 200 wrong ones), and at step 60 the *loss* on 64 held-out rows of the rule after 30 more steps
-on the chosen rows. Both once more at step 60 of a run whose every step, before the choice and after
-it, is clipped to a tenth of the median norm that the first run's gradients had (`clip` 0.1).
+and 200 wrong ones), that of each rule in a column of its own, and at step 60 the *loss* on 64
+held-out rows of the rule after 30 more steps on the chosen rows. Both once more at step 60 of a run
+whose every step, before the choice and after it, is clipped to a tenth of the median norm that the
+first run's gradients had (`clip` 0.1).
 Features go through a projection (sjlt, d = 4096) and float16, as in a store.
-`bm25`, `less`, `mirror` and `landmarks` take the best of one score a row (`top`), `near` and
-`rds_plus` let the target rows choose in turn, as the selectors do; a name that ends in the other
-rule takes that. `cpu_s` are the processor seconds of choosing for one target from what the run has:
-gradients, embeddings or losses of the training rows included.
+`bm25`, `less`, `mirror` and `landmarks` take the best of one score a row (`top`; of `bm25` its mean
+over the target rows, where the selector's default is `round_robin`), `near` and `rds_plus` let the
+target rows choose in turn, as the selectors do; a name that ends in the other rule takes that.
+`cpu_s` are the processor seconds of choosing for one target from what the run has: gradients,
+embeddings or losses of the training rows included.
 
 Resumable: a method is not measured again at a state of a seed that the CSV has. Appends to
 results/rules.csv, line by line, and prints the table of docs/figures.md: means with the paired
@@ -35,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 import tables
 import torch
+from more_methods import by_loss, cluster_less, icons, tsds
 from report import RESULTS, append, echo, machine, read
 from rules_data import RULES, make_rows, write_data
 from tinyrun import TinyRun
@@ -189,6 +192,8 @@ METHODS: dict[str, Method] = {
     "near (hidden states), top": by_embedding("mean", "top"),
     "rds_plus": by_embedding("position", "round_robin"),
     "rds_plus, top": by_embedding("position", "top"),
+    "tsds": tsds,
+    "loss": by_loss,
     "less": less("adam_marginal"),
     "less, published adam": less("adam"),
     "less, sgd": less("sgd"),
@@ -196,6 +201,8 @@ METHODS: dict[str, Method] = {
     "less, normalize: target": less("adam_marginal", InnerProduct("target")),
     "less, subspace": less("adam_marginal", SUBSPACE),
     "less, round_robin": less("adam_marginal", subset="round_robin"),
+    "icons, a task a row": icons,
+    "cluster_less": cluster_less,
     "less, rerank": rerank("exact"),
     "less, rerank by cg": rerank("cg"),
     "landmarks, 100": landmarks(100),
@@ -264,7 +271,7 @@ def measure(world: World, names: list[str], with_loss: bool) -> Iterator[dict[st
             "share": round(float(np.mean(shares)), 4),
             "loss": round(float(np.mean(losses)), 4) if with_loss else "",
             "cpu_s": round(float(np.mean(seconds)), 2),
-        }
+        } | {f"share of {rule}": round(of, 4) for rule, of in zip(RULES, shares, strict=True)}
 
 
 def one_seed(seed: int, missing: Mapping[State, list[str]]) -> Iterator[dict[str, Any]]:
