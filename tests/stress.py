@@ -254,7 +254,7 @@ class Launcher:
     #: Exit codes of a command that a kill has ended.
     codes = {"torchrun": (1, -signal.SIGKILL), "ray": (5, -signal.SIGKILL)}  # noqa: RUF012
     #: By which words in its command a process that computes is known.
-    words = {"torchrun": "-m dataflex gradstore build", "ray": "FeatureActor"}  # noqa: RUF012
+    words = {"torchrun": "-m dataflex gradstore build", "ray": "ray::worker "}  # noqa: RUF012
 
     def configure(self) -> None:
         """Write the configuration: 1,600 rows are seven units, and two target sets one each."""
