@@ -26,7 +26,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Resamples:
-    """How often each resample holds every query and every model.
+    """Counts of every query and of every model in each resample.
 
     Attributes:
         queries: (b, q) float64 counts.
