@@ -59,6 +59,7 @@ INDEX = "tests/gradstore_/similarity/test_index.py"
 JOINED = "tests/gradstore_/export/test_joined.py"
 CAPTURE = "tests/gradstore_/capture/test_per_sample.py"
 DENSE = "tests/gradstore_/capture/test_dense.py"
+ROWS = "tests/gradstore_/capture/test_rows.py"
 ONE_OPERATION = "tests/gradstore_/capture/test_lora.py"
 WHOLE = "tests/gradstore_/export/test_whole_weights.py"
 LOCK = "tests/gradstore_/storage/test_lock.py"
@@ -261,8 +262,8 @@ MUTANTS = [
            f"{STORE}/test_building.py::test_the_room_that_one_set_found_is_that_of_the_others"),
     Mutant("gradstore/capture/recomputing.py", "if key not in self._delivered:", "if True:",
            "tests/gradstore_/capture/test_per_sample.py"),
-    Mutant("gradstore/capture/fallback.py", "if ran_out_of_memory(error):", "if False:",
-           "tests/gradstore_/capture/test_per_sample.py"),
+    Mutant("gradstore/capture/fallback.py", "ran_out = ran_out_of_memory(error)", "ran_out = False",
+           CAPTURE),
     Mutant("gradstore/export/units.py", "cheapest[start] = costs[taken[start] - 1] + start_cost",
            "cheapest[start] = costs[taken[start] - 1]", "tests/gradstore_/export/test_export.py"),
     Mutant(FILLING, "self._wait(most=self._behind - 1)", "self.look()", BEHIND),
@@ -454,8 +455,15 @@ MUTANTS = [
            "beside = among[:, best]", "tests/gradstore_/scoring/test_joint_choice.py"),
     Mutant("gradstore/scoring/joint_choice.py", "np.diagonal(among) / 2", "np.diagonal(among)",
            "tests/gradstore_/scoring/test_joint_choice.py"),
-    Mutant("gradstore/capture/per_sample.py", "current.missed(slot)} | elsewhere",
-           "current.missed(slot)}", DENSE),
+    Mutant("gradstore/capture/per_sample.py", "current.unfit(slot)} | elsewhere",
+           "current.unfit(slot)}", DENSE),
+    Mutant("gradstore/capture/per_sample.py", "covered = self._hooked & self._called",
+           "covered = set(self._hooked)", ROWS),
+    Mutant("gradstore/capture/hooks.py", "x.shape[:2] == self._grid", "x.shape[0] == self._rows",
+           ROWS),
+    Mutant("gradstore/capture/per_sample.py", "if rows == tokens > 1:", "if False:", ROWS),
+    Mutant("gradstore/capture/fallback.py", '"labels": _labels(targets)',
+           '"labels": batch["labels"]', CAPTURE),
     Mutant("gradstore/capture/lora.py", "apply(x, anchor, call)", "apply(x, x, call)",
            ONE_OPERATION),
     Mutant("gradstore/capture/lora.py", "if name in layer.lora_variant:", "if False:",

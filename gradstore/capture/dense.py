@@ -133,9 +133,13 @@ class DensePass:
         self._held: defaultdict[ParameterSlot, list[RowSum]] = defaultdict(list)
         self._delivered: set[ParameterSlot] = set()
 
-    def missed(self, slot: ParameterSlot) -> bool:
-        """Return whether hooks can't cover this slot: never called, or inputs mixed across rows."""
-        return slot in self._unfit or not self._expected[slot]
+    def unfit(self, slot: ParameterSlot) -> bool:
+        """Return whether hooks can't cover this slot: inputs mixed across rows, or of no row."""
+        return slot in self._unfit
+
+    def called(self, slot: ParameterSlot) -> bool:
+        """Return whether gradients of this slot are awaited."""
+        return self._expected[slot] > 0
 
     def await_only(self, slots: set[ParameterSlot]) -> None:
         """End the forward; what checkpointed layers recompute later is not counted."""
@@ -167,7 +171,8 @@ class DensePass:
         if self._rows == 1 or self._gathered(watched, x):
             return True
         least = 2 if watched.kind == "embedding" else 3
-        return x.dim() >= least and x.shape[0] == self._rows
+        # By the tokens, too: as many images as rows need not be one a row.
+        return x.dim() >= least and x.shape[:2] == self._targets.grid
 
     def _gathered(self, watched: WatchedModule, x: Tensor) -> bool:
         return watched.is_head and tuple(x.shape[:-1]) == (1, len(self._targets.rows))

@@ -7,18 +7,22 @@ plain autograd where it cannot (SDPA masks branch on their data, for one).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from gradstore.capture.limits import ran_out_of_memory
+from gradstore.capture.limits import ran_out_of_memory, release_memory
 from gradstore.capture.losses import IGNORED_LABEL, RowLoss, Targets, logits_of, model_inputs
 from gradstore.capture.modelstate import without_autocast
+from gradstore.capture.rows import check_apart, row_axis, row_of
+from gradstore.capture.slots import ParameterSlot
 
 _log = logging.getLogger(__name__)
+
+Made = tuple[list[Tensor], Tensor]
 
 
 class RowwiseGradients:
@@ -33,43 +37,66 @@ class RowwiseGradients:
         self._model = model
         self._loss = loss
         self._vmap_works = True
+        self._at_once: int | None = None
 
     def __call__(
         self, parameters: Sequence[nn.Parameter], batch: Mapping[str, Tensor], targets: Targets
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> Made:
         """Compute one (b, numel) float32 block per parameter, and the rows' losses (b,).
 
-        Raises that memory ran out, whichever way the rows took.
+        Raises:
+            BadInput: an input of several rows is not divided by row.
+
+        Raises that memory ran out, if it did for a single row or for the blocks.
         """
-        if self._vmap_works and targets.grid[0] > 1:
-            try:
-                return self._all_rows(parameters, batch, targets)
-            except RuntimeError as error:
-                if ran_out_of_memory(error):  # of so many rows: fewer may fit
-                    raise
+        check_apart(batch, targets.grid)
+        while self._vmap_works and targets.grid[0] > 1:
+            made = self._vectorised(parameters, batch, targets)
+            if made is not None:
+                return made
+        return self._row_by_row(parameters, batch, targets)
+
+    def _vectorised(
+        self, parameters: Sequence[nn.Parameter], batch: Mapping[str, Tensor], targets: Targets
+    ) -> Made | None:
+        """Try `vmap`; None if it has to be tried with fewer rows at once, or not again."""
+        rows = targets.grid[0]
+        at_once = min(rows, self._at_once or rows)
+        try:
+            return self._all_rows(parameters, batch, targets, at_once)
+        except RuntimeError as error:
+            ran_out = ran_out_of_memory(error)
+            if ran_out and at_once == 1:
+                raise
+            if not ran_out:
                 # functorch reports each operation it cannot batch as a RuntimeError; a real fault
                 # of the model shows again, by itself, in the row-by-row pass.
                 self._vmap_works = False
                 _log.debug("vmap is not possible for this model: %s", error)
-        return self._row_by_row(parameters, batch, targets)
+        if ran_out:  # here, where nothing holds what filled the memory
+            self._at_once = at_once // 2
+            release_memory()
+        return None
 
     def _all_rows(
-        self, parameters: Sequence[nn.Parameter], batch: Mapping[str, Tensor], targets: Targets
-    ) -> tuple[list[Tensor], Tensor]:
+        self,
+        parameters: Sequence[nn.Parameter],
+        batch: Mapping[str, Tensor],
+        targets: Targets,
+        at_once: int,
+    ) -> Made:
+        """Take the gradients of all rows, vectorised over some of them at once."""
         wanted = {id(parameter): index for index, parameter in enumerate(parameters)}
-        values = {
-            name: parameter.detach()
-            for name, parameter in self._model.named_parameters()
-            if id(parameter) in wanted
-        }
-        order = [wanted[id(p)] for _, p in self._model.named_parameters() if id(p) in wanted]
+        named = [(n, p) for n, p in self._model.named_parameters() if id(p) in wanted]
+        values = {name: parameter.detach() for name, parameter in named}
+        order = [wanted[id(parameter)] for _, parameter in named]
         rows = targets.grid[0]
-        inputs = {**model_inputs(batch), "labels": batch["labels"]}
-        dims = {key: 0 if _per_row(value, rows) else None for key, value in inputs.items()}
+        inputs = {**model_inputs(batch), "labels": _labels(targets)}
+        axes = {key: row_axis(key, value, targets.grid) for key, value in inputs.items()}
 
-        def row_loss(given: dict[str, Tensor], row: dict[str, Tensor], count: Tensor) -> Tensor:
+        def row_loss(given: dict[str, Tensor], row: dict[str, Tensor], share: Tensor) -> Tensor:
             own = {
-                key: value if dims[key] is None else value.unsqueeze(0)
+                key: value if (axis := axes[key]) is None else value.unsqueeze(axis)
                 for key, value in row.items()
                 if key != "labels"
             }
@@ -77,21 +104,29 @@ class RowwiseGradients:
             total = F.cross_entropy(
                 logits, row["labels"][1:], ignore_index=IGNORED_LABEL, reduction="sum"
             )
-            return total / count.clamp(min=1)
+            return total / share
 
-        with torch.enable_grad():
-            gradients, losses = vmap(grad_and_value(row_loss), in_dims=(None, dims, 0))(
-                values, inputs, targets.counts
-            )
-        blocks: list[Tensor] = [torch.empty(0)] * len(order)
-        for index, block in zip(order, gradients.values(), strict=True):
-            blocks[index] = block.detach().reshape(rows, -1).float()
-        losses = torch.where(targets.counts > 0, losses.detach(), torch.nan)
+        each = vmap(grad_and_value(row_loss), in_dims=(None, axes, 0))
+        shares = targets.counts.clamp(min=1)
+        blocks = [torch.empty(rows, p.numel(), device=p.device) for p in parameters]
+        losses = torch.empty(rows, device=shares.device)
+        for start in range(0, rows, at_once):
+            count = min(at_once, rows - start)
+            some = {
+                key: value if (axis := axes[key]) is None else value.narrow(axis, start, count)
+                for key, value in inputs.items()
+            }
+            with torch.enable_grad():
+                gradients, found = each(values, some, shares[start : start + count])
+            losses[start : start + count] = found.detach()
+            for index, gradient in zip(order, gradients.values(), strict=True):
+                blocks[index][start : start + count] = gradient.detach().reshape(count, -1)
+        losses = torch.where(targets.counts > 0, losses, torch.nan)
         return blocks, losses
 
     def _row_by_row(
         self, parameters: Sequence[nn.Parameter], batch: Mapping[str, Tensor], targets: Targets
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> Made:
         rows = targets.grid[0]
         device = targets.counts.device
         blocks = [torch.zeros(rows, p.numel(), device=p.device) for p in parameters]
@@ -99,10 +134,7 @@ class RowwiseGradients:
         for row, count in enumerate(targets.counts.tolist()):
             if count == 0:
                 continue
-            own = {
-                key: value[row : row + 1] if _per_row(value, rows) else value
-                for key, value in batch.items()
-            }
+            own = batch if rows == 1 else row_of(batch, row, targets.grid)
             loss, gradients = self._one_row(parameters, own)
             losses[row] = loss
             for block, gradient in zip(blocks, gradients, strict=True):
@@ -128,5 +160,24 @@ class RowwiseGradients:
                 parameter.requires_grad = False
 
 
-def _per_row(value: object, rows: int) -> bool:
-    return isinstance(value, Tensor) and value.shape[:1] == (rows,)
+def tell_of_fallback(slots: Collection[ParameterSlot], of: str) -> None:
+    """Say which parameters take a further pass.
+
+    Args:
+        slots: theirs; of none nothing is said.
+        of: what hooks cover.
+    """
+    if slots:
+        names = sorted(slot.name for slot in slots)
+        _log.info(
+            "%d trainable parameters are not plain %s (%s%s): their gradients take "
+            "a further pass, row by row where the model cannot be vectorised",
+            len(names), of, ", ".join(names[:3]), ", ..." if len(names) > 3 else "",
+        )  # fmt: skip
+
+
+def _labels(targets: Targets) -> Tensor:
+    """Return (b, t) labels of the target tokens alone: what predicts from padding has none."""
+    labels = targets.tokens.new_full(targets.grid, IGNORED_LABEL)
+    labels[targets.rows, targets.columns + 1] = targets.tokens
+    return labels

@@ -46,7 +46,7 @@ class HookedPass:
         self._forward_is_over = False
         self._wanted: set[ParameterSlot] = set()
         self._sink: Sink | None = sink
-        self._rows = targets.grid[0]
+        self._rows, self._grid = targets.grid[0], targets.grid
         empty = targets.counts == 0
         self._empty = empty if bool(empty.any()) else None
         self._expected: Counter[ParameterSlot] = Counter()
@@ -55,9 +55,13 @@ class HookedPass:
         self._delivered: set[ParameterSlot] = set()
         self._ignored: Tensor | None = None
 
-    def missed(self, slot: ParameterSlot) -> bool:
-        """Return whether hooks can't cover this slot: never called, or inputs mixed across rows."""
-        return slot in self._unfit or not self._expected[slot]
+    def unfit(self, slot: ParameterSlot) -> bool:
+        """Return whether hooks can't cover this slot: inputs mixed across rows, or of no row."""
+        return slot in self._unfit
+
+    def called(self, slot: ParameterSlot) -> bool:
+        """Return whether gradients of this slot are awaited."""
+        return self._expected[slot] > 0
 
     def await_only(self, slots: set[ParameterSlot]) -> None:
         """End the forward; what checkpointed layers recompute later is not counted."""
@@ -87,7 +91,8 @@ class HookedPass:
 
     def fits(self, x: Tensor) -> bool:
         """Return whether a call's input keeps the batch's rows apart."""
-        return self._rows == 1 or (x.dim() >= 3 and x.shape[0] == self._rows)
+        # By the tokens, too: as many images as rows need not be one a row.
+        return self._rows == 1 or (x.dim() >= 3 and x.shape[:2] == self._grid)
 
     def expect(self, *watched: HookedModule) -> bool:
         """Count a call of each module; False, and not counted, where a layer is recomputed."""

@@ -12,7 +12,6 @@ Letters: b batch, t tokens, p gradient length.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -32,17 +31,15 @@ from gradstore.capture.dense import (
     watched_modules,
     zero_parts,
 )
-from gradstore.capture.fallback import RowwiseGradients
+from gradstore.capture.fallback import RowwiseGradients, tell_of_fallback
 from gradstore.capture.hooks import HookedModule, HookedPass, Sink, Tap
 from gradstore.capture.lora import fused_layers
 from gradstore.capture.losses import BatchStats, RowLoss, Targets, target_losses
 from gradstore.capture.modelstate import borrowed, without_autocast
 from gradstore.capture.recomputing import SingleRows
+from gradstore.capture.rows import of_first, one_more_row
 from gradstore.capture.slots import ParameterSlot, unwrap
 from gradstore.capture.uses import uses_elsewhere
-
-_log = logging.getLogger(__name__)
-
 
 #: Numbers of gradients (b, numel) that one further pass makes, of parameters of a model without an
 #: adapter that no hook covers; a single parameter may have more.
@@ -97,6 +94,8 @@ class GradientCapture:
         self._pass: HookedPass | DensePass | None = None
         self._note: Callable[[tuple[Tensor, ...]], None] | None = None
         self._looked = False
+        self._called: set[ParameterSlot] = set()
+        self._told: set[ParameterSlot] = set()
         self._stack: ExitStack | None = None
         self._log_fallback(set(self.slots) - self._hooked)
 
@@ -146,28 +145,37 @@ class GradientCapture:
         Returns:
             The rows' losses and target counts. A row without any target token has loss nan and a
             gradient of zeros. A row whose gradient is not finite leaves the others alone.
+
+        Raises:
+            BadInput: the batch has no labels, or parameters that no hook covers need rows by
+                themselves and an input is not divided by row.
         """
         if self._stack is None:
             raise RuntimeError("capture() needs the context: `with GradientCapture(model) as c:`")
         targets = Targets.of(batch)
+        rows, tokens = targets.grid
+        if rows == tokens > 1:  # where shapes don't tell rows from tokens
+            batch = one_more_row(batch, targets.grid)
+            targets = Targets.of(batch)
+            sink, tap = of_first(rows, sink), None if tap is None else of_first(rows, tap)
         attempt = partial(self._captured, batch, targets)
-        if targets.grid[0] == 1:
-            return self._single.take(attempt, sink, tap)
-        return attempt(sink, tap)
+        stats = self._single.take(attempt, sink, tap) if rows == 1 else attempt(sink, tap)
+        return BatchStats(stats.loss[:rows], stats.target_tokens[:rows])
 
     def _captured(
         self, batch: Mapping[str, Tensor], targets: Targets, sink: Sink, tap: Tap | None
     ) -> BatchStats:
         """Take the blocks of one batch, see `capture`."""
         losses: Tensor | None = None
+        covered: set[ParameterSlot] = set()
         if len(targets.rows) == 0:
             for slot, parameter in self._parameters.items():
                 self._zeros(slot, targets.grid[0], parameter.device, sink)
             losses = targets.row_means(torch.zeros(0, device=targets.counts.device))
         else:
             if self._hooked:
-                losses = self._capture_hooked(batch, targets, sink, tap)
-            rest = [slot for slot in self.slots if slot not in self._hooked]
+                losses, covered = self._capture_hooked(batch, targets, sink, tap)
+            rest = [slot for slot in self.slots if slot not in covered]
             for some in self._passes(rest, targets.grid[0]):
                 losses = self._capture_rest(some, batch, targets, sink)
         assert losses is not None  # there is at least one slot
@@ -209,22 +217,29 @@ class GradientCapture:
 
     def _capture_hooked(
         self, batch: Mapping[str, Tensor], targets: Targets, sink: Sink, tap: Tap | None
-    ) -> Tensor:
-        """Run one forward and backward of the whole batch; return the rows' losses (b,)."""
+    ) -> tuple[Tensor, set[ParameterSlot]]:
+        """Run one forward and backward of the whole batch.
+
+        Returns:
+            The rows' losses (b,), and the slots that were handed on.
+        """
         self._pass = current = self._new_pass(targets, sink, tap)
         try:
             with torch.enable_grad(), self._look() as elsewhere:
                 total, token_loss = self._loss(batch, targets)
             self._looked = True
-            missed = {slot for slot in self._hooked if current.missed(slot)} | elsewhere
-            self._hooked -= missed
-            self._log_fallback(missed)
-            current.await_only(self._hooked)
+            self._hooked -= {slot for slot in self._hooked if current.unfit(slot)} | elsewhere
+            self._called |= {slot for slot in self._hooked if current.called(slot)}
+            # Zeros where a slot takes no part this time, as an expert that no token is sent to;
+            # one that was never called may be multiplied with otherwise.
+            covered = self._hooked & self._called
+            self._log_fallback(set(self.slots) - covered)
+            current.await_only(covered)
             if total.requires_grad:
                 with without_autocast(total.device):
                     total.backward()  # type: ignore[no-untyped-call]
             current.finish(self._parameters)
-            return targets.row_means(token_loss)
+            return targets.row_means(token_loss), covered
         finally:
             self._pass = None
             current.close()
@@ -304,16 +319,8 @@ class GradientCapture:
             self._pass.watch(watched, args[0], output)
 
     def _log_fallback(self, slots: set[ParameterSlot]) -> None:
-        if slots:
-            names = sorted(slot.name for slot in slots)
-            _log.info(
-                "%d trainable parameters are not plain %s (%s%s): their gradients take "
-                "a further pass, row by row where the model cannot be vectorised",
-                len(names),
-                "layers" if self.dense else "LoRA matrices",
-                ", ".join(names[:3]),
-                ", ..." if len(names) > 3 else "",
-            )
+        tell_of_fallback(slots - self._told, "layers" if self.dense else "LoRA matrices")
+        self._told |= slots
 
 
 def batch_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> BatchStats:

@@ -409,7 +409,7 @@ def test_outputs_may_be_changed_in_place_and_be_empty(llama: Any, rows: int) -> 
     (expected,) = torch.autograd.grad(odd(x).square().sum(), weight)
     matrices = watched_linears(odd, trainable_slots(odd))
     blocks: Taken = {}
-    targets = Targets.of({"labels": torch.ones(rows, 6, dtype=torch.long)})
+    targets = Targets.of({"labels": torch.ones(rows, 5, dtype=torch.long)})
     seen = HookedPass(targets, lambda slot, block: blocks.update({slot.name: block}))
     with fused_layers(odd, matrices, lambda: seen):
         for each in matrices:

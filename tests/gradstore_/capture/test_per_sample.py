@@ -683,30 +683,53 @@ def test_the_fallback_is_the_same_vectorised_or_row_by_row(
     assert len(notes) == 1
 
 
-def test_memory_that_runs_out_in_vmap_is_told_and_does_not_end_vectorising(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("room", [0, 1, 2, 4])
+def test_memory_that_runs_out_in_vmap_takes_fewer_rows_at_once_from_then_on(
+    room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that whoever cut the batch cuts smaller ones, which are vectorised again."""
+    """The batch itself had room, so nobody has to cut it."""
     model = llama(modules_to_save=["lm_head"], config={"attn_implementation": "eager"})
-    batch = make_batch([9, 12, 7])
-    expected, _ = reference(model, batch)
+    batch = make_batch(LENGTHS[:5])
+    expected, losses = reference(model, batch)
+    tried: list[int] = []
 
     def small(function: Any, **options: Any) -> Any:
-        def call(values: Any, inputs: Any, counts: Tensor) -> Any:
-            if len(counts) > 2:
+        def call(values: Any, inputs: Any, shares: Tensor) -> Any:
+            tried.append(len(shares))
+            if len(shares) > room:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return torch.func.vmap(function, **options)(values, inputs, counts)
+            return torch.func.vmap(function, **options)(values, inputs, shares)
 
         return call
 
     monkeypatch.setattr("gradstore.capture.fallback.vmap", small)
     with GradientCapture(model) as capture:
-        with pytest.raises(torch.OutOfMemoryError):
-            capture.capture(batch, lambda slot, block: None)
-        some = {key: value[:2] for key, value in batch.items()}
-        found, _ = captured_in(capture, some)
+        if room == 0:
+            with pytest.raises(torch.OutOfMemoryError):
+                capture.capture(batch, lambda slot, block: None)
+            return
+        for _ in range(2):
+            found, ours = captured_in(capture, batch)
+            assert relative_errors(found, expected).max() <= 1e-5
+            torch.testing.assert_close(ours, losses, rtol=1e-5, atol=1e-6)
         assert capture._rowwise._vmap_works
-    assert relative_errors(found, expected[:2]).max() <= 1e-5
+    parts = {1: [1] * 5, 2: [2, 2, 1], 4: [2, 2, 1]}[room]
+    assert tried == [5, *([2] if room == 1 else []), *parts, *parts]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_token_predicted_from_padding_on_the_left_counts_in_no_fallback(attention: str) -> None:
+    model = llama(modules_to_save=["lm_head"], config={"attn_implementation": attention})
+    right = make_batch([9, 14, 5], prompts=[0, 0, 0])
+    expected, losses = reference(model, right)
+    lengths = right["attention_mask"].sum(1).tolist()
+    left = {
+        key: torch.stack([row.roll(-length) for row, length in zip(value, lengths, strict=True)])
+        for key, value in right.items()
+    }
+    found, found_losses = captured(model, left)
+    assert relative_errors(found, expected).max() <= 1e-5
+    torch.testing.assert_close(found_losses, losses, rtol=1e-5, atol=1e-6)
 
 
 class Mixer(nn.Module):
