@@ -60,6 +60,7 @@ JOINED = "tests/gradstore_/export/test_joined.py"
 CAPTURE = "tests/gradstore_/capture/test_per_sample.py"
 DENSE = "tests/gradstore_/capture/test_dense.py"
 ROWS = "tests/gradstore_/capture/test_rows.py"
+SCALING = "tests/gradstore_/capture/test_scaling.py"
 ONE_OPERATION = "tests/gradstore_/capture/test_lora.py"
 WHOLE = "tests/gradstore_/export/test_whole_weights.py"
 LOCK = "tests/gradstore_/storage/test_lock.py"
@@ -461,6 +462,8 @@ MUTANTS = [
            "covered = set(self._hooked)", ROWS),
     Mutant("gradstore/capture/hooks.py", "x.shape[:2] == self._grid", "x.shape[0] == self._rows",
            ROWS),
+    Mutant("gradstore/capture/scaling.py", "gradient.float() / self._scale",
+           "gradient.float() * self._scale", SCALING),
     Mutant("gradstore/capture/per_sample.py", "if rows == tokens > 1:", "if False:", ROWS),
     Mutant("gradstore/capture/fallback.py", '"labels": _labels(targets)',
            '"labels": batch["labels"]', CAPTURE),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ class RowwiseGradients:
         self, parameters: Sequence[nn.Parameter], batch: Mapping[str, Tensor], targets: Targets
     ) -> Made:
         """Compute one (b, numel) float32 block per parameter, and the rows' losses (b,).
+
+        Blocks are of the scaled losses where `targets` has a scale, losses are not.
 
         Raises:
             BadInput: an input of several rows is not divided by row.
@@ -107,7 +110,7 @@ class RowwiseGradients:
             return total / share
 
         each = vmap(grad_and_value(row_loss), in_dims=(None, axes, 0))
-        shares = targets.counts.clamp(min=1)
+        shares = targets.unscaled(targets.counts.clamp(min=1))
         blocks = [torch.empty(rows, p.numel(), device=p.device) for p in parameters]
         losses = torch.empty(rows, device=shares.device)
         for start in range(0, rows, at_once):
@@ -121,7 +124,7 @@ class RowwiseGradients:
             losses[start : start + count] = found.detach()
             for index, gradient in zip(order, gradients.values(), strict=True):
                 blocks[index][start : start + count] = gradient.detach().reshape(count, -1)
-        losses = torch.where(targets.counts > 0, losses, torch.nan)
+        losses = torch.where(targets.counts > 0, targets.unscaled(losses), torch.nan)
         return blocks, losses
 
     def _row_by_row(
@@ -135,21 +138,22 @@ class RowwiseGradients:
             if count == 0:
                 continue
             own = batch if rows == 1 else row_of(batch, row, targets.grid)
-            loss, gradients = self._one_row(parameters, own)
+            scale = None if targets.scale is None else targets.scale[row : row + 1]
+            loss, gradients = self._one_row(parameters, own, scale)
             losses[row] = loss
             for block, gradient in zip(blocks, gradients, strict=True):
                 if gradient is not None:  # None: the parameter took no part
                     block[row] = gradient.reshape(-1)
-        return blocks, losses
+        return blocks, targets.unscaled(losses)
 
     def _one_row(
-        self, parameters: Sequence[nn.Parameter], row: Mapping[str, Tensor]
+        self, parameters: Sequence[nn.Parameter], row: Mapping[str, Tensor], scale: Tensor | None
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         try:
             for parameter in parameters:
                 parameter.requires_grad = True
             with torch.enable_grad():
-                loss, _ = self._loss(row, Targets.of(row))
+                loss, _ = self._loss(row, replace(Targets.of(row), scale=scale))
             if not loss.requires_grad:
                 return loss, [None] * len(parameters)
             with without_autocast(loss.device):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -47,6 +47,7 @@ class Targets:
         tokens: (s,) int64, the labels.
         counts: (b,) int64, target tokens per row.
         grid: (b, t), the shape of the batch.
+        scale: (b,) float32, that rows' losses are multiplied by; None leaves them as they are.
     """
 
     rows: Tensor
@@ -54,6 +55,7 @@ class Targets:
     tokens: Tensor
     counts: Tensor
     grid: tuple[int, int]
+    scale: Tensor | None = None
 
     @staticmethod
     def of(batch: Mapping[str, Tensor]) -> Targets:
@@ -85,8 +87,17 @@ class Targets:
         return Targets(rows, columns, shifted[rows, columns], chosen.sum(1), grid)
 
     def weights(self) -> Tensor:
-        """Return (s,) float32: one over the number of target tokens of the position's row."""
-        return self.counts[self.rows].float().reciprocal()
+        """Return (s,) float32: one over the target tokens of a position's row, times its scale."""
+        weights = self.counts[self.rows].float().reciprocal()
+        return weights if self.scale is None else weights * self.scale[self.rows]
+
+    def scaled(self, scale: Tensor) -> Targets:
+        """Return the same targets of rows whose losses are multiplied by (b,)."""
+        return replace(self, scale=scale)
+
+    def unscaled(self, values: Tensor) -> Tensor:
+        """Divide (b,) numbers by the rows' scales."""
+        return values if self.scale is None else values / self.scale
 
     def row_means(self, token_loss: Tensor) -> Tensor:
         """Average (s,) token losses per row: (b,) float32, nan where a row has no target."""
@@ -129,7 +140,10 @@ class RowLoss:
         self._head = _plain_head(model)
 
     def __call__(self, batch: Mapping[str, Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
-        """Compute the rows' summed loss, with its graph, and (s,) token losses without a graph."""
+        """Compute the rows' summed loss, with its graph, and (s,) token losses without a graph.
+
+        The sum is of scaled losses where `targets` has a scale.
+        """
         logits, alone = self._logits(batch, targets)
         return weighted_cross_entropy(logits, targets.tokens, targets.weights(), overwrites=alone)
 

@@ -38,6 +38,7 @@ from gradstore.capture.losses import BatchStats, RowLoss, Targets, target_losses
 from gradstore.capture.modelstate import borrowed, without_autocast
 from gradstore.capture.recomputing import SingleRows
 from gradstore.capture.rows import of_first, one_more_row
+from gradstore.capture.scaling import Unscaling, in_float16, row_scales, tell_overflow
 from gradstore.capture.slots import ParameterSlot, unwrap
 from gradstore.capture.uses import uses_elsewhere
 
@@ -93,7 +94,7 @@ class GradientCapture:
         self._single = SingleRows(self._model)
         self._pass: HookedPass | DensePass | None = None
         self._note: Callable[[tuple[Tensor, ...]], None] | None = None
-        self._looked = False
+        self._looked = self._overflowed = False
         self._called: set[ParameterSlot] = set()
         self._told: set[ParameterSlot] = set()
         self._stack: ExitStack | None = None
@@ -140,7 +141,8 @@ class GradientCapture:
                 the matrix; not called for parameters that hooks don't cover.
 
         A single row that does not fit into memory is computed with gradient checkpointing
-        (`gradstore.capture.recomputing`); of several rows that memory ran out is told.
+        (`gradstore.capture.recomputing`); of several rows that memory ran out is told. In float16
+        losses are scaled, and gradients handed on without (`gradstore.capture.scaling`).
 
         Returns:
             The rows' losses and target counts. A row without any target token has loss nan and a
@@ -158,8 +160,16 @@ class GradientCapture:
             batch = one_more_row(batch, targets.grid)
             targets = Targets.of(batch)
             sink, tap = of_first(rows, sink), None if tap is None else of_first(rows, tap)
+        half = None
+        if in_float16(self._model, targets.counts.device):
+            targets = targets.scaled(scale := row_scales(targets.counts))
+            half = Unscaling(scale, sink, tap)
+            sink, tap = half.sink, half.tap
         attempt = partial(self._captured, batch, targets)
         stats = self._single.take(attempt, sink, tap) if rows == 1 else attempt(sink, tap)
+        if half is not None and not self._overflowed and (over := half.overflowed(stats.loss)):
+            self._overflowed = True
+            tell_overflow(over)
         return BatchStats(stats.loss[:rows], stats.target_tokens[:rows])
 
     def _captured(
