@@ -48,8 +48,8 @@ def row_of(batch: Mapping[str, Tensor], row: int, grid: Grid) -> dict[str, Tenso
 
 def not_of_rows(batch: Mapping[str, Tensor], grid: Grid) -> list[str]:
     """List the inputs, with their shapes, that are neither divided by rows nor shared by them."""
-    found = []
-    for key, value in model_inputs(batch).items():
+    found, inputs = [], dict[str, object](model_inputs(batch))
+    for key, value in inputs.items():
         if isinstance(value, list | tuple):
             found.append(f"{key}, a list of {len(value)}")
         elif isinstance(value, Tensor) and row_axis(key, value, grid) is None:
