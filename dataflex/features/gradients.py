@@ -15,14 +15,13 @@ from dataflex.data.rows import Rows
 from dataflex.features.fields import space_fields
 from dataflex.features.loaded_from import loaded_from
 from dataflex.features.settings import FeatureSettings
-from dataflex.features.shared import Compute, export_shared, keep_text
+from dataflex.features.shared import Compute, export_shared, gradient_budget, keep_text
 from dataflex.features.step_share import features_again, train_features
 from dataflex.features.store_owner import check_owner
 from dataflex.models.passes import longest_row
 from dataflex.models.precision import autocast
 from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows
-from gradstore.capture.limits import token_budget
 from gradstore.errors import StoreError
 from gradstore.export.combined import WeightedSums, compute_combined_unit
 from gradstore.export.features import FeatureSpec, Recipe
@@ -82,6 +81,7 @@ class FeatureService:
         self.settings = settings
         self._worker = worker
         self.space = GradientSpace.of(run.model, settings)
+        self._budget = gradient_budget(run, settings)
         run.ranks.decide(self._check_memory)
         self._writer: StoreWriter | None = None
         if opens:
@@ -285,8 +285,7 @@ class FeatureService:
                          self.space.projection, unit)  # fmt: skip
 
     def _batches(self, rows: Rows) -> Batches:
-        run, longest = self.run, longest_row(self.run.model, rows)
-        budget = self.settings.tokens_per_batch or token_budget(run.model)
+        run, budget, longest = self.run, self._budget, longest_row(self.run.model, rows)
         return Batches(rows.dataset, run.collate, rows.lengths, budget, longest, room=run.room)
 
     def again(
@@ -318,11 +317,10 @@ class FeatureService:
         model, collate, room = self.run.model, self.run.collate, self.run.whole_room
         if source is None:
             return partial(compute_unit, model, self._batches(rows), recipe)
-        budget = self.settings.tokens_per_batch or token_budget(model)
 
         def combined(unit: UnitRange, advance: OnRows) -> UnitFeatures:
             weighted = source.weighted(rows.name, range(unit.start, unit.stop))
-            sums = WeightedSums(weighted, collate, budget, room)
+            sums = WeightedSums(weighted, collate, self._budget, room)
             return compute_combined_unit(model, sums, recipe, unit, advance)
 
         return combined

@@ -33,7 +33,8 @@ class FeatureSettings(GradientSettings):
             the seed itself (LESS has 0).
         dtype: of stored training rows: 1bit, int8, bfloat16, float16 or float32; target rows are
             kept in float16 where those are 1bit or int8.
-        tokens_per_batch: padded tokens of a gradient batch; null chooses by device.
+        tokens_per_batch: padded tokens of a gradient batch; null takes 2,048 on a CPU, and on a GPU
+            what it has room for.
         max_bad_fraction: share of rows with non-finite gradients above which the run stops.
         unit_rows: rows of a unit, which is written, leased and redone as a whole
             (docs/store-format.md); a generation that was begun goes on in units of its own.

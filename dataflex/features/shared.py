@@ -16,11 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from dataflex.data.rows import Rows
+from dataflex.features.settings import FeatureSettings
+from dataflex.models.passes import longest_row
+from dataflex.models.precision import autocast
 from dataflex.run.context import RunContext
 from dataflex.run.log import OnRows, Watch, progress
 from dataflex.run.queue import share_out
 from dataflex.run.ranks import Ranks
-from gradstore.export.units import UnitFeatures
+from gradstore.capture.limits import token_budget
+from gradstore.export.budget import MOST, found_budget, is_measured, tell_budget
+from gradstore.export.units import Batches, UnitFeatures
 from gradstore.format.layout import generation_bytes
 from gradstore.format.plans import UnitRange
 from gradstore.store.filling import ExportSummary, UnitSink
@@ -29,6 +34,30 @@ from gradstore.store.space_writer import SpaceWriter
 from gradstore.store.writer import StoreWriter
 
 Compute = Callable[[UnitRange, OnRows], UnitFeatures]
+
+
+def gradient_budget(run: RunContext, settings: FeatureSettings) -> int:
+    """Return the padded tokens of a gradient batch, the same on every rank; collective.
+
+    The user's, or on a CUDA device what the fullest one has room for (`gradstore.export.budget`).
+
+    Args:
+        run: whose training rows are looked at.
+        settings: of the features.
+    """
+    if settings.tokens_per_batch is not None or not is_measured(run.model):
+        return settings.tokens_per_batch or token_budget(run.model)
+    rows = run.data.train
+    batches = Batches(rows.dataset, run.collate, rows.lengths, MOST, longest_row(run.model, rows))
+
+    def find() -> int:
+        with autocast(run.model, run.autocast):
+            return found_budget(run.model, batches, settings.train_features, settings.proj_dim)
+
+    tokens = min(run.ranks.gather(find))
+    if run.ranks.leads:
+        tell_budget(tokens)
+    return tokens
 
 
 class _OpenGeneration:

@@ -103,7 +103,7 @@ def pass_memory(
     """
     if has_adapter(unwrap(model)):
         return None
-    probe = _longest(batches, next(model.parameters()).device)
+    probe = longest_batch(batches, next(model.parameters()).device)
     if probe is None:
         return None
     with GradientCapture(model, features.modules) as capture:
@@ -252,7 +252,7 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def _longest(batches: Batches, device: torch.device) -> dict[str, Any] | None:
+def longest_batch(batches: Batches, device: torch.device) -> dict[str, Any] | None:
     """Make a batch of the longest row that has a target; None where none has."""
     lengths = np.asarray(batches.lengths)
     fits = lengths if batches.longest is None else np.where(lengths <= batches.longest, lengths, -1)

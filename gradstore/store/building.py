@@ -22,6 +22,7 @@ from gradstore.capture.adapters import check_frozen
 from gradstore.capture.limits import longest_of, token_budget, vocabulary_size
 from gradstore.capture.modelstate import random_states_kept
 from gradstore.errors import BadInput, expect, expect_whole
+from gradstore.export.budget import MOST, found_budget, is_measured, tell_budget
 from gradstore.export.features import FeatureMap, FeatureSpec
 from gradstore.export.gradient_space import GradientSpace, tokenizer_hash
 from gradstore.export.kronecker import KroneckerFactors
@@ -106,8 +107,9 @@ def build(
     for rows in sets:
         _check_vocabulary(model, rows)
     tokenizer = tokenizer_of(tokenizer_or_collator)
-    checkpoint = _Checkpoint(model, space, options, step, tokenizer, held)
     features = options.target_features if train_rows is None else options.train_features
+    checkpoint = _Checkpoint(model, space, options, step, tokenizer, held)
+    checkpoint = replace(checkpoint, budget=_budget(checkpoint, sets[0], features))
     unit, cut = options.unit_rows, map(checkpoint.batches, sets)
     check_memory(model, checkpoint.batches(sets[0]), features, space.projection, unit)
     check_published(space.projection, max(most_rows(batches, unit) for batches in cut))
@@ -125,6 +127,7 @@ class _Checkpoint:
     tokenizer: Any
     moments: AdamMoments | None
     room: Room = field(default_factory=Room)
+    budget: int = MOST
 
     def export(self, path: Location, sets: Sequence[TokenRows]) -> CheckpointExport:
         """Make the generations of all sets in the store at `path`."""
@@ -194,9 +197,8 @@ class _Checkpoint:
 
     def batches(self, rows: TokenRows) -> Batches:
         """Cut rows into batches."""
-        budget = self.options.tokens_per_batch or token_budget(self.model)
         longest = longest_of(self.model, rows.lengths, rows.name)
-        return Batches(rows.items, padded, rows.lengths, budget, longest, room=self.room)
+        return Batches(rows.items, padded, rows.lengths, self.budget, longest, room=self.room)
 
     def _curvature(self, writer: StoreWriter, sets: Sequence[TokenRows]) -> KroneckerFactors | None:
         """Take the store's factors of this state, or fit them on the training rows."""
@@ -267,6 +269,16 @@ def _moments_of(
         held = AdamMoments.from_optimizer(given, model)
     FeatureMap(features, space.slots, held)
     return held  # type: ignore[no-any-return]
+
+
+def _budget(checkpoint: _Checkpoint, rows: TokenRows, features: FeatureSpec) -> int:
+    """Return the padded tokens of a batch: the caller's, or what the device has room for."""
+    given, model = checkpoint.options.tokens_per_batch, checkpoint.model
+    if given is not None or not is_measured(model):
+        return given or token_budget(model)
+    tokens = found_budget(model, checkpoint.batches(rows), features, checkpoint.options.proj_dim)
+    tell_budget(tokens)
+    return tokens
 
 
 def _read_sets(train: Any, targets: Any, by: Any) -> Iterator[TokenRows]:  # noqa: ANN401
