@@ -6,6 +6,7 @@ Gradients of p = 1 M, SmolLM2-135M's and Llama-3.1-8B's LoRA r=16 (4,884,480 and
 d = 1,024, 4,096 and 8,192, 8 and 64 rows at a time, in one block of float32:
 
     sjlt, rademacher, gaussian   ours, the default backend; gaussian at one p and d
+    rademacher, int8             ours, by products of bytes, where the processor has VNNI
     stored matrix                a float32 product with a matrix in memory, where 4 GiB hold it
     trak                         TRAK's `BasicProjector`, rademacher, in its blocks of 100 outputs
     copy                         `copy_` of the same gradients, b x p float32
@@ -36,6 +37,8 @@ from typing import Any
 
 import torch
 from gradkernels import Accumulator, ProjectionSpec
+from gradkernels.cpu.vnni import vnni_missing
+from gradkernels.dispatch import Backend
 from gradkernels.spec import Method
 from report import RESULTS, append, echo, machine, timed
 
@@ -94,12 +97,12 @@ class Way:
 # ---- ways ------------------------------------------------------------------------------------
 
 
-def ours(method: Method, case: Case, params: int) -> Work:
+def ours(method: Method, case: Case, params: int, backend: Backend | None = None) -> Work:
     """Project with these kernels."""
     spec = ProjectionSpec(method, p=case.p, d=case.d, s=SJLT_ENTRIES)
 
     def project(x: torch.Tensor) -> torch.Tensor:
-        accumulator = Accumulator(spec, len(x))
+        accumulator = Accumulator(spec, len(x), backend=backend)
         accumulator.add(x, 0)
         return accumulator.result()
 
@@ -140,6 +143,9 @@ def ways_of(case: Case) -> list[Way]:
         Way("rademacher", partial(ours, "rademacher", case), operations=dense),
         Way("trak", partial(trak, case), FEWER, dense),
     ]  # fmt: skip
+    if vnni_missing() is None:
+        bytewise = partial(ours, "rademacher", case, backend="int8")
+        found.append(Way("rademacher, int8", bytewise, operations=dense))
     if (case.p, case.d) == SLOW:
         found.append(Way("gaussian", partial(ours, "gaussian", case), operations=dense))
     if 4 * case.p * case.d <= MATRIX_BYTES:
@@ -239,6 +245,9 @@ def main() -> int:
     cases = [case for case in CASES if case.p in options.p and case.d in options.d]
     most = max(SIDE * SIDE, *(case.rows * case.most for case in cases))
     gradients = torch.empty(most).normal_()
+    why = vnni_missing()
+    if why is not None:
+        echo(f"rademacher, int8: not available, {why}")
     is_missed = False
     for case in cases:
         lines = measure(case, gradients, options.rounds, options.seconds)

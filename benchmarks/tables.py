@@ -55,7 +55,8 @@ EXPORT_AIMS: Mapping[tuple[str, str], float] = {
 }
 
 #: Methods of `projecting`, in the order of its columns.
-PROJECTIONS = ("copy", "sjlt", "rademacher", "gaussian", "stored matrix", "trak")
+PROJECTIONS = ("copy", "sjlt", "rademacher", "gaussian", "stored matrix", "trak",
+               "rademacher, int8")  # fmt: skip
 
 #: What bergson keeps of a gradient, whatever d the other methods have beside it.
 PEERS_SIDE = "16 x 16 a module"
@@ -1106,6 +1107,7 @@ def projecting(path: Path = RESULTS / "projection_cpu.csv") -> str:
         cut, took = "" if line["params"] == line["p"] else "*", float(line["ms_per_row"])
         return (f"{took:,.0f}" if took >= 100 else f"{took:.3g}") + cut
 
+    others = [name for name in PROJECTIONS[3:] if any(key[3] == name for key in lines)]
     body = []
     for p, d, rows in dict.fromkeys(key[:3] for key in lines):
         sjlt, dense = (lines[p, d, rows, method] for method in PROJECTIONS[1:3])
@@ -1114,11 +1116,11 @@ def projecting(path: Path = RESULTS / "projection_cpu.csv") -> str:
             f"{int(p):,}", f"{int(d):,}", rows, milliseconds(lines[p, d, rows, "copy"]),
             milliseconds(sjlt),
             ratio(sjlt, "over_copy"), milliseconds(dense), rate, ratio(dense, "of_sgemm"),
-            *(milliseconds(lines.get((p, d, rows, method))) for method in PROJECTIONS[3:]),
+            *(milliseconds(lines.get((p, d, rows, method))) for method in others),
         ))  # fmt: skip
     head = ("p", "d", "rows", "copy, ms a row", "sjlt, ms a row", "over the copy, median (rounds)",
             "rademacher, ms a row", "GFLOP/s / sgemm's", "of sgemm's rate, median (rounds)",
-            *(f"{method}, ms a row" for method in PROJECTIONS[3:]))  # fmt: skip
+            *(f"{method}, ms a row" for method in others))  # fmt: skip
     said = "\\* measured on the first parameters, by proportion for p."
     return f"{table(head, body)}\n\n{said} {where(lines.values())}."
 

@@ -84,6 +84,7 @@ SMALLER = "tests/gradstore_/export/test_smaller.py"
 REPAIR, FORGETTING = f"{STORE}/test_repair.py", f"{STORE}/test_forgetting.py"
 CHUNKS, PACKED = f"{STORE}/test_chunks.py", "tests/gradstore_/scoring/test_dtypes.py"
 SIGNS = "tests/gradkernels_/test_sign_products.py"
+BYTES = "tests/gradkernels_/test_projection_int8.py"
 PROJECTION = "tests/gradkernels_/test_projection_paths.py"
 MIXTURE, ORDER = "tests/dataflex_/data/test_mixture.py", "tests/dataflex_/data/test_order.py"
 MIXERS, DOREMI = "tests/dataflex_/mixers/test_mixers.py", "tests/dataflex_/mixers/test_doremi.py"
@@ -387,6 +388,10 @@ MUTANTS = [
            "tests/gradkernels_/test_projection_randomness.py"),
     Mutant("kernels/gradkernels/cpu/sums.py", ".mT.reshape(rows, width)", ".reshape(rows, width)",
            PROJECTION),
+    Mutant("kernels/gradkernels/cpu/int8.py", "_BASE, _LARGEST = 255, 32_512",
+           "_BASE, _LARGEST = 127, 16_256", BYTES),
+    Mutant("kernels/gradkernels/cpu/int8.py", "self._keys, c, _OCTETS",
+           "self._keys, self._offsets[: len(c)], _OCTETS", BYTES),
     Mutant("kernels/gradkernels/features.py", "block, value=-1.0)", "block, value=1.0)", FEATURES),
     Mutant("gradstore/export/pooling.py", '"position": rank * counts,', '"position": rank,',
            "tests/gradstore_/export/test_embeddings.py"),

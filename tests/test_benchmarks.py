@@ -255,3 +255,20 @@ def test_bytes_that_older_lines_lack_are_told_as_such(
     shown = tables.dtypes()
     assert "| `1bit` | 512 | 545 | 595 / 700 |" in shown
     assert "| `int8` | 512 | 545 | not recorded |" in shown
+
+
+# ---- projections on a processor ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("why", [None, "this processor has no VNNI"])
+def test_products_of_bytes_are_timed_and_shown_where_the_processor_has_vnni(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, why: str | None
+) -> None:
+    projection, report = script("projection"), script("report")
+    monkeypatch.setattr(projection, "vnni_missing", lambda: why)
+    case, csv = projection.Case(p=1000, d=64, rows=8), tmp_path / "projection_cpu.csv"
+    ways = projection.ways_of(case)
+    per_row = {way.method: [0.5] for way in ways}
+    lines = [projection.line_of(case, way, 1000, per_row, [1e9]) for way in ways]
+    report.append(csv, [report.machine() | line for line in lines])
+    assert ("rademacher, int8, ms a row" in script("tables").projecting(csv)) == (why is None)

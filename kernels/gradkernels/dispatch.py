@@ -6,6 +6,7 @@ import sys
 from typing import Literal, Protocol, cast, get_args
 
 import torch
+from gradkernels.cpu.vnni import vnni_missing
 from gradkernels.features import Feature, FeatureKind
 from gradkernels.gpu.usable import refusal
 from gradkernels.methods import check_backend, doing, entry_of, sums_of
@@ -14,7 +15,7 @@ from gradkernels.reference import scale
 from gradkernels.spec import ProjectionSpec, check_int, check_spec
 from torch import Tensor
 
-Backend = Literal["numba", "torch", "triton", "trak"]
+Backend = Literal["numba", "torch", "triton", "trak", "int8"]
 
 BACKENDS: tuple[str, ...] = get_args(Backend)
 _GROUP_ROWS = 64  # rows whose float32 sums stay in a core's cache
@@ -45,7 +46,8 @@ class Accumulator:
 
     Parameters that no block covers count as zeros; blocks that overlap add up. A row's result never
     depends on the other rows. Another order or another cut of the blocks changes it within
-    rounding (float32 relative 1e-6 of the row's norm); the number of threads changes nothing.
+    rounding (float32 relative 1e-6 of the row's norm; of "int8", its bound below); the number of
+    threads changes nothing.
 
     Args:
         spec: the projection.
@@ -53,7 +55,11 @@ class Accumulator:
         device: where blocks come from and the result goes; "cuda" is the current one, as it is now.
         backend: None chooses the fastest: "numba" on a CPU, "triton" on a CUDA device where its
             kernels pass their test (Gaussian: "torch"), else "torch". Method "trak" has none but
-            "trak", which keeps (b, p) in RAM and projects there, from whatever device.
+            "trak", which keeps (b, p) in RAM and projects there, from whatever device. "int8" is
+            chosen by name alone: "rademacher" on a CPU with AVX-512 VNNI, by products of bytes. It
+            projects gradients g' that are rounded to 16 bits, by the same matrix: |g'_j - g_j| is
+            under 1 / 64,000 of the row's largest number among the 2,048 of a tile, and |g' - g|_2
+            under 7.1e-4 of |g|_2 (`gradkernels.cpu.int8` derives both).
         squares: whether `squares` will be asked for. The Triton kernels know them anyway.
 
     Raises:
@@ -224,6 +230,13 @@ def choose_backend(spec: ProjectionSpec, device: torch.device, backend: str | No
                 f"this: {why} (method={spec.method!r}); choose backend='torch' or None"
             )
     check_backend(spec.method, backend)
+    if backend == "int8":
+        why = vnni_missing() if device.type == "cpu" else f"the device is {device}"
+        if why is not None:
+            raise ValueError(
+                "backend='int8' does rademacher on a CPU with VNNI, not this: "
+                f"{why}; choose backend=None"
+            )
     return cast(Backend, backend)
 
 

@@ -64,6 +64,7 @@ TABLE: dict[str, Entry] = {
             "torch": "gradkernels.portable:rademacher_sums",
             "numba": "gradkernels.cpu.sums:RademacherSums",
             "triton": "gradkernels.gpu.sums:RademacherSums",
+            "int8": "gradkernels.cpu.int8:RademacherSums",
         },
     ),
     "gaussian": Entry(

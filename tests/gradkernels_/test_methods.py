@@ -73,7 +73,7 @@ def test_a_method_of_the_table_alone_has_no_oracle_and_no_fingerprint(fjlt: Proj
             ask()
 
 
-@pytest.mark.parametrize("backend", ["numba", "torch", "triton", "trak"])
+@pytest.mark.parametrize("backend", ["numba", "torch", "triton", "trak", "int8"])
 def test_a_backend_names_the_methods_that_it_does(backend: str) -> None:
     for method in TABLE.keys() - set(methods.doing(backend)):
         with pytest.raises(ValueError, match=f"does {', '.join(methods.doing(backend))}, not "

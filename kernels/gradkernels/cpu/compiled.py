@@ -21,6 +21,8 @@ from numba import config, njit, types
 
 _F32_2D = types.Array(types.float32, 2, "C")
 _U32_1D = types.Array(types.uint32, 1, "C")
+_U64_1D = types.Array(types.uint64, 1, "C", readonly=True)
+_U64_2D = types.Array(types.uint64, 2, "C")
 _I64_1D = types.Array(types.int64, 1, "C")
 _I64_2D = types.Array(types.int64, 2, "C")
 _U8_2D = types.Array(types.uint8, 2, "C", readonly=True)
@@ -28,6 +30,7 @@ _BLOCK = (_F32_2D, types.int64, types.uint32, types.uint32)
 
 _sjlt_loop = njit(nogil=True)(loops.sjlt_loop)
 _rademacher_loop = njit(nogil=True)(loops.rademacher_loop)
+_signs_loop = njit(nogil=True)(loops.signs_loop)
 _normals_loop = njit(nogil=True)(normals.normals_loop)
 _gather_loop = njit(nogil=True)(lookups.gather_loop)
 _shuffle_loop = njit(nogil=True)(lookups.shuffle_loop)
@@ -55,6 +58,13 @@ def gaussian() -> Callable[..., None]:
     """Return `normals_loop`, compiled; it runs without the GIL."""
     keys = (types.int64, types.uint32, types.uint32)
     return _compile(_normals_entry, types.void(*keys, _U32_1D, _U32_1D, _F32_2D))
+
+
+@cache
+def signs() -> Callable[..., None]:
+    """Return `signs_loop`, compiled; it runs without the GIL."""
+    keys = (types.int64, types.uint32, types.uint32)
+    return _compile(_signs_entry, types.void(*keys, _U32_1D, _U64_1D, _U64_2D))
 
 
 def has_avx2() -> bool:
@@ -109,6 +119,14 @@ def _normals_entry(fingerprint: int) -> Callable[..., None]:
             _normals_loop(start, a, b, even, odd, out)
 
     return normals_entry
+
+
+def _signs_entry(fingerprint: int) -> Callable[..., None]:
+    def signs_entry(start, a, b, c, octets, out):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        if fingerprint >= 0:
+            _signs_loop(start, a, b, c, octets, out)
+
+    return signs_entry
 
 
 def _gather_entry(fingerprint: int) -> Callable[..., None]:

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 U32 = NDArray[np.uint32]
+U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
@@ -252,6 +253,30 @@ def rademacher_loop(
                             where = ((k * 8 + octet) * width + o) * LANES + lane
                             out[k, first_word + o // 4, 8 * (o % 4) + octet, lane] += acc[where]
                             acc[where] = np.float32(0)
+
+
+def signs_loop(
+    start: int, key_a: np.uint32, key_b: np.uint32, c: U32, octets: U64, out: U64
+) -> None:
+    """Write the signs of consecutive parameters as bytes, eight outputs at a time.
+
+    Args:
+        start: global index of the first parameter.
+        key_a: first key.
+        key_b: second key.
+        c: (k,) `mix(w * GOLDEN + key_c)` of k consecutive words w.
+        octets: (256,) for each byte of a word, its eight signs as int8, lowest bit first.
+        out: (m, 4 k): the 32 k outputs of each parameter, in order.
+    """
+    held = np.empty(c.shape[0], np.uint32)
+    patterns = held.view(np.uint8)
+    for t in range(out.shape[0]):
+        j = np.uint32(start + t)
+        a, b = mix(np.uint32(j + key_a)), mix(np.uint32(j ^ key_b))
+        for w in range(c.shape[0]):
+            held[w] = word(a, b, c[w])
+        for q in range(out.shape[1]):
+            out[t, q] = octets[patterns[q]]
 
 
 def hadamard_loop(x: F32) -> None:

@@ -41,7 +41,7 @@ class SjltSums:
         """Add block (b, m) float32, contiguous, of parameters [start, start + m)."""
         x = block.numpy()
         work = x.shape[1] * self._spec.s * len(self._sums)
-        spans = _split(self._spec.s, _thread_count(work))
+        spans = split(self._spec.s, thread_count(work))
         run_all([partial(self._run, x, start, low, high) for low, high in spans])
 
     def _run(self, x: NDArray[np.float32], start: int, low: int, high: int) -> None:
@@ -72,10 +72,10 @@ class RademacherSums:
         x = block.numpy()
         words = len(self._offsets)
         work = x.shape[1] * 8 * words * len(self._sums)
-        threads = _thread_count(work)
+        threads = thread_count(work)
         parts = max(threads, -(-words // PART_WORDS))
         parts = -(-parts // threads) * threads
-        spans = _split(words, parts)
+        spans = split(words, parts)
         run_all([partial(self._run, x, start, spans[thread::threads]) for thread in range(threads)])
 
     def _run(self, x: NDArray[np.float32], start: int, spans: list[tuple[int, int]]) -> None:
@@ -111,7 +111,7 @@ class GaussianSums:
         """Add block (b, m) float32 of parameters [start, start + m)."""
         for part in torch.split(block, len(self._tile), dim=1):
             tile = self._tile[: part.shape[1]]
-            spans = _split(len(tile), _thread_count(8 * tile.size))
+            spans = split(len(tile), thread_count(8 * tile.size))
             run_all([partial(self._make, tile[low:high], start + low) for low, high in spans])
             with full_float32():
                 self._sums += part @ torch.from_numpy(tile)
@@ -126,12 +126,12 @@ class GaussianSums:
         return self._sums.view(rows, 2, width // 2).mT.reshape(rows, width)[:, : self._spec.d]
 
 
-def _thread_count(additions: int) -> int:
+def thread_count(additions: int) -> int:
     """Return the number of threads that pay off for a block: at most torch's own number."""
     return max(1, min(torch.get_num_threads(), additions // _MIN_TASK_ADDITIONS))
 
 
-def _split(n: int, parts: int) -> list[tuple[int, int]]:
+def split(n: int, parts: int) -> list[tuple[int, int]]:
     """Cut range(n) into at most `parts` half-open, non-empty, nearly equal ranges."""
     parts = min(n, parts)
     return [(n * k // parts, n * (k + 1) // parts) for k in range(parts)]
