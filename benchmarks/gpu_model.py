@@ -19,8 +19,9 @@ import argparse
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 from gpu import CASES, Case
@@ -79,20 +80,29 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Code:
-    """Cycles of a scheduler by unit, for one warp: outside of the loop, and for one round of it."""
+    """Instructions of a warp by unit: outside of the loop, and in one round of it."""
 
     once: Mapping[str, int]
     each: Mapping[str, int]
 
-    def cycles(self, rounds: float) -> dict[str, float]:
-        """Cycles of a warp whose loop runs so often."""
+    def cycles(self, rounds: float, card: Card) -> dict[str, float]:
+        """Cycles of a scheduler for a warp whose loop runs so often."""
         units = {*self.once, *self.each}
-        return {u: self.once.get(u, 0) + rounds * self.each.get(u, 0) for u in units}
+        return {u: (self.once.get(u, 0) + rounds * self.each.get(u, 0)) * card.cycles.get(u, 1)
+                for u in units}  # fmt: skip
 
 
-def code_of(program: Any, card: Card) -> Code:  # noqa: ANN401 - Triton's
-    """Count the instructions of a compiled kernel, before and behind its longest loop and in it."""
-    text = disassembled(program, "-sass")
+@cache
+def code_of(kernel: Any, capability: int, *given: Any, **constants: Any) -> Code:  # noqa: ANN401
+    """Count the instructions of a kernel, before and behind its longest loop and in it.
+
+    Args:
+        kernel: of `gradkernels.gpu`.
+        capability: of the card.
+        *given: type of gradients and warps, for `compile_ahead`.
+        **constants: for it, too.
+    """
+    text = disassembled(compile_ahead(kernel, capability, *given, **constants), "-sass")
     found = [(int(at, 16), told.strip())
              for at, told in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]+);", text)]  # fmt: skip
     low, high = 0, -1
@@ -110,7 +120,7 @@ def code_of(program: Any, card: Card) -> Code:  # noqa: ANN401 - Triton's
         into["issue"] += 1
         for unit, pattern in UNITS.items():
             if re.match(rf"(?:{pattern})\b", name):
-                into[unit] += card.cycles[unit]
+                into[unit] += 1
                 break
     return Code(once, each)
 
@@ -123,14 +133,16 @@ class Work:
         name: of the kernel.
         programs: how many.
         warps: of each.
-        cycles: of a scheduler for one warp, by unit.
+        code: returns the kernel's instructions; asked when time is, since it compiles.
+        rounds: of the kernel's loop.
         flops, memory, cache: operations of tensor cores, bytes of memory and of the cache.
     """
 
     name: str
     programs: float
     warps: int
-    cycles: Mapping[str, float]
+    code: Callable[[], Code]
+    rounds: float = 0.0
     flops: float = 0.0
     memory: float = 0.0
     cache: float = 0.0
@@ -138,7 +150,8 @@ class Work:
     def seconds(self, card: Card) -> dict[str, float]:
         """Seconds that each unit is busy."""
         rounds = self.programs * self.warps / (4 * card.processors) / card.clock
-        busy = {unit: count * rounds for unit, count in self.cycles.items()}
+        cycles = self.code().cycles(self.rounds, card)
+        busy = {unit: count * rounds for unit, count in cycles.items()}
         return busy | {"tensor": self.flops / card.tensor, "bytes": self.memory / card.memory,
                        "cache": self.cache / card.cache}  # fmt: skip
 
@@ -157,23 +170,22 @@ def rademacher(case: Case, kind: str | None, card: Card) -> Iterator[Work]:
     parts = 1 if kind == "sign" or (kind is None and case.dtype.itemsize == 2) else 2
     chains, tiles = -(-case.p // dense.CHAIN), -(-case.d // sums.OUTPUTS)
     given = feature_constants(kind) | {"PARTS": parts, "BN": width, "CHAIN": dense.CHAIN}
-    pack = compile_ahead(dense.pack, card.capability, x, sums.READING_WARPS, **given)
+    pack = partial(code_of, dense.pack, card.capability, x, sums.READING_WARPS, **given)
     staged = chains * (dense.CHAIN * (2 * parts * width + 8) + 12 * width)
     read = case.rows * case.p * case.dtype.itemsize + _vectors(case, kind)
-    yield Work("pack", chains, sums.READING_WARPS, code_of(pack, card).cycles(0),
+    yield Work("pack", chains, sums.READING_WARPS, pack,
                memory=read + staged)  # fmt: skip
-    multiply = compile_ahead(dense.multiply, card.capability, PARTS=parts, BM=sums.OUTPUTS,
-                             BN=width, CHAIN=dense.CHAIN)  # fmt: skip
+    multiply = partial(code_of, dense.multiply, card.capability, PARTS=parts, BM=sums.OUTPUTS,
+                       BN=width, CHAIN=dense.CHAIN)  # fmt: skip
     flops = 2.0 * parts * chains * dense.CHAIN * tiles * sums.OUTPUTS * width
     stages = -(-chains // sums.CHAINS)
     splits = max(1, sums.PROGRAMS // tiles)
     size = tiles * sums.OUTPUTS * width
-    yield Work("multiply", tiles * splits * stages, sums.WARPS,
-               code_of(multiply, card).cycles(chains / splits / stages), flops=flops,
+    yield Work("multiply", tiles * splits * stages, sums.WARPS, multiply,
+               rounds=chains / splits / stages, flops=flops,
                memory=staged + 4.0 * stages * splits * size, cache=tiles * staged)  # fmt: skip
-    gather = compile_ahead(dense.gather, card.capability, BLOCK=GATHERED)
-    yield Work("gather", stages * -(-size // GATHERED), sums.WARPS,
-               code_of(gather, card).cycles(splits),
+    gather = partial(code_of, dense.gather, card.capability, BLOCK=GATHERED)
+    yield Work("gather", stages * -(-size // GATHERED), sums.WARPS, gather, rounds=splits,
                memory=stages * size * (4.0 * splits + 16))  # fmt: skip
     yield _settle(card, width, stages, chains / stages, largest=False)
 
@@ -183,37 +195,34 @@ def sjlt(case: Case, kind: str | None, card: Card) -> Iterator[Work]:
     width, x = width_of(case.rows), _pointer(case)
     read = case.rows * case.p * case.dtype.itemsize + _vectors(case, kind)
     given = feature_constants(kind) | {"BN": width}
-    measure = compile_ahead(sparse.measure, card.capability, x, sums.READING_WARPS,
-                            CHAIN=sparse.CHAIN, **given)  # fmt: skip
+    measure = partial(code_of, sparse.measure, card.capability, x, sums.READING_WARPS,
+                      CHAIN=sparse.CHAIN, **given)  # fmt: skip
     chains = -(-case.p // sparse.CHAIN)
-    yield Work("measure", sums.PROGRAMS, sums.READING_WARPS,
-               code_of(measure, card).cycles(chains / sums.PROGRAMS), memory=read)  # fmt: skip
+    yield Work("measure", sums.PROGRAMS, sums.READING_WARPS, measure,
+               rounds=chains / sums.PROGRAMS, memory=read)  # fmt: skip
     yield _settle(card, width, 1, sums.PROGRAMS, largest=True)
-    scatter = compile_ahead(sparse.scatter, card.capability, x, BLOCK=sparse.BLOCK, **given)
-    yield Work("scatter", -(-case.p // sparse.BLOCK), sums.WARPS, code_of(scatter, card).cycles(S),
+    scatter = partial(code_of, sparse.scatter, card.capability, x, BLOCK=sparse.BLOCK, **given)
+    yield Work("scatter", -(-case.p // sparse.BLOCK), sums.WARPS, scatter, rounds=S,
                memory=read, cache=8.0 * S * case.p * width)  # fmt: skip
-    fold = compile_ahead(sparse.fold, card.capability, BN=width, BLOCK=GATHERED)
+    fold = partial(code_of, sparse.fold, card.capability, BN=width, BLOCK=GATHERED)
     size = case.d * width
-    yield Work("fold", -(-size // GATHERED), sums.WARPS, code_of(fold, card).cycles(0),
-               memory=32.0 * size)  # fmt: skip
+    yield Work("fold", -(-size // GATHERED), sums.WARPS, fold, memory=32.0 * size)
 
 
 def _settle(card: Card, width: int, times: int, parts: float, *, largest: bool) -> Work:
     """Sum the parts of each row's squares, so often; with the largest magnitude or without."""
     unused: dict[str, Any] = {} if largest else {"magnitudes": None, "largest": None}
-    settle = compile_ahead(features.settle, card.capability, BLOCK=GATHERED, **unused)
-    return Work("settle", times * width, sums.WARPS,
-                code_of(settle, card).cycles(-(-parts // GATHERED)),
+    settle = partial(code_of, features.settle, card.capability, BLOCK=GATHERED, **unused)
+    return Work("settle", times * width, sums.WARPS, settle, rounds=-(-parts // GATHERED),
                 memory=times * width * parts * (12.0 if largest else 8.0))  # fmt: skip
 
 
 def rotated(rows: int, dim: int, card: Card) -> Work:
     """Count the transforms of a rotation, of rows whose length is a power of two."""
     warps = rotation.warps_of(dim)
-    kernel = compile_ahead(hadamard.hadamard, card.capability, warps=warps, SIZE=dim,
-                           STAGES=dim.bit_length() - 1)  # fmt: skip
-    return Work("hadamard", ROUNDS * rows, warps, code_of(kernel, card).cycles(0),
-                memory=ROUNDS * 8.0 * rows * dim)  # fmt: skip
+    kernel = partial(code_of, hadamard.hadamard, card.capability, warps=warps, SIZE=dim,
+                     STAGES=dim.bit_length() - 1)  # fmt: skip
+    return Work("hadamard", ROUNDS * rows, warps, kernel, memory=ROUNDS * 8.0 * rows * dim)
 
 
 def _pointer(case: Case) -> str:

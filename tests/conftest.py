@@ -19,6 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -274,14 +275,29 @@ def service(serve_writable: Callable[..., Service]) -> Iterator[Service]:
         made.stop()
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+@contextmanager
+def importing() -> Iterator[Any]:
     """Import scripts of benchmarks by name, and forget them afterwards."""
     benchmarks = Path(__file__).resolve().parent.parent / "benchmarks"
     before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(benchmarks))
-    monkeypatch.syspath_prepend(str(benchmarks / "quality"))
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(benchmarks)):
-            del sys.modules[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(benchmarks))
+        patch.syspath_prepend(str(benchmarks / "quality"))
+        yield importlib.import_module
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(benchmarks)):
+                del sys.modules[name]
+
+
+@pytest.fixture
+def script() -> Iterator[Any]:
+    """Import scripts of benchmarks by name, anew for each test."""
+    with importing() as imported:
+        yield imported
+
+
+@pytest.fixture(scope="module")
+def kept_script() -> Iterator[Any]:
+    """Import scripts of benchmarks by name; the tests of a file share what a script keeps."""
+    with importing() as imported:
+        yield imported

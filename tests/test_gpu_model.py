@@ -15,14 +15,15 @@ pytest.importorskip("triton", reason="Triton comes with torch on Linux alone")
 GPU = Path(__file__).resolve().parent.parent / "kernels" / "gradkernels" / "gpu"
 
 
-@pytest.fixture
-def model(script: Any) -> Any:
-    return script("gpu_model")
+@pytest.fixture(scope="module")
+def model(kept_script: Any) -> Any:
+    """Compiles and reads each kernel once."""
+    return kept_script("gpu_model")
 
 
-@pytest.fixture
-def case(script: Any) -> Any:
-    return script("gpu").Case(p=4_000_000, d=512, rows=16)
+@pytest.fixture(scope="module")
+def case(kept_script: Any) -> Any:
+    return kept_script("gpu").Case(p=4_000_000, d=512, rows=16)
 
 
 def works(model: Any, case: Any, card: str, kind: str | None = None) -> list[Any]:
