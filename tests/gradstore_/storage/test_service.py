@@ -207,8 +207,28 @@ def test_a_server_that_dies_in_the_middle_is_waited_for(
 # ---- a server, or a way to it, that fails ----------------------------------------------------
 
 
+class Hurried:
+    """A clock on which a sleep passes at once."""
+
+    slept = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.slept
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Hurried:
+    """The clock of who asks a server again, in this process."""
+    hurried = Hurried()
+    monkeypatch.setattr(bucket_module, "time", hurried)
+    return hurried
+
+
 def test_a_server_that_is_busy_is_asked_again_when_it_says(
-    build: Any, service: Any, faulty_service: Any, fast_path: Path
+    build: Any, service: Any, faulty_service: Any, fast_path: Path, clock: Hurried
 ) -> None:
     number = itertools.count()
     told: dict[str, float] = {}
@@ -217,9 +237,9 @@ def test_a_server_that_is_busy_is_asked_again_when_it_says(
     def busy(asked: Any) -> tuple[int, bytes] | None:
         name = f"{asked.method} {asked.path}"
         if name in told:
-            waits.append(time.monotonic() - told.pop(name))
+            waits.append(clock.monotonic() - told.pop(name))
         elif next(number) % 110 == 7:
-            told[name] = time.monotonic()
+            told[name] = clock.monotonic()
             return (503, 429)[len(waits) % 2], b"{}"
         return None
 
@@ -248,7 +268,7 @@ def test_a_body_changed_on_its_way_is_sent_again_and_never_seen(
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_server_that_is_busy_is_waited_for_longer_than_one_that_fails(
-    kit: StoreKit, faulty_service: Any, monkeypatch: pytest.MonkeyPatch, status: int
+    kit: StoreKit, faulty_service: Any, monkeypatch: pytest.MonkeyPatch, clock: Hurried, status: int
 ) -> None:
     monkeypatch.setattr(bucket_module, "PATIENCE_SECONDS", 0.3)
     left = 2
@@ -268,6 +288,7 @@ def test_a_server_that_is_busy_is_waited_for_longer_than_one_that_fails(
         with pytest.raises(StoreIOError, match="status 503"):
             kit.build(faulty_service.address, n=4)
     assert left == (0 if status == 429 else 1)
+    assert (clock.slept >= 2) == (status == 429)
 
 
 def test_a_server_that_is_not_there_or_is_another_is_told_soon(
