@@ -122,6 +122,13 @@ def traces(kit: StoreKit, opened: Store) -> dict[str, bytes]:
     return found
 
 
+def check_gone(store: Path, wanted: dict[str, bytes]) -> None:
+    """No trace of the row is left in any file."""
+    there = contents(store)
+    for trace, needle in wanted.items():
+        assert not [name for name, data in there.items() if needle in data], trace
+
+
 def bytes_by_row(opened: Store) -> dict[str, list[bytes]]:
     """Everything that is stored of each row, by the generation's name without attempt."""
     found = {}
@@ -141,11 +148,11 @@ def test_nothing_of_a_row_is_left_and_the_other_rows_are_the_same_to_the_bit(
     before = open_store(store)
     wanted, kept = traces(kit, before), bytes_by_row(before)
     scores = influence_scores(checkpoint_features(before, "all"))
+    there = contents(store)
     for trace, needle in wanted.items():  # the search finds what there is to be found
-        assert any(needle in data for data in contents(store).values()), trace
+        assert any(needle in data for data in there.values()), trace
     receipt = remove(store)
-    for trace, needle in wanted.items():
-        assert not [name for name, data in contents(store).items() if needle in data], trace
+    check_gone(store, wanted)
     assert verify_store(store).faults == ()
     now = open_store(store)
     gone = [ROW, 33]  # 33 has the same content
@@ -226,8 +233,7 @@ def check_finished(
     assert receipt is not None
     assert dict(receipt.rows) == {"train/1.3": 1}
     assert bytes_by_row(opened) == expected
-    for trace, needle in wanted.items():
-        assert not [name for name, data in contents(left).items() if needle in data], trace
+    check_gone(left, wanted)
 
 
 def finished(kit: StoreKit, left: Path, k: int) -> bool:
