@@ -6,15 +6,29 @@ Known by names and module types alone: `gradstore` does not import peft.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
-from gradstore.capture.hooks import HookedModule
 from gradstore.capture.slots import ParameterSlot
 from gradstore.errors import BadInput
 
 _LORA_MATRICES = ("lora_A", "lora_B")
 _ADAPTER_PARTS = (*_LORA_MATRICES, "lora_embedding_A", "lora_embedding_B")
+
+
+@dataclass(frozen=True)
+class HookedModule:
+    """A LoRA matrix and where its gradients go; a slot of another module if they are tied."""
+
+    module: nn.Linear
+    weight: ParameterSlot | None
+    bias: ParameterSlot | None
+
+    @property
+    def slots(self) -> list[ParameterSlot]:
+        """The slots this module's calls give gradients for."""
+        return [slot for slot in (self.weight, self.bias) if slot is not None]
 
 
 def check_adapters(model: nn.Module) -> None:

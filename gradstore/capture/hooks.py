@@ -7,35 +7,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from gradstore.capture.adapters import HookedModule
 from gradstore.capture.losses import Targets
+from gradstore.capture.siblings import Place, Siblings
 from gradstore.capture.slots import ParameterSlot
 
-#: Takes a slot and its gradient block (b, numel), float32, row-major; the block is the sink's. Of
-#: whole weights the slot is a part of a parameter's, some of its rows (`gradstore.capture.dense`).
+#: Takes a slot and its gradient block (b, numel), float32, row-major; the block is the sink's, and
+#: its rows may lie apart in memory. Of whole weights the slot is a part of a parameter's, some of
+#: its rows (`gradstore.capture.dense`).
 Sink = Callable[[ParameterSlot, Tensor], None]
 #: Takes a weight's slot and what its gradient is made of in one call of its module: the inputs
 #: (b, t, in) and the gradient of the outputs (b, t, out), in the dtypes they came in. The factor of
 #: a LoRA layer is with the gradients of B, or with its inputs (`gradstore.capture.lora`).
 Tap = Callable[[ParameterSlot, Tensor, Tensor], None]
-
-
-@dataclass(frozen=True)
-class HookedModule:
-    """A LoRA matrix and where its gradients go; a slot of another module if they are tied."""
-
-    module: nn.Linear
-    weight: ParameterSlot | None
-    bias: ParameterSlot | None
-
-    @property
-    def slots(self) -> list[ParameterSlot]:
-        """The slots this module's calls give gradients for."""
-        return [slot for slot in (self.weight, self.bias) if slot is not None]
 
 
 class HookedPass:
@@ -54,6 +42,7 @@ class HookedPass:
         self._partial: dict[ParameterSlot, Tensor] = {}
         self._delivered: set[ParameterSlot] = set()
         self._ignored: Tensor | None = None
+        self._siblings = Siblings()
 
     def unfit(self, slot: ParameterSlot) -> bool:
         """Return whether hooks can't cover this slot: inputs mixed across rows, or of no row."""
@@ -85,7 +74,7 @@ class HookedPass:
         held = [x.detach()]
 
         def arrive(gradient: Tensor) -> None:
-            self.arrive(watched, held.pop(), gradient)
+            self.arrive(held.pop(), gradient, watched)
 
         output.register_hook(arrive)  # type: ignore[no-untyped-call]
 
@@ -100,22 +89,50 @@ class HookedPass:
             self._expected.update(slot for each in watched for slot in each.slots)
         return not self._forward_is_over
 
-    def arrive(self, watched: HookedModule, x: Tensor, gradient: Tensor) -> None:
-        """Make the gradients of one call that was expected, and deliver them.
+    def join(self, watched: HookedModule, x: Tensor, dtype: torch.dtype) -> Place:
+        """Find the place of a call that was counted, beside others of its input.
 
         Args:
-            watched: the module.
-            x: (b, ..., in), or of one row with any first dimensions: the call's input.
-            gradient: (b, ..., out), of its output; a factor may be with either.
+            watched: the module; without a bias.
+            x: (b, ..., in), the very tensor that it was called with.
+            dtype: that it computes in.
         """
-        x = x.reshape(self._rows, -1, watched.module.in_features)
-        gradient = gradient.reshape(self._rows, -1, watched.module.out_features)
-        if watched.weight is not None and watched.weight in self._wanted:
-            if self._tap is not None:
-                self._tap(watched.weight, x, gradient)
-            self._deliver(watched.weight, outer_sums(gradient, x))
-        if watched.bias is not None and watched.bias in self._wanted:
-            self._deliver(watched.bias, gradient.sum(1, dtype=torch.float32))
+        return self._siblings.join(watched, x, dtype)
+
+    def arrive_beside(self, place: Place, x: Tensor, gradient: Tensor) -> None:
+        """Take what one call's gradient is made of; deliver when its siblings' is there, too.
+
+        Args:
+            place: the call's.
+            x: (b, ..., in), its input.
+            gradient: (n, out), n tokens in all, of its output, in the memory that the place gave.
+        """
+        for product in self._siblings.arrive(place, x, gradient):
+            self.arrive(product.x, product.gradient, *product.watched)
+
+    def arrive(self, x: Tensor, gradient: Tensor, *watched: HookedModule) -> None:
+        """Make the gradients of calls of one input that were expected, and deliver them.
+
+        Args:
+            x: (b, ..., in), or of one row with any first dimensions: the input.
+            gradient: (b, ..., out), of the outputs side by side; a factor may be with either.
+            watched: the modules, in the order of the outputs.
+        """
+        x = x.reshape(self._rows, -1, watched[0].module.in_features)
+        widths = [each.module.out_features for each in watched]
+        gradient = gradient.reshape(self._rows, -1, sum(widths))
+        parts = gradient.split(widths, dim=2)
+        if any(each.weight in self._wanted for each in watched):
+            sizes = [width * x.shape[2] for width in widths]
+            blocks = outer_sums(gradient, x).split(sizes, dim=1)
+            for each, part, block in zip(watched, parts, blocks, strict=True):
+                if each.weight is not None and each.weight in self._wanted:
+                    if self._tap is not None:
+                        self._tap(each.weight, x, part)
+                    self._deliver(each.weight, block)
+        for each, part in zip(watched, parts, strict=True):
+            if each.bias is not None and each.bias in self._wanted:
+                self._deliver(each.bias, part.sum(1, dtype=torch.float32))
 
     def _deliver(self, slot: ParameterSlot, block: Tensor) -> None:
         self._expected[slot] -= 1
@@ -135,6 +152,8 @@ class HookedPass:
 
     def finish(self, parameters: Mapping[ParameterSlot, nn.Parameter]) -> None:
         """Emit the remaining slots: partial sums if some calls affected the loss, zeros if none."""
+        for product in self._siblings.rest():
+            self.arrive(product.x, product.gradient, *product.watched)
         for slot in sorted(self._wanted - self._delivered, key=lambda slot: slot.start):
             block = self._partial.pop(slot, None)
             if block is None:
@@ -145,6 +164,7 @@ class HookedPass:
         """Release the sink, the tap and unfinished blocks."""
         self._sink = self._tap = None
         self._partial.clear()
+        self._siblings = Siblings()
         self._ignored = None
 
 

@@ -28,7 +28,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
-from gradstore.capture.hooks import HookedModule, HookedPass
+from gradstore.capture.adapters import HookedModule
+from gradstore.capture.hooks import HookedPass
+from gradstore.capture.siblings import Place
 
 _log = logging.getLogger(__name__)
 
@@ -210,7 +212,8 @@ def _forward(
     base, scale = layer.module.base_layer, float(layer.module.scaling[layer.name])
     weights = base.weight, base.bias, layer.down.module.weight, layer.up.module.weight
     expected = seen.expect(layer.down, layer.up)
-    call = _Call(layer, seen if expected else None, dtype, scale, weights)
+    awaited = (seen, seen.join(layer.down, x, dtype)) if expected else None
+    call = _Call(layer, awaited, dtype, scale, weights)
     # The lowest layer's input needs no gradient, but its matrices do.
     anchor = torch.empty(0, requires_grad=True)
     result: Tensor = _Fused.apply(x, anchor, call)  # type: ignore[no-untyped-call]
@@ -224,14 +227,15 @@ class _Call:
 
     Attributes:
         layer: the layer.
-        seen: the pass that waits for gradients; None where the call is not counted.
+        awaited: the pass that waits for gradients, and A's place in it; None where the call is not
+            counted.
         dtype: that the call computes in.
         scale: s.
         weights: W, its bias, A and B as they were given, so that no cast one is kept.
     """
 
     layer: LoraLayer
-    seen: HookedPass | None
+    awaited: tuple[HookedPass, Place] | None
     dtype: torch.dtype
     scale: float
     weights: tuple[Tensor, Tensor | None, Tensor, Tensor]
@@ -260,16 +264,18 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:  # noqa: ANN401
         (x, low), call, layer = ctx.saved_tensors, ctx.call, ctx.call.layer
         weight, _, down, up = call.cast()
-        low_gradient = _scaled_product(call.scale, gradient, up)
+        room = None if call.awaited is None else call.awaited[1].room(gradient)
+        low_gradient = _scaled_product(call.scale, gradient, up, room)
         back = None
         if ctx.needs_input_grad[0]:
             back = (gradient @ weight).addmm_(low_gradient, down).view(x.shape).to(x.dtype)
-        if call.seen is not None:
-            call.seen.arrive(layer.up, low, gradient)
-            call.seen.arrive(layer.down, x, low_gradient)
+        if call.awaited is not None:
+            seen, place = call.awaited
+            seen.arrive(low, gradient, layer.up)
+            seen.arrive_beside(place, x, low_gradient)
         return back, None, None
 
 
-def _scaled_product(scale: float, left: Tensor, right: Tensor) -> Tensor:
-    """Compute scale * left @ right, (n, k) and (k, m), in one launch."""
-    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale)
+def _scaled_product(scale: float, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Compute scale * left @ right, (n, k) and (k, m), in one launch; into `out` if given."""
+    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale, out=out)

@@ -22,7 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from gradstore.capture.adapters import check_adapters, has_adapter, watched_linears
+from gradstore.capture.adapters import (
+    HookedModule,
+    check_adapters,
+    has_adapter,
+    watched_linears,
+)
 from gradstore.capture.chosen import Modules, taken_slots
 from gradstore.capture.dense import (
     DensePass,
@@ -32,7 +37,7 @@ from gradstore.capture.dense import (
     zero_parts,
 )
 from gradstore.capture.fallback import RowwiseGradients, tell_of_fallback
-from gradstore.capture.hooks import HookedModule, HookedPass, Sink, Tap
+from gradstore.capture.hooks import HookedPass, Sink, Tap
 from gradstore.capture.lora import fused_layers
 from gradstore.capture.losses import BatchStats, RowLoss, Targets, target_losses
 from gradstore.capture.modelstate import borrowed, without_autocast
