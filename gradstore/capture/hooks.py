@@ -121,10 +121,10 @@ class HookedPass:
         x = x.reshape(self._rows, -1, watched[0].module.in_features)
         widths = [each.module.out_features for each in watched]
         gradient = gradient.reshape(self._rows, -1, sum(widths))
-        parts = gradient.split(widths, dim=2)
+        parts = torch.split(gradient, widths, dim=2)
         if any(each.weight in self._wanted for each in watched):
             sizes = [width * x.shape[2] for width in widths]
-            blocks = outer_sums(gradient, x).split(sizes, dim=1)
+            blocks = torch.split(outer_sums(gradient, x), sizes, dim=1)
             for each, part, block in zip(watched, parts, blocks, strict=True):
                 if each.weight is not None and each.weight in self._wanted:
                     if self._tap is not None:

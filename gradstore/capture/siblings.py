@@ -23,9 +23,12 @@ from gradstore.capture.adapters import HookedModule
 
 
 class Product(NamedTuple):
-    """What gradients are made of: an input (..., in), output gradients (n, R), and whose they are.
+    """The two sides of a product that makes gradients.
 
-    The gradients of the matrices' outputs stand side by side, in the matrices' order.
+    Attributes:
+        x: (..., in), the input.
+        gradient: (n, R), of the matrices' outputs, side by side in the matrices' order.
+        watched: the matrices.
     """
 
     x: Tensor
