@@ -8,7 +8,7 @@ from typing import Literal, Protocol, cast, get_args
 import torch
 from gradkernels.cpu.vnni import vnni_missing
 from gradkernels.features import Feature, FeatureKind
-from gradkernels.gpu.usable import refusal
+from gradkernels.gpu.usable import index_of, refusal
 from gradkernels.methods import check_backend, doing, entry_of, sums_of
 from gradkernels.published import missing
 from gradkernels.reference import scale
@@ -88,8 +88,8 @@ class Accumulator:
         except RuntimeError as error:
             raise ValueError(f"device={device!r} is none that torch knows; take 'cpu'") from error
         self.backend = choose_backend(spec, self.device, backend)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", index_of(self.device))
         self._groups = [
             (low, min(low + _GROUP_ROWS, rows), self._new_sums(min(_GROUP_ROWS, rows - low)))
             for low in range(0, rows, _GROUP_ROWS)

@@ -47,7 +47,7 @@ def refusal(device: torch.device, method: Method, kind: FeatureKind | None = Non
     """
     if method not in doing("triton"):
         return f"they do {' and '.join(doing('triton'))}"
-    index = _index(device)
+    index = index_of(device)
     return _unusable(index) or _tested(index, method, kind)
 
 
@@ -58,7 +58,7 @@ def rotation_refusal(device: torch.device, dim: int) -> str | None:
     """
     if dim >= 2 * LARGEST_TRANSFORM:
         return f"a transform takes {LARGEST_TRANSFORM:,} numbers of a row at most"
-    index = _index(device)
+    index = index_of(device)
     try:
         return _unusable(index) or _rotation_tested(index)
     except Exception as error:
@@ -67,7 +67,8 @@ def rotation_refusal(device: torch.device, dim: int) -> str | None:
         return "memory is full"
 
 
-def _index(device: torch.device) -> int:
+def index_of(device: torch.device) -> int:
+    """Return the index of a CUDA device; of one without, that of the current one."""
     return torch.cuda.current_device() if device.index is None else device.index
 
 
