@@ -90,6 +90,8 @@ class Commit:
             commit._check_types()
         except (KeyError, TypeError, AttributeError, BadInput) as error:
             raise ValueError(f"not a commit: {error!r}") from error
+        except ValueError as error:
+            raise ValueError(f"not a commit: {error}") from error
         if not same or commit.kind not in _KINDS or not commit._says_what_its_kind_says():
             raise ValueError("not a commit of this schema")
         return commit

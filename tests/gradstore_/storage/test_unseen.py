@@ -74,7 +74,7 @@ def test_where_flock_holds_on_one_machine_a_second_one_is_refused_and_removes_no
         with pytest.raises(StoreIOError, match=r"failed the shared flock probe .*another machine"):
             begin(kit, store)
         assert worker._files.read(staged) == b"of a unit"
-        kit.add(worker, "train/2")  # type: ignore[arg-type]
+        kit.add(worker, "train/2")
     begun = begin(kit, store)
     if begun is not None:
         begun.close()

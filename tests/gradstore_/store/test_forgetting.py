@@ -513,7 +513,12 @@ def test_rows_of_a_set_that_many_generations_have_are_hashed_once(
 ) -> None:
     asked: list[int] = []
     ids = forgotten._ids
-    monkeypatch.setattr(forgotten, "_ids", lambda *a: asked.append(len(a[0])) or ids(*a))
+
+    def counted(rows: RowSet, key: str) -> Any:
+        asked.append(len(rows))
+        return ids(rows, key)
+
+    monkeypatch.setattr(forgotten, "_ids", counted)
     files, opened = StoreFiles(store), open_store(store)
     hashes = asked_rows(files, opened, rows=[1])
     request = request_for(files, opened, hashes)
