@@ -81,7 +81,7 @@ class FeatureService:
         self.settings = settings
         self._worker = worker
         self.space = GradientSpace.of(run.model, settings)
-        self._budget = gradient_budget(run, settings)
+        self._budget = gradient_budget(run, settings, self.space.projection)
         run.ranks.decide(self._check_memory)
         self._writer: StoreWriter | None = None
         if opens:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from gradkernels import ProjectionSpec
 
 from dataflex.data.rows import Rows
 from dataflex.features.settings import FeatureSettings
@@ -36,7 +37,7 @@ from gradstore.store.writer import StoreWriter
 Compute = Callable[[UnitRange, OnRows], UnitFeatures]
 
 
-def gradient_budget(run: RunContext, settings: FeatureSettings) -> int:
+def gradient_budget(run: RunContext, settings: FeatureSettings, projection: ProjectionSpec) -> int:
     """Return the padded tokens of a gradient batch, the same on every rank; collective.
 
     The user's, or on a CUDA device what the fullest one has room for (`gradstore.export.budget`).
@@ -44,6 +45,7 @@ def gradient_budget(run: RunContext, settings: FeatureSettings) -> int:
     Args:
         run: whose training rows are looked at.
         settings: of the features.
+        projection: of the model's p.
     """
     if settings.tokens_per_batch is not None or not is_measured(run.model):
         return settings.tokens_per_batch or token_budget(run.model)
@@ -52,7 +54,7 @@ def gradient_budget(run: RunContext, settings: FeatureSettings) -> int:
 
     def find() -> int:
         with autocast(run.model, run.autocast):
-            return found_budget(run.model, batches, settings.train_features, settings.proj_dim)
+            return found_budget(run.model, batches, settings.train_features, projection)
 
     tokens = min(run.ranks.gather(find))
     if run.ranks.leads:

@@ -172,16 +172,16 @@ def seen_from_here(store: Location) -> Iterator[Path | None]:
     if not isinstance(store, Path):
         yield None
         return
+    root = store.absolute() / "zarr.json"
     with contextlib.ExitStack() as made:
-        root: Path | None = store.absolute() / "zarr.json"
-        if not root.exists():
-            root = None
+        seen: Path | None = root if root.exists() else None
+        if seen is None:
             with contextlib.suppress(OSError):
                 above = store.absolute().parent
                 above.mkdir(parents=True, exist_ok=True)
                 file = tempfile.NamedTemporaryFile(prefix=".seen-", dir=above)
-                root = Path(made.enter_context(file).name)
-        yield root
+                seen = Path(made.enter_context(file).name)
+        yield seen
 
 
 def _export_as_actor(

@@ -113,7 +113,8 @@ class GradientCapture:
             stack.enter_context(borrowed(self._model, freeze=True))
             if not self.dense:
                 matrices = cast(list[HookedModule], self._watched)
-                stack.enter_context(fused_layers(self._model, matrices, self._hooked_pass))
+                running = lambda: cast(HookedPass | None, self._pass)  # noqa: E731 - the one that is
+                stack.enter_context(fused_layers(self._model, matrices, running))
             for watched in self._watched:
                 hook = partial(self._observe, watched)
                 stack.callback(watched.module.register_forward_hook(hook).remove)
@@ -181,18 +182,18 @@ class GradientCapture:
         self, batch: Mapping[str, Tensor], targets: Targets, sink: Sink, tap: Tap | None
     ) -> BatchStats:
         """Take the blocks of one batch, see `capture`."""
-        losses: Tensor | None = None
-        covered: set[ParameterSlot] = set()
         if len(targets.rows) == 0:
             for slot, parameter in self._parameters.items():
                 self._zeros(slot, targets.grid[0], parameter.device, sink)
-            losses = targets.row_means(torch.zeros(0, device=targets.counts.device))
-        else:
-            if self._hooked:
-                losses, covered = self._capture_hooked(batch, targets, sink, tap)
-            rest = [slot for slot in self.slots if slot not in covered]
-            for some in self._passes(rest, targets.grid[0]):
-                losses = self._capture_rest(some, batch, targets, sink)
+            none = torch.zeros(0, device=targets.counts.device)
+            return BatchStats(targets.row_means(none), targets.counts)
+        losses: Tensor | None = None
+        covered: set[ParameterSlot] = set()
+        if self._hooked:
+            losses, covered = self._capture_hooked(batch, targets, sink, tap)
+        rest = [slot for slot in self.slots if slot not in covered]
+        for some in self._passes(rest, targets.grid[0]):
+            losses = self._capture_rest(some, batch, targets, sink)
         assert losses is not None  # there is at least one slot
         return BatchStats(losses, targets.counts)
 
@@ -265,9 +266,6 @@ class GradientCapture:
         if self.dense:
             return DensePass(targets, sink, self._elements)
         return HookedPass(targets, sink, tap)
-
-    def _hooked_pass(self) -> HookedPass | None:
-        return cast(HookedPass | None, self._pass)
 
     def _look(self) -> AbstractContextManager[set[ParameterSlot]]:
         """Watch the first forward for weights that are used outside of their layers' calls."""

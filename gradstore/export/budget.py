@@ -3,14 +3,13 @@
 One forward of the longest row says what a token keeps for its backward. A batch then takes a part
 of what is free, rounded down to a power of two, so that memory which is a little fuller the next
 time cuts the same batches.
-
-Letters: d projected dimensions.
 """
 
 from __future__ import annotations
 
 import logging
 
+from gradkernels import ProjectionSpec
 from torch import nn
 
 from gradstore.capture.limits import free_on, ran_out_of_memory, release_memory, token_budget
@@ -30,14 +29,16 @@ SHARE = 0.6
 FEWEST, MOST = 1 << 10, 1 << 17
 
 
-def found_budget(model: nn.Module, batches: Batches, features: FeatureSpec, d: int) -> int:
+def found_budget(
+    model: nn.Module, batches: Batches, features: FeatureSpec, projection: ProjectionSpec
+) -> int:
     """Find the padded tokens of a gradient batch that suit the memory of the model's device.
 
     Args:
         model: the model; inside `torch.autocast` as the pass would be.
         batches: rows; the longest one is passed through the model.
         features: how a gradient becomes a feature.
-        d: projected dimensions.
+        projection: of the model's p.
 
     Returns:
         A power of two on a CUDA device; elsewhere, and without a row that has a target, the
@@ -51,7 +52,7 @@ def found_budget(model: nn.Module, batches: Batches, features: FeatureSpec, d: i
     try:
         with GradientCapture(model, features.modules) as capture:
             each = max(1, sum(capture.kept_bytes(probe)) // probe["labels"].shape[1])
-        need = pass_memory(model, batches, features, d)
+        need = pass_memory(model, batches, features, projection)
         fixed = 0 if need is None else need.on_device - need.activations
     except (MemoryError, RuntimeError) as error:
         if not ran_out_of_memory(error):

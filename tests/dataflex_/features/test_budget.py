@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradkernels import ProjectionSpec
 from torch import nn
 
 from dataflex.features import shared
 from dataflex.features.shared import gradient_budget
 from gradstore.capture.limits import CPU_TOKENS
 from gradstore.export import budget
+
+WAYS = ProjectionSpec("sjlt", p=1, d=64)
 
 
 class Ranks:
@@ -39,7 +42,7 @@ def run_of(*others: int) -> Any:
 
 
 def settings_of(asked: int | None) -> Any:
-    return SimpleNamespace(tokens_per_batch=asked, train_features=None, proj_dim=64)
+    return SimpleNamespace(tokens_per_batch=asked, train_features=None)
 
 
 @pytest.mark.parametrize(
@@ -57,11 +60,11 @@ def test_ranks_agree_on_the_least_of_what_they_found_unless_told_otherwise(
     monkeypatch.setattr(budget, "MEASURED", ("cpu",))
     monkeypatch.setattr(shared, "found_budget", found)
     with caplog.at_level(logging.INFO, "gradstore"):
-        assert gradient_budget(run_of(*others), settings_of(asked)) == tokens
+        assert gradient_budget(run_of(*others), settings_of(asked), WAYS) == tokens
     assert [f"at most {tokens} padded" in line for line in caplog.messages] == [True] * (not asked)
 
 
 def test_a_cpu_has_its_constant_and_nobody_waits_for_the_others() -> None:
     run = run_of()
     run.ranks = None
-    assert gradient_budget(run, settings_of(None)) == CPU_TOKENS
+    assert gradient_budget(run, settings_of(None), WAYS) == CPU_TOKENS

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradkernels import ProjectionSpec
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradstore
@@ -22,6 +23,7 @@ from gradstore.export.units import Batches
 from gradstore.store import building
 
 SPEC = FeatureSpec("sgd", modules="all")
+WAYS = ProjectionSpec("sjlt", p=1, d=64)
 
 
 def batches_of(llama: Any, rows: list[Any]) -> Batches:
@@ -53,7 +55,7 @@ def test_a_cpu_has_its_constant_whatever_is_free(
         raise AssertionError("nobody asks a CPU")
 
     monkeypatch.setattr(budget, "free_on", asked)
-    assert found_budget(llama.model(), batches_of(llama, llama.rows(4)), SPEC, 64) == CPU_TOKENS
+    assert found_budget(llama.model(), batches_of(llama, llama.rows(4)), SPEC, WAYS) == CPU_TOKENS
 
 
 @pytest.mark.parametrize("tokens", [1, 1500, 4096, 9000, 1 << 30])
@@ -63,7 +65,7 @@ def test_a_batch_keeps_a_part_of_what_is_free_rounded_down_to_a_power_of_two(
     model, rows = llama.model(), llama.rows(6)
     each = bytes_of_a_token(llama, model, rows)
     measured(int(1.02 * tokens * each / SHARE))
-    found = found_budget(model, batches_of(llama, rows), SPEC, 64)
+    found = found_budget(model, batches_of(llama, rows), SPEC, WAYS)
     assert found == {1: FEWEST, 1500: 1024, 4096: 4096, 9000: 8192, 1 << 30: MOST}[tokens]
     assert not any(p.grad is not None for p in model.parameters())
 
@@ -74,14 +76,14 @@ def test_what_a_pass_over_whole_weights_takes_besides_is_left_to_it(
     config = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                          num_attention_heads=4)  # fmt: skip
     model, rows = LlamaForCausalLM(config), llama.rows(6)  # type: ignore[no-untyped-call]
-    need = pass_memory(model, batches_of(llama, rows), SPEC, 64)
+    need = pass_memory(model, batches_of(llama, rows), SPEC, WAYS)
     assert need is not None
     besides, each = need.on_device - need.activations, bytes_of_a_token(llama, model, rows)
     assert besides > 0
     measured(int(besides + 1.02 * 2048 * each / SHARE))
-    assert found_budget(model, batches_of(llama, rows), SPEC, 64) == 2048
+    assert found_budget(model, batches_of(llama, rows), SPEC, WAYS) == 2048
     measured(int(1.02 * 2048 * each / SHARE))
-    assert found_budget(model, batches_of(llama, rows), SPEC, 64) == 1024
+    assert found_budget(model, batches_of(llama, rows), SPEC, WAYS) == 1024
 
 
 def test_a_row_that_does_not_fit_gives_the_fewest_tokens(
@@ -94,7 +96,7 @@ def test_a_row_that_does_not_fit_gives_the_fewest_tokens(
 
     model.get_base_model().lm_head.register_forward_pre_hook(full)
     measured(1 << 40)
-    assert found_budget(model, batches_of(llama, llama.rows(4)), SPEC, 64) == FEWEST
+    assert found_budget(model, batches_of(llama, llama.rows(4)), SPEC, WAYS) == FEWEST
 
 
 def test_rows_without_a_target_give_the_constant(
@@ -102,7 +104,7 @@ def test_rows_without_a_target_give_the_constant(
 ) -> None:
     rows = [{**row, "labels": [-100] * len(row["labels"])} for row in llama.rows(3)]
     measured(1 << 40)
-    assert found_budget(llama.model(), batches_of(llama, rows), SPEC, 64) == CPU_TOKENS
+    assert found_budget(llama.model(), batches_of(llama, rows), SPEC, WAYS) == CPU_TOKENS
 
 
 @pytest.mark.parametrize("asked", [None, 70])
