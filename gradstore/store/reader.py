@@ -11,6 +11,7 @@ no store at "no/such/folder": ...
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -132,8 +133,9 @@ class Store:
         live = [c for c in self.commits if c.kind == "generation" and c.generation not in retired]
         if superseded:
             return live
-        newest = {str(GenerationName.parse(c.generation).base()): c for c in live}
-        return [commit for commit in live if commit in newest.values()]
+        newest = {str(GenerationName.parse(c.generation).base()): c.number for c in live}
+        kept = set(newest.values())
+        return [commit for commit in live if commit.number in kept]
 
     def generations(self, *, superseded: bool = False) -> list[Generation]:
         """Open all committed generations, newest last; the newest attempt of each.
@@ -150,11 +152,8 @@ class Store:
             BadInput: it was never committed, or was removed by clean-up; lists what there is.
             DamagedData: it is not as it was committed.
         """
-        wanted = GenerationName.parse(name)
-        for commit in reversed(self.live_commits(superseded=True)):
-            found = GenerationName.parse(commit.generation)
-            if name == commit.generation or (wanted.attempt == 1 and wanted == found.base()):
-                return self._open(commit)
+        if commit := self._by_name.get(str(GenerationName.parse(name))):
+            return self._open(commit)
         there = ", ".join(c.generation for c in self.live_commits()) or "none"
         raise BadInput(f'store "{self.path}" has no committed generation {name!r}; it has: {there}')
 
@@ -256,6 +255,13 @@ class Store:
             "commits": len(self.commits),
             "generations": entries,
         }
+
+    @cached_property
+    def _by_name(self) -> dict[str, Commit]:
+        """Commits of live generations by their names; by a name without attempt, the newest."""
+        live = self.live_commits(superseded=True)
+        exact = {commit.generation: commit for commit in live}
+        return exact | {str(GenerationName.parse(c.generation).base()): c for c in live}
 
     def _open(self, commit: Commit) -> Generation:
         opened = self._opened.get(commit.sha256)

@@ -201,7 +201,7 @@ def through(llama: Any) -> Callable[[bool], Any]:
             for i, slot in enumerate(parameters)
         }  # fmt: skip
         matrices, blocks = watched_linears(module, parameters), dict[str, Tensor]()
-        targets = Targets.of({"labels": torch.ones(3, 6, dtype=torch.long)})
+        targets = Targets.of({"labels": torch.ones(3, 5, dtype=torch.long)})
         seen = HookedPass(targets, lambda slot, block: blocks.update({slot.name: block}))
         module.requires_grad_(False)
         with fused_layers(module, matrices, lambda: seen):
