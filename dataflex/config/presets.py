@@ -125,6 +125,21 @@ def check_names(
         raise BadInput(_unknown_parameters(chosen.component, extra, accepted))
 
 
+def train_types_of(component_name: str, presets_file: Path | None = None) -> list[str]:
+    """List the train types that have a component of this name, `dynamic_select` first.
+
+    Args:
+        component_name: key of a preset, or of a registered strategy.
+        presets_file: a components.yaml of the user's; the packaged one when None.
+    """
+    path = presets_file or PACKAGED_PRESETS
+    return [
+        train_type
+        for train_type, (bucket, kind) in KINDS.items()
+        if component_name in {*presets_of(bucket, path), *strategies(kind)}
+    ]
+
+
 @dataclass(frozen=True)
 class _Choice:
     """A component as a configuration and a preset name it: nothing is imported yet."""

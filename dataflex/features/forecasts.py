@@ -11,6 +11,7 @@ import torch
 from dataflex.data.rows import Rows
 from dataflex.features.embedders import STORED, Embedder
 from dataflex.features.settings import FeatureSettings
+from dataflex.features.shared import gradient_budget
 from dataflex.models.precision import autocast
 from dataflex.run.context import RunContext
 from dataflex.run.forecast import Forecast, Positions, measured_seconds, peak_memory
@@ -54,7 +55,7 @@ def gradient_forecasts(
     projection = GradientSpace.of(run.model, settings).projection
     adam = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad])
     moments = AdamMoments.from_optimizer(adam, run.model)
-    budget = settings.tokens_per_batch or token_budget(run.model)
+    budget = gradient_budget(run, settings, projection)
     check_published(projection, _most_rows(run, budget, settings.unit_rows))
 
     factors, fits = None, list[Forecast]()

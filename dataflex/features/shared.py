@@ -54,7 +54,9 @@ def gradient_budget(run: RunContext, settings: FeatureSettings, projection: Proj
 
     def find() -> int:
         with autocast(run.model, run.autocast):
-            return found_budget(run.model, batches, settings.train_features, projection)
+            return found_budget(
+                run.model, batches, settings.train_features, projection, settings.unit_rows
+            )
 
     tokens = min(run.ranks.gather(find))
     if run.ranks.leads:

@@ -13,6 +13,9 @@ from gradstore.pace import size
 
 _log = logging.getLogger(__name__)
 
+#: Files of an earlier store whose bytes are added up: on a network's disk more would take minutes.
+_MOST_FILES = 20_000
+
 
 def announce(run: Run, *, fresh: bool) -> None:
     """Say how long a run will be, and warn of what its user may not expect.
@@ -60,7 +63,7 @@ def replaced_store(run: Run, *, fresh: bool) -> str:
         return ""
     return (
         f"overwrite_output_dir is true: the store of an earlier run, {str(own)!r} "
-        f"({size(_bytes(own))}), is removed when this one starts. To keep it, stop now and set "
+        f"({_told_size(own)}), is removed when this one starts. To keep it, stop now and set "
         "another output_dir; gradstore: FOLDER keeps a store apart from output_dir."
     )
 
@@ -89,12 +92,14 @@ def unsaved_updates(run: Run) -> str:
     )
 
 
-def _bytes(folder: Path) -> int:
-    """Add up the files of a folder, of which others may remove some meanwhile."""
+def _told_size(folder: Path) -> str:
+    """Spell the bytes of a folder, of which others may remove some meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
+    for count, path in enumerate(folder.rglob("*")):
+        if count == _MOST_FILES:
+            return f"more than {size(total)}"
         try:
             total += path.stat().st_size if path.is_file() else 0
         except OSError:
             continue
-    return total
+    return size(total)

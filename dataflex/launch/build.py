@@ -16,6 +16,7 @@ from dataflex.checkpoints.folders import find_checkpoints, mean_learning_rate
 from dataflex.checkpoints.state import STATE, described_state, trainer_state
 from dataflex.checkpoints.weights import check_moments, checkpoint_moments, load_weights
 from dataflex.config.keys import RunConfig
+from dataflex.config.presets import train_types_of
 from dataflex.data.rows import RunData, check_rows
 from dataflex.features.engines import run_on_ray
 from dataflex.features.gradients import FeatureService
@@ -260,7 +261,9 @@ def feature_settings(config: RunConfig) -> FeatureSettings:
     assert isinstance(less, FeatureSettings)
     kind, name = ours.train_type, ours.component_name
     if kind == "static":
-        kind, name = "dynamic_select", name or "less"
+        name = name or "less"
+        # Of another kind in a YAML that is the plain baseline of such a run.
+        kind = next(iter(train_types_of(name, ours.presets_file)), "dynamic_select")
     component = config.component(kind, name, ours.component_params)
     strategy = build_strategy(component)
     found = strategy.gradient_features

@@ -171,8 +171,12 @@ class DensePass:
         if self._rows == 1 or self._gathered(watched, x):
             return True
         least = 2 if watched.kind == "embedding" else 3
-        # By the tokens, too: as many images as rows need not be one a row.
-        return x.dim() >= least and x.shape[:2] == self._targets.grid
+        # By the tokens, too: as many images as rows need not be one a row. A norm may see them
+        # behind the heads, (b, heads, t, width).
+        rows, tokens = self._targets.grid
+        if watched.kind == "pointwise":
+            return x.dim() >= least and x.shape[0] == rows and tokens in x.shape[1:-1]
+        return x.dim() >= least and x.shape[:2] == (rows, tokens)
 
     def _gathered(self, watched: WatchedModule, x: Tensor) -> bool:
         return watched.is_head and tuple(x.shape[:-1]) == (1, len(self._targets.rows))

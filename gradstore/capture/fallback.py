@@ -25,6 +25,9 @@ _log = logging.getLogger(__name__)
 
 Made = tuple[list[Tensor], Tensor]
 
+#: Most that a row's loss is multiplied by: elements of a mean gradient up to 64 fit float16 then.
+MOST_SCALE = 1024.0
+
 
 class RowwiseGradients:
     """Gradients (b, numel) of chosen parameters of a frozen model, without hooks.
@@ -45,7 +48,8 @@ class RowwiseGradients:
     ) -> Made:
         """Compute one (b, numel) float32 block per parameter, and the rows' losses (b,).
 
-        Blocks are of the scaled losses where `targets` has a scale, losses are not.
+        Blocks are of the scaled losses where `targets` has a scale, losses are not. Here autograd
+        adds a row's tokens up in float16 itself: so the scale is at most `MOST_SCALE` until then.
 
         Raises:
             BadInput: an input of several rows is not divided by row.
@@ -53,6 +57,17 @@ class RowwiseGradients:
         Raises that memory ran out, if it did for a single row or for the blocks.
         """
         check_apart(batch, targets.grid)
+        if targets.scale is None:
+            return self._made(parameters, batch, targets)
+        scale = targets.scale.clamp(max=MOST_SCALE)
+        blocks, losses = self._made(parameters, batch, targets.scaled(scale))
+        for block in blocks:
+            block.mul_((targets.scale / scale).to(block.device)[:, None])
+        return blocks, losses
+
+    def _made(
+        self, parameters: Sequence[nn.Parameter], batch: Mapping[str, Tensor], targets: Targets
+    ) -> Made:
         while self._vmap_works and targets.grid[0] > 1:
             made = self._vectorised(parameters, batch, targets)
             if made is not None:

@@ -150,6 +150,7 @@ class HookedPass:
         assert self._sink is not None  # only close() removes it, after the backward
         self._sink(slot, block)
 
+    @torch.no_grad()
     def finish(self, parameters: Mapping[ParameterSlot, nn.Parameter]) -> None:
         """Emit the remaining slots: partial sums if some calls affected the loss, zeros if none."""
         for product in self._siblings.rest():

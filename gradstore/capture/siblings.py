@@ -125,9 +125,11 @@ class Siblings:
         """
         group, alone = place.group, Product(x, gradient, [place.watched])
         group.arrived += 1
-        if group.apart or len(group.watched) == 1:
+        if group.apart:
             return [alone]
         before = [] if self._waiting and self._waiting[0][0].group is group else self.rest()
+        if len(group.watched) == 1:
+            return [*before, alone]
         if group.arrived < len(group.watched):
             self._waiting.append((place, alone))
             return before

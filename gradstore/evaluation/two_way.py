@@ -45,7 +45,7 @@ class Resamples:
         count: int = RESAMPLES,
         seed: int = 0,
     ) -> Resamples:
-        """Draw queries and models with replacement.
+        """Draw queries and models with replacement, of more than two models two or more at least.
 
         Args:
             queries: q.
@@ -65,10 +65,14 @@ class Resamples:
             raise BadInput(f"groups has shape {labels.shape}; give one label per query: ({q},).")
         distinct, of = np.unique(labels, return_inverse=True)
         generator = np.random.default_rng(expect_whole(seed, "seed", 0))
-        drawn, held = (
-            generator.multinomial(size, np.full(size, 1 / size), b).astype(np.float64)
-            for size in (len(distinct), s)
-        )
+
+        def draw(size: int, times: int) -> Floats:
+            return generator.multinomial(size, np.full(size, 1 / size), times).astype(np.float64)
+
+        drawn, held = draw(len(distinct), b), draw(s, b)
+        # A model alone has no order: as an LDS of 0 it would widen an interval of three models.
+        while s > 2 and (alone := (held > 0).sum(axis=1) < 2).any():
+            held[alone] = draw(s, int(alone.sum()))
         return Resamples(drawn[:, of], held)
 
     def mean(self, values: Floats) -> Floats:

@@ -8,6 +8,7 @@ time cuts the same batches.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from gradkernels import ProjectionSpec
 from torch import nn
@@ -17,6 +18,7 @@ from gradstore.capture.per_sample import GradientCapture
 from gradstore.export.features import FeatureSpec
 from gradstore.export.memory import longest_batch, pass_memory
 from gradstore.export.units import Batches
+from gradstore.format.layout import UNIT_ROWS
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +32,11 @@ FEWEST, MOST = 1 << 10, 1 << 17
 
 
 def found_budget(
-    model: nn.Module, batches: Batches, features: FeatureSpec, projection: ProjectionSpec
+    model: nn.Module,
+    batches: Batches,
+    features: FeatureSpec,
+    projection: ProjectionSpec,
+    unit_rows: int = UNIT_ROWS,
 ) -> int:
     """Find the padded tokens of a gradient batch that suit the memory of the model's device.
 
@@ -39,6 +45,7 @@ def found_budget(
         batches: rows; the longest one is passed through the model.
         features: how a gradient becomes a feature.
         projection: of the model's p.
+        unit_rows: rows of a unit, whose features wait until all are made.
 
     Returns:
         A power of two on a CUDA device; elsewhere, and without a row that has a target, the
@@ -48,21 +55,26 @@ def found_budget(
     probe = longest_batch(batches, device) if is_measured(model) else None
     if probe is None:
         return token_budget(model)
-    each, fixed = 0, 0
+    free, tokens = free_on(device), FEWEST
     try:
         with GradientCapture(model, features.modules) as capture:
             each = max(1, sum(capture.kept_bytes(probe)) // probe["labels"].shape[1])
-        need = pass_memory(model, batches, features, projection)
-        fixed = 0 if need is None else need.on_device - need.activations
+
+        def besides(tokens: int) -> int:
+            some = replace(batches, token_budget=tokens)
+            need = pass_memory(model, some, features, projection, unit_rows)
+            return 0 if need is None else need.on_device - need.activations
+
+        tokens = 1 << (min(MOST, max(FEWEST, int(SHARE * free) // each)).bit_length() - 1)
+        # The rows of a batch, and so what their gradients take, go by its tokens.
+        while tokens > FEWEST and int(SHARE * max(0, free - besides(tokens))) // each < tokens:
+            tokens //= 2
     except (MemoryError, RuntimeError) as error:
         if not ran_out_of_memory(error):
             raise
-        each = 0
+        tokens = FEWEST
     release_memory()  # a forward of the longest row left it to torch
-    if not each:
-        return FEWEST
-    tokens = int(SHARE * max(0, free_on(device) - fixed)) // each
-    return 1 << (min(MOST, max(FEWEST, tokens)).bit_length() - 1)
+    return tokens
 
 
 def is_measured(model: nn.Module) -> bool:

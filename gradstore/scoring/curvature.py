@@ -10,7 +10,6 @@ multiplications. The scan that follows costs what it costs without.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -214,11 +213,10 @@ def _sampled_blocks(train: FeatureSource, most: int) -> list[npt.NDArray[np.int6
     def spread(count: int) -> npt.NDArray[np.int64]:
         return np.linspace(0, len(blocks) - 1, count).round().astype(np.int64)
 
-    counts = range(max(1, most // BLOCK_ROWS), len(blocks))
-    enough = bisect_left(
-        counts, True, key=lambda count: bool(sizes[spread(count)].sum() > most - sizes.max())
-    )
-    return [blocks[i] for i in spread(counts.start + enough)]
+    count = max(1, most // BLOCK_ROWS)
+    while count < len(blocks) and sizes[spread(count)].sum() <= most - sizes.max():
+        count += max(1, count // 64)  # other counts take other blocks: no bisection finds the first
+    return [blocks[i] for i in spread(min(count, len(blocks)))]
 
 
 def _rows_of(

@@ -27,7 +27,7 @@ from gradstore.errors import BadInput, DamagedFile, StoreIOError, expect, expect
 from gradstore.format.canonical import canonical_json, parse
 from gradstore.storage.local import STAGING, StoreFiles
 from gradstore.storage.processes import boot_id
-from gradstore.storage.unseen import BEAT, BEATS, sign, this_machine
+from gradstore.storage.unseen import BEAT, BEATS, beat_seconds, sign, this_machine
 
 _log = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ class Leases:
 
     def _show_life(self) -> None:
         count = failures = 0
-        while not self._ends.wait(self.worker.lease_seconds / BEATS):
+        while not self._ends.wait(beat_seconds(self.worker.lease_seconds)):
             count += 1
             try:
                 self._files.overwrite(self._beat, self._sign(count))

@@ -8,7 +8,6 @@ remove what they have staged. Their beats are files, and those it sees.
 from __future__ import annotations
 
 import logging
-import math
 import socket
 import time
 from pathlib import Path
@@ -26,17 +25,23 @@ BEAT = "beat"
 #: Beats within the time after which a silent worker counts as dead.
 BEATS = 6
 
-#: Times a beat is due while it is watched, and the most that is waited for: what it says of itself
-#: may be anybody's.
-_WATCHED_BEATS, _MOST_SECONDS = 2, 600.0
+#: Most seconds from one beat to the next, however long a lease is: so others need not watch longer.
+MOST_BEAT_SECONDS = 60.0
+#: Times a beat is due while it is watched.
+_WATCHED_BEATS = 2
 _LOOK_SECONDS = 0.5
 #: Of a beat that does not say so, as earlier releases wrote them.
 _LEASE_SECONDS = 60.0
 
 
+def beat_seconds(lease_seconds: float) -> float:
+    """Return how often a worker shows life."""
+    return min(lease_seconds / BEATS, MOST_BEAT_SECONDS)
+
+
 def sign(count: int, lease_seconds: float, machine: str) -> bytes:
     """Spell the sign of life number `count`; all of one worker are equally long."""
-    return f"{count:020d} {lease_seconds / BEATS:.9e} {machine}".encode()
+    return f"{count:020d} {beat_seconds(lease_seconds):.9e} {machine}".encode()
 
 
 def this_machine() -> str:
@@ -48,7 +53,8 @@ def check_unseen(files: StoreFiles) -> None:
     """Refuse a store that workers of another machine write to, although this process has the lock.
 
     For whoever holds the lock exclusively, before it removes anything. Where no such worker left a
-    sign of life this returns at once; else the signs are watched, twice as long as one lasts.
+    sign of life this returns at once; else the signs are watched, twice as long as one lasts, and
+    those of dead workers removed.
 
     Args:
         files: of a folder; in a bucket the lock is told of by the server itself.
@@ -63,8 +69,9 @@ def check_unseen(files: StoreFiles) -> None:
         return
     seconds = max(map(_seconds, seen.values()))
     _log.info(
-        "workers of another machine left signs of life in store \"%s\": watching them for %.0f s, "
-        "since not every file system shows their lock here", files.root, seconds,
+        "workers of another machine, or of this one before its last start, left signs of life in "
+        "store \"%s\": watching them for %.0f s, since not every file system shows their lock here",
+        files.root, seconds,
     )  # fmt: skip
     ends = time.monotonic() + seconds
     while seen and (left := ends - time.monotonic()) > 0:
@@ -75,6 +82,8 @@ def check_unseen(files: StoreFiles) -> None:
                 del seen[name]  # it has ended
             elif now[name] != before:
                 raise keeps_locks(files)
+    for name in seen:
+        files.remove(f"{STAGING}/{name}/{BEAT}")  # the next who comes need not watch it again
 
 
 def _signs(files: StoreFiles) -> dict[str, bytes]:
@@ -96,5 +105,5 @@ def _seconds(beat: bytes) -> float:
         every = float(beat.split(b" ")[1])
     except (IndexError, ValueError):
         every = _LEASE_SECONDS / BEATS
-    seconds = _WATCHED_BEATS * every
-    return min(seconds, _MOST_SECONDS) if 0 < seconds < math.inf else _MOST_SECONDS
+    # What it says of itself may be anybody's.
+    return _WATCHED_BEATS * (min(every, MOST_BEAT_SECONDS) if every > 0 else MOST_BEAT_SECONDS)

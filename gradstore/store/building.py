@@ -276,7 +276,13 @@ def _budget(checkpoint: _Checkpoint, rows: TokenRows, features: FeatureSpec) -> 
     given, model = checkpoint.options.tokens_per_batch, checkpoint.model
     if given is not None or not is_measured(model):
         return given or token_budget(model)
-    tokens = found_budget(model, checkpoint.batches(rows), features, checkpoint.space.projection)
+    tokens = found_budget(
+        model,
+        checkpoint.batches(rows),
+        features,
+        checkpoint.space.projection,
+        checkpoint.options.unit_rows,
+    )
     tell_budget(tokens)
     return tokens
 

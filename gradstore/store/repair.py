@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gradstore.errors import BadInput, DamagedData, DamagedFile, Fault
-from gradstore.format.canonical import canonical_json
+from gradstore.format.canonical import canonical_json, unseal_head
 from gradstore.format.commits import Commit
 from gradstore.format.layout import (
     COMMITS,
@@ -22,6 +22,7 @@ from gradstore.format.layout import (
     FORGOTTEN_VERSION,
     GENERATIONS,
     METADATA,
+    NEEDS,
     PLANS,
     TEXTS_VERSION,
     generation_path,
@@ -184,7 +185,8 @@ def _set_aside(files: StoreFiles) -> list[Damage]:
     """Set aside the damaged plans that alone keep a root from being written again.
 
     Where every commit can be read, and none names the generation, there is nothing to lose: whoever
-    begins it plans it anew, as if the root were there. A plan too large to be read may be sound.
+    begins it plans it anew, as if the root were there. A plan too large to be read may be sound,
+    and so may a later release's.
     """
     uuids, _, faults = _told_of_root(files)
     if not uuids or any(fault.file.startswith(f"{COMMITS}/") for fault in faults):
@@ -201,12 +203,17 @@ def _set_aside(files: StoreFiles) -> list[Damage]:
 
 
 def _is_plan(files: StoreFiles, path: str) -> bool:
-    """Tell whether a file below plans is one that a plan's name says, and small enough for one."""
+    """Tell whether a file is called as a plan, small enough for one, and of no later release."""
     try:
-        files.read(path)
-        return file_at(path).kind == "plan"
+        data = files.read(path)
+        if file_at(path).kind != "plan":
+            return False
+        version = unseal_head(data, "units")[0].get("schema_version")
+        return type(version) is not int or version <= max(NEEDS)
     except (DamagedFile, BadInput):
         return False
+    except ValueError:  # not as anybody sealed it
+        return True
 
 
 def _without_root(files: StoreFiles, roots: Sequence[Damage]) -> tuple[Damage, ...]:

@@ -42,7 +42,7 @@ def run_of(*others: int) -> Any:
 
 
 def settings_of(asked: int | None) -> Any:
-    return SimpleNamespace(tokens_per_batch=asked, train_features=None)
+    return SimpleNamespace(tokens_per_batch=asked, train_features=None, unit_rows=256)
 
 
 @pytest.mark.parametrize(

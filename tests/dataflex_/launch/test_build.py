@@ -56,9 +56,12 @@ def test_a_selector_without_gradients_gets_those_of_less_and_one_line_says_so(
     "example",
     ["selectors/custom", "mixers/odm", "weighters/adapt", "reorders/sorting"],
 )
-def test_so_does_every_other_kind(example: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("static", [False, True])
+def test_so_does_every_other_kind_and_the_plain_baseline_of_its_runs(
+    example: str, static: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
-        assert settings(f"train_lora/{example}") == LESS
+        assert settings(f"train_lora/{example}", *(["train_type=static"] * static)) == LESS
     assert len(caplog.records) == 1
 
 
@@ -113,8 +116,8 @@ def test_the_component_of_a_plain_configuration_is_a_selector() -> None:
     own = settings("train_lora/selectors/cluster_less")
     assert own != LESS
     assert settings(PLAIN, "component_name=cluster_less") == own
-    with pytest.raises(BadInput, match="component_name for dynamic_select: 'odm'"):
-        settings(PLAIN, "component_name=odm")
+    with pytest.raises(BadInput, match="component_name for dynamic_select: 'lesss'"):
+        settings(PLAIN, "component_name=lesss")
     with pytest.raises(BadInput, match="gradient_typ"):
         settings(PLAIN, "component_params.gradient_typ=sgd")
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -99,6 +101,13 @@ def gemma2() -> Any:
     return shaken(Gemma2ForCausalLM(config))
 
 
+def gemma3() -> Any:
+    """Norms of the heads that see the tokens behind them: (b, heads, t, n)."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**SIZES, head_dim=4, attn_implementation="eager")
+    return shaken(Gemma3ForCausalLM(config))
+
+
 def mixtral() -> Any:
     """Routed experts, several in one tensor."""
     torch.manual_seed(0)
@@ -158,6 +167,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3_head_norms": qwen3,
     "gpt2": gpt2,
     "gemma2": gemma2,
+    "gemma3_head_norms": gemma3,
     "mixtral": mixtral,
     "called_twice": called_twice,
     "one_layer": one_layer,
@@ -244,6 +254,15 @@ def test_a_batch_gives_each_row_the_gradient_it_has_alone(kind: str, modules: Mo
         floor = 1e-6 * float(expected.norm(dim=1).min())
         difference = (found[:, span] - expected[:, span]).norm(dim=1)
         assert bool((difference <= 1e-4 * expected[:, span].norm(dim=1) + floor).all()), slot.name
+
+
+def test_norms_of_heads_are_taken_in_the_backward_wherever_the_tokens_lie() -> None:
+    for model in (qwen3(), gemma3()):
+        with GradientCapture(model, "all") as capture:
+            capture.capture(make_batch(LENGTHS), lambda *_: None)
+            norms = {slot for slot in capture.slots if "_norm" in slot.name}
+            assert norms
+            assert norms <= capture.hooked
 
 
 def test_linear_leaves_out_embeddings_the_output_layer_and_norms_by_name() -> None:

@@ -110,6 +110,25 @@ def test_long_rows_have_the_gradients_of_float32(kind: str) -> None:
     torch.testing.assert_close(ours, losses, rtol=2e-3, atol=0)
 
 
+def test_where_autograd_adds_tokens_up_in_float16_a_mean_gradient_above_2_has_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of norms, which no hook covers beside LoRA: at the row's own scale, 32,768, it would not."""
+    model, batch = with_norms(), batch_of(LONGEST)
+    model.get_base_model().lm_head.weight.data *= 30_000
+    model.get_base_model().half()
+    with GradientCapture(model) as capture:
+        rest = [slot for slot in capture.slots if slot not in capture.hooked]
+    found, _ = captured(model, batch)
+    norms = torch.cat([found[0, slot.start : slot.start + slot.numel] for slot in rest])
+    assert float(norms.abs().max()) > 2
+    assert bool(torch.isfinite(norms).all())
+    monkeypatch.setattr("gradstore.capture.fallback.MOST_SCALE", 1e9)
+    found, _ = captured(model, batch)
+    norms = torch.cat([found[0, slot.start : slot.start + slot.numel] for slot in rest])
+    assert not bool(torch.isfinite(norms).all())
+
+
 def test_without_a_scale_they_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the test above can fail."""
     model, batch = adapted(), batch_of(LONGEST)

@@ -183,10 +183,10 @@ class Layers(nn.Module):
 
 
 @pytest.fixture
-def through(llama: Any) -> Callable[[bool], Any]:
+def through(llama: Any) -> Callable[[bool, bool], Any]:
     """Blocks (b, numel) of `Layers` as a backward gives them, rows' gradients, the pass's end."""
 
-    def run(unused: bool) -> Any:
+    def run(unused: bool, follows: bool) -> Any:
         module = Layers(llama.model().eval(), unused)
         x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1))
         parameters = trainable_slots(module)
@@ -207,7 +207,7 @@ def through(llama: Any) -> Callable[[bool], Any]:
         with fused_layers(module, matrices, lambda: seen):
             for each in matrices:
                 each.module.register_forward_hook(lambda *_: None)  # as capture's
-            total = module(x)
+            total = module(x.requires_grad_(follows))
             seen.await_only(set(parameters))
             total.backward()
         return blocks, expected, lambda: seen.finish(parameters)
@@ -215,16 +215,18 @@ def through(llama: Any) -> Callable[[bool], Any]:
     return run
 
 
+@pytest.mark.parametrize("follows", [False, True])
 @pytest.mark.parametrize("unused", [False, True])
 def test_a_sibling_that_is_not_in_the_loss_keeps_nothing_from_the_others(
-    through: Callable[[bool], Any], unused: bool, groups: list[Group]
+    through: Callable[[bool, bool], Any], unused: bool, follows: bool, groups: list[Group]
 ) -> None:
-    """And a layer that is called twice with one input is added up."""
-    blocks, expected, finish = through(unused)
+    """And a layer that is called twice with one input is added up; also where that has a graph."""
+    blocks, expected, finish = through(unused, follows)
     waiting = [group for group in groups if group.numbers is not None]
     assert len(waiting) == int(unused)  # the lowest layers', until the end
     finish()
     assert blocks.keys() == expected.keys()
+    assert not any(block.requires_grad for block in blocks.values())
     assert not any(group.numbers is not None for group in groups)
     for name, rows in expected.items():
         assert (blocks[name] - rows).abs().max() <= 1e-5 * rows.abs().max(), name
@@ -294,4 +296,13 @@ def test_a_group_that_another_one_overtakes_is_taken_apart() -> None:
     assert values(siblings.arrive(*filled(pair[1], 5.0))) == [[3.0], [2.0]]
     assert values(siblings.arrive(*filled(first, 1.0))) == [[1.0]]
     assert values(siblings.arrive(*filled(pair[0], 4.0))) == [[4.0, 5.0]]
+    assert siblings.rest() == []
+
+
+def test_a_call_by_itself_overtakes_a_group_too() -> None:
+    siblings, x, y = Siblings(), torch.randn(3, 8), torch.randn(3, 8)
+    alone = siblings.join(matrix(), y, torch.float32)
+    _, late = (siblings.join(matrix(), x, torch.float32) for _ in range(2))
+    assert siblings.arrive(*filled(late, 2.0)) == []
+    assert values(siblings.arrive(*filled(alone, 5.0))) == [[2.0], [5.0]]
     assert siblings.rest() == []

@@ -157,6 +157,14 @@ def test_blocks_without_a_usable_row_are_passed_over() -> None:
     assert [int(rows[0]) // 256 for rows in found] == [30, 39]
 
 
+@pytest.mark.parametrize("most", [300, 512, 700, 2000])
+def test_blocks_of_unlike_sizes_hold_as_many_rows_as_are_wanted(most: int) -> None:
+    train = PlainRows(np.ones((256 * 40, 4)), "t")
+    block = np.arange(train.rows) // 256
+    train.usable = (block % 2 == 0) | (np.arange(train.rows) % 256 == 0)
+    assert sum(map(len, curvature._sampled_blocks(train, most))) > most - 256
+
+
 @pytest.mark.parametrize("normalize", ["cosine", "target", "none"])
 @pytest.mark.parametrize(("n", "d"), [(256 * 6, 8), (300, 16), (12, 30)])
 def test_the_level_and_the_rows_that_are_told_are_those_of_the_fit(

@@ -104,7 +104,28 @@ def test_signs_that_do_not_go_on_are_watched_a_while_and_then_removed(
     kit.writer(store).close()
     assert not folder.exists()
     assert now == pytest.approx({unseen.sign(4, 0.3, OTHER): 0.1, b"%020d" % 4: 20.0,
-                                 b"": 20.0, b"x y z": 20.0}.get(content, 600.0))  # fmt: skip
+                                 b"": 20.0, b"x y z": 20.0}.get(content, 120.0))  # fmt: skip
+
+
+def test_what_was_watched_once_is_not_waited_for_again(
+    kit: StoreKit, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By commands that hold a store, and remove nothing that is staged in it."""
+    folder = left_behind(store, unseen.sign(4, 60.0, OTHER))
+    (folder / "1").write_bytes(b"staged")
+    slept: list[float] = []
+    monkeypatch.setattr(unseen, "time", SimpleNamespace(monotonic=lambda: sum(slept),
+                                                        sleep=slept.append))  # fmt: skip
+    held(kit, store)
+    assert sum(slept) == pytest.approx(20.0)
+    held(kit, store)
+    assert sum(slept) == pytest.approx(20.0)
+    assert (folder / "1").read_bytes() == b"staged"
+
+
+def test_however_long_a_lease_is_a_worker_shows_life_while_it_is_watched() -> None:
+    for lease in (0.3, 60.0, 1e4, 1e9):
+        assert unseen.beat_seconds(lease) < unseen._seconds(unseen.sign(1, lease, OTHER))
 
 
 def test_without_signs_of_another_machine_nothing_is_waited_for(
