@@ -9,13 +9,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from gradstore.errors import BadInput
 from gradstore.format.text_table import Text
-from gradstore.storage import objects_reading
+from gradstore.storage import objects_reading, unseen
 from gradstore.storage.leases import Worker
 from gradstore.storage.local import Hook, StoreFiles
 from gradstore.store.cleaning import clean_store
@@ -30,9 +31,14 @@ SILENT = 1e6  # seconds: a worker shows no sign of life while a test runs
 
 
 @pytest.fixture
-def losses(crashes: Any) -> Iterator[Any]:
-    """Make the hook of a folder; let go of what it holds afterwards."""
-    made = []
+def losses(crashes: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Make the hook of a folder; let go of what it holds afterwards.
+
+    Signs of life that the power took the content of are watched, by a clock of the test's.
+    """
+    made, slept = [], [0.0]
+    clock = SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append)
+    monkeypatch.setattr(unseen, "time", clock)
 
     def make(path: Path, returned: list[str], *, keeps: bool = True) -> Any:
         made.append(crashes.PowerLosses(path, returned, keeps=keeps))
