@@ -23,7 +23,8 @@ import json, os, signal, sys
 from dataflex.features import gradients
 from gradstore.store import building
 from gradstore.store.writer import StoreWriter
-StoreWriter.begin.__kwdefaults__["unit_rows"] = 16
+begin = StoreWriter.begin
+StoreWriter.begin = lambda *args, **kwargs: begin(*args, **{**kwargs, "unit_rows": 16})
 computed = []
 def counting(module):
     compute = module.compute_unit

@@ -90,6 +90,11 @@ def captured(model: Any, batch: Batch, tap: Any = None) -> tuple[Tensor, Tensor]
         return out, capture.capture(batch, sink, tap).loss
 
 
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What we say, beside what a model's library says of it."""
+    return [each.getMessage() for each in caplog.records if each.name.startswith("gradstore")]
+
+
 def half() -> AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=torch.float16)
 
@@ -209,7 +214,7 @@ def test_other_precisions_are_left_alone(
     with torch.autocast("cpu", dtype=dtype) if dtype == torch.bfloat16 else nullcontext():
         found, _ = captured(model, batch)
     assert bool(torch.isfinite(found).all())
-    assert caplog.messages == []
+    assert not told(caplog)
 
 
 def test_float16_is_seen_in_weights_and_under_autocast() -> None:
@@ -233,4 +238,4 @@ def test_nothing_is_told_of_a_row_whose_loss_is_not_finite(
         found, loss = captured(model, batch)
     assert torch.isfinite(loss).tolist() == [True, False]
     assert torch.isfinite(found).all(dim=1).tolist() == [True, False]
-    assert caplog.messages == []
+    assert not told(caplog)
