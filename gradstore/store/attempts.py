@@ -183,7 +183,7 @@ def readable_plans(
             if wanted is not None and GenerationName.parse(name).base() == wanted:
                 raise
             _log.warning("%s is left as it is: %s", name, error)
-        except (ValueError, BadInput, DamagedFile) as error:
+        except (ValueError, DamagedFile) as error:
             if not mend or not isinstance(files, StoreFiles):
                 fault = Fault(plan_path(name), "the plan that was written", str(error))
                 raise DamagedFile(fault, str(files.root)) from error
@@ -197,9 +197,7 @@ def _unlisted(files: StoreFiles, name: GenerationName) -> tuple[Plan, str] | Non
     data = files.read_if_there(plan_path(str(name)))
     try:
         return None if data is None else Plan.from_bytes(data)
-    except TooLarge:
-        raise
-    except (ValueError, BadInput):
+    except ValueError:
         return None
 
 
