@@ -31,6 +31,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -253,8 +254,8 @@ class Launcher:
 
     #: Exit codes of a command that a kill has ended.
     codes = {"torchrun": (1, -signal.SIGKILL), "ray": (5, -signal.SIGKILL)}  # noqa: RUF012
-    #: By which words in its command a process that computes is known.
-    words = {"torchrun": "-m dataflex gradstore build", "ray": "ray::worker "}  # noqa: RUF012
+    #: The pattern in its command by which a process that computes, or loads for it, is known.
+    words = {"torchrun": "-m dataflex gradstore build", "ray": "ray::(FeatureActor|worker )"}  # noqa: RUF012
 
     def configure(self) -> None:
         """Write the configuration: 1,600 rows are seven units, and two target sets one each."""
@@ -339,11 +340,11 @@ class Running:
         return [each for each in self.below if each.is_running()]
 
     def computing(self, words: str) -> list[psutil.Process]:
-        """List those that are known by words in their command, in order of their numbers."""
+        """List those that are known by a pattern in their command, in order of their numbers."""
         found = []
         for each in self.look():
             with suppress(psutil.NoSuchProcess):
-                if words in " ".join(each.cmdline()):
+                if re.search(words, " ".join(each.cmdline())):
                     found.append(each)
         return sorted(found, key=lambda each: each.pid)
 
