@@ -137,22 +137,15 @@ class SpaceWriter:
         """The store as readers see it now, all spaces of it."""
         return self._view()
 
-    def check_space_for(
-        self,
-        rows: int,
-        dim: int,
-        dtype: str = "float16",
-        count: int = 1,
-        unit_rows: int = UNIT_ROWS,
-    ) -> None:
+    def check_space_for(self, rows: int, dim: int, dtype: str = "float16", count: int = 1) -> None:
         """Check that `count` generations of (rows, dim) fit on the disk; nothing is allocated.
 
-        The last unit of each takes the room of a whole one.
+        In units of the usual size; `begin` checks again, in those that it is given.
 
         Raises:
             StoreIOError: they do not; names the bytes needed and free.
         """
-        needed = count * generation_bytes(rows, dim, dtype, unit_rows)
+        needed = count * generation_bytes(rows, dim, dtype)
         self._check_free(needed, f"{count} generation(s) of {rows:,} x {dim:,} {dtype}")
 
     def begin(

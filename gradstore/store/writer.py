@@ -185,16 +185,9 @@ class StoreWriter:
         fields = SpaceFields(space, provenance, setting_keys)
         return SpaceWriter(self._files, self._view, fields, self._leases)
 
-    def check_space_for(
-        self,
-        rows: int,
-        dim: int,
-        dtype: str = "float16",
-        count: int = 1,
-        unit_rows: int = UNIT_ROWS,
-    ) -> None:
+    def check_space_for(self, rows: int, dim: int, dtype: str = "float16", count: int = 1) -> None:
         """Call `SpaceWriter.check_space_for` of this writer's own space."""
-        self._main.check_space_for(rows, dim, dtype, count, unit_rows)
+        self._main.check_space_for(rows, dim, dtype, count)
 
     def begin(
         self,

@@ -113,3 +113,10 @@ def test_the_same_seed_draws_the_same() -> None:
 def test_what_does_not_fit_is_named(call: Callable[[], object], said: str) -> None:
     with pytest.raises(BadInput, match=said):
         call()
+
+
+def test_no_resample_of_three_models_has_one_alone_which_has_no_order() -> None:
+    """Else a score that orders them rightly would have 0 in its interval."""
+    drawn = Resamples.draw(5, 3, count=2000)
+    assert ((drawn.models > 0).sum(axis=1) >= 2).all()
+    assert (drawn.models.sum(axis=1) == 3).all()

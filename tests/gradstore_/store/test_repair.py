@@ -220,6 +220,26 @@ def test_a_plan_that_names_a_position_twice_ends_no_repair_in_a_traceback(
                      ("document", "plans/train/1.json")]  # fmt: skip
 
 
+def test_a_loose_plan_of_a_later_release_is_not_set_aside_by_an_earlier_one(
+    kit: StoreKit, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with kit.writer(store) as writer:
+        writer.begin(kit.record("train/2"), kit.rows(N), dim=kit.dim, unit_rows=kit.unit_rows)
+    plan, read = store / "plans/train/2.json", Plan.from_bytes
+    later = plan.read_bytes()
+
+    def earlier_release(data: bytes) -> Any:
+        if data == later:
+            raise ValueError("another schema")
+        return read(data)
+
+    monkeypatch.setattr(Plan, "from_bytes", earlier_release)
+    monkeypatch.setattr(repair_module, "NEEDS", {0: "the release before the plan's"})
+    (store / "zarr.json").unlink()
+    assert "plans/train/2.json" in [d.faults[0].file for d in repair_store(store).left]
+    assert plan.read_bytes() == later
+
+
 def open_store_sha(store: Path) -> str:
     """The sha of train/1's commit, though the root is damaged."""
     return str(json.loads((store / "commits/2.json").read_text())["sha256"])
